@@ -1,0 +1,36 @@
+# `make help` lists the verbs. Each sets up what it needs first; a second run reuses it.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab lint format bench clean
+
+# The active conda or virtual environment, else .venv here. conda's base is left alone.
+ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
+ENV := $(or $(ACTIVE),.venv)
+PY := $(ENV)/bin/python
+# The first interpreter that is new enough; setup.py's own check explains where there is none.
+PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done),python3)
+
+help:  ## List the verbs
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup:  ## Make the environment (.venv, or the active one) and install everything
+	@$(PYTHON) bootstrap.py $(ENV)
+
+demo: setup  ## From nothing to results: VAE, SimCLR x 3, evaluation, sensitivity (about 8 minutes)
+	@$(PY) -m idaa_lib.lab.demo
+
+test: setup  ## Lint, types and all tests
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	@$(PY) -m pytest -n auto --dist worksteal
+
+lab: setup  ## Open JupyterLab on this machine only (its address has the token)
+	@$(ENV)/bin/jupyter lab --ip=127.0.0.1 notebooks
+
+lint: setup  ## Lint and types alone
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+format: setup  ## Format the code and strip the notebooks of output
+	@$(PY) -m ruff format . && $(PY) -m ruff check --fix . && $(PY) -m nbstripout --keep-id notebooks/*.ipynb
+
+clean:  ## Remove .venv and caches of tools (never data/ or outputs/)
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
