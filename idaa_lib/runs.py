@@ -1,0 +1,285 @@
+"""Run directories: `outputs/<stage>/<run id>/`, the only way that stages talk (design.md).
+
+An id is readable and deterministic: the same configuration on the same data is the same run, so
+starting a finished run again shows its result and starting an interrupted one resumes it. One
+writer at a time holds the directory's lock; readers need none, since every JSON file is replaced
+as a whole and `metrics.jsonl` is only appended to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from idaa_lib.configs import Config, EvalConfig, SSLConfig, UserError, VAEConfig
+
+# Raised whenever the same configuration would give other numbers than before.
+RESULTS_VERSION = 1
+
+CONFIGS: dict[str, type[Config]] = {c.stage: c for c in (VAEConfig, SSLConfig, EvalConfig)}
+# The notebook that makes the runs of a stage.
+NOTEBOOKS = {"vae": "01_pretrain_vae", "ssl": "03_train_ssl", "eval": "04_evaluate"}
+
+
+class RunError(UserError, RuntimeError):
+    """A run that cannot start, go on or be found."""
+
+
+class Stopped(UserError):
+    """Raised inside a run that was asked to stop, after its state was saved."""
+
+
+def outputs_root() -> Path:
+    """`IDAA_OUTPUTS`, else `outputs/` of the project; never the working directory."""
+    given = os.environ.get("IDAA_OUTPUTS")
+    return Path(given).resolve() if given else Path(__file__).resolve().parent.parent / "outputs"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` as a whole: a reader, or a crash, sees the old file or the new one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory, as a reader sees it; `writing()` makes this process its writer."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def stage(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def config(self) -> Any:
+        """The resolved configuration, as the dataclass of its stage."""
+        stored = read_json(self.path / "config.json")
+        if stored is None:
+            raise RunError(f"{self.path} is no run directory: it has no config.json.")
+        return CONFIGS[self.stage](**stored)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return read_json(self.path / "environment.json") or {}
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The final figures; None while there are none (written last, so present = finished)."""
+        return read_json(self.path / "summary.json")
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").exists()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """state.json, with `state` one of new, going, interrupted, failed, finished.
+
+        A run that says it is going while nobody holds its lock was killed: interrupted.
+        """
+        stored = read_json(self.path / "state.json") or {"state": "new"}
+        if self.finished:
+            stored["state"] = "finished"
+        elif stored["state"] == "going" and not self._locked():
+            stored["state"] = "interrupted"
+        return stored
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl (a line still being written is left out)."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def figure(self, name: str) -> Path:
+        """Where the figure `name` of this run belongs (the folder is made)."""
+        folder = self.path / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    def _locked(self) -> bool:
+        lock = FileLock(self.path / ".lock")
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @contextlib.contextmanager
+    def writing(self, config: Config, environment: Mapping[str, Any]) -> Iterator[Writer]:
+        """Hold the run's lock and keep its state true until the block ends, however it ends.
+
+        Raises:
+            RunError: another process writes this run now.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            # A reader that asks for the state holds the lock for an instant: wait for that.
+            lock.acquire(timeout=1)
+        except Timeout:
+            who = read_json(self.path / "state.json") or {}
+            raise RunError(
+                f"Run {self.id} is being written by process {who.get('pid', '?')} on "
+                f"{who.get('host', '?')} already; wait for it, or stop it, and start again."
+            ) from None
+        except OSError as error:
+            raise RunError(f"The run directory {self.path} cannot be made: {error}.") from error
+        writer = Writer(self)
+        try:
+            write_json(self.path / "config.json", config.model_dump(mode="json"))
+            write_json(self.path / "environment.json", dict(environment))
+            (self.path / "control.json").unlink(missing_ok=True)
+            writer.state(state="going", started=time.time(), error=None)
+            yield writer
+        except (KeyboardInterrupt, Stopped):
+            writer.state(state="interrupted")
+            raise
+        except BaseException as error:
+            writer.state(state="failed", error=f"{type(error).__name__}: {error}")
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise RunError(
+                    f"No space left on the disk of {self.path}; what was saved is intact: free "
+                    f"some and start the run again."
+                ) from error
+            raise
+        finally:
+            lock.release()
+
+
+class Writer:
+    """What the one process that holds a run's lock may do to it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._state: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+
+    def state(self, **news: Any) -> None:
+        """Merge `news` into state.json; also the heartbeat."""
+        self._state |= news | {"heartbeat": time.time()}
+        # A disk that is full must not hide the error that brought us here.
+        with contextlib.suppress(OSError):
+            write_json(self.run.path / "state.json", self._state)
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.run.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics after `step`: what a killed process logged beyond its last checkpoint."""
+        path = self.run.path / "metrics.jsonl"
+        kept = [line for line in self.run.metrics() if line["step"] <= step]
+        draft = path.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(draft, path)
+
+    def request(self) -> str | None:
+        """What control.json asks for: `pause`, `stop` or nothing."""
+        asked = (read_json(self.run.path / "control.json") or {}).get("request")
+        return asked if asked in ("pause", "stop") else None
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        write_json(self.run.path / "summary.json", dict(summary))
+        self.state(state="finished")
+
+
+def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
+    """The run directory that `config` leads to, whether it exists yet or not.
+
+    Args:
+        dataset: fingerprint of the images.
+        digests: what else the run starts from, by content (the VAE's weights, say).
+    """
+    identity = {"config": config.identity(), "dataset": dataset, "version": RESULTS_VERSION}
+    identity |= {name: digest for name, digest in digests.items() if digest}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    words = [Path(str(getattr(config, name))).stem for name in config.principal]
+    changed = config.changed()
+    # κ and β say the same, and β is the one that compares; what is named by content is in the hash.
+    hidden = config.circumstances | config.pointers | {"kappa", "seed"}
+    hidden |= set() if "kappa" in changed else {"beta"}
+    words += [
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in changed.items()
+        if name not in hidden
+    ]
+    text = re.sub(r"[^\w.=-]+", "_", "-".join([config.stage, *words]))[:120]
+    return Run(outputs_root() / config.stage / f"{text}-s{config.seed}-{digest}")
+
+
+def find(stage: str, *, finished: bool = True, **values: Any) -> list[Run]:
+    """Runs of a stage, newest first, whose configuration has these values."""
+    folders = (path.parent for path in (outputs_root() / stage).glob("*/config.json"))
+    runs = [run for run in map(Run, folders) if run.finished or not finished]
+
+    def fits(run: Run) -> bool:
+        stored = read_json(run.path / "config.json") or {}
+        return all(stored.get(name) == value for name, value in values.items())
+
+    # A run is as new as its config.json, which every start of it replaces.
+    return sorted(
+        filter(fits, runs), key=lambda run: (run.path / "config.json").stat().st_mtime, reverse=True
+    )
+
+
+def get(stage: str, name: str | None, **values: Any) -> Run:
+    """The finished run with this id or path; None takes the newest that has these values.
+
+    Raises:
+        RunError: there is none, or it is not finished.
+    """
+    notebook = NOTEBOOKS[stage]
+    if name is None:
+        candidates = find(stage, **values)
+        if not candidates:
+            wanted = " and ".join(f"{key}={value}" for key, value in values.items())
+            raise RunError(
+                f"There is no finished {stage} run{' with ' + wanted if wanted else ''} under "
+                f"{outputs_root() / stage}: make one with notebooks/{notebook}.ipynb."
+            )
+        return candidates[0]
+    run = Run(Path(name).resolve() if os.sep in name else outputs_root() / stage / name)
+    if not (run.path / "config.json").exists():
+        raise RunError(f"There is no {stage} run {name!r} at {run.path}.")
+    if not run.finished:
+        raise RunError(
+            f"Run {run.id} is {run.state['state']}, not finished: start it again with "
+            f"notebooks/{notebook}.ipynb (it goes on from its last checkpoint)."
+        )
+    return run
+
+
+def stop(run: Run, request: str = "stop") -> None:
+    """Ask the process that writes `run` to `stop` or `pause` after its present step; anything else
+    ends a pause."""
+    write_json(run.path / "control.json", {"request": request})

@@ -1,0 +1,49 @@
+"""What all tests share: data and outputs of their own, and a list of what was skipped and why."""
+
+import os
+from pathlib import Path
+
+# Small tensors gain nothing from threads, and tests run side by side (pytest -n): torch's threads
+# would fight for the cores. Set before torch is imported, and inherited by kernels and processes.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# Parts that CI names must be there: what would be skipped elsewhere is a failure then.
+REQUIRED = set(filter(None, os.environ.get("IDAA_REQUIRE", "").split(",")))
+
+
+def pytest_configure(config):
+    # The project's own cache of decoded images is left alone; one for the session is shared.
+    if "IDAA_DATA" not in os.environ:
+        os.environ["IDAA_DATA"] = str(config.cache.mkdir("data"))
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a CUDA device: run `make test` on a machine with one")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    """A folder of run directories for one test."""
+    folder = tmp_path / "outputs"
+    monkeypatch.setenv("IDAA_OUTPUTS", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_zip():
+    """The 60,000 images of CIFAR-10 as a zip of class folders."""
+    default = ROOT.parent / "shared" / "data" / "cifar10-images.zip"
+    path = Path(os.environ.get("IDAA_CIFAR10_ZIP", default))
+    if not path.exists():
+        text = f"no CIFAR-10 zip at {path}: export IDAA_CIFAR10_ZIP=<zip of train/, test/ folders>"
+        if "cifar10" in REQUIRED:
+            pytest.fail(text)
+        pytest.skip(text)
+    return path

@@ -1,0 +1,131 @@
+"""Configurations: what is read, what is refused, and in which words."""
+
+import json
+
+import pytest
+
+from idaa_lib.configs import (
+    PRESETS,
+    ConfigError,
+    DecomposeConfig,
+    EvalConfig,
+    SSLConfig,
+    SweepConfig,
+    VAEConfig,
+)
+
+ALL = (VAEConfig, SSLConfig, EvalConfig, DecomposeConfig, SweepConfig)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("config", ALL)
+def test_every_preset_resolves_every_field_and_survives_json(config, preset):
+    resolved = config(preset=preset)
+    for name in ("dataset", "size", "epochs", "batch_size", "learning_rate", "dim", "kappa"):
+        if name in config.presets.get(preset, {}) or name == "kappa":
+            assert getattr(resolved, name, 1) is not None
+    again = config(**json.loads(json.dumps(resolved.model_dump(mode="json"))))
+    assert again == resolved
+    assert not resolved.changed()
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "words"),
+    [
+        (SSLConfig, {"epsilon": -1.0, "adversary": "idaa"}, ("epsilon", "-1", "0")),
+        (SSLConfig, {"epsilon": "large", "adversary": "idaa"}, ("epsilon", "'large'", "number")),
+        (SSLConfig, {"epsilon": "large"}, ("epsilon", "'large'", "number")),
+        (SSLConfig, {"epsilom": 0.1}, ("epsilom", "did you mean 'epsilon'")),
+        (SSLConfig, {"adversary": "ida"}, ("adversary", "'ida'", "'idaa'")),
+        (SSLConfig, {"epochs": 2.5}, ("epochs", "2.5", "whole number")),
+        (SSLConfig, {"epochs": True}, ("epochs", "True", "whole number")),
+        (SSLConfig, {"learning_rate": float("nan")}, ("learning_rate", "nan", "finite")),
+        (SSLConfig, {"batch_size": 1}, ("batch_size", "1")),
+        (SSLConfig, {"preset": "huge"}, ("preset", "'huge'", "'demo'")),
+        (VAEConfig, {"dim": 0}, ("dim", "0")),
+        (VAEConfig, {"size": 65}, ("size", "65", "64, 84, 224")),
+        (VAEConfig, {"kappa": 0.1, "beta": 0.1}, ("kappa=0.1", "beta=0.4", "give one of the two")),
+        (SweepConfig, {"dims": "32, many"}, ("dims", "'32'")),
+        (SweepConfig, {"seeds": ()}, ("seeds",)),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(config, values, words):
+    with pytest.raises(ConfigError) as caught:
+        config(**values)
+    sentence = str(caught.value)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence
+    assert caught.value._render_traceback_() == [f"ConfigError: {sentence}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8/255", 8 / 255), ("1e-3", 1e-3), (" 0.1 ", 0.1), (1, 1.0)]
+)
+def test_numbers_arrive_as_papermill_sends_them(text, value):
+    assert SSLConfig(adversary="idaa", epsilon=text).epsilon == value
+
+
+def test_text_is_read_by_the_type_of_its_field():
+    config = SSLConfig(
+        adversary="idaa", random_start="true", epochs="3", vae=2024, step_size="none"
+    )
+    assert (config.random_start, config.epochs, config.vae, config.step_size) == (
+        True, 3, "2024", None,
+    )  # fmt: skip
+    assert SSLConfig(adversary="none").adversary == "none"  # a word here, not the absence of one
+    sweep = SweepConfig(epsilons="0.03, 8/255", dims="[32 64]", seeds=1, ssl='{"epochs": 3}')
+    assert sweep.epsilons == (0.03, 8 / 255)
+    assert (sweep.dims, sweep.seeds, sweep.ssl) == ((32, 64), (1,), {"epochs": 3})
+
+
+def test_kappa_and_beta_say_the_same():
+    """β_eff = κ·H·W / (2·m) (spec §1): .1 for 32²/m=512, .4 for 32²/m=128 at κ=.1."""
+    assert VAEConfig(dim=512).beta == pytest.approx(0.1)
+    assert VAEConfig(dim=128).beta == pytest.approx(0.4)
+    assert VAEConfig(dim=128, beta=0.8).kappa == pytest.approx(0.2)
+    assert VAEConfig(size=224, dim=3072, kappa=0.1).beta == pytest.approx(0.8167, abs=1e-4)
+
+
+def test_an_attack_that_does_not_happen_gives_a_run_no_second_name():
+    plain = SSLConfig()
+    assert SSLConfig(epsilon=0.5, steps=3, vae="x", alpha=2.0) == plain
+    assert SSLConfig(adversary="clae", vae="x", dim=3) == SSLConfig(adversary="clae")
+    assert SSLConfig(adversary="clae").epsilon == 0.03
+    assert SSLConfig(adversary="idaa").epsilon == 0.1
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(Exception, match="frozen"):
+        SSLConfig().epsilon = 1.0
+
+
+PARAMETERS = "# Parameters: as the notebook has them\nadversary = 'idaa'\nepsilon = None\n"
+INJECTED = "# Parameters\nepsilon = 0.3\n"
+
+
+def kernel(*cells):
+    """The names of a kernel after these cells, as IPython keeps them."""
+    names = {"In": ["", *cells]}
+    for cell in cells:
+        exec(cell, names)
+    return names
+
+
+def test_a_notebook_gives_its_parameters():
+    assert SSLConfig.from_notebook(kernel(PARAMETERS, INJECTED)).epsilon == 0.3
+    assert SSLConfig.from_notebook(kernel(PARAMETERS)).epsilon == 0.1
+
+
+def test_a_name_that_papermill_injected_and_nobody_knows_is_refused():
+    with pytest.raises(ConfigError, match=r"no parameter 'epsilom'; did you mean 'epsilon'"):
+        SSLConfig.from_notebook(kernel(PARAMETERS, "# Parameters\nepsilom = 0.3\n"))
+
+
+def test_the_configuration_cell_runs_again():
+    """Names of later cells are no parameters, and a corrected cell replaces the one before."""
+    later = kernel(PARAMETERS, INJECTED, "figure = 1\nrows = []\n")
+    assert SSLConfig.from_notebook(later).epsilon == 0.3
+    wrong = PARAMETERS.replace("epsilon", "epsilom")
+    with pytest.raises(ConfigError):
+        SSLConfig.from_notebook(kernel(wrong))
+    assert SSLConfig.from_notebook(kernel(wrong, PARAMETERS)).adversary == "idaa"

@@ -1,0 +1,242 @@
+"""Run directories and checkpoints: identity, states, locks, damage, full disks."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from idaa_lib import checkpoints, runs
+from idaa_lib.configs import SSLConfig, VAEConfig
+from idaa_lib.runs import Run, RunError
+
+
+def run_of(outputs, config=None, **digests):
+    return runs.run_for(config or VAEConfig(), "pixels", **digests)
+
+
+def test_an_id_is_readable_and_the_same_again(outputs):
+    config = SSLConfig(adversary="idaa", epsilon=0.3, seed=2)
+    run = run_of(outputs, config, vae="weights")
+    assert run.id.startswith("ssl-photos-simclr-idaa-epsilon=0.3-s2-")
+    assert run == run_of(
+        outputs, SSLConfig(adversary="idaa", epsilon="3/10", seed=2), vae="weights"
+    )
+    assert run.path.parent == outputs / "ssl"
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"epsilon": 0.2}, False),
+        ({"epochs": 7}, False),
+        ({"precision": "fp32"}, False),
+        ({"device": "cpu"}, True),
+        ({"tracker": "tensorboard"}, True),
+        ({"log_every": 3}, True),
+        ({"vae": "another name of the same weights"}, True),
+    ],
+)
+def test_identity_is_what_decides_the_result(outputs, change, same):
+    base = {"adversary": "idaa", "epsilon": 0.3}
+    first = run_of(outputs, SSLConfig(**base), vae="w").id.rsplit("-", 1)[1]
+    second = run_of(outputs, SSLConfig(**(base | change)), vae="w").id.rsplit("-", 1)[1]
+    assert (first == second) is same
+
+
+def test_identity_covers_data_and_vae(outputs):
+    config = SSLConfig(adversary="idaa")
+    ids = {
+        runs.run_for(config, data, vae=vae).id for data in ("a", "b") for vae in ("w", "v")
+    }  # fmt: skip
+    assert len(ids) == 4
+
+
+def test_states_follow_what_happens(outputs):
+    run = run_of(outputs)
+    assert run.state["state"] == "new"
+    with run.writing(VAEConfig(), {"versions": {}}) as writer:
+        assert run.state["state"] == "going"
+        assert run.state["pid"] == os.getpid()
+        writer.log(step=1, loss=2.0)
+        writer.finish({"kl": 1.0})
+    assert run.state["state"] == "finished"
+    assert run.summary == {"kl": 1.0}
+    assert run.metrics() == [{"step": 1, "loss": 2.0}]
+    assert run.config == VAEConfig()
+
+
+def test_a_failure_is_kept_with_its_reason(outputs):
+    run = run_of(outputs)
+    with pytest.raises(ZeroDivisionError), run.writing(VAEConfig(), {}):
+        _ = 1 / 0
+    assert run.state["state"] == "failed"
+    assert run.state["error"] == "ZeroDivisionError: division by zero"
+
+
+def hold(path, config, started):
+    with Run(path).writing(config, {}):
+        started.set()
+        time.sleep(60)
+
+
+def test_one_writer_at_a_time_and_a_killed_one_is_interrupted(outputs):
+    run = run_of(outputs)
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    process = context.Process(target=hold, args=(run.path, VAEConfig(), started))
+    process.start()
+    assert started.wait(60)
+    assert run.state["state"] == "going"
+    before = (run.path / "config.json").read_bytes()
+    sentence = rf"being written by process {process.pid} on"
+    with pytest.raises(RunError, match=sentence), run.writing(VAEConfig(seed=1), {}):
+        pass
+    assert (run.path / "config.json").read_bytes() == before
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert run.state["state"] == "interrupted"
+    with run.writing(VAEConfig(), {}):  # the lock died with its holder
+        pass
+
+
+def test_a_line_half_written_is_not_read(outputs):
+    run = run_of(outputs)
+    with run.writing(VAEConfig(), {}) as writer:
+        writer.log(step=1)
+        with (run.path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "lo')
+        assert run.metrics() == [{"step": 1}]
+        writer.rewind(1)
+        writer.log(step=2)
+    assert [line["step"] for line in run.metrics()] == [1, 2]
+
+
+def test_rewind_drops_what_came_after_the_checkpoint(outputs):
+    run = run_of(outputs)
+    with run.writing(VAEConfig(), {}) as writer:
+        for step in range(5):
+            writer.log(step=step)
+        writer.rewind(2)
+    assert [line["step"] for line in run.metrics()] == [0, 1, 2]
+
+
+def finished(config, summary=None):
+    run = runs.run_for(config, "pixels")
+    with run.writing(config, {}) as writer:
+        writer.finish(summary or {})
+    return run
+
+
+def test_runs_are_found_newest_first_by_their_values(outputs):
+    first, second = finished(VAEConfig(dim=32)), finished(VAEConfig(dim=64))
+    os.utime(first.path / "config.json", (1, 1))
+    with (
+        pytest.raises(ZeroDivisionError),
+        run_of(outputs, VAEConfig(dim=16)).writing(VAEConfig(dim=16), {}),
+    ):
+        _ = 1 / 0
+    assert runs.find("vae") == [second, first]
+    assert len(runs.find("vae", finished=False)) == 3
+    assert runs.find("vae", dim=32) == [first]
+    assert runs.get("vae", None) == second
+    assert runs.get("vae", first.id) == first
+    assert runs.get("vae", str(first.path)) == first
+
+
+def test_a_missing_or_unfinished_run_is_one_sentence(outputs):
+    with pytest.raises(RunError, match=r"no finished vae run with dim=3 .*01_pretrain_vae"):
+        runs.get("vae", None, dim=3)
+    with pytest.raises(RunError, match="no vae run 'nothing'"):
+        runs.get("vae", "nothing")
+    run = run_of(outputs)
+    with pytest.raises(ZeroDivisionError), run.writing(VAEConfig(), {}):
+        _ = 1 / 0
+    with pytest.raises(RunError, match="is failed, not finished"):
+        runs.get("vae", run.id)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def some(step):
+    weight = torch.arange(24.0).view(1, 4, 2, 3).add(step)
+    return {
+        "a": weight.to(memory_format=torch.channels_last),
+        "b": torch.tensor(step),
+        "tied": weight[0],
+        "half": torch.ones(3, dtype=torch.bfloat16),
+    }
+
+
+@pytest.fixture
+def run(outputs):
+    made = run_of(outputs)
+    made.path.mkdir(parents=True)
+    return made
+
+
+def test_what_is_saved_comes_back_and_two_are_kept(run):
+    for step in (1, 2, 3):
+        checkpoints.save(run, step, some(step), {"step": step})
+    tensors, state = checkpoints.load(run)
+    assert state == {"step": 3}
+    assert all(torch.equal(tensors[k], v) for k, v in some(3).items())
+    assert all(tensors[k].dtype == v.dtype for k, v in some(3).items())
+    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_no_checkpoint_is_none(run):
+    assert checkpoints.load(run) is None
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run):
+    for step in (1, 2):
+        checkpoints.save(run, step, some(step), {"step": step})
+    path = run.path / "checkpoints" / "2" / "tensors.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert checkpoints.load(run)[1] == {"step": 1}
+    (run.path / "checkpoints" / "1" / "state.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(RunError, match=r"All checkpoints of .* are damaged"),
+    ):
+        checkpoints.load(run)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_intact(run, monkeypatch):
+    checkpoints.save(run, 1, some(1), {"step": 1})
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(RunError, match=r"No space left .* earlier checkpoints are intact"):
+        checkpoints.save(run, 2, some(2), {"step": 2})
+    assert checkpoints.load(run)[1] == {"step": 1}
+    assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_nothing_in_a_checkpoint_unpickles(run):
+    checkpoints.save(run, 1, some(1), {"step": 1})
+    files = sorted(p.name for p in (run.path / "checkpoints" / "1").iterdir())
+    assert files == ["checksums.json", "state.json", "tensors.safetensors"]
+    header = (run.path / "checkpoints" / "1" / "tensors.safetensors").read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    assert set(json.loads(header[8 : 8 + length])) - {"__metadata__"} == set(some(1))
+
+
+def test_the_digest_is_of_the_weights(run, outputs):
+    checkpoints.save(run, 1, some(1), {"step": 1})
+    one = checkpoints.digest(run)
+    checkpoints.save(run, 2, some(1), {"step": 2})
+    assert checkpoints.digest(run) == one
+    checkpoints.save(run, 3, some(3), {"step": 3})
+    assert checkpoints.digest(run) != one
