@@ -1,0 +1,663 @@
+"""Images: what comes out is checked against Pillow, numpy and closed forms computed here."""
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from idaa_lib import images, photos, sources
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW = {"train": 0, "val": 1, "test": 2}
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def noise(seed, height=32, width=32):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def class_folders(root, parts=("train/", "test/"), classes=("cat", "dog"), n=6):
+    """PNGs of noise, each another; returns path → pixels (H, W, 3)."""
+    made = {}
+    for seed, (part, name, i) in enumerate(itertools.product(parts, classes, range(n))):
+        made[f"{part}{name}/{i}.png"] = noise(seed)
+        save(root / f"{part}{name}/{i}.png", made[f"{part}{name}/{i}.png"])
+    return made
+
+
+def pack(root, path, prefix=""):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(root.rglob("*.*")):
+            archive.write(file, prefix + file.relative_to(root).as_posix())
+    return path
+
+
+def rows(image_set):
+    """The set of images, each as bytes of (3, H, W)."""
+    return {image.numpy().tobytes() for image in image_set.images}
+
+
+def chw(pixels):
+    return pixels.transpose(2, 0, 1).tobytes()
+
+
+def only(tmp_path, **options):
+    """The single image of a folder that holds one training image, shown as (H, W, 3)."""
+    loaded = images.load(tmp_path / "one", "train", **options)
+    assert len(loaded) == 1
+    return loaded.images[0].permute(1, 2, 0).numpy()
+
+
+def nothing_left(data):
+    return [path.name for path in (data / "cache").glob("*") if not path.name.endswith(".lock")]
+
+
+# --- Folders and zips
+
+
+def test_folder_and_zip_give_every_image_of_every_split_unchanged(tmp_path):
+    made = class_folders(tmp_path / "pets")
+    packed = pack(tmp_path / "pets", tmp_path / "pets.zip")
+    for source in (tmp_path / "pets", packed):
+        sets = {split: images.load(source, split) for split in images.SPLITS}
+        for split, parts in {"trainval": ["train/"], "test": ["test/"]}.items():
+            expected = {chw(p) for name, p in made.items() if name.startswith(tuple(parts))}
+            assert rows(sets[split]) == expected
+        labels = {chw(p): "dog" in name for name, p in made.items()}
+        for some in sets.values():
+            assert some.classes == ("cat", "dog")
+            assert some.images.dtype == torch.uint8 and some.labels.dtype == torch.int64
+            found = {
+                image.numpy().tobytes(): int(y)
+                for image, y in zip(some.images, some.labels, strict=True)
+            }
+            assert all(labels[image] == y for image, y in found.items())
+        assert rows(sets["train"]) | rows(sets["val"]) == rows(sets["trainval"])
+        assert not rows(sets["train"]) & rows(sets["val"])
+
+
+def test_zip_and_folder_share_a_fingerprint_and_selections_do_not(tmp_path):
+    class_folders(tmp_path / "pets")
+    packed = pack(tmp_path / "pets", tmp_path / "pets.zip", prefix="wrapped/twice/")
+    whole = images.load(tmp_path / "pets", "train")
+    assert whole.fingerprint == images.load(packed, "train").fingerprint
+    assert whole.fingerprint == images.load(packed, "train", limit=10**6).fingerprint
+    others = [
+        images.load(packed, "trainval"),
+        images.load(packed, "test"),
+        images.load(packed, "train", limit=3),
+        images.load(packed, "train", size=16),
+        whole.subset([1, 0]),
+        whole.subset([0, 1]),
+    ]
+    assert len({other.fingerprint for other in [whole, *others]}) == 7
+
+
+def test_mean_and_std_are_those_of_the_pool_whatever_is_selected(tmp_path):
+    made = class_folders(tmp_path / "pets")
+    pool = np.stack([p for name, p in made.items() if name.startswith("train")]) / 255
+    for options in ({"split": "train"}, {"split": "test"}, {"split": "train", "limit": 2}):
+        loaded = images.load(tmp_path / "pets", **options)
+        np.testing.assert_allclose(loaded.mean, pool.mean((0, 1, 2)), rtol=1e-12)
+        np.testing.assert_allclose(loaded.std, pool.std((0, 1, 2)), rtol=1e-9)
+
+
+def test_limit_keeps_the_same_random_images_and_subset_picks_rows(tmp_path):
+    class_folders(tmp_path / "pets", n=20)
+    whole = images.load(tmp_path / "pets", "test")
+    some = images.load(tmp_path / "pets", "test", limit=10)
+    assert len(some) == 10 and rows(some) < rows(whole)
+    assert torch.equal(some.images, images.load(tmp_path / "pets", "test", limit=10).images)
+    assert set(some.labels.tolist()) == {0, 1}  # not the first ten, which are all cats
+    picked = whole.subset(torch.tensor([3, 1]))
+    assert torch.equal(picked.images, whole.images[[3, 1]]) and picked.size == 32
+    assert len(whole.subset(whole.labels == 1)) == 20
+
+
+def test_single_folder_is_split_by_name_and_a_new_file_moves_no_other(tmp_path):
+    class_folders(tmp_path / "pets", parts=("",), n=100)
+    before = {split: rows(images.load(tmp_path / "pets", split)) for split in ROW}
+    assert sum(map(len, before.values())) == len(set().union(*before.values())) == 200
+    assert 140 < len(before["train"]) < 180 and len(before["val"]) > 5 and len(before["test"]) > 5
+    save(tmp_path / "pets/cat/0a.png", noise(999))
+    after = {split: rows(images.load(tmp_path / "pets", split)) for split in ROW}
+    assert all(before[split] <= after[split] for split in ROW)
+    assert sum(map(len, after.values())) == 201
+
+
+def test_own_val_is_taken_and_no_test_is_invented_beside_it(tmp_path):
+    made = class_folders(tmp_path / "pets", parts=("train/", "val/"))
+    val = {chw(p) for name, p in made.items() if name.startswith("val")}
+    assert rows(images.load(tmp_path / "pets", "val")) == val
+    assert len(images.load(tmp_path / "pets", "train")) == 12
+    with pytest.raises(ValueError, match=r"split='test' \(train 12, val 12, test 0\)"):
+        images.load(tmp_path / "pets", "test")
+
+
+def test_images_without_classes_have_no_label(tmp_path):
+    for i in range(20):
+        save(tmp_path / f"heap/{i}.png", noise(i))
+    for source in (tmp_path / "heap", pack(tmp_path / "heap", tmp_path / "heap.zip", "heap/")):
+        loaded = images.load(source, "train")
+        assert loaded.classes == () and not loaded.labelled and (loaded.labels == -1).all()
+
+
+def test_deeper_files_belong_to_their_class_and_hidden_ones_to_nobody(tmp_path):
+    class_folders(tmp_path / "pets")
+    save(tmp_path / "pets/test/cat/more/deep/x.png", noise(77))
+    packed = pack(tmp_path / "pets", tmp_path / "pets.zip", prefix="pets/")
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.writestr("__MACOSX/pets/train/cat/._0.png", b"resource fork")
+        archive.writestr("pets/train/.DS_Store", b"")
+        archive.writestr("pets/README.txt", b"")
+    assert images.load(packed, "test").labels.tolist() == [0] * 7 + [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (lambda root: (root / "train/cow").mkdir(), r"'train/cow/'.*holds no image"),
+        (lambda root: save(root / "test/emu/0.png", noise(0)), r"'emu' in test/ but not in train/"),
+        (lambda root: save(root / "train/0.png", noise(0)), r"'train/0.png'.*beside class folders"),
+        (lambda root: save(root / "more/0.png", noise(0)), r"'more/0.png' beside train/"),
+        (lambda root: (root / "train").rename(root / "learn"), r"test/ but no train/"),
+    ],
+)
+def test_unclear_folders_are_refused_by_name(tmp_path, data, breakage, message):
+    class_folders(tmp_path / "pets")
+    breakage(tmp_path / "pets")
+    with pytest.raises(ValueError, match=message):
+        images.load(tmp_path / "pets", "train")
+    assert not nothing_left(data)
+
+
+def test_folder_without_images_says_what_it_looked_for(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no image: looked for .*\.png"):
+        images.load(tmp_path / "empty", "train")
+
+
+@pytest.mark.parametrize("member", ["../evil.png", "/evil.png", "a/../../evil.png", "C:\\evil.png"])
+def test_zip_that_leaves_its_folder_is_refused_before_reading(tmp_path, data, member):
+    class_folders(tmp_path / "pets")
+    packed = pack(tmp_path / "pets", tmp_path / "pets.zip")
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.writestr(zipfile.ZipInfo(member), b"")
+    with pytest.raises(ValueError, match=r"member .*evil.png.* leaves it"):
+        images.load(packed, "train")
+    assert not data.exists()
+
+
+def test_missing_path_unknown_name_and_broken_zip(tmp_path):
+    for source in ("cifar11", tmp_path / "absent.zip"):
+        with pytest.raises(FileNotFoundError, match=r"photos, cifar10, .*caltech101"):
+            images.load(source, "train")
+    (tmp_path / "broken.zip").write_bytes(b"PK\3\4 cut off")
+    with pytest.raises(ValueError, match=r"broken.zip is neither a folder nor a readable zip"):
+        images.load(tmp_path / "broken.zip", "train")
+
+
+def test_a_folder_of_the_data_folder_goes_by_its_name(data):
+    class_folders(data / "pets")
+    assert images.load("pets", "test").name == "pets"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"split": "valid"}, {"size": 0}, {"size": 32.0}, {"size": True}, {"limit": 0}, {"limit": "9"},
+     {"on_error": "ignore"}],
+)  # fmt: skip
+def test_impossible_arguments_are_named_before_any_work(wrong, data):
+    [(field, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"^{field}={value!r}"):
+        images.load("photos", **{"split": "train", **wrong})
+    assert not data.exists()
+
+
+# --- Decoding
+
+
+def gradient(height, width):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x, y, x + y], -1).astype(np.float64) * 255 / (height + width)
+
+
+def exif_rotated(path):
+    pixels = noise(3, 32, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the stored image needs a quarter turn clockwise
+    Image.fromarray(pixels).save(path, exif=exif)
+    return np.rot90(pixels, -1)
+
+
+def gray(path):
+    Image.fromarray(noise(4)[..., 0]).save(path)
+    return np.repeat(noise(4)[..., :1], 3, -1)
+
+
+def gray16(path):
+    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(deep).save(path)
+    return np.repeat((deep / 65535 * 255).round()[..., None], 3, -1)
+
+
+def cmyk(path):
+    ink = noise(5)
+    ink = np.concatenate([ink, np.zeros_like(ink[..., :1])], -1)  # no black: RGB is 255 - ink
+    Image.fromarray(ink, "CMYK").save(path, format="TIFF")
+    return 255 - ink[..., :3]
+
+
+def alpha(path):
+    rgba = np.concatenate([noise(6), noise(7)[..., :1]], -1).astype(np.float64)
+    Image.fromarray(rgba.astype(np.uint8)).save(path)
+    cover = rgba[..., 3:] / 255
+    return rgba[..., :3] * cover + 255 * (1 - cover)
+
+
+def gray_alpha(path):
+    la = noise(6)[..., :2]
+    Image.fromarray(la, "LA").save(path)
+    cover = la[..., 1:] / 255
+    return np.repeat(la[..., :1] * cover + 255 * (1 - cover), 3, -1)
+
+
+def palette_with_a_transparent_colour(path):
+    index = (noise(8)[..., 0] % 2).astype(np.uint8)
+    image = Image.fromarray(index, "P")
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.save(path, transparency=1)
+    return np.where(index[..., None] == 1, 255, [10, 20, 30])
+
+
+def one_bit(path):
+    bits = noise(9)[..., 0] > 127
+    Image.fromarray(bits).save(path)
+    return np.repeat(bits[..., None] * 255, 3, -1)
+
+
+MODES = [exif_rotated, gray, gray16, cmyk, alpha, gray_alpha, palette_with_a_transparent_colour]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Pillow's, of fromarray's mode
+@pytest.mark.parametrize("write", [*MODES, one_bit])
+def test_every_mode_becomes_the_right_rgb(tmp_path, write):
+    (tmp_path / "one").mkdir()
+    expected = write(tmp_path / "one/image.png" if write is not cmyk else tmp_path / "one/i.tif")
+    np.testing.assert_allclose(only(tmp_path), expected, atol=1 if "alpha" in write.__name__ else 0)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64), (301, 200)])
+def test_other_shapes_are_shrunk_and_cropped_in_the_middle(tmp_path, shape):
+    save(tmp_path / "one/image.png", gradient(*shape).round().astype(np.uint8))
+    side = min(shape)
+    top, left = (shape[0] - side) / 2, (shape[1] - side) / 2
+    at = (np.arange(16) + 0.5) * side / 16 - 0.5  # centres of the new pixels among the old
+    y, x = np.meshgrid(at + top, at + left, indexing="ij")
+    expected = np.stack([x, y, x + y], -1) * 255 / sum(shape)  # a gradient shrinks to itself
+    inside = (slice(1, -1), slice(1, -1))  # at the border the filter leans inwards
+    np.testing.assert_allclose(only(tmp_path, size=16)[inside], expected[inside], atol=1.5)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """12 training images, of which train/cat/0 is cut off and train/dog/1 is no image."""
+    class_folders(tmp_path / "pets")
+    whole = (tmp_path / "pets/train/cat/0.png").read_bytes()
+    (tmp_path / "pets/train/cat/0.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "pets/train/dog/1.png").write_bytes(b"not an image")
+    return tmp_path / "pets"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(lambda png: png[: len(png) // 2], "truncated"), (lambda png: b"x", "no image format")],
+)
+def test_an_unreadable_image_is_named_and_leaves_no_cache(tmp_path, data, content, reason):
+    class_folders(tmp_path / "pets")
+    file = tmp_path / "pets/train/cat/3.png"
+    file.write_bytes(content(file.read_bytes()))
+    for source in (tmp_path / "pets", pack(tmp_path / "pets", tmp_path / "pets.zip")):
+        with pytest.raises(ValueError, match=rf"train/cat/3.png cannot be read \(.*{reason}"):
+            images.load(source, "test")
+    assert not nothing_left(data)
+
+
+def test_unreadable_images_are_skipped_and_counted(damaged):
+    with pytest.warns(UserWarning, match=r"2 of 24 images could not be read, first .*png"):
+        loaded = images.load(damaged, "trainval", on_error="skip")
+    assert (len(loaded), loaded.skipped) == (10, 2)
+    assert images.load(damaged, "test", on_error="skip").skipped == 2  # from the cache
+    with pytest.raises(ValueError, match="cannot be read"):
+        images.load(damaged, "test")  # the cache of "skip" does not answer for "raise"
+
+
+def test_class_with_no_readable_image_is_an_error(tmp_path, data):
+    class_folders(tmp_path / "pets")
+    for part in ("train", "test"):
+        for file in (tmp_path / "pets" / part / "dog").iterdir():
+            file.write_bytes(b"")
+    with pytest.raises(ValueError, match="no image for class 'dog': 12 of 24"):
+        images.load(tmp_path / "pets", "train", on_error="skip")
+    assert not nothing_left(data)
+
+
+def test_decompression_bomb_is_named(tmp_path, monkeypatch):
+    class_folders(tmp_path / "pets")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"train/cat/.*DecompressionBomb"):
+        images.load(tmp_path / "pets", "train")
+
+
+def test_float_images_are_refused(tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "one/depth.tiff")
+    with pytest.raises(ValueError, match=r"depth.tiff cannot be read .*floats of unknown range"):
+        images.load(tmp_path / "one", "train")
+
+
+def test_large_images_take_threads_and_keep_their_order(tmp_path):
+    for i in range(600):
+        save(tmp_path / f"heap/{i:03}.png", np.full((400, 400, 3), i % 256, np.uint8))
+    for part in ("train", "val", "test"):
+        loaded = images.load(tmp_path / "heap", part, size=8)
+        values = loaded.images.flatten(1)
+        assert (values == values[:, :1]).all()
+        wraps = (values[1:, 0].int() <= values[:-1, 0].int()).sum()
+        assert wraps == 2  # 0…255, 0…255, 0…87: sorted by name
+
+
+# --- The cache
+
+
+def entry(data):
+    [path] = (path for path in (data / "cache").iterdir() if path.is_dir())
+    return path
+
+
+def test_second_load_decodes_nothing_and_writing_stays_private(tmp_path, monkeypatch):
+    class_folders(tmp_path / "pets")
+    first = images.load(tmp_path / "pets", "train")
+    kept = first.images.clone()
+    first.images.zero_()
+    monkeypatch.setattr(images, "_decode", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(images.load(tmp_path / "pets", "train").images, kept)
+    assert len(images.load(tmp_path / "pets", "test", limit=3)) == 3
+
+
+def test_changed_content_is_seen(tmp_path):
+    class_folders(tmp_path / "pets")
+    before = images.load(tmp_path / "pets", "test")
+    save(tmp_path / "pets/test/cat/0.png", noise(1234))
+    after = images.load(tmp_path / "pets", "test")
+    assert chw(noise(1234)) in rows(after) and after.fingerprint != before.fingerprint
+
+
+def cut(path):
+    os.truncate(path / "images.u8", 100)
+
+
+def scribble(path):
+    with open(path / "images.u8", "r+b") as file:
+        file.write(b"\xff" * 100)
+
+
+def relabel(path):
+    about = path / "about.json"
+    about.write_text(about.read_text().replace('"labels": [0', '"labels": [1'))
+
+
+@pytest.mark.parametrize("damage", [cut, scribble, relabel, lambda p: (p / "images.u8").unlink()])
+def test_damaged_entry_is_built_again(tmp_path, data, damage):
+    class_folders(tmp_path / "pets")
+    whole = images.load(tmp_path / "pets", "train")
+    kept = whole.images.clone(), whole.labels.clone()
+    time.sleep(0.01)
+    damage(entry(data))
+    again = images.load(tmp_path / "pets", "train")
+    assert torch.equal(again.images, kept[0]) and torch.equal(again.labels, kept[1])
+    assert again.fingerprint == whole.fingerprint
+
+
+def test_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, data):
+    resource = pytest.importorskip("resource")
+    class_folders(tmp_path / "pets", n=100)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # a write fails half-way
+    try:
+        with pytest.raises(OSError, match=r"pets could not be written to .*they take 1 MiB"):
+            images.load(tmp_path / "pets", "train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not nothing_left(data)
+
+
+def test_a_disk_known_to_be_too_small_is_refused_before_decoding(tmp_path, data, monkeypatch):
+    class_folders(tmp_path / "pets")
+    monkeypatch.setattr(images.shutil, "disk_usage", lambda _: SimpleNamespace(free=24 * 3072 - 1))
+    monkeypatch.setattr(images, "_decode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(OSError, match="No space left on device"):
+        images.load(tmp_path / "pets", "train")
+    assert not nothing_left(data)
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path, data):
+    class_folders(tmp_path / "pets")
+    whole = rows(images.load(tmp_path / "pets", "test"))
+    finished = entry(data)
+    cut(finished)
+    finished.rename(finished.with_name(f"{finished.name}.partial"))
+    assert rows(images.load(tmp_path / "pets", "test")) == whole
+    assert entry(data) == finished
+
+
+def test_processes_that_start_at_once_decode_once(tmp_path, data):
+    class_folders(tmp_path / "pets", n=150)
+    script = f"""
+import os, time
+from pathlib import Path
+from idaa_lib import images
+decode = images._decode
+def logged(listing, items, size):
+    with open({str(tmp_path / "log")!r}, "a") as log:
+        log.write("\\n".join(listing.names[i] for i in items) + "\\n")
+    time.sleep(0.2)
+    return decode(listing, items, size)
+images._decode = logged
+Path({str(tmp_path)!r}, f"ready{{os.getpid()}}").touch()
+while not Path({str(tmp_path / "go")!r}).exists():
+    time.sleep(0.01)
+print(images.load({str(tmp_path / "pets")!r}, "train").fingerprint)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)
+        for _ in range(3)
+    ]
+    while len(list(tmp_path.glob("ready*"))) < 3 and all(p.poll() is None for p in started):
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    printed = {process.communicate(timeout=60)[0] for process in started}
+    assert len(printed) == 1 and len(printed.pop()) == 65  # one fingerprint and a newline
+    logged = (tmp_path / "log").read_text().split("\n")[:-1]
+    assert len(logged) == len(set(logged)) == 600
+    assert entry(data)
+
+
+# --- photos
+
+
+def test_photos_are_thirteen_balanced_classes_the_same_on_every_call(data):
+    for split, count in photos.COUNTS.items():
+        loaded = images.load("photos", split)
+        assert loaded.images.shape == (count, 3, 32, 32) and len(loaded.classes) == 13
+        counts = torch.bincount(loaded.labels)
+        assert counts.max() - counts.min() <= 1
+    again = images.load("photos", "test", data_dir=data / "elsewhere")
+    assert torch.equal(again.images, loaded.images) and again.fingerprint == loaded.fingerprint
+    assert len(images.load("photos", "trainval")) == 4500
+
+
+def test_photos_are_crops_of_their_photographs():
+    loaded = images.load("photos", "test", size=48)
+    crops = [crop for crop in photos.crops() if crop.split == "test"]
+    for i in range(0, 1000, 97):
+        whole = Image.open(photos.paths()[crops[i].photo]).convert("RGB")
+        expected = whole.crop(crops[i].box).resize((48, 48), Image.Resampling.BILINEAR)
+        assert loaded.images[i].numpy().tobytes() == chw(np.asarray(expected))
+        assert loaded.classes[loaded.labels[i]] == crops[i].photo
+
+
+def test_no_pixel_of_a_photograph_lies_in_crops_of_two_splits():
+    shapes = {photo: Image.open(path).size[::-1] for photo, path in photos.paths().items()}
+    seen = {photo: np.zeros((3, *shape), bool) for photo, shape in shapes.items()}
+    for crop in photos.crops():
+        height, width = shapes[crop.photo]
+        left, top, right, bottom = crop.box
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        assert right - left == bottom - top
+        seen[crop.photo][ROW[crop.split], top:bottom, left:right] = True
+    assert len(seen) == 13
+    assert all(mask.sum(0).max() == 1 and mask.any((1, 2)).all() for mask in seen.values())
+
+
+def test_raw_pixels_say_something_about_photos_and_not_everything():
+    train, test = images.load("photos", "train"), images.load("photos", "test")
+    nearest = KNeighborsClassifier(5).fit(train.images.flatten(1), train.labels)
+    accuracy = nearest.score(test.images.flatten(1), test.labels)
+    print(f"raw-pixel 5-NN on photos: {100 * accuracy:.1f} %")
+    assert 0.40 < accuracy < 0.70
+
+
+# --- torchvision
+
+SPLIT = {split: {"split": split} for split in ("train", "val", "test")}
+TRAIN_TEST = {"train": SPLIT["train"], "test": SPLIT["test"]}
+ASKED = {  # name: torchvision's class, and what it should be asked for
+    "cifar10": ("CIFAR10", {"train": {"train": True}, "test": {"train": False}}),
+    "cifar100": ("CIFAR100", {"train": {"train": True}, "test": {"train": False}}),
+    "stl10": ("STL10", TRAIN_TEST),
+    "stl10-unlabeled": ("STL10", {"train": {"split": "unlabeled"}, "test": SPLIT["test"]}),
+    "svhn": ("SVHN", TRAIN_TEST),
+    "flowers102": ("Flowers102", SPLIT),
+    "oxfordiiitpet": ("OxfordIIITPet", {"train": {"split": "trainval"}, "test": SPLIT["test"]}),
+    "dtd": ("DTD", SPLIT),
+    "fgvcaircraft": ("FGVCAircraft", SPLIT),
+    "food101": ("Food101", TRAIN_TEST),
+    "caltech101": ("Caltech101", {"all": {}}),
+}
+
+
+@pytest.mark.parametrize("name", sources.TORCHVISION)
+def test_every_torchvision_name_asks_for_its_parts(name, monkeypatch, data):
+    kind, parts = ASKED[name]
+    asked = []
+
+    class Fake:
+        def __init__(self, root, download, **arguments):
+            assert root == data / name.split("-")[0] and download
+            self.seed = 1000 * len(asked)
+            asked.append(arguments)
+            if kind == "Caltech101":
+                self.categories = list("abcdefghij")
+            elif kind != "SVHN":
+                self.classes = list("abcdefghij")
+
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, i):
+            if not 0 <= i < 60:
+                raise IndexError(i)
+            return Image.fromarray(noise(self.seed + i)), i % 10
+
+    monkeypatch.setattr(torchvision.datasets, kind, Fake)
+    sets = {split: images.load(name, split) for split in ("train", "val", "test", "trainval")}
+    assert sorted(map(repr, asked)) == sorted(map(repr, parts.values()))  # each once, then cached
+    assert sets["train"].classes == tuple("0123456789" if kind == "SVHN" else "abcdefghij")
+    if "all" in parts:
+        assert sum(len(sets[split]) for split in ROW) == 60
+    else:
+        assert len(sets["test"]) == 60
+        assert len(sets["val"]) == 60 if "val" in parts else 0 < len(sets["val"]) < 20
+        assert len(sets["trainval"]) == 60 * (len(parts) - 1)
+    seeds = {chw(noise(s)): s for part in range(3) for s in range(1000 * part, 1000 * part + 60)}
+    for loaded in sets.values():
+        assert [seeds[i.numpy().tobytes()] % 1000 % 10 for i in loaded.images] == list(
+            loaded.labels
+        )
+    if name in ("cifar10", "cifar100"):
+        assert sets["train"].mean == (0.4914, 0.4822, 0.4465)
+        assert sets["train"].std == (0.2023, 0.1994, 0.2010)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not found"), urllib.error.URLError("no network")])
+def test_absent_torchvision_set_says_where_its_files_go(monkeypatch, data, error):
+    def refuse(root, **_):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "DTD", refuse)
+    with pytest.raises(FileNotFoundError, match=r"dtd is not complete in .*/data/dtd and .*put"):
+        images.load("dtd", "train")
+    with pytest.raises(FileNotFoundError, match="download=False"):
+        images.load("dtd", "train", download=False)
+    assert not nothing_left(data)
+
+
+# --- All of CIFAR-10
+
+
+def test_cifar10_is_decoded_once_in_little_memory(data, cifar10_zip):
+    # VmHWM and not getrusage, whose peak a child inherits from the process that started it.
+    script = f"""
+import json, re, time, torch
+from idaa_lib import images
+seconds, counts = [], []
+for split in ("trainval", "test"):  # the second finds the cache
+    begin = time.perf_counter()
+    some = images.load({str(cifar10_zip)!r}, split)
+    seconds.append(time.perf_counter() - begin)
+    assert some.images.amax() == 255  # reads every pixel
+    counts.append(torch.bincount(some.labels).tolist())
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+print(json.dumps([seconds, peak, counts]))
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of memory is read from /proc/self/status, which only Linux has")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, check=True)
+    (first, again), peak, counts = json.loads(done.stdout)
+    print(f"CIFAR-10: decoded in {first:.1f} s, again {again:.2f} s, peak {peak:.0f} MiB")
+    assert counts == [[5000] * 10, [1000] * 10]
+    assert peak < 1024
+    loaded = images.load(cifar10_zip, "test")
+    with zipfile.ZipFile(cifar10_zip) as archive:
+        for i in range(0, 10_000, 1111):
+            member = f"test/{loaded.classes[loaded.labels[i]]}/{i % 1000:04}.jpg"
+            decoded = Image.open(io.BytesIO(archive.read(member))).convert("RGB")
+            assert loaded.images[i].numpy().tobytes() == chw(np.asarray(decoded))
