@@ -1,0 +1,149 @@
+"""What a method is to the training loop (contract: design.md, "A method").
+
+The loop draws `batches`, asks `draw` for views and `step` for a `Step`, lets the adversary change
+`step.attacked` against `step.attack_loss`, adds α · `step.adversarial_loss(x′)`, and steps. It
+never asks which method it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from idaa_lib.configs import ConfigError, SSLConfig
+from idaa_lib.views import Recipe, Views, keyed_generator
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Step:
+    """One training step's parts, which share their embeddings by closure.
+
+    Fields:
+        loss: scalar with graph; parts: named scalars to be logged.
+        attacked: images (B, 3, H, W) that an adversary may change.
+        attack_loss(x, at_start=False): scalar to be ascended.
+        adversarial_loss(x′): scalar with graph.
+        embeddings: the positive pairs (B, D), (B, D), L2-normalised, for collapse diagnostics.
+        carry: what `after_step` needs.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    attacked: Tensor | None = None
+    attack_loss: Callable[..., Tensor] | None = None
+    adversarial_loss: Callable[[Tensor], Tensor] | None = None
+    embeddings: tuple[Tensor, Tensor] | None = None
+    carry: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(nn.Module):
+    """Base of all methods.
+
+    `network` holds what is trained; the loop replaces it by what Accelerate prepares, so a method
+    must call `self.network(…)` as a whole: a call of an inner part would skip the gradient
+    exchange between processes. All state that training needs is in `state_dict()`.
+    """
+
+    views = 2
+
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.network = network
+        self.recipe = recipe
+
+    def batches(self, n: int, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """Global batches of an epoch as named index tensors (int64): one permutation, drop last."""
+        order = torch.randperm(n, generator=keyed_generator(seed, epoch, 0, 0))
+        for start in range(0, n - batch_size + 1, batch_size):
+            yield {"images": order[start : start + batch_size]}
+
+    def draw(
+        self, images: Batch, generator: torch.Generator, shard: tuple[int, int] = (0, 1)
+    ) -> tuple[Views, ...]:
+        """Random views of uint8 images (B, 3, H, W); `shard` as in `view`."""
+        return tuple(self.view(images["images"], generator, shard) for _ in range(self.views))
+
+    def view(self, images: Tensor, generator: torch.Generator, shard: tuple[int, int]) -> Views:
+        """One view of each image.
+
+        Parameters are drawn for the global batch of processes · B images and the part of this
+        rank is kept, so that n processes draw what one would; shard is (rank, processes).
+        """
+        rank, processes = shard
+        b = len(images)
+        params = self.recipe.draw(processes * b, generator, tuple(images.shape[-2:]))
+        params = {k: v[rank * b : (rank + 1) * b] for k, v in params.items()}
+        return Views(self.recipe.apply(images, params), params)
+
+    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+        raise NotImplementedError
+
+    def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
+        """Groups with `params`, `lr_scale`, `weight_decay`, `schedule` (global step → factor)."""
+        raise NotImplementedError
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        # Fused: one kernel for all parameters, on the CPU too; the arithmetic is Adam's.
+        return torch.optim.Adam(groups, lr=lr, fused=True)
+
+    def on_epoch_start(self, epoch: int, images: Tensor, generator: torch.Generator) -> None:
+        """Before an epoch's first step (not again when resuming inside the epoch)."""
+
+    def after_step(self, step: Step) -> None:
+        """After the optimiser has stepped: queues, moving averages."""
+
+
+METHODS: dict[str, Callable[[SSLConfig, Recipe], Method]] = {}
+
+
+def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Make a method available as `method=name`; it is built as cls(config, recipe)."""
+
+    def register(cls: type[Method]) -> type[Method]:
+        METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def build_method(config: SSLConfig, recipe: Recipe) -> Method:
+    """The method that `config.method` names, with initial weights drawn from `config.seed`.
+
+    Raises:
+        ConfigError: no method has this name.
+    """
+    if config.method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, and is {config.method!r}.")
+    torch.manual_seed(config.seed)
+    return METHODS[config.method](config, recipe)
+
+
+def gathered(z: Tensor) -> Tensor:
+    """Embeddings (B, D) of all processes (processes · B, D), with gradient; z itself for one."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return z
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(z))
+
+
+def delayed_cosine(epochs: int, steps_per_epoch: int, delay: int = 11) -> Callable[[int], float]:
+    """The official SimCLR schedule: a cosine over `epochs`, stepped per epoch, started late.
+
+    Constant through epoch `delay`, then one step of the cosine an epoch (spec/idaa.md §4).
+    """
+
+    def factor(step: int) -> float:
+        steps = max(0, step // steps_per_epoch - delay)
+        return 0.5 * (1 + math.cos(math.pi * steps / epochs))
+
+    return factor

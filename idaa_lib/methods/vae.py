@@ -1,0 +1,51 @@
+"""The VAE's own training (spec/idaa.md §1), in the form of a method: one loop trains everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from idaa_lib.configs import VAEConfig
+from idaa_lib.methods.base import Batch, Method, Step
+from idaa_lib.nets.vae import VAE, vae_loss
+from idaa_lib.views import Recipe, Views
+
+
+class VAETraining(Method):
+    """One view, reparametrised with noise that is drawn with the view's parameters."""
+
+    views = 1
+
+    def __init__(self, config: VAEConfig, recipe: Recipe) -> None:
+        torch.manual_seed(config.seed)
+        vae = VAE(config.dim, config.size, config.width, recipe.mean, recipe.std)
+        super().__init__(vae, recipe)
+        self.dim, self.kappa = config.dim, config.kappa
+
+    def view(
+        self, images: torch.Tensor, generator: torch.Generator, shard: tuple[int, int]
+    ) -> Views:
+        view = super().view(images, generator, shard)
+        rank, processes = shard
+        b = len(images)
+        noise = torch.randn(processes * b, self.dim, generator=generator)
+        noise = noise[rank * b : (rank + 1) * b].to(images.device, non_blocking=True)
+        return Views(view.images, view.params | {"noise": noise})
+
+    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+        (view,) = views
+        output = self.network(view.images, view.params["noise"])
+        loss, reconstruction, kl = vae_loss(view.images, output, self.kappa)
+        return Step(loss, parts={"reconstruction": reconstruction, "kl": kl})
+
+    def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
+        """Epoch e = 1…E at lr·(1 − (e−1)/E)."""
+        params = list(self.network.parameters())
+        linear = lambda step: 1 - (step // steps_per_epoch) / epochs  # noqa: E731
+        return [dict(params=params, lr_scale=1.0, weight_decay=0.0, schedule=linear)]
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        # The release's own Adam adds 1e-8 to √v before the bias correction, torch's after it: a
+        # difference below rounding wherever √v is not itself near 1e-8.
+        return torch.optim.Adam(groups, lr=lr, betas=(0.0, 0.9), fused=True)

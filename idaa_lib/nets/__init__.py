@@ -1,0 +1,51 @@
+"""Networks: backbones by name, the VAE, heads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_backbone(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Make a backbone available as `backbone=name` in every configuration.
+
+    What is registered is called as f(width=, stem=, adversarial_norms=) and gives a module with an
+    attribute `feature_dim`, D, and `forward(images (B, 3, H, W), adversarial=False) → (B, D)`.
+    """
+
+    def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        BACKBONES[name] = build
+        return build
+
+    return register
+
+
+def build_backbone(name: str, *, width: int, stem: str, adversarial_norms: bool) -> Any:
+    """The registered backbone `name`.
+
+    Raises:
+        ValueError: no backbone has this name.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, and is {name!r}.")
+    return BACKBONES[name](width=width, stem=stem, adversarial_norms=adversarial_norms)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` in eval mode inside the block, every submodule back in its own mode after it."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield module
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+from idaa_lib.nets import resnet as _resnet  # noqa: E402, F401 - registers its backbones

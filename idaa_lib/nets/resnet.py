@@ -1,0 +1,129 @@
+"""ResNets with an optional second set of BatchNorms for adversarial input.
+
+He et al. 2016 (arXiv:1512.03385); CIFAR stem: 3×3, no pooling; ImageNet stem: 7×7 stride 2 and
+max-pooling. The second set (AdvProp, Xie et al. 2020, arXiv:1911.09665) keeps statistics and affine
+parameters of its own with momentum .01; convolutions are shared, and inference uses the main set.
+Names of parameters and parameter counts: spec/idaa.md §4.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from idaa_lib.nets import register_backbone
+
+ADVERSARIAL_MOMENTUM = 0.01
+
+
+class _Normed(nn.Module):
+    """A module with BatchNorms by name, each with an adversarial twin `<name>_adv` if asked."""
+
+    def __init__(self, adversarial_norms: bool) -> None:
+        super().__init__()
+        self.adversarial_norms = adversarial_norms
+
+    def add_norm(self, name: str, channels: int) -> None:
+        self.add_module(name, nn.BatchNorm2d(channels))
+        if self.adversarial_norms:
+            twin = nn.BatchNorm2d(channels, momentum=ADVERSARIAL_MOMENTUM)
+            self.add_module(f"{name}_adv", twin)
+
+    def norm(self, name: str, x: Tensor, adversarial: bool) -> Tensor:
+        return getattr(self, f"{name}_adv" if adversarial else name)(x)
+
+
+class _Block(_Normed):
+    """A residual block: convolutions of given (kernel, channels), stride in the 3×3 (v1.5)."""
+
+    def __init__(
+        self, inputs: int, shapes: list[tuple[int, int]], stride: int, adversarial_norms: bool
+    ) -> None:
+        super().__init__(adversarial_norms)
+        self.depth = len(shapes)
+        outputs = shapes[-1][1]
+        first_3x3 = [kernel for kernel, _ in shapes].index(3)
+        channels = inputs
+        for i, (kernel, width) in enumerate(shapes):
+            step = stride if i == first_3x3 else 1
+            conv = nn.Conv2d(channels, width, kernel, step, kernel // 2, bias=False)
+            self.add_module(f"conv{i + 1}", conv)
+            self.add_norm(f"bn{i + 1}", width)
+            channels = width
+        self.projects = stride != 1 or inputs != outputs
+        if self.projects:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+            self.add_norm("shortcut_bn", outputs)
+
+    def forward(self, x: Tensor, adversarial: bool) -> Tensor:
+        y = x
+        for i in range(1, self.depth + 1):
+            y = self.norm(f"bn{i}", getattr(self, f"conv{i}")(y), adversarial)
+            y = F.relu(y) if i < self.depth else y
+        if self.projects:
+            x = self.norm("shortcut_bn", self.shortcut(x), adversarial)
+        return F.relu(x + y)
+
+
+class ResNet(_Normed):
+    """Backbone without a classification head.
+
+    Args:
+        blocks: residual blocks in each of the four stages.
+        bottleneck: 1×1, 3×3, 1×1 blocks with 4× wider output, instead of two 3×3.
+        width: channels of the first stage (64 in the papers; less for small machines).
+        stem: `cifar` or `imagenet`.
+        adversarial_norms: give every BatchNorm an adversarial twin.
+    """
+
+    def __init__(
+        self,
+        blocks: tuple[int, int, int, int],
+        *,
+        bottleneck: bool = False,
+        width: int = 64,
+        stem: str = "cifar",
+        adversarial_norms: bool = False,
+    ) -> None:
+        super().__init__(adversarial_norms)
+        kernel, stride = {"cifar": (3, 1), "imagenet": (7, 2)}[stem]
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
+        self.add_norm("bn1", width)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
+        channels = width
+        for stage, depth in enumerate(blocks):
+            w = width * 2**stage
+            shapes = [(1, w), (3, w), (1, 4 * w)] if bottleneck else [(3, w), (3, w)]
+            layer = nn.ModuleList()
+            for i in range(depth):
+                first = 2 if i == 0 and stage > 0 else 1
+                layer.append(_Block(channels, shapes, first, adversarial_norms))
+                channels = shapes[-1][1]
+            self.add_module(f"layer{stage + 1}", layer)
+        self.feature_dim = channels
+        if stem == "imagenet":
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor, adversarial: bool = False) -> Tensor:
+        """Images (B, 3, H, W), normalised → features (B, feature_dim)."""
+        x = self.norm("bn1", self.conv1(images), adversarial)
+        x = self.maxpool(F.relu(x))
+        for stage in range(1, 5):
+            for block in getattr(self, f"layer{stage}"):
+                x = block(x, adversarial)
+        return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+
+
+for _name, _blocks, _bottleneck in (
+    ("resnet18", (2, 2, 2, 2), False),
+    ("resnet34", (3, 4, 6, 3), False),
+    ("resnet50", (3, 4, 6, 3), True),
+    ("resnet101", (3, 4, 23, 3), True),
+    ("resnet152", (3, 8, 36, 3), True),
+):
+    register_backbone(_name)(partial(ResNet, _blocks, bottleneck=_bottleneck))

@@ -1,0 +1,142 @@
+"""The VAE of IDAA, which splits an image into G(x) and R(x) = x − G(x) (spec/idaa.md §1).
+
+Layers, their order and their names are those of the official release, so its checkpoints fit.
+The output is BatchNorm(tanh(decoder)): in eval mode a per-channel affine map of (−1, 1), which lets
+G span the range of normalised pixels; the release does so without saying why.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from idaa_lib.nets import evaluating
+
+
+class Decomposition(NamedTuple):
+    """x = G + R, each (B, 3, H, W) in the units of x."""
+
+    G: Tensor
+    R: Tensor
+
+
+class Output(NamedTuple):
+    """A pass through the VAE: z, mu, logvar (B, m); G (B, 3, H, W)."""
+
+    z: Tensor
+    G: Tensor
+    mu: Tensor
+    logvar: Tensor
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.convs(x)
+
+
+class VAE(nn.Module):
+    """The CIFAR (≤ 60 px), tiny (64 px), mini (84 px) and ImageNet (224 px) variants, by size.
+
+    Args:
+        dim: bottleneck dimension m.
+        size: image side, pixels: 64, 84, 224, or a multiple of 4 up to 60.
+        width: half the channels of the innermost feature map (64 in the paper, so d = 128).
+        mean, std: the normalisation of the images that it is trained on, per channel in [0, 1]
+            units; an adversary that meets other units converts (None: units are never converted).
+    Raises:
+        ValueError: there is no variant for `size`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        size: int = 32,
+        width: int = 64,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        halvings = {64: 3, 84: 3, 224: 5}.get(size, 2)
+        if halvings == 2 and (size % 4 or not 0 < size <= 60):
+            raise ValueError(
+                f"There is no VAE for size={size}: it must be 64, 84, 224 or a multiple of 4 "
+                f"up to 60."
+            )
+        self.dim, self.size, self.width, self.mean, self.std = dim, size, width, mean, std
+        d = 2 * width
+        self.inner = (d, size >> halvings, size >> halvings)
+        channels = [3, *(d >> k for k in reversed(range(halvings)))]
+
+        down: list[nn.Module] = []
+        for c, c_next in pairwise(channels):
+            down += [nn.Conv2d(c, c_next, 4, 2, 1, bias=False), nn.BatchNorm2d(c_next), nn.ReLU()]
+        up: list[nn.Module] = []
+        for i, (c, c_next) in enumerate(pairwise(channels[::-1])):
+            # 84 px: 10 → 20 → 42 → 84, the odd step without padding.
+            padding = 0 if size == 84 and i == 1 else 1
+            up += [nn.ConvTranspose2d(c, c_next, 4, 2, padding, bias=False)]
+            up += [nn.BatchNorm2d(c_next), nn.LeakyReLU(0.01)]
+        residuals = lambda: [_Residual(d), nn.BatchNorm2d(d), _Residual(d)]  # noqa: E731
+        # Only the ImageNet variant has a BatchNorm on either side of the bottleneck.
+        edge = [nn.BatchNorm2d(d)] if size == 224 else []
+        outer = [nn.BatchNorm2d(d)] if size == 224 else []
+        self.encoder = nn.Sequential(*down, *residuals(), *edge)
+        self.decoder = nn.Sequential(*outer, *residuals(), nn.BatchNorm2d(d), *up[:-2])
+        flat = d * self.inner[1] ** 2
+        self.fc11 = nn.Linear(flat, dim)
+        self.fc12 = nn.Linear(flat, dim)
+        self.fc21 = nn.Linear(dim, flat)
+        self.bn = nn.BatchNorm2d(3)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) → μ, log σ², each (B, m)."""
+        # reshape, not view: in channels_last the activations are not contiguous.
+        h = self.encoder(x).reshape(len(x), -1)
+        return self.fc11(h), self.fc12(h)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, m) → G (B, 3, H, W)."""
+        return self.bn(torch.tanh(self.decoder(self.fc21(z).reshape(-1, *self.inner))))
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Output:
+        """z = μ + σ·noise, with noise (B, m) standard normal; z = μ without it."""
+        mu, logvar = self.encode(x)
+        z = mu if noise is None else mu + torch.exp(0.5 * logvar) * noise
+        return Output(z, self.decode(z), mu, logvar)
+
+    @torch.no_grad()
+    def decompose(self, x: Tensor) -> Decomposition:
+        """Split images (B, 3, H, W), in the units the VAE was trained with, at z = μ."""
+        with evaluating(self):
+            G = self(x).G
+        return Decomposition(G, x - G)
+
+
+def rate(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(q(z|x) ‖ N(0, I)) of each image in nats, (B, m), (B, m) → (B,) (spec §6.1)."""
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+
+
+def vae_loss(x: Tensor, output: Output, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
+    """L = L_rec + κ·L_KL, and its two parts, scalars (spec §1).
+
+    L_rec is the mean squared error per pixel and channel; L_KL is the KL term divided by B·3·m:
+    the 3 is stray, but every published κ is meant with it.
+    """
+    reconstruction = F.mse_loss(output.G.float(), x)
+    kl = rate(output.mu.float(), output.logvar.float()).mean() / (3 * output.mu.shape[1])
+    return reconstruction + kappa * kl, reconstruction, kl
