@@ -1,0 +1,116 @@
+"""A run's networks back as modules, and features of images from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from idaa_lib import checkpoints, runs
+from idaa_lib.methods import Method, build_method
+from idaa_lib.nets import evaluating
+from idaa_lib.nets.vae import VAE
+from idaa_lib.runs import Run, RunError
+from idaa_lib.views import recipe
+
+
+class Encoder(NamedTuple):
+    """An encoder with what it expects: normalised images (B, 3, size, size)."""
+
+    module: nn.Module
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_encoder(run: Run | str | None = None, layer: str = "backbone") -> Encoder:
+    """The frozen encoder of a finished SSL run, on the CPU, in eval mode.
+
+    Args:
+        run: a run, its id or path; None takes the newest.
+        layer: `backbone` gives features h (B, feature_dim); `projector` the L2-normalised z.
+    Raises:
+        RunError: there is no such run, or it is not finished.
+    """
+    run = run if isinstance(run, Run) else runs.get("ssl", run)
+    return Encoder(_layer(_method(run, trained=True).network, layer), *_units(run))
+
+
+def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
+    """The encoder of `run` with the weights it had before training: a reference row."""
+    return Encoder(_layer(_method(run, trained=False).network, layer), *_units(run))
+
+
+def load_vae(run: Run | str | None = None, **values: object) -> VAE:
+    """The VAE of a finished run, frozen, on the CPU, in eval mode.
+
+    Args:
+        run: a run, its id or path; None takes the newest whose configuration has `values`.
+    Raises:
+        RunError: there is no such run, or it is not finished.
+    """
+    run = run if isinstance(run, Run) else runs.get("vae", run, **values)
+    config = run.config
+    _, mean, std = _units(run)
+    vae = VAE(config.dim, config.size, config.width, mean, std)
+    vae.load_state_dict(_tensors(run, "method.network."))
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def features(
+    module: nn.Module | Callable[[Tensor], Tensor],
+    images: Tensor,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 500,
+) -> Tensor:
+    """Features (N, D) float32, on the CPU, of uint8 images (N, 3, H, W).
+
+    The module is left as it was: eval mode inside, its own modes after, no gradients.
+    """
+    transform = recipe("none", size, mean, std)
+    rows = []
+    with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size].to(device)
+            rows.append(module(transform.apply(batch, {})).float().cpu())
+    return torch.cat(rows)
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The other reference row: the pixels themselves, centred, (N, 3·H·W) in [−.5, .5]."""
+    return images.flatten(1).float() / 255 - 0.5
+
+
+def _layer(network: nn.Module, layer: str) -> nn.Module:
+    if layer not in ("backbone", "projector"):
+        raise ValueError(f"layer must be backbone or projector, and is {layer!r}.")
+    module = network.backbone if layer == "backbone" else network
+    assert isinstance(module, nn.Module)
+    return module.eval().requires_grad_(False)
+
+
+def _method(run: Run, trained: bool) -> Method:
+    config = run.config
+    method = build_method(config, recipe(config.augmentation, *_units(run)))
+    if trained:
+        method.load_state_dict(_tensors(run, "method."))
+    return method
+
+
+def _units(run: Run) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    data = run.environment["dataset"]
+    return run.config.size, tuple(data["mean"]), tuple(data["std"])
+
+
+def _tensors(run: Run, prefix: str) -> dict[str, Tensor]:
+    loaded = checkpoints.load(run)
+    if loaded is None:
+        raise RunError(f"Run {run.id} has no checkpoint under {run.path / 'checkpoints'}.")
+    return {k.removeprefix(prefix): v for k, v in loaded[0].items() if k.startswith(prefix)}

@@ -1,0 +1,49 @@
+"""Figures that say how sure, and how healthy: accuracy with its interval, signs of a collapse."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from scipy.stats import binom
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Accuracy(NamedTuple):
+    """Top-1 in percent (0–100), its bootstrap 95 % interval over the n test images."""
+
+    top1: float
+    low: float
+    high: float
+    n: int
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> Accuracy:
+    """Top-1 accuracy of predictions (Q,) with its 95 % percentile bootstrap over images.
+
+    Resampling n zeros and ones with replacement gives a binomial count, so the bootstrap's
+    quantiles are read from that distribution exactly instead of being simulated.
+    """
+    n = len(labels)
+    p = (predictions == labels).double().mean().item()
+    low, high = (float(q) / n for q in binom.ppf([0.025, 0.975], n, p))
+    return Accuracy(100 * p, 100 * low, 100 * high, n)
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of (N, D) centred features, 1…D.
+
+    Roy & Vetterli 2007; 1 where all features lie on a line: dimensional collapse.
+    """
+    centred = (features - features.mean(0)).double()
+    singular = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
+    p = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.exp(torch.special.entr(p).sum()).item()
+
+
+def embedding_std(features: Tensor) -> float:
+    """√D times the mean standard deviation of L2-normalised (N, D): 1 on a full sphere, 0 in a
+    collapse to a point (Chen & He 2021, arXiv:2011.10566, Fig. 2)."""
+    z = F.normalize(features.float(), dim=1)
+    return (z.std(0).mean() * z.shape[1] ** 0.5).item()

@@ -1,0 +1,178 @@
+"""The evaluation stage: an SSL run in, a run directory with accuracies and features out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from idaa_lib import checkpoints, images, runs
+from idaa_lib.configs import ConfigError, EvalConfig
+from idaa_lib.environment import describe
+from idaa_lib.evaluate.encoders import features, load_encoder, pixels, random_encoder
+from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
+from idaa_lib.evaluate.knn import knn, official_bank
+from idaa_lib.evaluate.linear import linear_probe, official_probe
+from idaa_lib.runs import Run
+
+# What stands in one table beside the run's own encoder.
+SUBJECTS = ("encoder", "random", "pixels")
+
+
+def locate(config: EvalConfig) -> Run:
+    """The run directory that `config` leads to, whether it was evaluated yet or not."""
+    return _plan(config).run
+
+
+def evaluate(config: EvalConfig) -> Run:
+    """Evaluate a finished SSL run under `config`; a finished evaluation is given back as it is.
+
+    The run's `summary.json` has, for the trained encoder and (with `references`) for the same
+    encoder before training and for raw pixels, kNN and linear top-1 in percent with n, the 95 %
+    interval and the protocol.
+
+    Raises:
+        RunError: the SSL run is missing or unfinished. ConfigError: the images have no labels.
+    """
+    plan = _plan(config)
+    config, run, source, splits = plan.config, plan.run, plan.source, plan.splits
+    if run.finished:
+        print(f"{run.id} is finished: showing its result.")
+        return run
+    with run.writing(config, describe(config.device, splits["test"])) as writer:
+        began = time.monotonic()
+        device = torch.device(_device(config.device))
+        labels = {s: split.labels for s, split in splits.items()}
+        classes = len(splits["train"].classes)
+        summary: dict[str, Any] = {"protocol": config.protocol}
+        kept: dict[str, Tensor] = {"labels": labels["test"]}
+        for subject in SUBJECTS if config.references else SUBJECTS[:1]:
+            layers = _encode(subject, source, splits, device, config.protocol)
+            of = "raw pixels" if subject == "pixels" else "backbone features"
+            rows, predictions = _judge(layers, labels, classes, config, of)
+            prefix = "" if subject == "encoder" else f"{subject}_"
+            summary |= {f"{prefix}{key}": value for key, value in rows.items()}
+            kept |= {f"{subject}.{key}": value for key, value in predictions.items()}
+            if subject == "encoder":
+                kept["features"] = layers["linear"]["test"]
+                summary["embedding_std"] = embedding_std(kept["features"])
+                summary["effective_rank"] = effective_rank(kept["features"])
+            print(
+                f"{subject}: kNN {rows['knn_top1']:.2f} %, linear {rows['linear_top1']:.2f} % "
+                f"({config.protocol}, n = {rows['knn_n']:,})"
+            )
+        save_file({k: v.contiguous() for k, v in kept.items()}, run.path / "results.safetensors")
+        writer.finish(summary | {"seconds": time.monotonic() - began})
+    return run
+
+
+class _Plan(NamedTuple):
+    config: EvalConfig
+    run: Run
+    source: Run
+    splits: dict[str, images.ImageSet]
+
+
+def _plan(config: EvalConfig) -> _Plan:
+    source = runs.get("ssl", config.run)
+    trained = source.config
+    config = config.model_copy(
+        update={"run": source.id, "dataset": config.dataset or trained.dataset}
+    )
+    splits = {
+        split: images.load(config.dataset, split, trained.size, config.limit)  # type: ignore[arg-type]
+        for split in ("train", "val", "test")
+    }
+    if not splits["train"].labelled:
+        raise ConfigError(f"dataset={config.dataset!r} has no labels to evaluate against.")
+    run = runs.run_for(config, splits["test"].fingerprint, encoder=checkpoints.digest(source))
+    return _Plan(config, run, source, splits)
+
+
+def results(run: Run) -> dict[str, Tensor]:
+    """Tensors of a finished evaluation: `labels` and `features` of the test images, and predictions
+    `<subject>.knn`, `<subject>.linear` of encoder, random, pixels."""
+    return load_file(run.path / "results.safetensors")
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _encode(
+    subject: str,
+    source: Run,
+    splits: dict[str, images.ImageSet],
+    device: torch.device,
+    protocol: str,
+) -> dict[str, dict[str, Tensor]]:
+    """Features of each split for kNN and for the linear probe, encoded once where they agree."""
+    if subject == "pixels":
+        found = {s: pixels(split.images) for s, split in splits.items()}
+        return {"knn": found, "linear": found}
+    load = load_encoder if subject == "encoder" else random_encoder
+    layers = {"linear": "backbone", "knn": "backbone"}
+    if protocol == "official":
+        layers["knn"] = "projector"
+    encoded = {}
+    for layer in set(layers.values()):
+        module, size, mean, std = load(source, layer)
+        module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        encoded[layer] = {
+            s: features(module, split.images, size, mean, std, device=device)
+            for s, split in splits.items()
+        }
+    return {probe: encoded[layer] for probe, layer in layers.items()}
+
+
+def _judge(
+    layers: dict[str, dict[str, Tensor]],
+    labels: dict[str, Tensor],
+    classes: int,
+    config: EvalConfig,
+    of: str,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Accuracies and predictions. The bank and the final fit use train and val together."""
+    bank, linear = layers["knn"], layers["linear"]
+    both = torch.cat([labels["train"], labels["val"]])
+    vectors = torch.cat([bank["train"], bank["val"]])
+    official = config.protocol == "official"
+    if official:
+        vectors = official_bank(torch.nn.functional.normalize(vectors, dim=1))
+    guess = knn(
+        vectors, both, bank["test"], classes=classes, k=config.k, temperature=config.temperature
+    )
+    rows: dict[str, Any] = {
+        f"knn_{k}": v for k, v in accuracy(guess, labels["test"])._asdict().items()
+    }
+    if official:
+        of = "raw pixels" if of == "raw pixels" else "projected z"
+        of += ", official bank"
+    rows["knn_protocol"] = (
+        f"{config.protocol}: {of}, k={config.k}, τ={config.temperature:g}, final epoch"
+    )
+    if official:
+        train = (torch.cat([linear["train"], linear["val"]]), both)
+        probe = official_probe(train, (linear["test"], labels["test"]), classes=classes)
+        found, count = probe.predictions, probe.n
+        rows["linear_top1_last"] = probe.top1_last
+        rows["linear_protocol"] = (
+            "official: Adam, 1000 epochs, best test epoch, partial batch dropped"
+        )
+    else:
+        fit = linear_probe(
+            (linear["train"], labels["train"]),
+            (linear["val"], labels["val"]),
+            linear["test"],
+            classes=classes,
+        )
+        found, count = fit.predictions, len(labels["test"])
+        rows["linear_penalty"] = fit.penalty
+        rows["linear_protocol"] = "clean: L-BFGS, penalty chosen on val, refit, test read once"
+    judged = accuracy(found, labels["test"][:count])._asdict()
+    return rows | {f"linear_{k}": v for k, v in judged.items()}, {"knn": guess, "linear": found}

@@ -1,0 +1,43 @@
+"""`python -m idaa_lib.train ssl adversary=idaa epsilon=0.1`: train without a notebook.
+
+The first word is the stage (vae or ssl), the others are fields of its configuration; `@config.json`
+starts from a stored one. Under `accelerate launch` it runs on many processes and machines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from idaa_lib.configs import SSLConfig, UserError, VAEConfig
+from idaa_lib.train import train
+
+
+def main(words: list[str]) -> int:
+    stages = {"vae": VAEConfig, "ssl": SSLConfig}
+    if not words or words[0] not in stages:
+        print(__doc__, file=sys.stderr)
+        return 2
+    values: dict[str, object] = {}
+    try:
+        for word in words[1:]:
+            if word.startswith("@"):
+                values |= json.loads(Path(word[1:]).read_text())
+            elif "=" in word:
+                name, _, text = word.partition("=")
+                values[name] = text
+            else:
+                raise ValueError(f"{word!r} is neither name=value nor @file.json.")
+        run = train(stages[words[0]](**values))
+    # What a user can mend is told in its sentence; anything else is our fault and keeps its trace.
+    except (UserError, ValueError, FileNotFoundError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 130 if type(error).__name__ == "Stopped" else 2
+    print(run.path)
+    print(json.dumps(run.summary, indent=1, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

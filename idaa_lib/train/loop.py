@@ -1,0 +1,342 @@
+"""The training loop, on Accelerate: one for every method, adversary and device.
+
+Random numbers are keyed by (seed, epoch, step) and never carried along, so a run that was stopped
+in the middle of an epoch goes on bit for bit (on the CPU) from what a checkpoint holds: weights,
+optimiser, counters, and the sums of the log interval under way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from idaa_lib import checkpoints
+from idaa_lib.adversaries import AttackError, NoAdversary
+from idaa_lib.configs import ConfigError, TrainingConfig
+from idaa_lib.methods import Method
+from idaa_lib.runs import RunError, Stopped, Writer
+from idaa_lib.train.progress import Progress
+from idaa_lib.views import keyed_generator
+
+# Streams of random numbers that one step draws from (the last part of the key).
+VIEWS, ATTACK, EPOCH = 1, 2, 3
+
+
+class Fit:
+    """Training of `method` on uint8 `images` (N, 3, H, W), under `config`.
+
+    Args:
+        accelerator: from `make_accelerator`.
+        adversary: called as in `adversaries`; alpha: weight of the adversarial loss.
+        writer: of the run directory; None on all processes but the first.
+        validate: method → figures, called after every `validate_every` epochs and the last.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        method: Method,
+        images: Tensor,
+        config: TrainingConfig,
+        writer: Writer | None,
+        adversary: Any = None,
+        alpha: float = 1.0,
+        validate: Callable[[Method], dict[str, float]] = lambda method: {},
+        validate_every: int = 1,
+    ) -> None:
+        if config.batch_size > len(images) or config.batch_size % accelerator.num_processes:
+            raise ConfigError(
+                f"batch_size must be at most the {len(images)} training images and divisible by "
+                f"the {accelerator.num_processes} processes, and is {config.batch_size}."
+            )
+        self.accelerator, self.images, self.config, self.writer = (
+            accelerator,
+            images,
+            config,
+            writer,
+        )
+        self.adversary, self.alpha = adversary or NoAdversary(), alpha
+        self.validate, self.validate_every = validate, validate_every
+        self.steps_per_epoch = len(images) // config.batch_size
+        self.total = config.epochs * self.steps_per_epoch
+        self.step, self.seconds = 0, 0.0
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.shard = (accelerator.process_index, accelerator.num_processes)
+
+        self.method = method.to(accelerator.device)
+        self.method.network.to(memory_format=torch.channels_last)
+        groups = method.param_groups(config.epochs, self.steps_per_epoch)
+        self.schedules = [(g.pop("lr_scale"), g.pop("schedule")) for g in groups]
+        self.optimizer = method.optimizer(groups, config.learning_rate)
+
+    # --- what a checkpoint holds ------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment (first process only)."""
+        if self.writer is None:
+            return
+        tensors = {f"method.{k}": v for k, v in self._method_state().items()}
+        state = self.optimizer.state_dict()
+        for index, slots in state["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in slots.items()}
+        tensors |= {f"sums.{k}": v for k, v in self.sums.items()}
+        counters = {"step": self.step, "count": self.count, "seconds": self.seconds}
+        checkpoints.save(
+            self.writer.run, self.step, tensors, counters | {"groups": state["param_groups"]}
+        )
+
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any], *, anew: bool) -> None:
+        """Take up a checkpoint, before `run`; `anew` keeps the weights and optimiser alone."""
+        self.method.load_state_dict(_under("method.", tensors))
+        slots: dict[int, dict[str, Tensor]] = {}
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for name, value in _under("optimizer.", tensors).items():
+            index, _, slot = name.partition(".")
+            # Laid out as its parameter (channels_last): the fused optimiser pairs them by memory.
+            like = params[int(index)]
+            if value.shape == like.shape:
+                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            slots.setdefault(int(index), {})[slot] = value
+        self.optimizer.load_state_dict({"state": slots, "param_groups": state["groups"]})
+        if not anew:
+            self.step, self.count, self.seconds = state["step"], state["count"], state["seconds"]
+            self.sums = {
+                k: v.to(self.accelerator.device) for k, v in _under("sums.", tensors).items()
+            }
+
+    def _method_state(self) -> dict[str, Tensor]:
+        # What Accelerate wraps for several processes calls its content `module`.
+        state = self.method.state_dict()
+        return {k.replace("network.module.", "network.", 1): v for k, v in state.items()}
+
+    # --- the loop ---------------------------------------------------------------------------
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; the figures of the last validation.
+
+        Raises:
+            Stopped: Ctrl-C, SIGTERM or a stop request; the state was saved after a whole step.
+            RunError: the loss or an attack's gradient is not finite.
+        """
+        self.method.network = self.accelerator.prepare_model(self.method.network)
+        self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        name = self.writer.run.stage if self.writer else ""
+        progress = Progress(name, self.total, self.step, self.config.batch_size)
+        figures: dict[str, float] = {}
+        try:
+            with _signals() as asked:
+                first = self.step // self.steps_per_epoch
+                for epoch in range(first, self.config.epochs):
+                    self._epoch(epoch, progress, asked)
+                    last = epoch + 1 == self.config.epochs
+                    if last or (epoch + 1) % self.validate_every == 0:
+                        figures = self.validate(self.method)
+                        self._log(progress, epoch, figures)
+                    request = None if last else self._request(asked)
+                    if last or request or (epoch + 1) % self.config.checkpoint_every == 0:
+                        self.save()
+                    self._obey(request)
+        finally:
+            progress.close()
+        # A run killed between its last checkpoint and its summary has nothing left to train.
+        return figures or self.validate(self.method)
+
+    def _epoch(self, epoch: int, progress: Progress, asked: list[str]) -> None:
+        config, device = self.config, self.accelerator.device
+        done = self.step - epoch * self.steps_per_epoch
+        self.method.train()
+        if done == 0:
+            generator = keyed_generator(config.seed, epoch, 0, EPOCH)
+            self.method.on_epoch_start(epoch, self.images, generator)
+        batches = self.method.batches(len(self.images), config.batch_size, config.seed, epoch)
+        rank, processes = self.shard
+        began = time.monotonic()
+        for batch in itertools.islice(batches, done, None):
+            mine = {}
+            for key, index in batch.items():
+                share = len(index) // processes
+                mine[key] = index[rank * share : (rank + 1) * share].to(self.images.device)
+            images = {key: self.images[index].to(device) for key, index in mine.items()}
+            self._step(epoch, images, mine)
+            self.step += 1
+            now = time.monotonic()
+            self.seconds, began = self.seconds + now - began, now
+            progress.update(self.step)
+            if self.step % config.log_every == 0 or self.step == self.total:
+                self._flush(progress, epoch)
+            # After an epoch's last step comes its validation; `run` asks once that is done.
+            if self.step % self.steps_per_epoch and (request := self._request(asked)):
+                self.save()
+                self._obey(request)
+
+    def _step(self, epoch: int, images: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        for group, (scale, schedule) in zip(
+            self.optimizer.param_groups, self.schedules, strict=True
+        ):
+            group["lr"] = self.config.learning_rate * scale * schedule(self.step)
+        views = self.method.draw(
+            images, keyed_generator(self.config.seed, epoch, self.step, VIEWS), self.shard
+        )
+        step = self.method.step(views, batch)
+        loss, parts = step.loss, dict(step.parts)
+        noise = keyed_generator(self.config.seed, epoch, self.step, ATTACK)
+        try:
+            with self.accelerator.autocast():
+                attack = self.adversary(
+                    step.attacked, step.attack_loss, generator=noise, shard=self.shard
+                )
+        except AttackError as error:
+            raise RunError(f"At step {self.step}: {error}") from error
+        if attack is not None:
+            assert step.adversarial_loss is not None
+            adversarial = step.adversarial_loss(attack.images)
+            moved = (attack.images - step.attacked).flatten(1).norm(dim=1).mean()
+            parts |= {"clean_loss": step.loss, "adversarial_loss": adversarial, "moved": moved}
+            loss = loss + self.alpha * adversarial
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(step)
+        # Sums stay on the device: nothing waits for it between two lines of the log.
+        for key, value in {"loss": loss, **parts}.items():
+            value = value.detach().double()
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.count += 1
+        self._embeddings = step.embeddings
+
+    def _flush(self, progress: Progress, epoch: int) -> None:
+        """Means over the log interval, and what would tell a collapse, to the log."""
+        means = {k: (v / self.count).item() for k, v in self.sums.items()}
+        self.sums, self.count = {}, 0
+        if not math.isfinite(means["loss"]):
+            raise RunError(
+                f"The loss is {means['loss']} at step {self.step}: lower learning_rate "
+                f"({self.config.learning_rate:g}) or try precision='fp32'; the last checkpoint "
+                f"is intact."
+            )
+        means["lr"] = self.optimizer.param_groups[0]["lr"]
+        if self._embeddings is not None:
+            z1, z2 = (z.float() for z in self._embeddings)
+            # Wang & Isola 2020 (arXiv:2005.10242), and √D·std, 1 on the sphere, 0 in a collapse.
+            means["alignment"] = (z1 - z2).square().sum(1).mean().item()
+            pairs = torch.pdist(z1).square() if len(z1) > 1 else z1.new_zeros(1)
+            means["uniformity"] = pairs.mul(-2).exp().mean().log().item()
+            means["embedding_std"] = (z1.std(0).mean() * z1.shape[1] ** 0.5).item()
+        self._log(progress, epoch, means)
+
+    def _log(self, progress: Progress, epoch: int, values: dict[str, float]) -> None:
+        if self.writer is None:
+            return
+        speed = {"images_per_second": progress.images_per_second}
+        self.writer.log(step=self.step, epoch=epoch, time=time.time(), **values, **speed)
+        self.writer.state(state="going", step=self.step, steps=self.total, epoch=epoch)
+        self.accelerator.log(values, step=self.step)
+        shown = {k: v for k, v in values.items() if k in _SHOWN}
+        progress.show(f"{epoch + 1}/{self.config.epochs}", shown)
+
+    def _request(self, asked: list[str]) -> str | None:
+        """Why to stop now, if so. A pause is waited out here; with several processes all agree."""
+        request = asked[0] if asked else None
+        if self.writer is not None and request is None:
+            request = self.writer.request()
+            while request == "pause" and not asked:
+                self.writer.state(state="going", paused=True)
+                time.sleep(0.2)
+                request = self.writer.request()
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(request is not None), device=self.accelerator.device)
+            request = "asked" if self.accelerator.reduce(flag, "sum").item() else None
+        return request
+
+    def _obey(self, request: str | None) -> None:
+        if request:
+            raise Stopped(
+                f"Stopped ({request}) after step {self.step} of {self.total} and saved: "
+                f"start the same run again to go on."
+            )
+
+
+# What a line of progress has room for.
+_SHOWN = {"loss", "adversarial_loss", "reconstruction_val", "rate_nats_val", "knn_top1_val"}
+
+
+def make_accelerator(config: TrainingConfig, folder: Any) -> Accelerator:
+    """Devices, precision and tracker of a run, as `config` and the launcher have them.
+
+    Raises:
+        ConfigError: the device or the tracker is not there.
+    """
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    device = config.device
+    available = {"auto", "cpu"}
+    available |= {"cuda"} if torch.cuda.is_available() else set()
+    available |= {"mps"} if torch.backends.mps.is_available() else set()
+    if device not in available:
+        raise ConfigError(f"device must be one of {', '.join(sorted(available))}, not {device!r}.")
+    # One kernel may train several runs, with settings of their own; Accelerate shares its state.
+    AcceleratorState._reset_state(reset_partial_state=torch.distributed.is_initialized() is False)
+    tracker = None if config.tracker == "none" else config.tracker
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision="bf16" if _bf16(config.precision, device) else "no",
+            log_with=tracker,
+            project_dir=str(folder),
+            # A step runs the network several times before one backward pass: buffers broadcast in
+            # between would change what autograd saved.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        if tracker:
+            accelerator.init_trackers("idaa")
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"tracker={config.tracker!r} cannot be used: {error} (pip install {config.tracker})."
+        ) from error
+    return accelerator
+
+
+def _bf16(precision: str, device: str) -> bool:
+    if precision != "auto":
+        return precision == "bf16"
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    # Emulated bf16 is slower than fp32: only CPUs that multiply it natively gain.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collects Ctrl-C and SIGTERM instead of raising; a second Ctrl-C raises at once."""
+    asked: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # Python delivers signals to the main thread only
+        return
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,277 @@
+"""The training stages: a configuration in, a finished run directory out."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from idaa_lib import adversaries, checkpoints, images, runs
+from idaa_lib.configs import ConfigError, SSLConfig, TrainingConfig, VAEConfig
+from idaa_lib.environment import describe
+from idaa_lib.evaluate.encoders import features, load_vae
+from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
+from idaa_lib.evaluate.knn import knn
+from idaa_lib.images import ImageSet
+from idaa_lib.methods import Method, build_method
+from idaa_lib.methods.vae import VAETraining
+from idaa_lib.nets import evaluating
+from idaa_lib.nets.vae import rate
+from idaa_lib.runs import Run, RunError, Writer
+from idaa_lib.train.loop import Fit, make_accelerator
+from idaa_lib.views import recipe
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that a run depends on, found before any work starts."""
+
+    config: Any
+    run: Run
+    data: ImageSet
+    vae: Run | None
+    start: Run | None
+
+
+def locate(config: TrainingConfig) -> Run:
+    """The run directory that `config` leads to, whether it was trained yet or not."""
+    return _plan(config).run
+
+
+def train(config: TrainingConfig) -> Run:
+    """Train what `config` describes: see `train_vae` and `train_ssl`."""
+    return train_vae(config) if isinstance(config, VAEConfig) else train_ssl(config)  # type: ignore[arg-type]
+
+
+def train_vae(config: VAEConfig) -> Run:
+    """Train a VAE, or resume it, or show it if it is finished.
+
+    Raises:
+        ConfigError, RunError: one sentence, before work starts where it can be known then.
+        Stopped: on Ctrl-C or a stop request, after the state was saved.
+    """
+    plan = _plan(config)
+    method = VAETraining(config, recipe(config.augmentation, config.size, *_units(plan.data)))
+
+    def validate(method: Method, device: torch.device) -> dict[str, float]:
+        return _vae_figures(method.network, method.recipe, val.images, device)
+
+    def summarise(figures: dict[str, float]) -> dict[str, Any]:
+        final = {name.removesuffix("_val"): value for name, value in figures.items()}
+        return final | {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
+
+    val = _validation(config)
+    return _train(plan, method, None, validate, 1, summarise)
+
+
+def train_ssl(config: SSLConfig) -> Run:
+    """Train an encoder, or resume it, or show it if it is finished.
+
+    Raises: as `train_vae`.
+    """
+    plan = _plan(config)
+    units = _units(plan.data)
+    method = build_method(config, recipe(config.augmentation, config.size, *units))
+    attack = dict(
+        epsilon=config.epsilon,
+        steps=config.steps,
+        step_size=config.step_size,
+        norm=config.norm,
+        random_start=config.random_start,
+    )
+    adversary: Any = adversaries.NoAdversary()
+    if config.adversary == "clae":
+        adversary = adversaries.CLAE(**attack)  # type: ignore[arg-type]
+    elif plan.vae is not None:
+        kind = {"idaa": adversaries.IDAA, "random_sign": adversaries.RandomSign}[config.adversary]
+        adversary = kind(load_vae(plan.vae), **attack, mean=units[0], std=units[1])  # type: ignore[arg-type]
+
+    val = _validation(config)
+
+    def validate(method: Method, device: torch.device) -> dict[str, float]:
+        backbone = method.network.get_submodule("backbone")
+        encode = lambda split: features(  # noqa: E731
+            backbone, split.images, config.size, *units, device=device
+        )
+        z = encode(val)
+        figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z)}
+        if val.labelled:
+            bank = plan.data
+            guess = knn(encode(bank), bank.labels, z, classes=len(bank.classes))
+            figures["knn_top1_val"] = accuracy(guess, val.labels).top1
+        return figures
+
+    def summarise(figures: dict[str, float]) -> dict[str, Any]:
+        protocol = "clean: backbone features, k=200, τ=0.5, last epoch, validation split"
+        return figures | {"knn_protocol": protocol, "n_val": len(val)}
+
+    return _train(plan, method, adversary, validate, config.knn_every, summarise)
+
+
+def _plan(config: TrainingConfig) -> _Plan:
+    data = images.load(config.dataset, config.split, config.size, config.limit)
+    if data.size != config.size:
+        raise ConfigError(f"size={config.size} was asked for, and the images have {data.size}.")
+    vae = None
+    if isinstance(config, SSLConfig) and config.needs_vae:
+        vae = _choose_vae(config)
+        config = config.model_copy(update={"vae": vae.id})
+    start = runs.get(config.stage, config.continue_from) if config.continue_from else None
+    run = runs.run_for(
+        config,
+        data.fingerprint,
+        vae=checkpoints.digest(vae) if vae else None,
+        start=checkpoints.digest(start) if start else None,
+    )
+    return _Plan(config, run, data, vae, start)
+
+
+def _choose_vae(config: SSLConfig) -> Run:
+    """The VAE run asked for, or the newest that fits the data and size; which one is printed."""
+    wanted: dict[str, Any] = {"size": config.size}
+    if config.dim is not None:
+        wanted["dim"] = config.dim
+    if config.vae is None:
+        run = runs.get("vae", None, dataset=config.dataset, **wanted)
+        print(f"vae: {run.id} (the newest that fits)")
+        return run
+    run = runs.get("vae", config.vae)
+    for name, value in wanted.items():
+        if (found := getattr(run.config, name)) != value:
+            raise ConfigError(f"vae={run.id!r} has {name}={found}, and this run needs {value}.")
+    return run
+
+
+def _validation(config: TrainingConfig) -> ImageSet:
+    # limit bounds the cost of a demo, and a quarter of it is enough to see a curve.
+    limit = None if config.limit is None else max(1, config.limit // 4)
+    return images.load(config.dataset, "val", config.size, limit)
+
+
+def _units(data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return data.mean, data.std
+
+
+def _train(
+    plan: _Plan,
+    method: Method,
+    adversary: Any,
+    validate: Callable[[Method, torch.device], dict[str, float]],
+    validate_every: int,
+    summarise: Callable[[dict[str, float]], dict[str, Any]],
+) -> Run:
+    """What both stages share: lock, room on the disk, resume, loop, summary."""
+    config, run = plan.config, plan.run
+    if run.finished:
+        print(f"{run.id} is finished: showing its result.")
+        return run
+    accelerator = make_accelerator(config, run.path)
+    _check_disk(run, method)
+    if isinstance(adversary, adversaries.IDAA):
+        adversary.vae.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with _writer(plan, accelerator.is_main_process) as writer:
+        if run.finished:  # another process was faster between the look and the lock
+            return run
+        fit = Fit(
+            accelerator,
+            method,
+            _resident(plan.data.images, accelerator.device),
+            config,
+            writer,
+            adversary,
+            getattr(config, "alpha", 1.0),
+            lambda method: validate(_unwrapped(method, accelerator), accelerator.device),
+            validate_every,
+        )
+        resumed = checkpoints.load(run)
+        if resumed is not None:
+            fit.load(*resumed, anew=False)
+            print(f"{run.id}: going on after step {fit.step} of {fit.total}.")
+        elif plan.start is not None and (begun := checkpoints.load(plan.start)):
+            fit.load(*begun, anew=True)
+        if writer is not None:
+            writer.rewind(fit.step)
+        figures = fit.run()
+        accelerator.end_training()
+        if writer is not None:
+            done = fit.step * config.batch_size
+            speed = {"seconds": fit.seconds, "images_per_second": done / max(fit.seconds, 1e-9)}
+            writer.finish(summarise(figures) | speed)
+    return run
+
+
+@contextlib.contextmanager
+def _writer(plan: _Plan, first: bool) -> Iterator[Writer | None]:
+    if not first:
+        yield None
+        return
+    with plan.run.writing(plan.config, describe(plan.config.device, plan.data)) as writer:
+        yield writer
+
+
+def _check_disk(run: Run, method: nn.Module) -> None:
+    """Room for the checkpoints that are kept and the one being written, before work starts."""
+    weights = sum(p.numel() * p.element_size() for p in method.state_dict().values())
+    need = 3 * weights * (checkpoints.KEEP + 1)  # Adam's two moments beside the weights
+    folder = runs.outputs_root()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise RunError(
+            f"No space for {run.id}: its checkpoints need {need / 2**20:.0f} MiB, and the disk of "
+            f"{folder} has {free / 2**20:.0f} MiB free."
+        )
+
+
+def _resident(data: Tensor, device: torch.device) -> Tensor:
+    """All images on the device if they take less than half of what is free there, else on the
+    host, from where each batch is copied."""
+    if device.type != "cuda":
+        return data
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = data.numel() < free // 2
+    print(f"{data.numel() / 2**20:.0f} MiB of images stay on the {device if fits else 'host'}.")
+    return data.to(device) if fits else data
+
+
+def _unwrapped(method: Method, accelerator: Any) -> Method:
+    """The same method with its network outside Accelerate's wrapper, for readings without grad."""
+    network = accelerator.unwrap_model(method.network, keep_fp32_wrapper=True)
+    if network is method.network:
+        return method
+    shell = Method(network, method.recipe)
+    return shell
+
+
+@torch.no_grad()
+def _vae_figures(
+    vae: nn.Module, recipe_: Any, data: Tensor, device: torch.device
+) -> dict[str, float]:
+    """On un-augmented validation images: reconstruction (MSE), kl (the loss's term), rate in nats,
+    and the official acc_gx = 1 − mean ‖x−G‖²/‖x‖², acc_rx = 1 − mean ‖G‖²/‖x‖² (spec §1)."""
+    transform = recipe("none", recipe_.size, recipe_.mean, recipe_.std)
+    error, nats, gx, rx = 0.0, 0.0, 0.0, 0.0
+    with evaluating(vae):
+        for batch in data.split(500):
+            x = transform.apply(batch.to(device), {})
+            _, G, mu, logvar = vae(x)
+            energy = x.square().flatten(1).sum(1)
+            missed = (x - G).square().flatten(1).sum(1)
+            error += missed.sum().item()
+            nats += rate(mu.float(), logvar.float()).sum().item()
+            gx += (missed / energy).sum().item()
+            rx += (G.float().square().flatten(1).sum(1) / energy).sum().item()
+    n = len(data)
+    rate_nats = nats / n
+    return {
+        "reconstruction_val": error / (n * 3 * recipe_.size**2),
+        "kl_val": rate_nats / (3 * mu.shape[1]),
+        "rate_nats_val": rate_nats,
+        "acc_gx_val": 1 - gx / n,
+        "acc_rx_val": 1 - rx / n,
+    }

@@ -1,0 +1,422 @@
+"""Training: it learns, it stops and goes on bit for bit, and a user's mistakes cost nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import idaa_lib
+from idaa_lib import checkpoints, images, runs
+from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.evaluate.encoders import features, load_encoder, load_vae, random_encoder
+from idaa_lib.evaluate.stage import evaluate, results
+from idaa_lib.runs import RunError, Stopped
+from idaa_lib.train import locate, train, train_ssl, train_vae
+from idaa_lib.train.loop import Fit
+
+TINY = {"limit": 96, "batch_size": 16, "epochs": 2, "width": 4, "log_every": 4, "device": "cpu"}
+VAE = VAEConfig(**TINY, dim=8)
+
+
+def ssl(**values):
+    return SSLConfig(**(TINY | {"projection_dim": 8} | values))
+
+
+@pytest.fixture
+def vae(outputs):
+    return train_vae(VAE)
+
+
+def stop_after(monkeypatch, steps, how):
+    """Call `how` when `steps` steps were made in this process."""
+    original, made = Fit._step, []
+
+    def step(self, *args):
+        original(self, *args)
+        made.append(1)
+        if len(made) == steps:
+            how(self)
+
+    monkeypatch.setattr(Fit, "_step", step)
+
+
+def interrupt(fit):
+    signal.raise_signal(signal.SIGINT)
+
+
+def outcome(run):
+    """Weights, optimiser and metrics of a run, without its times."""
+    tensors, state = checkpoints.load(run)
+    times = {"time", "images_per_second"}
+    lines = [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
+    summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "images_per_second")}
+    state.pop("seconds")
+    return tensors, state, lines, summary
+
+
+@pytest.mark.parametrize("adversary", ["vae", "none", "clae", "idaa", "random_sign"])
+@pytest.mark.parametrize("steps", [4, 6, 9])  # 6: exactly at the end of the first epoch
+def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
+    outputs, vae, monkeypatch, adversary, steps
+):
+    config = VAEConfig(**TINY, dim=8, seed=1) if adversary == "vae" else ssl(adversary=adversary)
+    whole = outcome(train(config))
+    run = locate(config)
+    shutil.rmtree(run.path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps, interrupt)
+        with pytest.raises(Stopped, match=rf"after step {steps} of 12 and saved"):
+            train(config)
+    assert run.state["state"] == "interrupted"
+    assert not run.finished
+    again = outcome(train(config))
+    assert whole[0].keys() == again[0].keys()
+    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
+    assert whole[1:] == again[1:]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(outputs, monkeypatch):
+    whole = outcome(train_vae(VAE))
+    shutil.rmtree(locate(VAE).path)
+    with monkeypatch.context() as patch:
+
+        def die(fit):
+            raise SystemExit
+
+        stop_after(patch, 9, die)
+        with pytest.raises(SystemExit):
+            train_vae(VAE)
+    assert [line["step"] for line in locate(VAE).metrics()] == [4, 6, 8]
+    again = outcome(train_vae(VAE))
+    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
+    assert whole[1:] == again[1:]
+
+
+def test_two_epochs_differ_and_two_runs_agree(outputs):
+    first = outcome(train_ssl(ssl()))
+    shutil.rmtree(locate(ssl()).path)
+    second = outcome(train_ssl(ssl()))
+    assert all(torch.equal(first[0][k], second[0][k]) for k in first[0])
+    losses = [line["loss"] for line in first[2] if "loss" in line]
+    assert len(losses) == len(set(losses)) == 3
+
+
+def test_a_finished_run_is_shown_and_not_trained_again(outputs, vae, monkeypatch, capsys):
+    before = {p: p.stat().st_mtime_ns for p in vae.path.rglob("*") if p.is_file()}
+    monkeypatch.setattr(Fit, "run", lambda self: pytest.fail("trained again"))
+    assert train_vae(VAE) == vae
+    assert "is finished: showing its result" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in vae.path.rglob("*") if p.is_file()}
+
+
+def test_a_run_directory_holds_what_the_design_says(outputs, vae):
+    run = train_ssl(ssl(adversary="idaa"))
+    for name in ("config.json", "environment.json", "metrics.jsonl", "state.json", "latest.json"):
+        assert (run.path / name).exists()
+    assert {"reconstruction", "kl", "kappa", "beta", "dim", "rate_nats"} <= vae.summary.keys()
+    assert {"knn_top1_val", "seconds", "images_per_second"} <= run.summary.keys()
+    assert 0 <= run.summary["knn_top1_val"] <= 100
+    assert run.config.vae == vae.id
+    assert run.environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert all({"step", "epoch", "time"} <= line.keys() for line in run.metrics())
+    logged = set().union(*run.metrics())
+    assert {"embedding_std", "effective_rank", "alignment", "uniformity"} <= logged
+
+
+def test_training_learns(outputs):
+    """The VAE reconstructs better than the mean colour does; the SSL loss falls below chance."""
+    run = train_vae(VAEConfig(limit=500, width=8, dim=32, epochs=6, batch_size=32, device="cpu"))
+    assert run.summary["reconstruction"] < 0.8  # 1 is the variance of normalised pixels
+    assert run.summary["rate_nats"] > 1
+    trained = train_ssl(
+        SSLConfig(limit=600, width=8, epochs=4, batch_size=64, learning_rate=2e-3, log_every=9)
+    )
+    losses = [line["loss"] for line in trained.metrics() if "loss" in line]
+    assert losses[-1] < losses[0]
+    knn = [line["knn_top1_val"] for line in trained.metrics() if "knn_top1_val" in line]
+    assert knn[-1] > 100 / 13 * 2
+
+
+def test_a_longer_run_continues_from_a_finished_one(outputs, vae):
+    longer = train_vae(VAE.model_copy(update={"continue_from": vae.id, "epochs": 3}))
+    assert longer != vae
+    assert vae.finished
+    assert longer.metrics()[0]["loss"] < vae.metrics()[0]["loss"]
+
+
+def test_request_to_stop_and_to_pause(outputs, monkeypatch):
+    def pause(fit):
+        runs.stop(fit.writer.run, "pause")
+        later = [(0.6, "go"), (1.2, "stop")]
+        for delay, request in later:
+            threading.Timer(delay, runs.stop, (fit.writer.run, request)).start()
+
+    stop_after(monkeypatch, 2, pause)
+    slow = VAE.model_copy(update={"epochs": 400})
+    began = time.monotonic()
+    with pytest.raises(Stopped, match=r"Stopped \(stop\)"):
+        train_vae(slow)
+    assert time.monotonic() - began > 1.0
+    assert locate(slow).state["state"] == "interrupted"
+
+
+def test_the_command_line_trains_and_speaks_in_sentences(outputs):
+    command = [sys.executable, "-m", "idaa_lib.train"]
+    words = [f"{k}={v}" for k, v in TINY.items()]
+    done = subprocess.run([*command, "vae", *words, "dim=8"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert locate(VAE).finished
+    assert "epoch 2/2" in done.stdout  # a readable log where there is no terminal
+    for bad, sentence in (
+        (["ssl", "epsilom=3"], "did you mean 'epsilon'"),
+        (["ssl", "epsilon"], "neither name=value nor @file.json"),
+        (["ssl", "dataset=nowhere"], "nowhere"),
+    ):
+        done = subprocess.run([*command, *bad], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_in_a_process_saves_and_says_how_to_go_on(outputs):
+    words = [f"{k}={v}" for k, v in (TINY | {"epochs": 4000}).items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "idaa_lib.train", "vae", *words, "dim=8"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    run = locate(VAE.model_copy(update={"epochs": 4000}))
+    while not run.metrics() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "start the same run again to go on" in errors
+    assert run.state["state"] == "interrupted"
+    assert checkpoints.load(run)[1]["step"] > 0
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard"])
+def test_a_tracker_is_one_parameter(outputs, tracker):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    run = train_vae(VAE.model_copy(update={"tracker": tracker}))
+    events = list(run.path.rglob("events.out.tfevents*"))
+    assert events
+    assert sum(p.stat().st_size for p in events) > 100
+
+
+# --- a user's mistakes ------------------------------------------------------------------------
+
+
+def test_a_missing_vae_is_told_before_work(outputs):
+    with pytest.raises(RunError, match=r"no finished vae run with dataset=photos and size=32"):
+        train_ssl(ssl(adversary="idaa"))
+    assert not (outputs / "ssl").exists()
+
+
+def test_a_vae_that_does_not_fit_is_told_before_work(outputs, vae):
+    with pytest.raises(ConfigError, match="size=32, and this run needs 64"):
+        train_ssl(ssl(adversary="idaa", vae=vae.id, size=64))
+    with pytest.raises(ConfigError, match="dim=8, and this run needs 16"):
+        train_ssl(ssl(adversary="idaa", vae=vae.id, dim=16))
+    with pytest.raises(RunError, match="dim=16"):
+        train_ssl(ssl(adversary="idaa", dim=16))
+    assert not (outputs / "ssl").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"method": "simclrr"}, "method must be one of simclr.*'simclrr'"),
+        ({"backbone": "resnet19"}, "backbone must be one of resnet18.*'resnet19'"),
+        ({"device": "tpu"}, "device must be one of .*'tpu'"),
+        ({"batch_size": 97}, "batch_size must be at most the 96 training images.*97"),
+        ({"dataset": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"tracker": "wandb"}, "tracker='wandb'"),
+    ],
+)
+def test_values_that_only_the_start_can_judge(outputs, values, sentence, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises((ConfigError, ValueError, FileNotFoundError), match=sentence):
+        train_ssl(ssl(**values))
+
+
+def test_no_space_is_told_before_work(outputs, monkeypatch):
+    full = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    images.load("photos", "train")
+    with pytest.raises(RunError, match=r"No space for .*: its checkpoints need \d+ MiB"):
+        train_ssl(ssl())
+
+
+def test_a_disk_that_fills_up_ends_in_a_sentence(outputs, monkeypatch):
+    def full(fit):
+        raise OSError(28, os.strerror(28))
+
+    stop_after(monkeypatch, 9, full)
+    with pytest.raises(RunError, match="No space left on the disk"):
+        train_vae(VAE)
+    assert checkpoints.load(locate(VAE))[1]["step"] == 6
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(outputs):
+    config = ssl(learning_rate=1e20, precision="fp32", log_every=1, epochs=30)
+    with pytest.raises(RunError, match=r"loss is nan at step \d+: lower learning_rate"):
+        train_ssl(config)
+    assert locate(config).state["state"] == "failed"
+
+
+def folder(root, n=24, classes=("a", "b")):
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "test"):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = torch.randint(0, 256, (20, 24, 3), generator=generator)
+                image = Image.fromarray(pixels.to(torch.uint8).numpy())
+                image.save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_own_images_without_labels_train_and_cannot_be_evaluated(outputs, tmp_path):
+    for split in folder(tmp_path / "own").iterdir():
+        for i, path in enumerate(sorted(split.rglob("*.png"))):
+            path.rename(tmp_path / "own" / f"{split.name}{i}.png")
+        shutil.rmtree(split)
+    run = train_ssl(ssl(dataset=str(tmp_path / "own"), limit=None, size=16))
+    assert "knn_top1_val" not in run.summary
+    assert run.summary["effective_rank"] >= 1
+    with pytest.raises(ConfigError, match="no labels"):
+        evaluate(EvalConfig(run=run.id))
+
+
+def test_moving_a_folder_is_the_same_run(outputs, tmp_path):
+    here = folder(tmp_path / "here")
+    config = ssl(dataset=str(here), size=16)
+    run = locate(config)
+    moved = shutil.move(here, tmp_path / "sub" / "here")
+    assert locate(config.model_copy(update={"dataset": str(moved)})) == run
+    (Path(moved) / "train" / "a" / "0.png").unlink()
+    assert locate(config.model_copy(update={"dataset": str(moved)})) != run
+
+
+# --- what comes back --------------------------------------------------------------------------
+
+
+def test_an_encoder_comes_back_in_one_line(outputs):
+    run = train_ssl(ssl(adversary="clae"))
+    module, size, mean, std = load_encoder(run)
+    data = images.load("photos", "train", limit=96)
+    assert (size, mean, std) == (32, data.mean, data.std)
+    assert not module.training
+    assert not any(p.requires_grad for p in module.parameters())
+    stored, _ = checkpoints.load(run)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, stored[f"method.network.backbone.{name}"])
+    z = features(load_encoder(run, "projector").module, data.images, size, mean, std)
+    assert z.shape == (96, 8)
+    assert torch.allclose(z.norm(dim=1), torch.ones(96), atol=1e-5)
+    with pytest.raises(ValueError, match="layer must be backbone or projector"):
+        load_encoder(run, "head")
+
+
+def test_the_reference_encoder_is_the_one_before_training(outputs, monkeypatch):
+    config = ssl(seed=3)
+    kept = {}
+
+    def keep(fit):
+        kept.update({k: v.clone() for k, v in fit.method.network.backbone.state_dict().items()})
+
+    original = Fit.run
+    monkeypatch.setattr(Fit, "run", lambda self: (keep(self), original(self))[1])
+    run = train_ssl(config)
+    module = random_encoder(run).module
+    assert all(torch.equal(v, kept[k]) for k, v in module.state_dict().items())
+
+
+def test_an_evaluation_is_a_run_with_figures_that_say_how_they_came(outputs):
+    run = train_ssl(ssl())
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    judged = evaluate(EvalConfig(run=run.id, limit=120, device="cpu"))
+    summary, found = judged.summary, results(judged)
+    test = images.load("photos", "test", limit=120)
+    assert torch.equal(found["labels"], test.labels)
+    for subject in ("", "random_", "pixels_"):
+        for probe in ("knn", "linear"):
+            key = f"{subject}{probe}"
+            name = subject.rstrip("_") or "encoder"
+            top1 = (found[f"{name}.{probe}"] == test.labels).double().mean().item() * 100
+            assert summary[f"{key}_top1"] == pytest.approx(top1)
+            assert summary[f"{key}_low"] <= top1 <= summary[f"{key}_high"]
+            assert summary[f"{key}_n"] == 120
+            assert summary[f"{key}_protocol"].startswith("clean: ")
+    assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    assert evaluate(EvalConfig(run=run.id, limit=120)) == judged
+
+
+def test_the_official_protocol_is_labelled(outputs):
+    run = train_ssl(ssl())
+    asked = EvalConfig(run=run.id, limit=120, protocol="official", references=False)
+    summary = evaluate(asked).summary
+    assert "official" in summary["knn_protocol"]
+    assert "best test epoch" in summary["linear_protocol"]
+    assert summary["linear_top1"] >= summary["linear_top1_last"]
+    assert "pixels_knn_top1" not in summary
+
+
+def test_a_vae_comes_back_frozen(outputs, vae):
+    loaded = load_vae(vae)
+    assert (loaded.dim, loaded.size, loaded.width) == (8, 32, 4)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.mean == images.load("photos", "train").mean
+
+
+def test_own_backbone_and_method_are_one_decorator_each(outputs, monkeypatch):
+    monkeypatch.setattr(idaa_lib.nets, "BACKBONES", dict(idaa_lib.nets.BACKBONES))
+
+    @idaa_lib.register_backbone("flat")
+    class Flat(torch.nn.Module):
+        feature_dim = 12
+
+        def __init__(self, width, stem, adversarial_norms):
+            super().__init__()
+            self.layer = torch.nn.LazyLinear(12)
+            self.layer(torch.zeros(1, 3 * 32 * 32))
+
+        def forward(self, images, adversarial=False):
+            return self.layer(images.flatten(1))
+
+    from idaa_lib.methods import METHODS
+    from idaa_lib.methods.simclr import SimCLR
+
+    monkeypatch.setitem(METHODS, "mine", SimCLR)
+    run = train_ssl(ssl(backbone="flat", method="mine"))
+    assert run.id.startswith("ssl-photos-mine-none-")
+    assert load_encoder(run).module.feature_dim == 12
+
+
+def test_two_processes_start_the_same_run_and_one_wins(outputs, tmp_path):
+    words = [f"{k}={v}" for k, v in (TINY | {"epochs": 60}).items()]
+    command = [sys.executable, "-m", "idaa_lib.train", "vae", *words, "dim=8"]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in both]
+    codes = sorted(process.returncode for process in both)
+    run = locate(VAE.model_copy(update={"epochs": 60}))
+    assert run.finished
+    assert codes in ([0, 2], [0, 0])  # the later one may come after the end, and shows the result
+    if codes == [0, 2]:
+        assert any("is being written by process" in error for _, error in said)
+    steps = [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").open()]
+    assert steps == sorted(steps)
