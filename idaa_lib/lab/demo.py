@@ -1,0 +1,162 @@
+"""`make demo`: from nothing to results. Runs the notebooks under papermill and says what came out.
+
+Everything is a run like any other, so a second `make demo` finds the first one's results at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from idaa_lib import adversaries, sweeps
+from idaa_lib.configs import EvalConfig, SSLConfig, SweepConfig, UserError, VAEConfig
+from idaa_lib.environment import hardware
+from idaa_lib.methods import build_method
+from idaa_lib.nets.vae import VAE
+from idaa_lib.runs import Run, outputs_root
+from idaa_lib.views import keyed_generator, recipe
+
+Adversary = Literal["none", "clae", "idaa"]
+ADVERSARIES: tuple[Adversary, ...] = ("none", "clae", "idaa")
+KERNEL_SECONDS = 8.0  # to start a kernel and import torch, matplotlib and this library
+JOBS = 2
+
+
+def main() -> int:
+    began = time.monotonic()
+    step = seconds_per_step()
+    print(
+        f"IDAA workbench demo on {hardware()}\n"
+        f"This takes about {estimate(step) / 60:.0f} minutes: a VAE, SimCLR with no adversary, "
+        f"CLAE and IDAA, their evaluation, and a small sensitivity study.\n",
+        flush=True,
+    )
+    try:
+        rows, notebooks = run(lambda text: print(f"[{_clock(began)}] {text}", flush=True))
+    except UserError as error:
+        print(f"\nThe demo stopped: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{table(rows)}\n\nFigures:")
+    for path in sorted(p for row in rows for p in row["figures"]):
+        print(f"  {_short(path)}")
+    print("\nExecuted notebooks:")
+    for path in notebooks:
+        print(f"  {_short(path)}")
+    print(f"\nDone in {_clock(began)}. To open them:  make lab")
+    return 0
+
+
+def run(say: Any) -> tuple[list[dict[str, Any]], list[Path]]:
+    """All stages; a row for each adversary, and the executed notebooks in reading order."""
+    from joblib import Parallel, delayed
+
+    say("1/4  VAE")
+    vae = sweeps.ensure(VAEConfig())
+    say("2/4  SimCLR with no adversary, CLAE, IDAA, and their evaluation")
+
+    def pipeline(adversary: Adversary) -> dict[str, Any]:
+        ssl = sweeps.ensure(SSLConfig(adversary=adversary, vae=vae.id))
+        say(f"     trained    {ssl.id}")
+        judged = sweeps.ensure(EvalConfig(run=ssl.id))
+        say(f"     evaluated  {ssl.id}")
+        return row(adversary, ssl, judged)
+
+    with sweeps.shared_threads(JOBS):
+        # The longest first, so that the last one does not run alone.
+        found = Parallel(JOBS, prefer="threads")(delayed(pipeline)(a) for a in ADVERSARIES[::-1])
+    say("3/4  Decomposition, pictures of x′ over ε")
+    pictures = outputs_root() / "notebooks"
+    idaa = next(r for r in found if r["adversary"] == "idaa")
+    decomposed = sweeps.execute(
+        "02_decompose", {"vae": vae.id, "run": idaa["ssl"].id}, pictures / "02_decompose.ipynb"
+    )
+    say("4/4  Sensitivity to ε, β and dim")
+    grid = sweeps.run_all(sweeps.points(SweepConfig()), JOBS)
+    say(f"     {len({r['ssl'] for r in grid})} runs, {len({r['vae'] for r in grid})} VAEs")
+    swept = sweeps.execute("05_sensitivity", {}, pictures / "05_sensitivity.ipynb")
+
+    ordered = sorted(found, key=lambda r: ADVERSARIES.index(r["adversary"]))
+    ordered[0]["figures"] += [*(vae.path / "figures").glob("*.png")]
+    ordered[0]["figures"] += [outputs_root() / "sweep" / "sensitivity.png"]
+    notebooks = [vae.path / "notebook.ipynb", decomposed]
+    notebooks += [r[stage].path / "notebook.ipynb" for r in ordered for stage in ("ssl", "eval")]
+    return ordered, [*notebooks, swept]
+
+
+def row(adversary: str, ssl: Run, judged: Run) -> dict[str, Any]:
+    figures = [p for r in (ssl, judged) for p in (r.path / "figures").glob("*.png")]
+    return {"adversary": adversary, "ssl": ssl, "eval": judged, "figures": figures}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """method × kNN, linear (with 95 % intervals), seconds; the reference rows below."""
+    lines = [f"{'':<22}{'kNN (%)':>20}{'linear (%)':>20}{'seconds':>10}"]
+
+    def accuracy(summary: dict[str, Any], key: str) -> str:
+        low, high = summary[f"{key}_low"], summary[f"{key}_high"]
+        return f"{summary[f'{key}_top1']:.1f} [{low:.1f}, {high:.1f}]"
+
+    for entry in rows:
+        judged, name = entry["eval"].summary, entry["adversary"]
+        label = "SimCLR" if name == "none" else f"SimCLR + {name.upper()}"
+        seconds = entry["ssl"].summary["seconds"]
+        lines.append(
+            f"{label:<22}{accuracy(judged, 'knn'):>20}{accuracy(judged, 'linear'):>20}"
+            f"{seconds:>10.0f}"
+        )
+    judged = rows[0]["eval"].summary
+    for prefix, label in (("random_", "untrained encoder"), ("pixels_", "raw pixels")):
+        knn, linear = accuracy(judged, f"{prefix}knn"), accuracy(judged, f"{prefix}linear")
+        lines.append(f"{label:<22}{knn:>20}{linear:>20}")
+    lines.append(f"Test accuracy, n = {judged['knn_n']:,}, 95 % bootstrap intervals over images;")
+    lines += [judged["knn_protocol"] + ";", judged["linear_protocol"] + "."]
+    lines.append("One seed and a few epochs: it shows that everything works, not which is best.")
+    return "\n".join(lines)
+
+
+def seconds_per_step() -> float:
+    """One SimCLR+IDAA step of the demo on this machine, after a warm-up."""
+    config, units = SSLConfig(adversary="idaa"), ((0.5,) * 3, (0.25,) * 3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    method = build_method(config, recipe(config.augmentation, config.size, *units)).to(device)
+    attack = adversaries.IDAA(VAE(128, config.size, 16).to(device), config.epsilon)
+    images = torch.randint(0, 256, (config.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
+    for index in range(3):
+        start = time.monotonic()
+        step = method.step(method.draw({"images": images}, keyed_generator(index)), {})
+        assert step.attacked is not None
+        assert step.attack_loss is not None
+        assert step.adversarial_loss is not None
+        x = attack(step.attacked, step.attack_loss).images
+        (step.loss + step.adversarial_loss(x)).backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return time.monotonic() - start
+
+
+def estimate(step: float) -> float:
+    """Seconds of the whole demo: its training steps, and its kernels two at a time."""
+    ssl, sweep = SSLConfig(adversary="idaa"), SweepConfig()
+    assert ssl.limit is not None
+    points = 1 + sum(len(v) - 1 for v in (sweep.epsilons, sweep.betas, sweep.dims))
+    steps = ssl.epochs * (ssl.limit // ssl.batch_size) * (points + 1.2)
+    kernels = KERNEL_SECONDS * (2 + (3 * points + 4) / JOBS)
+    return 30 + steps * step + kernels
+
+
+def _clock(began: float) -> str:
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    return f"{minutes}:{seconds:02}"
+
+
+def _short(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""The figures of the notebooks: each takes tensors or runs and gives back a matplotlib Figure.
+
+Colours are Okabe & Ito's, which colour-blind readers can tell apart; no axis is without a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from idaa_lib.runs import Run
+
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LABELS = {
+    "loss": "loss (nats)",
+    "clean_loss": "loss on clean pairs (nats)",
+    "adversarial_loss": "loss on (x, x′) (nats)",
+    "reconstruction": "reconstruction (MSE)",
+    "kl": "KL term of the loss (nats / 3m)",
+    "reconstruction_val": "validation reconstruction (MSE)",
+    "rate_nats_val": "rate on validation (nats per image)",
+    "knn_top1_val": "validation kNN top-1 (%)",
+    "alignment": "alignment (squared distance)",
+    "uniformity": "uniformity (log mean kernel)",
+    "embedding_std": "embedding std (√D · std, sphere = 1)",
+    "effective_rank": "effective rank of features",
+    "moved": "‖x′ − x‖₂ (normalised units)",
+}
+
+sns.set_theme(
+    context="notebook",
+    style="whitegrid",
+    palette=PALETTE,
+    rc={"figure.dpi": 110, "savefig.bbox": "tight", "axes.titlesize": "medium",
+        "axes.titleweight": "bold", "grid.color": "#e4e4e4", "font.family": "DejaVu Sans"},
+)  # fmt: skip
+
+
+def image_rows(rows: Mapping[str, Tensor], title: str = "") -> Figure:
+    """Images in labelled rows.
+
+    Args:
+        rows: label → pixels in [0, 1] (N, 3, H, W); values outside are clipped.
+    """
+    n = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), n, figsize=(1.05 * n + 1.6, 1.1 * len(rows) + 0.4), squeeze=False
+    )
+    for line, (label, images) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.axis("off")
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        # The first cell's left edge carries the row's name; its axes are off, so as text.
+        line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center")
+    figure.suptitle(title, fontsize="medium", fontweight="bold")
+    figure.subplots_adjust(wspace=0.04, hspace=0.04, top=0.92 if title else 0.99)
+    return figure
+
+
+def curves(runs: Mapping[str, Run], keys: Sequence[str]) -> Figure:
+    """Training curves from metrics.jsonl, one panel a key, one line a run (label → run)."""
+    keys = [k for k in keys if any(k in line for run in runs.values() for line in run.metrics())]
+    columns = min(3, len(keys))
+    lines = -(-len(keys) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.6 * columns, 3.2 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(keys) :]:
+        axis.axis("off")
+    for key, axis in zip(keys, axes.flat, strict=False):
+        for label, run in runs.items():
+            points = [(line["step"], line[key]) for line in run.metrics() if key in line]
+            if points:
+                marker = "o" if len(points) <= 20 else None
+                axis.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
+        axis.set(xlabel="step", ylabel=LABELS.get(key, key))
+        if len(runs) > 1:
+            axis.legend(fontsize="small")
+    return figure
+
+
+def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
+    """Where in the image something lives: per-pixel RMS over images and channels.
+
+    Args:
+        maps: label → differences or parts (N, 3, H, W), normalised units.
+    """
+    figure, axes = plt.subplots(
+        1, len(maps), figsize=(2.7 * len(maps), 2.9), squeeze=False, layout="constrained"
+    )
+    for axis, (label, part) in zip(axes.flat, maps.items(), strict=True):
+        shown = axis.imshow(part.square().mean((0, 1)).sqrt().numpy(), cmap="magma", vmin=0)
+        axis.set(title=label, xlabel="x (pixels)", ylabel="y (pixels)")
+        axis.grid(False)
+        figure.colorbar(shown, ax=axis, shrink=0.8, label="RMS")
+    return figure
+
+
+def spectra(parts: Mapping[str, Tensor]) -> Figure:
+    """In which frequencies something lives: radially averaged power of (N, 3, H, W)."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for label, part in parts.items():
+        frequency, power = radial_power(part)
+        axis.plot(frequency, power, label=label, marker="o", markersize=3)
+    axis.set(
+        yscale="log",
+        xlabel="spatial frequency (cycles per image)",
+        ylabel="mean power (normalised units²)",
+        title="Which frequencies each part holds",
+    )
+    axis.legend()
+    return figure
+
+
+def radial_power(part: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies 0, 1, …, H/2 cycles per image and the mean power |FFT|²/HW in each ring."""
+    h, w = part.shape[-2:]
+    power = torch.fft.fft2(part.double()).abs().square().mean((0, 1)) / (h * w)
+    fy = torch.fft.fftfreq(h, 1 / h)
+    fx = torch.fft.fftfreq(w, 1 / w)
+    ring = (fy[:, None].square() + fx[None].square()).sqrt().round().long().flatten()
+    rings = min(h, w) // 2 + 1
+    inside = ring < rings
+    total = torch.zeros(rings, dtype=torch.float64).index_add_(
+        0, ring[inside], power.flatten()[inside]
+    )
+    count = torch.bincount(ring[inside], minlength=rings)
+    return np.arange(rings), (total / count).numpy()
+
+
+def accuracy_table(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """An evaluation's accuracies with n, 95 % interval and protocol, reference rows below."""
+    subjects = {"": "this run", "random_": "untrained encoder", "pixels_": "raw pixels"}
+    rows = []
+    for prefix, name in subjects.items():
+        for probe in ("knn", "linear"):
+            key = f"{prefix}{probe}"
+            if f"{key}_top1" in summary:
+                low, high = summary[f"{key}_low"], summary[f"{key}_high"]
+                rows.append(
+                    {
+                        "features": name,
+                        "probe": "kNN" if probe == "knn" else "linear",
+                        "top-1 (%)": round(summary[f"{key}_top1"], 2),
+                        "95 % interval": f"{low:.1f} – {high:.1f}",
+                        "n": summary[f"{key}_n"],
+                        "protocol": summary[f"{key}_protocol"],
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def accuracy_bars(summary: Mapping[str, Any]) -> Figure:
+    """The same as bars with their 95 % intervals."""
+    table = accuracy_table(summary)
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    names = list(table["features"].unique())
+    for shift, (probe, part) in zip((-0.2, 0.2), table.groupby("probe"), strict=True):
+        at = [names.index(name) + shift for name in part["features"]]
+        top = part["top-1 (%)"].to_numpy(float)
+        ends = np.array([[float(v) for v in text.split(" – ")] for text in part["95 % interval"]])
+        axis.bar(at, top, 0.38, label=probe, yerr=np.abs(ends.T - top), capsize=4)
+    axis.set_xticks(range(len(names)), names)
+    axis.set(ylabel="top-1 (%)", title="Accuracy on test, with 95 % intervals", ylim=(0, 100))
+    axis.legend(title="probe", loc="upper right")
+    return figure
+
+
+def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
+    """Rows: true class, columns: predicted class; percent of the row."""
+    n = len(classes)
+    counts = torch.bincount(labels * n + predictions, minlength=n * n).reshape(n, n)
+    percent = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
+    figure, axis = plt.subplots(figsize=(0.52 * n + 2.2, 0.46 * n + 1.6), layout="constrained")
+    sns.heatmap(
+        percent.numpy(), annot=n <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, ax=axis,
+        xticklabels=classes, yticklabels=classes, cbar_kws={"label": "percent of the true class"},
+    )  # fmt: skip
+    axis.set(xlabel="predicted class", ylabel="true class", title="Confusion on test")
+    return figure
+
+
+def embedding_map(
+    features: Tensor, labels: Tensor, classes: Sequence[str], seed: int = 0
+) -> Figure:
+    """t-SNE (after PCA to 50 dimensions) of features (N, D), coloured by class."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    n, d = features.shape
+    flat = PCA(min(50, n, d), random_state=0).fit_transform(features.numpy())
+    perplexity = min(30, (n - 1) / 3)
+    place = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat)
+    figure, axis = plt.subplots(figsize=(8, 5.4), layout="constrained")
+    colours = sns.color_palette("husl", len(classes)) if len(classes) > 7 else PALETTE
+    for c, name in enumerate(classes):
+        mine = labels.numpy() == c
+        axis.scatter(
+            place[mine, 0], place[mine, 1], s=9, color=colours[c], label=name, linewidths=0
+        )
+    axis.set(
+        xlabel="t-SNE 1 (arbitrary units)",
+        ylabel="t-SNE 2 (arbitrary units)",
+        title=f"Test features, {n:,} images",
+    )
+    axis.legend(fontsize="small", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def neighbours(features: Tensor, images: Tensor, labels: Tensor, queries: Sequence[int]) -> Figure:
+    """Each query and its 8 nearest other images by cosine, framed green where the class agrees."""
+    z = torch.nn.functional.normalize(features, dim=1)
+    similarity = z[list(queries)] @ z.T
+    similarity[torch.arange(len(queries)), list(queries)] = -torch.inf
+    near = similarity.topk(8, dim=1).indices
+    figure, axes = plt.subplots(len(queries), 9, figsize=(9.6, 1.1 * len(queries)), squeeze=False)
+    for line, q, found in zip(axes, queries, near, strict=True):
+        for axis, i in zip(line, [q, *found.tolist()], strict=True):
+            axis.imshow(images[i].permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+            same = labels[i] == labels[q]
+            colour = "#000000" if i == q else ("#009E73" if same else "#D55E00")
+            for side in axis.spines.values():
+                side.set(color=colour, linewidth=2.5)
+    axes[0, 0].set_title("query", fontsize="small")
+    axes[0, 4].set_title("nearest first: green = same class, orange = another", fontsize="small")
+    figure.subplots_adjust(wspace=0.08, hspace=0.12)
+    return figure
+
+
+def sensitivity(rows: pd.DataFrame) -> Figure:
+    """Accuracy over ε, β and dim, one panel each; several seeds give their mean and ±1 std."""
+    names = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
+    axes_present = [axis for axis in names if axis in set(rows["axis"])]
+    figure, panels = plt.subplots(
+        1, len(axes_present), figsize=(4.3 * len(axes_present), 3.6), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    probes = {"knn_top1": "kNN", "linear_top1": "linear"}
+    for panel, axis in zip(panels.flat, axes_present, strict=True):
+        for key, probe in probes.items():
+            grouped = rows[rows["axis"] == axis].groupby("value")[key]
+            mean, spread = grouped.mean(), grouped.std()
+            panel.errorbar(
+                mean.index, mean, yerr=spread if grouped.size().max() > 1 else None,
+                marker="o", capsize=4, label=probe,
+            )  # fmt: skip
+        values = sorted(rows[rows["axis"] == axis]["value"].unique())
+        panel.set(xscale="log", xlabel=names[axis], ylabel="top-1 on test (%)")
+        panel.set_xticks(values, [f"{v:g}" for v in values])
+        panel.minorticks_off()
+        panel.label_outer()
+    panels[0, 0].legend(title="probe")
+    seeds = rows["seed"].nunique()
+    figure.suptitle(f"Sensitivity of the attack, {seeds} seed{'s' if seeds > 1 else ''} a point")
+    return figure
