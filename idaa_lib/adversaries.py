@@ -9,6 +9,7 @@ RandomSign: IDAA's perturbation with random signs, the control that no gradient 
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,9 @@ from torch import Tensor
 from idaa_lib.configs import UserError
 from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import VAE
+from idaa_lib.views import denormalise, normalise
+
+_Units = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
 
 
 class AttackError(UserError, ArithmeticError):
@@ -92,7 +96,7 @@ class _Adversary:
         random_start: bool = False,
     ) -> None:
         for name, value, ok in (
-            ("epsilon", epsilon, epsilon >= 0),
+            ("epsilon", epsilon, 0 <= epsilon < math.inf),
             ("steps", steps, steps >= 1),
             ("step_size", step_size, step_size is None or step_size > 0),
         ):
@@ -177,7 +181,12 @@ class _Adversary:
             raise AttackError(_cause(anchor, loss, gradient))
         if self.norm == "linf":
             return gradient.sign()
-        return gradient / _length(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+        # Its largest entry made 1 first: the squares of a tiny (small τ) or huge gradient would
+        # leave the range of floats, and the length be 0 or infinite.
+        smallest = torch.finfo(gradient.dtype).tiny
+        largest = gradient.flatten(1).abs().amax(1).view(-1, *[1] * (gradient.dim() - 1))
+        gradient = gradient / largest.clamp_min(smallest)
+        return gradient / _length(gradient).clamp_min(smallest)
 
     def _project(self, delta: Tensor) -> Tensor:
         if self.norm == "linf":
@@ -220,13 +229,12 @@ class IDAA(_Adversary):
     ) -> None:
         super().__init__(epsilon, steps, step_size, norm, random_start)
         self.vae = vae
-        self.units = None
-        if mean and std and vae.mean and vae.std and (mean, std) != (vae.mean, vae.std):
-            data, own = (
-                torch.tensor(v).view(2, 1, 3, 1, 1) for v in ((mean, std), (vae.mean, vae.std))
-            )
-            # u_vae = scale·u_data + shift
-            self.units = (data[1] / own[1], (data[0] - own[0]) / own[1])
+        self.units: tuple[_Units, _Units] | None = None  # of the images, of the VAE
+        if mean is not None and std is not None:
+            if vae.mean is None or vae.std is None:
+                raise ValueError("mean and std were given, but the VAE does not know its own.")
+            own = (vae.mean, vae.std)
+            self.units = None if (mean, std) == own else ((mean, std), own)
 
     @torch.no_grad()
     def anchor(self, x: Tensor) -> Anchor:
@@ -243,14 +251,14 @@ class IDAA(_Adversary):
     def _to_vae(self, x: Tensor) -> Tensor:
         if self.units is None:
             return x
-        scale, shift = (unit.to(x.device) for unit in self.units)
-        return x * scale + shift
+        data, own = self.units
+        return normalise(denormalise(x, *data), *own)
 
     def _from_vae(self, x: Tensor) -> Tensor:
         if self.units is None:
             return x
-        scale, shift = (unit.to(x.device) for unit in self.units)
-        return (x - shift) / scale
+        data, own = self.units
+        return normalise(denormalise(x, *own), *data)
 
 
 class CLAE(_Adversary):
@@ -264,7 +272,22 @@ class CLAE(_Adversary):
 
 
 class RandomSign(IDAA):
-    """IDAA's control: δ of the same norm with random signs; the loss is not looked at."""
+    """IDAA's control: every coordinate of δ is ±ε (l2: equally large, ‖δ‖ = ε) with random sign.
+
+    One draw whatever `steps` and `random_start` say (several would average out); the loss is not
+    looked at.
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        attack_loss: AttackLoss,
+        generator: torch.Generator | None = None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Attack:
+        anchor = self.anchor(x)
+        unit = self._unit(anchor, anchor.point, attack_loss, True, generator, shard)
+        return self._attack(anchor, self.epsilon * unit)
 
     def _unit(
         self,

@@ -200,7 +200,8 @@ class VAEConfig(TrainingConfig):
     """Training of the VAE that splits x into G(x) and R(x) (spec/idaa.md §1).
 
     Fields (besides those of every training stage):
-        dim: bottleneck dimension m. width: channels after the first stage ×1 (paper: 64).
+        dim: bottleneck dimension m.
+        width: half the channels of the innermost feature map (paper: 64; at least 8 at 224 px).
         kappa: weight of the KL term divided by B·3·m, the official knob.
         beta: the same weight as KL per image in nats against the NLL at unit variance,
             β = κ·H·W / (2·m). Give one of the two; both are recorded.
@@ -231,7 +232,9 @@ class VAEConfig(TrainingConfig):
                 f"size must be 64, 84, 224 or a multiple of 4 up to 60 (the VAE halves it at "
                 f"least twice), and is {size}."
             )
-        ok = all(isinstance(v, int) and v > 0 for v in (size, dim))
+        if size == 224 and isinstance(values["width"], int) and values["width"] < 8:
+            raise ConfigError(f"width must be at least 8 at size=224, and is {values['width']}.")
+        ok = all(isinstance(value, int) and value > 0 for value in (size, dim))
         per_kappa = size * size / (2 * dim) if ok else math.nan
         kappa, beta = given.get("kappa"), given.get("beta")
         if isinstance(kappa, float) and isinstance(beta, float):

@@ -79,7 +79,8 @@ def features(
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device)
-            rows.append(module(transform.apply(batch, {})).float().cpu())
+            params = transform.draw(len(batch), None, batch.shape[2:])
+            rows.append(module(transform.apply(batch, params)).float().cpu())
     return torch.cat(rows)
 
 

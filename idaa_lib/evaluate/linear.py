@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from idaa_lib.views import keyed_generator
 
 # Of the standardised features' squared weights, per sample: from nearly none to nearly all.
-PENALTIES = tuple(10.0**e for e in range(-6, 1))
+PENALTIES = tuple(10.0**e for e in range(-6, 3))
 
 
 class Probe(NamedTuple):
@@ -120,7 +120,7 @@ def official_probe(
     torch.manual_seed(seed)
     layer = nn.Linear(x.shape[1], classes).to(x.device)
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-4, fused=True)
-    best, top1, predictions = -1.0, 0.0, y_test[:n]
+    best, top1, predictions = -1.0, 0.0, torch.full_like(y_test[:n], -1)
     with torch.enable_grad():
         for epoch in range(epochs):
             order = torch.randperm(len(x), generator=keyed_generator(seed, epoch)).to(x.device)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from idaa_lib.configs import ConfigError, SSLConfig
@@ -125,15 +126,30 @@ def build_method(config: SSLConfig, recipe: Recipe) -> Method:
     return METHODS[config.method](config, recipe)
 
 
+class _Gather(torch.autograd.Function):
+    """All processes' rows; each row's gradient is the sum of what every process has for it."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gathered(z: Tensor) -> Tensor:
-    """Embeddings (B, D) of all processes (processes · B, D), with gradient; z itself for one."""
-    import torch.distributed as dist
+    """Embeddings (B, D) of all processes (processes · B, D), with gradient; z itself for one.
 
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return z
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(z))
+    Every process then has the whole loss, and the mean of gradients that DistributedDataParallel
+    takes is the gradient of one process with the whole batch.
+    """
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+    return z if alone else _Gather.apply(z)
 
 
 def delayed_cosine(epochs: int, steps_per_epoch: int, delay: int = 11) -> Callable[[int], float]:

@@ -26,7 +26,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     exponents lose too much in bf16.
     """
     with torch.autocast(z1.device.type, enabled=False):
-        z = torch.cat([z1, z2]).float() if z1.dtype != torch.float64 else torch.cat([z1, z2])
+        z = torch.cat([z1, z2])
+        z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
         logits = z @ z.T / temperature  # (2B, 2B)
         logits.fill_diagonal_(-torch.inf)
         n = len(z1)

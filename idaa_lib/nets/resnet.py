@@ -89,7 +89,9 @@ class ResNet(_Normed):
         adversarial_norms: bool = False,
     ) -> None:
         super().__init__(adversarial_norms)
-        kernel, stride = {"cifar": (3, 1), "imagenet": (7, 2)}[stem]
+        if stem not in ("cifar", "imagenet"):
+            raise ValueError(f"stem must be cifar or imagenet, and is {stem!r}.")
+        kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
         self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
         self.add_norm("bn1", width)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()

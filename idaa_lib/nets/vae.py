@@ -76,6 +76,11 @@ class VAE(nn.Module):
                 f"There is no VAE for size={size}: it must be 64, 84, 224 or a multiple of 4 "
                 f"up to 60."
             )
+        if 2 * width < 1 << (halvings - 1):
+            raise ValueError(
+                f"width={width} is too small for size={size}: the first layer would have no "
+                f"channel; it must be at least {1 << max(0, halvings - 2)}."
+            )
         self.dim, self.size, self.width, self.mean, self.std = dim, size, width, mean, std
         d = 2 * width
         self.inner = (d, size >> halvings, size >> halvings)
@@ -92,10 +97,9 @@ class VAE(nn.Module):
             up += [nn.BatchNorm2d(c_next), nn.LeakyReLU(0.01)]
         residuals = lambda: [_Residual(d), nn.BatchNorm2d(d), _Residual(d)]  # noqa: E731
         # Only the ImageNet variant has a BatchNorm on either side of the bottleneck.
-        edge = [nn.BatchNorm2d(d)] if size == 224 else []
-        outer = [nn.BatchNorm2d(d)] if size == 224 else []
-        self.encoder = nn.Sequential(*down, *residuals(), *edge)
-        self.decoder = nn.Sequential(*outer, *residuals(), nn.BatchNorm2d(d), *up[:-2])
+        edge = lambda: [nn.BatchNorm2d(d)] if size == 224 else []  # noqa: E731
+        self.encoder = nn.Sequential(*down, *residuals(), *edge())
+        self.decoder = nn.Sequential(*edge(), *residuals(), nn.BatchNorm2d(d), *up[:-2])
         flat = d * self.inner[1] ** 2
         self.fc11 = nn.Linear(flat, dim)
         self.fc12 = nn.Linear(flat, dim)
@@ -135,8 +139,10 @@ def vae_loss(x: Tensor, output: Output, kappa: float) -> tuple[Tensor, Tensor, T
     """L = L_rec + κ·L_KL, and its two parts, scalars (spec §1).
 
     L_rec is the mean squared error per pixel and channel; L_KL is the KL term divided by B·3·m:
-    the 3 is stray, but every published κ is meant with it.
+    the 3 is stray, but every published κ is meant with it. In the precision of x, whatever the
+    autocast that made `output`.
     """
-    reconstruction = F.mse_loss(output.G.float(), x)
-    kl = rate(output.mu.float(), output.logvar.float()).mean() / (3 * output.mu.shape[1])
+    G, mu, logvar = (part.to(x.dtype) for part in output[1:])
+    reconstruction = F.mse_loss(G, x)
+    kl = rate(mu, logvar).mean() / (3 * mu.shape[1])
     return reconstruction + kappa * kl, reconstruction, kl

@@ -23,6 +23,7 @@ from torch import Tensor
 from idaa_lib import checkpoints
 from idaa_lib.adversaries import AttackError, NoAdversary
 from idaa_lib.configs import ConfigError, TrainingConfig
+from idaa_lib.evaluate.figures import embedding_std
 from idaa_lib.methods import Method
 from idaa_lib.runs import RunError, Stopped, Writer
 from idaa_lib.train.progress import Progress
@@ -228,11 +229,11 @@ class Fit:
         means["lr"] = self.optimizer.param_groups[0]["lr"]
         if self._embeddings is not None:
             z1, z2 = (z.float() for z in self._embeddings)
-            # Wang & Isola 2020 (arXiv:2005.10242), and √D·std, 1 on the sphere, 0 in a collapse.
+            # Wang & Isola 2020 (arXiv:2005.10242).
             means["alignment"] = (z1 - z2).square().sum(1).mean().item()
             pairs = torch.pdist(z1).square() if len(z1) > 1 else z1.new_zeros(1)
             means["uniformity"] = pairs.mul(-2).exp().mean().log().item()
-            means["embedding_std"] = (z1.std(0).mean() * z1.shape[1] ** 0.5).item()
+            means["embedding_std"] = embedding_std(z1)
         self._log(progress, epoch, means)
 
     def _log(self, progress: Progress, epoch: int, values: dict[str, float]) -> None:
@@ -278,6 +279,7 @@ def make_accelerator(config: TrainingConfig, folder: Any) -> Accelerator:
         ConfigError: the device or the tracker is not there.
     """
     from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import DistributedDataParallelKwargs
 
     device = config.device
@@ -286,25 +288,22 @@ def make_accelerator(config: TrainingConfig, folder: Any) -> Accelerator:
     available |= {"mps"} if torch.backends.mps.is_available() else set()
     if device not in available:
         raise ConfigError(f"device must be one of {', '.join(sorted(available))}, not {device!r}.")
-    # One kernel may train several runs, with settings of their own; Accelerate shares its state.
-    AcceleratorState._reset_state(reset_partial_state=torch.distributed.is_initialized() is False)
     tracker = None if config.tracker == "none" else config.tracker
-    try:
-        accelerator = Accelerator(
-            cpu=device == "cpu",
-            mixed_precision="bf16" if _bf16(config.precision, device) else "no",
-            log_with=tracker,
-            project_dir=str(folder),
-            # A step runs the network several times before one backward pass: buffers broadcast in
-            # between would change what autograd saved.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-        if tracker:
-            accelerator.init_trackers("idaa")
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"tracker={config.tracker!r} cannot be used: {error} (pip install {config.tracker})."
-        ) from error
+    if tracker and tracker not in (str(t) for t in get_available_trackers()):
+        raise ConfigError(f"tracker={tracker!r} is not installed: pip install {tracker}.")
+    # One kernel may train several runs, with settings of their own; Accelerate shares its state.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="bf16" if _bf16(config.precision, device) else "no",
+        log_with=tracker,
+        project_dir=str(folder),
+        # A step runs the network several times before one backward pass: buffers broadcast in
+        # between would change what autograd saved.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if tracker:
+        accelerator.init_trackers("idaa")
     return accelerator
 
 

@@ -1,0 +1,229 @@
+"""Slow, obviously correct versions: the oracles of the tests, and what benchmarks stand beside.
+
+Written from the papers, the published order of work (spec/idaa.md) and textbooks; imports nothing
+of the library. A `network` is called as network(images (B, 3, H, W), adversarial=False) and gives
+L2-normalised z (B, D); a `vae` has encode(x) → (μ, log σ²) and decode(z) → G.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+State = dict[str, Tensor]
+
+# --- networks, in functional form, from their state_dict
+
+
+def batch_norm(state: State, name: str, x: Tensor, training: bool) -> Tensor:
+    """BatchNorm2d that updates nothing."""
+    weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+    mean, variance = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+    if training:
+        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    scale = weight / (variance + 1e-5).sqrt()
+    return (x - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None]
+
+
+def cifar_resnet18(state: State, x: Tensor, adversarial: bool, training: bool) -> Tensor:
+    """ResNet-18 with the 3×3 stem, no pooling before the mean: (B, 3, H, W) → (B, 512)."""
+    suffix = "_adv" if adversarial else ""
+
+    def norm(name: str, y: Tensor) -> Tensor:
+        return batch_norm(state, name + suffix, y, training)
+
+    x = norm("bn1", F.conv2d(x, state["conv1.weight"], padding=1)).relu()
+    for stage in (1, 2, 3, 4):
+        for block in (0, 1):
+            at = f"layer{stage}.{block}"
+            stride = 2 if stage > 1 and block == 0 else 1
+            y = F.conv2d(x, state[f"{at}.conv1.weight"], stride=stride, padding=1)
+            y = norm(f"{at}.bn1", y).relu()
+            y = norm(f"{at}.bn2", F.conv2d(y, state[f"{at}.conv2.weight"], padding=1))
+            if stride == 2:
+                x = F.conv2d(x, state[f"{at}.shortcut.0.weight"], stride=2)
+                x = norm(f"{at}.shortcut_bn", x)
+            x = (x + y).relu()
+    return x.mean((2, 3))
+
+
+def cifar_vae(state: State, x: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The 32 px VAE at z = μ: (B, 3, H, W) → G, μ, log σ² (spec §1)."""
+
+    def norm(name: str, y: Tensor) -> Tensor:
+        return batch_norm(state, name, y, training)
+
+    def leaky(y: Tensor) -> Tensor:
+        return torch.where(y > 0, y, 0.01 * y)
+
+    def residual(at: str, y: Tensor) -> Tensor:
+        h = leaky(y)
+        h = F.conv2d(h, state[f"{at}.convs.1.weight"], state[f"{at}.convs.1.bias"], padding=1)
+        h = leaky(norm(f"{at}.convs.2", h))
+        return y + F.conv2d(h, state[f"{at}.convs.4.weight"], state[f"{at}.convs.4.bias"])
+
+    def linear(name: str, y: Tensor) -> Tensor:
+        return y @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    h = norm("encoder.1", F.conv2d(x, state["encoder.0.weight"], stride=2, padding=1)).relu()
+    h = norm("encoder.4", F.conv2d(h, state["encoder.3.weight"], stride=2, padding=1)).relu()
+    h = residual("encoder.8", norm("encoder.7", residual("encoder.6", h)))
+    mu, logvar = linear("fc11", h.flatten(1)), linear("fc12", h.flatten(1))
+    h = linear("fc21", mu).reshape(h.shape)
+    h = residual("decoder.2", norm("decoder.1", residual("decoder.0", h)))
+    h = F.conv_transpose2d(norm("decoder.3", h), state["decoder.4.weight"], stride=2, padding=1)
+    h = F.conv_transpose2d(
+        leaky(norm("decoder.5", h)), state["decoder.7.weight"], stride=2, padding=1
+    )
+    return norm("bn", h.tanh()), mu, logvar
+
+
+def vae_loss(x: Tensor, G: Tensor, mu: Tensor, logvar: Tensor, kappa: float) -> float:
+    """L_rec + κ·L_KL, element by element, the stray 3 of the KL's divisor included (spec §1)."""
+    reconstruction = sum((a - b) ** 2 for a, b in zip(x.flatten(), G.flatten(), strict=True))
+    kl = 0.0
+    for m, v in zip(mu.flatten().tolist(), logvar.flatten().tolist(), strict=True):
+        kl -= 0.5 * (1 + v - m**2 - math.exp(v))
+    batch, dim = mu.shape
+    return float(reconstruction) / x.numel() + kappa * kl / (batch * 3 * dim)
+
+
+# --- SimCLR and the attacks
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """NT-Xent (SimCLR, Eq. 1), pair by pair; z1, z2 (B, D) L2-normalised."""
+    z, n = torch.cat([z1, z2]), len(z1)
+    total = z.new_zeros(())
+    for i in range(2 * n):
+        partner = (i + n) % (2 * n)
+        positive = torch.exp(z[i] @ z[partner] / temperature)
+        others = [torch.exp(z[i] @ z[j] / temperature) for j in range(2 * n) if j != i]
+        total = total - torch.log(positive / torch.stack(others).sum())
+    return total / (2 * n)
+
+
+def idaa(
+    network: Callable[..., Tensor], vae: nn.Module, x: Tensor, epsilon: float, temperature: float
+) -> Tensor:
+    """x′ by the published order of work, steps 2–5 of spec §2. Leaves `.grad`s behind."""
+    a = network(x, adversarial=True)
+    vae.eval()
+    with torch.no_grad():
+        zeta = vae.encode(x)[0]
+        R = x - vae.decode(zeta)
+    leaf = zeta.clone().requires_grad_()
+    b = network(vae.decode(leaf) + R, adversarial=True)
+    nt_xent(a, b, temperature).backward()
+    with torch.no_grad():
+        return vae.decode(zeta + epsilon * leaf.grad.sign()) + R
+
+
+def clae(network: Callable[..., Tensor], x: Tensor, epsilon: float, temperature: float) -> Tensor:
+    """x′ by CLAE's order of work (spec §3). Leaves `.grad`s behind."""
+    a = network(x, adversarial=True)
+    leaf = x.clone().requires_grad_()
+    nt_xent(a, network(leaf, adversarial=True), temperature).backward()
+    return x + epsilon * leaf.grad.sign()
+
+
+def simclr_step(
+    network: nn.Module,
+    x_i: Tensor,
+    x_j: Tensor,
+    attack: Callable[[Tensor], Tensor],
+    alpha: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Total loss and x′ of one step (spec §2, steps 1–6); the parameters' `.grad` is its gradient.
+
+    attack: x → x′, as `idaa` or `clae` above, bound to the network.
+    """
+    network.zero_grad()
+    z_i = network(x_i)
+    x_adv = attack(x_i)
+    network.zero_grad()
+    z_j = network(x_j)
+    loss = nt_xent(z_i, z_j, temperature)
+    loss = loss + alpha * nt_xent(z_i, network(x_adv, adversarial=True), temperature)
+    loss.backward()
+    return loss.detach(), x_adv
+
+
+def simclr_rates(epochs: int, rate: float = 3e-4) -> list[float]:
+    """Learning rate of each epoch: cosine, stepped after an epoch only if its index exceeds 10."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    rates = []
+    for epoch in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if epoch > 10:
+            cosine.step()
+    return rates
+
+
+# --- evaluation
+
+
+def knn(
+    bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, temperature: float
+) -> list[int]:
+    """Weighted kNN, one query at a time (Wu et al. 2018, §3.4)."""
+    predictions = []
+    for query in queries.double():
+        cosines = [
+            (F.cosine_similarity(query, row, dim=0).item(), label)
+            for row, label in zip(bank.double(), labels.tolist(), strict=True)
+        ]
+        scores = [0.0] * classes
+        for cosine, label in sorted(cosines, reverse=True)[:k]:
+            scores[label] += math.exp(cosine / temperature)
+        predictions.append(max(range(classes), key=scores.__getitem__))
+    return predictions
+
+
+def official_bank(features: Tensor, batch_size: int = 256) -> Tensor:
+    """eval_knn.py's loop: a batch's offset is its index times its *own* size (spec §8.5)."""
+    columns = torch.zeros_like(features.T)
+    for index, batch in enumerate(features.split(batch_size)):
+        offset = index * len(batch)
+        columns[:, offset : offset + len(batch)] = batch.T
+    return columns.T
+
+
+def official_probe(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, epochs: int, seed: int
+) -> list[float]:
+    """Accuracy (percent) after each epoch of full-batch Adam at 3e-4 from torch's Linear init."""
+    torch.manual_seed(seed)
+    layer = nn.Linear(train[0].shape[1], classes)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=3e-4, foreach=False)
+    curve = []
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        F.cross_entropy(layer(train[0]), train[1]).backward()
+        optimizer.step()
+        hits = [layer(x).argmax().item() == y.item() for x, y in zip(*test, strict=True)]
+        curve.append(100 * sum(hits) / len(hits))
+    return curve
+
+
+def bootstrap(correct: Tensor, draws: int, generator: torch.Generator) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `correct` (n,), in percent, by resampling."""
+    n = len(correct)
+    index = torch.randint(n, (draws, n), generator=generator)
+    means = 100 * correct.double()[index].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of centred (N, D)."""
+    singular = torch.linalg.svdvals(features.double() - features.double().mean(0))
+    p = (singular / singular.sum()).tolist()
+    return math.exp(-sum(v * math.log(v) for v in p if v > 0))

@@ -1,0 +1,371 @@
+"""Evaluation of features: kNN, linear probes and figures against loops, scikit-learn and closed
+forms; features leave their module alone."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torchvision.transforms.v2.functional as TF
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from idaa_lib.evaluate.encoders import features, pixels
+from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
+from idaa_lib.evaluate.knn import knn, official_bank
+from idaa_lib.evaluate.linear import linear_probe, logistic_regression, official_probe, predict
+from idaa_lib.views import keyed_generator
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads slow small operations down, on a busy machine by far."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=keyed_generator(seed), dtype=dtype)
+
+
+def clusters(n, dim=6, classes=4, spread=1.0, seed=0, dtype=torch.float64):
+    """Features (n, dim) around one centre per class, and labels (n,)."""
+    labels = torch.arange(n) % classes
+    centres = normal(classes, dim, seed=99, dtype=dtype)
+    return centres[labels] + spread * normal(n, dim, seed=seed, dtype=dtype), labels
+
+
+# --- kNN
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
+def test_knn_agrees_with_naive_loop(k, temperature):
+    (bank, labels), (queries, _) = clusters(40), clusters(25, seed=1)
+    found = knn(bank, labels, queries, classes=4, k=k, temperature=temperature)
+    assert found.tolist() == reference.knn(bank, labels, queries, 4, k, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_knn_agrees_with_sklearn(temperature):
+    (bank, labels), (queries, _) = clusters(300), clusters(200, seed=1)
+    oracle = KNeighborsClassifier(
+        n_neighbors=30,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
+    )
+    expected = oracle.fit(bank, labels).predict(queries)
+    found = knn(bank, labels, queries, classes=4, k=30, temperature=temperature)
+    assert found.tolist() == expected.tolist()
+    assert len(set(expected)) == 4
+
+
+def test_knn_caps_k_by_the_bank():
+    (bank, labels), (queries, _) = clusters(40), clusters(25, seed=1)
+    found = knn(bank, labels, queries, classes=4, k=200)
+    assert found.tolist() == reference.knn(bank, labels, queries, 4, 40, 0.5)
+
+
+def test_knn_does_not_depend_on_chunks_lengths_or_order():
+    (bank, labels), (queries, _) = clusters(60), clusters(25, seed=1)
+    found = knn(bank, labels, queries, classes=4, k=7)
+    length = normal(60, 1).exp()
+    order = torch.randperm(60, generator=keyed_generator(2))
+    assert torch.equal(knn(bank, labels, queries, classes=4, k=7, chunk=4), found)
+    assert torch.equal(knn(length * bank, labels, 1e3 * queries, classes=4, k=7), found)
+    assert torch.equal(knn(bank[order], labels[order], queries, classes=4, k=7), found)
+
+
+def test_knn_survives_a_tiny_temperature():
+    bank, labels = clusters(40)
+    assert torch.equal(knn(bank, labels, bank, classes=4, k=10, temperature=1e-4), labels)
+
+
+def test_official_bank_loses_80_of_cifar_s_columns():
+    vectors = torch.stack([torch.arange(1.0, 50_001), -torch.arange(1.0, 50_001)], 1)
+    kept = vectors.clone()
+    bank = official_bank(vectors)
+    assert torch.equal(bank[15_600:15_680], vectors[-80:])
+    assert not bank[-80:].any()
+    assert torch.equal(bank[:15_600], vectors[:15_600])
+    assert torch.equal(bank[15_680:-80], vectors[15_680:-80])
+    assert torch.equal(vectors, kept)
+    assert torch.equal(bank, reference.official_bank(vectors))
+
+
+@pytest.mark.parametrize("n", [10, 255, 256, 257, 456, 511, 512, 1000])
+def test_official_bank_agrees_with_the_official_loop(n):
+    vectors = normal(n, 3)
+    assert torch.equal(official_bank(vectors), reference.official_bank(vectors))
+
+
+# --- linear probes
+
+
+def objective(weights, x, y, penalty):
+    logits = x @ weights[:-1] + weights[-1]
+    return (F.cross_entropy(logits, y) + penalty / 2 * weights[:-1].square().sum()).item()
+
+
+def sklearn_weights(x, y, penalty):
+    """C Σ ce + ½‖W‖² is C·n times mean ce + penalty/2 ‖W‖² where penalty = 1/(C n)."""
+    fit = LogisticRegression(C=1 / (penalty * len(x)), tol=1e-10, max_iter=10_000).fit(x, y)
+    weights = np.concatenate([fit.coef_.T, fit.intercept_[None]])
+    return torch.from_numpy(weights).to(x.dtype)
+
+
+@pytest.mark.parametrize("penalty", [1e-4, 1e-2, 1.0])
+def test_logistic_regression_agrees_with_sklearn(penalty):
+    (x, y), (queries, _) = clusters(200, spread=1.5), clusters(300, seed=1)
+    ours, oracle = logistic_regression(x, y, 4, penalty), sklearn_weights(x, y, penalty)
+    assert objective(ours, x, y, penalty) == pytest.approx(
+        objective(oracle, x, y, penalty), rel=1e-8
+    )
+    torch.testing.assert_close(ours[:-1], oracle[:-1], rtol=1e-3, atol=1e-4)
+    assert torch.equal(predict(ours, queries), predict(oracle, queries))
+
+
+def test_logistic_regression_ends_at_the_same_place_from_any_start():
+    x, y = clusters(200, spread=1.5)
+    start = normal(7, 4)
+    kept = start.clone()
+    warm, cold = logistic_regression(x, y, 4, 0.1, start=start), logistic_regression(x, y, 4, 0.1)
+    torch.testing.assert_close(warm[:-1], cold[:-1], rtol=0, atol=1e-3)
+    assert objective(warm, x, y, 0.1) == pytest.approx(objective(cold, x, y, 0.1), rel=1e-7)
+    assert torch.equal(start, kept)
+    assert not warm.requires_grad
+
+
+def test_bias_alone_is_not_penalised():
+    """A penalty that leaves no weight leaves the classes' log frequencies."""
+    y = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    weights = logistic_regression(normal(100, 3), y, 3, 1e6)
+    frequencies = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(weights[-1].softmax(0), frequencies, rtol=0, atol=1e-4)
+    assert weights[:-1].abs().max() < 1e-4
+
+
+def noisy(n, seed):
+    """Five weak features among fifty: a probe that fits all of them fails."""
+    y = torch.arange(n) % 2
+    x = normal(n, 50, seed=seed)
+    x[:, :5] += 0.4 * (2 * y[:, None] - 1)
+    return x, y
+
+
+def nearly_equal(n, seed):
+    """The class is in a small difference of two features: only large weights find it."""
+    y = torch.arange(n) % 2
+    common = normal(n, 1, seed=seed) + 0.5 * y[:, None]
+    difference = 0.01 * (2 * y[:, None] - 1)
+    return torch.cat([common + difference, common - difference], 1), y
+
+
+@pytest.mark.parametrize(("data", "low", "high"), [(noisy, 0.1, 1), (nearly_equal, 1e-6, 1e-3)])
+def test_linear_probe_chooses_the_penalty_that_validates_best(data, low, high):
+    train, val, test = data(60, seed=0), data(4000, seed=10), data(50, seed=20)
+    probe = linear_probe(train, val, test[0], classes=2)
+    mean, std = train[0].mean(0), train[0].std(0)
+    x, x_val = (train[0] - mean) / std, (val[0] - mean) / std
+    right = {
+        penalty: (predict(sklearn_binary(x, train[1], penalty), x_val) == val[1]).sum().item()
+        for penalty in (10.0**e for e in range(-6, 1))
+    }
+    assert right[probe.penalty] == max(right.values())
+    assert low <= probe.penalty <= high
+    assert max(right.values()) - min(right.values()) > 100  # the choice matters
+
+
+def sklearn_binary(x, y, penalty):
+    """Two-class softmax weights ±w/2 cost half of what sklearn's one vector w does."""
+    weights = sklearn_weights(x, y, penalty / 2)
+    return torch.cat([-weights / 2, weights / 2], 1)
+
+
+def test_linear_probe_refits_on_train_and_val_with_the_train_set_s_scale():
+    train, val, test = clusters(40), clusters(60, seed=1), clusters(400, spread=2, seed=2)
+    scale = torch.tensor([1e-3, 1.0, 1e3, 5.0, 1.0, 1.0], dtype=torch.float64)
+    train, val, test = ((scale * f + 7, y) for f, y in (train, val, test))
+    probe = linear_probe(train, val, test[0], classes=4, penalties=(0.03,))
+    mean, std = train[0].mean(0), train[0].std(0)
+    both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
+    oracle = sklearn_weights((both[0] - mean) / std, both[1], 0.03)
+    assert probe.penalty == 0.03
+    assert torch.equal(probe.predictions, predict(oracle, (test[0] - mean) / std))
+
+
+def test_linear_probe_does_not_learn_from_test_features():
+    train, val, (test, _) = noisy(60, seed=0), noisy(300, seed=10), noisy(50, seed=20)
+    probe = linear_probe(train, val, test, classes=2)
+    order = torch.randperm(50, generator=keyed_generator(1))
+    shuffled = linear_probe(train, val, test[order], classes=2)
+    assert torch.equal(shuffled.predictions, probe.predictions[order])
+    extended = linear_probe(train, val, torch.cat([test, 1e3 * test]), classes=2)
+    assert torch.equal(extended.predictions[:50], probe.predictions)
+    assert extended.penalty == shuffled.penalty == probe.penalty
+
+
+def test_linear_probe_survives_a_constant_feature():
+    train, val, test = (clusters(80, spread=0.2, seed=s) for s in (0, 1, 2))
+    for f, _ in (train, val, test):
+        f[:, 2] = 3.0
+    probe = linear_probe(train, val, test[0], classes=4)
+    assert (probe.predictions == test[1]).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_official_probe_agrees_with_full_batch_oracle(classes):
+    """The test labels contradict the training labels: accuracy sinks, an early epoch is best."""
+    x, y = clusters(64, classes=classes, dtype=torch.float32)
+    x_test, y_test = clusters(100, classes=classes, seed=1, dtype=torch.float32)
+    y_test = (y_test + 1) % classes
+    curve = reference.official_probe((x, y), (x_test[:64], y_test[:64]), classes, 120, seed=3)
+    probe = official_probe(
+        (x, y), (x_test, y_test), classes=classes, epochs=120, batch_size=64, seed=3
+    )
+    assert probe.n == len(probe.predictions) == 64
+    assert probe.top1 == pytest.approx(max(curve))
+    assert probe.top1_last == pytest.approx(curve[-1])
+    assert max(curve) > curve[-1]
+    assert 100 * (probe.predictions == y_test[:64]).double().mean() == pytest.approx(probe.top1)
+
+
+def test_official_probe_drops_partial_batches():
+    x, y = clusters(70, spread=0.3, dtype=torch.float32)
+    x_test, y_test = clusters(50, spread=0.3, seed=1, dtype=torch.float32)
+    steps = []
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        probe = official_probe((x, y), (x_test, y_test), classes=4, epochs=5, batch_size=16)
+    finally:
+        hook.remove()
+    assert len(steps) == 5 * (70 // 16)
+    assert probe.n == 48
+    x_test[48:], y_test[48:] = math.nan, 0
+    changed = official_probe((x, y), (x_test, y_test), classes=4, epochs=5, batch_size=16)
+    assert changed.top1 == probe.top1 and changed.top1_last == probe.top1_last
+    assert torch.equal(changed.predictions, probe.predictions)
+
+
+def test_official_probe_learns_and_its_best_is_no_less_than_its_last():
+    train = clusters(256, spread=0.3, dtype=torch.float32)
+    test = clusters(128, spread=0.3, seed=1, dtype=torch.float32)
+    probe = official_probe(train, test, classes=4, epochs=300, batch_size=32)
+    assert probe.top1 >= probe.top1_last > 90
+
+
+# --- figures
+
+
+@pytest.mark.parametrize(("right", "n"), [(166, 200), (3, 40), (512, 1000)])
+def test_accuracy_s_interval_is_the_bootstrap_s(right, n):
+    labels = torch.zeros(n, dtype=torch.int64)
+    predictions = (torch.arange(n) >= right).long()
+    found = accuracy(predictions, labels)
+    low, high = reference.bootstrap(predictions == labels, 20_000, keyed_generator(1))
+    assert found.top1 == pytest.approx(100 * right / n)
+    assert found.n == n
+    assert found.low == pytest.approx(low, abs=100.01 / n)
+    assert found.high == pytest.approx(high, abs=100.01 / n)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_accuracy_of_all_or_none_right(right):
+    labels = torch.ones(30, dtype=torch.int64)
+    expected = 100 * right
+    assert accuracy(labels * right, labels) == (expected, expected, expected, 30)
+
+
+def test_effective_rank_closed_forms():
+    D = 6
+    corners = torch.cat([torch.eye(D), -torch.eye(D)])  # isotropic and centred
+    assert effective_rank(corners) == pytest.approx(D)
+    assert effective_rank(3 * corners + 5) == pytest.approx(D)
+    assert effective_rank(torch.outer(normal(50), normal(D)) + 2) == pytest.approx(1, abs=1e-3)
+    assert effective_rank(torch.ones(50, D)) == pytest.approx(1)
+    half = corners.clone()
+    half[:, D // 2 :] = 0
+    assert effective_rank(half) == pytest.approx(D / 2, rel=1e-5)
+
+
+def test_effective_rank_agrees_with_singular_values():
+    for shape in ((100, 7), (5, 20)):
+        x = normal(*shape) * torch.linspace(0.1, 2, shape[1])
+        assert effective_rank(x) == pytest.approx(reference.effective_rank(x), rel=1e-5)
+
+
+def test_embedding_std_closed_forms():
+    assert embedding_std(torch.ones(100, 8)) == pytest.approx(0, abs=1e-6)
+    lengths = normal(100, 1).exp()
+    assert embedding_std(lengths * normal(1, 8)) == pytest.approx(0, abs=1e-6)
+    assert embedding_std(normal(100_000, 8)) == pytest.approx(1, abs=5e-3)
+    assert embedding_std(7 * normal(100_000, 8)) == pytest.approx(1, abs=5e-3)
+
+
+# --- features
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(196, 5)
+    )
+    module[1].running_mean.normal_()
+    module[3].eval()
+    return module
+
+
+@pytest.fixture
+def images():
+    return torch.randint(256, (23, 3, 16, 16), dtype=torch.uint8, generator=keyed_generator(0))
+
+
+def test_features_are_the_module_s_on_normalised_images(module, images):
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    twin = copy.deepcopy(module).eval()
+    with torch.no_grad():
+        expected = twin((images / 255 - mean) / std)
+    for batch_size in (1, 7, 23, 500):
+        found = features(module, images, 16, MEAN, STD, batch_size=batch_size)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert found.dtype == torch.float32 and not found.requires_grad
+    of_function = features(lambda x: twin(x), images, 16, MEAN, STD)
+    torch.testing.assert_close(of_function, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_resize_images_of_another_size(module, images):
+    large = torch.randint(256, (5, 3, 24, 24), dtype=torch.uint8, generator=keyed_generator(1))
+    resized = TF.resize(large / 255, [16, 16], antialias=True)
+    with torch.no_grad():
+        expected = copy.deepcopy(module).eval()(TF.normalize(resized, MEAN, STD))
+    found = features(module, large, 16, MEAN, STD)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_features_leave_the_module_alone(module, images):
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    modes = [part.training for part in module.modules()]
+    kept = images.clone()
+    features(module, images, 16, MEAN, STD)
+    for key, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    assert [part.training for part in module.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in module.parameters())
+    assert torch.equal(images, kept)
+
+
+def test_pixels_are_centred():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 2, 2)
+    row = [-0.5] * 4 + [-0.3] * 4 + [0.5] * 4
+    torch.testing.assert_close(pixels(images), torch.tensor([row, row]))

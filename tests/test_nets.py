@@ -1,0 +1,356 @@
+"""Networks against the published counts and names, torchvision, and functional oracles."""
+
+import contextlib
+import copy
+
+import pytest
+import reference
+import torch
+import torchvision
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+from idaa_lib.configs import VAEConfig
+from idaa_lib.methods.vae import VAETraining
+from idaa_lib.nets import BACKBONES, build_backbone, evaluating
+from idaa_lib.nets.vae import VAE, Output, rate, vae_loss
+from idaa_lib.views import keyed_generator, recipe
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads slow small operations down, on a busy machine by far."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def backbone(name="resnet18", width=4, stem="cifar", adversarial_norms=True):
+    return build_backbone(name, width=width, stem=stem, adversarial_norms=adversarial_norms)
+
+
+def scrambled(module):
+    """`module` with affine parameters and statistics of its BatchNorms away from 1 and 0."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for tensor in (part.weight.data, part.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (part.bias.data, part.running_mean):
+                tensor.normal_(std=0.3)
+    return module
+
+
+def clones(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def changed(before, tensors):
+    return {name for name, tensor in tensors if not torch.equal(tensor, before[name])}
+
+
+def modes(module):
+    return [part.training for part in module.modules()]
+
+
+# --- the VAE
+
+
+@pytest.mark.parametrize(
+    ("dim", "size", "count"),
+    [(512, 32, 13_519_110), (128, 32, 4_081_158), (512, 84, 20_664_198), (3072, 224, 58_823_526)],
+)
+def test_vae_parameter_counts(dim, size, count):
+    with torch.device("meta"):
+        assert parameters(VAE(dim, size)) == count
+
+
+def names(part, convs, norms, residuals):
+    found = {f"{part}.{i}.weight" for i in convs}
+    found |= {f"{part}.{i}.{leaf}" for i in norms for leaf in NORM}
+    found |= {f"{part}.{i}.convs.{j}.{w}" for i in residuals for j in (1, 4) for w in NORM[:2]}
+    return found | {f"{part}.{i}.convs.2.{leaf}" for i in residuals for leaf in NORM}
+
+
+@pytest.mark.parametrize(
+    ("size", "tensors", "encoder", "decoder"),
+    [
+        (32, 81, [(0, 3), (1, 4, 7), (6, 8)], [(4, 7), (1, 3, 5), (0, 2)]),
+        (
+            224,
+            127,
+            [(0, 3, 6, 9, 12), (1, 4, 7, 10, 13, 16, 18), (15, 17)],
+            [(5, 8, 11, 14, 17), (0, 2, 4, 6, 9, 12, 15), (1, 3)],
+        ),
+    ],
+)
+def test_vae_state_dict_is_the_release_s(size, tensors, encoder, decoder):
+    expected = names("encoder", *encoder) | names("decoder", *decoder)
+    expected |= {f"bn.{leaf}" for leaf in NORM}
+    expected |= {f"{fc}.{w}" for fc in ("fc11", "fc12", "fc21") for w in NORM[:2]}
+    with torch.device("meta"):
+        state = VAE(8, size).state_dict()
+    assert state.keys() == expected
+    assert len(state) == tensors
+
+
+@pytest.mark.parametrize(
+    ("size", "inner"), [(16, 4), (32, 8), (48, 12), (60, 15), (64, 8), (84, 10), (224, 7)]
+)
+def test_vae_shapes(size, inner):
+    vae = VAE(5, size, width=8)
+    x = torch.randn(2, 3, size, size)
+    output = vae(x)
+    assert output.G.shape == x.shape
+    assert output.z.shape == output.mu.shape == output.logvar.shape == (2, 5)
+    assert vae.fc11.in_features == vae.fc21.out_features == 16 * inner**2
+
+
+@pytest.mark.parametrize("size", [0, -4, 30, 68, 128])
+def test_vae_of_other_sizes_is_refused(size):
+    with pytest.raises(ValueError, match=f"size={size}: it must be 64, 84, 224 or a multiple of 4"):
+        VAE(8, size)
+
+
+def test_vae_too_narrow_for_its_size_is_refused():
+    """At 224 px the first layer has width / 8 channels, so width 4 would leave it none."""
+    with pytest.raises(ValueError, match="width"):
+        VAE(8, 224, width=4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_vae_agrees_with_functional_form(training):
+    torch.manual_seed(0)
+    vae = scrambled(VAE(6, 32, width=4)).double().train(training)
+    x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    G, mu, logvar = reference.cifar_vae(vae.state_dict(), x, training)
+    output = vae(x)
+    torch.testing.assert_close(output.G, G)
+    torch.testing.assert_close(output.mu, mu)
+    torch.testing.assert_close(output.logvar, logvar)
+
+
+@pytest.mark.parametrize("size", [16, 64, 84])
+def test_eval_decode_of_mu_is_G_bit_for_bit(size):
+    vae = scrambled(VAE(6, size, width=4)).eval()
+    output = vae(torch.randn(3, 3, size, size))
+    assert torch.equal(output.z, output.mu)
+    assert torch.equal(vae.decode(output.mu), output.G)
+
+
+def test_latent_is_reparametrised():
+    vae = VAE(6, 16, width=4).double().eval()
+    noise = torch.randn(4, 6, dtype=torch.float64)
+    output = vae(torch.randn(4, 3, 16, 16, dtype=torch.float64), noise)
+    q = Normal(output.mu, output.logvar.exp().sqrt())
+    torch.testing.assert_close(q.cdf(output.z), Normal(0.0, 1.0).cdf(noise))
+    torch.testing.assert_close(output.G, vae.decode(output.z))
+
+
+def test_channels_last_changes_nothing():
+    vae = scrambled(VAE(6, 16, width=4)).double().eval()
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    mu = vae(x).mu
+    vae.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(vae(x.contiguous(memory_format=torch.channels_last)).mu, mu)
+
+
+def test_decompose_splits_and_leaves_the_vae_alone():
+    vae = scrambled(VAE(6, 16, width=4)).train()
+    vae.bn.eval()
+    x = torch.randn(4, 3, 16, 16)
+    before, was = clones(vae.state_dict().items()), modes(vae)
+    G, R = vae.decompose(x)
+    assert not changed(before, vae.state_dict().items())
+    assert modes(vae) == was
+    assert not G.requires_grad and not R.requires_grad
+    torch.testing.assert_close(G + R, x)
+    assert torch.equal(G, vae.eval()(x).G)
+
+
+def test_rate_closed_forms():
+    torch.manual_seed(0)
+    mu, logvar = torch.randn(2, 7, 5, dtype=torch.float64)
+    kl = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(rate(mu, logvar), kl)
+    assert torch.equal(rate(torch.zeros(3, 4), torch.zeros(3, 4)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.1, 10.0])
+def test_vae_loss_agrees_with_naive_loop(kappa):
+    torch.manual_seed(0)
+    x, G = torch.randn(2, 4, 3, 8, 8)
+    mu, logvar = torch.randn(2, 4, 5)
+    loss, reconstruction, kl = vae_loss(x, Output(mu, G, mu, logvar), kappa)
+    assert loss.item() == pytest.approx(reference.vae_loss(x, G, mu, logvar, kappa), rel=1e-5)
+    assert reconstruction.item() == pytest.approx(reference.vae_loss(x, G, mu, logvar, 0), rel=1e-5)
+    assert kl.item() == pytest.approx(reference.vae_loss(x, x, mu, logvar, 1), rel=1e-5)
+
+
+def test_vae_training_follows_its_schedule_and_loss():
+    config = VAEConfig(size=16, dim=5, width=4, kappa=0.3)
+    method = VAETraining(config, recipe("simclr", 16, *IMAGENET))
+    (group,) = method.param_groups(epochs=300, steps_per_epoch=7)
+    factors = [group["schedule"](step) for step in (0, 6, 7, 7 * 299, 7 * 300 - 1)]
+    assert factors == pytest.approx([1, 1, 299 / 300, 1 / 300, 1 / 300])
+    images = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
+    views = method.draw({"images": images}, keyed_generator(1))
+    twin = copy.deepcopy(method.network)
+    loss = method.step(views, {}).loss
+    x, noise = views[0].images, views[0].params["noise"]
+    with torch.no_grad():
+        mu, logvar = twin.encode(x)
+        G = twin.decode(mu + (logvar / 2).exp() * noise)
+    assert loss.item() == pytest.approx(reference.vae_loss(x, G, mu, logvar, 0.3), rel=1e-4)
+
+
+def test_two_ranks_draw_the_vae_s_noise_of_one():
+    method = VAETraining(VAEConfig(size=16, dim=5, width=4), recipe("simclr", 16, *IMAGENET))
+    images = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
+    whole = method.draw({"images": images}, keyed_generator(1))[0]
+    parts = [
+        method.draw({"images": images[3 * r : 3 * r + 3]}, keyed_generator(1), (r, 2))[0]
+        for r in (0, 1)
+    ]
+    assert torch.equal(torch.cat([p.params["noise"] for p in parts]), whole.params["noise"])
+    torch.testing.assert_close(torch.cat([p.images for p in parts]), whole.images)
+
+
+# --- ResNets
+
+
+def test_cifar_resnet18_counts_and_names():
+    counts = {}
+    for adversarial in (False, True):
+        with torch.device("meta"):
+            net = backbone(width=64, adversarial_norms=adversarial)
+        twins = ("", "_adv") if adversarial else ("",)
+        expected = {"conv1.weight"} | {f"bn1{t}.{leaf}" for t in twins for leaf in NORM}
+        for at in (f"layer{k}.{b}" for k in (1, 2, 3, 4) for b in (0, 1)):
+            shrinks = at in ("layer2.0", "layer3.0", "layer4.0")
+            expected |= {f"{at}.conv1.weight", f"{at}.conv2.weight"}
+            expected |= {f"{at}.shortcut.0.weight"} if shrinks else set()
+            for norm in ("bn1", "bn2", "shortcut_bn")[: 3 if shrinks else 2]:
+                expected |= {f"{at}.{norm}{t}.{leaf}" for t in twins for leaf in NORM}
+        assert net.state_dict().keys() == expected
+        assert net.feature_dim == 512
+        counts[adversarial] = parameters(net)
+    assert counts == {False: 11_168_832, True: 11_178_432}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_cifar_resnet18_agrees_with_functional_form(adversarial, training):
+    torch.manual_seed(0)
+    net = scrambled(backbone()).double().train(training)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    oracle = reference.cifar_resnet18(net.state_dict(), x, adversarial, training)
+    torch.testing.assert_close(net(x, adversarial=adversarial), oracle)
+
+
+def torchvision_name(name):
+    return name.replace("shortcut_bn.", "downsample.1.").replace("shortcut.0.", "downsample.0.")
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_imagenet_resnets_have_torchvision_s_tensors(name):
+    if not hasattr(torchvision.models, name):
+        pytest.skip("no such model in torchvision")
+    with torch.device("meta"):
+        ours = backbone(name, 64, "imagenet", adversarial_norms=False)
+        theirs = getattr(torchvision.models, name)(weights=None)
+    theirs.fc = nn.Identity()
+    shapes = {torchvision_name(k): v.shape for k, v in ours.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert parameters(ours) == parameters(theirs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_imagenet_resnets_agree_with_torchvision(name):
+    torch.manual_seed(0)
+    ours = scrambled(backbone(name, 64, "imagenet", adversarial_norms=False)).double()
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)(weights=None)
+    theirs.fc = nn.Identity()
+    state = {torchvision_name(k): v.clone() for k, v in ours.state_dict().items()}
+    theirs.load_state_dict(state, assign=True)
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    for training in (False, True):
+        with torch.no_grad():
+            torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
+    for key, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, theirs.state_dict()[torchvision_name(key)])
+
+
+def test_imagenet_stem_starts_from_he_fan_out():
+    net = backbone(width=32, stem="imagenet", adversarial_norms=False)
+    for conv in (net.conv1, net.layer1[0].conv1, net.layer4[1].conv2):
+        fan_out = conv.out_channels * conv.kernel_size[0] ** 2
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_a_forward_pass_updates_its_own_statistics_only(name, stem, adversarial):
+    net = backbone(name, stem=stem).train()
+    before = clones(net.named_buffers())
+    net(torch.randn(2, 3, 32, 32), adversarial=adversarial)
+    assert changed(before, net.named_buffers()) == {
+        k for k in before if ("_adv." in k) == adversarial
+    }
+
+
+@pytest.mark.parametrize(("adversarial", "momentum"), [(False, 0.1), (True, 0.01)])
+def test_statistics_follow_their_momentum(adversarial, momentum):
+    net = backbone().double().train()
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    net(x, adversarial=adversarial)
+    first = net.conv1(x).transpose(0, 1).flatten(1)
+    norm = net.bn1_adv if adversarial else net.bn1
+    torch.testing.assert_close(norm.running_mean, momentum * first.mean(1))
+    torch.testing.assert_close(norm.running_var, 1 - momentum + momentum * first.var(1))
+
+
+def test_both_sets_of_norms_get_gradients_of_their_own_only():
+    net = backbone()
+    for adversarial in (False, True):
+        net.zero_grad()
+        net(torch.randn(2, 3, 16, 16), adversarial=adversarial).sum().backward()
+        idle = {name for name, p in net.named_parameters() if p.grad is None}
+        norms = {name for name, _ in net.named_parameters() if "bn" in name}
+        assert idle == {name for name in norms if ("_adv." in name) != adversarial}
+
+
+def test_inference_uses_the_main_norms():
+    net = backbone().eval()
+    x = torch.randn(2, 3, 16, 16)
+    main = net(x)
+    assert torch.equal(net(x, adversarial=True), main)  # both sets start alike
+    for name, tensor in net.state_dict().items():
+        if "_adv.running_mean" in name:
+            tensor += 1
+    assert torch.equal(net(x), main)
+    assert not torch.allclose(net(x, adversarial=True), main)
+
+
+def test_unknown_backbone_is_refused():
+    with pytest.raises(ValueError, match=r"backbone must be one of resnet18.*is 'resnet19'\."):
+        backbone("resnet19")
+
+
+def test_evaluating_restores_mixed_modes_also_after_an_error():
+    net = backbone().train()
+    net.layer2.eval()
+    was = modes(net)
+    with contextlib.suppress(InterruptedError), evaluating(net):
+        assert not any(modes(net))
+        raise InterruptedError
+    assert modes(net) == was
