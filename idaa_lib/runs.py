@@ -223,7 +223,9 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
     identity = {"config": config.identity(), "dataset": dataset, "version": RESULTS_VERSION}
     identity |= {name: digest for name, digest in digests.items() if digest}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    words = [Path(str(getattr(config, name))).stem for name in config.principal]
+    # Of a path, the last part; of a run's id, all but its stage.
+    words = [Path(str(getattr(config, name))).name for name in config.principal]
+    words = [word.removesuffix(".zip").removeprefix("ssl-") for word in words]
     changed = config.changed()
     # κ and β say the same, and β is the one that compares; what is named by content is in the hash.
     hidden = config.circumstances | config.pointers | {"kappa", "seed"}

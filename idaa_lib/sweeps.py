@@ -149,6 +149,9 @@ def execute(notebook: str, parameters: dict[str, Any], output: Path, tries: int 
                 kernel_name="python3",
                 progress_bar=False,
                 cwd=str(FOLDER),
+                # ipykernel warns of unencrypted TCP at every start (the port is this machine's) and
+                # reports the interrupt that ends it; an error in a cell is raised all the same.
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
         except PapermillExecutionError as error:
             failed = output.with_name(f"{output.stem}.failed.ipynb")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from scipy.stats import binom
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,9 +25,13 @@ def accuracy(predictions: Tensor, labels: Tensor) -> Accuracy:
     quantiles are read from that distribution exactly instead of being simulated.
     """
     n = len(labels)
-    p = (predictions == labels).double().mean().item()
-    low, high = (float(q) / n for q in binom.ppf([0.025, 0.975], n, p))
-    return Accuracy(100 * p, 100 * low, 100 * high, n)
+    p = (predictions == labels).double().mean()
+    counts = torch.arange(n + 1, dtype=torch.float64)
+    binomial = torch.distributions.Binomial(n, p)
+    cumulative = binomial.log_prob(counts).exp().cumsum(0)
+    levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.searchsorted(cumulative, levels).clamp_max(n).tolist()
+    return Accuracy(100 * p.item(), 100 * low / n, 100 * high / n, n)
 
 
 def effective_rank(features: Tensor) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +19,13 @@ from idaa_lib.environment import hardware
 from idaa_lib.methods import build_method
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, outputs_root
+from idaa_lib.train.loop import make_accelerator
 from idaa_lib.views import keyed_generator, recipe
 
 Adversary = Literal["none", "clae", "idaa"]
 ADVERSARIES: tuple[Adversary, ...] = ("none", "clae", "idaa")
-KERNEL_SECONDS = 8.0  # to start a kernel and import torch, matplotlib and this library
+# On 2 cores: to start a kernel and import what a notebook needs; all of the evaluation.
+KERNEL_SECONDS, EVALUATION_SECONDS = 8.0, 75.0
 JOBS = 2
 
 
@@ -50,13 +53,12 @@ def main() -> int:
     return 0
 
 
-def run(say: Any) -> tuple[list[dict[str, Any]], list[Path]]:
+def run(say: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Path]]:
     """All stages; a row for each adversary, and the executed notebooks in reading order."""
     from joblib import Parallel, delayed
 
     say("1/4  VAE")
     vae = sweeps.ensure(VAEConfig())
-    say("2/4  SimCLR with no adversary, CLAE, IDAA, and their evaluation")
 
     def pipeline(adversary: Adversary) -> dict[str, Any]:
         ssl = sweeps.ensure(SSLConfig(adversary=adversary, vae=vae.id))
@@ -65,26 +67,27 @@ def run(say: Any) -> tuple[list[dict[str, Any]], list[Path]]:
         say(f"     evaluated  {ssl.id}")
         return row(adversary, ssl, judged)
 
-    with sweeps.shared_threads(JOBS):
-        # The longest first, so that the last one does not run alone.
-        found = Parallel(JOBS, prefer="threads")(delayed(pipeline)(a) for a in ADVERSARIES[::-1])
-    say("3/4  Decomposition, pictures of x′ over ε")
-    pictures = outputs_root() / "notebooks"
-    idaa = next(r for r in found if r["adversary"] == "idaa")
-    decomposed = sweeps.execute(
-        "02_decompose", {"vae": vae.id, "run": idaa["ssl"].id}, pictures / "02_decompose.ipynb"
-    )
-    say("4/4  Sensitivity to ε, β and dim")
-    grid = sweeps.run_all(sweeps.points(SweepConfig()), JOBS)
-    say(f"     {len({r['ssl'] for r in grid})} runs, {len({r['vae'] for r in grid})} VAEs")
-    swept = sweeps.execute("05_sensitivity", {}, pictures / "05_sensitivity.ipynb")
+    def vary(point: sweeps.Point) -> None:
+        sweeps.run_point(point)
+        say(f"     swept      {point.axis} = {point.value:g}")
 
-    ordered = sorted(found, key=lambda r: ADVERSARIES.index(r["adversary"]))
-    ordered[0]["figures"] += [*(vae.path / "figures").glob("*.png")]
-    ordered[0]["figures"] += [outputs_root() / "sweep" / "sensitivity.png"]
+    say("2/4  SimCLR with no adversary, CLAE, IDAA, their evaluation; sensitivity to ε, β and dim")
+    tasks = [delayed(pipeline)(a) for a in reversed(ADVERSARIES)]  # the longest first
+    tasks += [delayed(vary)(point) for point in sweeps.points(SweepConfig())]
+    with sweeps.shared_threads(JOBS):
+        rows = Parallel(JOBS, prefer="threads")(tasks)[: len(ADVERSARIES)][::-1]
+    folder = outputs_root() / "notebooks"
+    say("3/4  Decomposition: pictures of x′ over ε")
+    pictures = {"vae": vae.id, "run": rows[-1]["ssl"].id}
+    decomposed = sweeps.execute("02_decompose", pictures, folder / "02_decompose.ipynb")
+    say("4/4  Sensitivity curves")
+    swept = sweeps.execute("05_sensitivity", {}, folder / "05_sensitivity.ipynb")
+
+    rows[0]["figures"] += [*(vae.path / "figures").glob("*.png")]
+    rows[0]["figures"] += [outputs_root() / "sweep" / "sensitivity.png"]
     notebooks = [vae.path / "notebook.ipynb", decomposed]
-    notebooks += [r[stage].path / "notebook.ipynb" for r in ordered for stage in ("ssl", "eval")]
-    return ordered, [*notebooks, swept]
+    notebooks += [r[stage].path / "notebook.ipynb" for r in rows for stage in ("ssl", "eval")]
+    return rows, [*notebooks, swept]
 
 
 def row(adversary: str, ssl: Run, judged: Run) -> dict[str, Any]:
@@ -119,13 +122,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def seconds_per_step() -> float:
-    """One SimCLR+IDAA step of the demo on this machine, after a warm-up."""
+    """One SimCLR+IDAA step of the demo on this machine, with all its threads, after a warm-up."""
     config, units = SSLConfig(adversary="idaa"), ((0.5,) * 3, (0.25,) * 3)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    method = build_method(config, recipe(config.augmentation, config.size, *units)).to(device)
-    attack = adversaries.IDAA(VAE(128, config.size, 16).to(device), config.epsilon)
-    images = torch.randint(0, 256, (config.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
-    for index in range(3):
+    accelerator = make_accelerator(config, outputs_root())
+    transform = recipe(config.augmentation, config.size, *units)
+    method = build_method(config, transform).to(accelerator.device)
+    method.network = accelerator.prepare_model(method.network)
+    attack = adversaries.IDAA(VAE(128, config.size, 16).to(accelerator.device), config.epsilon)
+    shape = (config.batch_size, 3, config.size, config.size)
+    images = torch.zeros(shape, dtype=torch.uint8, device=accelerator.device)
+    for index in range(4):
         start = time.monotonic()
         step = method.step(method.draw({"images": images}, keyed_generator(index)), {})
         assert step.attacked is not None
@@ -133,19 +139,20 @@ def seconds_per_step() -> float:
         assert step.adversarial_loss is not None
         x = attack(step.attacked, step.attack_loss).images
         (step.loss + step.adversarial_loss(x)).backward()
-        if device == "cuda":
+        if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
     return time.monotonic() - start
 
 
 def estimate(step: float) -> float:
-    """Seconds of the whole demo: its training steps, and its kernels two at a time."""
+    """Seconds of the whole demo, two notebooks at a time on half the threads each."""
     ssl, sweep = SSLConfig(adversary="idaa"), SweepConfig()
     assert ssl.limit is not None
-    points = 1 + sum(len(v) - 1 for v in (sweep.epsilons, sweep.betas, sweep.dims))
-    steps = ssl.epochs * (ssl.limit // ssl.batch_size) * (points + 1.2)
-    kernels = KERNEL_SECONDS * (2 + (3 * points + 4) / JOBS)
-    return 30 + steps * step + kernels
+    points = sum(len(values) - 1 for values in (sweep.epsilons, sweep.betas, sweep.dims))
+    # CLAE costs nine tenths of an IDAA step, no adversary half of it.
+    steps = ssl.epochs * (ssl.limit // ssl.batch_size) * (points + 2.4)
+    kernels = KERNEL_SECONDS * (3 + (6 + 2.7 * points) / JOBS)
+    return steps * step + kernels + EVALUATION_SECONDS
 
 
 def _clock(began: float) -> str:

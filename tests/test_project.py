@@ -1,0 +1,151 @@
+"""Rules of the project itself: who imports whom, what notebooks hold, what set-up installs."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from idaa_lib.configs import DecomposeConfig, EvalConfig, SSLConfig, SweepConfig, VAEConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CONFIGS = {
+    "01_pretrain_vae": VAEConfig,
+    "02_decompose": DecomposeConfig,
+    "03_train_ssl": SSLConfig,
+    "04_evaluate": EvalConfig,
+    "05_sensitivity": SweepConfig,
+}
+CORE = {"configs", "images", "views", "nets", "runs", "checkpoints", "environment"}
+ROOMS = {
+    "configs": set(),
+    "photos": set(),
+    "sources": {"photos"},
+    "images": {"sources"},
+    "views": set(),
+    "nets": set(),
+    "runs": {"configs"},
+    "checkpoints": {"runs"},
+    "environment": {"images"},
+    "adversaries": {"configs", "nets", "views"},
+    "methods": {"configs", "nets", "views"},
+    "evaluate": CORE | {"methods"},
+    "train": CORE | {"methods", "adversaries", "evaluate"},
+    "sweeps": {"configs", "runs", "train", "evaluate"},
+    "lab": CORE | {"methods", "adversaries", "evaluate", "train", "sweeps"},
+}
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "idaa_lib":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("idaa_lib."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("idaa_lib."))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_the_map_allows(room):
+    files = [*(ROOT / "idaa_lib" / room).rglob("*.py"), ROOT / "idaa_lib" / f"{room}.py"]
+    found = {other for path in files if path.exists() for other in imported_rooms(path)}
+    assert found <= ROOMS[room] | {room}
+
+
+def test_the_map_knows_every_room():
+    files = {p.stem for p in (ROOT / "idaa_lib").iterdir() if p.suffix == ".py"}
+    folders = {p.parent.name for p in (ROOT / "idaa_lib").glob("*/__init__.py")}
+    assert (files | folders) - {"__init__"} == set(ROOMS)
+
+
+def test_the_core_imports_without_the_lab():
+    """What a cluster node needs: no Jupyter, no papermill, no plotting."""
+    lab = ("papermill", "jupyterlab", "ipywidgets", "matplotlib", "seaborn", "pandas", "joblib")
+    hide = f"import sys\nfor name in {lab!r}: sys.modules[name] = None\n"
+    code = hide + "import idaa_lib, idaa_lib.sweeps"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_environment_yml_cannot_drift_from_pyproject():
+    """It names no dependency of its own: python, pip, make, and the project with its extras."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert conda == [f"python{project['requires-python']}", "pip", "make"]
+    (extras,) = pip["pip"]
+    assert extras == "-e .[lab,dev]"
+    assert set(project["optional-dependencies"]) >= {"lab", "dev"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_stripped_and_named_for_any_kernel(path):
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert not {"papermill", "widgets"} & notebook["metadata"].keys()
+    for cell in notebook["cells"]:
+        assert "papermill" not in cell["metadata"]
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_s_parameters_are_the_fields_of_its_configuration(path):
+    config = CONFIGS[path.stem]
+    cells = json.loads(path.read_text())["cells"]
+    (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    source = "".join(cell["source"])
+    assert source.startswith("# Parameters: ")  # how `from_notebook` knows it
+    names: dict = {}
+    exec(source, names)
+    del names["__builtins__"]
+    assert names.keys() == config.model_fields.keys()
+    assert config(**names) == config()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_tells_a_story_and_keeps_its_cells_short(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert "".join(cells[0]["source"]).startswith("# ")
+    assert "What to try next" in "".join(cells[-1]["source"])
+    for cell in cells:
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
+            assert len(cell["source"]) <= 15
+            assert not any("class " in line or "def " in line for line in cell["source"])
+
+
+def test_every_verb_of_the_makefile_is_in_its_help():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for verb in ("demo", "test", "lab", "setup", "format"):
+        assert f"\n{verb} " in f"\n{done.stdout}"
+
+
+def test_set_up_says_what_failed_and_what_to_do(tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT))
+    import bootstrap
+
+    for log, what, advice in (
+        ("ERROR: [Errno 28] No space left on device", "disk is full", "free some space"),
+        ("WARNING: Retrying after NewConnectionError\nERROR: No matching distribution found for x",
+         "could not reach the package index", "PIP_INDEX_URL"),
+        ("ERROR: Failed building wheel for x", "Failed building wheel", "see the lines above"),
+    ):  # fmt: skip
+        said = bootstrap.diagnosis(log)
+        assert what in said[0]
+        assert advice in said[1]
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    with pytest.raises(SystemExit, match=r"3\.11 or newer is needed"):
+        bootstrap.main(tmp_path / "env")
+    monkeypatch.undo()
+    full = bootstrap.shutil._ntuple_diskusage(10**9, 10**9, 10**6)
+    monkeypatch.setattr(bootstrap.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(SystemExit, match="GiB free"):
+        bootstrap.main(tmp_path / "env")
+    assert not (tmp_path / "env").exists()
