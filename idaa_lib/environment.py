@@ -22,6 +22,7 @@ def describe(device: str, images: ImageSet) -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(),
         "device": device,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "commit": _commit(),
         "dataset": {
             "name": images.name,

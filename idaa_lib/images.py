@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 import warnings
 from collections import deque
@@ -27,7 +28,7 @@ import torch
 from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from idaa_lib.sources import Listing, Origin, find_source, sha256
 
@@ -303,7 +304,10 @@ def _fill(file: BinaryIO, name: str, listing: Listing, size: int, on_error: str)
     labels: list[int] = []
     broken: list[str] = []
     sums = np.zeros((2, 3), np.int64)  # of values, of their squares: exact on every machine
-    with tqdm(desc=f"decoding {name}", total=len(order), unit="image", delay=2) as bar:
+    pace = 0.1 if sys.stderr.isatty() else 5.0  # in a log, each refresh is another line
+    with tqdm(
+        desc=f"decoding {name}", total=len(order), unit="image", delay=2, mininterval=pace
+    ) as bar:
         for chunk in _chunks(listing, order, size):
             if chunk.broken and on_error == "raise":
                 raise ValueError(f'{chunk.broken[0]}: replace it, or pass on_error="skip"')

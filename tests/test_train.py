@@ -420,3 +420,55 @@ def test_two_processes_start_the_same_run_and_one_wins(outputs, tmp_path):
         assert any("is being written by process" in error for _, error in said)
     steps = [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").open()]
     assert steps == sorted(steps)
+
+
+def test_a_kernel_s_interrupt_saves_and_is_one_sentence(outputs):
+    """What the stop button of JupyterLab does."""
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        fields = ", ".join(f"{k}={v!r}" for k, v in (TINY | {"epochs": 4000}).items())
+        client.execute(f"from idaa_lib import *\ntrain_vae(VAEConfig({fields}, dim=8))")
+        run = locate(VAE.model_copy(update={"epochs": 4000}))
+        for _ in range(600):
+            if run.metrics():
+                break
+            time.sleep(0.1)
+        manager.interrupt_kernel()
+        while (message := client.get_iopub_msg(timeout=60))["msg_type"] != "error":
+            pass
+        assert message["content"]["ename"] == "Stopped"
+        assert len(message["content"]["traceback"]) == 1
+        assert "start the same run again to go on" in message["content"]["evalue"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert run.state["state"] == "interrupted"
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_agrees_with_the_cpu(outputs):
+    """In fp32, over a few steps: the same batches and views, so nearly the same loss."""
+    losses = {}
+    for device in ("cpu", "cuda"):
+        config = ssl(device=device, precision="fp32", epochs=1, log_every=2, adversary="clae")
+        if locate(config).finished:  # the device is no part of a run's identity
+            shutil.rmtree(locate(config).path)
+        losses[device] = [r["loss"] for r in train_ssl(config).metrics() if "loss" in r]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-2)
+
+
+def test_two_processes_train_one_run(outputs):
+    """As `accelerate launch` starts them, on the CPU: both see their half of each batch, the first one writes."""
+    words = [f"{k}={v}" for k, v in TINY.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--standalone", "-m", "idaa_lib.train", "ssl", "adversary=clae"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = locate(ssl(adversary="clae", projection_dim=64))
+    assert run.finished
+    assert run.environment["processes"] == 2
+    assert [line["step"] for line in run.metrics() if "loss" in line] == [4, 8, 12]
+    assert all(k.startswith("method.network.") for k in checkpoints.load(run)[0] if "method" in k)
+    assert not any(".module." in k for k in checkpoints.load(run)[0])

@@ -39,8 +39,9 @@ sns.set_theme(
     context="notebook",
     style="whitegrid",
     palette=PALETTE,
-    rc={"figure.dpi": 110, "axes.labelsize": "small", "savefig.bbox": "tight", "axes.titlesize": "medium",
-        "axes.titleweight": "bold", "grid.color": "#e4e4e4", "font.family": "DejaVu Sans"},
+    rc={"figure.dpi": 110, "savefig.bbox": "tight", "axes.labelsize": "small",
+        "axes.titlesize": "medium", "axes.titleweight": "bold", "grid.color": "#e4e4e4",
+        "font.family": "DejaVu Sans"},
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ starts from a stored one. Under `accelerate launch` it runs on many processes an
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def main(words: list[str]) -> int:
     except (UserError, ValueError, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 130 if type(error).__name__ == "Stopped" else 2
+    if int(os.environ.get("RANK", 0)):  # of several processes, the first one speaks
+        return 0
     print(run.path)
     print(json.dumps(run.summary, indent=1, ensure_ascii=False))
     return 0

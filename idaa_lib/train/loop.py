@@ -77,6 +77,9 @@ class Fit:
 
         self.method = method.to(accelerator.device)
         self.method.network.to(memory_format=torch.channels_last)
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            # Statistics of the global batch, as one process would have them (CUDA alone has this).
+            method.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method.network)
         groups = method.param_groups(config.epochs, self.steps_per_epoch)
         self.schedules = [(g.pop("lr_scale"), g.pop("schedule")) for g in groups]
         self.optimizer = method.optimizer(groups, config.learning_rate)
