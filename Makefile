@@ -1,12 +1,12 @@
 # `make help` lists the verbs. Each sets up what it needs first; a second run reuses it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab lint format bench clean
+.PHONY: help setup demo test lab lint format clean
 
 # The active conda or virtual environment, else .venv here. conda's base is left alone.
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
 ENV := $(or $(ACTIVE),.venv)
 PY := $(ENV)/bin/python
-# The first interpreter that is new enough; setup.py's own check explains where there is none.
+# The first interpreter that is new enough; bootstrap.py's own check explains where there is none.
 PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done),python3)
 
@@ -28,7 +28,7 @@ test: setup  ## Lint, types and all tests
 	@$(PY) -m pytest -n auto --dist worksteal
 
 lab: setup  ## Open JupyterLab on this machine only (its address has the token)
-	@$(ALLOCATOR) $(ENV)/bin/jupyter lab --ip=127.0.0.1 notebooks
+	@$(ALLOCATOR) $(ENV)/bin/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks
 
 lint: setup  ## Lint and types alone
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -29,6 +29,10 @@ def main(env):
         )
     env = Path(env).resolve()
     python = env / "bin" / "python"
+    if python.exists():
+        old = run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode
+        if old:
+            fail(f"the Python of {env} is too old.", "use an environment with 3.11 or newer.")
     stamp = env / "idaa_lib.stamp"
     # Where the project lies counts too: the installation is editable, and points to it.
     wanted = hashlib.sha256((HERE / "pyproject.toml").read_bytes() + bytes(HERE)).hexdigest()

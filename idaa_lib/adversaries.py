@@ -239,14 +239,15 @@ class IDAA(_Adversary):
     @torch.no_grad()
     def anchor(self, x: Tensor) -> Anchor:
         with evaluating(self.vae):
-            point = self.vae.encode(self._to_vae(x))[0]
-            return Anchor(x, point, self._from_vae(self.vae.decode(point)).to(x.dtype))
+            # In the precision of x under autocast too: bf16 would round μ, δ and ε themselves.
+            point = self.vae.encode(self._to_vae(x))[0].to(x.dtype)
+            return Anchor(x, point, self._from_vae(self.vae.decode(point).to(x.dtype)))
 
     def render(self, anchor: Anchor, delta: Tensor) -> Tensor:
         assert anchor.reconstruction is not None
         with evaluating(self.vae):
-            decoded = self._from_vae(self.vae.decode(anchor.point + delta))
-        return (anchor.images - anchor.reconstruction) + decoded.to(anchor.images.dtype)
+            decoded = self.vae.decode(anchor.point + delta).to(anchor.images.dtype)
+        return (anchor.images - anchor.reconstruction) + self._from_vae(decoded)
 
     def _to_vae(self, x: Tensor) -> Tensor:
         if self.units is None:

@@ -66,12 +66,15 @@ def save(run: Run, step: int, tensors: dict[str, torch.Tensor], state: dict[str,
 def load(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """The latest undamaged checkpoint as (tensors on the CPU, state); None if there is none.
 
+    A run that is not finished may go on from the one before; a finished one is its last checkpoint
+    and nothing else, since its results and `digest` speak of that.
+
     Raises:
-        RunError: there are checkpoints, and all are damaged.
+        RunError: there are checkpoints, and none that may be used is undamaged.
     """
     latest = (read_json(run.path / "latest.json") or {}).get("step")
     steps = [step for step in reversed(_steps(run)) if latest is None or step <= latest]
-    for step in steps:
+    for step in steps[:1] if run.finished else steps:
         folder = run.path / "checkpoints" / str(step)
         sums = read_json(folder / "checksums.json") or {}
         if sums and all(_sha256(folder / name) == digest for name, digest in sums.items()):
@@ -79,9 +82,8 @@ def load(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
             return load_file(folder / "tensors.safetensors"), state
         warnings.warn(f"Checkpoint {folder} is damaged; trying the one before.", stacklevel=2)
     if steps:
-        raise RunError(
-            f"All checkpoints of {run.path} are damaged: delete the folder to start anew."
-        )
+        which = "The last checkpoint" if run.finished else "Every checkpoint"
+        raise RunError(f"{which} of {run.path} is damaged: delete the folder to start anew.")
     return None
 
 
@@ -90,8 +92,10 @@ def digest(run: Run) -> str:
     latest = read_json(run.path / "latest.json")
     if latest is None:
         raise RunError(f"Run {run.id} has no checkpoint.")
-    folder = run.path / "checkpoints" / str(latest["step"])
-    return (read_json(folder / "checksums.json") or {})["tensors.safetensors"]
+    sums = read_json(run.path / "checkpoints" / str(latest["step"]) / "checksums.json")
+    if not sums:
+        raise RunError(f"The last checkpoint of {run.path} is damaged: it has no checksums.json.")
+    return sums["tensors.safetensors"]
 
 
 def _steps(run: Run) -> list[int]:

@@ -27,6 +27,7 @@ PRESETS = ("demo", "cifar10", "paper")
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # The default of a field that a preset governs: left out or None, it takes the preset's value.
@@ -63,8 +64,6 @@ class Config(BaseModel):
     principal: ClassVar[tuple[str, ...]] = ()
 
     preset: Literal["demo", "cifar10", "paper"] = "demo"
-    device: str = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -80,7 +79,10 @@ class Config(BaseModel):
     @classmethod
     def _resolve(cls, values: dict[str, Any]) -> dict[str, Any]:
         read = {name: cls._read(name, value) for name, value in values.items()}
-        preset = dict(cls.presets.get(read.get("preset", "demo"), {}))
+        chosen = read.get("preset") or "demo"
+        if chosen not in PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, and is {chosen!r}.")
+        preset = dict(cls.presets.get(chosen, {}))
         given = {name: value for name, value in read.items() if value is not None}
         if (unknown := given.keys() - cls.model_fields.keys()) and (name := min(unknown)):
             raise ConfigError(f"{cls.__name__} has no field {name!r}{_closest(cls, name)}.")
@@ -186,6 +188,8 @@ class TrainingConfig(Config):
     limit: Positive | None = None
     split: Literal["train", "trainval"] = "train"
     augmentation: Literal["simclr", "simsiam", "normal", "none"] = "simclr"
+    seed: Seed = 0
+    device: str = "auto"
     epochs: Positive = PRESET
     batch_size: Annotated[int, Field(gt=1)] = PRESET
     learning_rate: Rate = PRESET
@@ -316,10 +320,16 @@ class SSLConfig(TrainingConfig):
         if adversary == "none":
             # Knobs of an attack that does not happen would give one run many names.
             attack = ("norm", "steps", "step_size", "random_start", "alpha", "reuse_anchor")
-            cls._check_unused(values, ("epsilon", *attack))
+            cls._check_unused(values, ("epsilon", "vae", "dim", *attack))
             values = {k: v for k, v in values.items() if k not in attack} | {"epsilon": 0.0}
         elif isinstance(adversary, str):
             values.setdefault("epsilon", cls.epsilons.get(adversary, 0.0))
+        if adversary == "random_sign":  # one draw, whatever they say
+            values = {
+                k: v for k, v in values.items() if k not in ("steps", "step_size", "random_start")
+            }
+        if adversary == "clae":
+            cls._check_unused(values, ("vae", "dim"))
         if adversary in ("none", "clae"):
             values = {k: v for k, v in values.items() if k not in ("vae", "dim")}
         return values
@@ -329,7 +339,7 @@ class SSLConfig(TrainingConfig):
         """Values that will be dropped are validated all the same: a typing error is told."""
         for name in names:
             if name in values:
-                cls(preset="demo", adversary="clae", **{name: values[name]})
+                cls(preset="demo", adversary="idaa", **{name: values[name]})
 
 
 class EvalConfig(Config):
@@ -343,6 +353,7 @@ class EvalConfig(Config):
             linear classifier, partial batches dropped).
         k: neighbours of kNN (capped by the size of the bank). temperature: its τ.
         references: also judge the encoder before training and raw pixels, as rows to stand beside.
+        seed: of the official protocol's classifier.
     """
 
     stage = "eval"
@@ -360,6 +371,8 @@ class EvalConfig(Config):
     k: Positive = 200
     temperature: Rate = 0.5
     references: bool = True
+    seed: Seed = 0
+    device: str = "auto"
 
 
 class DecomposeConfig(Config):
@@ -380,6 +393,7 @@ class DecomposeConfig(Config):
     images: Annotated[int, Field(gt=1, le=64)] = 8
     epsilon: Rate = 1.0
     norm: Literal["linf", "l2"] = "linf"
+    seed: Seed = 0
 
 
 class SweepConfig(Config):
@@ -391,7 +405,8 @@ class SweepConfig(Config):
             from the middle in one axis only is made for each value and each seed.
         seeds: each gives a run; several give error bars.
         jobs: notebooks that run at a time; they share the processor's threads.
-        vae, ssl, eval: further fields of the three stages, as a dict or as JSON text.
+        vae, ssl, eval: further fields of the three stages, as a dict or as JSON text; not those
+            that the study sets itself.
     """
 
     stage = "sweep"
@@ -409,11 +424,22 @@ class SweepConfig(Config):
     epsilons: tuple[NonNegative, ...] = PRESET
     betas: tuple[NonNegative, ...] = PRESET
     dims: tuple[Positive, ...] = PRESET
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     jobs: Positive = PRESET
+    device: str = "auto"
     vae: dict[str, Any] = Field(default_factory=dict)
     ssl: dict[str, Any] = Field(default_factory=dict)
     eval: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        own = {"preset", "dataset", "seed", "device"}
+        own_of = {"vae": own, "ssl": own | {"adversary", "vae"}, "eval": own | {"run"}}
+        for stage, taken in own_of.items():
+            fields = given.get(stage)
+            if isinstance(fields, dict) and (clash := sorted(fields.keys() & taken)):
+                raise ConfigError(f"{stage} cannot set {clash[0]!r}: the study sets it itself.")
+        return values
 
 
 def _kinds(config: type[Config], name: str) -> set[type]:

@@ -11,17 +11,53 @@ from typing import Any
 
 import torch
 
-from idaa_lib.images import ImageSet
+from idaa_lib.configs import ConfigError
+from idaa_lib.images import ImageSet, load
+from idaa_lib.sources import NAMES
 
 PACKAGES = ("idaa_lib", "torch", "torchvision", "accelerate", "numpy", "scikit-learn", "pillow")
 
 
-def describe(device: str, images: ImageSet) -> dict[str, Any]:
+def open_images(dataset: str, split: str, size: int, limit: int | None) -> ImageSet:
+    """`images.load`, with what a user can mend as a ConfigError: one sentence, no traceback.
+
+    Raises:
+        ConfigError: the source is missing, unreadable, or lacks the split.
+    """
+    try:
+        return load(dataset, split, size, limit)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"dataset={dataset!r}: {error}.") from error
+
+
+def settled(dataset: str) -> str:
+    """An existing path made absolute: later stages may run in another folder."""
+    path = Path(dataset).expanduser()
+    return str(path.resolve()) if dataset not in NAMES and path.exists() else dataset
+
+
+def torch_device(name: str) -> torch.device:
+    """The device a configuration names; `auto` is a CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    available = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
+    available += ["mps"] * torch.backends.mps.is_available()
+    if name not in available:
+        raise ConfigError(f"device must be one of {', '.join(available)}, and is {name!r}.")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def describe(device: torch.device, precision: str, images: ImageSet) -> dict[str, Any]:
     """JSON values; `dataset` has the normalisation that the trained network expects."""
     return {
         "versions": versions(),
-        "hardware": hardware(),
-        "device": device,
+        "hardware": hardware(device),
+        "device": str(device),
+        "precision": precision,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "commit": _commit(),
         "dataset": {
@@ -47,9 +83,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> str:
-    """The accelerator, else the processor and the cores this process may use."""
-    if torch.cuda.is_available():
+def hardware(device: torch.device | None = None) -> str:
+    """The accelerator in use, else the processor and the cores this process may use."""
+    if (device or torch_device("auto")).type == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

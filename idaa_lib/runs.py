@@ -28,6 +28,9 @@ from idaa_lib.configs import Config, EvalConfig, SSLConfig, UserError, VAEConfig
 # Raised whenever the same configuration would give other numbers than before.
 RESULTS_VERSION = 1
 
+# Seconds without a heartbeat after which a run on another machine counts as interrupted.
+SILENCE = 600
+
 CONFIGS: dict[str, type[Config]] = {c.stage: c for c in (VAEConfig, SSLConfig, EvalConfig)}
 # The notebook that makes the runs of a stage.
 NOTEBOOKS = {"vae": "01_pretrain_vae", "ssl": "03_train_ssl", "eval": "04_evaluate"}
@@ -82,8 +85,11 @@ class Run:
     def config(self) -> Any:
         """The resolved configuration, as the dataclass of its stage."""
         stored = read_json(self.path / "config.json")
-        if stored is None:
-            raise RunError(f"{self.path} is no run directory: it has no config.json.")
+        if stored is None or self.stage not in CONFIGS:
+            raise RunError(
+                f"{self.path} is no run directory: it needs a config.json, and to lie in a folder "
+                f"named by its stage ({', '.join(CONFIGS)})."
+            )
         return CONFIGS[self.stage](**stored)
 
     @property
@@ -103,14 +109,24 @@ class Run:
     def state(self) -> dict[str, Any]:
         """state.json, with `state` one of new, going, interrupted, failed, finished.
 
-        A run that says it is going while nobody holds its lock was killed: interrupted.
+        A run that says it is going while its process is gone was killed: interrupted. On another
+        machine a heartbeat that is older than `SILENCE` tells. Readers take no lock.
         """
         stored = read_json(self.path / "state.json") or {"state": "new"}
         if self.finished:
             stored["state"] = "finished"
-        elif stored["state"] == "going" and not self._locked():
-            stored["state"] = "interrupted"
+        elif stored["state"] == "going":
+            here = stored["host"] == socket.gethostname()
+            recent = time.time() - stored["heartbeat"] < SILENCE
+            if not (_alive(stored["pid"]) if here else recent):
+                stored["state"] = "interrupted"
         return stored
+
+    @property
+    def reference(self) -> str:
+        """What a configuration calls this run: its id, or its path where that lies elsewhere."""
+        usual = self.path.parent.parent == outputs_root()
+        return self.id if usual else str(self.path)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl (a line still being written is left out)."""
@@ -126,14 +142,6 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name
 
-    def _locked(self) -> bool:
-        lock = FileLock(self.path / ".lock")
-        try:
-            with lock.acquire(timeout=0):
-                return False
-        except Timeout:
-            return True
-
     @contextlib.contextmanager
     def writing(self, config: Config, environment: Mapping[str, Any]) -> Iterator[Writer]:
         """Hold the run's lock and keep its state true until the block ends, however it ends.
@@ -144,8 +152,7 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
-            # A reader that asks for the state holds the lock for an instant: wait for that.
-            lock.acquire(timeout=1)
+            lock.acquire(timeout=0)
         except Timeout:
             who = read_json(self.path / "state.json") or {}
             raise RunError(
@@ -236,7 +243,7 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
         if name not in hidden
     ]
     text = re.sub(r"[^\w.=-]+", "_", "-".join([config.stage, *words]))[:120]
-    return Run(outputs_root() / config.stage / f"{text}-s{config.seed}-{digest}")
+    return Run(outputs_root() / config.stage / f"{text}-s{getattr(config, 'seed', 0)}-{digest}")
 
 
 def find(stage: str, *, finished: bool = True, **values: Any) -> list[Run]:
@@ -254,7 +261,7 @@ def find(stage: str, *, finished: bool = True, **values: Any) -> list[Run]:
     )
 
 
-def get(stage: str, name: str | None, **values: Any) -> Run:
+def get(stage: str, name: Run | str | None, **values: Any) -> Run:
     """The finished run with this id or path; None takes the newest that has these values.
 
     Raises:
@@ -270,15 +277,32 @@ def get(stage: str, name: str | None, **values: Any) -> Run:
                 f"{outputs_root() / stage}: make one with notebooks/{notebook}.ipynb."
             )
         return candidates[0]
-    run = Run(Path(name).resolve() if os.sep in name else outputs_root() / stage / name)
+    if isinstance(name, Run):
+        run = name
+    else:
+        run = Run(Path(name).resolve() if os.sep in name else outputs_root() / stage / name)
     if not (run.path / "config.json").exists():
-        raise RunError(f"There is no {stage} run {name!r} at {run.path}.")
+        raise RunError(f"There is no {stage} run {run.id!r} at {run.path}.")
+    if run.stage != stage:
+        raise RunError(
+            f"{run.path} is a run of stage {run.stage!r}, and one of {stage!r} is needed."
+        )
     if not run.finished:
         raise RunError(
             f"Run {run.id} is {run.state['state']}, not finished: start it again with "
             f"notebooks/{notebook}.ipynb (it goes on from its last checkpoint)."
         )
     return run
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def stop(run: Run, request: str = "stop") -> None:

@@ -3,28 +3,34 @@
 A point of a grid is three notebooks in a row, 01 (VAE), 03 (SSL), 04 (evaluation), each of which
 makes one run directory; the executed notebook is kept there as `notebook.ipynb`. "Finished" is what
 the run directory says, never what papermill's cell states say: a killed kernel leaves every cell
-marked "completed". Points run in threads, one kernel each; under
-`joblib.parallel_config(backend="dask")` on the workers of a Dask cluster that shares the outputs.
+marked "completed". Points run in threads, one kernel each.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from idaa_lib import train
 from idaa_lib.configs import Config, EvalConfig, SSLConfig, SweepConfig, TrainingConfig, VAEConfig
+from idaa_lib.environment import settled
 from idaa_lib.evaluate import stage as evaluation
-from idaa_lib.runs import NOTEBOOKS, Run, RunError
+from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, stop, write_json
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 # Two points may share a VAE: the second waits for the first to have trained it.
 _making: dict[str, threading.Lock] = defaultdict(threading.Lock)
+# Runs that notebooks are making now, and whether no further one may start.
+_going: set[Run] = set()
+_cancelled = threading.Event()
 
 
 class Point(NamedTuple):
@@ -45,22 +51,21 @@ def points(config: SweepConfig) -> list[Point]:
     """
     made = []
     axes = (("epsilon", config.epsilons), ("beta", config.betas), ("dim", config.dims))
+    shared: dict[str, Any] = {"preset": config.preset, "device": config.device}
+    data = shared | {"dataset": config.dataset}
+    evaluated = shared | {"references": False} | config.eval
     for axis, values in axes:
         for value in values:
             for seed in config.seeds:
-                shared: dict[str, Any] = {
-                    "preset": config.preset,
-                    "dataset": config.dataset,
-                    "seed": seed,
-                }
-                varied = {axis: value}
-                if axis == "dim":
+                vae = data | config.vae | {"seed": seed}
+                ssl = data | {"adversary": config.adversary} | config.ssl | {"seed": seed}
+                if axis == "epsilon":
+                    ssl["epsilon"] = value
+                else:
                     # At a fixed κ another dim is another β: hold β, or two things change at once.
-                    varied["beta"] = VAEConfig(**shared, **config.vae).beta
-                vae = shared | config.vae | (varied if axis != "epsilon" else {})
-                ssl = shared | {"adversary": config.adversary} | config.ssl
-                ssl |= varied if axis == "epsilon" else {}
-                evaluated = {"preset": config.preset, "references": False} | config.eval
+                    beta = value if axis == "beta" else VAEConfig(**vae).beta
+                    vae = {k: v for k, v in vae.items() if k != "kappa"} | {"beta": beta}
+                    vae |= {"dim": value} if axis == "dim" else {}
                 made.append(Point(axis, value, vae, ssl, evaluated))
     return made
 
@@ -68,15 +73,23 @@ def points(config: SweepConfig) -> list[Point]:
 def run_point(point: Point) -> dict[str, Any]:
     """Make (or find) the three runs of a point: a row with its figures and the runs' ids."""
     vae = ensure(VAEConfig(**point.vae))
-    ssl = ensure(SSLConfig(**point.ssl, vae=vae.id))
-    judged = ensure(EvalConfig(**point.eval, run=ssl.id))
-    figures = (vae.summary or {}) | (ssl.summary or {}) | (judged.summary or {})
-    kept = ("knn_top1_val", "knn_top1", "linear_top1", "kappa", "beta", "dim", "seconds")
+    ssl = ensure(SSLConfig(**point.ssl | {"vae": vae.reference}))
+    judged = ensure(EvalConfig(**point.eval | {"run": ssl.reference}))
+    trained, tested = ssl.summary or {}, judged.summary or {}
     return {
         "axis": point.axis,
         "value": point.value,
         "seed": ssl.config.seed,
-        **{name: figures.get(name) for name in kept},
+        "kappa": vae.config.kappa,
+        "beta": vae.config.beta,
+        "dim": vae.config.dim,
+        **{k: trained.get(k) for k in ("knn_top1_val", "knn_low_val", "knn_high_val", "n_val")},
+        "linear_top1_val": tested.get("linear_top1_val"),
+        "knn_top1": tested.get("knn_top1"),
+        "linear_top1": tested.get("linear_top1"),
+        "n_test": tested.get("knn_n"),
+        "protocol": tested.get("protocol"),
+        "seconds": trained.get("seconds"),
         "vae": vae.id,
         "ssl": ssl.id,
         "eval": judged.id,
@@ -89,12 +102,27 @@ def run_all(made: list[Point], jobs: int = 1) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a point cannot be run. RunError: a notebook failed (finished runs are kept).
     """
-    from joblib import Parallel, delayed
-
     for point in made:
         VAEConfig(**point.vae), SSLConfig(**point.ssl), EvalConfig(**point.eval)
-    with shared_threads(jobs):
-        return Parallel(n_jobs=jobs, prefer="threads")(delayed(run_point)(p) for p in made)
+    return together([partial(run_point, point) for point in made], jobs)
+
+
+def together(tasks: Sequence[Callable[[], Any]], jobs: int) -> list[Any]:
+    """Results of tasks that make runs, `jobs` at a time.
+
+    An interrupt stops the runs under way after their step (they are saved) and starts no more.
+    """
+    from joblib import Parallel, delayed
+
+    _cancelled.clear()
+    try:
+        with _shared_threads(jobs):
+            return Parallel(n_jobs=jobs, prefer="threads")(delayed(task)() for task in tasks)
+    except BaseException:
+        _cancelled.set()
+        for run in set(_going):
+            stop(run)
+        raise
 
 
 def locate(config: Config) -> Run:
@@ -111,15 +139,36 @@ def ensure(config: Config) -> Run:
     Raises:
         RunError: the notebook failed; its executed copy lies in the run directory.
     """
+    if isinstance(config, TrainingConfig):  # the notebook runs in another folder
+        config = config.model_copy(update={"dataset": settled(config.dataset)})
     run = locate(config)
     with _making[run.id]:
+        while run.state["state"] == "going":  # another process is at it
+            time.sleep(1)
         if not run.finished:
-            asked = config.changed() | {n: getattr(config, n) for n in config.principal}
-            asked |= {"preset": config.preset, "seed": config.seed, "device": config.device}
-            execute(NOTEBOOKS[config.stage], asked, run.path / "notebook.ipynb")
+            if _cancelled.is_set():
+                raise RunError(f"Run {run.id} was not started: the sweep was stopped.")
+            asked = config.changed()
+            for name in ("preset", "seed", "device", *config.principal):
+                asked[name] = getattr(config, name)
+            _going.add(run)
+            try:
+                execute(NOTEBOOKS[config.stage], asked, run.path / "notebook.ipynb")
+            finally:
+                _going.discard(run)
         if not run.finished:
             raise RunError(f"{NOTEBOOKS[config.stage]} ended without finishing run {run.id}.")
     return run
+
+
+def folder_of(config: SweepConfig) -> Path:
+    """Where a study's table and figure belong, `outputs/sweep/<id>/` (made)."""
+    digest = hashlib.sha256(config.model_dump_json(exclude={"jobs", "device"}).encode()).hexdigest()
+    data = Path(config.dataset).name
+    folder = outputs_root() / "sweep" / f"sweep-{data}-{config.adversary}-{digest[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config.model_dump(mode="json"))
+    return folder
 
 
 def execute(notebook: str, parameters: dict[str, Any], output: Path, tries: int = 2) -> Path:
@@ -171,7 +220,7 @@ def execute(notebook: str, parameters: dict[str, Any], output: Path, tries: int 
 
 
 @contextmanager
-def shared_threads(jobs: int) -> Iterator[None]:
+def _shared_threads(jobs: int) -> Iterator[None]:
     """Kernels started inside share the processor: N kernels with all threads each fight for it."""
     old = os.environ.get("OMP_NUM_THREADS")
     if jobs > 1:

@@ -463,3 +463,13 @@ def test_bad_arguments_are_refused_with_a_sentence(make, kind, options, sentence
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is compared whole
         make(kind, **{"epsilon": 0.1} | options)
     assert str(error.value) == sentence
+
+
+def test_under_bf16_autocast_delta_keeps_to_epsilon():
+    """bf16 would round ε = .1 to .10009765625, and μ + δ by up to 4e-3."""
+    vae = VAE(8, 16, 4).eval()
+    x = torch.randn(4, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        attack = IDAA(vae, 0.1)(x, lambda x_adv: x_adv.float().square().sum())
+    assert attack.delta.dtype == attack.z.dtype == attack.images.dtype == torch.float32
+    assert attack.delta.abs().max() <= 0.1

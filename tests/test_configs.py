@@ -41,7 +41,11 @@ def test_every_preset_resolves_every_field_and_survives_json(config, preset):
         (SSLConfig, {"epochs": True}, ("epochs", "True", "whole number")),
         (SSLConfig, {"learning_rate": float("nan")}, ("learning_rate", "nan", "finite")),
         (SSLConfig, {"batch_size": 1}, ("batch_size", "1")),
-        (SSLConfig, {"preset": "huge"}, ("preset", "'huge'", "'demo'")),
+        *((c, {"preset": "huge"}, ("preset", "'huge'", "demo, cifar10, paper")) for c in ALL),
+        (SSLConfig, {"dim": 0}, ("dim", "0")),
+        (SSLConfig, {"dim": "wide", "adversary": "clae"}, ("dim", "'wide'")),
+        (VAEConfig, {"size": 224, "width": 4}, ("width", "4", "8")),
+        (SweepConfig, {"ssl": {"vae": "x"}}, ("ssl", "'vae'", "study")),
         (VAEConfig, {"dim": 0}, ("dim", "0")),
         (VAEConfig, {"size": 65}, ("size", "65", "64, 84, 224")),
         (VAEConfig, {"kappa": 0.1, "beta": 0.1}, ("kappa=0.1", "beta=0.4", "give one of the two")),
@@ -89,6 +93,8 @@ def test_kappa_and_beta_say_the_same():
 def test_an_attack_that_does_not_happen_gives_a_run_no_second_name():
     plain = SSLConfig()
     assert SSLConfig(epsilon=0.5, steps=3, vae="x", alpha=2.0) == plain
+    sign = SSLConfig(adversary="random_sign")
+    assert SSLConfig(adversary="random_sign", steps=3, random_start=True) == sign
     assert SSLConfig(adversary="clae", vae="x", dim=3) == SSLConfig(adversary="clae")
     assert SSLConfig(adversary="clae").epsilon == 0.03
     assert SSLConfig(adversary="idaa").epsilon == 0.1

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from idaa_lib import runs, sweeps
-from idaa_lib.configs import SweepConfig
+from idaa_lib.configs import SweepConfig, VAEConfig
 from idaa_lib.runs import Run, RunError
+from idaa_lib.train import train_vae
 
 SMALL = {"limit": 128, "batch_size": 32, "epochs": 1, "width": 4, "device": "cpu"}
 VAE = SMALL | {"dim": 8}
@@ -51,13 +52,17 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     assert figures(judged) == {"accuracy.png", "confusion.png", "map.png", "neighbours.png"}
 
     # The middle of the grid is the run above, so three points make one new run each.
+    stages = {"vae": VAE, "ssl": SMALL}
+    stages = {k: {n: v for n, v in fields.items() if n != "device"} for k, fields in stages.items()}
     grid = {
-        "epsilons": "0.1, 0.3", "betas": "0.4", "dims": "8", "jobs": 2,
-        "vae": json.dumps({k: v for k, v in VAE.items() if k != "dim"} | {"dim": 8}),
-        "ssl": json.dumps(SMALL), "eval": json.dumps({"limit": 128}),
+        "epsilons": "0.1, 0.3", "betas": "6.4", "dims": "8", "jobs": 2, "device": "cpu",
+        "eval": json.dumps({"limit": 128}), **{k: json.dumps(v) for k, v in stages.items()},
     }  # fmt: skip
-    execute("05_sensitivity", grid | {"betas": "6.4"}, tmp_path)
-    assert (outputs / "sweep" / "sensitivity.png").exists()
+    execute("05_sensitivity", grid, tmp_path)
+    (study,) = (outputs / "sweep").iterdir()
+    assert {path.name for path in study.iterdir()} == {
+        "config.json", "sensitivity.csv", "sensitivity.png",
+    }  # fmt: skip
     made = runs.find("ssl")
     assert len(made) == 2
     assert all((run.path / "notebook.ipynb").exists() for run in made if run != ssl)
@@ -102,7 +107,7 @@ def test_a_name_that_papermill_only_warns_of_stops_the_notebook(tmp_path, monkey
     assert "This notebook has no parameter 'epsilom'; did you mean 'epsilon'" in done.stderr
 
 
-def test_a_sweep_checks_everything_first_and_skips_what_is_finished(outputs, monkeypatch):
+def test_a_sweep_checks_everything_before_it_runs_anything(monkeypatch):
     made = []
     monkeypatch.setattr(sweeps, "ensure", lambda config: made.append(config) or pytest.fail("ran"))
     grid = sweeps.points(SweepConfig(epsilons=(0.1, 0.2), betas=(1.0,), dims=(), seeds=(0, 1)))
@@ -114,6 +119,14 @@ def test_a_sweep_checks_everything_first_and_skips_what_is_finished(outputs, mon
     with pytest.raises(ValueError, match="width must be"):
         sweeps.run_all(sweeps.points(bad))
     assert not made
+
+
+def test_a_finished_point_starts_no_notebook(outputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
+    config = VAEConfig(**VAE)
+    made = train_vae(config)
+    monkeypatch.setattr(sweeps, "execute", lambda *a: pytest.fail("a notebook was started"))
+    assert sweeps.ensure(config) == made
 
 
 def test_over_dim_the_beta_of_the_middle_is_held():

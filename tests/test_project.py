@@ -31,12 +31,12 @@ ROOMS = {
     "nets": set(),
     "runs": {"configs"},
     "checkpoints": {"runs"},
-    "environment": {"images"},
+    "environment": {"configs", "images", "sources"},
     "adversaries": {"configs", "nets", "views"},
     "methods": {"configs", "nets", "views"},
     "evaluate": CORE | {"methods"},
     "train": CORE | {"methods", "adversaries", "evaluate"},
-    "sweeps": {"configs", "runs", "train", "evaluate"},
+    "sweeps": {"configs", "environment", "runs", "train", "evaluate"},
     "lab": CORE | {"methods", "adversaries", "evaluate", "train", "sweeps"},
 }
 

@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run):
     (run.path / "checkpoints" / "1" / "state.json").unlink()
     with (
         pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(RunError, match=r"All checkpoints of .* are damaged"),
+        pytest.raises(RunError, match=r"Every checkpoint of .* is damaged"),
     ):
         checkpoints.load(run)
 

@@ -38,7 +38,7 @@ def vae(outputs):
 
 def stop_after(monkeypatch, steps, how):
     """Call `how` when `steps` steps were made in this process."""
-    original, made = Fit._step, []
+    original, made = Fit.train_step, []
 
     def step(self, *args):
         original(self, *args)
@@ -46,7 +46,7 @@ def stop_after(monkeypatch, steps, how):
         if len(made) == steps:
             how(self)
 
-    monkeypatch.setattr(Fit, "_step", step)
+    monkeypatch.setattr(Fit, "train_step", step)
 
 
 def interrupt(fit):
@@ -153,6 +153,12 @@ def test_a_longer_run_continues_from_a_finished_one(outputs, vae):
     assert longer.metrics()[0]["loss"] < vae.metrics()[0]["loss"]
 
 
+def test_continuing_from_other_weights_is_told_before_work(outputs, vae):
+    with pytest.raises(ConfigError, match=r"continue_from=.* has other weights: .*fc11"):
+        train_vae(VAE.model_copy(update={"continue_from": vae.id, "dim": 16}))
+    assert len(runs.find("vae", finished=False)) == 1
+
+
 def test_request_to_stop_and_to_pause(outputs, monkeypatch):
     def pause(fit):
         runs.stop(fit.writer.run, "pause")
@@ -166,7 +172,9 @@ def test_request_to_stop_and_to_pause(outputs, monkeypatch):
     with pytest.raises(Stopped, match=r"Stopped \(stop\)"):
         train_vae(slow)
     assert time.monotonic() - began > 1.0
-    assert locate(slow).state["state"] == "interrupted"
+    state = locate(slow).state
+    assert (state["state"], state["paused"]) == ("interrupted", False)
+    assert checkpoints.load(locate(slow))[1]["seconds"] < time.monotonic() - began - 0.5
 
 
 def test_the_command_line_trains_and_speaks_in_sentences(outputs):
@@ -267,11 +275,16 @@ def test_a_disk_that_fills_up_ends_in_a_sentence(outputs, monkeypatch):
     assert checkpoints.load(locate(VAE))[1]["step"] == 6
 
 
-def test_a_loss_that_is_not_finite_stops_with_advice(outputs):
-    config = ssl(learning_rate=1e20, precision="fp32", log_every=1, epochs=30)
-    with pytest.raises(RunError, match=r"loss is nan at step \d+: lower learning_rate"):
-        train_ssl(config)
-    assert locate(config).state["state"] == "failed"
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_loss_that_is_not_finite_stops_with_advice_and_is_not_saved(outputs, log_every):
+    config = ssl(learning_rate=1e20, precision="fp32", log_every=log_every, epochs=30)
+    for _ in range(2):  # starting again does not go on from broken weights
+        with pytest.raises(RunError, match=r"loss is nan by step \d+: lower learning_rate"):
+            train_ssl(config)
+    run = locate(config)
+    assert run.state["state"] == "failed"
+    saved = checkpoints.load(run)
+    assert saved is None or all(t.isfinite().all() for t in saved[0].values())
 
 
 def folder(root, n=24, classes=("a", "b")):
@@ -298,6 +311,15 @@ def test_own_images_without_labels_train_and_cannot_be_evaluated(outputs, tmp_pa
         evaluate(EvalConfig(run=run.id))
 
 
+def test_a_relative_path_is_meant_from_where_it_was_given(outputs, tmp_path, monkeypatch):
+    folder(tmp_path / "work" / "own")
+    monkeypatch.chdir(tmp_path / "work")
+    run = train_ssl(ssl(dataset="own", size=16, limit=20))
+    monkeypatch.chdir(tmp_path)
+    assert run.config.dataset == str(tmp_path / "work" / "own")
+    assert evaluate(EvalConfig(run=run.id, references=False)).finished
+
+
 def test_moving_a_folder_is_the_same_run(outputs, tmp_path):
     here = folder(tmp_path / "here")
     config = ssl(dataset=str(here), size=16)
@@ -306,6 +328,51 @@ def test_moving_a_folder_is_the_same_run(outputs, tmp_path):
     assert locate(config.model_copy(update={"dataset": str(moved)})) == run
     (Path(moved) / "train" / "a" / "0.png").unlink()
     assert locate(config.model_copy(update={"dataset": str(moved)})) != run
+
+
+def test_an_encoder_of_an_unfinished_or_damaged_run_is_refused(outputs, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7, interrupt)
+        with pytest.raises(Stopped):
+            train_ssl(ssl())
+    run = locate(ssl())
+    with pytest.raises(RunError, match="is interrupted, not finished"):
+        load_encoder(run)
+    train_ssl(ssl())
+    path = run.path / "checkpoints" / "12" / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(RunError, match=r"The last checkpoint of .* is damaged"),
+    ):
+        load_encoder(run)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [({"device": "gpu"}, "device must be one of .*'gpu'"), ({"run": "vae"}, "stage 'vae'")],
+)
+def test_an_evaluation_that_cannot_be_leaves_nothing_behind(outputs, vae, asked, sentence):
+    run = train_ssl(ssl())
+    asked = {"run": run.id} | {k: str(vae.path) if v == "vae" else v for k, v in asked.items()}
+    with pytest.raises((ConfigError, RunError), match=sentence):
+        evaluate(EvalConfig(**asked))
+    assert not (outputs / "eval").exists()
+
+
+def test_validation_images_are_never_in_their_own_bank(outputs, monkeypatch):
+    """Trained on `trainval`, an image would otherwise be its own nearest neighbour."""
+    seen = []
+    original = idaa_lib.train.stages.knn
+
+    def watched(bank, *rest, **options):
+        seen.append(bank)
+        return original(bank, *rest, **options)
+
+    monkeypatch.setattr("idaa_lib.train.stages.knn", watched)
+    run = train_ssl(ssl(split="trainval", limit=4500, epochs=1, batch_size=64))
+    assert len(seen[0]) == len(images.load("photos", "train")) == 4000
+    assert "trained on without their labels" in run.summary["knn_protocol"]
 
 
 # --- what comes back --------------------------------------------------------------------------
@@ -460,7 +527,7 @@ def test_training_on_a_gpu_agrees_with_the_cpu(outputs):
 
 
 def test_two_processes_train_one_run(outputs):
-    """As `accelerate launch` starts them, on the CPU: both see their half of each batch, the first one writes."""
+    """As `accelerate launch` starts them: each sees its half of every batch, the first writes."""
     words = [f"{k}={v}" for k, v in TINY.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--standalone", "-m", "idaa_lib.train", "ssl", "adversary=clae"]

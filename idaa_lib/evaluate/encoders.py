@@ -34,13 +34,13 @@ def load_encoder(run: Run | str | None = None, layer: str = "backbone") -> Encod
     Raises:
         RunError: there is no such run, or it is not finished.
     """
-    run = run if isinstance(run, Run) else runs.get("ssl", run)
-    return Encoder(_layer(_method(run, trained=True).network, layer), *_units(run))
+    run = runs.get("ssl", run)
+    return Encoder(_layer(_method(run, trained=True), layer), *_units(run))
 
 
 def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
     """The encoder of `run` with the weights it had before training: a reference row."""
-    return Encoder(_layer(_method(run, trained=False).network, layer), *_units(run))
+    return Encoder(_layer(_method(run, trained=False), layer), *_units(run))
 
 
 def load_vae(run: Run | str | None = None, **values: object) -> VAE:
@@ -51,7 +51,7 @@ def load_vae(run: Run | str | None = None, **values: object) -> VAE:
     Raises:
         RunError: there is no such run, or it is not finished.
     """
-    run = run if isinstance(run, Run) else runs.get("vae", run, **values)
+    run = runs.get("vae", run, **values)
     config = run.config
     _, mean, std = _units(run)
     vae = VAE(config.dim, config.size, config.width, mean, std)
@@ -89,12 +89,8 @@ def pixels(images: Tensor) -> Tensor:
     return images.flatten(1).float() / 255 - 0.5
 
 
-def _layer(network: nn.Module, layer: str) -> nn.Module:
-    if layer not in ("backbone", "projector"):
-        raise ValueError(f"layer must be backbone or projector, and is {layer!r}.")
-    module = network.backbone if layer == "backbone" else network
-    assert isinstance(module, nn.Module)
-    return module.eval().requires_grad_(False)
+def _layer(method: Method, layer: str) -> nn.Module:
+    return method.encoder(layer).eval().requires_grad_(False)
 
 
 def _method(run: Run, trained: bool) -> Method:

@@ -15,10 +15,12 @@ PENALTIES = tuple(10.0**e for e in range(-6, 3))
 
 
 class Probe(NamedTuple):
-    """A fitted probe: predictions (Q,) int64; penalty chosen on validation."""
+    """A fitted probe: predictions (Q,) int64; the penalty that validation chose, and its top-1
+    there in percent before the refit: what hyper-parameters are judged by."""
 
     predictions: Tensor
     penalty: float
+    top1_val: float
 
 
 class OfficialProbe(NamedTuple):
@@ -57,7 +59,7 @@ def linear_probe(
             best, chosen, at_best = top1, penalty, weights
     x, y = torch.cat([x, x_val]), torch.cat([y, val[1]])
     weights = logistic_regression(x, y, classes, chosen, iterations, start=at_best)
-    return Probe(predict(weights, x_test), chosen)
+    return Probe(predict(weights, x_test), chosen, 100 * best)
 
 
 def logistic_regression(

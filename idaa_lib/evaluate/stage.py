@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from idaa_lib import checkpoints, images, runs
+from idaa_lib import checkpoints, runs
 from idaa_lib.configs import ConfigError, EvalConfig
-from idaa_lib.environment import describe
+from idaa_lib.environment import describe, open_images, settled, torch_device
 from idaa_lib.evaluate.encoders import features, load_encoder, pixels, random_encoder
 from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn, official_bank
 from idaa_lib.evaluate.linear import linear_probe, official_probe
+from idaa_lib.images import ImageSet
 from idaa_lib.runs import Run
 
 # What stands in one table beside the run's own encoder.
@@ -42,9 +43,9 @@ def evaluate(config: EvalConfig) -> Run:
     if run.finished:
         print(f"{run.id} is finished: showing its result.")
         return run
-    with run.writing(config, describe(config.device, splits["test"])) as writer:
+    device = torch_device(config.device)
+    with run.writing(config, describe(device, "no", splits["test"])) as writer:
         began = time.monotonic()
-        device = torch.device(_device(config.device))
         labels = {s: split.labels for s, split in splits.items()}
         classes = len(splits["train"].classes)
         summary: dict[str, Any] = {"protocol": config.protocol}
@@ -73,21 +74,20 @@ class _Plan(NamedTuple):
     config: EvalConfig
     run: Run
     source: Run
-    splits: dict[str, images.ImageSet]
+    splits: dict[str, ImageSet]
 
 
 def _plan(config: EvalConfig) -> _Plan:
     source = runs.get("ssl", config.run)
     trained = source.config
-    config = config.model_copy(
-        update={"run": source.id, "dataset": config.dataset or trained.dataset}
-    )
+    dataset = settled(config.dataset or trained.dataset)
+    config = config.model_copy(update={"run": source.reference, "dataset": dataset})
     splits = {
-        split: images.load(config.dataset, split, trained.size, config.limit)  # type: ignore[arg-type]
+        split: open_images(dataset, split, trained.size, config.limit)
         for split in ("train", "val", "test")
     }
     if not splits["train"].labelled:
-        raise ConfigError(f"dataset={config.dataset!r} has no labels to evaluate against.")
+        raise ConfigError(f"dataset={dataset!r} has no labels to evaluate against.")
     run = runs.run_for(config, splits["test"].fingerprint, encoder=checkpoints.digest(source))
     return _Plan(config, run, source, splits)
 
@@ -98,16 +98,10 @@ def results(run: Run) -> dict[str, Tensor]:
     return load_file(run.path / "results.safetensors")
 
 
-def _device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _encode(
     subject: str,
     source: Run,
-    splits: dict[str, images.ImageSet],
+    splits: dict[str, ImageSet],
     device: torch.device,
     protocol: str,
 ) -> dict[str, dict[str, Tensor]]:
@@ -158,7 +152,8 @@ def _judge(
     )
     if official:
         train = (torch.cat([linear["train"], linear["val"]]), both)
-        probe = official_probe(train, (linear["test"], labels["test"]), classes=classes)
+        test = (linear["test"], labels["test"])
+        probe = official_probe(train, test, classes=classes, seed=config.seed)
         found, count = probe.predictions, probe.n
         rows["linear_top1_last"] = probe.top1_last
         rows["linear_protocol"] = (
@@ -172,7 +167,7 @@ def _judge(
             classes=classes,
         )
         found, count = fit.predictions, len(labels["test"])
-        rows["linear_penalty"] = fit.penalty
+        rows["linear_penalty"], rows["linear_top1_val"] = fit.penalty, fit.top1_val
         rows["linear_protocol"] = "clean: L-BFGS, penalty chosen on val, refit, test read once"
     judged = accuracy(found, labels["test"][:count])._asdict()
     return rows | {f"linear_{k}": v for k, v in judged.items()}, {"knn": guess, "linear": found}

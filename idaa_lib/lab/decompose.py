@@ -8,39 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from idaa_lib import images, runs
+from idaa_lib import runs
 from idaa_lib.adversaries import CLAE, IDAA, Attack, Direction
-from idaa_lib.configs import DecomposeConfig, SSLConfig
+from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
+from idaa_lib.environment import open_images
 from idaa_lib.evaluate.encoders import load_encoder, load_vae
 from idaa_lib.methods import build_method
 from idaa_lib.methods.simclr import against
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
-from idaa_lib.views import denormalise, recipe
+from idaa_lib.views import denormalise, normalise, recipe
 
 
 @dataclass(frozen=True)
-class Scene:
-    """Images x (N, 3, size, size) normalised, the VAE, its run, and the attack's direction.
-
-    `attacked` says which encoder the direction comes from, `loss` is what it ascends: images
-    (N, 3, size, size) → scalar.
-    """
+class Pictures:
+    """Images x (N, 3, size, size), normalised as the VAE expects them, the VAE, and its run."""
 
     x: Tensor
     vae: VAE
     run: Run
-    attacked: str
-    adversary: IDAA
-    direction: Direction
-    pixel_direction: Direction
-    loss: Callable[[Tensor], Tensor]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-    def attack(self, epsilon: float) -> Attack:
-        """x′ at one ε: one decode."""
-        return self.adversary.apply(self.direction, epsilon)
 
     def pixels(self, x: Tensor) -> Tensor:
         """Normalised images as pixels in [0, 1] (not clipped)."""
@@ -54,42 +42,75 @@ class Scene:
         return 0.5 + gain * shift, gain
 
 
-def scene(config: DecomposeConfig) -> Scene:
-    """Load what `config` names.
+@dataclass(frozen=True)
+class Scene(Pictures):
+    """Pictures under attack.
+
+    `attacked` says which encoder the directions come from; `loss`, images (N, 3, size, size) →
+    scalar, is what they ascend.
+    """
+
+    attacked: str
+    loss: Callable[[Tensor], Tensor]
+    adversary: IDAA
+    direction: Direction
+    pixel_direction: Direction
+
+    def attack(self, epsilon: float) -> Attack:
+        """x′ at one ε: one decode."""
+        return self.adversary.apply(self.direction, epsilon)
+
+
+def pictures(config: DecomposeConfig) -> Pictures:
+    """The images that `config` names, and their VAE.
 
     Raises:
-        RunError: there is no finished VAE run.
+        RunError: there is no finished VAE run. ConfigError: its images are gone.
     """
     run = runs.get("vae", config.vae)
-    trained = run.config
-    vae = load_vae(run)
-    assert vae.mean and vae.std
-    data = images.load(trained.dataset, config.split, trained.size)
+    trained, vae = run.config, load_vae(run)
+    assert vae.mean is not None
+    assert vae.std is not None
+    data = open_images(trained.dataset, config.split, trained.size, None)
     pick = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
-    chosen = data.images[pick[: config.images]]
-    x = recipe("none", trained.size, vae.mean, vae.std).apply(chosen, {})
+    x = normalise(data.images[pick[: config.images]], vae.mean, vae.std)
+    return Pictures(x, vae, run, vae.mean, vae.std)
 
+
+def scene(config: DecomposeConfig) -> Scene:
+    """The pictures, and the directions of IDAA and CLAE against an encoder.
+
+    Raises:
+        RunError: there is no finished VAE run. ConfigError: the encoder is for another size.
+    """
+    shown = pictures(config)
+    trained = shown.run.config
     found = runs.find("ssl", dataset=trained.dataset, size=trained.size)
     if config.run or found:
-        source = runs.get("ssl", config.run) if config.run else found[0]
-        embed, attacked = load_encoder(source, "projector").module, source.id
+        source = runs.get("ssl", config.run or found[0])
+        module, size, mean, std = load_encoder(source, "projector")
+        if size != trained.size:
+            raise ConfigError(f"run={source.id!r} is for {size} px, its images {trained.size} px.")
+        attacked = source.id
     else:
-        untrained = SSLConfig(size=trained.size, width=16)
-        method = build_method(untrained, recipe("none", trained.size, vae.mean, vae.std))
-        embed, attacked = method.network.eval().requires_grad_(False), "an untrained ResNet-18"
+        transform = recipe("none", trained.size, shown.mean, shown.std)
+        untrained = build_method(SSLConfig(size=trained.size, width=16), transform)
+        module = untrained.encoder("projector").eval().requires_grad_(False)
+        attacked, mean, std = "an untrained ResNet-18", shown.mean, shown.std
 
-    loss = against(embed, x)
-    adversary = IDAA(vae, config.epsilon, norm=config.norm)
-    pixel = CLAE(config.epsilon, norm=config.norm)
+    def embed(x: Tensor) -> Tensor:
+        """In the encoder's own units, where they are not the VAE's."""
+        same = (mean, std) == (shown.mean, shown.std)
+        return module(x if same else normalise(shown.pixels(x), mean, std))
+
+    loss = against(embed, shown.x)
+    idaa = IDAA(shown.vae, config.epsilon, norm=config.norm)
+    clae = CLAE(config.epsilon, norm=config.norm)
     return Scene(
-        x=x,
-        vae=vae,
-        run=run,
+        **vars(shown),
         attacked=attacked,
-        adversary=adversary,
-        direction=adversary.direction(x, loss),
-        pixel_direction=pixel.direction(x, loss),
         loss=loss,
-        mean=vae.mean,
-        std=vae.std,
+        adversary=idaa,
+        direction=idaa.direction(shown.x, loss),
+        pixel_direction=clae.direction(shown.x, loss),
     )

@@ -5,9 +5,11 @@ Everything is a run like any other, so a second `make demo` finds the first one'
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,25 +18,23 @@ import torch
 from idaa_lib import adversaries, sweeps
 from idaa_lib.configs import EvalConfig, SSLConfig, SweepConfig, UserError, VAEConfig
 from idaa_lib.environment import hardware
-from idaa_lib.methods import build_method
+from idaa_lib.methods import Method, build_method
+from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, outputs_root
-from idaa_lib.train.loop import make_accelerator
-from idaa_lib.views import keyed_generator, recipe
+from idaa_lib.train.loop import Fit, make_accelerator
+from idaa_lib.views import recipe
 
 Adversary = Literal["none", "clae", "idaa"]
 ADVERSARIES: tuple[Adversary, ...] = ("none", "clae", "idaa")
-# On 2 cores: to start a kernel and import what a notebook needs; all of the evaluation.
-KERNEL_SECONDS, EVALUATION_SECONDS = 8.0, 75.0
-JOBS = 2
 
 
 def main() -> int:
     began = time.monotonic()
-    step = seconds_per_step()
+    minutes = estimate() / 60
     print(
         f"IDAA workbench demo on {hardware()}\n"
-        f"This takes about {estimate(step) / 60:.0f} minutes: a VAE, SimCLR with no adversary, "
+        f"This takes about {minutes:.0f} minutes on this machine: a VAE, SimCLR with no adversary, "
         f"CLAE and IDAA, their evaluation, and a small sensitivity study.\n",
         flush=True,
     )
@@ -43,6 +43,9 @@ def main() -> int:
     except UserError as error:
         print(f"\nThe demo stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nStopped. What is finished is kept: `make demo` goes on from there.")
+        return 130
     print(f"\n{table(rows)}\n\nFigures:")
     for path in sorted(p for row in rows for p in row["figures"]):
         print(f"  {_short(path)}")
@@ -55,8 +58,6 @@ def main() -> int:
 
 def run(say: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Path]]:
     """All stages; a row for each adversary, and the executed notebooks in reading order."""
-    from joblib import Parallel, delayed
-
     say("1/4  VAE")
     vae = sweeps.ensure(VAEConfig())
 
@@ -72,10 +73,10 @@ def run(say: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Path]]:
         say(f"     swept      {point.axis} = {point.value:g}")
 
     say("2/4  SimCLR with no adversary, CLAE, IDAA, their evaluation; sensitivity to ε, β and dim")
-    tasks = [delayed(pipeline)(a) for a in reversed(ADVERSARIES)]  # the longest first
-    tasks += [delayed(vary)(point) for point in sweeps.points(SweepConfig())]
-    with sweeps.shared_threads(JOBS):
-        rows = Parallel(JOBS, prefer="threads")(tasks)[: len(ADVERSARIES)][::-1]
+    study = SweepConfig()
+    tasks: list[Callable[[], Any]] = [partial(pipeline, a) for a in reversed(ADVERSARIES)]
+    tasks += [partial(vary, point) for point in sweeps.points(study)]
+    rows = sweeps.together(tasks, study.jobs)[: len(ADVERSARIES)][::-1]
     folder = outputs_root() / "notebooks"
     say("3/4  Decomposition: pictures of x′ over ε")
     pictures = {"vae": vae.id, "run": rows[-1]["ssl"].id}
@@ -84,10 +85,10 @@ def run(say: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Path]]:
     swept = sweeps.execute("05_sensitivity", {}, folder / "05_sensitivity.ipynb")
 
     rows[0]["figures"] += [*(vae.path / "figures").glob("*.png")]
-    rows[0]["figures"] += [outputs_root() / "sweep" / "sensitivity.png"]
+    rows[0]["figures"] += [*sweeps.folder_of(study).glob("*.png")]
     notebooks = [vae.path / "notebook.ipynb", decomposed]
     notebooks += [r[stage].path / "notebook.ipynb" for r in rows for stage in ("ssl", "eval")]
-    return rows, [*notebooks, swept]
+    return rows, [path for path in [*notebooks, swept] if path.exists()]
 
 
 def row(adversary: str, ssl: Run, judged: Run) -> dict[str, Any]:
@@ -121,38 +122,49 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def seconds_per_step() -> float:
-    """One SimCLR+IDAA step of the demo on this machine, with all its threads, after a warm-up."""
-    config, units = SSLConfig(adversary="idaa"), ((0.5,) * 3, (0.25,) * 3)
+def estimate() -> float:
+    """Seconds of the whole demo, from one step of each kind and one start of Python measured here.
+
+    Two notebooks at a time share the threads, so the sum of their training steps is what counts.
+    """
+    ssl, vae, sweep = SSLConfig(adversary="idaa"), VAEConfig(), SweepConfig()
+    assert ssl.limit is not None
+    assert vae.limit is not None
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import idaa_lib.lab.plots"], check=True)
+    kernel = 2 * (time.monotonic() - start)  # the same again to start it and to draw the figures
+    vaes = len(set(sweep.betas) | set(sweep.dims)) - 1
+    points = sum(len(values) - 1 for values in (sweep.epsilons, sweep.betas, sweep.dims))
+    steps = ssl.epochs * (ssl.limit // ssl.batch_size)
+    # CLAE costs nine tenths of an IDAA step, no adversary half of it.
+    training = (points + 2.4) * steps * _seconds(ssl)
+    training += vaes * vae.epochs * (vae.limit // vae.batch_size) * _seconds(vae)
+    notebooks = 3 + (6 + vaes + 2 * points) / sweep.jobs
+    # A probe's and a t-SNE's arithmetic, counted in kernel starts: 2 of them where all is judged.
+    return training + kernel * (notebooks + (3 * 2 + points) / sweep.jobs)
+
+
+def _seconds(config: SSLConfig | VAEConfig) -> float:
+    """One training step of `config` here, after a warm-up."""
     accelerator = make_accelerator(config, outputs_root())
-    transform = recipe(config.augmentation, config.size, *units)
-    method = build_method(config, transform).to(accelerator.device)
-    method.network = accelerator.prepare_model(method.network)
-    attack = adversaries.IDAA(VAE(128, config.size, 16).to(accelerator.device), config.epsilon)
+    transform = recipe(config.augmentation, config.size, (0.5,) * 3, (0.25,) * 3)
+    method: Method
+    adversary: Any = adversaries.NoAdversary()
+    if isinstance(config, SSLConfig):
+        method = build_method(config, transform)
+        adversary = adversaries.IDAA(VAE(128, config.size, 16).to(accelerator.device), 0.1)
+    else:
+        method = VAETraining(config, transform)
     shape = (config.batch_size, 3, config.size, config.size)
     images = torch.zeros(shape, dtype=torch.uint8, device=accelerator.device)
+    fit = Fit(accelerator, method, images, torch.zeros(len(images)), config, adversary)
+    method.network = accelerator.prepare_model(method.network)
     for index in range(4):
         start = time.monotonic()
-        step = method.step(method.draw({"images": images}, keyed_generator(index)), {})
-        assert step.attacked is not None
-        assert step.attack_loss is not None
-        assert step.adversarial_loss is not None
-        x = attack(step.attacked, step.attack_loss).images
-        (step.loss + step.adversarial_loss(x)).backward()
+        fit.train_step(index, {"images": images}, {})
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
     return time.monotonic() - start
-
-
-def estimate(step: float) -> float:
-    """Seconds of the whole demo, two notebooks at a time on half the threads each."""
-    ssl, sweep = SSLConfig(adversary="idaa"), SweepConfig()
-    assert ssl.limit is not None
-    points = sum(len(values) - 1 for values in (sweep.epsilons, sweep.betas, sweep.dims))
-    # CLAE costs nine tenths of an IDAA step, no adversary half of it.
-    steps = ssl.epochs * (ssl.limit // ssl.batch_size) * (points + 2.4)
-    kernels = KERNEL_SECONDS * (3 + (6 + 2.7 * points) / JOBS)
-    return steps * step + kernels + EVALUATION_SECONDS
 
 
 def _clock(began: float) -> str:

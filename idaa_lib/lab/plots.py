@@ -34,6 +34,8 @@ LABELS = {
     "effective_rank": "effective rank of features",
     "moved": "‖x′ − x‖₂ (normalised units)",
 }
+# The prefixes of a summary's accuracies, and what they are of.
+SUBJECTS = {"": "this run", "random_": "untrained encoder", "pixels_": "raw pixels"}
 
 sns.set_theme(
     context="notebook",
@@ -140,9 +142,8 @@ def radial_power(part: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def accuracy_table(summary: Mapping[str, Any]) -> pd.DataFrame:
     """An evaluation's accuracies with n, 95 % interval and protocol, reference rows below."""
-    subjects = {"": "this run", "random_": "untrained encoder", "pixels_": "raw pixels"}
     rows = []
-    for prefix, name in subjects.items():
+    for prefix, name in SUBJECTS.items():
         for probe in ("knn", "linear"):
             key = f"{prefix}{probe}"
             if f"{key}_top1" in summary:
@@ -162,15 +163,16 @@ def accuracy_table(summary: Mapping[str, Any]) -> pd.DataFrame:
 
 def accuracy_bars(summary: Mapping[str, Any]) -> Figure:
     """The same as bars with their 95 % intervals."""
-    table = accuracy_table(summary)
+    names = {p: name for p, name in SUBJECTS.items() if f"{p}knn_top1" in summary}
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    names = list(table["features"].unique())
-    for shift, (probe, part) in zip((-0.2, 0.2), table.groupby("probe"), strict=True):
-        at = [names.index(name) + shift for name in part["features"]]
-        top = part["top-1 (%)"].to_numpy(float)
-        ends = np.array([[float(v) for v in text.split(" – ")] for text in part["95 % interval"]])
-        axis.bar(at, top, 0.38, label=probe, yerr=np.abs(ends.T - top), capsize=4)
-    axis.set_xticks(range(len(names)), names)
+    for shift, probe, label in ((-0.2, "knn", "kNN"), (0.2, "linear", "linear")):
+        top, low, high = (
+            np.array([summary[f"{p}{probe}_{end}"] for p in names])
+            for end in ("top1", "low", "high")
+        )
+        at = np.arange(len(names)) + shift
+        axis.bar(at, top, 0.38, label=label, yerr=np.abs([top - low, high - top]), capsize=4)
+    axis.set_xticks(range(len(names)), list(names.values()))
     axis.set(ylabel="top-1 (%)", title="Accuracy on test, with 95 % intervals", ylim=(0, 100))
     axis.legend(title="probe", loc="upper right")
     return figure
@@ -218,12 +220,14 @@ def embedding_map(
 
 
 def neighbours(features: Tensor, images: Tensor, labels: Tensor, queries: Sequence[int]) -> Figure:
-    """Each query and its 8 nearest other images by cosine, framed green where the class agrees."""
+    """Each query and its nearest other images, up to 8, by cosine; green where the class agrees."""
     z = torch.nn.functional.normalize(features, dim=1)
     similarity = z[list(queries)] @ z.T
     similarity[torch.arange(len(queries)), list(queries)] = -torch.inf
-    near = similarity.topk(8, dim=1).indices
-    figure, axes = plt.subplots(len(queries), 9, figsize=(9.6, 1.1 * len(queries)), squeeze=False)
+    count = min(8, len(z) - 1)
+    near = similarity.topk(count, dim=1).indices
+    size = (1.07 * (count + 1), 1.1 * len(queries))
+    figure, axes = plt.subplots(len(queries), count + 1, figsize=size, squeeze=False)
     for line, q, found in zip(axes, queries, near, strict=True):
         for axis, i in zip(line, [q, *found.tolist()], strict=True):
             axis.imshow(images[i].permute(1, 2, 0).numpy())
@@ -233,20 +237,22 @@ def neighbours(features: Tensor, images: Tensor, labels: Tensor, queries: Sequen
             for side in axis.spines.values():
                 side.set(color=colour, linewidth=2.5)
     axes[0, 0].set_title("query", fontsize="small")
-    axes[0, 4].set_title("nearest first: green = same class, orange = another", fontsize="small")
+    axes[0, (count + 1) // 2].set_title(
+        "nearest first: green = same class, orange = another", fontsize="small"
+    )
     figure.subplots_adjust(wspace=0.08, hspace=0.12)
     return figure
 
 
 def sensitivity(rows: pd.DataFrame) -> Figure:
-    """Accuracy over ε, β and dim, one panel each; several seeds give their mean and ±1 std."""
+    """Validation accuracy over ε, β and dim, one panel each; several seeds give mean and ±1 std."""
     names = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
     axes_present = [axis for axis in names if axis in set(rows["axis"])]
     figure, panels = plt.subplots(
         1, len(axes_present), figsize=(4.3 * len(axes_present), 3.6), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    probes = {"knn_top1": "kNN", "linear_top1": "linear"}
+    probes = {"knn_top1_val": "kNN", "linear_top1_val": "linear"}
     for panel, axis in zip(panels.flat, axes_present, strict=True):
         for key, probe in probes.items():
             grouped = rows[rows["axis"] == axis].groupby("value")[key]
@@ -256,7 +262,7 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
                 marker="o", capsize=4, label=probe,
             )  # fmt: skip
         values = sorted(rows[rows["axis"] == axis]["value"].unique())
-        panel.set(xscale="log", xlabel=names[axis], ylabel="top-1 on test (%)")
+        panel.set(xscale="log", xlabel=names[axis], ylabel="top-1 on validation (%)")
         panel.set_xticks(values, [f"{v:g}" for v in values])
         panel.minorticks_off()
         panel.label_outer()

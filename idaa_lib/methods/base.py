@@ -59,8 +59,16 @@ class Method(nn.Module):
         self.network = network
         self.recipe = recipe
 
-    def batches(self, n: int, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """Global batches of an epoch as named index tensors (int64): one permutation, drop last."""
+    def steps_per_epoch(self, labels: Tensor, batch_size: int) -> int:
+        """How many batches `batches` yields."""
+        return len(labels) // batch_size
+
+    def batches(self, labels: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """Global batches of an epoch as named index tensors (int64): one permutation, drop last.
+
+        labels: (N,) of all training images, −1 where unknown, for methods that choose by them.
+        """
+        n = len(labels)
         order = torch.randperm(n, generator=keyed_generator(seed, epoch, 0, 0))
         for start in range(0, n - batch_size + 1, batch_size):
             yield {"images": order[start : start + batch_size]}
@@ -93,6 +101,16 @@ class Method(nn.Module):
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         # Fused: one kernel for all parameters, on the CPU too; the arithmetic is Adam's.
         return torch.optim.Adam(groups, lr=lr, fused=True)
+
+    def encoder(self, layer: str) -> nn.Module:
+        """What is evaluated: images (B, 3, H, W) → features (B, D).
+
+        `backbone` gives h; `projector` the embedding z that the loss compares. The default suits a
+        network with an attribute `backbone` whose own output is z; others override it.
+        """
+        if layer not in ("backbone", "projector"):
+            raise ValueError(f"layer must be backbone or projector, and is {layer!r}.")
+        return self.network.get_submodule("backbone") if layer == "backbone" else self.network
 
     def on_epoch_start(self, epoch: int, images: Tensor, generator: torch.Generator) -> None:
         """Before an epoch's first step (not again when resuming inside the epoch)."""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor
 from idaa_lib import checkpoints
 from idaa_lib.adversaries import AttackError, NoAdversary
 from idaa_lib.configs import ConfigError, TrainingConfig
+from idaa_lib.environment import torch_device
 from idaa_lib.evaluate.figures import embedding_std
 from idaa_lib.methods import Method
-from idaa_lib.runs import RunError, Stopped, Writer
+from idaa_lib.runs import Run, RunError, Stopped, Writer
 from idaa_lib.train.progress import Progress
 from idaa_lib.views import keyed_generator
 
@@ -34,22 +36,27 @@ VIEWS, ATTACK, EPOCH = 1, 2, 3
 
 
 class Fit:
-    """Training of `method` on uint8 `images` (N, 3, H, W), under `config`.
+    """Training of `method` on uint8 `images` (N, 3, H, W) with `labels` (N,), under `config`.
 
     Args:
         accelerator: from `make_accelerator`.
         adversary: called as in `adversaries`; alpha: weight of the adversarial loss.
-        writer: of the run directory; None on all processes but the first.
         validate: method → figures, called after every `validate_every` epochs and the last.
+    Raises:
+        ConfigError: a batch that cannot be drawn, before anything is written.
+
+    `writer`, of the run directory, is set by the process that holds its lock.
     """
+
+    writer: Writer | None = None
 
     def __init__(
         self,
         accelerator: Accelerator,
         method: Method,
         images: Tensor,
+        labels: Tensor,
         config: TrainingConfig,
-        writer: Writer | None,
         adversary: Any = None,
         alpha: float = 1.0,
         validate: Callable[[Method], dict[str, float]] = lambda method: {},
@@ -60,17 +67,14 @@ class Fit:
                 f"batch_size must be at most the {len(images)} training images and divisible by "
                 f"the {accelerator.num_processes} processes, and is {config.batch_size}."
             )
-        self.accelerator, self.images, self.config, self.writer = (
-            accelerator,
-            images,
-            config,
-            writer,
-        )
+        self.accelerator, self.config = accelerator, config
+        self.images, self.labels = images, labels
         self.adversary, self.alpha = adversary or NoAdversary(), alpha
         self.validate, self.validate_every = validate, validate_every
-        self.steps_per_epoch = len(images) // config.batch_size
+        self.steps_per_epoch = method.steps_per_epoch(labels, config.batch_size)
         self.total = config.epochs * self.steps_per_epoch
         self.step, self.seconds = 0, 0.0
+        self._paused = 0.0  # seconds that the last look for requests waited
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.shard = (accelerator.process_index, accelerator.num_processes)
@@ -90,7 +94,9 @@ class Fit:
         """Write a checkpoint of this moment (first process only)."""
         if self.writer is None:
             return
-        tensors = {f"method.{k}": v for k, v in self._method_state().items()}
+        self._check_finite()
+        with self._unwrapped() as method:
+            tensors = {f"method.{k}": v for k, v in method.state_dict().items()}
         state = self.optimizer.state_dict()
         for index, slots in state["state"].items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in slots.items()}
@@ -112,17 +118,24 @@ class Fit:
             if value.shape == like.shape:
                 value = torch.empty_like(like, dtype=value.dtype).copy_(value)
             slots.setdefault(int(index), {})[slot] = value
-        self.optimizer.load_state_dict({"state": slots, "param_groups": state["groups"]})
+        # A run of its own keeps its own rates and decays.
+        groups = self.optimizer.state_dict()["param_groups"] if anew else state["groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if not anew:
             self.step, self.count, self.seconds = state["step"], state["count"], state["seconds"]
             self.sums = {
                 k: v.to(self.accelerator.device) for k, v in _under("sums.", tensors).items()
             }
 
-    def _method_state(self) -> dict[str, Tensor]:
-        # What Accelerate wraps for several processes calls its content `module`.
-        state = self.method.state_dict()
-        return {k.replace("network.module.", "network.", 1): v for k, v in state.items()}
+    @contextmanager
+    def _unwrapped(self) -> Iterator[Method]:
+        """The method with its network outside Accelerate's wrapper: its names, no exchange."""
+        prepared = self.method.network
+        self.method.network = self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=True)
+        try:
+            yield self.method
+        finally:
+            self.method.network = prepared
 
     # --- the loop ---------------------------------------------------------------------------
 
@@ -145,7 +158,7 @@ class Fit:
                     self._epoch(epoch, progress, asked)
                     last = epoch + 1 == self.config.epochs
                     if last or (epoch + 1) % self.validate_every == 0:
-                        figures = self.validate(self.method)
+                        figures = self._validate()
                         self._log(progress, epoch, figures)
                     request = None if last else self._request(asked)
                     if last or request or (epoch + 1) % self.config.checkpoint_every == 0:
@@ -154,7 +167,12 @@ class Fit:
         finally:
             progress.close()
         # A run killed between its last checkpoint and its summary has nothing left to train.
-        return figures or self.validate(self.method)
+        return figures or self._validate()
+
+    def _validate(self) -> dict[str, float]:
+        self._check_finite()
+        with self._unwrapped() as method:
+            return self.validate(method)
 
     def _epoch(self, epoch: int, progress: Progress, asked: list[str]) -> None:
         config, device = self.config, self.accelerator.device
@@ -163,7 +181,7 @@ class Fit:
         if done == 0:
             generator = keyed_generator(config.seed, epoch, 0, EPOCH)
             self.method.on_epoch_start(epoch, self.images, generator)
-        batches = self.method.batches(len(self.images), config.batch_size, config.seed, epoch)
+        batches = self.method.batches(self.labels, config.batch_size, config.seed, epoch)
         rank, processes = self.shard
         began = time.monotonic()
         for batch in itertools.islice(batches, done, None):
@@ -172,7 +190,7 @@ class Fit:
                 share = len(index) // processes
                 mine[key] = index[rank * share : (rank + 1) * share].to(self.images.device)
             images = {key: self.images[index].to(device) for key, index in mine.items()}
-            self._step(epoch, images, mine)
+            self.train_step(epoch, images, mine)
             self.step += 1
             now = time.monotonic()
             self.seconds, began = self.seconds + now - began, now
@@ -183,8 +201,10 @@ class Fit:
             if self.step % self.steps_per_epoch and (request := self._request(asked)):
                 self.save()
                 self._obey(request)
+            began += self._paused
 
-    def _step(self, epoch: int, images: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+    def train_step(self, epoch: int, images: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        """One step on this process's part of a batch: uint8 images and their indices, by name."""
         for group, (scale, schedule) in zip(
             self.optimizer.param_groups, self.schedules, strict=True
         ):
@@ -214,30 +234,40 @@ class Fit:
         self.method.after_step(step)
         # Sums stay on the device: nothing waits for it between two lines of the log.
         for key, value in {"loss": loss, **parts}.items():
-            value = value.detach().double()
+            value = value.detach().float()
             self.sums[key] = self.sums[key] + value if key in self.sums else value
         self.count += 1
         self._embeddings = step.embeddings
 
     def _flush(self, progress: Progress, epoch: int) -> None:
         """Means over the log interval, and what would tell a collapse, to the log."""
+        self._check_finite()
         means = {k: (v / self.count).item() for k, v in self.sums.items()}
         self.sums, self.count = {}, 0
-        if not math.isfinite(means["loss"]):
-            raise RunError(
-                f"The loss is {means['loss']} at step {self.step}: lower learning_rate "
-                f"({self.config.learning_rate:g}) or try precision='fp32'; the last checkpoint "
-                f"is intact."
-            )
         means["lr"] = self.optimizer.param_groups[0]["lr"]
         if self._embeddings is not None:
             z1, z2 = (z.float() for z in self._embeddings)
             # Wang & Isola 2020 (arXiv:2005.10242).
             means["alignment"] = (z1 - z2).square().sum(1).mean().item()
-            pairs = torch.pdist(z1).square() if len(z1) > 1 else z1.new_zeros(1)
-            means["uniformity"] = pairs.mul(-2).exp().mean().log().item()
+            above = torch.ones(len(z1), len(z1), device=z1.device).triu(1).bool()
+            squared = (2 - 2 * z1 @ z1.T)[above]  # ‖a − b‖² of unit vectors, each pair once
+            means["uniformity"] = squared.mul(-2).exp().mean().log().item()
             means["embedding_std"] = embedding_std(z1)
         self._log(progress, epoch, means)
+
+    def _check_finite(self) -> None:
+        """Before weights are saved or read: a checkpoint of NaN would be resumed from for ever.
+
+        Raises:
+            RunError: the loss of a step since the last line of the log was not finite.
+        """
+        total = self.sums["loss"].item() if self.sums else 0.0
+        if not math.isfinite(total):
+            raise RunError(
+                f"The loss is {total} by step {self.step}: lower learning_rate "
+                f"({self.config.learning_rate:g}) or try precision='fp32'; the last checkpoint "
+                f"is intact."
+            )
 
     def _log(self, progress: Progress, epoch: int, values: dict[str, float]) -> None:
         if self.writer is None:
@@ -251,13 +281,18 @@ class Fit:
 
     def _request(self, asked: list[str]) -> str | None:
         """Why to stop now, if so. A pause is waited out here; with several processes all agree."""
-        request = asked[0] if asked else None
+        request, self._paused = asked[0] if asked else None, 0.0
         if self.writer is not None and request is None:
             request = self.writer.request()
+            began = time.monotonic()
             while request == "pause" and not asked:
                 self.writer.state(state="going", paused=True)
                 time.sleep(0.2)
                 request = self.writer.request()
+                self._paused = time.monotonic() - began
+            if self._paused:
+                self.writer.state(paused=False)
+                request = asked[0] if asked else request
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(request is not None), device=self.accelerator.device)
             request = "asked" if self.accelerator.reduce(flag, "sum").item() else None
@@ -275,7 +310,7 @@ class Fit:
 _SHOWN = {"loss", "adversarial_loss", "reconstruction_val", "rate_nats_val", "knn_top1_val"}
 
 
-def make_accelerator(config: TrainingConfig, folder: Any) -> Accelerator:
+def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
     """Devices, precision and tracker of a run, as `config` and the launcher have them.
 
     Raises:
@@ -285,19 +320,14 @@ def make_accelerator(config: TrainingConfig, folder: Any) -> Accelerator:
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import DistributedDataParallelKwargs
 
-    device = config.device
-    available = {"auto", "cpu"}
-    available |= {"cuda"} if torch.cuda.is_available() else set()
-    available |= {"mps"} if torch.backends.mps.is_available() else set()
-    if device not in available:
-        raise ConfigError(f"device must be one of {', '.join(sorted(available))}, not {device!r}.")
+    device = torch_device(config.device)
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and tracker not in (str(t) for t in get_available_trackers()):
         raise ConfigError(f"tracker={tracker!r} is not installed: pip install {tracker}.")
     # One kernel may train several runs, with settings of their own; Accelerate shares its state.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(
-        cpu=device == "cpu",
+    return Accelerator(
+        cpu=device.type == "cpu",
         mixed_precision="bf16" if _bf16(config.precision, device) else "no",
         log_with=tracker,
         project_dir=str(folder),
@@ -305,18 +335,31 @@ def make_accelerator(config: TrainingConfig, folder: Any) -> Accelerator:
         # between would change what autograd saved.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    if tracker:
-        accelerator.init_trackers("idaa")
-    return accelerator
 
 
-def _bf16(precision: str, device: str) -> bool:
+def start_trackers(accelerator: Accelerator, config: TrainingConfig, run: Run) -> None:
+    """Name the run and its configuration to the tracker, and keep its files in the run directory.
+
+    Offline: WANDB_MODE=offline; MLflow writes below the run unless MLFLOW_TRACKING_URI says else.
+    """
+    if config.tracker == "none":
+        return
+    values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config}
+    own = {
+        "wandb": {"dir": str(run.path), "name": run.id},
+        "mlflow": {"logging_dir": str(run.path / "mlruns"), "run_name": run.id},
+    }
+    accelerator.init_trackers("idaa", values, {config.tracker: own.get(config.tracker, {})})
+
+
+def _bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
-    if device in ("auto", "cuda") and torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     # Emulated bf16 is slower than fp32: only CPUs that multiply it natively gain.
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and bool(native)
 
 
 @contextmanager

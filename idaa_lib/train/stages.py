@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from idaa_lib import adversaries, checkpoints, images, runs
+from idaa_lib import adversaries, checkpoints, runs
 from idaa_lib.configs import ConfigError, SSLConfig, TrainingConfig, VAEConfig
-from idaa_lib.environment import describe
+from idaa_lib.environment import describe, open_images, settled
 from idaa_lib.evaluate.encoders import features, load_vae
 from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn
@@ -23,7 +24,7 @@ from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import Run, RunError, Writer
-from idaa_lib.train.loop import Fit, make_accelerator
+from idaa_lib.train.loop import Fit, make_accelerator, start_trackers
 from idaa_lib.views import recipe
 
 
@@ -58,6 +59,8 @@ def train_vae(config: VAEConfig) -> Run:
     plan = _plan(config)
     method = VAETraining(config, recipe(config.augmentation, config.size, *_units(plan.data)))
 
+    val = _validation(config)
+
     def validate(method: Method, device: torch.device) -> dict[str, float]:
         return _vae_figures(method.network, method.recipe, val.images, device)
 
@@ -65,7 +68,6 @@ def train_vae(config: VAEConfig) -> Run:
         final = {name.removesuffix("_val"): value for name, value in figures.items()}
         return final | {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
 
-    val = _validation(config)
     return _train(plan, method, None, validate, 1, summarise)
 
 
@@ -91,37 +93,42 @@ def train_ssl(config: SSLConfig) -> Run:
         kind = {"idaa": adversaries.IDAA, "random_sign": adversaries.RandomSign}[config.adversary]
         adversary = kind(load_vae(plan.vae), **attack, mean=units[0], std=units[1])  # type: ignore[arg-type]
 
-    val = _validation(config)
+    val, bank = _validation(config), plan.data
+    if config.split == "trainval":  # which holds `val` itself: an image would find itself
+        bank = open_images(config.dataset, "train", config.size, config.limit)
 
     def validate(method: Method, device: torch.device) -> dict[str, float]:
-        backbone = method.network.get_submodule("backbone")
-        encode = lambda split: features(  # noqa: E731
-            backbone, split.images, config.size, *units, device=device
-        )
+        def encode(split: ImageSet) -> Tensor:
+            encoder = method.encoder("backbone")
+            return features(encoder, split.images, config.size, *units, device=device)
+
         z = encode(val)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z)}
         if val.labelled:
-            bank = plan.data
             guess = knn(encode(bank), bank.labels, z, classes=len(bank.classes))
-            figures["knn_top1_val"] = accuracy(guess, val.labels).top1
+            top1, low, high, _ = accuracy(guess, val.labels)
+            figures |= {"knn_top1_val": top1, "knn_low_val": low, "knn_high_val": high}
         return figures
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
         protocol = "clean: backbone features, k=200, τ=0.5, last epoch, validation split"
+        if config.split == "trainval":
+            protocol += ", whose images were trained on without their labels"
         return figures | {"knn_protocol": protocol, "n_val": len(val)}
 
     return _train(plan, method, adversary, validate, config.knn_every, summarise)
 
 
 def _plan(config: TrainingConfig) -> _Plan:
-    data = images.load(config.dataset, config.split, config.size, config.limit)
-    if data.size != config.size:
-        raise ConfigError(f"size={config.size} was asked for, and the images have {data.size}.")
-    vae = None
+    config = config.model_copy(update={"dataset": settled(config.dataset)})
+    data = open_images(config.dataset, config.split, config.size, config.limit)
+    vae = start = None
     if isinstance(config, SSLConfig) and config.needs_vae:
         vae = _choose_vae(config)
-        config = config.model_copy(update={"vae": vae.id})
-    start = runs.get(config.stage, config.continue_from) if config.continue_from else None
+        config = config.model_copy(update={"vae": vae.reference})
+    if config.continue_from:
+        start = runs.get(config.stage, config.continue_from)
+        config = config.model_copy(update={"continue_from": start.reference})
     run = runs.run_for(
         config,
         data.fingerprint,
@@ -150,7 +157,7 @@ def _choose_vae(config: SSLConfig) -> Run:
 def _validation(config: TrainingConfig) -> ImageSet:
     # limit bounds the cost of a demo, and a quarter of it is enough to see a curve.
     limit = None if config.limit is None else max(1, config.limit // 4)
-    return images.load(config.dataset, "val", config.size, limit)
+    return open_images(config.dataset, "val", config.size, limit)
 
 
 def _units(data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -170,48 +177,69 @@ def _train(
     if run.finished:
         print(f"{run.id} is finished: showing its result.")
         return run
+    begun = _begun(plan, method)
     accelerator = make_accelerator(config, run.path)
     _check_disk(run, method)
     if isinstance(adversary, adversaries.IDAA):
         adversary.vae.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with _writer(plan, accelerator.is_main_process) as writer:
+    fit = Fit(
+        accelerator,
+        method,
+        _resident(plan.data.images, accelerator.device),
+        plan.data.labels,
+        config,
+        adversary,
+        getattr(config, "alpha", 1.0),
+        lambda method: validate(method, accelerator.device),
+        validate_every,
+    )
+    with _writer(plan, accelerator) as fit.writer:
         if run.finished:  # another process was faster between the look and the lock
             return run
-        fit = Fit(
-            accelerator,
-            method,
-            _resident(plan.data.images, accelerator.device),
-            config,
-            writer,
-            adversary,
-            getattr(config, "alpha", 1.0),
-            lambda method: validate(_unwrapped(method, accelerator), accelerator.device),
-            validate_every,
-        )
         resumed = checkpoints.load(run)
         if resumed is not None:
             fit.load(*resumed, anew=False)
             print(f"{run.id}: going on after step {fit.step} of {fit.total}.")
-        elif plan.start is not None and (begun := checkpoints.load(plan.start)):
+        elif begun is not None:
             fit.load(*begun, anew=True)
-        if writer is not None:
-            writer.rewind(fit.step)
-        figures = fit.run()
-        accelerator.end_training()
-        if writer is not None:
+        if fit.writer is not None:
+            fit.writer.rewind(fit.step)
+        start_trackers(accelerator, config, run)
+        try:
+            figures = fit.run()
+        finally:
+            accelerator.end_training()
+        if fit.writer is not None:
             done = fit.step * config.batch_size
             speed = {"seconds": fit.seconds, "images_per_second": done / max(fit.seconds, 1e-9)}
-            writer.finish(summarise(figures) | speed)
+            fit.writer.finish(summarise(figures) | speed)
     return run
 
 
 @contextlib.contextmanager
-def _writer(plan: _Plan, first: bool) -> Iterator[Writer | None]:
-    if not first:
+def _writer(plan: _Plan, accelerator: Accelerator) -> Iterator[Writer | None]:
+    """The writer in the first process, None in the others."""
+    if not accelerator.is_main_process:
         yield None
         return
-    with plan.run.writing(plan.config, describe(plan.config.device, plan.data)) as writer:
+    about = describe(accelerator.device, accelerator.mixed_precision, plan.data)
+    with plan.run.writing(plan.config, about) as writer:
         yield writer
+
+
+def _begun(plan: _Plan, method: Method) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The checkpoint that `continue_from` names, if its weights are this method's."""
+    if plan.start is None or (found := checkpoints.load(plan.start)) is None:
+        return None
+    theirs = {k.removeprefix("method."): v.shape for k, v in found[0].items() if "method." in k}
+    ours = {k: v.shape for k, v in method.state_dict().items()}
+    if theirs != ours:
+        names = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
+        raise ConfigError(
+            f"continue_from={plan.start.id!r} has other weights: {len(names)} differ in name or "
+            f"shape, the first {names[0]} (other width, dim, method, or norms of an adversary)."
+        )
+    return found
 
 
 def _check_disk(run: Run, method: nn.Module) -> None:
@@ -219,8 +247,13 @@ def _check_disk(run: Run, method: nn.Module) -> None:
     weights = sum(p.numel() * p.element_size() for p in method.state_dict().values())
     need = 3 * weights * (checkpoints.KEEP + 1)  # Adam's two moments beside the weights
     folder = runs.outputs_root()
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot hold runs ({error}): set IDAA_OUTPUTS elsewhere."
+        ) from error
     if free < need:
         raise RunError(
             f"No space for {run.id}: its checkpoints need {need / 2**20:.0f} MiB, and the disk of "
@@ -237,15 +270,6 @@ def _resident(data: Tensor, device: torch.device) -> Tensor:
     fits = data.numel() < free // 2
     print(f"{data.numel() / 2**20:.0f} MiB of images stay on the {device if fits else 'host'}.")
     return data.to(device) if fits else data
-
-
-def _unwrapped(method: Method, accelerator: Any) -> Method:
-    """The same method with its network outside Accelerate's wrapper, for readings without grad."""
-    network = accelerator.unwrap_model(method.network, keep_fp32_wrapper=True)
-    if network is method.network:
-        return method
-    shell = Method(network, method.recipe)
-    return shell
 
 
 @torch.no_grad()
