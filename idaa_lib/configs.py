@@ -150,13 +150,13 @@ class Config(BaseModel):
         return {name: value for name, value in self if value != base[name]}
 
     def _repr_html_(self) -> str:
-        """A table for notebooks; what differs from the preset is bold."""
-        changed = self.changed()
-        rows = "".join(
-            f"<tr><td>{name}</td><td>{'<b>' * (name in changed)}{html.escape(str(value))}</td></tr>"
-            for name, value in self
+        """For notebooks: what differs from the preset, and all fields behind a click."""
+        told = ", ".join(f"{name} = {value}" for name, value in self.changed().items())
+        rows = "".join(f"<tr><td>{k}</td><td>{html.escape(str(v))}</td></tr>" for k, v in self)
+        return (
+            f"<details><summary>{type(self).__name__}, preset {self.preset}"
+            f"{': ' + html.escape(told) if told else ''}</summary><table>{rows}</table></details>"
         )
-        return f"<details open><summary>{type(self).__name__}</summary><table>{rows}</table>"
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result, as JSON values (device and pointers left out)."""

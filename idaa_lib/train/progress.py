@@ -7,6 +7,7 @@ lines and a bar that is one output updated in place, which papermill stores once
 
 from __future__ import annotations
 
+import html
 import sys
 import time
 from typing import Any
@@ -79,7 +80,7 @@ class _Bar:
     def _repr_html_(self) -> str:
         return (
             f'<progress value="{self.fraction:.4f}" style="width:30%"></progress> '
-            f"<code>{self.text}</code>"
+            f'<code style="font-size:smaller">{html.escape(self.text)}</code>'
         )
 
     def __repr__(self) -> str:
