@@ -1,7 +1,7 @@
-"""Adversaries: from (x, a loss of x) to x′. They know no method (contract: design.md).
+"""Adversaries: from (x, a loss of x) to x′. They know no method (contract: docs/architecture.md).
 
 IDAA (Yang et al., ICML 2022): x′ = R(x) + D(E(x) + δ), R(x) = x − G(x): only what the VAE's
-bottleneck holds is attacked, the residual with the sample's identity stays (spec/idaa.md §2).
+bottleneck holds is attacked, the residual with the sample's identity stays (docs/spec/idaa.md §2).
 CLAE (Ho & Vasconcelos, NeurIPS 2020): x′ = x + δ on the pixels (spec §3).
 RandomSign: IDAA's perturbation with random signs, the control that no gradient guides.
 """

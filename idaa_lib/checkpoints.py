@@ -74,13 +74,19 @@ def load(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """
     latest = (read_json(run.path / "latest.json") or {}).get("step")
     steps = [step for step in reversed(_steps(run)) if latest is None or step <= latest]
+    if latest is not None and not steps:
+        raise RunError(
+            f"The checkpoints of {run.path} are gone, though it had one at step {latest}: delete "
+            f"the folder to start anew."
+        )
     for step in steps[:1] if run.finished else steps:
         folder = run.path / "checkpoints" / str(step)
         sums = read_json(folder / "checksums.json") or {}
         if sums and all(_sha256(folder / name) == digest for name, digest in sums.items()):
             state = json.loads((folder / "state.json").read_text())
             return load_file(folder / "tensors.safetensors"), state
-        warnings.warn(f"Checkpoint {folder} is damaged; trying the one before.", stacklevel=2)
+        if not run.finished:
+            warnings.warn(f"Checkpoint {folder} is damaged; trying the one before.", stacklevel=2)
     if steps:
         which = "The last checkpoint" if run.finished else "Every checkpoint"
         raise RunError(f"{which} of {run.path} is damaged: delete the folder to start anew.")

@@ -4,7 +4,7 @@ A notebook's `parameters` cell has exactly these names, so `papermill -p epsilon
 `SSLConfig.epsilon`. Fields that a preset governs may be left out or None ("the preset's value");
 the object itself, and the `config.json` made from it, hold resolved values only.
 
-Constants: design.md "A configuration", spec/idaa.md §1 (VAE), §2 (ε), §4 (SimCLR), §5 (evaluation).
+Constants: docs/architecture.md, docs/spec/idaa.md §1 (VAE), §2 (ε), §4 (SimCLR), §5 (evaluation).
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class TrainingConfig(Config):
 
 
 class VAEConfig(TrainingConfig):
-    """Training of the VAE that splits x into G(x) and R(x) (spec/idaa.md §1).
+    """Training of the VAE that splits x into G(x) and R(x) (docs/spec/idaa.md §1).
 
     Fields (besides those of every training stage):
         dim: bottleneck dimension m.
@@ -257,7 +257,7 @@ class VAEConfig(TrainingConfig):
 
 
 class SSLConfig(TrainingConfig):
-    """Self-supervised training of an encoder, with or without an adversary (spec/idaa.md §2–4).
+    """Self-supervised training of an encoder, with an adversary or none (docs/spec/idaa.md §2–4).
 
     Fields (besides those of every training stage):
         method: a registered SSL method. backbone: a registered backbone; width: channels of its
@@ -343,7 +343,7 @@ class SSLConfig(TrainingConfig):
 
 
 class EvalConfig(Config):
-    """Evaluation of a trained encoder on labelled images (spec/idaa.md §5).
+    """Evaluation of a trained encoder on labelled images (docs/spec/idaa.md §5).
 
     Fields:
         run: id or path of an SSL run (None: the newest finished one).

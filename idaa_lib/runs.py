@@ -1,4 +1,4 @@
-"""Run directories: `outputs/<stage>/<run id>/`, the only way that stages talk (design.md).
+"""Run directories: `outputs/<stage>/<run id>/`, the only way that stages talk.
 
 An id is readable and deterministic: the same configuration on the same data is the same run, so
 starting a finished run again shows its result and starting an interrupted one resumes it. One
@@ -61,10 +61,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
+    """The content, None where there is no such file.
+
+    Raises:
+        RunError: it is no JSON.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): delete it, or its folder.") from error
 
 
 @dataclass(frozen=True)
@@ -242,12 +249,16 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
         for name, value in changed.items()
         if name not in hidden
     ]
+    if vae := digests.get("vae"):
+        words.append(f"vae={vae[:4]}")
     text = re.sub(r"[^\w.=-]+", "_", "-".join([config.stage, *words]))[:120]
     return Run(outputs_root() / config.stage / f"{text}-s{getattr(config, 'seed', 0)}-{digest}")
 
 
 def find(stage: str, *, finished: bool = True, **values: Any) -> list[Run]:
     """Runs of a stage, newest first, whose configuration has these values."""
+    if stage not in CONFIGS:
+        raise RunError(f"There is no stage {stage!r}; there are {', '.join(CONFIGS)}.")
     folders = (path.parent for path in (outputs_root() / stage).glob("*/config.json"))
     runs = [run for run in map(Run, folders) if run.finished or not finished]
 

@@ -213,6 +213,11 @@ def _arrange(where: str, members: list[str]) -> tuple[list[str], list[str], list
         if len(inside) > 1 or parts or single in images:
             break
         top = f"{single}/"
+    for name in sorted(inside - parts):
+        meant = {"validation": "val", "valid": "val", "testing": "test", "training": "train"}
+        right = meant.get(name.lower(), name.lower())
+        if right in ("train", "val", "test") and name != right:
+            raise ValueError(f"{where} has a folder {name!r}: rename it to {right!r}")
     if parts and "train" not in parts:
         raise ValueError(f"{where} has {min(parts)}/ but no train/: add train/, or rename it")
 

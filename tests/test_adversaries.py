@@ -35,15 +35,6 @@ class Network(nn.Module):
         return F.normalize(self.projector(self.backbone(x, adversarial=adversarial)), dim=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads slow small operations down, on a busy machine by far."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def network():
     torch.manual_seed(1)

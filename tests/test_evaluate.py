@@ -24,15 +24,6 @@ from idaa_lib.views import keyed_generator
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads slow small operations down, on a busy machine by far."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=keyed_generator(seed), dtype=dtype)
 

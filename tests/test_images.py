@@ -661,3 +661,14 @@ print(json.dumps([seconds, peak, counts]))
             member = f"test/{loaded.classes[loaded.labels[i]]}/{i % 1000:04}.jpg"
             decoded = Image.open(io.BytesIO(archive.read(member))).convert("RGB")
             assert loaded.images[i].numpy().tobytes() == chw(np.asarray(decoded))
+
+
+@pytest.mark.parametrize(
+    ("name", "right"), [("Train", "train"), ("TEST", "test"), ("valid", "val")]
+)
+def test_a_part_by_another_name_is_no_class(tmp_path, name, right):
+    """Train/ and Test/ would otherwise be two classes, and nobody would notice."""
+    for folder in ("train/cat", f"{name}/cat") if name != "Train" else ("Train/cat", "test/cat"):
+        save(tmp_path / "pets" / folder / "0.png", noise(0))
+    with pytest.raises(ValueError, match=f"folder '{name}': rename it to '{right}'"):
+        images.load(tmp_path / "pets", "train", data_dir=tmp_path)

@@ -20,15 +20,6 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads slow small operations down, on a busy machine by far."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -342,7 +333,7 @@ def test_inference_uses_the_main_norms():
 
 
 def test_unknown_backbone_is_refused():
-    with pytest.raises(ValueError, match=r"backbone must be one of resnet18.*is 'resnet19'\."):
+    with pytest.raises(ValueError, match=r"backbone must be one of resnet18.*is 'resnet19'"):
         backbone("resnet19")
 
 

@@ -22,7 +22,7 @@ def run_of(outputs, config=None, **digests):
 def test_an_id_is_readable_and_the_same_again(outputs):
     config = SSLConfig(adversary="idaa", epsilon=0.3, seed=2)
     run = run_of(outputs, config, vae="weights")
-    assert run.id.startswith("ssl-photos-simclr-idaa-epsilon=0.3-s2-")
+    assert run.id.startswith("ssl-photos-simclr-idaa-epsilon=0.3-vae=weig-s2-")
     assert run == run_of(
         outputs, SSLConfig(adversary="idaa", epsilon="3/10", seed=2), vae="weights"
     )

@@ -184,6 +184,10 @@ def test_the_command_line_trains_and_speaks_in_sentences(outputs):
     assert done.returncode == 0, done.stderr
     assert locate(VAE).finished
     assert "epoch 2/2" in done.stdout  # a readable log where there is no terminal
+    run = train_ssl(ssl())
+    words = [f"run={run.id}", "limit=60", "references=False"]
+    done = subprocess.run([*command, "eval", *words], capture_output=True, text=True)
+    assert '"knn_top1"' in done.stdout, done.stderr
     for bad, sentence in (
         (["ssl", "epsilom=3"], "did you mean 'epsilon'"),
         (["ssl", "epsilon"], "neither name=value nor @file.json"),
@@ -246,7 +250,7 @@ def test_a_vae_that_does_not_fit_is_told_before_work(outputs, vae):
         ({"method": "simclrr"}, "method must be one of simclr.*'simclrr'"),
         ({"backbone": "resnet19"}, "backbone must be one of resnet18.*'resnet19'"),
         ({"device": "tpu"}, "device must be one of .*'tpu'"),
-        ({"batch_size": 97}, "batch_size must be at most the 96 training images.*97"),
+        ({"batch_size": 97}, "batch_size=97 is more than the 96 training images"),
         ({"dataset": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"tracker": "mlflow"}, "tracker='mlflow' is not installed: pip install mlflow"),
     ],
@@ -341,10 +345,7 @@ def test_an_encoder_of_an_unfinished_or_damaged_run_is_refused(outputs, monkeypa
     train_ssl(ssl())
     path = run.path / "checkpoints" / "12" / "tensors.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with (
-        pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(RunError, match=r"The last checkpoint of .* is damaged"),
-    ):
+    with pytest.raises(RunError, match=r"The last checkpoint of .* is damaged"):
         load_encoder(run)
 
 
@@ -469,6 +470,62 @@ def test_own_backbone_and_method_are_one_decorator_each(outputs, monkeypatch):
     run = train_ssl(ssl(backbone="flat", method="mine"))
     assert run.id.startswith("ssl-photos-mine-none-")
     assert load_encoder(run).module.feature_dim == 12
+
+
+OWN = """
+import torch
+from idaa_lib import register_method
+from idaa_lib.methods.simclr import SimCLR
+
+@register_method("own")
+class Own(SimCLR):
+    def step(self, views, batch):
+        step = super().step(views, batch)
+        step.loss = step.loss * {factor}
+        return step
+"""
+
+
+def test_an_edited_method_is_another_run(outputs, tmp_path, monkeypatch):
+    """Somebody at work on a method must never be shown the numbers of its last version."""
+    import importlib
+
+    from idaa_lib.methods import METHODS
+
+    monkeypatch.setattr("idaa_lib.methods.base.METHODS", METHODS)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = []
+    for version in (1, 2):
+        (tmp_path / f"own{version}.py").write_text(OWN.format(factor=version))
+        importlib.import_module(f"own{version}")
+        made.append(locate(ssl(method="own")))
+    del METHODS["own"]
+    assert made[0] != made[1]
+    with pytest.raises(ConfigError, match="import the module that registers it first"):
+        train_ssl(ssl(method="own"))
+
+
+def test_a_method_without_an_attack_refuses_an_adversary(outputs, monkeypatch):
+    from idaa_lib.methods import METHODS, Step
+    from idaa_lib.methods.simclr import SimCLR
+
+    class Bare(SimCLR):
+        def step(self, views, batch):
+            return Step(super().step(views, batch).loss)
+
+    monkeypatch.setitem(METHODS, "bare", Bare)
+    with pytest.raises(ConfigError, match="Bare has nothing to attack"):
+        train_ssl(ssl(method="bare", adversary="clae"))
+
+
+def test_checkpoints_that_are_gone_are_not_silently_made_again(outputs, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7, interrupt)
+        with pytest.raises(Stopped):
+            train_vae(VAE)
+    shutil.rmtree(locate(VAE).path / "checkpoints")
+    with pytest.raises(RunError, match="are gone, though it had one at step 7"):
+        train_vae(VAE)
 
 
 def test_two_processes_start_the_same_run_and_one_wins(outputs, tmp_path):

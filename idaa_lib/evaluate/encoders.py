@@ -97,7 +97,14 @@ def _method(run: Run, trained: bool) -> Method:
     config = run.config
     method = build_method(config, recipe(config.augmentation, *_units(run)))
     if trained:
-        method.load_state_dict(_tensors(run, "method."))
+        tensors = _tensors(run, "method.")
+        try:
+            method.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise RunError(
+                f"The weights of {run.id} do not fit method {config.method!r} with backbone "
+                f"{config.backbone!r} as they are now: was their code changed since?"
+            ) from error
     return method
 
 

@@ -1,4 +1,4 @@
-"""Weighted kNN (Wu et al. 2018, arXiv:1805.01978, §3.4; spec/idaa.md §5)."""
+"""Weighted kNN (Wu et al. 2018, arXiv:1805.01978, §3.4; docs/spec/idaa.md §5)."""
 
 from __future__ import annotations
 

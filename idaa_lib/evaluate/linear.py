@@ -1,4 +1,4 @@
-"""Linear probes on features that were encoded once (spec/idaa.md §5)."""
+"""Linear probes on features that were encoded once (docs/spec/idaa.md §5)."""
 
 from __future__ import annotations
 

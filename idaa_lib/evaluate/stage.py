@@ -148,7 +148,8 @@ def _judge(
         of = "raw pixels" if of == "raw pixels" else "projected z"
         of += ", official bank"
     rows["knn_protocol"] = (
-        f"{config.protocol}: {of}, k={config.k}, τ={config.temperature:g}, final epoch"
+        f"{config.protocol}: {of}, k={min(config.k, len(vectors))}, τ={config.temperature:g}, "
+        f"final epoch"
     )
     if official:
         train = (torch.cat([linear["train"], linear["val"]]), both)

@@ -34,11 +34,11 @@ class Pictures:
         """Normalised images as pixels in [0, 1] (not clipped)."""
         return denormalise(x, self.mean, self.std)
 
-    def contrast(self, part: Tensor, quantile: float = 0.99) -> tuple[Tensor, float]:
-        """A part around 0 (R, x′ − x) as pixels around mid-gray, and the gain that was used: what
-        takes its `quantile` of absolute values, in [0, 1] units, to full contrast."""
+    def contrast(self, part: Tensor, gain: float | None = None) -> tuple[Tensor, float]:
+        """A part around 0 (R, x′ − x) as pixels around mid-gray, and the gain that was used: by
+        default what takes all but 1 % of its values, in [0, 1] units, within full contrast."""
         shift = part * torch.tensor(self.std).view(3, 1, 1)
-        gain = 0.5 / max(shift.abs().flatten().quantile(quantile).item(), 1e-6)
+        gain = gain or 0.5 / max(shift.abs().flatten().quantile(0.99).item(), 1e-6)
         return 0.5 + gain * shift, gain
 
 

@@ -86,25 +86,29 @@ def curves(runs: Mapping[str, Run], keys: Sequence[str]) -> Figure:
                 marker = "o" if len(points) <= 20 else None
                 axis.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
         axis.set(xlabel="step", ylabel=LABELS.get(key, key))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if len(runs) > 1:
             axis.legend(fontsize="small")
     return figure
 
 
 def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
-    """Where in the image something lives: per-pixel RMS over images and channels.
+    """Where in the image something lives: per-pixel RMS over images and channels, on one scale.
 
     Args:
         maps: label → differences or parts (N, 3, H, W), normalised units.
     """
+    found = {label: part.square().mean((0, 1)).sqrt().numpy() for label, part in maps.items()}
     figure, axes = plt.subplots(
-        1, len(maps), figsize=(2.7 * len(maps), 2.9), squeeze=False, layout="constrained"
+        1, len(maps), figsize=(2.6 * len(maps) + 0.6, 3), squeeze=False, layout="constrained"
     )
-    for axis, (label, part) in zip(axes.flat, maps.items(), strict=True):
-        shown = axis.imshow(part.square().mean((0, 1)).sqrt().numpy(), cmap="magma", vmin=0)
-        axis.set(title=label, xlabel="x (pixels)", ylabel="y (pixels)")
+    highest = max(part.max() for part in found.values())
+    for axis, (label, part) in zip(axes.flat, found.items(), strict=True):
+        shown = axis.imshow(part, cmap="magma", vmin=0, vmax=highest)
+        axis.set(title=label, xlabel="x (pixels)")
         axis.grid(False)
-        figure.colorbar(shown, ax=axis, shrink=0.8, label="RMS")
+    axes[0, 0].set(ylabel="y (pixels)")
+    figure.colorbar(shown, ax=axes, shrink=0.8, label="RMS (normalised units)")
     return figure
 
 
@@ -173,7 +177,8 @@ def accuracy_bars(summary: Mapping[str, Any]) -> Figure:
         at = np.arange(len(names)) + shift
         axis.bar(at, top, 0.38, label=label, yerr=np.abs([top - low, high - top]), capsize=4)
     axis.set_xticks(range(len(names)), list(names.values()))
-    axis.set(ylabel="top-1 (%)", title="Accuracy on test, with 95 % intervals", ylim=(0, 100))
+    axis.set(ylabel="top-1 (%)", ylim=(0, 100))
+    axis.set_title(f"Accuracy on {summary['knn_n']:,} test images, with 95 % intervals")
     axis.legend(title="probe", loc="upper right")
     return figure
 
@@ -188,7 +193,9 @@ def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Fi
         percent.numpy(), annot=n <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, ax=axis,
         xticklabels=classes, yticklabels=classes, cbar_kws={"label": "percent of the true class"},
     )  # fmt: skip
-    axis.set(xlabel="predicted class", ylabel="true class", title="Confusion on test")
+    axis.set(
+        xlabel="predicted class", ylabel="true class", title="Confusion of the linear probe on test"
+    )
     return figure
 
 
@@ -208,8 +215,13 @@ def embedding_map(
     for c, name in enumerate(classes):
         mine = labels.numpy() == c
         axis.scatter(
-            place[mine, 0], place[mine, 1], s=9, color=colours[c], label=name, linewidths=0
+            place[mine, 0], place[mine, 1], s=12, color=colours[c], label=name, linewidths=0
         )
+        # Neighbouring hues are hard to tell apart: the name stands at the middle of its class.
+        if mine.any():
+            x, y = np.median(place[mine], axis=0)
+            box = dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.7)
+            axis.annotate(name, (x, y), fontsize="small", ha="center", weight="bold", bbox=box)
     axis.set(
         xlabel="t-SNE 1 (arbitrary units)",
         ylabel="t-SNE 2 (arbitrary units)",
@@ -219,7 +231,13 @@ def embedding_map(
     return figure
 
 
-def neighbours(features: Tensor, images: Tensor, labels: Tensor, queries: Sequence[int]) -> Figure:
+def neighbours(
+    features: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    queries: Sequence[int],
+    classes: Sequence[str],
+) -> Figure:
     """Each query and its nearest other images, up to 8, by cosine; green where the class agrees."""
     z = torch.nn.functional.normalize(features, dim=1)
     similarity = z[list(queries)] @ z.T
@@ -229,6 +247,8 @@ def neighbours(features: Tensor, images: Tensor, labels: Tensor, queries: Sequen
     size = (1.07 * (count + 1), 1.1 * len(queries))
     figure, axes = plt.subplots(len(queries), count + 1, figsize=size, squeeze=False)
     for line, q, found in zip(axes, queries, near, strict=True):
+        name = classes[int(labels[q])]
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
         for axis, i in zip(line, [q, *found.tolist()], strict=True):
             axis.imshow(images[i].permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
@@ -245,28 +265,31 @@ def neighbours(features: Tensor, images: Tensor, labels: Tensor, queries: Sequen
 
 
 def sensitivity(rows: pd.DataFrame) -> Figure:
-    """Validation accuracy over ε, β and dim, one panel each; several seeds give mean and ±1 std."""
+    """Validation accuracy over ε, β and dim: a column each, kNN above, linear below.
+
+    Several seeds give their mean and ±1 std.
+    """
     names = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
-    axes_present = [axis for axis in names if axis in set(rows["axis"])]
-    figure, panels = plt.subplots(
-        1, len(axes_present), figsize=(4.3 * len(axes_present), 3.6), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    columns = [axis for axis in names if axis in set(rows["axis"])]
     probes = {"knn_top1_val": "kNN", "linear_top1_val": "linear"}
-    for panel, axis in zip(panels.flat, axes_present, strict=True):
-        for key, probe in probes.items():
-            grouped = rows[rows["axis"] == axis].groupby("value")[key]
-            mean, spread = grouped.mean(), grouped.std()
+    figure, panels = plt.subplots(
+        2, len(columns), figsize=(4.1 * len(columns), 5.4), sharey="row", sharex="col",
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for column, axis in enumerate(columns):
+        mine = rows[rows["axis"] == axis]
+        for line, (key, probe) in enumerate(probes.items()):
+            grouped, panel = mine.groupby("value")[key], panels[line, column]
+            mean, several = grouped.mean(), grouped.size().max() > 1
+            spread = grouped.std() if several else None
             panel.errorbar(
-                mean.index, mean, yerr=spread if grouped.size().max() > 1 else None,
-                marker="o", capsize=4, label=probe,
-            )  # fmt: skip
-        values = sorted(rows[rows["axis"] == axis]["value"].unique())
-        panel.set(xscale="log", xlabel=names[axis], ylabel="top-1 on validation (%)")
-        panel.set_xticks(values, [f"{v:g}" for v in values])
-        panel.minorticks_off()
-        panel.label_outer()
-    panels[0, 0].legend(title="probe")
+                mean.index, mean, yerr=spread, marker="o", capsize=4, color=PALETTE[line]
+            )
+            panel.set(xscale="log")
+            panel.set_xticks(mean.index, [f"{v:g}" for v in mean.index])
+            panel.minorticks_off()
+            panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
+        panels[-1, column].set(xlabel=names[axis])
     seeds = rows["seed"].nunique()
     figure.suptitle(f"Sensitivity of the attack, {seeds} seed{'s' if seeds > 1 else ''} a point")
     return figure

@@ -1,4 +1,4 @@
-"""What a method is to the training loop (contract: design.md, "A method").
+"""What a method is to the training loop (contract: docs/architecture.md, "A method").
 
 The loop draws `batches`, asks `draw` for views and `step` for a `Step`, lets the adversary change
 `step.attacked` against `step.attack_loss`, adds α · `step.adversarial_loss(x′)`, and steps. It
@@ -95,8 +95,12 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
-        """Groups with `params`, `lr_scale`, `weight_decay`, `schedule` (global step → factor)."""
-        raise NotImplementedError
+        """Groups with `params`, `lr_scale`, `weight_decay`, `schedule` (global step → factor).
+
+        By default one group at a constant rate.
+        """
+        params = list(self.network.parameters())
+        return [dict(params=params, lr_scale=1.0, weight_decay=0.0, schedule=lambda step: 1.0)]
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         # Fused: one kernel for all parameters, on the CPU too; the arithmetic is Adam's.
@@ -139,7 +143,10 @@ def build_method(config: SSLConfig, recipe: Recipe) -> Method:
         ConfigError: no method has this name.
     """
     if config.method not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, and is {config.method!r}.")
+        raise ConfigError(
+            f"method must be one of {', '.join(METHODS)}, and is {config.method!r} (your own: "
+            f"import the module that registers it first)."
+        )
     torch.manual_seed(config.seed)
     return METHODS[config.method](config, recipe)
 
@@ -173,7 +180,7 @@ def gathered(z: Tensor) -> Tensor:
 def delayed_cosine(epochs: int, steps_per_epoch: int, delay: int = 11) -> Callable[[int], float]:
     """The official SimCLR schedule: a cosine over `epochs`, stepped per epoch, started late.
 
-    Constant through epoch `delay`, then one step of the cosine an epoch (spec/idaa.md §4).
+    Constant through epoch `delay`, then one step of the cosine an epoch (docs/spec/idaa.md §4).
     """
 
     def factor(step: int) -> float:

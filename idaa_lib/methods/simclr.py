@@ -1,6 +1,6 @@
 """SimCLR (Chen et al. 2020, arXiv:2002.05709), with IDAA or CLAE on its first view.
 
-The recipe is the official IDAA release's (spec/idaa.md §2 and §4).
+The recipe is the official IDAA release's (docs/spec/idaa.md §2 and §4).
 """
 
 from __future__ import annotations
@@ -93,8 +93,7 @@ class SimCLR(Method):
 
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
         schedule = delayed_cosine(epochs, steps_per_epoch)
-        params = list(self.network.parameters())
-        return [dict(params=params, lr_scale=1.0, weight_decay=0.0, schedule=schedule)]
+        return [group | {"schedule": schedule} for group in super().param_groups(1, 1)]
 
 
 def against(

@@ -1,4 +1,4 @@
-"""The VAE's own training (spec/idaa.md §1), in the form of a method: one loop trains everything."""
+"""The VAE's own training (docs/spec/idaa.md §1) as a method: one loop trains everything."""
 
 from __future__ import annotations
 
@@ -41,9 +41,8 @@ class VAETraining(Method):
 
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
         """Epoch e = 1…E at lr·(1 − (e−1)/E)."""
-        params = list(self.network.parameters())
         linear = lambda step: 1 - (step // steps_per_epoch) / epochs  # noqa: E731
-        return [dict(params=params, lr_scale=1.0, weight_decay=0.0, schedule=linear)]
+        return [group | {"schedule": linear} for group in super().param_groups(1, 1)]
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         # The release's own Adam adds 1e-8 to √v before the bias correction, torch's after it: a

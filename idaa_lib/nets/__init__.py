@@ -32,8 +32,14 @@ def build_backbone(name: str, *, width: int, stem: str, adversarial_norms: bool)
         ValueError: no backbone has this name.
     """
     if name not in BACKBONES:
-        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, and is {name!r}.")
-    return BACKBONES[name](width=width, stem=stem, adversarial_norms=adversarial_norms)
+        raise ValueError(
+            f"backbone must be one of {', '.join(BACKBONES)}, and is {name!r} (your own: import "
+            f"the module that registers it first)."
+        )
+    backbone = BACKBONES[name](width=width, stem=stem, adversarial_norms=adversarial_norms)
+    if not hasattr(backbone, "feature_dim"):
+        raise ValueError(f"backbone {name!r} needs an attribute feature_dim, its features' number.")
+    return backbone
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Projection heads, one function per paper (spec/idaa.md §4)."""
+"""Projection heads, one function per paper (docs/spec/idaa.md §4)."""
 
 from torch import nn
 

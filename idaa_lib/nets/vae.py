@@ -1,4 +1,4 @@
-"""The VAE of IDAA, which splits an image into G(x) and R(x) = x − G(x) (spec/idaa.md §1).
+"""The VAE of IDAA, which splits an image into G(x) and R(x) = x − G(x) (docs/spec/idaa.md §1).
 
 Layers, their order and their names are those of the official release, so its checkpoints fit.
 The output is BatchNorm(tanh(decoder)): in eval mode a per-channel affine map of (−1, 1), which lets

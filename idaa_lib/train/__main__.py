@@ -1,7 +1,8 @@
-"""`python -m idaa_lib.train ssl adversary=idaa epsilon=0.1`: train without a notebook.
+"""`python -m idaa_lib.train ssl adversary=idaa epsilon=0.1`: a stage without a notebook.
 
-The first word is the stage (vae or ssl), the others are fields of its configuration; `@config.json`
-starts from a stored one. Under `accelerate launch` it runs on many processes and machines.
+The first word is the stage (vae, ssl or eval), the others are fields of its configuration;
+`@config.json` starts from a stored one. Under `accelerate launch` a training runs on many processes
+and machines. The fields: `python -c "import idaa_lib; help(idaa_lib.SSLConfig)"`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import os
 import sys
 from pathlib import Path
 
-from idaa_lib.configs import SSLConfig, UserError, VAEConfig
+from idaa_lib.configs import Config, EvalConfig, SSLConfig, UserError, VAEConfig
+from idaa_lib.evaluate.stage import evaluate
+from idaa_lib.runs import read_json
 from idaa_lib.train import train
 
 
 def main(words: list[str]) -> int:
-    stages = {"vae": VAEConfig, "ssl": SSLConfig}
+    stages: dict[str, type[Config]] = {"vae": VAEConfig, "ssl": SSLConfig, "eval": EvalConfig}
     if not words or words[0] not in stages:
         print(__doc__, file=sys.stderr)
         return 2
@@ -24,15 +27,16 @@ def main(words: list[str]) -> int:
     try:
         for word in words[1:]:
             if word.startswith("@"):
-                values |= json.loads(Path(word[1:]).read_text())
+                values |= read_json(Path(word[1:])) or {}
             elif "=" in word:
                 name, _, text = word.partition("=")
                 values[name] = text
             else:
                 raise ValueError(f"{word!r} is neither name=value nor @file.json.")
-        run = train(stages[words[0]](**values))
+        config = stages[words[0]](**values)
+        run = evaluate(config) if isinstance(config, EvalConfig) else train(config)  # type: ignore[arg-type]
     # What a user can mend is told in its sentence; anything else is our fault and keeps its trace.
-    except (UserError, ValueError, FileNotFoundError) as error:
+    except (UserError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 130 if type(error).__name__ == "Stopped" else 2
     if int(os.environ.get("RANK", 0)):  # of several processes, the first one speaks

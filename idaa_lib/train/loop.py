@@ -62,11 +62,11 @@ class Fit:
         validate: Callable[[Method], dict[str, float]] = lambda method: {},
         validate_every: int = 1,
     ) -> None:
-        if config.batch_size > len(images) or config.batch_size % accelerator.num_processes:
-            raise ConfigError(
-                f"batch_size must be at most the {len(images)} training images and divisible by "
-                f"the {accelerator.num_processes} processes, and is {config.batch_size}."
-            )
+        batch, processes = config.batch_size, accelerator.num_processes
+        if batch > len(images):
+            raise ConfigError(f"batch_size={batch} is more than the {len(images)} training images.")
+        if batch % processes:
+            raise ConfigError(f"batch_size={batch} cannot be shared by {processes} processes.")
         self.accelerator, self.config = accelerator, config
         self.images, self.labels = images, labels
         self.adversary, self.alpha = adversary or NoAdversary(), alpha
@@ -214,6 +214,11 @@ class Fit:
         )
         step = self.method.step(views, batch)
         loss, parts = step.loss, dict(step.parts)
+        if step.attacked is None and not isinstance(self.adversary, NoAdversary):
+            raise ConfigError(
+                f"{type(self.method).__name__} has nothing to attack: its Step lacks `attacked`, "
+                f"`attack_loss` and `adversarial_loss`."
+            )
         noise = keyed_generator(self.config.seed, epoch, self.step, ATTACK)
         try:
             with self.accelerator.autocast():

@@ -7,6 +7,7 @@ lines and a bar that is one output updated in place, which papermill stores once
 
 from __future__ import annotations
 
+import contextlib
 import html
 import sys
 import time
@@ -59,7 +60,8 @@ class Progress:
         # Log lines thin out: 5 s apart at first, a twentieth of the time so far later.
         if last or now - self._printed > max(5.0, 0.05 * now):
             self._printed = now
-            print(line, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # a reader that left must not end the run
+                print(line, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

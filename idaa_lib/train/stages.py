@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ from idaa_lib.evaluate.encoders import features, load_vae
 from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.images import ImageSet
-from idaa_lib.methods import Method, build_method
+from idaa_lib.methods import METHODS, Method, build_method
 from idaa_lib.methods.vae import VAETraining
-from idaa_lib.nets import evaluating
+from idaa_lib.nets import BACKBONES, evaluating
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import Run, RunError, Writer
 from idaa_lib.train.loop import Fit, make_accelerator, start_trackers
@@ -56,6 +58,8 @@ def train_vae(config: VAEConfig) -> Run:
         ConfigError, RunError: one sentence, before work starts where it can be known then.
         Stopped: on Ctrl-C or a stop request, after the state was saved.
     """
+    if not isinstance(config, VAEConfig):
+        raise ConfigError(f"train_vae takes a VAEConfig, not a {type(config).__name__}.")
     plan = _plan(config)
     method = VAETraining(config, recipe(config.augmentation, config.size, *_units(plan.data)))
 
@@ -76,6 +80,8 @@ def train_ssl(config: SSLConfig) -> Run:
 
     Raises: as `train_vae`.
     """
+    if not isinstance(config, SSLConfig):
+        raise ConfigError(f"train_ssl takes an SSLConfig, not a {type(config).__name__}.")
     plan = _plan(config)
     units = _units(plan.data)
     method = build_method(config, recipe(config.augmentation, config.size, *units))
@@ -111,7 +117,8 @@ def train_ssl(config: SSLConfig) -> Run:
         return figures
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
-        protocol = "clean: backbone features, k=200, τ=0.5, last epoch, validation split"
+        k = min(200, len(bank))
+        protocol = f"clean: backbone features, k={k}, τ=0.5, last epoch, validation split"
         if config.split == "trainval":
             protocol += ", whose images were trained on without their labels"
         return figures | {"knn_protocol": protocol, "n_val": len(val)}
@@ -134,8 +141,23 @@ def _plan(config: TrainingConfig) -> _Plan:
         data.fingerprint,
         vae=checkpoints.digest(vae) if vae else None,
         start=checkpoints.digest(start) if start else None,
+        code=_own_code(config) if isinstance(config, SSLConfig) else None,
     )
     return _Plan(config, run, data, vae, start)
+
+
+def _own_code(config: SSLConfig) -> str | None:
+    """Digest of the source of a method or backbone that is not ours: edited, it is another run.
+
+    Our own is covered by `runs.RESULTS_VERSION`.
+    """
+    registered = (METHODS.get(config.method), BACKBONES.get(config.backbone))
+    sources = []
+    for made in registered:
+        if not getattr(made, "__module__", "idaa_lib").startswith(("idaa_lib", "functools")):
+            with contextlib.suppress(OSError, TypeError):  # typed at a prompt: no source to read
+                sources.append(inspect.getsource(made))  # type: ignore[arg-type]
+    return hashlib.sha256("".join(sources).encode()).hexdigest() if sources else None
 
 
 def _choose_vae(config: SSLConfig) -> Run:
@@ -148,6 +170,8 @@ def _choose_vae(config: SSLConfig) -> Run:
         print(f"vae: {run.id} (the newest that fits)")
         return run
     run = runs.get("vae", config.vae)
+    if run.config.dataset != config.dataset:
+        print(f"vae: {run.id} was trained on {run.config.dataset}, not on {config.dataset}.")
     for name, value in wanted.items():
         if (found := getattr(run.config, name)) != value:
             raise ConfigError(f"vae={run.id!r} has {name}={found}, and this run needs {value}.")
