@@ -28,7 +28,8 @@ test: setup  ## Lint, types and all tests
 	@$(PY) -m pytest -n auto --dist worksteal
 
 lab: setup  ## Open JupyterLab on this machine only (its address has the token)
-	@$(ALLOCATOR) $(ENV)/bin/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks
+	@$(ALLOCATOR) $(ENV)/bin/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks \
+		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 lint: setup  ## Lint and types alone
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
