@@ -214,7 +214,7 @@ class VAEConfig(TrainingConfig):
     stage = "vae"
     principal = ("dataset",)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "demo": dict(dataset="photos", limit=2000, size=32, dim=128, width=16, epochs=15,
+        "demo": dict(dataset="photos", limit=2000, size=32, dim=128, width=16, epochs=12,
                      batch_size=64, learning_rate=5e-4),
         "cifar10": dict(dataset="cifar10", size=32, dim=512, width=64, epochs=100,
                         batch_size=128, learning_rate=5e-4, checkpoint_every=10),
@@ -279,7 +279,7 @@ class SSLConfig(TrainingConfig):
     principal = ("dataset", "method", "adversary")
     circumstances = TrainingConfig.circumstances | {"knn_every"}
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "demo": dict(dataset="photos", limit=2000, size=32, width=16, epochs=4, batch_size=128,
+        "demo": dict(dataset="photos", limit=2000, size=32, width=16, epochs=3, batch_size=128,
                      learning_rate=1e-3),
         "cifar10": dict(dataset="cifar10", size=32, width=64, epochs=100, batch_size=256,
                         learning_rate=3e-4, knn_every=5, checkpoint_every=5),
