@@ -381,18 +381,26 @@ class DecomposeConfig(Config):
     Fields:
         vae: id or path of a VAE run (None: the newest finished one).
         run: id or path of the SSL run whose encoder is attacked (None: the newest on the same
-            images and size; an untrained encoder where there is none).
-        split, images: which part of the VAE's data set, and how many images are shown.
-        epsilon: the largest radius, in units of z. norm: of the one-step attack.
+            images and size, an untrained encoder where there is none; `untrained`: that one).
+        dataset: None for the VAE's own. split, images: which part of it, and how many images are
+            attacked together and judged (pictures show the first of them).
+        only: of one class. indices: these come first. own: image file that comes before all.
+        epsilon: the largest radius, in units of z. norm, steps: of the attack.
+        seed: which images, where they are not named, and the random signs.
     """
 
     stage = "decompose"
     vae: str | None = None
     run: str | None = None
+    dataset: str | None = None
     split: Literal["train", "val", "test"] = "val"
-    images: Annotated[int, Field(gt=1, le=64)] = 8
+    images: Annotated[int, Field(gt=1, le=256)] = 12
+    only: str | None = None
+    indices: tuple[Seed, ...] = ()
+    own: str | None = None
     epsilon: Rate = 1.0
     norm: Literal["linf", "l2"] = "linf"
+    steps: Positive = 1
     seed: Seed = 0
 
 

@@ -141,6 +141,15 @@ def load(
     )
 
 
+def decode(path: str | Path, size: int) -> Tensor:
+    """One image file as every source's are decoded: uint8 (3, size, size).
+
+    Raises OSError where it is missing or no image.
+    """
+    with Image.open(path) as image:
+        return torch.tensor(_square(image, size))
+
+
 def _positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 

@@ -1,20 +1,33 @@
 """The ε explorer without a browser: pictures against the attack itself, meters against loops."""
 
+import datetime
 import io
+import subprocess
+import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
-from idaa_lib.adversaries import CLAE, IDAA
-from idaa_lib.configs import DecomposeConfig, VAEConfig
-from idaa_lib.lab.engine import ADVERSARIES, Engine
-from idaa_lib.lab.explorer import Explorer
-from idaa_lib.train import train_vae
+from idaa_lib.adversaries import CLAE, IDAA, RandomSign
+from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig, VAEConfig
+from idaa_lib.environment import open_images
+from idaa_lib.lab.background import Background
+from idaa_lib.lab.decompose import ADVERSARIES, UNTRAINED
+from idaa_lib.lab.engine import EPSILONS, GAIN, STRIP, Engine
+from idaa_lib.lab.explorer import EQUAL_HARDNESS, Explorer
+from idaa_lib.lab.grid import Grid, grid
+from idaa_lib.lab.walk import SHARES, Walk
+from idaa_lib.runs import find
+from idaa_lib.train import train_ssl, train_vae
 
+SMALL = dict(limit=300, width=8, batch_size=32, device="cpu")
 CONFIG = DecomposeConfig(images=4, epsilon=0.3)
+NOW = datetime.datetime.now(datetime.UTC)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +35,8 @@ def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outputs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IDAA_OUTPUTS", str(folder))
-        train_vae(VAEConfig(limit=300, epochs=3, width=8, dim=16, batch_size=32, device="cpu"))
+        train_vae(VAEConfig(**SMALL, epochs=1, dim=8))
+        train_vae(VAEConfig(**SMALL, epochs=3, dim=16))  # the newest
         yield folder
 
 
@@ -31,49 +45,104 @@ def engine(outputs):
     return Engine(CONFIG, candidates=60)
 
 
-def tiles(png):
-    """The picture's cells (rows, images, 32, 32, 3) in [0, 1]."""
-    grid = np.asarray(Image.open(io.BytesIO(png)))
-    cut = grid.reshape(6, 33, 4, 33, 3).transpose(0, 2, 1, 3, 4)
-    return cut[:, :, :32, :32].astype(float) / 255
+@pytest.fixture
+def explorer(outputs):
+    made = Explorer(CONFIG)
+    assert made.status.value == ""
+    yield made
+    made.engine = None  # its curves are read no further
+    assert made._background.settle()  # nothing of one test runs in the next
+
+
+def decoded(png, rows, columns, size=32):
+    """A grid's cells (rows, columns, size, size, 3) in [0, 1]."""
+    pixels = np.asarray(Image.open(io.BytesIO(png)))
+    cut = pixels.reshape(rows, size + 1, columns, size + 1, 3).transpose(0, 2, 1, 3, 4)
+    return cut[:, :, :size, :size].astype(float) / 255
 
 
 def cells(pixels):
     return pixels.clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
+HALF = 0.5 / 255 + 1e-6  # what a byte rounds away
+
+
+def test_a_grid_is_the_pixels_themselves():
+    rows = [torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    picture = decoded(grid(rows), 2, 3, size=8)
+    for drawn, pixels in zip(picture, rows, strict=True):
+        assert np.abs(drawn - cells(pixels)).max() <= HALF
+    shown = Grid(["a", "b"], "idaa-x")
+    shown.shape(3, 8)
+    assert (shown.image.layout.width, shown.image.layout.height) == ("54px", "36px")
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("epsilon", [0.01, 0.3, 3.0])
-def test_the_picture_is_the_attack(engine, epsilon):
+def test_the_picture_is_the_attack(outputs, epsilon, norm):
+    engine = Engine(CONFIG.model_copy(update={"norm": norm}))
     shown = engine.scene
-    attack = IDAA(shown.vae, epsilon)(shown.x, shown.loss)
+    attack = IDAA(shown.vae, epsilon, norm=norm)(shown.x, shown.loss)
     G, R = shown.vae.decompose(shown.x)
-    picture = tiles(engine.picture("idaa", epsilon))
-    half = 0.5 / 255 + 1e-6
-    assert np.abs(picture[0] - cells(shown.pixels(shown.x))).max() <= half
-    assert np.abs(picture[1] - cells(shown.pixels(G))).max() <= half
-    decoded = shown.vae.decode(attack.z)
-    assert np.abs(picture[3] - cells(shown.pixels(decoded))).max() <= 2 * half
-    assert np.abs(picture[4] - cells(shown.pixels(attack.images))).max() <= half
+    x_, G_, R_ = decoded(grid(engine.still()), 3, 4)
+    assert np.abs(x_ - cells(shown.pixels(shown.x))).max() <= HALF
+    assert np.abs(G_ - cells(shown.pixels(G))).max() <= HALF
     std = torch.tensor(shown.std).view(3, 1, 1)
-    assert np.abs(picture[2] - cells(0.5 + 3 * std * R)).max() <= half
-    change = attack.images - shown.x
-    assert np.abs(picture[5] - cells(0.5 + 3 * std * change)).max() <= half
+    assert np.abs(R_ - cells(0.5 + GAIN * std * R)).max() <= HALF
+    moved, x_adv, change = decoded(grid(engine.moving("idaa", epsilon)), 3, 4)
+    assert np.abs(moved - cells(shown.pixels(shown.vae.decode(attack.z)))).max() <= 2 * HALF
+    assert np.abs(x_adv - cells(shown.pixels(attack.images))).max() <= HALF
+    assert np.abs(change - cells(0.5 + GAIN * std * (attack.images - shown.x))).max() <= HALF
 
 
 def test_clae_moves_pixels_and_leaves_the_latent(engine):
     shown = engine.scene
     attack = CLAE(0.05)(shown.x, shown.loss)
-    picture = tiles(engine.picture("clae", 0.05))
-    assert np.abs(picture[4] - cells(shown.pixels(attack.images))).max() <= 0.5 / 255 + 1e-6
-    assert np.array_equal(picture[3], picture[1])
+    moved, x_adv, _ = decoded(grid(engine.moving("clae", 0.05)), 3, 4)
+    assert np.abs(x_adv - cells(shown.pixels(attack.images))).max() <= HALF
+    assert np.array_equal(moved, decoded(grid(engine.still()), 3, 4)[1])
+
+
+def test_several_steps_are_the_adversary_s_own(outputs):
+    engine = Engine(CONFIG.model_copy(update={"steps": 3}))
+    shown = engine.scene
+    assert not shown.live("idaa")
+    assert shown.live("random_sign")
+    for name, kind in (("idaa", lambda: IDAA(shown.vae, 0.3, 3)), ("clae", lambda: CLAE(0.3, 3))):
+        expected = kind()(shown.x, shown.loss).images
+        assert torch.equal(shown.attack(name, 0.3).images, expected)
+        assert torch.equal(shown.attack(name, 0.3, first=2).images, expected[:2])
+    signs = shown.attack("random_sign", 0.3).delta
+    assert torch.allclose(signs.abs(), torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_the_first_images_are_attacked_among_all(engine, adversary):
+    whole = engine.scene.attack(adversary, 0.3).images
+    few = engine.scene.attack(adversary, 0.3, first=2).images
+    assert torch.allclose(few, whole[:2], atol=1e-5)
+    strip = engine.strip(1)
+    row = list(strip)[ADVERSARIES.index(adversary)]
+    for image, e in zip(strip[row], STRIP, strict=True):
+        expected = engine.scene.pixels(engine.scene.attack(adversary, e).images[1])
+        assert torch.allclose(image, expected, atol=1e-5)
+
+
+def test_random_signs_are_the_same_at_every_epsilon(engine):
+    a, b = (engine.scene.attack("random_sign", e).delta for e in (0.1, 0.4))
+    assert torch.allclose(4 * a, b)
+    assert a.abs().unique().numel() == 1
+    assert isinstance(engine.scene._adversary("random_sign", 0.1), RandomSign)
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 def test_meters_agree_with_loops(engine, adversary):
     shown, measured = engine.scene, engine.meters(adversary, 0.3)
-    x_adv = engine.attack(adversary, 0.3).images
+    x_adv = shown.attack(adversary, 0.3).images
+    _, witness = engine.witness
     with torch.no_grad():
-        of = lambda x: engine.witness(x[None])[0].double()  # noqa: E731
+        of = lambda x: witness(x[None])[0].double()  # noqa: E731
         pool = [of(x) for x in engine.candidates]
         ranks, own, other = [], [], []
         for i, x in enumerate(x_adv):
@@ -101,45 +170,264 @@ def test_without_a_change_identity_is_whole(engine):
         assert measured.loss_after == pytest.approx(measured.loss_before, abs=1e-5)
 
 
+def test_curves_are_the_meters_and_equal_hardness_reads_them(outputs):
+    engine = Engine(CONFIG, candidates=30)
+    read = 0
+    while engine.advance():
+        read += 1
+        assert all(c == sorted(c) for c in engine.curves.values())
+    assert read == 3 * len(EPSILONS)
+    assert engine.complete
+    for adversary, curve in engine.curves.items():
+        assert [point.epsilon for point in curve] == list(EPSILONS)
+        assert curve[8] == engine.meters(adversary, EPSILONS[8])
+    for e in (0.1, 0.4):
+        matched = engine.as_hard("clae", e)
+        assert 0 < matched < 10
+        wanted, got = (engine.meters(*a).loss_after for a in (("idaa", e), ("clae", matched)))
+        # Between two points of the curves the loss is interpolated.
+        assert got == pytest.approx(wanted, abs=0.05)
+    # IDAA is as hard as itself at its own ε, wherever its loss grows.
+    assert engine.as_hard("idaa", EPSILONS[6]) == pytest.approx(EPSILONS[6])
+    assert engine.as_hard("idaa", EPSILONS[0] / 2) == pytest.approx(EPSILONS[0] / 2)
+
+
+def test_where_no_epsilon_is_as_hard_it_says_so(engine, monkeypatch):
+    class Reading:
+        def __init__(self, epsilon, loss_after):
+            self.epsilon, self.loss_after = epsilon, loss_after
+
+    curves = {
+        "idaa": [Reading(0.1, 2.0), Reading(1.0, 4.0)],
+        "clae": [Reading(0.1, 1.5), Reading(1.0, 3.0)],
+    }
+    monkeypatch.setattr(engine, "curves", curves)
+    monkeypatch.setitem(engine.__dict__, "_loss_before", 1.0)
+    assert engine.as_hard("clae", 1.0) is None
+    assert engine.as_hard("clae", 0.1) == pytest.approx(10 ** (-1 + 1 / 3))  # a third from 1.5 to 3
+    assert engine.as_hard("clae", 0.025) == pytest.approx(0.05)  # loss 1.25, below the first point
+    curves["idaa"][0].loss_after = 0.9
+    assert engine.as_hard("clae", 0.1) == 0
+
+
 def test_the_witness_is_not_the_attacked_encoder(engine):
-    assert engine.witness_name != engine.scene.attacked
-    features = engine.witness(engine.scene.x)
-    assert features.shape[0] == 4
+    name, witness = engine.witness
+    assert (name, engine.scene.attacked) == (UNTRAINED, UNTRAINED)
+    x = engine.scene.x
+    with torch.no_grad():
+        a, b = witness(x), engine.scene.loss(x)
+    assert a.shape[0] == 4 and b.dim() == 0
+    another = Engine(CONFIG.model_copy(update={"run": UNTRAINED}))
+    with torch.no_grad():
+        assert torch.equal(another.witness[1](x), a)
 
 
-def settle(explorer, told):
-    for _ in range(100):
-        if told in explorer.meters.value:
-            return True
-        time.sleep(0.1)
-    return False
+def test_a_trained_encoder_is_attacked_and_another_one_judges(tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
+    train_vae(VAEConfig(**SMALL, epochs=1, dim=8))
+    first, second = (train_ssl(SSLConfig(**SMALL, epochs=1, seed=seed)) for seed in (0, 1))
+    engine = Engine(CONFIG)
+    assert (engine.scene.attacked, engine.witness[0]) == (second.id, first.id)
+    chosen = Engine(CONFIG.model_copy(update={"run": first.id}))
+    assert (chosen.scene.attacked, chosen.witness[0]) == (first.id, second.id)
 
 
-def test_moving_the_slider_changes_the_picture_and_the_meters_follow(outputs):
-    explorer = Explorer(CONFIG)
-    assert explorer.status.value == ""
-    first = explorer.picture.value
+# --- which images ------------------------------------------------------------------------------
+
+
+def test_images_by_class_index_and_file(outputs, tmp_path):
+    data = open_images("photos", "val", 32, None)
+    pixels = lambda e: e.scene.pixels(e.scene.x).mul(255).round().byte()  # noqa: E731
+    named = Engine(CONFIG.model_copy(update={"indices": (17, 3)}))
+    assert torch.equal(pixels(named)[:2], data.images[[17, 3]])
+    assert named.scene.names[0].endswith(" 17")
+    only = data.classes[2]
+    assert (data.labels == 2).sum() >= 4
+    chosen = Engine(CONFIG.model_copy(update={"only": only}))
+    assert all(name.startswith(only) for name in chosen.scene.names)
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "mine.png")
+    own = Engine(CONFIG.model_copy(update={"own": str(tmp_path / "mine.png"), "indices": (3,)}))
+    assert torch.equal(pixels(own)[0], torch.tensor(stripes).permute(2, 0, 1))
+    assert torch.equal(pixels(own)[1], data.images[3])
+    assert len(own.scene.x) == 4
+    # No candidate twice: an image would be found as its own copy.
+    seen = named.candidates.flatten(1).unique(dim=0)
+    assert len(seen) >= len(named.candidates) - 5  # the photographs have some equal crops
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (dict(only="unicorn"), "only must be a class"),
+        (dict(indices=(10**6,)), "1000000 is beyond"),
+        (dict(own="/no/such.png"), "own='/no/such.png' cannot be read"),
+        (dict(dataset="/no/such/folder"), "/no/such/folder"),
+        (dict(run="nobody"), "no ssl run"),
+    ],
+)
+def test_images_that_are_not_there_are_one_sentence(outputs, asked, sentence):
+    with pytest.raises((ConfigError, RuntimeError), match=sentence):
+        Engine(CONFIG.model_copy(update=asked))
+
+
+# --- walks -------------------------------------------------------------------------------------
+
+
+def test_walks_in_the_latent(engine):
+    walk, shown = Walk(engine), engine.scene
+    G, _ = shown.vae.decompose(shown.x)
+    for kind in ("coordinate", "principal direction"):
+        still, back = walk.moved(kind, 0, 0.0)
+        assert torch.allclose(still, shown.pixels(G), atol=1e-5)
+        assert torch.allclose(back, shown.pixels(shown.x), atol=1e-5)
+    latents = shown.vae.encode(engine.candidates)[0].double().numpy()
+    values, vectors = np.linalg.eigh(np.cov(latents.T))
+    step = walk.step("principal direction", 0).double().numpy()
+    assert np.linalg.norm(step) == pytest.approx(values[-1] ** 0.5, rel=1e-3)
+    assert abs(step @ vectors[:, -1]) == pytest.approx(np.linalg.norm(step), rel=1e-3)
+    along = walk.step("coordinate", 5)
+    assert along.nonzero().flatten().tolist() == [5]
+    assert along[5] == pytest.approx(latents[:, 5].std(ddof=1), rel=1e-3)
+
+
+def test_a_residual_exchanged(engine):
+    walk, shown = Walk(engine), engine.scene
+    G, R = shown.vae.decompose(shown.x)
+    z_moves, r_moves = walk.between(0, 2).values()
+    assert len(z_moves) == len(r_moves) == len(SHARES)
+    for first in (z_moves[0], r_moves[0]):
+        assert torch.allclose(first, shown.x[0], atol=1e-5)
+    assert torch.allclose(z_moves[-1], R[0] + G[2], atol=1e-5)
+    assert torch.allclose(r_moves[-1], G[0] + R[2], atol=1e-5)
+    like = walk.likeness(torch.cat([z_moves[:1], shown.x[2:3]]), 0, 2)
+    assert torch.allclose(like.diagonal(), torch.ones(2), atol=1e-5)
+    with torch.no_grad():
+        z = F.normalize(engine.witness[1](shown.x[[0, 2]]), dim=1)
+    assert like[0, 1] == pytest.approx((z[0] @ z[1]).item(), abs=1e-5)
+
+
+# --- widgets -----------------------------------------------------------------------------------
+
+
+def test_moving_the_slider_changes_the_picture_and_the_meters_follow(explorer):
+    first, still = explorer.picture.image.value, explorer.still.image.value
     explorer.epsilon.value = 2.0
-    second = explorer.picture.value
-    assert second != first
-    assert settle(explorer, "IDAA, ε = 2")
+    assert explorer.picture.image.value != first
+    assert explorer.still.image.value == still
+    assert explorer._background.settle()
+    assert "IDAA, ε = 2<" in explorer.meters.value
     explorer.epsilon.value = 0.3
-    assert explorer.picture.value == first
+    assert explorer.picture.image.value == first
     explorer.adversary.value = "clae"
-    assert settle(explorer, "CLAE, ε = 0.3")
-    before = explorer.picture.value
-    explorer.seed.value = 5
-    assert explorer.picture.value != before
+    assert explorer._background.settle()
+    assert "CLAE, ε = 0.3<" in explorer.meters.value
     assert explorer.status.value == ""
 
 
-def test_meters_of_an_older_move_are_dropped(outputs):
-    explorer = Explorer(CONFIG)
-    for value in (0.1, 0.2, 0.5):
+def test_the_marker_stands_at_epsilon(explorer):
+    assert explorer._background.settle()
+    where = []
+    for value in (0.01, 0.1, 1.0):
         explorer.epsilon.value = value
-    assert settle(explorer, "ε = 0.5")
-    time.sleep(0.5)
-    assert "ε = 0.5" in explorer.meters.value
+        left = explorer.marker.value.split("left:")[1]
+        where.append(float(left.partition("%")[0]))
+    assert where[0] < where[1] < where[2]
+    assert where[1] - where[0] == pytest.approx(where[2] - where[1], abs=0.02)  # log axis
+
+
+def test_equal_hardness_sets_the_other_s_epsilon(explorer):
+    explorer.fairness.value = EQUAL_HARDNESS
+    explorer.adversary.value = "clae"
+    assert explorer._background.settle()
+    matched = explorer.engine.as_hard("clae", 0.3)
+    assert f"CLAE, ε = {matched:.3g}: as hard as IDAA at 0.3" in explorer.meters.value
+    expected = grid(explorer.engine.moving("clae", matched))
+    assert explorer.picture.image.value == expected
+
+
+def settled(explorer):
+    """All but the curves over ε, which take their time."""
+    return explorer._background.settle("load", "paint", "meters", "aside")
+
+
+def test_other_choices_make_another_engine(explorer):
+    assert settled(explorer)
+    before, still = explorer.engine, explorer.still.image.value
+    explorer.seed.value = 5
+    assert settled(explorer)
+    assert explorer.engine is not before
+    assert explorer.still.image.value != still
+    other = next(key for _, key in explorer.vae.options if key != explorer.vae.value)
+    explorer.vae.value = other
+    assert settled(explorer)
+    assert explorer.engine.scene.run.id == other
+    explorer.only.value = explorer.only.options[1][1]
+    explorer.steps.value = 2
+    assert settled(explorer)
+    assert explorer.engine.scene.config.steps == 2
+    assert explorer.status.value == ""
+    good = explorer.engine
+    explorer.indices.value = "three"
+    assert settled(explorer)
+    assert "indices" in explorer.status.value and "Traceback" not in explorer.status.value
+    assert explorer.engine is good  # a mistake costs nothing
+    explorer.indices.value = "3"
+    assert settled(explorer)
+    assert explorer.status.value == ""
+
+
+def test_an_image_of_one_s_own(explorer):
+    red = io.BytesIO()
+    Image.new("RGB", (50, 40), (255, 0, 0)).save(red, "png")
+    content = memoryview(red.getvalue())
+    explorer.upload.value = ({"name": "red.png", "type": "image/png", "size": 1,
+                              "content": content, "last_modified": NOW},)  # fmt: skip
+    assert settled(explorer)
+    assert explorer.status.value == ""
+    first = decoded(explorer.still.image.value, 3, 4)[0, 0]
+    assert np.array_equal(first, np.broadcast_to([1.0, 0, 0], first.shape))
+    explorer.forget.click()
+    assert settled(explorer)
+    assert explorer.engine.scene.config.own is None
+    explorer.upload.value = ({"name": "x.png", "type": "image/png", "size": 1,
+                              "content": memoryview(b"text"), "last_modified": NOW},)  # fmt: skip
+    assert settled(explorer)
+    assert "cannot be read" in explorer.status.value
+
+
+def test_what_is_saved_can_be_made_again(explorer, outputs):
+    explorer.adversary.value = "clae"
+    explorer.keep.click()
+    assert explorer._background.settle()
+    (folder,) = (path for path in (outputs / "explorer").iterdir() if "clae" in path.name)
+    assert str(folder) in explorer.status.value
+    names = {"picture.png", "strip.png", "spectra.png", "curves.png"}
+    assert {path.name for path in folder.iterdir()} == names | {"again.py"}
+    subprocess.run([sys.executable, folder / "again.py"], check=True, timeout=300)
+    for name in names:
+        old, new = (np.asarray(Image.open(p / name)) for p in (folder, folder / "again"))
+        assert np.array_equal(old, new), name
+
+
+def test_folded_pictures_are_made_when_they_are_opened(explorer):
+    assert explorer._background.settle()
+    assert not explorer.strip.image.value and not explorer.spectra.value
+    explorer.asides.selected_index = 0
+    assert explorer._background.settle()
+    expected = grid(list(explorer.engine.strip(0).values()))
+    assert explorer.strip.image.value == expected
+    explorer.asides.selected_index = 1
+    assert explorer._background.settle()
+    assert "<svg" in explorer.spectra.value
+    explorer.asides.selected_index = 2
+    assert explorer._background.settle()
+    before = explorer.walk.moved.image.value
+    assert before and "<svg" in explorer.walk.likeness.value
+    explorer.walk.amount.value = 3.0
+    assert explorer.walk.moved.image.value != before
+    assert explorer.status.value == ""
 
 
 def test_without_a_vae_it_says_what_to_run_first(tmp_path, monkeypatch):
@@ -147,3 +435,43 @@ def test_without_a_vae_it_says_what_to_run_first(tmp_path, monkeypatch):
     explorer = Explorer(CONFIG)
     assert "01_pretrain_vae" in explorer.status.value
     assert "Traceback" not in explorer.status.value
+    assert find("vae") == []
+
+
+# --- the background ----------------------------------------------------------------------------
+
+
+def test_the_newest_request_of_a_kind_is_done_and_the_urgent_one_first():
+    background, done, gate = Background("urgent", "slow", rest=0.0), [], threading.Event()
+    background.ask("slow", lambda: gate.wait(10) and None)
+    while not background._doing:
+        time.sleep(0.001)
+    for i in range(5):
+        background.ask("slow", lambda i=i: done.append(f"slow {i}"))
+        background.ask("urgent", lambda i=i: done.append(f"urgent {i}"))
+    gate.set()
+    assert background.settle()
+    assert done == ["urgent 4", "slow 4"]
+
+
+def test_work_that_has_more_to_do_gives_way():
+    background, done = Background("urgent", "slow", rest=0.0), []
+
+    def slow():
+        done.append("slow")
+        if len(done) == 2:
+            background.ask("urgent", lambda: done.append("urgent"))
+        return done.count("slow") < 4
+
+    background.ask("slow", slow)
+    assert background.settle()
+    assert done == ["slow", "slow", "urgent", "slow", "slow"]
+
+
+def test_nothing_starts_while_a_person_moves():
+    background, began = Background("work", rest=0.3), []
+    background.disturb()
+    disturbed = time.monotonic()
+    background.ask("work", lambda: began.append(time.monotonic()))
+    assert background.settle()
+    assert began[0] - disturbed >= 0.29

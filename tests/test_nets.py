@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import reference
@@ -12,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 
 from idaa_lib.configs import VAEConfig
 from idaa_lib.methods.vae import VAETraining
-from idaa_lib.nets import BACKBONES, build_backbone, evaluating
+from idaa_lib.nets import BACKBONES, build_backbone, evaluating, initial_weights
 from idaa_lib.nets.vae import VAE, Output, rate, vae_loss
 from idaa_lib.views import keyed_generator, recipe
 
@@ -345,3 +346,15 @@ def test_evaluating_restores_mixed_modes_also_after_an_error():
         assert not any(modes(net))
         raise InterruptedError
     assert modes(net) == was
+
+
+def test_networks_made_in_threads_have_the_weights_of_their_seed():
+    """A widget's thread makes one while a cell makes another; torch has one generator for both."""
+
+    def made(seed):
+        with initial_weights(seed):
+            return [torch.rand(1).item() for _ in range(200)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(made, [0, 1, 2, 3] * 8))
+    assert all(found[i] == made(i % 4) for i in range(len(found)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from idaa_lib import checkpoints, runs
 from idaa_lib.methods import Method, build_method
-from idaa_lib.nets import evaluating
+from idaa_lib.nets import evaluating, initial_weights
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, RunError
 from idaa_lib.views import recipe
@@ -54,7 +54,8 @@ def load_vae(run: Run | str | None = None, **values: object) -> VAE:
     run = runs.get("vae", run, **values)
     config = run.config
     _, mean, std = _units(run)
-    vae = VAE(config.dim, config.size, config.width, mean, std)
+    with initial_weights(config.seed):
+        vae = VAE(config.dim, config.size, config.width, mean, std)
     vae.load_state_dict(_tensors(run, "method.network."))
     return vae.eval().requires_grad_(False)
 

@@ -1,30 +1,42 @@
-"""What notebook 02 shows: a VAE's split of some images, and an attack over ε."""
+"""What notebook 02 looks at: a VAE's split of some images, and attacks on them at any ε."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from idaa_lib import runs
-from idaa_lib.adversaries import CLAE, IDAA, Attack, Direction
+from idaa_lib.adversaries import CLAE, IDAA, Anchor, Attack, Direction, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
 from idaa_lib.environment import open_images
 from idaa_lib.evaluate.encoders import load_encoder, load_vae
+from idaa_lib.images import ImageSet, decode
 from idaa_lib.methods import build_method
 from idaa_lib.methods.simclr import against
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
-from idaa_lib.views import denormalise, normalise, recipe
+from idaa_lib.views import denormalise, keyed_generator, normalise, recipe
+
+ADVERSARIES = ("idaa", "clae", "random_sign")
+UNTRAINED = "untrained"  # in place of a run
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images x (N, 3, size, size), normalised as the VAE expects them, the VAE, and its run."""
+    """Images x (N, 3, size, size), normalised as the VAE expects them, the VAE, and its run.
+
+    `names` says which image each is, `classes` what there is; `pool` (M, 3, size, size) holds
+    other images of the same split.
+    """
 
     x: Tensor
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    pool: Tensor
     vae: VAE
     run: Run
     mean: tuple[float, ...]
@@ -46,71 +58,141 @@ class Pictures:
 class Scene(Pictures):
     """Pictures under attack.
 
-    `attacked` says which encoder the directions come from; `loss`, images (N, 3, size, size) →
-    scalar, is what they ascend.
+    `config` has the norm, steps and seed of the attack, and names the VAE and the encoder that
+    were chosen; `loss`, images (N, 3, size, size) → scalar, is what the attack ascends.
     """
 
-    attacked: str
+    config: DecomposeConfig
     loss: Callable[[Tensor], Tensor]
-    adversary: IDAA
-    direction: Direction
-    pixel_direction: Direction
+    _directions: dict[str, Direction] = field(default_factory=dict)
 
-    def attack(self, epsilon: float) -> Attack:
-        """x′ at one ε: one decode."""
-        return self.adversary.apply(self.direction, epsilon)
+    @property
+    def attacked(self) -> str:
+        """The attacked encoder's run, or `untrained`."""
+        assert self.config.run is not None
+        return self.config.run
+
+    def direction(self, adversary: str) -> Direction:
+        """The one-step direction at x, computed once."""
+        if adversary not in self._directions:
+            made = self._adversary(adversary, 1.0)
+            generator = keyed_generator(self.config.seed)
+            self._directions[adversary] = made.direction(self.x, self.loss, generator)
+        return self._directions[adversary]
+
+    def live(self, adversary: str) -> bool:
+        """Whether another ε costs one decode alone: one step, or signs that no gradient guides."""
+        return self.config.steps == 1 or adversary == "random_sign"
+
+    @torch.no_grad()
+    def attack(self, adversary: str, epsilon: float, first: int | None = None) -> Attack:
+        """x′ of all images, or of the first so many (which are attacked among all the same)."""
+        made = self._adversary(adversary, epsilon)
+        if self.live(adversary):
+            return made.apply(_head(self.direction(adversary), first), epsilon)
+        whole = made(self.x, self.loss, keyed_generator(self.config.seed))
+        parts = (whole.images, whole.delta, whole.z, whole.reconstruction)
+        return Attack(*(None if part is None else part[:first] for part in parts))  # type: ignore[arg-type]
+
+    def _adversary(self, name: str, epsilon: float) -> Any:
+        if name == "clae":
+            return CLAE(epsilon, self.config.steps, norm=self.config.norm)
+        if name not in ADVERSARIES:
+            raise ValueError(f"adversary must be one of {', '.join(ADVERSARIES)}, and is {name!r}.")
+        kind = IDAA if name == "idaa" else RandomSign
+        return kind(self.vae, epsilon, self.config.steps, norm=self.config.norm)
+
+
+def _head(direction: Direction, n: int | None) -> Direction:
+    """The direction of the first n images."""
+    anchor = direction.anchor
+    G = None if anchor.reconstruction is None else anchor.reconstruction[:n]
+    return Direction(Anchor(anchor.images[:n], anchor.point[:n], G), direction.unit[:n])
 
 
 def pictures(config: DecomposeConfig) -> Pictures:
-    """The images that `config` names, and their VAE.
+    """The images that `config` chooses, and the VAE that splits them.
 
     Raises:
-        RunError: there is no finished VAE run. ConfigError: its images are gone.
+        RunError: there is no finished VAE run. ConfigError: the images are not there.
     """
     run = runs.get("vae", config.vae)
     trained, vae = run.config, load_vae(run)
     assert vae.mean is not None
     assert vae.std is not None
-    data = open_images(trained.dataset, config.split, trained.size, None)
-    pick = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
-    x = normalise(data.images[pick[: config.images]], vae.mean, vae.std)
-    return Pictures(x, vae, run, vae.mean, vae.std)
+    source = config.dataset or trained.dataset
+    data = open_images(source, config.split, trained.size, None)
+    order = _order(config, data)
+    chosen, names = data.images[order], [_name(data, i) for i in order.tolist()]
+    if config.own is not None:
+        try:
+            first = decode(config.own, trained.size)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"own={config.own!r} cannot be read as an image: {error}.") from error
+        chosen, names = torch.cat([first[None], chosen]), ["your own", *names]
+    x = normalise(chosen, vae.mean, vae.std)
+    n, classes = config.images, tuple(data.classes)
+    return Pictures(x[:n], tuple(names[:n]), classes, x[n:], vae, run, vae.mean, vae.std)
+
+
+def _order(config: DecomposeConfig, data: ImageSet) -> Tensor:
+    """Indices of the chosen images first, then up to 1,000 others as they come by chance."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
+    if config.only is not None:
+        if config.only not in data.classes:
+            known = ", ".join(data.classes) or "none"
+            raise ConfigError(f"only must be a class of {data.name} ({known}): {config.only!r}.")
+        wanted = data.labels[order] == data.classes.index(config.only)
+        order = torch.cat([order[wanted], order[~wanted]])
+    for index in reversed(config.indices):
+        if index >= len(data):
+            raise ConfigError(f"indices: {index} is beyond the {len(data)} {config.split} images.")
+        order = torch.cat([torch.tensor([index]), order[order != index]])
+    if len(order) < config.images:
+        raise ConfigError(f"images={config.images} is more than the {len(order)} of the split.")
+    return order[: config.images + 1000]
+
+
+def _name(data: ImageSet, index: int) -> str:
+    label = int(data.labels[index])
+    return f"{data.classes[label]} {index}" if label >= 0 else str(index)
 
 
 def scene(config: DecomposeConfig) -> Scene:
-    """The pictures, and the directions of IDAA and CLAE against an encoder.
+    """The pictures, and the loss of the encoder that is attacked.
 
     Raises:
         RunError: there is no finished VAE run. ConfigError: the encoder is for another size.
     """
     shown = pictures(config)
     trained = shown.run.config
-    found = runs.find("ssl", dataset=trained.dataset, size=trained.size)
-    if config.run or found:
-        source = runs.get("ssl", config.run or found[0])
-        module, size, mean, std = load_encoder(source, "projector")
-        if size != trained.size:
-            raise ConfigError(f"run={source.id!r} is for {size} px, its images {trained.size} px.")
-        attacked = source.id
-    else:
-        transform = recipe("none", trained.size, shown.mean, shown.std)
-        untrained = build_method(SSLConfig(size=trained.size, width=16), transform)
-        module = untrained.encoder("projector").eval().requires_grad_(False)
-        attacked, mean, std = "an untrained ResNet-18", shown.mean, shown.std
+    found = [] if config.run else runs.find("ssl", dataset=trained.dataset, size=trained.size)
+    chosen = config.run or (found[0] if found else UNTRAINED)
+    attacked, embed = encoder(shown, chosen, "projector")
+    settled = config.model_copy(update={"vae": shown.run.reference, "run": attacked})
+    return Scene(**vars(shown), config=settled, loss=against(embed, shown.x))
 
-    def embed(x: Tensor) -> Tensor:
-        """In the encoder's own units, where they are not the VAE's."""
-        same = (mean, std) == (shown.mean, shown.std)
-        return module(x if same else normalise(shown.pixels(x), mean, std))
 
-    loss = against(embed, shown.x)
-    idaa = IDAA(shown.vae, config.epsilon, norm=config.norm)
-    clae = CLAE(config.epsilon, norm=config.norm)
-    return Scene(
-        **vars(shown),
-        attacked=attacked,
-        loss=loss,
-        adversary=idaa,
-        direction=idaa.direction(shown.x, loss),
-        pixel_direction=clae.direction(shown.x, loss),
-    )
+def encoder(
+    shown: Pictures, run: Run | str, layer: str, seed: int = 0
+) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """A run's frozen encoder, or with `UNTRAINED` a narrow ResNet-18 as it is before training.
+
+    What a configuration calls it, and a function from images in the units of the pictures to
+    features (N, D).
+
+    Raises:
+        RunError: there is no such run. ConfigError: the encoder is for another size.
+    """
+    size = shown.run.config.size
+    if run == UNTRAINED:
+        transform = recipe("none", size, shown.mean, shown.std)
+        method = build_method(SSLConfig(size=size, width=16, seed=seed), transform)
+        return UNTRAINED, method.encoder(layer).eval().requires_grad_(False)
+    source = runs.get("ssl", run)
+    module, expected, mean, std = load_encoder(source, layer)
+    if expected != size:
+        raise ConfigError(f"run={source.id!r} is for {expected} px, its images {size} px.")
+    if (mean, std) == (shown.mean, shown.std):
+        return source.reference, module
+    return source.reference, lambda x: module(normalise(shown.pixels(x), mean, std))

@@ -6,41 +6,42 @@ images, so each picture costs one decode and one small PNG.
 
 from __future__ import annotations
 
-import io
+from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib import runs
-from idaa_lib.adversaries import CLAE, Attack, Direction, RandomSign
-from idaa_lib.configs import DecomposeConfig, SSLConfig
-from idaa_lib.environment import open_images
-from idaa_lib.evaluate.encoders import load_encoder
-from idaa_lib.lab.decompose import Scene, scene
-from idaa_lib.methods import build_method
-from idaa_lib.views import keyed_generator, normalise, recipe
+from idaa_lib.configs import DecomposeConfig
+from idaa_lib.lab import plots
+from idaa_lib.lab.decompose import ADVERSARIES, UNTRAINED, Scene, encoder, scene
+from idaa_lib.lab.style import NAMES, save
 
-ADVERSARIES = ("idaa", "clae", "random_sign")
 # Of the rows that show a difference: fixed, so that nothing jumps while ε moves.
 GAIN = 3.0
+COLUMNS = 16  # images that a picture shows at most
+# Where the curves over ε are read: four a decade, which is what an eye needs.
+EPSILONS = tuple(float(e) for e in np.logspace(-3, 1, 17))
+STRIP = EPSILONS[4:]  # from 0.01 on: below, an eye sees nothing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Meters:
     """What is left of the identity of x in x′, by an encoder that was not attacked.
 
     retrieved: percent of the images whose x′ has its own x as the nearest of `n` candidates by
     cosine; rank: mean rank of its x (1 is first); cos_self, cos_other: mean cosine of x′ to its x
     and to its nearest other candidate; l2, linf: mean ‖x′ − x‖₂ and the largest ‖x′ − x‖∞, in
-    normalised units; loss_before, loss_after: what the attack ascends, at x and at x′.
+    normalised units; loss_before, loss_after: what the attack ascends, at x and at x′ (hardness).
     """
 
+    epsilon: float
     retrieved: float
     rank: float
     cos_self: float
@@ -56,63 +57,100 @@ class Engine:
     """Pictures and meters of one set of images at any ε. It knows no widget.
 
     Args:
-        config: the VAE, the encoder attacked, the images and the norm.
-        candidates: how many images x is sought among, the shown ones included.
+        config: the VAE, the encoder attacked, the images, and the attack.
+        candidates: how many images x is sought among, the attacked ones included.
     Raises:
-        RunError: there is no finished VAE run.
+        RunError: there is no finished VAE run. ConfigError: the images are not there.
     """
+
+    STILL = ("x", "G(x)", f"R(x), × {GAIN:g}")
+    MOVING = ("G(z + δ)", "x′", f"x′ − x, × {GAIN:g}")
 
     def __init__(self, config: DecomposeConfig, candidates: int = 500) -> None:
         self.scene: Scene = scene(config)
-        self._seed = config.seed
-        self._random = RandomSign(self.scene.vae, config.epsilon, norm=config.norm)
-        self._clae = CLAE(config.epsilon, norm=config.norm)
-        trained = self.scene.run.config
-        pool = open_images(trained.dataset, "train", trained.size, candidates).images
-        fill = normalise(pool[: candidates - len(self.scene.x)], self.scene.mean, self.scene.std)
-        self.candidates = torch.cat([self.scene.x, fill])  # x_i is candidate i
+        self.columns = min(COLUMNS, len(self.scene.x))
+        pool = self.scene.pool[: max(0, candidates - len(self.scene.x))]
+        self.candidates = torch.cat([self.scene.x, pool])  # x_i is candidate i
+        # adversary → its meters by ascending ε, filled by `advance`
+        self.curves: dict[str, list[Meters]] = {name: [] for name in ADVERSARIES}
 
-    @torch.no_grad()
-    def attack(self, adversary: str, epsilon: float) -> Attack:
-        """x′ of all images: one decode, or none for CLAE."""
-        if adversary == "clae":
-            return self._clae.apply(self.scene.pixel_direction, epsilon)
-        if adversary == "random_sign":
-            return self._random.apply(self._random_direction, epsilon)
-        return self.scene.attack(epsilon)
+    # --- pictures -----------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def picture(self, adversary: str, epsilon: float) -> bytes:
-        """The grid of `rows()` as a PNG at one screen pixel a pixel."""
-        attack, shown = self.attack(adversary, epsilon), self.scene
+    def still(self) -> tuple[Tensor, ...]:
+        """The rows `STILL`, which no ε moves: pixels (columns, 3, size, size)."""
+        shown, n = self.scene, self.columns
         G, R = self._parts
-        decoded = G if attack.z is None else attack.images - R  # CLAE leaves the latent alone
-        live = (
-            shown.pixels(decoded),
-            shown.pixels(attack.images),
-            self._around_gray(attack.images - shown.x),
-        )
-        grid = np.concatenate([self._still, *map(_strip, live)])
-        png = io.BytesIO()
-        # Level 1: lossless, and four times as fast to encode as the default.
-        Image.fromarray(grid).save(png, "png", compress_level=1)
-        return png.getvalue()
+        return shown.pixels(shown.x[:n]), shown.pixels(G[:n]), self._around_gray(R[:n])
 
-    @staticmethod
-    def rows() -> tuple[str, ...]:
-        return ("x", "G(x)", f"R(x) × {GAIN:g}", "G(z + δ)", "x′", f"x′ − x, × {GAIN:g}")
+    def moving(self, adversary: str, epsilon: float) -> tuple[Tensor, ...]:
+        """The rows `MOVING`, which follow ε."""
+        shown, n = self.scene, self.columns
+        attack = shown.attack(adversary, epsilon, n)
+        # CLAE leaves the latent alone: what is decoded is G(x) itself.
+        decoded = self._parts[0][:n] if attack.z is None else attack.images - self._parts[1][:n]
+        change = self._around_gray(attack.images - shown.x[:n])
+        return shown.pixels(decoded), shown.pixels(attack.images), change
+
+    def strip(self, index: int) -> dict[str, Tensor]:
+        """x′ of one image over `STRIP`: a row an adversary."""
+        shown, rows = self.scene, {}
+        for name in ADVERSARIES:
+            images = [shown.attack(name, e, index + 1).images[index] for e in STRIP]
+            rows[f"{NAMES[name]} x′"] = shown.pixels(torch.stack(images))
+        return rows
+
+    def parts(self, adversary: str, epsilon: float) -> dict[str, Tensor]:
+        """What spectra are taken of, all images (N, 3, size, size)."""
+        G, R = self._parts
+        x_adv = self.scene.attack(adversary, epsilon).images
+        change = x_adv - self.scene.x
+        return {"x": self.scene.x, "G(x)": G, "R(x)": R, "x′": x_adv, "x′ − x": change}
+
+    def save(self, folder: Path, adversary: str, epsilon: float, index: int = 0) -> list[Path]:
+        """Write what the explorer shows as labelled figures; the strip is of image `index`."""
+        rows = dict(zip(self.STILL, self.still(), strict=True))
+        rows |= dict(zip(self.MOVING, self.moving(adversary, epsilon), strict=True))
+        while self.advance():
+            pass
+        names = [f"ε = {e:.2g}" for e in STRIP]
+        figures = {
+            "picture": plots.image_rows(
+                rows, f"{NAMES[adversary]}, ε = {epsilon:.3g}", columns=self.columns
+            ),
+            "strip": plots.image_rows(self.strip(index), columns=len(names), names=names),
+            "spectra": plots.spectra(self.parts(adversary, epsilon)),
+            "curves": plots.identity_curves(self.curves),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            save(figure, folder / f"{name}.png")
+        return [folder / f"{name}.png" for name in figures]
+
+    def code(self, adversary: str, epsilon: float, index: int = 0) -> str:
+        """A script that makes the figures of `save` again, beside itself."""
+        fields = ", ".join(f"{k}={v!r}" for k, v in self.scene.config.changed().items())
+        return (
+            "from pathlib import Path\n\n"
+            "from idaa_lib.configs import DecomposeConfig\n"
+            "from idaa_lib.lab.engine import Engine\n\n"
+            f"config = DecomposeConfig({fields})\n"
+            f'folder = Path(__file__).parent / "again"\n'
+            f"Engine(config).save(folder, {adversary!r}, epsilon={epsilon!r}, index={index})\n"
+        )
+
+    # --- identity -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def meters(self, adversary: str, epsilon: float) -> Meters:
-        shown, attack = self.scene, self.attack(adversary, epsilon)
-        z = F.normalize(self.witness(attack.images), dim=1)
-        cosine = z @ self._candidate_features.T  # (B, n)
-        own = torch.arange(len(z))
+        shown, attack = self.scene, self.scene.attack(adversary, epsilon)
+        cosine = self.recognise(attack.images)  # (N, n)
+        own = torch.arange(len(cosine))
         self_cos = cosine[own, own].clone()
         rank = 1 + (cosine > self_cos[:, None]).sum(1)
         cosine[own, own] = -torch.inf
         change = (attack.images - shown.x).flatten(1)
         return Meters(
+            epsilon=epsilon,
             retrieved=100 * (rank == 1).double().mean().item(),
             rank=rank.double().mean().item(),
             cos_self=self_cos.mean().item(),
@@ -124,32 +162,66 @@ class Engine:
             n=len(self.candidates),
         )
 
+    def recognise(self, images: Tensor) -> Tensor:
+        """Cosines (B, n) by the witness between images and the candidates, x_i being the i-th."""
+        with torch.no_grad():
+            return F.normalize(self.witness[1](images), dim=1) @ self._candidate_features.T
+
+    def advance(self) -> bool:
+        """Read one further point of the curves over ε, coarse before fine; False: all are read."""
+        order = (*EPSILONS[::4], *EPSILONS[2::4], *EPSILONS[1::2])
+        for epsilon in order:
+            for adversary, curve in self.curves.items():
+                if all(point.epsilon != epsilon for point in curve):
+                    insort(curve, self.meters(adversary, epsilon))
+                    return True
+        return False
+
+    @property
+    def complete(self) -> bool:
+        return all(len(curve) == len(EPSILONS) for curve in self.curves.values())
+
+    def as_hard(self, adversary: str, epsilon: float) -> float | None:
+        """The smallest ε at which `adversary` reaches the loss that IDAA has at `epsilon`.
+
+        Read off the curves: between two points the loss is taken as linear in log ε, below the
+        first as linear in ε. None where it never gets so hard; 0 where IDAA is no harder than x.
+        """
+        target = self._hardness("idaa", epsilon)
+        if target <= self._loss_before:
+            return 0.0
+        past, loss = 0.0, self._loss_before
+        for point in self.curves[adversary]:
+            if point.loss_after >= target:
+                share = (target - loss) / (point.loss_after - loss)
+                return past * (point.epsilon / past) ** share if past else share * point.epsilon
+            past, loss = point.epsilon, point.loss_after
+        return None
+
+    def _hardness(self, adversary: str, epsilon: float) -> float:
+        curve = self.curves[adversary]
+        first = curve[0]
+        if epsilon < first.epsilon:
+            rise = first.loss_after - self._loss_before
+            return self._loss_before + rise * epsilon / first.epsilon
+        losses = [point.loss_after for point in curve]
+        return float(np.interp(np.log(epsilon), np.log([p.epsilon for p in curve]), losses))
+
     @cached_property
-    def witness(self) -> Any:
+    def witness(self) -> tuple[str, Callable[[Tensor], Tensor]]:
         """The encoder that judges identity: another run than the attacked one, else untrained."""
         shown = self.scene
         trained = shown.run.config
         others = [
             run
             for run in runs.find("ssl", dataset=trained.dataset, size=trained.size)
-            if run.id != shown.attacked
+            if run.reference != shown.attacked
         ]
-        self.witness_name = others[0].id if others else "an untrained ResNet-18 of another seed"
-        if others:
-            return load_encoder(others[0]).module
-        transform = recipe("none", trained.size, shown.mean, shown.std)
-        untrained = build_method(SSLConfig(size=trained.size, width=16, seed=1), transform)
-        return untrained.encoder("backbone").eval().requires_grad_(False)
-
-    @cached_property
-    def _random_direction(self) -> Direction:
-        generator = keyed_generator(self._seed)
-        return self._random.direction(self.scene.x, self.scene.loss, generator)
+        return encoder(shown, others[0] if others else UNTRAINED, "backbone", seed=1)
 
     @cached_property
     def _candidate_features(self) -> Tensor:
-        with torch.no_grad():
-            parts = [self.witness(part) for part in self.candidates.split(250)]
+        parts = [self.witness[1](part) for part in self.candidates.split(250)]
         return F.normalize(torch.cat(parts), dim=1)
 
     @cached_property
@@ -161,18 +233,5 @@ class Engine:
     def _parts(self) -> tuple[Tensor, Tensor]:
         return self.scene.vae.decompose(self.scene.x)
 
-    @cached_property
-    def _still(self) -> np.ndarray:
-        G, R = self._parts
-        shown = self.scene
-        rows = (shown.pixels(shown.x), shown.pixels(G), self._around_gray(R))
-        return np.concatenate([_strip(row) for row in rows])
-
     def _around_gray(self, part: Tensor) -> Tensor:
-        return 0.5 + GAIN * part * torch.tensor(self.scene.std).view(3, 1, 1)
-
-
-def _strip(pixels: Tensor) -> np.ndarray:
-    """Images in [0, 1] (N, 3, H, W) side by side with white gaps: uint8 (H + 1, N·(W + 1), 3)."""
-    framed = F.pad(pixels.clamp(0, 1), (0, 1, 0, 1), value=1.0)
-    return framed.mul(255).round().byte().permute(2, 0, 3, 1).flatten(1, 2).numpy()
+        return self.scene.contrast(part, GAIN)[0]

@@ -1,6 +1,6 @@
 """The figures of the notebooks: each takes tensors or runs and gives back a matplotlib Figure.
 
-Colours are Okabe & Ito's, which colour-blind readers can tell apart; no axis is without a label.
+No axis is without a label and a unit; how they look is `style`'s.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -16,9 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from idaa_lib.lab.style import COLOURS, INK, NAMES, PALETTE
+from idaa_lib.lab.style import save as save  # what notebooks call beside the figures
 from idaa_lib.runs import Run
 
-PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 LABELS = {
     "loss": "loss (nats)",
     "clean_loss": "loss on clean pairs (nats)",
@@ -33,29 +33,39 @@ LABELS = {
     "embedding_std": "embedding std (√D · std, sphere = 1)",
     "effective_rank": "effective rank of features",
     "moved": "‖x′ − x‖₂ (normalised units)",
+    "lr": "learning rate",
+    "images_per_second": "speed (images/s)",
 }
 # The prefixes of a summary's accuracies, and what they are of.
 SUBJECTS = {"": "this run", "random_": "untrained encoder", "pixels_": "raw pixels"}
 
-sns.set_theme(
-    context="notebook",
-    style="whitegrid",
-    palette=PALETTE,
-    rc={"figure.dpi": 110, "savefig.bbox": "tight", "axes.labelsize": "small",
-        "axes.titlesize": "medium", "axes.titleweight": "bold", "grid.color": "#e4e4e4",
-        "font.family": "DejaVu Sans"},
-)  # fmt: skip
+
+def _axes(
+    lines: int = 1, columns: int = 1, *, figsize: tuple[float, float], layout: str | None = None,
+    **kwargs: Any,
+) -> tuple[Figure, Any]:  # fmt: skip
+    """As `plt.subplots`, outside pyplot's list of figures, so that any thread may draw."""
+    figure = Figure(figsize=figsize, layout=layout)  # type: ignore[arg-type]
+    return figure, figure.subplots(lines, columns, **kwargs)
 
 
-def image_rows(rows: Mapping[str, Tensor], title: str = "") -> Figure:
-    """Images in labelled rows.
+def image_rows(
+    rows: Mapping[str, Tensor], title: str = "", columns: int = 8, names: Sequence[str] = ()
+) -> Figure:
+    """Images in labelled rows, the first `columns` of each.
 
     Args:
         rows: label → pixels in [0, 1] (N, 3, H, W); values outside are clipped.
+        names: of the columns.
     """
-    n = max(len(images) for images in rows.values())
-    figure, axes = plt.subplots(
-        len(rows), n, figsize=(1.05 * n + 1.6, 1.1 * len(rows) + 0.4), squeeze=False
+    rows = {label: images[:columns] for label, images in rows.items()}
+    n, lines = max(len(images) for images in rows.values()), len(rows)
+    # In inches: cells of one, room for the names of rows and columns and for the title.
+    left, top = 0.3 + 0.085 * max(map(len, rows)), 0.04 + 0.34 * bool(title) + 0.24 * bool(names)
+    width, height = left + 1.04 * n, top + 1.04 * lines
+    figure, axes = _axes(lines, n, figsize=(width, height), squeeze=False)
+    figure.subplots_adjust(
+        left=left / width, right=1, bottom=0, top=1 - top / height, wspace=0.04, hspace=0.04
     )
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         for axis in line:
@@ -63,31 +73,42 @@ def image_rows(rows: Mapping[str, Tensor], title: str = "") -> Figure:
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
         # The first cell's left edge carries the row's name; its axes are off, so as text.
-        line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center")
-    figure.suptitle(title, fontsize="medium", fontweight="bold")
-    figure.subplots_adjust(wspace=0.04, hspace=0.04, top=0.92 if title else 0.99)
+        line[0].text(-0.1, 0.5, label, transform=line[0].transAxes, ha="right", va="center")
+    for axis, name in zip(axes[0], names, strict=False):
+        axis.set_title(name, fontsize="small", fontweight="normal", pad=3)
+    if title:
+        figure.suptitle(title, fontsize="medium", fontweight="bold", y=0.998, va="top")
     return figure
 
 
 def curves(runs: Mapping[str, Run], keys: Sequence[str]) -> Figure:
     """Training curves from metrics.jsonl, one panel a key, one line a run (label → run)."""
-    keys = [k for k in keys if any(k in line for run in runs.values() for line in run.metrics())]
+    return curves_of({label: run.metrics() for label, run in runs.items()}, keys)
+
+
+def curves_of(readings: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> Figure:
+    """The same from lines of metrics.jsonl (label → lines). In an SVG a line is a group whose id is
+    its key."""
+    keys = [k for k in keys if any(k in line for lines in readings.values() for line in lines)]
+    if not keys:
+        return Figure()
     columns = min(3, len(keys))
-    lines = -(-len(keys) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, 3.2 * lines), squeeze=False, layout="constrained"
+    rows = -(-len(keys) // columns)
+    figure, axes = _axes(
+        rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(keys) :]:
         axis.axis("off")
     for key, axis in zip(keys, axes.flat, strict=False):
-        for label, run in runs.items():
-            points = [(line["step"], line[key]) for line in run.metrics() if key in line]
+        for label, lines in readings.items():
+            points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
                 marker = "o" if len(points) <= 20 else None
-                axis.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
+                look = dict(label=label, gid=key, marker=marker, markersize=4)
+                axis.plot(*zip(*points, strict=True), **look)
         axis.set(xlabel="step", ylabel=LABELS.get(key, key))
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if len(runs) > 1:
+        if len(readings) > 1:
             axis.legend(fontsize="small")
     return figure
 
@@ -99,7 +120,7 @@ def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
         maps: label → differences or parts (N, 3, H, W), normalised units.
     """
     found = {label: part.square().mean((0, 1)).sqrt().numpy() for label, part in maps.items()}
-    figure, axes = plt.subplots(
+    figure, axes = _axes(
         1, len(maps), figsize=(2.6 * len(maps) + 0.6, 3), squeeze=False, layout="constrained"
     )
     highest = max(part.max() for part in found.values())
@@ -114,7 +135,7 @@ def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
 
 def spectra(parts: Mapping[str, Tensor]) -> Figure:
     """In which frequencies something lives: radially averaged power of (N, 3, H, W)."""
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axis = _axes(figsize=(6.4, 4), layout="constrained")
     for label, part in parts.items():
         frequency, power = radial_power(part)
         axis.plot(frequency, power, label=label, marker="o", markersize=3)
@@ -125,6 +146,53 @@ def spectra(parts: Mapping[str, Tensor]) -> Figure:
         title="Which frequencies each part holds",
     )
     axis.legend()
+    return figure
+
+
+def identity_curves(curves: Mapping[str, Sequence[Any]]) -> Figure:
+    """Hardness and retrieval over ε, and retrieval over hardness: adversary → readings by ε.
+
+    A reading has epsilon, loss_after (nats), retrieved (%), loss_before and n, as `engine.Meters`.
+    The right panel compares adversaries where it is fair: at an equal loss.
+    """
+    figure, (left, middle, right) = _axes(1, 3, figsize=(10.2, 2.9), layout="constrained")
+    for (name, curve), marker in zip(curves.items(), "os^", strict=False):
+        style = dict(color=COLOURS[name], label=NAMES[name], marker=marker, markersize=3.5)
+        epsilons = [point.epsilon for point in curve]
+        loss, found = [p.loss_after for p in curve], [p.retrieved for p in curve]
+        left.plot(epsilons, loss, **style)
+        middle.plot(epsilons, found, **style)
+        right.plot(loss, found, **style)
+        for point in curve[:1]:
+            left.axhline(point.loss_before, color=INK, linewidth=0.8, linestyle=":")
+            unit = f"x found among {point.n} (%)"
+            middle.set(ylabel=unit)
+            right.set(ylabel=unit)
+    for axis in (left, middle):
+        axis.set(xscale="log", xlabel="ε (z; CLAE: normalised pixels)")
+    left.set(ylabel="loss at x′ (nats)", title="Hardness")
+    middle.set(ylim=(-5, 105), title="Identity")
+    right.set(ylim=(-5, 105), xlabel="loss at x′ (nats)", title="Identity at equal hardness")
+    left.legend(fontsize="x-small", loc="upper left")
+    return figure
+
+
+def likeness(shares: Sequence[float], cosines: Mapping[str, Tensor]) -> Figure:
+    """Whose image is it, as a part goes over from image a to image b?
+
+    Args:
+        cosines: what moves → cosine to a and to b (N, 2) at each of the N shares of b.
+    """
+    figure, axes = _axes(
+        1, len(cosines), figsize=(4.4 * len(cosines), 2.6), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for axis, (name, values) in zip(axes.flat, cosines.items(), strict=True):
+        for column, (who, marker) in enumerate((("a", "o"), ("b", "s"))):
+            axis.plot(shares, values[:, column], marker=marker, markersize=3.5, label=f"to {who}")
+        axis.set(title=name, xlabel="share of b (1 = exchanged)")
+    axes[0, 0].set(ylabel="cosine by the witness")
+    axes[0, 0].legend(fontsize="x-small")
     return figure
 
 
@@ -168,7 +236,7 @@ def accuracy_table(summary: Mapping[str, Any]) -> pd.DataFrame:
 def accuracy_bars(summary: Mapping[str, Any]) -> Figure:
     """The same as bars with their 95 % intervals."""
     names = {p: name for p, name in SUBJECTS.items() if f"{p}knn_top1" in summary}
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure, axis = _axes(figsize=(6.4, 3.6), layout="constrained")
     for shift, probe, label in ((-0.2, "knn", "kNN"), (0.2, "linear", "linear")):
         top, low, high = (
             np.array([summary[f"{p}{probe}_{end}"] for p in names])
@@ -177,7 +245,7 @@ def accuracy_bars(summary: Mapping[str, Any]) -> Figure:
         at = np.arange(len(names)) + shift
         axis.bar(at, top, 0.38, label=label, yerr=np.abs([top - low, high - top]), capsize=4)
     axis.set_xticks(range(len(names)), list(names.values()))
-    axis.set(ylabel="top-1 (%)", ylim=(0, 100))
+    axis.set(xlabel="features of", ylabel="top-1 (%)", ylim=(0, 100))
     axis.set_title(f"Accuracy on {summary['knn_n']:,} test images, with 95 % intervals")
     axis.legend(title="probe", loc="upper right")
     return figure
@@ -188,7 +256,7 @@ def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Fi
     n = len(classes)
     counts = torch.bincount(labels * n + predictions, minlength=n * n).reshape(n, n)
     percent = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
-    figure, axis = plt.subplots(figsize=(0.52 * n + 2.2, 0.46 * n + 1.6), layout="constrained")
+    figure, axis = _axes(figsize=(0.52 * n + 2.2, 0.46 * n + 1.6), layout="constrained")
     sns.heatmap(
         percent.numpy(), annot=n <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, ax=axis,
         xticklabels=classes, yticklabels=classes, cbar_kws={"label": "percent of the true class"},
@@ -210,7 +278,7 @@ def embedding_map(
     flat = PCA(min(50, n, d), random_state=0).fit_transform(features.numpy())
     perplexity = min(30, (n - 1) / 3)
     place = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat)
-    figure, axis = plt.subplots(figsize=(8, 5.4), layout="constrained")
+    figure, axis = _axes(figsize=(8, 5.4), layout="constrained")
     colours = sns.color_palette("husl", len(classes)) if len(classes) > 7 else PALETTE
     for c, name in enumerate(classes):
         mine = labels.numpy() == c
@@ -245,7 +313,7 @@ def neighbours(
     count = min(8, len(z) - 1)
     near = similarity.topk(count, dim=1).indices
     size = (1.07 * (count + 1), 1.1 * len(queries))
-    figure, axes = plt.subplots(len(queries), count + 1, figsize=size, squeeze=False)
+    figure, axes = _axes(len(queries), count + 1, figsize=size, squeeze=False)
     for line, q, found in zip(axes, queries, near, strict=True):
         name = classes[int(labels[q])]
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
@@ -253,7 +321,7 @@ def neighbours(
             axis.imshow(images[i].permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
             same = labels[i] == labels[q]
-            colour = "#000000" if i == q else ("#009E73" if same else "#D55E00")
+            colour = INK if i == q else (PALETTE[2] if same else PALETTE[1])
             for side in axis.spines.values():
                 side.set(color=colour, linewidth=2.5)
     axes[0, 0].set_title("query", fontsize="small")
@@ -272,7 +340,7 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
     names = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
     columns = [axis for axis in names if axis in set(rows["axis"])]
     probes = {"knn_top1_val": "kNN", "linear_top1_val": "linear"}
-    figure, panels = plt.subplots(
+    figure, panels = _axes(
         2, len(columns), figsize=(4.1 * len(columns), 5.4), sharey="row", sharex="col",
         squeeze=False, layout="constrained",
     )  # fmt: skip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {}
+_making = threading.RLock()
 
 
 def register_backbone(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
@@ -40,6 +43,18 @@ def build_backbone(name: str, *, width: int, stem: str, adversarial_norms: bool)
     if not hasattr(backbone, "feature_dim"):
         raise ValueError(f"backbone {name!r} needs an attribute feature_dim, its features' number.")
     return backbone
+
+
+@contextlib.contextmanager
+def initial_weights(seed: int) -> Iterator[None]:
+    """Networks made inside the block draw their weights from `seed`.
+
+    One block at a time: torch has one generator for all threads, and a widget's thread that made
+    a network meanwhile would change both.
+    """
+    with _making:
+        torch.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager

@@ -1,0 +1,185 @@
+"""Figures: every axis named, colours that anyone can tell apart, SVG and PDF as promised."""
+
+import math
+import re
+from itertools import combinations
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
+from skimage.color import rgb2lab
+
+from idaa_lib.lab import plots, style
+from idaa_lib.runs import Run
+
+R = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def reading(epsilon, share):
+    return SimpleNamespace(
+        epsilon=epsilon, loss_after=1 + share, loss_before=1.0, retrieved=100 * (1 - share), n=50
+    )
+
+
+CURVES = {
+    name: [reading(10.0**k, (k + 3) / (4 + i)) for k in range(-3, 2)]
+    for i, name in enumerate(("idaa", "clae", "random_sign"))
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "vae" / "a-run"
+    folder.mkdir(parents=True)
+    lines = [f'{{"step": {i}, "epoch": 0, "time": 0, "loss": {2 - 0.1 * i}}}\n' for i in range(9)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return Run(folder)
+
+
+def figures(run):
+    labels = torch.arange(20) % 3
+    features = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
+    classes = ("cat", "dog", "ship")
+    summary = {f"{p}{k}_{end}": 50 + d for p in ("", "random_") for k in ("knn", "linear")
+               for end, d in (("top1", 0), ("low", -2), ("high", 3))}  # fmt: skip
+    summary |= {"knn_n": 100}
+    rows = pd.DataFrame([
+        {"axis": axis, "value": v, "seed": s, "knn_top1_val": 40 + v, "linear_top1_val": 50 + s}
+        for axis in ("epsilon", "beta") for v in (0.1, 1.0) for s in (0, 1)
+    ])  # fmt: skip
+    return {
+        "curves": plots.curves({"a": run, "b": run}, ["loss"]),
+        "energy_maps": plots.energy_maps({"R": R}),
+        "spectra": plots.spectra({"R": R, "x": 2 * R}),
+        "accuracy_bars": plots.accuracy_bars(summary),
+        "confusion": plots.confusion(labels, labels, classes),
+        "embedding_map": plots.embedding_map(features, labels, classes),
+        "sensitivity": plots.sensitivity(rows),
+        "identity_curves": plots.identity_curves(CURVES),
+        "likeness": plots.likeness((0.0, 0.5, 1.0), {"z": torch.rand(3, 2), "R": torch.rand(3, 2)}),
+    }
+
+
+def test_no_axis_is_without_a_name(run):
+    for name, figure in figures(run).items():
+        shown = [axis for axis in figure.axes if axis.axison]
+        assert shown, name
+        for axis in shown:
+            # Of axes that share one, only the outermost repeat its name.
+            outer = axis.get_subplotspec() is None or axis.get_subplotspec().is_last_row()
+            left = axis.get_subplotspec() is None or axis.get_subplotspec().is_first_col()
+            if outer and axis.get_label() != "<colorbar>":
+                assert axis.get_xlabel(), f"{name}: x"
+            if left:
+                assert axis.get_ylabel(), f"{name}: y"
+
+
+def test_image_rows_show_the_pixels_and_no_more_columns_than_asked():
+    pixels = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    figure = plots.image_rows({"a": pixels, "b": 2 * pixels}, "title", columns=3, names="xyz")
+    assert len(figure.axes) == 6
+    shown = figure.axes[4].images[0].get_array()
+    assert np.allclose(shown, (2 * pixels[1]).clamp(0, 1).permute(1, 2, 0))
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["x", "y", "z"]
+
+
+def test_power_of_one_wave_lies_in_its_ring():
+    x = torch.arange(16) * (2 * math.pi / 16)
+    wave = torch.cos(3 * x).expand(1, 3, 16, 16)
+    frequency, power = plots.radial_power(wave)
+    assert frequency[power.argmax()] == 3
+    assert power.sum() == pytest.approx(power[3])
+    noise = plots.radial_power(R)[1]
+    assert noise.mean() == pytest.approx(
+        R.square().mean().item(), rel=0.3
+    )  # white: flat (Parseval)
+
+
+def test_the_right_panel_compares_at_equal_loss():
+    right = plots.identity_curves(CURVES).axes[2]
+    assert len(right.lines) == 3
+    for line, curve in zip(right.lines, CURVES.values(), strict=True):
+        assert list(line.get_xdata()) == [point.loss_after for point in curve]
+        assert list(line.get_ydata()) == [point.retrieved for point in curve]
+
+
+# --- the look ------------------------------------------------------------------------------------
+
+
+def luminance(colour):
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def contrast(a, b):
+    """WCAG 2.1, 1.4.3: from 1 to 21."""
+    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_ink_and_lines_stand_out_on_light_and_on_dark_pages():
+    assert contrast(style.INK, "white") > 7  # AAA for text
+    for colour in style.COLOURS.values():
+        assert contrast(colour, "white") > 3  # WCAG 1.4.11 for graphics
+        assert contrast(colour, "#111111") > 3
+
+
+# Machado et al. 2009 (doi:10.1109/TVCG.2009.113), severity 1.0, on linear RGB.
+DEFICIENCIES = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("deficiency", [None, *DEFICIENCIES])
+def test_any_two_colours_can_be_told_apart(deficiency):
+    def seen(colour):
+        rgb = np.array(to_rgb(colour))
+        if deficiency:
+            linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+            linear = np.clip(np.array(DEFICIENCIES[deficiency]) @ linear, 0, 1)
+            rgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+        return rgb2lab(rgb[None, None])[0, 0]
+
+    for a, b in combinations(style.COLOURS.values(), 2):
+        assert np.linalg.norm(seen(a) - seen(b)) > 15, (a, b)  # 2.3 is a just noticeable difference
+
+
+def test_an_svg_takes_the_page_s_colours_and_is_always_the_same():
+    drawn, again = (style.svg(plots.identity_curves(CURVES)) for _ in range(2))
+    assert drawn == again
+    assert drawn.startswith("<svg") and drawn.rstrip().endswith("</svg>")
+    assert style.INK not in drawn and style.GRID not in drawn and "fill: #ffffff" not in drawn
+    assert "--jp-ui-font-color1" in drawn
+    assert ">Hardness<" in drawn  # text stays text
+
+
+def test_a_place_in_an_svg_can_be_computed():
+    """The explorer's marker: nothing is cropped, so shares of the figure are shares of the SVG."""
+    figure = plots.identity_curves(CURVES)
+    drawn = style.svg(figure)
+    width = float(re.search(r'width="([\d.]+)pt"', drawn)[1])
+    assert width == pytest.approx(72 * figure.get_figwidth())
+
+
+def test_a_saved_figure_is_what_the_notebook_shows_and_pdf_on_request(tmp_path, monkeypatch):
+    figure = plots.spectra({"R": R})
+    shown = style.save(figure, tmp_path / "a.png")
+    assert shown.data == (tmp_path / "a.png").read_bytes()
+    width = Image.open(tmp_path / "a.png").width
+    assert shown.width == round(width * 96 / style.DPI)
+    assert not (tmp_path / "a.pdf").exists()
+    monkeypatch.setenv("IDAA_PDF", "1")
+    style.save(figure, tmp_path / "a.png")
+    pdf = (tmp_path / "a.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"/Subtype /Image" not in pdf  # vectors
+    assert b"/FontType 42" in pdf or b"/Subtype /Type0" in pdf or b"/TrueType" in pdf
+    monkeypatch.setenv("IDAA_PDF", "yes")
+    with pytest.raises(ValueError, match="IDAA_PDF must be 1"):
+        style.save(figure, tmp_path / "a.png")
