@@ -114,6 +114,8 @@ class Config(BaseModel):
             return None
         if bool in kinds and text.lower() in ("true", "false"):
             return text.lower() == "true"
+        if int in kinds and re.fullmatch(r"[+-]?\d+", text):
+            return int(text)  # not by way of a float, which holds 53 bits
         try:
             number = float(Fraction(text)) if "/" in text else float(text)
         except (ValueError, ZeroDivisionError):

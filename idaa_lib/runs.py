@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import re
+import shlex
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from idaa_lib.configs import Config, EvalConfig, SSLConfig, UserError, VAEConfig
@@ -125,7 +128,7 @@ class Run:
         elif stored["state"] == "going":
             here = stored["host"] == socket.gethostname()
             recent = time.time() - stored["heartbeat"] < SILENCE
-            if not (_alive(stored["pid"]) if here else recent):
+            if not (alive(stored["pid"], stored.get("born")) if here else recent):
                 stored["state"] = "interrupted"
         return stored
 
@@ -195,7 +198,9 @@ class Writer:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._state: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+        self._state: dict[str, Any] = {
+            "pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname()
+        }  # fmt: skip
 
     def state(self, **news: Any) -> None:
         """Merge `news` into state.json; also the heartbeat."""
@@ -263,13 +268,26 @@ def find(stage: str, *, finished: bool = True, **values: Any) -> list[Run]:
     runs = [run for run in map(Run, folders) if run.finished or not finished]
 
     def fits(run: Run) -> bool:
-        stored = read_json(run.path / "config.json") or {}
+        # Where nothing is asked of it, a damaged config.json hides no other run.
+        stored = values and (read_json(run.path / "config.json") or {})
         return all(stored.get(name) == value for name, value in values.items())
 
-    # A run is as new as its config.json, which every start of it replaces.
-    return sorted(
-        filter(fits, runs), key=lambda run: (run.path / "config.json").stat().st_mtime, reverse=True
-    )
+    return sorted(filter(fits, runs), key=began, reverse=True)
+
+
+def every() -> list[Run]:
+    """All runs of all stages, whatever their state, newest first."""
+    found = (run for stage in CONFIGS for run in find(stage, finished=False))
+    return sorted(found, key=began, reverse=True)
+
+
+def began(run: Run) -> float:
+    """When the run was last started, in seconds since 1970: every start replaces its config.json.
+    0 once it is gone."""
+    try:
+        return (run.path / "config.json").stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def get(stage: str, name: Run | str | None, **values: Any) -> Run:
@@ -306,17 +324,89 @@ def get(stage: str, name: Run | str | None, **values: Any) -> Run:
     return run
 
 
-def _alive(pid: int) -> bool:
+def born(pid: int) -> float | None:
+    """When the process `pid` began, in seconds since 1970; None where there is none (a zombie, dead
+    but not yet buried by its parent, is none)."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
+def alive(pid: int, since: float | None) -> bool:
+    """Whether the process `pid` that began at `since` lives: a later one may have its number."""
+    began = born(pid)
+    # The system's clock may have been set meanwhile, which moves these times a little.
+    return began is not None and (since is None or abs(began - since) < 5)
 
 
 def stop(run: Run, request: str = "stop") -> None:
     """Ask the process that writes `run` to `stop` or `pause` after its present step; anything else
     ends a pause."""
     write_json(run.path / "control.json", {"request": request})
+
+
+def asked(config: Config) -> dict[str, Any]:
+    """The least that must be said to get `config` again: the preset, and what it does not imply."""
+    values = {name: value for name, value in config if value is not None}
+    for name in [name for name in values if name != "preset"]:
+        fewer = {k: v for k, v in values.items() if k != name}
+        with contextlib.suppress(UserError):
+            if type(config)(**fewer) == config:
+                values = fewer
+    return values
+
+
+def command(run: Run) -> str:
+    """The shell command that makes the run (or resumes it, or shows it)."""
+    words = [f"{name}={value}" for name, value in asked(run.config).items()]
+    return shlex.join(["python", "-m", "idaa_lib.train", run.stage, *words])
+
+
+def size_of(run: Run) -> int:
+    """Bytes of all files of the run (of those that are there: one may vanish meanwhile)."""
+    total = 0
+    for path in run.path.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_size
+    return total
+
+
+def users_of(run: Run) -> list[Run]:
+    """Runs whose configuration names this one: trained with it, continued from it, judging it."""
+    names = {run.reference, str(run.path)}
+
+    def uses(other: Run) -> bool:
+        with contextlib.suppress(RunError):  # a damaged configuration names nothing
+            stored = read_json(other.path / "config.json") or {}
+            return any(stored.get(pointer) in names for pointer in ("vae", "run", "continue_from"))
+        return False
+
+    return [other for other in every() if uses(other)]
+
+
+def delete(run: Run) -> int:
+    """Remove the run's directory; the bytes that this freed.
+
+    Raises:
+        RunError: another process writes it now, or it is no run directory.
+    """
+    if run.stage not in CONFIGS or not (run.path / "config.json").exists():
+        raise RunError(f"{run.path} is no run directory; nothing was deleted.")
+    # Moved away first, at once: a crash half-way leaves no run that looks finished, and what it
+    # leaves goes with the next one.
+    away = run.path.parent / ".deleted"
+    moved = away / f"{run.id}.{os.getpid()}.{time.time_ns()}"
+    try:
+        with FileLock(run.path / ".lock", timeout=0):
+            freed = size_of(run)
+            away.mkdir(exist_ok=True)
+            run.path.rename(moved)
+            shutil.rmtree(moved)
+        shutil.rmtree(away, ignore_errors=True)
+    except Timeout:
+        raise RunError(f"Run {run.id} is going: stop it before you delete it.") from None
+    except OSError as error:
+        raise RunError(f"Run {run.id} could not be deleted: {error}.") from error
+    return freed

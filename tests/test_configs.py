@@ -82,6 +82,11 @@ def test_text_is_read_by_the_type_of_its_field():
     assert (sweep.dims, sweep.seeds, sweep.ssl) == ((32, 64), (1,), {"epochs": 3})
 
 
+def test_a_whole_number_as_text_keeps_all_its_digits():
+    assert VAEConfig(seed="9007199254740993").seed == 9007199254740993  # 2**53 + 1
+    assert VAEConfig(epochs="1e3").epochs == 1000
+
+
 def test_kappa_and_beta_say_the_same():
     """β_eff = κ·H·W / (2·m) (spec §1): .1 for 32²/m=512, .4 for 32²/m=128 at κ=.1."""
     assert VAEConfig(dim=512).beta == pytest.approx(0.1)

@@ -22,9 +22,8 @@ from idaa_lib.configs import DecomposeConfig
 from idaa_lib.lab import plots
 from idaa_lib.lab.decompose import ADVERSARIES, UNTRAINED, Scene, encoder, scene
 from idaa_lib.lab.style import NAMES, save
+from idaa_lib.train.samples import GAIN
 
-# Of the rows that show a difference: fixed, so that nothing jumps while ε moves.
-GAIN = 3.0
 COLUMNS = 16  # images that a picture shows at most
 # Where the curves over ε are read: four a decade, which is what an eye needs.
 EPSILONS = tuple(float(e) for e in np.logspace(-3, 1, 17))

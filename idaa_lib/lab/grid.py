@@ -1,32 +1,17 @@
-"""Pictures at one screen pixel a pixel, and the widget that shows them enlarged and unsmoothed."""
+"""The widget that shows a grid of small images enlarged and unsmoothed."""
 
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Sequence
 
 import ipywidgets as widgets
-import numpy as np
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
+
+from idaa_lib.train.samples import grid as grid
 
 SCALE = 2  # screen pixels a pixel of small images
 # Pixels as they are: the browser neither smooths nor stretches them.
 STYLE = "<style>.idaa-pixels { image-rendering: pixelated; }</style>"
-
-
-def grid(rows: Sequence[Tensor]) -> bytes:
-    """Rows of images in [0, 1] (N, 3, H, W) as a PNG, a white line below and right of each."""
-    drawn = []
-    for pixels in rows:
-        framed = F.pad(pixels.clamp(0, 1), (0, 1, 0, 1), value=1.0)
-        drawn.append(framed.mul(255).round().byte().permute(2, 0, 3, 1).flatten(1, 2).numpy())
-    png = io.BytesIO()
-    # Level 1: lossless, and four times as fast to encode as the default.
-    Image.fromarray(np.concatenate(drawn)).save(png, "png", compress_level=1)
-    return png.getvalue()
 
 
 class Grid(widgets.HBox):

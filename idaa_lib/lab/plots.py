@@ -108,8 +108,12 @@ def curves_of(readings: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequenc
                 axis.plot(*zip(*points, strict=True), **look)
         axis.set(xlabel="step", ylabel=LABELS.get(key, key))
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if len(readings) > 1:
-            axis.legend(fontsize="small")
+    if len(readings) > 1:
+        # One for all panels, below them: names of runs are long, and would hide the curves.
+        drawn = {str(line.get_label()): line for axis in axes.flat for line in axis.lines}
+        figure.legend(
+            drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(3, len(drawn))
+        )
     return figure
 
 

@@ -89,7 +89,7 @@ def svg(figure: Figure) -> str:
     for colour, page in (
         (INK, "var(--jp-ui-font-color1, currentColor)"),
         (GRID, "var(--jp-border-color2, #8884)"),
-        ("#ffffff", "var(--jp-layout-color1, #ffffff)"),  # below a legend
+        ("#ffffff", "var(--jp-layout-color0, #ffffff)"),  # below a legend
     ):
         text = text.replace(colour, page)
     return text

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from idaa_lib.configs import ConfigError, SSLConfig
+from idaa_lib.nets import initial_weights
 from idaa_lib.views import Recipe, Views, keyed_generator
 
 Batch = dict[str, Tensor]
@@ -32,6 +33,9 @@ class Step:
         attack_loss(x, at_start=False): scalar to be ascended.
         adversarial_loss(x′): scalar with graph.
         embeddings: the positive pairs (B, D), (B, D), L2-normalised, for collapse diagnostics.
+        shown: label → normalised images (B, 3, H, W), detached, for who watches; a pair of them
+            stands for its difference. References only: nothing is computed for a picture that
+            nobody may ever see.
         carry: what `after_step` needs.
     """
 
@@ -41,6 +45,7 @@ class Step:
     attack_loss: Callable[..., Tensor] | None = None
     adversarial_loss: Callable[[Tensor], Tensor] | None = None
     embeddings: tuple[Tensor, Tensor] | None = None
+    shown: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
     carry: dict[str, Any] = field(default_factory=dict)
 
 
@@ -147,8 +152,8 @@ def build_method(config: SSLConfig, recipe: Recipe) -> Method:
             f"method must be one of {', '.join(METHODS)}, and is {config.method!r} (your own: "
             f"import the module that registers it first)."
         )
-    torch.manual_seed(config.seed)
-    return METHODS[config.method](config, recipe)
+    with initial_weights(config.seed):
+        return METHODS[config.method](config, recipe)
 
 
 class _Gather(torch.autograd.Function):

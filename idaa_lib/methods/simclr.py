@@ -86,6 +86,7 @@ class SimCLR(Method):
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
             embeddings=(z1.detach(), z2.detach()),
+            shown={"view 1": v1, "view 2": v2},
         )
 
     def _embed(self, images: Tensor, adversarial: bool = False) -> Tensor:

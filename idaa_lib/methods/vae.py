@@ -8,6 +8,7 @@ import torch
 
 from idaa_lib.configs import VAEConfig
 from idaa_lib.methods.base import Batch, Method, Step
+from idaa_lib.nets import initial_weights
 from idaa_lib.nets.vae import VAE, vae_loss
 from idaa_lib.views import Recipe, Views
 
@@ -18,8 +19,8 @@ class VAETraining(Method):
     views = 1
 
     def __init__(self, config: VAEConfig, recipe: Recipe) -> None:
-        torch.manual_seed(config.seed)
-        vae = VAE(config.dim, config.size, config.width, recipe.mean, recipe.std)
+        with initial_weights(config.seed):
+            vae = VAE(config.dim, config.size, config.width, recipe.mean, recipe.std)
         super().__init__(vae, recipe)
         self.dim, self.kappa = config.dim, config.kappa
 
@@ -37,7 +38,12 @@ class VAETraining(Method):
         (view,) = views
         output = self.network(view.images, view.params["noise"])
         loss, reconstruction, kl = vae_loss(view.images, output, self.kappa)
-        return Step(loss, parts={"reconstruction": reconstruction, "kl": kl})
+        x, G = view.images, output.G.detach()
+        return Step(
+            loss,
+            parts={"reconstruction": reconstruction, "kl": kl},
+            shown={"x": x, "G(x)": G, "R(x)": (x, G)},
+        )
 
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
         """Epoch e = 1…E at lr·(1 − (e−1)/E)."""

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -28,11 +29,14 @@ from idaa_lib.environment import torch_device
 from idaa_lib.evaluate.figures import embedding_std
 from idaa_lib.methods import Method
 from idaa_lib.runs import Run, RunError, Stopped, Writer
+from idaa_lib.train import samples
 from idaa_lib.train.progress import Progress
 from idaa_lib.views import keyed_generator
 
 # Streams of random numbers that one step draws from (the last part of the key).
 VIEWS, ATTACK, EPOCH = 1, 2, 3
+# Seconds between two pictures of what is trained on.
+SAMPLES_EVERY = 3.0
 
 
 class Fit:
@@ -75,6 +79,8 @@ class Fit:
         self.total = config.epochs * self.steps_per_epoch
         self.step, self.seconds = 0, 0.0
         self._paused = 0.0  # seconds that the last look for requests waited
+        self._shown: dict[str, samples.Row] = {}
+        self._sampled = -math.inf  # when the last picture was written
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.shard = (accelerator.process_index, accelerator.num_processes)
@@ -195,8 +201,10 @@ class Fit:
             now = time.monotonic()
             self.seconds, began = self.seconds + now - began, now
             progress.update(self.step)
-            if self.step % config.log_every == 0 or self.step == self.total:
+            logged = self.step % config.log_every == 0 or self.step == self.total
+            if logged:
                 self._flush(progress, epoch)
+            self._sample(logged)
             # After an epoch's last step comes its validation; `run` asks once that is done.
             if self.step % self.steps_per_epoch and (request := self._request(asked)):
                 self.save()
@@ -229,9 +237,13 @@ class Fit:
             raise RunError(f"At step {self.step}: {error}") from error
         if attack is not None:
             assert step.adversarial_loss is not None
+            assert step.attacked is not None
             adversarial = step.adversarial_loss(attack.images)
             moved = (attack.images - step.attacked).flatten(1).norm(dim=1).mean()
             parts |= {"clean_loss": step.loss, "adversarial_loss": adversarial, "moved": moved}
+            if attack.reconstruction is not None:
+                step.shown["G(x)"] = attack.reconstruction
+            step.shown |= {"x′": attack.images, "x′ − x": (attack.images, step.attacked)}
             loss = loss + self.alpha * adversarial
         self.accelerator.backward(loss)
         self.optimizer.step()
@@ -242,7 +254,7 @@ class Fit:
             value = value.detach().float()
             self.sums[key] = self.sums[key] + value if key in self.sums else value
         self.count += 1
-        self._embeddings = step.embeddings
+        self._embeddings, self._shown = step.embeddings, step.shown
 
     def _flush(self, progress: Progress, epoch: int) -> None:
         """Means over the log interval, and what would tell a collapse, to the log."""
@@ -259,6 +271,17 @@ class Fit:
             means["uniformity"] = squared.mul(-2).exp().mean().log().item()
             means["embedding_std"] = embedding_std(z1)
         self._log(progress, epoch, means)
+
+    def _sample(self, logged: bool) -> None:
+        """A picture of the step's images, at the end of an epoch or where a line was logged some
+        seconds after the last one. They are let go of: no batch lives on into the next step."""
+        due = logged and time.monotonic() - self._sampled >= SAMPLES_EVERY
+        due = due or self.step % self.steps_per_epoch == 0
+        if due and self._shown and self.writer is not None:
+            recipe = self.method.recipe
+            samples.write(self.writer.run, self._shown, recipe.mean, recipe.std)
+            self._sampled = time.monotonic()
+        self._shown = {}
 
     def _check_finite(self) -> None:
         """Before weights are saved or read: a checkpoint of NaN would be resumed from for ever.
@@ -279,7 +302,15 @@ class Fit:
             return
         speed = {"images_per_second": progress.images_per_second}
         self.writer.log(step=self.step, epoch=epoch, time=time.time(), **values, **speed)
-        self.writer.state(state="going", step=self.step, steps=self.total, epoch=epoch)
+        self.writer.state(
+            state="going",
+            step=self.step,
+            steps=self.total,
+            epoch=epoch,
+            seconds_left=progress.seconds_left,
+            memory=_memory(self.accelerator.device),
+            **speed,
+        )
         self.accelerator.log(values, step=self.step)
         shown = {k: v for k, v in values.items() if k in _SHOWN}
         progress.show(f"{epoch + 1}/{self.config.epochs}", shown)
@@ -309,6 +340,14 @@ class Fit:
                 f"Stopped ({request}) after step {self.step} of {self.total} and saved: "
                 f"start the same run again to go on."
             )
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """MiB: what this process holds now, and the most it has held on a CUDA device."""
+    held = {"resident": psutil.Process().memory_info().rss / 2**20}
+    if device.type == "cuda":
+        held["cuda"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return held
 
 
 # What a line of progress has room for.

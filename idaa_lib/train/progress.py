@@ -52,7 +52,7 @@ class Progress:
         last = self.step >= self.total
         line = (
             f"{self.name} · epoch {epoch} · step {self.step}/{self.total} · {text} · "
-            f"{self.images_per_second:.0f} images/s · {_clock(self._left())} left"
+            f"{self.images_per_second:.0f} images/s · {clock(self.seconds_left)} left"
         )
         if self._handle is not None and (last or now - self._shown > 0.25):
             self._shown = now
@@ -67,10 +67,12 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _left(self) -> float:
+    @property
+    def seconds_left(self) -> float | None:
+        """By the speed since this process began; None before its first step."""
         done = self.step - self._first
         seconds = time.monotonic() - self._began
-        return (self.total - self.step) * seconds / done if done else float("nan")
+        return (self.total - self.step) * seconds / done if done else None
 
 
 class _Bar:
@@ -100,8 +102,9 @@ def _notebook_display() -> Any:
     return display(_Bar(0.0, "starting …"), display_id=True)
 
 
-def _clock(seconds: float) -> str:
-    if seconds != seconds:  # not a number: nothing is known yet
+def clock(seconds: float | None) -> str:
+    """Seconds as 0:07, 12:34 or 1:02:03, and `?` while nothing is known."""
+    if seconds is None:
         return "?"
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)

@@ -41,9 +41,19 @@ class _Plan:
     start: Run | None
 
 
+def settle(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
+    """What will be stored as `config.json` (paths and runs named in full), and the run directory
+    that it leads to, whether it was trained yet or not.
+
+    Raises: as `train_vae`.
+    """
+    plan = _plan(config)
+    return plan.config, plan.run
+
+
 def locate(config: TrainingConfig) -> Run:
-    """The run directory that `config` leads to, whether it was trained yet or not."""
-    return _plan(config).run
+    """The run directory alone."""
+    return settle(config)[1]
 
 
 def train(config: TrainingConfig) -> Run:
@@ -151,13 +161,28 @@ def _own_code(config: SSLConfig) -> str | None:
 
     Our own is covered by `runs.RESULTS_VERSION`.
     """
-    registered = (METHODS.get(config.method), BACKBONES.get(config.backbone))
     sources = []
-    for made in registered:
-        if not getattr(made, "__module__", "idaa_lib").startswith(("idaa_lib", "functools")):
-            with contextlib.suppress(OSError, TypeError):  # typed at a prompt: no source to read
-                sources.append(inspect.getsource(made))  # type: ignore[arg-type]
+    for made in foreign(config).values():
+        with contextlib.suppress(OSError, TypeError):  # typed at a prompt: no source to read
+            sources.append(inspect.getsource(made))
     return hashlib.sha256("".join(sources).encode()).hexdigest() if sources else None
+
+
+def foreign(config: TrainingConfig) -> dict[str, Any]:
+    """The method and backbone of `config` that are not ours, by name: only a process that imports
+    the module that registers them knows them."""
+    if not isinstance(config, SSLConfig):
+        return {}
+    known = {
+        config.method: METHODS.get(config.method),
+        config.backbone: BACKBONES.get(config.backbone),
+    }
+    ours = ("idaa_lib", "functools")
+    return {
+        name: made
+        for name, made in known.items()
+        if not getattr(made, "__module__", "idaa_lib").startswith(ours)
+    }
 
 
 def _choose_vae(config: SSLConfig) -> Run:

@@ -1,0 +1,75 @@
+"""What this kernel knows of the pages in front of it, and how a cell that waits stays answerable.
+
+A kernel runs one request after another, so while a cell waits it hears nothing else; ipykernel 7
+has threads beside it (subshells), which JupyterLab uses for widgets. Elsewhere, and where a later
+ipykernel has other insides, all here does nothing: a cell that waits is then interrupted by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from IPython import get_ipython
+
+T = TypeVar("T")
+
+
+def _kernel() -> Any:
+    """None outside of Jupyter."""
+    return getattr(get_ipython(), "kernel", None)
+
+
+def _request() -> dict[str, Any]:
+    """The message that the running cell answers to."""
+    kernel = _kernel()
+    return (kernel.get_parent("shell") if kernel is not None else None) or {}
+
+
+def attended() -> bool:
+    """Whether a person sits in front of this kernel: the page that runs the cell can be asked for
+    input, as JupyterLab's can, and papermill's, nbclient's and Voilà's cannot."""
+    return bool(_request().get("content", {}).get("allow_stdin"))
+
+
+def apart(act: Callable[[], T]) -> T:
+    """Call `act` so that the widgets it makes and changes can be answered while a cell runs.
+
+    JupyterLab sends what is done to a widget to a subshell; but ipykernel 7.4 redirects it to
+    wherever the widget was last changed in answer to a request, which is the cell that waits. What
+    is changed in answer to no request it leaves alone.
+    """
+    context = contextvars.copy_context()
+    parent = getattr(_kernel(), "_shell_parent", None)
+    if isinstance(parent, contextvars.ContextVar):
+        context.run(parent.set, {})
+    return context.run(act)
+
+
+@contextlib.contextmanager
+def newcomer() -> Iterator[threading.Event]:
+    """An event that is set when a page connects that is not the one which runs this cell: the same
+    one after a reload, or another tab. Until the cell ends it will get no answer."""
+    came = threading.Event()
+    mine = _request().get("header", {}).get("session")
+    session = getattr(_kernel(), "session", None)
+    if session is None:
+        yield came
+        return
+    plain = session.deserialize
+
+    def deserialize(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        message = plain(*args, **kwargs)  # ipykernel reads all requests in a thread of their own
+        header = message["header"]
+        if header["msg_type"] == "kernel_info_request" and header.get("session") != mine:
+            came.set()
+        return message
+
+    session.deserialize = deserialize
+    try:
+        yield came
+    finally:
+        del session.deserialize

@@ -1,0 +1,315 @@
+"""The training panel: it watches a run that trains in a process of its own, and steers it.
+
+All that is shown is read from the run directory and all that is asked goes through its
+`control.json`, so any notebook may attach to any run at any time.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+from IPython.display import display
+from PIL import Image
+
+from idaa_lib import runs
+from idaa_lib.configs import TrainingConfig, UserError
+from idaa_lib.lab import grid, plots, style
+from idaa_lib.lab.kernel import apart, attended, newcomer
+from idaa_lib.lab.process import Look, launch, look, start
+from idaa_lib.runs import Run, RunError, Stopped
+from idaa_lib.train import stages
+from idaa_lib.train.progress import clock
+
+CURVES = {
+    "vae": ("loss", "reconstruction_val", "rate_nats_val", "lr", "images_per_second"),
+    "ssl": ("loss", "adversarial_loss", "knn_top1_val", "lr", "images_per_second"),
+}
+# Seconds between two looks at a run that goes and at one that stands, and between two drawings.
+GOING, STANDING, DRAWING = 1.0, 3.0, 2.0
+UNDER_WAY = ("starting", "going", "paused", "ending")  # words of `Look`
+STYLE = "<style>.idaa-live-curves svg { max-width: 100%; height: auto; }</style>"
+
+
+def train(config: TrainingConfig) -> Run:
+    """The finished run of `config`: trained, resumed, attached to, or found.
+
+    In front of a person a process of its own trains, and this waits beside its panel; headless the
+    training is here, with a log.
+
+    Raises:
+        ConfigError, RunError: one sentence; also why the run failed.
+        Stopped: the run was stopped and saved; or this no longer waits for it, while it goes on:
+            the kernel was interrupted, or the notebook was opened anew.
+    """
+    if not attended():
+        return stages.train(config)
+    if names := " and ".join(stages.foreign(config)):
+        print(f"{names}: registered in this kernel, so training runs here and ends with it.")
+        return stages.train(config)
+    run = start(config)
+    if run.finished:
+        print(f"{run.id} is finished: showing its result.")
+        return run
+    if run.path not in _panels:
+        _panels[run.path] = Panel(run)
+    panel = _panels[run.path]
+    display(panel.ui)
+    panel.follow()
+    try:
+        found = _wait(run)
+    except KeyboardInterrupt:
+        found = None
+    if found is None:
+        raise Stopped(
+            f"No longer waiting for {run.id}, which goes on in a process of its own: run this cell "
+            f"again to attach to it; the panel's buttons pause and stop it."
+        )
+    panel.refresh()
+    if found.word == "finished":
+        return run
+    if found.reason:
+        raise RunError(f"{run.id} {found.word}. {found.reason}")
+    step, steps = found.state.get("step", 0), found.state.get("steps", "?")
+    raise Stopped(
+        f"{run.id} was stopped after step {step} of {steps} and saved: run this cell again to go "
+        f"on, or press start in the panel."
+    )
+
+
+# The one that `train` shows of each run: shown again, so that no older output of a cell goes stale.
+_panels: dict[Path, Panel] = {}
+
+
+def _wait(run: Run) -> Look | None:
+    """Until the run stands still, or another page wants this kernel: None then.
+
+    Standing still must be seen for a while: where two kernels start the same run, one process gives
+    way before the other has said that it is going.
+    """
+    since = time.monotonic()
+    with newcomer() as came:
+        while not came.wait(0.3):
+            found = look(run)
+            if found.word in UNDER_WAY:
+                since = time.monotonic()
+            elif found.word == "finished" or time.monotonic() - since > 2:
+                return found
+    return None
+
+
+# --- the panel --------------------------------------------------------------------------------
+
+
+class Readings:
+    """The lines of a growing metrics.jsonl, each read once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        self._offset, self._last = 0, b""
+
+    def update(self) -> bool:
+        """Read what is new; whether anything is."""
+        if not self.path.exists():
+            return False
+        with self.path.open("rb") as file:
+            file.seek(self._offset - len(self._last))
+            # A resumed run drops lines after its checkpoint and writes others in their place.
+            rewound = file.read(len(self._last)) != self._last
+            if rewound:
+                self.lines, self._offset, self._last = [], 0, b""
+                file.seek(0)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1].splitlines(keepends=True)
+        self.lines += [json.loads(line) for line in whole]
+        if whole:
+            self._offset, self._last = self._offset + sum(map(len, whole)), whole[-1]
+        return rewound or bool(whole)
+
+    def latest(self, key: str) -> Any:
+        return next((line[key] for line in reversed(self.lines) if key in line), None)
+
+
+class Panel:
+    """Buttons, figures, curves and pictures of one run; `ui` is the widget."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._readings = Readings(run.path / "metrics.jsonl")
+        self._lock = threading.RLock()
+        self._news = threading.Event()  # a button was pressed, or the panel closed
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._shown: dict[str, Any] = {}  # what each part was made from: it changes with that only
+        self._draw_after = 0.0
+        apart(self._build)
+        self.refresh()
+
+    def _build(self) -> None:
+        self.buttons = {
+            name: widgets.Button(description=name, tooltip=tip, icon=icon, disabled=True)
+            for name, icon, tip in (
+                ("start", "play", "Train in a process of its own, from the last checkpoint if any"),
+                ("pause", "pause", "Rest after the present step; memory is kept"),
+                ("resume", "step-forward", "End the pause"),
+                ("stop", "stop", "Save after the present step and end the process"),
+            )
+        }
+        for name, button in self.buttons.items():
+            button.add_class(f"idaa-live-{name}")
+            button.on_click(lambda _, name=name: self._press(name))
+        self.progress = widgets.FloatProgress(max=1, layout=widgets.Layout(width="auto"))
+        self.figures, self.curves, self.status = (widgets.HTML() for _ in range(3))
+        self.samples = widgets.Box()  # holds a `grid.Grid` once there are pictures
+        for name in ("progress", "figures", "curves", "status"):
+            getattr(self, name).add_class(f"idaa-live-{name}")
+        parts = (
+            widgets.HBox(list(self.buttons.values())), self.progress, self.status, self.figures,
+            self.samples, self.curves, widgets.HTML(grid.STYLE + STYLE),
+        )  # fmt: skip
+        self.ui = widgets.VBox(parts)
+        self.ui.add_class("idaa-live")
+
+    def follow(self) -> None:
+        """Keep the panel true, in a thread, until `close`."""
+        if self._thread is None:
+            self._closed = False
+            self._thread = threading.Thread(target=self._follow, daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Let go of the run, which goes on; the panel stays as it is."""
+        self._closed = True
+        self._news.set()
+
+    def _follow(self) -> None:
+        while not self._closed:
+            self.refresh()
+            if self._shown.get("word") == "finished":  # for good
+                break
+            self._news.wait(GOING if self._shown.get("word") in UNDER_WAY else STANDING)
+            self._news.clear()
+        self._thread = None
+
+    def _press(self, name: str) -> None:
+        try:
+            if name == "start":
+                launch(self.run, self.run.config)
+            else:
+                runs.stop(self.run, {"resume": "go on"}.get(name, name))
+        except (UserError, OSError) as error:
+            self._shown["complaint"] = str(error)
+        # The thread shows it: what it changes, the next press will be answered for (`apart`).
+        if self._thread is None:
+            self.refresh()
+        self._news.set()
+
+    def refresh(self) -> None:
+        """Read the run directory and show what is new."""
+        with self._lock:
+            try:
+                apart(self._refresh)
+            except Exception as error:  # in a thread nobody would see it
+                self._set(self.status, "value", f"<b>{html.escape(f'{error}')}</b>")
+
+    def _refresh(self) -> None:
+        found = look(self.run)
+        news = self._readings.update()
+        asked = (runs.read_json(self.run.path / "control.json") or {}).get("request")
+        going, paused = found.word == "going", found.word == "paused"
+        enabled = {
+            "start": found.word in ("new", "interrupted", "failed"),
+            "pause": going and asked not in ("pause", "stop"),
+            "resume": paused and asked == "pause",
+            "stop": (going or paused) and asked != "stop",
+        }
+        for name, button in self.buttons.items():
+            self._set(button, "disabled", not enabled[name])
+        if found.word != self._shown.get("word"):
+            self._shown |= {"word": found.word, "complaint": ""}
+        reason = found.reason or self._shown["complaint"]
+        self._set(self.status, "value", f"<b>{html.escape(reason)}</b>" if reason else "")
+        steps = found.state.get("steps") or self._shown.get("steps")
+        self._shown["steps"] = steps
+        step = self._readings.latest("step") or 0
+        self._set(self.progress, "value", step / steps if steps else 0.0)
+        words = {"pause": "pausing", "stop": "stopping"}
+        word = words.get(asked or "", found.word) if going else found.word
+        self._set(self.figures, "value", self._table(word, found.state, step, steps))
+        self._draw(news, over=not (going or paused))
+        self._picture()
+
+    def _table(self, word: str, state: dict[str, Any], step: int, steps: int | None) -> str:
+        """The figures as HTML."""
+        latest, config = self._readings.latest, self.run.config
+        cells = {"state": word, "step": f"{step:,} of {steps:,}" if steps else f"{step:,}"}
+        cells["epoch"] = f"{(latest('epoch') or 0) + 1} of {config.epochs}"
+        for key, name, form in (
+            ("loss", "loss", "{:.4f}"),
+            ("adversarial_loss", "loss on (x, x′)", "{:.4f}"),
+            ("knn_top1_val", "validation kNN", "{:.1f} %"),
+            ("reconstruction_val", "validation reconstruction", "{:.4f}"),
+            ("rate_nats_val", "rate", "{:.1f} nats"),
+            ("lr", "learning rate", "{:.3g}"),
+            ("images_per_second", "speed", "{:,.0f} images/s"),
+        ):
+            if (value := latest(key)) is not None:
+                cells[name] = form.format(value)
+        if word in ("going", "pausing", "stopping", "paused"):
+            cells["time left"] = clock(state.get("seconds_left"))
+        for kind, mib in state.get("memory", {}).items():
+            names = {"resident": "memory", "cuda": "GPU memory, at most"}
+            cells[names[kind]] = f"{mib:,.0f} MiB"
+        used, free = runs.size_of(self.run), shutil.disk_usage(self.run.path).free
+        cells["disk"] = f"{used / 2**20:.1f} MiB used, {free / 2**30:.1f} GiB free"
+        cells["log"] = f"{len(self._readings.lines):,} readings"
+        tiles = "".join(
+            f'<div><span style="color:var(--jp-ui-font-color2)">{name}</span><br>'
+            f"<b>{html.escape(value)}</b></div>"
+            for name, value in cells.items()
+        )
+        return (
+            f'<div style="color:var(--jp-ui-font-color1);line-height:1.4">{self.run.id}'
+            f'<div style="display:flex;flex-wrap:wrap;gap:6px 24px">{tiles}</div></div>'
+        )
+
+    def _draw(self, news: bool, over: bool) -> None:
+        """The curves, every point of them: at most every 2 s, and for a fifth of the time."""
+        self._shown["undrawn"] = news or self._shown.get("undrawn", False)
+        began = time.monotonic()
+        if not self._shown["undrawn"] or (began < self._draw_after and not over):
+            return
+        figure = plots.curves_of({"": self._readings.lines}, CURVES[self.run.stage])
+        self._set(self.curves, "value", style.svg(figure) if self._readings.lines else "")
+        self._shown["undrawn"] = False
+        self._draw_after = time.monotonic() + max(DRAWING, 4 * (time.monotonic() - began))
+
+    def _picture(self) -> None:
+        """What is trained on, if it is another than what is shown."""
+        path = self.run.path / "samples" / "latest.png"
+        if not path.exists() or self._shown.get("png") == (made := path.stat().st_mtime_ns):
+            return
+        png = path.read_bytes()
+        with Image.open(io.BytesIO(png)) as picture:
+            rows, (width, height) = json.loads(picture.info["rows"]), picture.size
+        size = height // len(rows) - 1
+        shape = (rows, width // (size + 1), size)
+        if self._shown.get("shape") != shape:
+            self._grid = grid.Grid(rows, "idaa-live-samples")
+            self._grid.shape(*shape[1:])
+            self.samples.children = (self._grid,)
+        self._grid.show(png)
+        self._shown |= {"png": made, "shape": shape}
+
+    def _set(self, widget: Any, name: str, value: Any) -> None:
+        """Only what changed is sent to the page."""
+        if getattr(widget, name) != value:
+            setattr(widget, name, value)

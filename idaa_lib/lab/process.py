@@ -1,0 +1,129 @@
+"""Training in a process of its own, which outlives the notebook that started it.
+
+`python -m idaa_lib.train` writes the run directory, in a session of its own, so that the kernel's
+end does not take it along. All that is known of it here is in that directory, so any kernel finds
+the process that another one started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from filelock import FileLock
+
+from idaa_lib import runs
+from idaa_lib.configs import TrainingConfig
+from idaa_lib.runs import Run
+from idaa_lib.train import stages
+
+# Seconds that a process which has saved its run may take to end.
+ENDING = 60.0
+# Processes that this kernel started: their parent must ask after them, or they stay as zombies.
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+def start(config: TrainingConfig) -> Run:
+    """The run of `config`, with a process at work on it unless it is finished.
+
+    Raises:
+        ConfigError, RunError: one sentence, where it can be known before the process starts.
+    """
+    config, run = stages.settle(config)
+    launch(run, config)
+    return run
+
+
+def launch(run: Run, config: TrainingConfig) -> None:
+    """Start the process of `run`, if it needs one. It may be on its way when this returns."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with FileLock(run.path / ".start"):  # the second of two tabs finds the first one's process
+        since = time.monotonic()
+        while (found := look(run)).word == "ending" and time.monotonic() - since < ENDING:
+            time.sleep(0.1)
+        if found.word in ("starting", "going", "paused", "finished"):
+            return
+        runs.write_json(run.path / "config.json", config.model_dump(mode="json"))
+        command = [sys.executable, "-m", "idaa_lib.train", run.stage]
+        own = {"IDAA_OUTPUTS": str(run.path.parent.parent), "PYTHONUNBUFFERED": "1"}
+        with (run.path / "log.txt").open("ab") as log:
+            said = log.tell()
+            process = subprocess.Popen(
+                [*command, f"@{run.path / 'config.json'}"], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | own,
+            )  # fmt: skip
+        _children[process.pid] = process
+        about = {"pid": process.pid, "born": runs.born(process.pid), "host": socket.gethostname()}
+        about |= {"started": time.time(), "log": said}
+        runs.write_json(run.path / "process.json", about)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run at one moment.
+
+    word: new, starting, going, paused, ending (over, its process about to go), finished,
+    interrupted or failed; state: its state.json; reason: sentences, where something went wrong.
+    """
+
+    word: str
+    state: dict[str, Any]
+    reason: str = ""
+
+
+def look(run: Run) -> Look:
+    """How the run is, from its directory and from the process that was started for it last."""
+    state = run.state
+    word = state["state"]
+    if word == "going":
+        return Look("paused" if state.get("paused") else "going", state)
+    started = runs.read_json(run.path / "process.json") or {}
+    told = state.get("heartbeat", 0.0) > started.get("started", 0.0)
+    lives = bool(started) and _lives(started)  # asked of a finished one too: it is buried by that
+    if word == "finished":
+        return Look(word, state)
+    if lives:
+        return Look("ending" if told else "starting", state)
+    if started and not told:
+        return Look("failed", state, _last_words(run, started))
+    if word == "failed":
+        return Look(word, state, _sentence(state.get("error") or "", run))
+    stored = runs.read_json(run.path / "state.json") or {}
+    if stored.get("state") == "going":  # and its process is gone
+        reason = "Its process ended without a word (killed, or out of memory)."
+        return Look(word, state, f"{reason} Start goes on from the last checkpoint.")
+    return Look(word, state)
+
+
+def _lives(started: dict[str, Any]) -> bool:
+    if child := _children.get(started["pid"]):
+        return child.poll() is None
+    here = started["host"] == socket.gethostname()
+    return here and runs.alive(started["pid"], started["born"])
+
+
+def _last_words(run: Run, started: dict[str, Any]) -> str:
+    """Why a process ended that never became the run's writer."""
+    with contextlib.suppress(OSError), (run.path / "log.txt").open("rb") as log:
+        log.seek(started["log"])
+        lines = log.read().decode(errors="replace").strip().splitlines()
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Stopped): ", line)]
+        if lines:
+            return _sentence((errors or lines)[-1], run)
+    return f"The process ended before it began to train and said nothing in {run.path / 'log.txt'}."
+
+
+def _sentence(error: str, run: Run) -> str:
+    """An error of ours is a sentence already; of any other the whole text is in the log."""
+    ours = re.fullmatch(r"(?:RunError|ConfigError|Stopped): (.*)", error, re.DOTALL)
+    log = (
+        f" What led to it is in {run.path / 'log.txt'}." if (run.path / "log.txt").exists() else ""
+    )
+    return ours[1] if ours else f"It ended with {error or 'an unknown error'}.{log}"

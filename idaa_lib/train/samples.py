@@ -1,0 +1,64 @@
+"""Pictures of what is trained on just now: `samples/latest.png` of a run, for who watches it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+from torch.nn import functional as F
+
+from idaa_lib.runs import Run
+from idaa_lib.views import denormalise
+
+COLUMNS = 8  # images a row at most; fewer where they are large
+WIDTH = 1024  # pixels a row at most, where that leaves one image
+GAIN = 3.0  # of differences around mid-gray, fixed so that two pictures compare
+
+Row = Tensor | tuple[Tensor, Tensor]
+
+
+def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> bytes:
+    """Rows of images in [0, 1] (N, 3, H, W) as a PNG, one screen pixel a pixel, a white line below
+    and right of each; `labels` go into its text `rows` as JSON."""
+    drawn = []
+    for pixels in rows:
+        framed = F.pad(pixels.clamp(0, 1), (0, 1, 0, 1), value=1.0)
+        drawn.append(framed.mul(255).round().byte().permute(2, 0, 3, 1).flatten(1, 2))
+    told = PngImagePlugin.PngInfo()
+    if labels:
+        told.add_text("rows", json.dumps(list(labels)))
+    png = io.BytesIO()
+    # Level 1: lossless, and four times as fast to encode as the default.
+    Image.fromarray(torch.cat(drawn).numpy()).save(png, "png", pnginfo=told, compress_level=1)
+    return png.getvalue()
+
+
+def write(run: Run, rows: Mapping[str, Row], mean: Sequence[float], std: Sequence[float]) -> None:
+    """Replace the run's picture by a `grid`.
+
+    Args:
+        rows: label → normalised images (B, 3, H, W), of which the first are shown, or two of them,
+            which are shown as `GAIN` times their difference around mid-gray.
+    """
+    shown = {}
+    for label, images in rows.items():
+        pair = images if isinstance(images, tuple) else (images,)
+        n = min(COLUMNS, max(1, WIDTH // pair[0].shape[-1]))
+        first, *second = (denormalise(i[:n].detach().float().cpu(), mean, std) for i in pair)
+        if second:
+            shown[f"{label}, × {GAIN:g}"] = 0.5 + GAIN * (first - second[0])
+        else:
+            shown[label] = first
+    path = run.path / "samples" / "latest.png"
+    draft = path.with_name(f".latest.{os.getpid()}.png")
+    # A disk that is full stops the run at its next checkpoint, and with a better sentence.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        draft.write_bytes(grid(list(shown.values()), list(shown)))
+        os.replace(draft, path)

@@ -1,0 +1,502 @@
+"""The training panel without a browser: a process of its own, requests, and what is shown."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from idaa_lib import checkpoints, runs
+from idaa_lib.configs import SSLConfig, VAEConfig
+from idaa_lib.lab import kernel, live, process
+from idaa_lib.lab.live import Panel, Readings
+from idaa_lib.lab.process import look, start
+from idaa_lib.methods.simclr import SimCLR
+from idaa_lib.runs import RunError, Stopped
+from idaa_lib.train import locate, samples, train_vae
+from idaa_lib.train.loop import Fit
+from idaa_lib.views import denormalise
+
+TINY = {"limit": 96, "batch_size": 16, "epochs": 2, "width": 4, "log_every": 1, "device": "cpu"}
+VAE = VAEConfig(**TINY, dim=8)
+LONG = VAE.model_copy(update={"epochs": 4000, "checkpoint_every": 10})
+
+
+@pytest.fixture
+def outputs(outputs):
+    """As every test's, and no process outlives the test."""
+    yield outputs
+    for path in outputs.rglob("process.json"):
+        about = json.loads(path.read_text())
+        if runs.alive(about["pid"], about["born"]):
+            os.kill(about["pid"], signal.SIGKILL)
+        if child := process._children.pop(about["pid"], None):
+            child.wait(30)
+
+
+def until(true, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
+def going(run):
+    """Wait until some steps were logged."""
+    until(lambda: look(run).word == "going" and len(run.metrics()) > 5)
+    return run
+
+
+def outcome(run):
+    tensors, _ = checkpoints.load(run)
+    times = {"time", "images_per_second"}
+    return tensors, [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
+
+
+def pid_of(run):
+    return json.loads((run.path / "process.json").read_text())["pid"]
+
+
+def vertices(panel, key):
+    """How many points the line of `key` has in the panel's drawing."""
+    (line,) = re.findall(rf'<g id="{key}">\s*<path d="([^"]*)"', panel.curves.value)
+    return len(re.findall("[ML]", line))
+
+
+# --- the process ------------------------------------------------------------------------------
+
+
+def test_a_killed_process_leaves_a_run_that_ends_like_one_that_was_not(outputs):
+    config = VAE.model_copy(update={"epochs": 20})
+    run = going(start(config))
+    assert os.getsid(pid_of(run)) == pid_of(run) != os.getsid(0)
+    os.kill(pid_of(run), signal.SIGKILL)
+    until(lambda: look(run).word == "interrupted")
+    assert run.state["state"] == "interrupted"
+    assert "ended without a word" in look(run).reason
+    first = pid_of(run)
+    assert start(config) == run
+    assert pid_of(run) != first
+    until(lambda: run.finished)
+    again = outcome(run)
+    shutil.rmtree(run.path)
+    whole = outcome(train_vae(config))
+    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
+    assert whole[1] == again[1]
+
+
+def test_a_zombie_and_a_later_process_of_the_same_number_are_not_alive():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    since = runs.born(child.pid)
+    assert runs.alive(child.pid, since)
+    assert not runs.alive(child.pid, since - 3600)
+    child.kill()
+    until(lambda: not runs.alive(child.pid, since), 30)  # nobody has waited for it yet
+    child.communicate()
+    assert runs.born(child.pid) is None
+
+
+def test_two_starts_make_one_process(outputs):
+    """At once in this kernel, and from a kernel that knows nothing of it."""
+    config, found = LONG, []
+    threads = [threading.Thread(target=lambda: found.append(start(config))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({run.path for run in found}) == 1
+    first = pid_of(found[0])
+    code = (
+        "import json, sys; from idaa_lib import VAEConfig; from idaa_lib.lab import process\n"
+        "run = process.start(VAEConfig(**json.loads(sys.argv[1])))\n"
+        "print(process.look(run).word, len(process._children))"
+    )
+    command = [sys.executable, "-c", code, config.model_dump_json()]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert said.split() in (["starting", "0"], ["going", "0"])
+    assert pid_of(going(found[0])) == first == found[0].state["pid"]
+
+
+def test_one_that_another_process_trains_is_attached_to(outputs):
+    """Started in a terminal: the refusal of a second writer is no failure of the run."""
+    words = [f"{k}={v}" for k, v in TINY.items()] + ["dim=8", "epochs=4000"]
+    other = subprocess.Popen(
+        [sys.executable, "-m", "idaa_lib.train", "vae", *words], stdout=subprocess.DEVNULL
+    )
+    try:
+        run = start(VAE.model_copy(update={"epochs": 4000}))  # before that one has the lock
+        ours = process._children[pid_of(run)]
+        until(lambda: ours.poll() is not None or other.poll() is not None)
+        going(run)
+        assert run.state["pid"] == (other.pid if other.poll() is None else ours.pid)
+        panel = Panel(run)
+        assert panel.status.value == ""
+        assert not panel.buttons["pause"].disabled
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_start_that_fails_says_why(outputs, tmp_path):
+    """The images vanish between the look and the process."""
+    folder = tmp_path / "pictures"
+    for split in ("train", "test"):
+        (folder / split / "one").mkdir(parents=True)
+        for i in range(40):
+            pixels = np.full((32, 32, 3), i * 3, np.uint8)
+            pixels[0, 0] = (1, 2, 3 if split == "train" else 4)
+            Image.fromarray(pixels).save(folder / split / "one" / f"{i}.png")
+    config = VAE.model_copy(update={"dataset": str(folder), "limit": None})
+    settled, run = process.stages.settle(config)
+    shutil.rmtree(folder)
+    process.launch(run, settled)
+    panel = Panel(run)
+    until(lambda: look(run).word != "starting")
+    panel.refresh()
+    assert look(run).word == "failed"
+    assert str(folder) in look(run).reason
+    assert str(folder) in panel.status.value
+    assert "Traceback" not in panel.status.value
+    assert not panel.buttons["start"].disabled
+
+
+# --- the panel --------------------------------------------------------------------------------
+
+
+def test_pause_holds_the_step_resume_goes_on_and_stop_stops(outputs):
+    run = start(LONG)
+    panel = Panel(run)
+    assert panel.buttons["start"].disabled
+    going(run)
+    panel.refresh()
+    enabled = lambda: {n for n, b in panel.buttons.items() if not b.disabled}  # noqa: E731
+    assert enabled() == {"pause", "stop"}
+
+    panel.buttons["pause"].click()
+    until(lambda: look(run).word == "paused")
+    panel.refresh()
+    assert enabled() == {"resume", "stop"}
+    assert "paused" in panel.figures.value
+    held = len(run.metrics())
+    time.sleep(1)
+    assert len(run.metrics()) == held
+
+    panel.buttons["resume"].click()
+    until(lambda: len(run.metrics()) > held)
+    panel.buttons["stop"].click()
+    until(lambda: look(run).word == "interrupted")
+    panel.refresh()
+    assert enabled() == {"start"}
+    assert panel.status.value == ""
+    step = run.metrics()[-1]["step"]
+    assert checkpoints.load(run)[1]["step"] == step
+
+    panel.buttons["start"].click()
+    until(lambda: run.metrics()[-1]["step"] > step)
+    assert [line["step"] for line in run.metrics() if "loss" in line] == list(
+        range(1, 1 + sum("loss" in line for line in run.metrics()))
+    )
+
+
+def test_every_reading_is_shown_also_to_who_comes_late(outputs):
+    """1,500 of them: from 1,000 on matplotlib would leave some out."""
+    run = train_vae(VAE)
+    early, log = Panel(run), run.path / "metrics.jsonl"
+    log.unlink()
+    for part in range(3):
+        with log.open("a") as file:
+            for step in range(500 * part, 500 * (part + 1)):
+                line = {"step": step + 1, "epoch": step // 750, "loss": step % 7, "lr": 1.0}
+                line |= {"reconstruction_val": 1 / (step + 1)} if step % 5 == 0 else {}
+                file.write(json.dumps(line) + "\n")
+        early.refresh()
+    late = Panel(run)
+    for panel in (early, late):
+        assert vertices(panel, "loss") == vertices(panel, "lr") == 1500
+        assert vertices(panel, "reconstruction_val") == 300
+        assert "1,500 readings" in panel.figures.value
+        assert "finished" in panel.figures.value
+    assert early.curves.value == late.curves.value
+    assert "#1f2328" not in late.curves.value  # its ink is the page's
+
+
+def test_nothing_is_sent_that_did_not_change(outputs):
+    run = train_vae(VAE)
+    panel, sent = Panel(run), []
+    for widget in (panel.figures, panel.curves, panel.status, panel.progress, panel._grid.image):
+        widget.observe(sent.append, "value")
+    for _ in range(3):
+        panel.refresh()
+    assert not sent
+
+
+def test_readings_follow_a_log_that_grows_and_is_rewound(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    readings = Readings(path)
+    assert not readings.update()
+
+    def write(steps, half="", value=0):
+        lines = [json.dumps({"step": step, "value": value}) + "\n" for step in steps]
+        path.write_text("".join(lines) + half)
+
+    write([1, 2], '{"step": 3, "va')
+    assert readings.update()
+    assert [line["step"] for line in readings.lines] == [1, 2]
+    assert not readings.update()
+    write([1, 2, 3, 4])
+    assert readings.update()
+    assert [line["step"] for line in readings.lines] == [1, 2, 3, 4]
+    path.write_text(path.read_text().replace('4, "value": 0', '4, "value": 9'))  # as long as before
+    assert readings.update()
+    assert [line["value"] for line in readings.lines] == [0, 0, 0, 9]
+    write([1, 2])
+    assert readings.update()
+    assert [line["step"] for line in readings.lines] == [1, 2]
+    assert readings.latest("step") == 2
+    assert readings.latest("loss") is None
+
+
+def test_a_failed_run_says_why(outputs):
+    config = VAE.model_copy(update={"learning_rate": 1e30})
+    run = start(config)
+    until(lambda: look(run).word == "failed")
+    panel = Panel(run)
+    assert "lower learning_rate" in panel.status.value
+    assert not panel.buttons["start"].disabled
+    assert panel.buttons["stop"].disabled
+
+
+# --- what is trained on -----------------------------------------------------------------------
+
+
+def tiles(run):
+    """The rows of the run's picture by label, (images, 32, 32, 3) in [0, 1]."""
+    with Image.open(run.path / "samples" / "latest.png") as picture:
+        rows, grid = json.loads(picture.info["rows"]), np.asarray(picture) / 255
+    cut = grid.reshape(len(rows), 33, -1, 33, 3).transpose(0, 2, 1, 3, 4)
+    assert np.all(grid[32::33] == 1) and np.all(grid[:, 32::33] == 1)
+    return dict(zip(rows, cut[:, :, :32, :32], strict=True))
+
+
+def cells(pixels):
+    return pixels[:8].clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def test_the_picture_is_what_the_loop_saw(outputs, monkeypatch):
+    seen, original = [], Fit.train_step
+
+    def step(self, *args):
+        original(self, *args)
+        seen.append(self._shown)
+
+    monkeypatch.setattr(Fit, "train_step", step)
+    run = train_vae(VAE)
+    picture, last = tiles(run), seen[-1]
+    assert list(picture) == ["x", "G(x)", "R(x), × 3"]
+    data = process.stages._plan(VAE).data
+    of = lambda x: denormalise(x, data.mean, data.std)  # noqa: E731
+    half = 0.5 / 255 + 1e-6
+    for row in ("x", "G(x)"):
+        assert np.abs(picture[row] - cells(of(last[row]))).max() <= half
+    residual = 0.5 + 3 * (of(last["x"]) - of(last["G(x)"]))
+    assert np.abs(picture["R(x), × 3"] - cells(residual)).max() <= half
+    assert not last["G(x)"].requires_grad
+
+
+@pytest.mark.parametrize("adversary", ["none", "clae", "idaa"])
+def test_an_attack_is_shown_beside_the_views(outputs, adversary):
+    if adversary == "idaa":
+        train_vae(VAE)
+    config = SSLConfig(**TINY, projection_dim=8, adversary=adversary)
+    run = process.stages.train(config)
+    rows = {
+        "none": ["view 1", "view 2"],
+        "clae": ["view 1", "view 2", "x′", "x′ − x, × 3"],
+        "idaa": ["view 1", "view 2", "G(x)", "x′", "x′ − x, × 3"],
+    }
+    picture = tiles(run)
+    assert list(picture) == rows[adversary]
+    if adversary != "none":
+        moved = 0.5 + 3 * (picture["x′"] - picture["view 1"])
+        inside = (picture["x′"] > 0) & (picture["x′"] < 1) & (moved > 0) & (moved < 1)
+        assert np.abs((picture["x′ − x, × 3"] - moved)[inside]).max() <= 4 / 255
+        assert np.abs(moved - 0.5).max() > 0
+    state = run.state
+    assert state["memory"]["resident"] > 100  # MiB: torch alone is more
+    assert state["images_per_second"] > 0 and state["seconds_left"] == 0
+    panel = Panel(run)
+    assert panel._grid.rows == tuple(rows[adversary])
+    assert panel._grid.image.value == (run.path / "samples" / "latest.png").read_bytes()
+
+
+def test_large_images_make_a_picture_of_a_bounded_width(outputs):
+    run = runs.run_for(VAE, "pixels")
+    run.path.mkdir(parents=True)
+    samples.write(run, {"x": torch.rand(16, 3, 224, 224)}, (0.0,) * 3, (1.0,) * 3)
+    with Image.open(run.path / "samples" / "latest.png") as picture:
+        assert picture.size == (4 * 225, 225)
+
+
+# --- the notebook's cell ----------------------------------------------------------------------
+
+
+def test_unattended_it_trains_in_the_foreground(outputs, monkeypatch, capsys):
+    monkeypatch.setattr(live, "start", lambda config: pytest.fail("a process was started"))
+    assert not kernel.attended()
+    run = live.train(VAE)
+    assert run.finished
+    assert not (run.path / "process.json").exists()
+    assert "step 12/12" in capsys.readouterr().out
+
+
+def test_a_method_of_the_kernel_s_own_trains_here_and_says_so(outputs, monkeypatch, capsys):
+    from idaa_lib.methods import METHODS
+
+    class Mine(SimCLR):
+        pass
+
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    monkeypatch.setattr(live, "attended", lambda: True)
+    monkeypatch.setattr(live, "start", lambda config: pytest.fail("a process was started"))
+    assert live.train(SSLConfig(**TINY, projection_dim=8, method="mine")).finished
+    assert "mine: registered in this kernel, so training runs here" in capsys.readouterr().out
+
+
+def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, capsys):
+    monkeypatch.setattr(live, "attended", lambda: True)
+    shown = []
+    monkeypatch.setattr(live, "display", shown.append)
+    run = live.train(VAE)
+    assert run.finished
+    assert pid_of(run) != os.getpid()
+    (ui,) = shown
+    assert "finished" in ui.children[3].value
+    live._panels[run.path].close()
+    assert live.train(VAE) == run
+    assert "is finished: showing its result" in capsys.readouterr().out
+    assert len(shown) == 1
+
+
+def test_a_stop_and_an_interrupt_are_one_sentence_each(outputs, monkeypatch):
+    monkeypatch.setattr(live, "attended", lambda: True)
+    monkeypatch.setattr(live, "display", lambda ui: None)
+    run = locate(LONG)
+
+    def then(act):
+        thread = threading.Thread(target=lambda: (going(run), act()))
+        thread.start()
+        return thread
+
+    waiting = then(lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Stopped, match="goes on in a process of its own: run this cell again"):
+        live.train(LONG)
+    waiting.join()
+    assert look(run).word == "going"
+    first = pid_of(run)
+    waiting = then(lambda: live._panels[run.path].buttons["stop"].click())
+    with pytest.raises(Stopped, match=r"was stopped after step \d+ of 24000 and saved"):
+        live.train(LONG)
+    waiting.join()
+    assert pid_of(run) == first
+    live._panels[run.path].close()
+
+    broken = VAE.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(RunError, match=r"failed\. .*lower learning_rate"):
+        live.train(broken)
+    live._panels[locate(broken).path].close()
+
+
+CELL = """
+from idaa_lib import VAEConfig
+from idaa_lib.lab import kernel, live
+print("attended", kernel.attended())
+live.train(VAEConfig(**{fields!r}))
+"""
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_who_can_be_asked_for_input_is_in_front_of_the_kernel(outputs, asked):
+    """A page like JupyterLab's and one like papermill's; the kernel's death takes no run along."""
+    from jupyter_client.manager import start_new_kernel
+
+    config = LONG if asked else VAE
+    fields = {k: v for k, v in config if v is not None}
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        client.execute(CELL.format(fields=fields), allow_stdin=asked)
+        run = locate(config)
+        if asked:
+            going(run)
+        else:
+            until(lambda: run.finished)
+        said = ""
+        until_said = time.monotonic() + 60
+        while "attended" not in said and time.monotonic() < until_said:
+            message = client.get_iopub_msg(timeout=60)
+            said += message["content"].get("text", "")
+        assert f"attended {asked}" in said
+        if asked:
+            manager.interrupt_kernel()
+            while (message := client.get_iopub_msg(timeout=60))["msg_type"] != "error":
+                pass
+            assert message["content"]["ename"] == "Stopped"
+            assert len(message["content"]["traceback"]) == 1
+            assert look(run).word == "going"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert (run.path / "process.json").exists() is asked
+    if asked:
+        steps = len(run.metrics())
+        until(lambda: len(run.metrics()) > steps)
+        assert Panel(run).status.value == ""
+
+
+def test_while_the_cell_waits_its_buttons_are_answered_and_another_page_is_let_in(outputs):
+    """What JupyterLab sends: clicks to a subshell, and who opens the notebook anew says hello."""
+    from jupyter_client.manager import start_new_kernel
+    from jupyter_client.session import Session
+
+    manager, client = start_new_kernel(kernel_name="python3")
+    other = manager.client()
+    other.session = Session(key=manager.session.key)
+    try:
+        client.control_channel.send(client.session.msg("create_subshell_request"))
+        subshell = client.get_control_msg(timeout=60)["content"]["subshell_id"]
+        fields = {k: v for k, v in LONG if v is not None}
+        client.execute(CELL.format(fields=fields), allow_stdin=True)
+        run, comm = locate(LONG), None
+        while comm is None:
+            message = client.get_iopub_msg(timeout=60)
+            if message["msg_type"] == "comm_open":
+                state = message["content"]["data"]["state"]
+                comm = (
+                    message["content"]["comm_id"] if state.get("description") == "pause" else None
+                )
+        going(run)
+        click = {"method": "custom", "content": {"event": "click"}}
+        message = client.session.msg("comm_msg", {"comm_id": comm, "data": click})
+        message["header"]["subshell_id"] = subshell
+        client.shell_channel.send(message)
+        until(lambda: look(run).word == "paused", 30)
+        other.start_channels()
+        other.kernel_info()
+        while (message := client.get_iopub_msg(timeout=60))["msg_type"] != "error":
+            pass
+        assert message["content"]["ename"] == "Stopped"
+        assert "No longer waiting for" in message["content"]["evalue"]
+        assert look(run).word == "paused"
+        assert other.get_shell_msg(timeout=60)["msg_type"] == "kernel_info_reply"
+    finally:
+        client.stop_channels()
+        other.stop_channels()
+        manager.shutdown_kernel(now=True)
