@@ -1,6 +1,6 @@
 # `make help` lists the verbs. Each sets up what it needs first; a second run reuses it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab lint format clean
+.PHONY: help setup demo test lab app report browser lint format clean
 
 # The active conda or virtual environment, else .venv here. conda's base is left alone.
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -30,6 +30,19 @@ test: setup  ## Lint, types and all tests
 lab: setup  ## Open JupyterLab on this machine only (its address has the token)
 	@$(ALLOCATOR) $(ENV)/bin/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
+
+report: setup  ## Write outputs/report.html: results, curves and pictures on one page
+	@$(PY) -m idaa_lib.lab.report
+
+app: setup  ## Serve the explorer and the runs as web pages without code (its address has the token)
+	@$(ALLOCATOR) $(PY) -m idaa_lib.lab.app
+
+browser:  ## Install Chromium for the browser tests (Debian, Ubuntu)
+	@for name in "$$IDAA_CHROMIUM" chromium chromium-browser; do \
+		command -v "$$name" > /dev/null && exit 0; done; \
+		root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+		$$root apt-get update -q && \
+		$$root apt-get install -qy --no-install-recommends chromium fonts-dejavu-core
 
 lint: setup  ## Lint and types alone
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -23,7 +23,7 @@ from idaa_lib import train
 from idaa_lib.configs import Config, EvalConfig, SSLConfig, SweepConfig, TrainingConfig, VAEConfig
 from idaa_lib.environment import settled
 from idaa_lib.evaluate import stage as evaluation
-from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, stop, write_json
+from idaa_lib.runs import NOTEBOOKS, Run, RunError, asked, outputs_root, stop, write_json
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 # Two points may share a VAE: the second waits for the first to have trained it.
@@ -148,12 +148,9 @@ def ensure(config: Config) -> Run:
         if not run.finished:
             if _cancelled.is_set():
                 raise RunError(f"Run {run.id} was not started: the sweep was stopped.")
-            asked = config.changed()
-            for name in ("preset", "seed", "device", *config.principal):
-                asked[name] = getattr(config, name)
             _going.add(run)
             try:
-                execute(NOTEBOOKS[config.stage], asked, run.path / "notebook.ipynb")
+                execute(NOTEBOOKS[config.stage], asked(config), run.path / "notebook.ipynb")
             finally:
                 _going.discard(run)
         if not run.finished:

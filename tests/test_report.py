@@ -1,0 +1,129 @@
+"""The report: self-contained, true to the run directories, valid whatever is there."""
+
+import html
+import html.parser
+import re
+
+import pandas as pd
+import pytest
+from test_runs_page import judgement, made
+
+from idaa_lib import runs
+from idaa_lib.configs import EvalConfig, SSLConfig, SweepConfig, VAEConfig
+from idaa_lib.lab import report
+from idaa_lib.sweeps import folder_of
+
+PNG = b"\x89PNG\r\n\x1a\n not a real one"
+VOID = {"meta", "img", "br", "link", "hr"}
+
+
+class Checker(html.parser.HTMLParser):
+    """Tags that close in the order in which they opened; addresses that are asked for."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.asked, self.links = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("href", "src", "xlink:href", "data", "srcset"):
+                (self.links if tag == "a" else self.asked).append(value)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def filled(outputs):
+    lines = [{"step": s, "loss": 9 - s, "knn_top1_val": 10 + s, "epoch": 0} for s in range(3)]
+    vae = made(VAEConfig(), {"rate_nats": 12.34, "reconstruction": 0.5, "seconds": 3}, lines=lines)
+    vae.figure("decomposition.png").write_bytes(PNG)
+    trained = {"knn_top1_val": 41.26, "knn_low_val": 38.0, "knn_high_val": 44.5, "n_val": 500}
+    one = made(SSLConfig(adversary="idaa", vae=vae.id, epsilon=0.3), trained, lines=lines)
+    two = made(SSLConfig(adversary="clae"), trained, lines=lines)
+    made(EvalConfig(run=one.id), judgement(43.21))
+    made(EvalConfig(run=two.id), judgement(32.19))
+    made(EvalConfig(run=two.id, limit=64), judgement(11.11, 64))
+    made(EvalConfig(run=two.id, protocol="official"), judgement(54.32, 96, "official: z"))
+    folder = folder_of(SweepConfig(epsilons=(0.1, 0.3), betas=(), dims=(), vae={"epochs": 1}))
+    points = [("epsilon", e, 0, 30 + e, 40 + e, 500) for e in (0.1, 0.3)]
+    columns = ["axis", "value", "seed", "knn_top1_val", "linear_top1_val", "n_val"]
+    pd.DataFrame(points, columns=columns).to_csv(folder / "sensitivity.csv", index=False)
+    return vae, one, two
+
+
+def test_it_asks_for_nothing_beside_itself(filled):
+    page = Checker(report.page())
+    assert all(address.startswith(("data:", "#")) for address in page.asked)
+    assert any(address.startswith("data:image/png;base64,") for address in page.asked)
+    outside = [a for a in page.links if not a.startswith("#")]
+    assert outside == ["https://proceedings.mlr.press/v162/yang22s.html"]  # of the paper, plain
+    text = report.page()
+    styles = "".join(re.findall(r"<style.*?</style>", text, re.DOTALL))
+    assert not re.search(r"url\((?!['\"]?(#|data:))|@import|<script", styles + text)
+
+
+def test_it_has_every_figure_and_its_command(filled):
+    text = html.unescape(report.page())
+    for shown in ("43.2 [39.2, 47.2]", "32.2 [28.2, 36.2]", "54.3 [50.3, 58.3]", "rate 12.3 nats",
+                  "kNN 41.3 % [38.0, 44.5]", "n = 500"):  # fmt: skip
+        assert shown in text
+    for run in runs.every():
+        assert runs.command(run) in text
+    assert (
+        "papermill notebooks/05_sensitivity.ipynb outputs/05_sensitivity.ipynb -p preset demo "
+        "-p epsilons '0.1, 0.3' -p betas '' -p dims '' -p vae '{\"epochs\": 1}'"
+    ) in text
+    vae = filled[0]
+    assert f"02_decompose.ipynb -p vae {vae.id}" in text
+
+
+def test_no_table_mixes_protocols_limits_or_sizes(filled):
+    text = report.page()
+    tables = re.findall(r"<h3>([^<]*)</h3>\s*<div class=\"wide\">(.*?)</div>", text, re.DOTALL)
+    found = {title: set(re.findall(r"\d\d\.\d(?= \[)", table)) for title, table in tables}
+    assert sorted(found.values(), key=min) == [{"11.1"}, {"32.2", "43.2"}, {"54.3"}]
+    assert any("96 test images" in title for title in found)
+
+
+def test_the_sweep_s_command_gives_its_configuration_back():
+    import shlex
+
+    config = SweepConfig(epsilons=(0.1,), betas=(), seeds=(0, 1), ssl={"epochs": 2}, jobs=3)
+    words = shlex.split(report._papermill("05_sensitivity", runs.asked(config)))[3:]
+    assert SweepConfig(**dict(zip(words[1::3], words[2::3], strict=True))) == config
+
+
+def test_with_nothing_there_it_says_what_to_run_first(outputs):
+    text = report.page()
+    Checker(text)
+    for name in ("01_pretrain_vae", "02_decompose", "04_evaluate", "05_sensitivity"):
+        assert f"{name}.ipynb" in text
+    assert report.write() == outputs / "report.html"
+    assert "<h1>" in (outputs / "report.html").read_text()
+
+
+def test_names_are_escaped_and_damage_is_told(outputs):
+    evil = "/data/<script>alert(1)</script>"
+    made(VAEConfig(dataset=evil), {"rate_nats": 1.0, "reconstruction": 1.0})
+    made(EvalConfig(run="<img src=x>"), judgement(12.0))
+    broken = made(VAEConfig(seed=1), {})
+    (broken.path / "config.json").write_text("{")
+    folder = outputs / "sweep" / "sweep-<b>"
+    folder.mkdir(parents=True)
+    (folder / "sensitivity.csv").write_text("axis\n")
+    text = report.page()
+    Checker(text)
+    assert "<script" not in text and "<img src=x" not in text and "sweep-<b>" not in text
+    assert "&lt;img src=x&gt;" in text  # an evaluation whose training is gone keeps its row
+    assert f"{broken.id}" in text and "is damaged" in text
+    assert "Left out" in text

@@ -1,0 +1,407 @@
+"""The runs page without a browser, and what it does to run directories."""
+
+import html
+import json
+import re
+import shlex
+import time
+
+import nbformat
+import pytest
+
+from idaa_lib import runs
+from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.lab import compare, notebook, process
+from idaa_lib.lab.guard import guarded
+from idaa_lib.lab.runs import RunsPage
+from idaa_lib.runs import Run, RunError
+from idaa_lib.train import train_vae
+
+TINY = {"limit": 64, "width": 4, "epochs": 1, "batch_size": 32, "device": "cpu"}
+
+
+def made(config, summary=None, fingerprint="pixels", error=None, lines=()):
+    """A run directory written by hand; failed with `error`, finished with `summary`."""
+    run = runs.run_for(config, fingerprint)
+    environment = {"dataset": {"name": "photos", "n": 64, "fingerprint": fingerprint}}
+    try:
+        with run.writing(config, environment) as writer:
+            for line in lines:
+                writer.log(**line)
+            writer.state(state="going", step=7, steps=20)
+            if error:
+                raise RunError(error)
+            if summary is None:
+                raise KeyboardInterrupt
+            writer.finish(summary)
+    except (KeyboardInterrupt, RunError):
+        pass
+    return run
+
+
+def judgement(top1, n=100, protocol="clean: backbone"):
+    found = {"protocol": protocol.split(":")[0]}
+    for key in ("knn", "linear"):
+        found |= {f"{key}_top1": top1, f"{key}_low": top1 - 4, f"{key}_high": top1 + 4}
+        found |= {f"{key}_n": n, f"{key}_protocol": f"{protocol} {key}"}
+    return found
+
+
+def texts(page):
+    """The cells of each row on the page, by run id."""
+    found = {}
+    for line in page.table.children[1:]:
+        value = line.children[1].value
+        cells = re.findall(r'<span class="idaa-(\w+)">(.*?)</span>', value)
+        found[html.unescape(re.search(r'title="(.*?)"', value)[1])] = dict(cells)
+    return found
+
+
+def pick(page, *chosen):
+    for line in page.table.children[1:]:
+        told = html.unescape(line.children[1].value)
+        line.children[0].value = any(f'title="{run.id}"' in told for run in chosen)
+
+
+@pytest.fixture
+def going(outputs):
+    """A run that a process writes: this one, whose lock holds against itself too."""
+    run = runs.run_for(VAEConfig(seed=77), "pixels")
+    with run.writing(VAEConfig(seed=77), {}):
+        yield run
+
+
+# --- the library's part --------------------------------------------------------------------------
+
+ODD = [
+    VAEConfig(),
+    VAEConfig(preset="cifar10"),
+    VAEConfig(beta="8/255", seed=3, learning_rate=1e-5),
+    VAEConfig(kappa=1 / 3, dim=48, split="trainval"),
+    VAEConfig(dataset="/data/it's a folder; rm -rf $HOME/ü=1", size=224),
+    SSLConfig(),
+    SSLConfig(adversary="clae", epsilon=0.0, random_start=True),
+    SSLConfig(preset="paper", adversary="idaa", vae="/else where/vae/run=1", step_size="2/3"),
+    SSLConfig(adversary="random_sign", reuse_anchor=False, temperature=0.1 + 0.2, alpha=0),
+    SSLConfig(preset="paper", adversary="clae", reuse_anchor=True, norm="l2", steps=5),
+    EvalConfig(run="2024"),
+    EvalConfig(preset="paper", run="ssl-x", dataset="none", references=False, k=1, limit=5),
+]
+
+
+@pytest.mark.parametrize("config", ODD, ids=lambda c: c.stage)
+def test_the_command_says_the_configuration(outputs, config):
+    """Read as `python -m idaa_lib.train` reads it."""
+    words = shlex.split(runs.command(made(config)))
+    assert words[:4] == ["python", "-m", "idaa_lib.train", config.stage]
+    values = dict(word.split("=", 1) for word in words[4:])
+    assert type(config)(**values) == config
+
+
+def test_the_command_says_no_more_than_it_must(outputs):
+    config = SSLConfig(adversary="idaa", epsilon=0.3, vae="v")
+    assert runs.command(made(config)) == (
+        "python -m idaa_lib.train ssl preset=demo adversary=idaa epsilon=0.3 vae=v"
+    )
+
+
+def test_all_runs_are_listed_newest_first_damaged_ones_too(outputs):
+    first = made(VAEConfig(), {})
+    damaged = made(SSLConfig(seed=1), error="x")
+    (damaged.path / "config.json").write_text("{")
+    last = made(EvalConfig(run="r"))
+    assert set(runs.every()) == {first, damaged, last}
+    times = [runs.began(run) for run in runs.every()]
+    assert times == sorted(times, reverse=True)
+
+
+def test_users_name_a_run_by_id_or_path(outputs):
+    vae = made(VAEConfig(), {})
+    by_id = made(SSLConfig(adversary="idaa", vae=vae.id))
+    by_path = made(SSLConfig(adversary="idaa", vae=str(vae.path), epsilon=0.7))
+    more = made(VAEConfig(continue_from=vae.id, seed=5))
+    made(SSLConfig())
+    judging = made(EvalConfig(run=by_id.id))
+    assert set(runs.users_of(vae)) == {by_id, by_path, more}
+    assert runs.users_of(by_id) == [judging]
+    assert runs.users_of(judging) == []
+
+
+def test_deletion_frees_what_the_size_says(outputs):
+    run, other = made(VAEConfig(), {}), made(VAEConfig(seed=1), {})
+    (run.path / "checkpoints" / "1").mkdir(parents=True)
+    (run.path / "checkpoints" / "1" / "t").write_bytes(b"x" * 100_000)
+    files = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
+    before = runs.size_of(run)
+    assert files <= before < files + 50_000  # folders have a size too
+    assert runs.delete(run) == before
+    assert runs.every() == [other]
+    assert [path.name for path in run.path.parent.iterdir()] == [other.id]
+    with pytest.raises(RunError, match="no run directory"):
+        runs.delete(run)
+
+
+def test_what_is_written_or_no_run_is_not_deleted(going, tmp_path):
+    with pytest.raises(RunError, match="is going: stop it"):
+        runs.delete(going)
+    assert (going.path / "config.json").exists()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RunError, match="no run directory"):
+        runs.delete(Run(tmp_path))
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_deletion_that_broke_off_leaves_no_run(outputs, monkeypatch):
+    run = made(VAEConfig(), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(OSError("cut")))
+        with pytest.raises(RunError, match="could not be deleted: cut"):
+            runs.delete(run)
+    assert runs.every() == []
+    assert not run.finished
+    runs.delete(made(VAEConfig(seed=1), {}))
+    assert list(run.path.parent.iterdir()) == []  # and what was left went with it
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def test_rows_say_state_reason_result_and_damage(outputs, going):
+    ssl = made(SSLConfig(adversary="clae", epsilon=0.05, seed=4), {"knn_top1_val": 41.26})
+    failed = made(VAEConfig(seed=2), error="The loss is nan <b>here</b>: lower learning_rate.")
+    broken = made(VAEConfig(seed=3), {})
+    (broken.path / "config.json").write_text('{"preset": "de')
+    stopped = made(VAEConfig(dim=32))
+    page = RunsPage()
+    rows = texts(page)
+    assert page.status.value == ""
+    assert rows[ssl.id]["state"] == "✓ finished"
+    told = {
+        k: rows[ssl.id][k] for k in ("data", "method", "adversary", "differs", "seed", "result")
+    }
+    assert told == {
+        "data": "photos", "method": "SimCLR", "adversary": "CLAE", "differs": "ε=0.05",
+        "seed": "4", "result": "kNN 41.3 %, validation",
+    }  # fmt: skip
+    assert rows[going.id]["state"] == "▶ going"
+    assert rows[stopped.id]["state"] == "◼ interrupted<small>7 of 20</small>"
+    assert rows[failed.id]["state"].startswith("✗ failed")
+    assert rows[broken.id]["state"] == "⚠ damaged"
+    shown = "".join(line.children[1].value for line in page.table.children[1:])
+    assert "The loss is nan &lt;b&gt;here&lt;/b&gt;: lower learning_rate." in shown
+    assert "is damaged" in shown
+
+
+def test_filters_by_stage_state_and_words(outputs):
+    vae, ssl = made(VAEConfig(), {}), made(SSLConfig(adversary="clae"), {})
+    other = made(SSLConfig(adversary="clae", seed=1))
+    page = RunsPage()
+    assert texts(page).keys() == {vae.id, ssl.id, other.id}
+    page.stage.value = "ssl"
+    assert texts(page).keys() == {ssl.id, other.id}
+    page.state.value = "interrupted"
+    assert texts(page).keys() == {other.id}
+    page.stage.value = page.state.value = ""
+    page.text.value = "CLAE s0"
+    assert texts(page).keys() == {ssl.id}
+    page.text.value = "nothing"
+    assert texts(page) == {}
+    assert "None of 3 runs fits" in page.count.value
+
+
+def test_pages_of_twenty(outputs):
+    for seed in range(23):
+        made(VAEConfig(seed=seed), {})
+    page = RunsPage()
+    assert len(texts(page)) == 20
+    assert "page 1 of 2; 23 runs" in page.count.value
+    seen = set(texts(page))
+    page.older.click()
+    assert len(texts(page)) == 3
+    assert len(seen | set(texts(page))) == 23
+    assert page.older.disabled and not page.newer.disabled
+
+
+def test_only_rows_that_changed_are_sent(outputs):
+    still = made(VAEConfig(), {})
+    page = RunsPage()
+    (line,) = page.table.children[1:]
+    sent = []
+    for widget in (page.table, line.children[1], page.count, page.chosen):
+        widget.observe(lambda change: sent.append(change["owner"]))
+    page.refresh()
+    assert sent == []
+    new = made(VAEConfig(seed=1), {})
+    page.refresh()
+    assert texts(page).keys() == {still.id, new.id}
+    assert line in page.table.children  # the same widget: a tick in it stays
+
+
+def test_the_thread_follows_until_the_page_is_closed(outputs, monkeypatch):
+    page = RunsPage()
+    page.show()
+    run = made(VAEConfig(), {})
+    deadline = time.monotonic() + 20
+    while run.id not in texts(page) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert run.id in texts(page)
+    again = RunsPage()
+    again.show()  # the cell ran again
+    assert page._closed.is_set()
+    again.close()
+
+
+def test_the_difference_is_exactly_the_fields_that_differ(outputs):
+    one = made(SSLConfig(adversary="idaa", epsilon=0.3, vae="vae-a"), {})
+    two = made(SSLConfig(adversary="idaa", epsilon=0.1, vae="vae-a", width=8, alpha=2), {})
+    same = made(VAEConfig(), {})
+    page = RunsPage()
+    pick(page, one, two, same)
+    a, b = one.config.model_dump(), two.config.model_dump()
+    expected = {k: {str(a[k]), str(b[k])} for k in a if a[k] != b[k]}
+    assert set(expected) == {"epsilon", "width", "alpha"}
+    rows = re.findall(r"<tr><td>(\w+)</td><td>(.*?)</td><td>(.*?)</td></tr>", page.diff.value)
+    assert {name: set(values) for name, *values in rows} == expected
+    assert set(compare.labels([one, two])) == {
+        "SimCLR + IDAA, width = 16, ε = 0.3, alpha = 1",
+        "SimCLR + IDAA, width = 8, ε = 0.1, alpha = 2",
+    }
+
+
+def test_curves_and_accuracies_of_the_chosen(outputs):
+    lines = [{"step": s, "loss": 9 - s, "epoch": 0} for s in range(3)]
+    one, two = (made(SSLConfig(seed=s), {"knn_top1_val": 1.0}, lines=lines) for s in (0, 1))
+    references = {f"random_{key}": value for key, value in judgement(20.0).items()}
+    made(EvalConfig(run=one.id), judgement(40.04) | references)
+    made(EvalConfig(run=two.id), judgement(50.06))
+    made(EvalConfig(run=two.id, protocol="official"), judgement(60.0, 96, "official: z"))
+    page = RunsPage()
+    pick(page, one, two)
+    assert page.status.value == ""
+    assert page.curves.value.count("<svg") == 1
+    assert "seed = 0" in page.curves.value and "seed = 1" in page.curves.value
+    tables = page.accuracy.value.split("<h4>")[1:]
+    (clean,) = [t for t in tables if "clean: backbone" in t]
+    (official,) = [t for t in tables if "official: z" in t]
+    for text in ("40.0 [36.0, 44.0]", "50.1 [46.1, 54.1]", "100 test images", "untrained encoder",
+                 "20.0 [16.0, 24.0]"):  # fmt: skip
+        assert text in clean and text not in official
+    assert "60.0 [56.0, 64.0]" in official and "60.0" not in clean
+
+
+def test_deleting_asks_first_and_says_who_uses_it(outputs):
+    vae = made(VAEConfig(), {})
+    user = made(SSLConfig(adversary="idaa", vae=vae.id), {})
+    page = RunsPage()
+    pick(page, vae)
+    page.delete.click()
+    assert page.confirm.layout.display == ""
+    assert "Delete 1 run, 0.0 MiB? 1 other run uses it." in page.question.value
+    page.no.click()
+    assert page.confirm.layout.display == "none"
+    page.delete.click()
+    pick(page, vae, user)  # another choice is another question
+    assert page.confirm.layout.display == "none"
+    page.delete.click()
+    assert "Delete 2 runs, 0.0 MiB?</b>" in page.question.value
+    page.yes.click()
+    assert runs.every() == [] and texts(page) == {} and page.picked == []
+    assert "freed" in page.status.value
+
+
+def test_buttons_offer_what_the_run_allows(outputs, going):
+    stopped, done = made(VAEConfig(seed=1)), made(VAEConfig(seed=2), {})
+    page = RunsPage()
+
+    def enabled(*chosen):
+        pick(page, *chosen)
+        buttons = ("open", "watch", "resume", "delete")
+        return {name for name in buttons if not getattr(page, name).disabled}
+
+    assert enabled() == set()
+    assert enabled(going) == {"open", "watch"}
+    assert enabled(stopped) == {"open", "resume", "delete"}
+    assert enabled(done) == {"open", "delete"}
+    assert enabled(stopped, done) == {"open", "delete"}
+    assert enabled(stopped, going) == {"open"}
+
+
+def test_resume_starts_the_run_and_shows_its_panel(outputs):
+    run = train_vae(VAEConfig(**TINY, dim=8))
+    (run.path / "summary.json").unlink()
+    (run.path / "state.json").write_text('{"state": "interrupted"}')
+    page = RunsPage()
+    pick(page, run)
+    page.resume.click()
+    assert page.status.value == ""
+    assert "idaa-live" in page.live.children[0]._dom_classes
+    deadline = time.monotonic() + 90
+    while not run.finished and time.monotonic() < deadline:
+        time.sleep(0.2)
+    page.close()
+    for child in process._children.values():
+        child.wait(60)
+    assert run.finished
+
+
+def test_a_notebook_is_made_with_the_run_s_parameters(outputs):
+    run = made(SSLConfig(adversary="clae", epsilon=0.05), {})
+    page = RunsPage()
+    pick(page, run)
+    page.open.click()
+    assert str(run.path / "notebook.ipynb") in html.unescape(page.links.value)  # no server here
+    cells = nbformat.read(run.path / "notebook.ipynb", 4).cells
+    (cell,) = [c for c in cells if "injected-parameters" in c.metadata.get("tags", [])]
+    names = {}
+    exec(cell.source, names)
+    del names["__builtins__"]
+    assert SSLConfig(**names) == run.config
+    assert "Train an encoder" in cells[0].source
+    (run.path / "notebook.ipynb").write_text("executed")
+    assert notebook.notebook_of(run).read_text() == "executed"  # what is there stays
+
+
+def test_a_link_is_of_this_kernel_s_own_server(outputs, monkeypatch):
+    run = made(VAEConfig(), {})
+    path = run.path / "notebook.ipynb"
+    servers = [
+        {"pid": 1, "root_dir": str(outputs), "base_url": "/other/"},
+        {"pid": 22, "root_dir": str(outputs.parent), "base_url": "/hub user/"},
+    ]
+    import jupyter_server.serverapp as app
+
+    monkeypatch.setattr(app, "list_running_servers", lambda: iter(servers))
+    monkeypatch.setenv("JPY_PARENT_PID", "22")
+    assert f'href="/hub user/lab/tree/outputs/vae/{run.id}/' in notebook.link(run, path)
+    monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5")
+    assert "href" not in notebook.link(run, path)
+    monkeypatch.delenv("SERVER_SOFTWARE")
+    servers[1]["root_dir"] = "/elsewhere"
+    assert "href" not in notebook.link(run, path)
+
+
+def test_an_error_in_a_callback_is_seen(outputs):
+    page = RunsPage()
+    assert guarded(page.status)(lambda: 1)() == 1
+
+    @guarded(page.status)
+    def act():
+        raise RunError("<nothing> there")
+
+    act()
+    assert page.status.value == "<b>&lt;nothing&gt; there</b>"
+    guarded(page.status)(lambda: 1 / 0)()
+    assert "ZeroDivisionError" in page.status.value
+
+
+def test_without_runs_it_says_what_to_run_first(outputs):
+    page = RunsPage()
+    assert "01_pretrain_vae.ipynb" in page.count.value
+    assert page.status.value == ""
+
+
+def test_the_start_notebook_runs_headless(outputs, tmp_path):
+    from idaa_lib import sweeps
+
+    done = sweeps.execute("00_start_here", {}, tmp_path / "out.ipynb")
+    assert "idaa" in json.dumps(nbformat.read(done, 4)) and done.exists()
