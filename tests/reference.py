@@ -108,7 +108,12 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 
 def idaa(
-    network: Callable[..., Tensor], vae: nn.Module, x: Tensor, epsilon: float, temperature: float
+    network: Callable[..., Tensor],
+    vae: nn.Module,
+    x: Tensor,
+    epsilon: float,
+    temperature: float,
+    contrast: Callable[[Tensor, Tensor, float], Tensor] = nt_xent,
 ) -> Tensor:
     """x′ by the published order of work, steps 2–5 of spec §2. Leaves `.grad`s behind."""
     a = network(x, adversarial=True)
@@ -118,7 +123,7 @@ def idaa(
         R = x - vae.decode(zeta)
     leaf = zeta.clone().requires_grad_()
     b = network(vae.decode(leaf) + R, adversarial=True)
-    nt_xent(a, b, temperature).backward()
+    contrast(a, b, temperature).backward()
     with torch.no_grad():
         return vae.decode(zeta + epsilon * leaf.grad.sign()) + R
 
@@ -138,6 +143,7 @@ def simclr_step(
     attack: Callable[[Tensor], Tensor],
     alpha: float,
     temperature: float,
+    contrast: Callable[[Tensor, Tensor, float], Tensor] = nt_xent,
 ) -> tuple[Tensor, Tensor]:
     """Total loss and x′ of one step (spec §2, steps 1–6); the parameters' `.grad` is its gradient.
 
@@ -148,8 +154,8 @@ def simclr_step(
     x_adv = attack(x_i)
     network.zero_grad()
     z_j = network(x_j)
-    loss = nt_xent(z_i, z_j, temperature)
-    loss = loss + alpha * nt_xent(z_i, network(x_adv, adversarial=True), temperature)
+    loss = contrast(z_i, z_j, temperature)
+    loss = loss + alpha * contrast(z_i, network(x_adv, adversarial=True), temperature)
     loss.backward()
     return loss.detach(), x_adv
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 
@@ -20,17 +22,20 @@ class Background:
         self._waiting: dict[str, Callable[[], object] | None] = dict.fromkeys(kinds)
         self._rest, self._quiet_from = rest, 0.0
         self._news = threading.Condition()
-        self._serving = False
         self._doing: str | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = False
 
     def ask(self, kind: str, work: Callable[[], object]) -> None:
         """Have `work` done, which handles its own errors."""
         with self._news:
             self._waiting[kind] = work
             self._news.notify_all()
-            if not self._serving:
-                self._serving = True
-                threading.Thread(target=self._serve, daemon=True).start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, daemon=True)
+                self._thread.start()
+                # A thread that the interpreter ends inside torch would abort the whole process.
+                atexit.register(_end, weakref.ref(self))
 
     def disturb(self) -> None:
         """A person moves something now."""
@@ -55,15 +60,28 @@ class Background:
                 self._doing = None
                 self._news.notify_all()
                 # Without work for a while the thread ends, and lets go of what it served.
-                if not self._news.wait_for(self._asked, 10):
-                    self._serving = False
+                self._news.wait_for(lambda: self._asked() or self._ended, 10)
+                if not self._asked():
+                    self._thread = None
                     return
             while (left := self._quiet_from - time.monotonic()) > 0:
                 time.sleep(left)
             with self._news:
+                if not self._asked():
+                    continue
                 kind, work = next((k, w) for k, w in self._waiting.items() if w)
                 self._waiting[kind], self._doing = None, kind
             more = work()
             with self._news:
-                if more and self._waiting[kind] is None:
+                if more and self._waiting[kind] is None and not self._ended:
                     self._waiting[kind] = work
+
+
+def _end(background: weakref.ref[Background]) -> None:
+    """At the end of the process: finish what is being done, and begin nothing."""
+    if (found := background()) is not None and (thread := found._thread) is not None:
+        with found._news:
+            found._ended = True
+            found._waiting = dict.fromkeys(found._waiting)
+            found._news.notify_all()
+        thread.join(10)

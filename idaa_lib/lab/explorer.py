@@ -63,6 +63,7 @@ class Explorer:
         self._guard(self._load)()
         if self.engine is None:
             self.status.value += " Then run this cell again."
+            self.ui.children = (self.status,)
         else:
             self._listen()
 

@@ -1,0 +1,332 @@
+"""What is timed: ours and the straightforward formulation of the same, each in its own process.
+
+`python benchmarks/sides.py NAME` gets ready, prints a line, and then works once for each line that
+it reads, answering with the seconds (JSON). `paired.py` lets two of them take turns.
+
+The straightforward formulation is what the specification says, in the published order of work
+(docs/spec/idaa.md §1, §2, §5, §8): fp32, images as PIL sees them, NT-Xent by broadcasting, the
+attack by a backward pass through everything, features anew in every epoch of the linear probe.
+Its networks are ours: what is compared is the way of working, not the model.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as T
+
+from idaa_lib.adversaries import IDAA, NoAdversary
+from idaa_lib.configs import SSLConfig, VAEConfig
+from idaa_lib.environment import open_images, torch_device
+from idaa_lib.evaluate.encoders import features
+from idaa_lib.evaluate.linear import linear_probe
+from idaa_lib.methods import build_method
+from idaa_lib.methods.vae import VAETraining
+from idaa_lib.nets.vae import VAE
+from idaa_lib.runs import outputs_root
+from idaa_lib.train.loop import Fit, make_accelerator
+from idaa_lib.views import keyed_generator, recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import reference
+
+BATCH, VAE_BATCH, VAE_STEPS = 256, 128, 4
+TRAIN, TEST = 2000, 1000  # images of the linear evaluation
+DEVICE = torch_device("auto")
+Work = Callable[[], Any]
+
+
+def images(n: int, split: str = "train") -> Any:
+    """Real photographs, 32 px: what costs the same whatever is on them needs no download."""
+    return open_images("photos", split, 32, n)
+
+
+# --- the straightforward formulation -------------------------------------------------------------
+
+
+class Photographs(Dataset):
+    """Images as a data set of PIL images with a transform, as torchvision's are."""
+
+    def __init__(self, data: Any, transform: Any, views: int) -> None:
+        self.pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in data.images]
+        self.labels, self.transform, self.views = data.labels.tolist(), transform, views
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> tuple[list[Tensor], int]:
+        return [self.transform(self.pictures[i]) for _ in range(self.views)], self.labels[i]
+
+
+def simclr_transform(mean: Any, std: Any) -> Any:
+    """Spec §1, mode simclr: torchvision's transforms of PIL images, one sample at a time."""
+    jitter = T.ColorJitter(0.8, 0.8, 0.8, 0.2)
+    return T.Compose(
+        [
+            T.RandomResizedCrop(32),
+            T.RandomHorizontalFlip(),
+            T.RandomApply([jitter], 0.8),
+            T.RandomGrayscale(0.2),
+            T.ToTensor(),
+            T.Normalize(mean, std),
+        ]
+    )
+
+
+def broadcast_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """NT-Xent by cosines of all pairs at once: holds (2B, 2B, D)."""
+    z, n = torch.cat([z1, z2]), len(z1)
+    logits = F.cosine_similarity(z[:, None], z[None], dim=2) / temperature
+    logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
+
+
+def views_pil() -> Work:
+    data = images(8 * BATCH)
+    transform = simclr_transform(data.mean, data.std)
+    loader = DataLoader(
+        Photographs(data, transform, 2), BATCH, shuffle=True, num_workers=2, drop_last=True,
+        persistent_workers=True,
+    )  # fmt: skip
+
+    def epoch() -> None:
+        for _ in loader:
+            pass
+
+    return epoch
+
+
+def simclr_straightforward() -> Work:
+    network, (x_i, x_j), optimizer = _network("none")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = broadcast_nt_xent(network(x_i), network(x_j), 0.5)
+        loss.backward()
+        optimizer.step()
+        loss.item()  # a line of progress at every step
+
+    return step
+
+
+def idaa_straightforward() -> Work:
+    network, (x_i, x_j), optimizer = _network("idaa")
+    vae = _vae().to(DEVICE)
+
+    def attack(x: Tensor) -> Tensor:
+        return reference.idaa(network, vae, x, 0.1, 0.5, broadcast_nt_xent)
+
+    def step() -> None:
+        loss, _ = reference.simclr_step(network, x_i, x_j, attack, 1.0, 0.5, broadcast_nt_xent)
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def _network(adversary: Any) -> tuple[nn.Module, tuple[Tensor, Tensor], torch.optim.Optimizer]:
+    """The paper's network, plain Adam, and two views that cost this side nothing."""
+    data = images(BATCH)
+    transform = recipe("simclr", 32, data.mean, data.std)
+    network = build_method(_ssl(adversary), transform).network.to(DEVICE).train()
+    x = data.images.to(DEVICE)
+    pair = tuple(transform(x, keyed_generator(i)).images for i in range(2))
+    return network, pair, torch.optim.Adam(network.parameters(), lr=3e-4)  # type: ignore[return-value]
+
+
+def vae_straightforward() -> Work:
+    data = images(VAE_STEPS * VAE_BATCH)
+    loader = DataLoader(
+        Photographs(data, simclr_transform(data.mean, data.std), 1), VAE_BATCH, shuffle=True,
+        num_workers=2, drop_last=True, persistent_workers=True,
+    )  # fmt: skip
+    vae = _vae().to(DEVICE).train().requires_grad_(True)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=5e-4, betas=(0.0, 0.9), foreach=False)
+
+    def epoch() -> None:
+        for (x,), _ in loader:
+            x = x.to(DEVICE)
+            _, G, mu, logvar = vae(x, torch.randn(len(x), 512, device=DEVICE))
+            kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum() / (3 * mu.numel())
+            loss = F.mse_loss(G, x) + 0.1 * kl
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return epoch
+
+
+def linear_straightforward() -> Work:
+    """One epoch of the published probe: train and test encoded anew, a step of Adam a batch."""
+    network = _network("none")[0].get_submodule("backbone").eval()
+    data, test = images(TRAIN), images(TEST, "test")
+    plain = T.Compose([T.ToTensor(), T.Normalize(data.mean, data.std)])
+    head = nn.Linear(512, len(data.classes)).to(DEVICE)
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-4)
+
+    def epoch() -> None:
+        for part, learn in ((data, True), (test, False)):
+            for (x,), y in DataLoader(Photographs(part, plain, 1), BATCH, shuffle=learn):
+                with torch.no_grad():
+                    h = network(x.to(DEVICE))
+                loss = F.cross_entropy(head(h), y.to(DEVICE))
+                if learn:
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+
+    return epoch
+
+
+# --- ours ----------------------------------------------------------------------------------------
+
+
+def _views(compiled: bool) -> Work:
+    data = images(8 * BATCH)
+    transform = recipe("simclr", 32, data.mean, data.std)
+    apply = torch.compile(transform.apply) if compiled else transform.apply
+    resident, count = data.images.to(DEVICE), iter(range(10**9))
+
+    def epoch() -> None:
+        generator = keyed_generator(next(count))
+        for index in torch.randperm(len(resident), generator=generator).split(BATCH):
+            x = resident[index.to(DEVICE)]
+            for _ in range(2):
+                apply(x, transform.draw(len(x), generator, (32, 32)))
+
+    return epoch
+
+
+def views_eager() -> Work:
+    return _views(compiled=False)
+
+
+def views_compiled() -> Work:
+    return _views(compiled=True)
+
+
+def simclr_ours() -> Work:
+    return _fit("none")
+
+
+def idaa_ours() -> Work:
+    return _fit("idaa")
+
+
+def _fit(adversary: Any) -> Work:
+    """A step of the training loop as users run it, its views included."""
+    config, data = _ssl(adversary), images(2 * BATCH)
+    accelerator = make_accelerator(config, outputs_root())
+    method = build_method(config, recipe("simclr", 32, data.mean, data.std))
+    attack: Any = NoAdversary()
+    if adversary == "idaa":
+        vae = _vae().to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        attack = IDAA(vae, 0.1)
+    resident = data.images.to(accelerator.device)
+    fit = Fit(accelerator, method, resident, data.labels, config, attack)
+    return _steps(fit, accelerator, BATCH, 1)
+
+
+def vae_ours() -> Work:
+    data = images(VAE_STEPS * VAE_BATCH)
+    config = VAEConfig(preset="cifar10", dataset="photos", batch_size=VAE_BATCH)
+    accelerator = make_accelerator(config, outputs_root())
+    method = VAETraining(config, recipe("simclr", 32, data.mean, data.std))
+    resident = data.images.to(accelerator.device)
+    fit = Fit(accelerator, method, resident, data.labels, config)
+    return _steps(fit, accelerator, VAE_BATCH, VAE_STEPS)
+
+
+def _steps(fit: Fit, accelerator: Any, batch: int, steps: int) -> Work:
+    fit.method.network = accelerator.prepare_model(fit.method.network)
+    fit.optimizer = accelerator.prepare_optimizer(fit.optimizer)
+    fit.method.train()
+    count = iter(range(10**9))
+
+    def work() -> None:
+        epoch = next(count)
+        order = torch.randperm(len(fit.images), generator=keyed_generator(epoch))
+        for index in order.split(batch)[:steps]:
+            mine = index.to(fit.images.device)
+            fit.train_step(epoch, {"images": fit.images[mine]}, {"images": mine})
+            fit._shown = {}
+
+    return work
+
+
+def linear_ours() -> Work:
+    """The whole evaluation: features of all images once, nine penalties, the refit, the test."""
+    encoder = _network("none")[0].get_submodule("backbone")
+    encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    data, test = images(TRAIN), images(TEST, "test")
+    cut = TRAIN * 9 // 10
+
+    def whole() -> None:
+        z, z_test = (
+            features(encoder, d.images, 32, d.mean, d.std, device=DEVICE) for d in (data, test)
+        )
+        linear_probe(
+            (z[:cut], data.labels[:cut]), (z[cut:], data.labels[cut:]), z_test,
+            classes=len(data.classes),
+        )  # fmt: skip
+
+    return whole
+
+
+def _ssl(adversary: Any) -> SSLConfig:
+    return SSLConfig(preset="cifar10", dataset="photos", adversary=adversary, batch_size=BATCH)
+
+
+def _vae() -> VAE:
+    torch.manual_seed(0)
+    return VAE(512, 32, 64, (0.5,) * 3, (0.25,) * 3).eval().requires_grad_(False)
+
+
+def bf16() -> bool:
+    """Whether steps multiply in bf16 here."""
+    return make_accelerator(_ssl("none"), outputs_root()).mixed_precision == "bf16"
+
+
+def peak_mib() -> float:
+    """The most this process has held so far: on the device where there is one, else resident."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+PARTS: dict[str, Callable[[], Work]] = {
+    part.__name__.replace("_", "-"): part
+    for part in (
+        views_pil, views_eager, views_compiled, simclr_straightforward, simclr_ours,
+        idaa_straightforward, idaa_ours, vae_straightforward, vae_ours, linear_straightforward,
+        linear_ours,
+    )
+}  # fmt: skip
+
+
+def main(name: str) -> None:
+    work = PARTS[name]()
+    print(json.dumps({"ready": name}), flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        work()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds, "peak_mib": peak_mib()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,178 @@
+"""How soon after a move of the ε slider are the pixels and the meters new?
+
+With networks of the paper's size (a VAE of width 64 and dim 512, an encoder of width 64; what they
+learned does not matter to time), 16 images of 32 × 32 pixels:
+
+in the kernel: a real IPython kernel sets the slider's value, and its callback the picture's; once
+with nothing else to do, once while the background is never idle;
+in the page: JupyterLab in Chromium, an arrow key to the decoded, different pixels and to the meters
+that name the new ε; browser, server and kernel share the machine.
+
+Run it on a quiet machine: `.venv/bin/python benchmarks/slider.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import record
+
+from idaa_lib.configs import DecomposeConfig, SSLConfig, VAEConfig
+from idaa_lib.train import train_ssl, train_vae
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+IMAGES, WARM_UP = 16, 10
+KERNEL_MOVES, PAGE_MOVES = 300, 30
+
+
+def main() -> None:
+    import browser
+
+    if lacks := browser.missing():
+        sys.exit(lacks)
+    outputs = Path(tempfile.gettempdir()) / "idaa-slider"  # a second run finds its networks
+    os.environ["IDAA_OUTPUTS"] = str(outputs)
+    train_vae(VAEConfig(width=64, dim=512, epochs=1, limit=1000))
+    train_ssl(SSLConfig(width=64, epochs=1, limit=256))
+    kernel = in_kernel()
+    page = in_page()
+    rows = [
+        *both("slider_kernel", kernel["idle"]),
+        *both("slider_kernel_busy", kernel["busy"]),
+        *both("slider_to_pixels", [move["pixels"] for move in page]),
+        *both("meters", [move["meters"] for move in page]),
+    ]
+    for row in rows:
+        print(f"{row['what']:<32}{row['value']:>8.1f} ms  n = {row['n']}")
+    protocol = (
+        f"{IMAGES} images of 32 px, VAE of width 64 and dim 512, ResNet-18 of width 64, "
+        f"{kernel['threads']} threads of torch; IDAA, ε in steps of 0.02 of log10. slider_kernel: "
+        f"in an IPython kernel, from setting the slider's value to the picture's value set, after "
+        f"{WARM_UP} moves, all work in the background done before each; slider_kernel_busy: the "
+        f"same while the background measures without end, 0.09 to 0.3 s between moves. "
+        f"slider_to_pixels, meters: JupyterLab in headless Chromium on the same machine, from the "
+        f"arrow key's event to decoded pixels that differ, and to meters that name the slider's "
+        f"ε, after {WARM_UP} moves, the curves over ε drawn before. spread: smallest and largest."
+    )
+    print(record.write("slider", protocol, rows))
+
+
+def both(name: str, values: list[float]) -> list[dict[str, Any]]:
+    """Rows of the median and of the 95th percentile (nearest rank), in ms."""
+    ordered = sorted(values)
+    n = len(ordered)
+    spread = [round(ordered[0], 1), round(ordered[-1], 1)]
+    p95 = ordered[-(-95 * n // 100) - 1]
+    return [
+        record.row(f"{name}_median_ms", round(median(ordered), 1), "ms", n, spread),
+        record.row(f"{name}_p95_ms", round(p95, 1), "ms", n, spread),
+    ]
+
+
+def in_kernel() -> dict[str, Any]:
+    """`moves()` in a kernel of its own: what a widget sends is sent there."""
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(Path(__file__).parent))
+    told: list[str] = []
+
+    def listen(message: dict[str, Any]) -> None:
+        if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
+            told.append(message["content"]["text"])
+        elif message["msg_type"] == "error":
+            sys.exit("\n".join(message["content"]["traceback"]))
+
+    try:
+        code = "import json, slider; print(json.dumps(slider.moves()))"
+        client.execute_interactive(code, output_hook=listen, timeout=900)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    return json.loads("".join(told))
+
+
+def moves() -> dict[str, Any]:
+    """Milliseconds of the slider's callback, for each move. Runs inside a kernel."""
+    import torch
+
+    from idaa_lib.lab.explorer import Explorer
+
+    explorer = Explorer(DecomposeConfig(images=IMAGES, epsilon=0.1))
+    if explorer.status.value:
+        raise RuntimeError(explorer.status.value)
+    explorer.show()
+    background, picture = explorer._background, explorer.picture.image
+
+    def move() -> float:
+        before, step = picture.value, random.choice((-0.02, 0.02))
+        # Back and forth within the slider's range, never to the value that it has.
+        asked = min(max(explorer.epsilon.value * 10**step, 1e-2), 1.0)
+        if abs(asked / explorer.epsilon.value - 1) < 1e-6:
+            asked = 0.1
+        began = time.perf_counter()
+        explorer.epsilon.value = asked
+        took = time.perf_counter() - began
+        if picture.value == before:
+            raise RuntimeError(f"ε = {asked:g} brought no new picture: {explorer.status.value}")
+        return 1e3 * took
+
+    random.seed(0)
+    if not background.settle(timeout=600):  # the curves over ε
+        raise RuntimeError("the curves over ε were not drawn within 10 minutes")
+    took: dict[str, Any] = {"threads": torch.get_num_threads(), "idle": [], "busy": []}
+    for n in range(WARM_UP + KERNEL_MOVES):
+        value = move()
+        background.settle()
+        if n >= WARM_UP:
+            took["idle"].append(value)
+    engine = explorer.engine
+    assert engine is not None
+    # A unit of work as the curves are made of, again and again.
+    background.ask("curves", lambda: engine.meters("idaa", 0.5) is not None)
+    for n in range(WARM_UP + KERNEL_MOVES):
+        time.sleep(random.uniform(0.09, 0.3))  # within, or after, the rest that moves ask for
+        value = move()
+        if n >= WARM_UP:
+            took["busy"].append(value)
+    background.ask("curves", lambda: False)  # in its place
+    return took
+
+
+def in_page() -> list[dict[str, float]]:
+    """Milliseconds to `pixels` and to `meters`, for each move."""
+    import browser
+
+    with tempfile.TemporaryDirectory() as name, browser.chromium() as context:
+        environment = {"IDAA_OUTPUTS": os.environ["IDAA_OUTPUTS"]}
+        with browser.jupyter(Path(name), environment) as server:
+            server.set("02_decompose", images=IMAGES, epsilon=0.1)
+            notebook = browser.Notebook(context, server, "02_decompose")
+            notebook.run_all()
+            page = notebook.page
+            browser.show(page, ".idaa-explorer")
+            browser.meters_follow(page)
+            drawn = {"curves": "", "since": time.monotonic()}
+
+            def rested() -> bool:
+                """The curves have been the same for so long that they are whole."""
+                now = page.locator(".idaa-curves").inner_html()
+                if now != drawn["curves"]:
+                    drawn.update(curves=now, since=time.monotonic())
+                return time.monotonic() - drawn["since"] > 20
+
+            browser.until(page, rested, "curves over ε that are whole", 600)
+            return browser.moves(page, WARM_UP + PAGE_MOVES)[WARM_UP:]
+
+
+if __name__ == "__main__":
+    main()

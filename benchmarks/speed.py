@@ -1,0 +1,191 @@
+"""`make bench`: ours against the straightforward formulation, every ratio paired within one run.
+
+    python benchmarks/speed.py [ROW …]     # such as idaa_step_ratio; all without an argument
+
+What the sides do is in sides.py, how they take turns in paired.py. On a CPU leave the machine
+alone meanwhile: two torch processes on the same cores slow each other down many times over.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import record
+import sides
+import torch
+from paired import ALLOCATOR, Pair, Side, pair
+
+Rows = list[dict[str, Any]]
+CUDA = sides.DEVICE.type == "cuda"
+PROTOCOL = f"""Each ratio is straightforward / ours, the median over n turns of two processes that
+take turns (benchmarks/paired.py; warm-up not counted); spread: quartiles of the ratio; baseline:
+median seconds of [straightforward, ours]. Images: photographs, 32 px. The straightforward
+formulation (benchmarks/sides.py) is the specification's, in fp32 and the published order of work.
+views: two SimCLR views of {8 * sides.BATCH} images in batches of {sides.BATCH}, against PIL in 2
+workers. steps: ResNet-18 of the paper, batch {sides.BATCH}; the straightforward side gets its views
+for nothing, ours draws them. Both sides run with the allocator settings of `make lab`, but for
+idaa_step_ratio_default_allocator, whose straightforward side has glibc's. idaa_over_simclr: ours
+both. vae_epoch: {sides.VAE_STEPS} steps of {sides.VAE_BATCH}, views included. linear_eval:
+straightforward: one epoch that encodes {sides.TRAIN} + {sides.TEST} images anew, times 1000
+(extrapolated), against our whole evaluation. knn_extra_mib: peak beyond the features of 10,000
+queries against 50,000 × 512 (random; baseline: seconds). step_peak_mib: peak resident (on a GPU:
+allocated) memory of an IDAA step's process; baseline: the straightforward one's. startup_seconds: a
+new process imports, loads the cached images and takes a first SimCLR step of 64."""
+
+
+def ratio(what: str, found: Pair) -> dict[str, Any]:
+    baseline = [round(found.slow_s, 4), round(found.fast_s, 4)]
+    return record.row(what, round(found.ratio, 3), "ratio", found.n, found.quartiles, baseline)
+
+
+def views() -> Rows:
+    found = pair(Side("views-pil"), Side("views-eager"), 9)
+    again = pair(Side("views-pil"), Side("views-compiled"), 9)
+    return [ratio("views_ratio_eager", found), ratio("views_ratio_compiled", again)]
+
+
+def simclr() -> Rows:
+    return [
+        ratio("simclr_step_ratio", pair(Side("simclr-straightforward"), Side("simclr-ours"), 7))
+    ]
+
+
+def idaa() -> Rows:
+    found = pair(Side("idaa-straightforward"), Side("idaa-ours"), 7)
+    peak = record.row(
+        "step_peak_mib", round(found.fast_mib), "MiB", found.n, None, round(found.slow_mib)
+    )
+    default = pair(Side("idaa-straightforward", allocator=False), Side("idaa-ours"), 5)
+    return [
+        ratio("idaa_step_ratio", found),
+        peak,
+        ratio("idaa_step_ratio_default_allocator", default),
+    ]
+
+
+def idaa_over_simclr() -> Rows:
+    return [ratio("idaa_over_simclr", pair(Side("idaa-ours"), Side("simclr-ours"), 9))]
+
+
+def vae() -> Rows:
+    return [ratio("vae_epoch_ratio", pair(Side("vae-straightforward"), Side("vae-ours"), 9))]
+
+
+def linear() -> Rows:
+    found = pair(Side("linear-straightforward"), Side("linear-ours"), 3, warm_up=1)
+    low, high = (1000 * edge for edge in found.quartiles)
+    thousand = found._replace(
+        ratio=1000 * found.ratio, quartiles=[low, high], slow_s=1000 * found.slow_s
+    )
+    return [ratio("linear_eval_ratio", thousand)]
+
+
+def knn() -> Rows:
+    code = """
+import resource, time, torch
+from idaa_lib.evaluate.knn import knn
+torch.manual_seed(0)
+bank, queries = torch.randn(50_000, 512), torch.randn(10_000, 512)
+labels = torch.arange(50_000) % 10
+knn(bank[:500], labels[:500], queries[:5], classes=10)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before, began = peak(), time.perf_counter()
+knn(bank, labels, queries, classes=10)
+print(peak() - before, time.perf_counter() - began)
+"""
+    runs = [tuple(map(float, _python(code).split())) for _ in range(3)]
+    mib, seconds = (median(column) for column in zip(*runs, strict=True))
+    return [record.row("knn_extra_mib", round(mib), "MiB", len(runs), None, round(seconds, 2))]
+
+
+def startup() -> Rows:
+    code = """
+from idaa_lib.configs import SSLConfig
+from idaa_lib.environment import open_images
+from idaa_lib.methods import build_method
+from idaa_lib.runs import outputs_root
+from idaa_lib.train.loop import Fit, make_accelerator
+from idaa_lib.views import recipe
+import os, torch
+data = open_images(os.environ.get("IDAA_CIFAR10_ZIP", "photos"), "train", 32, None)
+config = SSLConfig(preset="cifar10", batch_size=64)
+accelerator = make_accelerator(config, outputs_root())
+method = build_method(config, recipe("simclr", 32, data.mean, data.std))
+fit = Fit(accelerator, method, data.images.to(accelerator.device), data.labels, config)
+fit.train_step(0, {"images": fit.images[:64]}, {})
+if accelerator.device.type == "cuda": torch.cuda.synchronize()
+"""
+    _python(code)  # fills the cache of decoded images
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        _python(code)
+        seconds.append(time.perf_counter() - began)
+    spread = [round(min(seconds), 2), round(max(seconds), 2)]
+    data = "CIFAR-10" if "IDAA_CIFAR10_ZIP" in os.environ else "photos"
+    return [record.row("startup_seconds", round(median(seconds), 2), "s", 5, spread, data)]
+
+
+def epochs() -> Rows:
+    """On a GPU: an epoch of 50,000 images, 195 steps, and what 300 of them would take."""
+    if not CUDA:
+        return []
+    rows: Rows = []
+    for name in ("simclr", "idaa"):
+        side = Side(f"{name}-ours")
+        for _ in range(10):
+            side.work(count=False)
+        for _ in range(195):
+            side.work()
+        side.close()
+        rows.append(record.row(f"epoch_seconds_{name}", round(sum(side.seconds), 3), "s", 195))
+    return rows
+
+
+def _python(code: str) -> str:
+    environment = os.environ | ALLOCATOR
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+PARTS: dict[str, Callable[[], Rows]] = {
+    "startup_seconds": startup,
+    "views_ratio": views,
+    "vae_epoch_ratio": vae,
+    "simclr_step_ratio": simclr,
+    "idaa_over_simclr": idaa_over_simclr,
+    "idaa_step_ratio": idaa,
+    "linear_eval_ratio": linear,
+    "knn_extra_mib": knn,
+    "epoch_seconds": epochs,
+}
+
+
+def main(words: list[str]) -> int:
+    if unknown := set(words) - PARTS.keys():
+        print(f"There is no row {unknown.pop()!r}; there are {', '.join(PARTS)}.", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)  # this process only waits; hardware() names the threads of the sides
+    rows: Rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["IDAA_OUTPUTS"] = folder
+        for name in words or PARTS:
+            for row in PARTS[name]():
+                print(f"{row['what']:<36} {row['value']:>10} {row['unit']}", flush=True)
+                rows.append(row)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if not words:
+        print(record.write("speed", " ".join(PROTOCOL.split()), rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

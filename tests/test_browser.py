@@ -1,0 +1,388 @@
+"""The workbench in a real browser: JupyterLab, the pages of `make app`, and the report.
+
+What a test sees is decoded pixels and text, never a mere change of an image's address. Each page's
+screenshot stays in outputs/screenshots/. Nothing is asserted of time: benchmarks/slider.py measures
+that.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from statistics import median
+
+import browser
+import numpy as np
+import psutil
+import pytest
+from conftest import REQUIRED
+from PIL import Image
+
+from idaa_lib import runs
+from idaa_lib.configs import DecomposeConfig, SSLConfig, VAEConfig
+from idaa_lib.lab import compare
+from idaa_lib.train import train_ssl, train_vae
+
+# One server and one browser serve the module; on two workers each has its own, on ports of its own.
+pytestmark = pytest.mark.xdist_group("browser")
+
+SMALL = {"limit": 300, "width": 8, "batch_size": 32, "device": "cpu"}
+TILE = 33  # 32 pixels and the white line
+
+
+@pytest.fixture(scope="module")
+def context():
+    if lacks := browser.missing():
+        (pytest.fail if "browser" in REQUIRED else pytest.skip)(lacks)
+    with browser.chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def outputs(context, tmp_path_factory):
+    """Two VAEs, so that one can be changed for the other, and an encoder."""
+    folder = tmp_path_factory.mktemp("outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IDAA_OUTPUTS", str(folder))
+        train_vae(VAEConfig(**SMALL, dim=8, epochs=1))
+        train_vae(VAEConfig(**SMALL, dim=16, epochs=3))
+        train_ssl(SSLConfig(**SMALL, epochs=1))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def lab(outputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    with browser.jupyter(folder, {"IDAA_OUTPUTS": str(outputs)}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def app(outputs, tmp_path_factory):
+    with browser.app(tmp_path_factory.mktemp("app"), {"IDAA_OUTPUTS": str(outputs)}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def opened(context, lab):
+    """Notebook 02, all cells run."""
+    notebook = browser.Notebook(context, lab, "02_decompose")
+    notebook.run_all()
+    yield notebook
+    notebook.close()
+
+
+@pytest.fixture
+def explorer(opened):
+    """Its page, at rest: the meters are those of the slider's ε."""
+    browser.show(opened.page, ".idaa-explorer")
+    browser.meters_follow(opened.page)
+    return opened.page
+
+
+def choose(page, name, index):
+    """Another option of a dropdown, by its place."""
+    page.locator(f".idaa-{name} select").select_option(index=index)
+
+
+def test_notebook_02_runs_from_the_top(opened):
+    page = opened.page
+    size = 3 * TILE, DecomposeConfig().images * TILE, 3
+    assert browser.picture(page).shape == size
+    assert browser.picture(page, selector=".idaa-still").shape == size
+    browser.meters_follow(page)
+    curves = page.locator(".idaa-curves svg path")
+    browser.until(page, lambda: curves.count() > 10, "curves over ε")
+    assert browser.status(page) == ""
+    browser.show(opened.page, ".idaa-explorer")
+    browser.shot(page, "02_decompose")
+    assert opened.seen == browser.Seen()  # no error, nothing that failed, nothing off this machine
+
+
+def test_keys_and_mouse_move_epsilon(explorer):
+    seen, told = browser.picture(explorer), browser.meters_follow(explorer)
+    began, still = browser.epsilon(explorer), browser.pixels(explorer, ".idaa-still")
+    browser.press(explorer, "ArrowRight")
+    further = browser.picture(explorer, other_than=seen)
+    assert browser.epsilon(explorer) == pytest.approx(began * 10**0.02, rel=0.01)
+    assert browser.meters_follow(explorer) != told
+    browser.press(explorer, "ArrowLeft")
+    assert np.array_equal(browser.picture(explorer, other_than=further), seen)
+
+    browser.drag(explorer, 0.25)  # of 1e-3 … 10
+    assert browser.epsilon(explorer) == pytest.approx(0.01, rel=0.2)
+    browser.picture(explorer, other_than=seen)
+    browser.meters_follow(explorer)  # at rest: on its way the handle showed other pictures
+    weak, x = browser.pixels(explorer), browser.pixels(explorer, ".idaa-still")
+    assert np.array_equal(x, still)  # x, G and R stay as they are
+    # At a small ε, x′ is nearly x; at a large one it is not. The rows: x, … and x′ in the middle.
+    near = np.abs(rows(weak)[1].astype(int) - rows(x)[0]).mean()
+    browser.drag(explorer, 1.0)
+    browser.picture(explorer, other_than=weak)
+    browser.meters_follow(explorer)
+    strong = browser.pixels(explorer)
+    assert near < 2 < np.abs(rows(strong)[1].astype(int) - rows(x)[0]).mean()
+
+
+def rows(picture):
+    """A grid's rows (R, 33, W, 3)."""
+    return picture.reshape(-1, TILE, *picture.shape[1:])
+
+
+def test_thirty_moves_each_bring_new_pixels_and_their_meters(explorer):
+    browser.drag(explorer, 0.4)
+    browser.meters_follow(explorer)
+    before, began = browser.picture(explorer), browser.epsilon(explorer)
+    moves = browser.moves(explorer, 30)
+    assert len(moves) == 30
+    for name in ("pixels", "meters"):
+        print(f"{name}: median {median(move[name] for move in moves):.0f} ms of {len(moves)}")
+    assert browser.epsilon(explorer) == pytest.approx(began * 10 ** (30 * 0.02), rel=0.01)
+    browser.meters_follow(explorer)
+    assert not np.array_equal(browser.picture(explorer), before)
+    assert browser.status(explorer) == ""
+
+
+def test_another_vae_is_another_picture(explorer):
+    x = rows(browser.pixels(explorer, ".idaa-still"))[0]
+    before = browser.picture(explorer)
+    chosen = explorer.locator(".idaa-vae select").evaluate("e => e.selectedIndex")
+    choose(explorer, "vae", 1 - chosen)
+    still = browser.pixels(explorer, ".idaa-still")
+    browser.picture(explorer, other_than=before)
+    browser.until(explorer, lambda: browser.status(explorer) == "", "the other VAE, shown")
+    still = rows(browser.pixels(explorer, ".idaa-still"))
+    assert np.array_equal(still[0], x)  # the same images
+    choose(explorer, "vae", chosen)
+    again = browser.until(
+        explorer,
+        lambda: np.array_equal(browser.pixels(explorer), before),
+        "the first VAE's picture again",
+    )
+    assert again
+
+
+def test_an_uploaded_image_is_the_first(explorer, tmp_path):
+    shown = rows(browser.pixels(explorer, ".idaa-still"))[0]
+    made = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    Image.fromarray(made).save(tmp_path / "mine.png")
+    with explorer.expect_file_chooser() as chooser:
+        explorer.locator(".idaa-upload").click()
+    chooser.value.set_files(tmp_path / "mine.png")
+
+    def first():
+        still = browser.pixels(explorer, ".idaa-still")
+        return still is not None and np.abs(still[:32, :32].astype(int) - made).max() <= 1
+
+    browser.until(explorer, first, "the uploaded image in the first column")
+    x = rows(browser.pixels(explorer, ".idaa-still"))[0]
+    assert not np.array_equal(x[:32, :32], shown[:32, :32])
+    browser.meters_follow(explorer)
+    browser.shot(explorer, "02_upload")
+
+
+def test_save_writes_figures_and_the_code_that_makes_them(explorer, outputs):
+    before = set((outputs / "explorer").glob("*/again.py"))
+    explorer.locator(".idaa-keep").click()
+    browser.until(explorer, lambda: "Saved" in browser.status(explorer), "saved")
+    (code,) = set((outputs / "explorer").glob("*/again.py")) - before
+    assert str(code.parent) in browser.status(explorer)
+    assert list(code.parent.glob("*.png"))
+    compile(code.read_text(), str(code), "exec")
+
+
+def test_a_second_tab_shows_the_same_and_follows(context, lab, opened, explorer):
+    opened.save()
+    second = browser.Notebook(context, lab, "02_decompose", fresh=False)
+    try:
+        here = browser.picture(explorer)
+        there = browser.picture(second.page)
+        assert np.array_equal(here, there)
+        browser.press(explorer, "ArrowRight", 3)
+        moved = browser.picture(explorer, other_than=here)
+        browser.until(
+            second.page,
+            lambda: np.array_equal(browser.pixels(second.page), browser.pixels(explorer)),
+            "the second tab's picture, moved by the first tab's slider",
+        )
+        assert not np.array_equal(moved, here)
+        browser.press(second.page, "ArrowLeft", 3)  # and the other way round
+        browser.picture(explorer, other_than=moved)
+    finally:
+        second.close()
+
+
+def test_it_works_after_restart_and_run_all(opened, explorer):
+    opened.restart_and_run_all()
+    browser.show(opened.page, ".idaa-explorer")
+    before = browser.picture(explorer)
+    browser.meters_follow(explorer)
+    browser.press(explorer)
+    browser.picture(explorer, other_than=before)
+    browser.meters_follow(explorer)
+
+
+def test_without_a_trained_run_it_says_what_to_run_first(context, lab, tmp_path):
+    lab.copy("02_decompose", "02_alone", f'import os; os.environ["IDAA_OUTPUTS"] = "{tmp_path}"')
+    notebook = browser.Notebook(context, lab, "02_alone")
+    try:
+        notebook.run_all(wait=False)
+
+        def told():
+            return notebook.failed() or browser.status(notebook.page)
+
+        said = browser.until(notebook.page, told, "what to run first")
+        assert "01_pretrain_vae" in said
+        assert "Traceback" not in said
+        browser.show(notebook.page, ".idaa-explorer")
+        browser.shot(notebook.page, "02_without_a_run")
+    finally:
+        notebook.close()
+
+
+def test_the_start_page_lists_the_runs_and_overlays_two(context, lab, outputs):
+    notebook = browser.Notebook(context, lab, "00_start_here")
+    try:
+        notebook.run_all()
+        page = notebook.page
+        rows = page.locator(".idaa-runs-row")
+        browser.until(page, lambda: rows.count() == len(runs.every()), "a row for each run")
+        for run in runs.find("vae"):
+            row = page.locator(f'.idaa-runs-row:has([title="{run.id}"])')
+            row.locator('.idaa-runs-pick input[type="checkbox"]').check()
+        names = compare.labels(runs.find("vae"))
+        assert len(names) == 2
+
+        def overlaid():
+            told = browser.text_of(page, ".idaa-runs-curves")
+            return all(name in told for name in names) and told
+
+        browser.until(page, overlaid, f"curves of {' and '.join(names)}")
+        assert page.locator(".idaa-runs-curves svg").count() == 1
+        differ = browser.text_of(page, ".idaa-runs-diff")
+        assert "dim" in differ and "epochs" in differ
+        browser.show(notebook.page, ".idaa-runs")
+        browser.shot(page, "00_start_here")
+        assert browser.status(page) == ""
+        assert notebook.seen == browser.Seen()
+    finally:
+        notebook.close()
+
+
+def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
+    asked = SMALL | {"epochs": 12, "log_every": 1}
+    lab.set("03_train_ssl", **asked)
+    notebook = browser.Notebook(context, lab, "03_train_ssl")
+    try:
+        notebook.run_all(wait=False)
+        first = browser.until(notebook.page, lambda: readings(notebook.page), "first readings")
+        browser.until(notebook.page, lambda: readings(notebook.page) > first, "further readings")
+        browser.picture(notebook.page, selector=".idaa-live-samples")
+        notebook.save()
+    finally:
+        notebook.close()
+    (run,) = runs.find("ssl", finished=False, epochs=12)
+    assert not run.finished  # nobody watches, and it goes on
+
+    notebook = browser.Notebook(context, lab, "03_train_ssl", fresh=False)
+    page = notebook.page
+    try:
+        browser.until(page, lambda: readings(page) > first, "readings in the new tab")
+        browser.show(notebook.page, ".idaa-live")
+        browser.shot(page, "03_training")
+        browser.until(page, lambda: run.finished, "the end of the training", 180)
+        lines = [line for line in run.metrics() if "loss" in line]
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+
+        def whole():
+            return len(drawn := vertices(page, "loss")) == len(lines) and drawn
+
+        x, y = np.array(browser.until(page, whole, f"{len(lines)} points of the loss")).T
+        # Each line of metrics.jsonl at its place: an SVG's y grows downwards.
+        assert np.corrcoef(x, [line["step"] for line in lines])[0, 1] == pytest.approx(1, abs=1e-6)
+        assert np.corrcoef(y, [line["loss"] for line in lines])[0, 1] == pytest.approx(-1, abs=1e-6)
+        assert readings(page) == len(run.metrics())
+        browser.shot(page, "03_finished")
+    finally:
+        notebook.close()
+
+
+def readings(page):
+    """How many the live panel tells of; 0 where there is no panel (yet)."""
+    figures = page.locator(".idaa-live-figures")
+    found = figures.count() and re.search(r"([\d,]+) readings", figures.first.text_content())
+    return int(found[1].replace(",", "")) if found else 0
+
+
+def vertices(page, key):
+    """The points (x, y) of a curve in the live panel's SVG."""
+    path = page.locator(f'.idaa-live-curves [id="{key}"] > path')
+    drawn = path.first.get_attribute("d") if path.count() else ""
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", drawn)]
+
+
+def test_the_app_asks_for_its_token(app):
+    pages = "", "voila/render/01_explorer.ipynb", "voila/render/00_runs.ipynb", "voila/tree"
+    for path in pages:
+        with urllib.request.urlopen(app.url + path) as answer:
+            assert "/login" in answer.url
+            assert "idaa-" not in answer.read().decode()
+    for path in ("voila/api/contents/", "voila/files/01_explorer.ipynb"):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(app.url + path)
+    command = Path(f"/proc/{app.pid}/cmdline")
+    if command.exists():
+        assert app.token not in command.read_text()
+
+
+def test_the_app_is_the_explorer_without_code(context, app):
+    page = context.new_page()
+    seen = browser.watch(page)
+    try:
+        page.goto(app.address)
+        assert page.locator("li a").all_inner_texts() == ["ε explorer", "Runs"]
+        page.get_by_role("link", name="ε explorer").click()
+        before = browser.picture(page)
+        browser.meters_follow(page)
+        browser.press(page, "ArrowRight", 5)
+        browser.picture(page, other_than=before)
+        browser.meters_follow(page)
+        assert browser.status(page) == ""
+        shown = page.locator("body").inner_text()
+        assert "import " not in shown and "from_notebook" not in shown
+        assert page.locator(".jp-CodeCell .jp-InputArea, .cm-editor, .highlight").count() == 0
+        browser.show(page, ".idaa-explorer")
+        browser.shot(page, "app_explorer")
+        page.get_by_role("link", name="Runs").click()
+        rows = page.locator(".idaa-runs-row")
+        browser.until(page, lambda: rows.count() == len(runs.every()), "a row for each run")
+        browser.shot(page, "app_runs")
+        # The page that was left ended its kernel, with a request that outlives it.
+        seen.failed = [told for told in seen.failed if "/api/shutdown/" not in told]
+        assert seen == browser.Seen()
+        kernels = psutil.Process(app.pid).children
+        browser.until(page, lambda: len(kernels()) == 1, "one kernel, of the page that is open")
+    finally:
+        page.close()
+
+
+def test_the_report_is_one_page_that_opens_from_a_file(context, outputs):
+    command = [sys.executable, "-m", "idaa_lib.lab.report"]
+    environment = os.environ | {"IDAA_OUTPUTS": str(outputs)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    page = context.new_page()
+    seen = browser.watch(page)
+    try:
+        page.goto((outputs / "report.html").as_uri())
+        text = page.locator("body").inner_text()
+        assert all(run.id[-8:] in text for run in runs.find("ssl"))
+        sizes = page.locator("img").evaluate_all("found => found.map((e) => e.naturalWidth)")
+        assert all(sizes)
+        assert sizes or page.locator("svg path").count()
+        browser.shot(page, "report")
+        assert seen == browser.Seen()
+    finally:
+        page.close()
