@@ -20,10 +20,11 @@ from idaa_lib.lab.background import Background
 from idaa_lib.lab.decompose import ADVERSARIES, UNTRAINED
 from idaa_lib.lab.engine import EPSILONS, GAIN, STRIP, Engine
 from idaa_lib.lab.explorer import EQUAL_HARDNESS, Explorer
-from idaa_lib.lab.grid import Grid, grid
+from idaa_lib.lab.grid import Grid
 from idaa_lib.lab.walk import SHARES, Walk
 from idaa_lib.runs import find
 from idaa_lib.train import train_ssl, train_vae
+from idaa_lib.train.samples import grid
 
 SMALL = dict(limit=300, width=8, batch_size=32, device="cpu")
 CONFIG = DecomposeConfig(images=4, epsilon=0.3)
@@ -54,6 +55,11 @@ def explorer(outputs):
     assert made._background.settle()  # nothing of one test runs in the next
 
 
+def sent(rows):
+    """What a widget shows of rows of pixels."""
+    return grid(list(rows), form="webp")
+
+
 def decoded(png, rows, columns, size=32):
     """A grid's cells (rows, columns, size, size, 3) in [0, 1]."""
     pixels = np.asarray(Image.open(io.BytesIO(png)))
@@ -68,9 +74,10 @@ def cells(pixels):
 HALF = 0.5 / 255 + 1e-6  # what a byte rounds away
 
 
-def test_a_grid_is_the_pixels_themselves():
+@pytest.mark.parametrize("form", ["png", "webp"])
+def test_a_grid_is_the_pixels_themselves(form):
     rows = [torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    picture = decoded(grid(rows), 2, 3, size=8)
+    picture = decoded(grid(rows, form=form), 2, 3, size=8)
     for drawn, pixels in zip(picture, rows, strict=True):
         assert np.abs(drawn - cells(pixels)).max() <= HALF
     shown = Grid(["a", "b"], "idaa-x")
@@ -343,7 +350,7 @@ def test_equal_hardness_sets_the_other_s_epsilon(explorer):
     assert explorer._background.settle()
     matched = explorer.engine.as_hard("clae", 0.3)
     assert f"CLAE, ε = {matched:.3g}: as hard as IDAA at 0.3" in explorer.meters.value
-    expected = grid(explorer.engine.moving("clae", matched))
+    expected = sent(explorer.engine.moving("clae", matched))
     assert explorer.picture.image.value == expected
 
 
@@ -416,7 +423,7 @@ def test_folded_pictures_are_made_when_they_are_opened(explorer):
     assert not explorer.strip.image.value and not explorer.spectra.value
     explorer.asides.selected_index = 0
     assert explorer._background.settle()
-    expected = grid(list(explorer.engine.strip(0).values()))
+    expected = sent(explorer.engine.strip(0).values())
     assert explorer.strip.image.value == expected
     explorer.asides.selected_index = 1
     assert explorer._background.settle()

@@ -25,7 +25,7 @@ from idaa_lib.lab import plots
 from idaa_lib.lab.background import Background
 from idaa_lib.lab.decompose import ADVERSARIES, UNTRAINED
 from idaa_lib.lab.engine import STRIP, Engine, Meters
-from idaa_lib.lab.grid import STYLE, Grid, grid
+from idaa_lib.lab.grid import STYLE, Grid
 from idaa_lib.lab.guard import guarded
 from idaa_lib.lab.style import COLOURS, NAMES, svg
 from idaa_lib.lab.walk import WalkPanel
@@ -194,7 +194,7 @@ class Explorer:
     def _load(self) -> None:
         """Another engine: the direction of its attack is computed once."""
         engine = Engine(self.config if self.engine is None else self._wanted())
-        still = grid(engine.still())
+        still = engine.still()
         engine.scene.direction("idaa")
         columns, size = engine.columns, engine.scene.x.shape[-1]
         self.engine = engine
@@ -264,7 +264,7 @@ class Explorer:
         self._mark()
 
         def paint() -> None:
-            self.picture.show(grid(engine.moving(adversary, epsilon)))
+            self.picture.show(engine.moving(adversary, epsilon))
             self.status.value = ""
 
         def measure() -> None:
@@ -330,7 +330,7 @@ class Explorer:
 
         def work() -> None:
             if which < SPECTRA:
-                self.strip.show(grid(list(engine.strip(self.chosen.value).values())))
+                self.strip.show(engine.strip(self.chosen.value).values())
             elif which == SPECTRA:
                 self.spectra.value = svg(plots.spectra(engine.parts(*self._shown)))
             else:

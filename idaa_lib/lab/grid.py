@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import ipywidgets as widgets
+from torch import Tensor
 
-from idaa_lib.train.samples import grid as grid
+from idaa_lib.train.samples import grid
 
 SCALE = 2  # screen pixels a pixel of small images
 # Pixels as they are: the browser neither smooths nor stretches them.
@@ -15,14 +16,14 @@ STYLE = "<style>.idaa-pixels { image-rendering: pixelated; }</style>"
 
 
 class Grid(widgets.HBox):
-    """A PNG of `grid` with a name beside each row, and where it is given a name above each column.
+    """A `grid` with a name beside each row, and where it is given a name above each column.
 
     Its size is set by `shape` alone: new pixels change nothing else on the page.
     """
 
-    def __init__(self, rows: Sequence[str], name: str) -> None:
+    def __init__(self, rows: Sequence[str], name: str, form: str = "webp") -> None:
         self.rows = tuple(rows)
-        self.image = widgets.Image(format="png")
+        self.image = widgets.Image(format=form)
         self.image.add_class(name)
         self.image.add_class("idaa-pixels")
         self._left, self._top = widgets.HTML(), widgets.HTML()
@@ -50,8 +51,9 @@ class Grid(widgets.HBox):
         head = '<div style="height:22px"></div>' if names else ""
         self._left.value = head + "".join(f"{line}{html.escape(row)}</div>" for row in self.rows)
 
-    def show(self, png: bytes) -> None:
-        self.image.value = png
+    def show(self, rows: Iterable[Tensor]) -> None:
+        """Rows of pixels in [0, 1] (N, 3, H, W)."""
+        self.image.value = grid(list(rows), form=self.image.format)
 
 
 def _line(parts: object) -> str:

@@ -303,10 +303,10 @@ class Panel:
         size = height // len(rows) - 1
         shape = (rows, width // (size + 1), size)
         if self._shown.get("shape") != shape:
-            self._grid = grid.Grid(rows, "idaa-live-samples")
+            self._grid = grid.Grid(rows, "idaa-live-samples", form="png")
             self._grid.shape(*shape[1:])
             self.samples.children = (self._grid,)
-        self._grid.show(png)
+        self._grid.image.value = png
         self._shown |= {"png": made, "shape": shape}
 
     def _set(self, widget: Any, name: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from idaa_lib.lab import plots
 from idaa_lib.lab.background import Background
 from idaa_lib.lab.engine import Engine
-from idaa_lib.lab.grid import Grid, grid
+from idaa_lib.lab.grid import Grid
 from idaa_lib.lab.style import svg
 from idaa_lib.nets import evaluating
 
@@ -147,7 +147,7 @@ class WalkPanel:
         self._rekind()
         pairs = self.walk.between(self.a.value, self.b.value)
         pixels = self.walk.scene.pixels
-        self.between.show(grid([pixels(images) for images in pairs.values()]))
+        self.between.show(pixels(images) for images in pairs.values())
         like = {
             name: self.walk.likeness(images, self.a.value, self.b.value)
             for name, images in pairs.items()
@@ -165,4 +165,4 @@ class WalkPanel:
             return
         self._background.disturb()
         rows = self.walk.moved(self.kind.value, self.index.value, self.amount.value)
-        self.moved.show(grid(rows))
+        self.moved.show(rows)

@@ -23,20 +23,26 @@ GAIN = 3.0  # of differences around mid-gray, fixed so that two pictures compare
 Row = Tensor | tuple[Tensor, Tensor]
 
 
-def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> bytes:
-    """Rows of images in [0, 1] (N, 3, H, W) as a PNG, one screen pixel a pixel, a white line below
-    and right of each; `labels` go into its text `rows` as JSON."""
+def grid(rows: Sequence[Tensor], labels: Sequence[str] = (), form: str = "png") -> bytes:
+    """Rows of images in [0, 1] (N, 3, H, W) as a picture, one screen pixel a pixel, a white line
+    below and right of each; `labels` go into a PNG's text `rows` as JSON.
+
+    form: `png`, or `webp` (lossless too), which is encoded three times as fast.
+    """
     drawn = []
     for pixels in rows:
         framed = F.pad(pixels.clamp(0, 1), (0, 1, 0, 1), value=1.0)
         drawn.append(framed.mul(255).round().byte().permute(2, 0, 3, 1).flatten(1, 2))
+    picture, encoded = Image.fromarray(torch.cat(drawn).numpy()), io.BytesIO()
+    if form == "webp":
+        picture.save(encoded, form, lossless=True, method=0)
+        return encoded.getvalue()
     told = PngImagePlugin.PngInfo()
     if labels:
         told.add_text("rows", json.dumps(list(labels)))
-    png = io.BytesIO()
-    # Level 1: lossless, and four times as fast to encode as the default.
-    Image.fromarray(torch.cat(drawn).numpy()).save(png, "png", pnginfo=told, compress_level=1)
-    return png.getvalue()
+    # Level 1: four times as fast to encode as the default.
+    picture.save(encoded, form, pnginfo=told, compress_level=1)
+    return encoded.getvalue()
 
 
 def write(run: Run, rows: Mapping[str, Row], mean: Sequence[float], std: Sequence[float]) -> None:
