@@ -25,6 +25,8 @@ class Background:
         self._doing: str | None = None
         self._thread: threading.Thread | None = None
         self._ended = False
+        # A thread that the interpreter ends inside torch would abort the whole process.
+        atexit.register(_end, weakref.ref(self))
 
     def ask(self, kind: str, work: Callable[[], object]) -> None:
         """Have `work` done, which handles its own errors."""
@@ -34,8 +36,6 @@ class Background:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, daemon=True)
                 self._thread.start()
-                # A thread that the interpreter ends inside torch would abort the whole process.
-                atexit.register(_end, weakref.ref(self))
 
     def disturb(self) -> None:
         """A person moves something now."""
@@ -59,8 +59,8 @@ class Background:
             with self._news:
                 self._doing = None
                 self._news.notify_all()
-                # Without work for a while the thread ends, and lets go of what it served.
-                self._news.wait_for(lambda: self._asked() or self._ended, 10)
+                # Without work the thread ends, and its team of OpenMP threads with it: a team that
+                # only exists makes every parallel loop of the main thread half as fast again.
                 if not self._asked():
                     self._thread = None
                     return

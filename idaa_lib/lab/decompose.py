@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from idaa_lib import runs
 from idaa_lib.adversaries import CLAE, IDAA, Anchor, Attack, Direction, RandomSign
@@ -17,6 +18,7 @@ from idaa_lib.evaluate.encoders import load_encoder, load_vae
 from idaa_lib.images import ImageSet, decode
 from idaa_lib.methods import build_method
 from idaa_lib.methods.simclr import against
+from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
 from idaa_lib.views import denormalise, keyed_generator, normalise, recipe
@@ -65,6 +67,7 @@ class Scene(Pictures):
     config: DecomposeConfig
     loss: Callable[[Tensor], Tensor]
     _directions: dict[str, Direction] = field(default_factory=dict)
+    _lines: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def attacked(self) -> str:
@@ -89,10 +92,27 @@ class Scene(Pictures):
         """x′ of all images, or of the first so many (which are attacked among all the same)."""
         made = self._adversary(adversary, epsilon)
         if self.live(adversary):
-            return made.apply(_head(self.direction(adversary), first), epsilon)
+            direction = _head(self.direction(adversary), first)
+            if adversary == "clae":
+                return made.apply(direction, epsilon)
+            return self._along(direction, (adversary, first), epsilon)
         whole = made(self.x, self.loss, keyed_generator(self.config.seed))
         parts = (whole.images, whole.delta, whole.z, whole.reconstruction)
         return Attack(*(None if part is None else part[:first] for part in parts))  # type: ignore[arg-type]
+
+    def _along(self, direction: Direction, key: tuple[str, int | None], epsilon: float) -> Attack:
+        """`IDAA.apply` without the decoder's first layer, whose output is linear in ε and known:
+        its weights, most of the VAE's, are what a decode of few images waits for."""
+        anchor, vae = direction.anchor, self.vae
+        assert anchor.reconstruction is not None
+        if key not in self._lines:
+            self._lines[key] = vae.fc21(anchor.point), F.linear(direction.unit, vae.fc21.weight)
+        start, step = self._lines[key]
+        with evaluating(vae):
+            decoded = vae.expand(start + epsilon * step)
+        delta = epsilon * direction.unit
+        images = anchor.images - anchor.reconstruction + decoded
+        return Attack(images, delta, anchor.point + delta, anchor.reconstruction)
 
     def _adversary(self, name: str, epsilon: float) -> Any:
         if name == "clae":

@@ -114,7 +114,11 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, m) → G (B, 3, H, W)."""
-        return self.bn(torch.tanh(self.decoder(self.fc21(z).reshape(-1, *self.inner))))
+        return self.expand(self.fc21(z))
+
+    def expand(self, h: Tensor) -> Tensor:
+        """The decoder after its first, linear layer: h = fc21(z) (B, 2·width·f²) → G."""
+        return self.bn(torch.tanh(self.decoder(h.reshape(-1, *self.inner))))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Output:
         """z = μ + σ·noise, with noise (B, m) standard normal; z = μ without it."""
