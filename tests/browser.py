@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A CI artefact: git ignores it.
 SHOTS = ROOT / "outputs" / "screenshots"
 WINDOW = {"width": 1280, "height": 900}
+TALL = {"width": 1280, "height": 1180}
 INSTALL = "run `make browser` once (Chromium, on Debian and Ubuntu), or name one as IDAA_CHROMIUM"
 
 
@@ -508,8 +509,10 @@ def picture_all(outputs: Path) -> None:
         environment = {"IDAA_OUTPUTS": str(folder / "outputs")}
         with jupyter(folder, environment) as server:
             explorer = Notebook(context, server, "02_decompose")
+            explorer.page.set_viewport_size(TALL)
             explorer.run_all()
-            drag(explorer.page, 0.7)
+            show(explorer.page, ".idaa-explorer")
+            drag(explorer.page, 0.6)
             meters_follow(explorer.page)
             explorer.page.wait_for_timeout(60_000)  # all of the curves
             show(explorer.page, ".idaa-explorer")
@@ -528,12 +531,18 @@ def picture_all(outputs: Path) -> None:
             training.close()
 
             start = Notebook(context, server, "00_start_here")
+            start.page.set_viewport_size(TALL)
             start.run_all()
+            start.page.locator(".idaa-runs-filter-stage select").select_option("ssl")
+            until(start.page, lambda: "eval" not in text_of(start.page, ".idaa-runs-table"), "ssl")
             finished = start.page.locator(".idaa-runs-row", has_text="finished")
             trained = finished.filter(has_text="SimCLR").filter(has_text="validation")
             for row in trained.all()[:3]:
                 row.locator("input").check()
-            until(start.page, start.page.locator(".idaa-runs-curves svg").count, "curves")
+            chosen = start.page.get_by_text("3 runs chosen")
+            until(start.page, chosen.count, "three runs chosen")
+            names = start.page.locator(".idaa-runs-curves svg text", has_text="vae")
+            until(start.page, lambda: names.count() >= 3, "curves of three runs")
             show(start.page, ".idaa-runs")
             shot(start.page, "docs_runs")
             start.close()
@@ -542,7 +551,8 @@ def picture_all(outputs: Path) -> None:
             page.goto(server.address)
             page.get_by_role("link", name="ε explorer").click()
             meters_follow(page)
-            show(page, ".idaa-explorer")
+            drag(page, 0.55)
+            meters_follow(page)
             shot(page, "docs_app")
             page.close()
 

@@ -322,6 +322,8 @@ class Explorer:
             self.curves.value = svg(figure)
             self._panels = tuple((a.get_position(), a.get_xlim()) for a in figure.axes[:2])
             self._mark()
+            # A page of Voilà's that connected while these were measured has missed them.
+            self.meters.send_state("value")
         if not more and self.fairness.value != EQUAL_EPSILON:
             self._draw()
         return more
