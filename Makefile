@@ -1,6 +1,6 @@
 # `make help` lists the verbs. Each sets up what it needs first; a second run reuses it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab app report browser lint format clean
+.PHONY: help setup demo test lab app report browser bench profile lint format clean
 
 # The active conda or virtual environment, else .venv here. conda's base is left alone.
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -43,6 +43,12 @@ browser:  ## Install Chromium for the browser tests (Debian, Ubuntu)
 		root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 		$$root apt-get update -q && \
 		$$root apt-get install -qy --no-install-recommends chromium fonts-dejavu-core
+
+bench: setup  ## Speed of ours against the straightforward formulation (about 15 quiet minutes)
+	@$(PY) benchmarks/speed.py
+
+profile: setup  ## Where the time of an IDAA step goes: a page and a trace in outputs/profile
+	@$(ALLOCATOR) $(PY) benchmarks/profile_step.py
 
 lint: setup  ## Lint and types alone
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

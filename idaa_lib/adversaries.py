@@ -74,6 +74,15 @@ class NoAdversary:
     def __call__(self, x: Tensor | None, attack_loss: AttackLoss | None, **_: Any) -> None:
         return None
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+    def after_backward(self) -> None:
+        pass
+
 
 class _Adversary:
     """Projected gradient ascent of `steps` steps within ‖δ‖ ≤ ε, shared by all attacks.
@@ -108,6 +117,16 @@ class _Adversary:
         default = epsilon if steps == 1 else 2.5 * epsilon / steps
         self.step_size = default if step_size is None else step_size
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it carries from step to step; nothing as published."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state_dict` gave."""
+
+    def after_backward(self) -> None:
+        """Called when the training loss has been differentiated."""
+
     def anchor(self, x: Tensor) -> Anchor:
         raise NotImplementedError
 
@@ -121,6 +140,8 @@ class _Adversary:
         attack_loss: AttackLoss,
         generator: torch.Generator | None = None,
         shard: tuple[int, int] = (0, 1),
+        samples: Tensor | None = None,
+        step: int = 0,
     ) -> Attack:
         """Attack images x (B, 3, H, W).
 
@@ -129,6 +150,8 @@ class _Adversary:
             generator: of random starts and random signs, on the CPU.
             shard: (rank, processes): with several, each draws for the global batch and keeps its
                 part, so that n processes draw what one would.
+            samples, step: which training images these are (B,), and which step of the training
+                this is, for attacks that carry something over.
         Raises:
             AttackError: the gradient is not finite.
         """
@@ -179,6 +202,10 @@ class _Adversary:
             (gradient,) = torch.autograd.grad(loss, delta)
         if not torch.isfinite(gradient).all():
             raise AttackError(_cause(anchor, loss, gradient))
+        return self._direction(gradient)
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        """The step of length 1 in the attack's norm that a gradient asks for."""
         if self.norm == "linf":
             return gradient.sign()
         # Its largest entry made 1 first: the squares of a tiny (small τ) or huge gradient would
@@ -272,6 +299,100 @@ class CLAE(_Adversary):
         return anchor.images + delta
 
 
+class CarriedIDAA(IDAA):
+    """IDAA that attacks every k-th step, and in between uses the δ that each image got last.
+
+    Ours, beyond the paper (docs/cheaper-attacks.md). An image that was never attacked has δ = 0. A
+    δ was found for another view of its image: it is carried over in the latent as it is.
+
+    Args:
+        vae, epsilon: as `IDAA`, of one ℓ∞ or ℓ2 step. memory: how many training images there are.
+        every: k.
+    """
+
+    def __init__(
+        self, vae: VAE, epsilon: float, memory: int, every: int = 2, **attack: Any
+    ) -> None:
+        super().__init__(vae, epsilon, **attack)
+        self.every = every
+        self.deltas = torch.zeros(memory, vae.dim)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"deltas": self.deltas}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.deltas.copy_(state["deltas"])
+
+    def __call__(
+        self,
+        x: Tensor,
+        attack_loss: AttackLoss,
+        generator: torch.Generator | None = None,
+        shard: tuple[int, int] = (0, 1),
+        samples: Tensor | None = None,
+        step: int = 0,
+    ) -> Attack:
+        if step % self.every == 0:
+            attack = super().__call__(x, attack_loss, generator, shard)
+            self._carry(samples, attack.delta)
+            return attack
+        return self._attack(self.anchor(x), self._carried(samples, x))
+
+    def _carried(self, samples: Tensor | None, x: Tensor) -> Tensor:
+        """δ (B, m) that these images got last."""
+        if samples is None:
+            raise UserError(
+                "This attack carries δ over for each training image: it needs a method that says "
+                "which images a step attacks (Step.samples)."
+            )
+        self.deltas = self.deltas.to(x.device)
+        return self.deltas[samples.to(x.device)].to(x.dtype)
+
+    def _carry(self, samples: Tensor | None, delta: Tensor) -> None:
+        self._carried(samples, delta)
+        assert samples is not None
+        self.deltas[samples.to(delta.device)] = delta.to(self.deltas.dtype)
+
+
+class FreeIDAA(CarriedIDAA):
+    """IDAA whose gradient is a by-product of training ("free", Shafahi et al. 2019,
+    arXiv:1904.12843).
+
+    x′ is made with the δ that its image got at its last visit, and keeps its graph to δ; the
+    backward pass of the training loss gives the gradient of the adversarial loss there, from which
+    comes the next δ. The attack costs no pass of its own; its loss is that of training, whose
+    anchor is z₁ of the main norms. Ours, beyond the paper. The VAE must be frozen, or that backward
+    pass would leave gradients in it.
+    """
+
+    _leaf: tuple[Tensor, Tensor] | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        attack_loss: AttackLoss,
+        generator: torch.Generator | None = None,
+        shard: tuple[int, int] = (0, 1),
+        samples: Tensor | None = None,
+        step: int = 0,
+    ) -> Attack:
+        anchor = self.anchor(x)
+        delta = self._carried(samples, x)
+        with torch.enable_grad():
+            images = self.render(anchor, delta.requires_grad_())
+        assert samples is not None
+        self._leaf = samples, delta
+        z = anchor.point + delta.detach()
+        return Attack(images, delta.detach(), z, anchor.reconstruction)
+
+    def after_backward(self) -> None:
+        assert self._leaf is not None
+        samples, delta = self._leaf
+        assert delta.grad is not None
+        self._carry(samples, self.epsilon * self._direction(delta.grad))
+        self._leaf = None
+
+
 class RandomSign(IDAA):
     """IDAA's control: every coordinate of δ is ±ε (l2: equally large, ‖δ‖ = ε) with random sign.
 
@@ -285,6 +406,8 @@ class RandomSign(IDAA):
         attack_loss: AttackLoss,
         generator: torch.Generator | None = None,
         shard: tuple[int, int] = (0, 1),
+        samples: Tensor | None = None,
+        step: int = 0,
     ) -> Attack:
         anchor = self.anchor(x)
         unit = self._unit(anchor, anchor.point, attack_loss, True, generator, shard)

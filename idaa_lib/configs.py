@@ -269,6 +269,10 @@ class SSLConfig(TrainingConfig):
             the latent z for idaa and random_sign, of normalised pixels for clae.
         norm: linf or l2. steps, step_size (None: ε for one step, 2.5·ε/steps for more),
             random_start: of the attack. alpha: weight of the adversarial loss.
+        attack: where IDAA's gradient comes from: `full` as published; cheaper ones of ours
+            (docs/cheaper-attacks.md): `prefix`, through the first `attack_stages` stages of the
+            backbone alone; `carried`, at every `attack_every`-th step, with each image's δ carried
+            over in between; `free`, from the training backward pass of the image's last visit.
         reuse_anchor: the attacked embedding serves as its own anchor where it equals it exactly;
             False lets the adversarial BatchNorm statistics see a step 3 times, as the official
             code does.
@@ -307,6 +311,9 @@ class SSLConfig(TrainingConfig):
     step_size: Rate | None = None
     random_start: bool = False
     alpha: NonNegative = 1.0
+    attack: Literal["full", "prefix", "carried", "free"] = "full"
+    attack_stages: Annotated[int, Field(ge=1, le=4)] = 2
+    attack_every: Annotated[int, Field(ge=2)] = 2
     reuse_anchor: bool = True
     vae: str | None = None
     dim: Positive | None = None
@@ -321,7 +328,8 @@ class SSLConfig(TrainingConfig):
         adversary = values.get("adversary", "none")
         if adversary == "none":
             # Knobs of an attack that does not happen would give one run many names.
-            attack = ("norm", "steps", "step_size", "random_start", "alpha", "reuse_anchor")
+            attack = ("norm", "steps", "step_size", "random_start", "alpha", "reuse_anchor",
+                      "attack", "attack_stages", "attack_every")  # fmt: skip
             cls._check_unused(values, ("epsilon", "vae", "dim", *attack))
             values = {k: v for k, v in values.items() if k not in attack} | {"epsilon": 0.0}
         elif isinstance(adversary, str):
@@ -334,14 +342,32 @@ class SSLConfig(TrainingConfig):
             cls._check_unused(values, ("vae", "dim"))
         if adversary in ("none", "clae"):
             values = {k: v for k, v in values.items() if k not in ("vae", "dim")}
+        if values.get("attack") != "prefix":
+            cls._check_unused(values, ("attack_stages",), attack="prefix")
+            values = {k: v for k, v in values.items() if k != "attack_stages"}
+        if values.get("attack") != "carried":
+            cls._check_unused(values, ("attack_every",), attack="carried")
+            values = {k: v for k, v in values.items() if k != "attack_every"}
+        if values.get("attack", "full") != "full" and adversary != "idaa":
+            raise ConfigError(
+                f"attack={values['attack']!r} is IDAA's alone, and adversary is {adversary!r}."
+            )
+        one = values.get("steps", 1) == 1 and not values.get("random_start")
+        if values.get("attack") in ("carried", "free") and not one:
+            raise ConfigError(
+                f"attack={values['attack']!r} is of one step from the image itself: leave out "
+                f"steps and random_start."
+            )
         return values
 
     @classmethod
-    def _check_unused(cls, values: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    def _check_unused(
+        cls, values: Mapping[str, Any], names: tuple[str, ...], **beside: Any
+    ) -> None:
         """Values that will be dropped are validated all the same: a typing error is told."""
         for name in names:
             if name in values:
-                cls(preset="demo", adversary="idaa", **{name: values[name]})
+                cls(preset="demo", adversary="idaa", **beside, **{name: values[name]})
 
 
 class EvalConfig(Config):

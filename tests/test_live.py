@@ -386,7 +386,15 @@ def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, caps
     assert len(shown) == 1
 
 
-def test_a_stop_and_an_interrupt_are_one_sentence_each(outputs, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """As a kernel is: a shell's background job, and what it starts, ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_stop_and_an_interrupt_are_one_sentence_each(outputs, monkeypatch, interruptible):
     monkeypatch.setattr(live, "attended", lambda: True)
     monkeypatch.setattr(live, "display", lambda ui: None)
     run = locate(LONG)

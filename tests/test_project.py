@@ -125,7 +125,18 @@ def test_a_notebook_tells_a_story_and_keeps_its_cells_short(path):
 
 def test_every_verb_of_the_makefile_is_in_its_help():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for verb in ("demo", "test", "lab", "app", "report", "browser", "setup", "format"):
+    for verb in (
+        "demo",
+        "test",
+        "lab",
+        "app",
+        "report",
+        "browser",
+        "bench",
+        "profile",
+        "setup",
+        "format",
+    ):
         assert f"\n{verb} " in f"\n{done.stdout}"
 
 

@@ -63,12 +63,20 @@ def outcome(run):
     return tensors, state, lines, summary
 
 
-@pytest.mark.parametrize("adversary", ["vae", "none", "clae", "idaa", "random_sign"])
+CHEAPER = ("prefix", "carried", "free")
+
+
+@pytest.mark.parametrize("adversary", ["vae", "none", "clae", "idaa", "random_sign", *CHEAPER])
 @pytest.mark.parametrize("steps", [4, 6, 9])  # 6: exactly at the end of the first epoch
 def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
     outputs, vae, monkeypatch, adversary, steps
 ):
-    config = VAEConfig(**TINY, dim=8, seed=1) if adversary == "vae" else ssl(adversary=adversary)
+    if adversary == "vae":
+        config = VAEConfig(**TINY, dim=8, seed=1)
+    elif adversary in CHEAPER:
+        config = ssl(adversary="idaa", attack=adversary)
+    else:
+        config = ssl(adversary=adversary)
     whole = outcome(train(config))
     run = locate(config)
     shutil.rmtree(run.path)

@@ -29,7 +29,8 @@ class Step:
 
     Fields:
         loss: scalar with graph; parts: named scalars to be logged.
-        attacked: images (B, 3, H, W) that an adversary may change.
+        attacked: images (B, 3, H, W) that an adversary may change; samples: which training images
+            they are (B,).
         attack_loss(x, at_start=False): scalar to be ascended.
         adversarial_loss(x′): scalar with graph.
         embeddings: the positive pairs (B, D), (B, D), L2-normalised, for collapse diagnostics.
@@ -42,6 +43,7 @@ class Step:
     loss: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     attacked: Tensor | None = None
+    samples: Tensor | None = None
     attack_loss: Callable[..., Tensor] | None = None
     adversarial_loss: Callable[[Tensor], Tensor] | None = None
     embeddings: tuple[Tensor, Tensor] | None = None

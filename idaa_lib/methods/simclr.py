@@ -43,7 +43,12 @@ class Embedder(nn.Module):
         self.backbone = backbone
         self.projector = projector
 
-    def forward(self, images: Tensor, adversarial: bool = False) -> Tensor:
+    def forward(
+        self, images: Tensor, adversarial: bool = False, stages: int | None = None
+    ) -> Tensor:
+        """With `stages` the pooled features of so many stages of the backbone instead of z."""
+        if stages is not None:
+            return F.normalize(self.backbone(images, adversarial, stages), dim=1)
         return F.normalize(self.projector(self.backbone(images, adversarial=adversarial)), dim=1)
 
 
@@ -59,6 +64,10 @@ class SimCLR(Method):
         projector = simclr_projector(backbone.feature_dim, config.projection_dim)
         super().__init__(Embedder(backbone, projector), recipe)
         self.temperature, self.reuse_anchor = config.temperature, config.reuse_anchor
+        # How the attack looks at images; training itself always by the whole network.
+        self.attacked_by: dict[str, Any] = {"adversarial": True}
+        if config.attack == "prefix":
+            self.attacked_by["stages"] = config.attack_stages
 
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
         v1, v2 = (view.images for view in views)
@@ -67,13 +76,13 @@ class SimCLR(Method):
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
             nonlocal anchor
-            z = self._embed(x, adversarial=True)
+            z = self._embed(x, **self.attacked_by)
             if anchor is None and at_start and self.reuse_anchor:
                 # x is the first view itself, so its embedding is the anchor: exact, a pass saved.
                 anchor = z.detach()
             elif anchor is None:
                 with torch.no_grad():
-                    anchor = self._embed(v1, adversarial=True)
+                    anchor = self._embed(v1, **self.attacked_by)
             return nt_xent(anchor, z, self.temperature)
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:
@@ -83,14 +92,15 @@ class SimCLR(Method):
         return Step(
             loss,
             attacked=v1,
+            samples=batch.get("images"),
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
             embeddings=(z1.detach(), z2.detach()),
             shown={"view 1": v1, "view 2": v2},
         )
 
-    def _embed(self, images: Tensor, adversarial: bool = False) -> Tensor:
-        return gathered(self.network(images, adversarial=adversarial))
+    def _embed(self, images: Tensor, **how: Any) -> Tensor:
+        return gathered(self.network(images, **how))
 
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
         schedule = delayed_cosine(epochs, steps_per_epoch)

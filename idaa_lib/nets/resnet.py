@@ -111,11 +111,14 @@ class ResNet(_Normed):
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Tensor, adversarial: bool = False) -> Tensor:
-        """Images (B, 3, H, W), normalised → features (B, feature_dim)."""
+    def forward(
+        self, images: Tensor, adversarial: bool = False, stages: int | None = None
+    ) -> Tensor:
+        """Images (B, 3, H, W), normalised → features (B, feature_dim); of the first `stages`
+        stages alone, pooled, where that is given."""
         x = self.norm("bn1", self.conv1(images), adversarial)
         x = self.maxpool(F.relu(x))
-        for stage in range(1, 5):
+        for stage in range(1, (stages or 4) + 1):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x, adversarial)
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from idaa_lib import checkpoints
-from idaa_lib.adversaries import AttackError, NoAdversary
+from idaa_lib.adversaries import AttackError, CarriedIDAA, NoAdversary
 from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.environment import torch_device
 from idaa_lib.evaluate.figures import embedding_std
@@ -75,6 +75,11 @@ class Fit:
         self.images, self.labels = images, labels
         self.adversary, self.alpha = adversary or NoAdversary(), alpha
         self.validate, self.validate_every = validate, validate_every
+        if processes > 1 and isinstance(self.adversary, CarriedIDAA):
+            raise ConfigError(
+                "attack='carried' and 'free' keep a δ for each image in one process: with "
+                f"{processes} processes an image comes to another one at each epoch."
+            )
         self.steps_per_epoch = method.steps_per_epoch(labels, config.batch_size)
         self.total = config.epochs * self.steps_per_epoch
         self.step, self.seconds = 0, 0.0
@@ -107,6 +112,7 @@ class Fit:
         for index, slots in state["state"].items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in slots.items()}
         tensors |= {f"sums.{k}": v for k, v in self.sums.items()}
+        tensors |= {f"adversary.{k}": v for k, v in self.adversary.state_dict().items()}
         counters = {"step": self.step, "count": self.count, "seconds": self.seconds}
         checkpoints.save(
             self.writer.run, self.step, tensors, counters | {"groups": state["param_groups"]}
@@ -129,6 +135,8 @@ class Fit:
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if not anew:
             self.step, self.count, self.seconds = state["step"], state["count"], state["seconds"]
+            if carried := _under("adversary.", tensors):
+                self.adversary.load_state_dict(carried)
             self.sums = {
                 k: v.to(self.accelerator.device) for k, v in _under("sums.", tensors).items()
             }
@@ -231,7 +239,12 @@ class Fit:
         try:
             with self.accelerator.autocast():
                 attack = self.adversary(
-                    step.attacked, step.attack_loss, generator=noise, shard=self.shard
+                    step.attacked,
+                    step.attack_loss,
+                    generator=noise,
+                    shard=self.shard,
+                    samples=step.samples,
+                    step=self.step,
                 )
         except AttackError as error:
             raise RunError(f"At step {self.step}: {error}") from error
@@ -239,13 +252,15 @@ class Fit:
             assert step.adversarial_loss is not None
             assert step.attacked is not None
             adversarial = step.adversarial_loss(attack.images)
-            moved = (attack.images - step.attacked).flatten(1).norm(dim=1).mean()
+            x_adv = attack.images.detach()
+            moved = (x_adv - step.attacked).flatten(1).norm(dim=1).mean()
             parts |= {"clean_loss": step.loss, "adversarial_loss": adversarial, "moved": moved}
             if attack.reconstruction is not None:
                 step.shown["G(x)"] = attack.reconstruction
-            step.shown |= {"x′": attack.images, "x′ − x": (attack.images, step.attacked)}
+            step.shown |= {"x′": x_adv, "x′ − x": (x_adv, step.attacked)}
             loss = loss + self.alpha * adversarial
         self.accelerator.backward(loss)
+        self.adversary.after_backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(step)

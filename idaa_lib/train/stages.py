@@ -106,8 +106,14 @@ def train_ssl(config: SSLConfig) -> Run:
     if config.adversary == "clae":
         adversary = adversaries.CLAE(**attack)  # type: ignore[arg-type]
     elif plan.vae is not None:
-        kind = {"idaa": adversaries.IDAA, "random_sign": adversaries.RandomSign}[config.adversary]
-        adversary = kind(load_vae(plan.vae), **attack, mean=units[0], std=units[1])  # type: ignore[arg-type]
+        kind: Any = (
+            adversaries.RandomSign if config.adversary == "random_sign" else adversaries.IDAA
+        )
+        if config.attack in ("carried", "free"):
+            kind = {"carried": adversaries.CarriedIDAA, "free": adversaries.FreeIDAA}[config.attack]
+            attack |= {"memory": len(plan.data), "every": config.attack_every}
+        vae = load_vae(plan.vae)
+        adversary = kind(vae, **attack, mean=units[0], std=units[1])
 
     val, bank = _validation(config), plan.data
     if config.split == "trainval":  # which holds `val` itself: an image would find itself

@@ -1,0 +1,62 @@
+"""The benchmarks' own arithmetic: what is compared, and what counts as having moved."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import compare
+import sides
+
+
+def file(*rows):
+    return {"hardware": "h", "protocol": "p", "rows": list(rows)}
+
+
+def row(what, value, unit="ms", spread=None):
+    return {"what": what, "value": value, "unit": unit, "spread": spread}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "unit", "spread", "verdict"),
+    [
+        (10.0, 11.9, "ms", [9.0, 11.0], "same"),  # half widths 1 and 1
+        (10.0, 12.1, "ms", [9.0, 11.0], "worse"),
+        (10.0, 7.9, "ms", [9.0, 11.0], "better"),
+        (3.0, 2.0, "ratio", [2.9, 3.1], "worse"),
+        (3.0, 4.0, "ratio", [2.9, 3.1], "better"),
+        (100.0, 109.0, "MiB", None, "same"),  # 5 % each
+        (100.0, 111.0, "MiB", None, "worse"),
+        (50.0, 60.0, "% top-1", 2.0, "better"),
+    ],
+)
+def test_a_row_has_moved_beyond_both_spreads(old, new, unit, spread, verdict):
+    found = compare.moves(
+        file(row("a", old, unit, spread), row("gone", 1)),
+        file(row("a", new, unit, spread), row("fresh", 1)),
+    )
+    assert found == [("a", old, new, verdict)]
+
+
+def test_the_straightforward_nt_xent_is_the_loss_itself():
+    """Slow, but right: a baseline that computes something else compares nothing."""
+    z1, z2 = (
+        F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=1).requires_grad_()
+        for _ in range(2)
+    )
+    fast = sides.broadcast_nt_xent(z1, z2, 0.5)
+    torch.testing.assert_close(fast, reference.nt_xent(z1, z2, 0.5))
+
+
+@pytest.mark.parametrize("name", ["views-eager", "vae-ours"])
+def test_a_side_works(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(sides, "BATCH", 16)
+    monkeypatch.setattr(sides, "VAE_BATCH", 16)
+    monkeypatch.setattr(sides, "VAE_STEPS", 1)
+    work = sides.PARTS[name]()
+    work(), work()
