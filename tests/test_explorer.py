@@ -406,11 +406,16 @@ def test_an_image_of_one_s_own(explorer):
 
 def test_what_is_saved_can_be_made_again(explorer, outputs):
     explorer.adversary.value = "clae"
+    explorer.asides.selected_index = 2  # the walk, which is saved once it was looked at
+    assert explorer._background.settle()
+    explorer.walk.amount.value = 2.0
+    explorer.walk.b.value = 3
     explorer.keep.click()
     assert explorer._background.settle()
     (folder,) = (path for path in (outputs / "explorer").iterdir() if "clae" in path.name)
     assert str(folder) in explorer.status.value
     names = {"picture.png", "strip.png", "spectra.png", "curves.png"}
+    names |= {"walk.png", "exchange.png", "likeness.png"}
     assert {path.name for path in folder.iterdir()} == names | {"again.py"}
     subprocess.run([sys.executable, folder / "again.py"], check=True, timeout=300)
     for name in names:

@@ -134,7 +134,8 @@ class Engine:
             "from idaa_lib.lab.engine import Engine\n\n"
             f"config = DecomposeConfig({fields})\n"
             f'folder = Path(__file__).parent / "again"\n'
-            f"Engine(config).save(folder, {adversary!r}, epsilon={epsilon!r}, index={index})\n"
+            "engine = Engine(config)\n"
+            f"engine.save(folder, {adversary!r}, epsilon={epsilon!r}, index={index})\n"
         )
 
     # --- identity -----------------------------------------------------------------------------

@@ -357,7 +357,14 @@ class Explorer:
 
         def work() -> None:
             engine.save(folder, adversary, epsilon, index)
-            (folder / "again.py").write_text(engine.code(adversary, epsilon, index))
+            code = engine.code(adversary, epsilon, index)
+            if (walk := self.walk.walk) is not None and self.walk.moved.image.value:
+                walk.save(folder, *self.walk.shown)
+                given = ", ".join(map(repr, self.walk.shown))
+                code += (
+                    f"\nfrom idaa_lib.lab.walk import Walk\n\nWalk(engine).save(folder, {given})\n"
+                )
+            (folder / "again.py").write_text(code)
             self.status.value = f"Saved, with the code that makes it again: {folder}"
 
         self.status.value = "saving …"

@@ -7,6 +7,7 @@ R between two images. The witness, an encoder that nobody attacked, says whose i
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -17,9 +18,10 @@ from idaa_lib.lab import plots
 from idaa_lib.lab.background import Background
 from idaa_lib.lab.engine import Engine
 from idaa_lib.lab.grid import Grid
-from idaa_lib.lab.style import svg
+from idaa_lib.lab.style import save, svg
 from idaa_lib.nets import evaluating
 
+MOVED = ("D(z + step)", "R + D(z + step)")
 SHARES = tuple(step / 8 for step in range(9))  # of the second image, from none to all
 
 
@@ -89,6 +91,32 @@ class Walk:
         """Cosine by the witness of each image to a and to b: (N, 2)."""
         return self.engine.recognise(images)[:, [a, b]]
 
+    def save(
+        self, folder: Path, kind: str, index: int, amount: float, a: int, b: int
+    ) -> list[Path]:
+        """Write the pictures of a step and of an exchange as labelled figures."""
+        pairs = self.between(a, b)
+        shares = [f"{share:.0%} b" for share in SHARES]
+        moved = dict(zip(MOVED, self.moved(kind, index, amount), strict=True))
+        figures = {
+            "walk": plots.image_rows(
+                moved, f"{kind} {index}, {amount:+g} std", columns=self.engine.columns
+            ),
+            "exchange": plots.image_rows(
+                {name: self.scene.pixels(images) for name, images in pairs.items()},
+                f"a = {self.scene.names[a]}, b = {self.scene.names[b]}",
+                columns=len(SHARES),
+                names=shares,
+            ),
+            "likeness": plots.likeness(
+                SHARES, {name: self.likeness(images, a, b) for name, images in pairs.items()}
+            ),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            save(figure, folder / f"{name}.png")
+        return [folder / f"{name}.png" for name in figures]
+
     @cached_property
     def _parts(self) -> tuple[Tensor, Tensor]:
         G, R = self.scene.vae.decompose(self.scene.x)
@@ -108,7 +136,7 @@ class WalkPanel:
         self.amount = widgets.FloatSlider(
             0, min=-6, max=6, step=0.1, description="step (std)", layout={"width": "440px"}
         )
-        self.moved = Grid(["D(z + step)", "R + D(z + step)"], "idaa-walk")
+        self.moved = Grid(MOVED, "idaa-walk")
         self.a = widgets.BoundedIntText(0, 0, 0, description="image a")
         self.b = widgets.BoundedIntText(1, 0, 1, description="image b")
         self.between = Grid(["R(a), z moves", "G(a), R moves"], "idaa-between")
@@ -137,6 +165,13 @@ class WalkPanel:
         self.moved.shape(columns, size, engine.scene.names)
         self.between.shape(len(SHARES), size, [f"{share:.0%} b" for share in SHARES])
         self.a.max = self.b.max = columns - 1
+
+    @property
+    def shown(self) -> tuple[str, int, float, int, int]:
+        """What `Walk.save` needs to make these pictures again."""
+        return (
+            self.kind.value, self.index.value, self.amount.value, self.a.value, self.b.value
+        )  # fmt: skip
 
     def draw(self) -> None:
         self._background.ask("aside", self._guard(self._draw))
