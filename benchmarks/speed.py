@@ -182,8 +182,8 @@ def main(words: list[str]) -> int:
                 print(f"{row['what']:<36} {row['value']:>10} {row['unit']}", flush=True)
                 rows.append(row)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if not words:
-        print(record.write("speed", " ".join(PROTOCOL.split()), rows))
+    name = "-".join(["speed", *words])  # parts have files of their own
+    print(record.write(name, " ".join(PROTOCOL.split()), rows))
     return 0
 
 
