@@ -140,22 +140,28 @@ def jupyter(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
     token = secrets.token_urlsafe(24)
     own = {name: str(folder / name.lower()) for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     own["JUPYTER_CONFIG_DIR"] = str(folder / "jupyter_config_dir")
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port=0"]
-    command += ["--allow-root", f"--ServerApp.root_dir={notebooks}"]
+    # Jupyter looks for a free port first and listens later. Below the range from which the system
+    # gives ports to whoever asks for any, nobody takes it in between.
+    port = 10_000 + secrets.randbelow(20_000)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1"]
+    command += [f"--port={port}", "--allow-root", f"--ServerApp.root_dir={notebooks}"]
     command += [f"--LabApp.app_settings_dir={settings}", "--LabApp.extension_manager=readonly"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     log = folder / "jupyter.log"
     runtime = Path(own["JUPYTER_RUNTIME_DIR"])
     with _started(command, environment | own | {"JUPYTER_TOKEN": token}, log) as process:
 
-        def url() -> str | None:
-            # Written once the port is known and listened on.
+        def answers() -> Server | None:
+            # The file is written once the port is chosen, and that is before it is listened on.
             for path in runtime.glob("jpserver-*.json"):
-                with contextlib.suppress(ValueError):
-                    return json.loads(path.read_text())["url"]
+                with contextlib.suppress(ValueError, OSError):
+                    url = json.loads(path.read_text())["url"]
+                    server = Server(url, token, notebooks, process.pid)
+                    server.ask("api/status")
+                    return server
             return None
 
-        yield Server(_up(process, url, log), token, notebooks, process.pid)
+        yield _up(process, answers, log)
 
 
 @contextlib.contextmanager

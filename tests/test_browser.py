@@ -273,7 +273,8 @@ def test_the_start_page_lists_the_runs_and_overlays_two(context, lab, outputs):
 
 
 def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
-    asked = SMALL | {"epochs": 12, "log_every": 1}
+    # Long enough that it still goes when the tab is closed, also where the page is slow.
+    asked = SMALL | {"epochs": 25, "log_every": 1}
     lab.set("03_train_ssl", **asked)
     notebook = browser.Notebook(context, lab, "03_train_ssl")
     try:
@@ -284,7 +285,7 @@ def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
         notebook.save()
     finally:
         notebook.close()
-    (run,) = runs.find("ssl", finished=False, epochs=12)
+    (run,) = runs.find("ssl", finished=False, epochs=25)
     assert not run.finished  # nobody watches, and it goes on
 
     notebook = browser.Notebook(context, lab, "03_train_ssl", fresh=False)
