@@ -15,7 +15,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,11 @@ def views_pil() -> Work:
 
 
 def simclr_straightforward() -> Work:
-    network, (x_i, x_j), optimizer = _network("none")
+    network, views = _network("none"), _pil_views()
+    optimizer = _adam(network)
 
     def step() -> None:
+        x_i, x_j = next(views)
         optimizer.zero_grad()
         loss = broadcast_nt_xent(network(x_i), network(x_j), 0.5)
         loss.backward()
@@ -121,13 +123,16 @@ def simclr_straightforward() -> Work:
 
 
 def idaa_straightforward() -> Work:
-    network, (x_i, x_j), optimizer = _network("idaa")
-    vae = _vae().to(DEVICE)
+    network, views = _network("idaa"), _pil_views()
+    optimizer = _adam(network)
+    # The published backward pass through everything fills the VAE's gradients too (spec §8.1).
+    vae = _vae().to(DEVICE).requires_grad_(True)
 
     def attack(x: Tensor) -> Tensor:
         return reference.idaa(network, vae, x, 0.1, 0.5, broadcast_nt_xent)
 
     def step() -> None:
+        x_i, x_j = next(views)
         loss, _ = reference.simclr_step(network, x_i, x_j, attack, 1.0, 0.5, broadcast_nt_xent)
         optimizer.step()
         loss.item()
@@ -135,14 +140,28 @@ def idaa_straightforward() -> Work:
     return step
 
 
-def _network(adversary: Any) -> tuple[nn.Module, tuple[Tensor, Tensor], torch.optim.Optimizer]:
-    """The paper's network, plain Adam, and two views that cost this side nothing."""
+def _network(adversary: Any) -> nn.Module:
+    """The paper's network."""
     data = images(BATCH)
     transform = recipe("simclr", 32, data.mean, data.std)
-    network = build_method(_ssl(adversary), transform).network.to(DEVICE).train()
-    x = data.images.to(DEVICE)
-    pair = tuple(transform(x, keyed_generator(i)).images for i in range(2))
-    return network, pair, torch.optim.Adam(network.parameters(), lr=3e-4)  # type: ignore[return-value]
+    return build_method(_ssl(adversary), transform).network.to(DEVICE).train()
+
+
+def _adam(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(network.parameters(), lr=3e-4)
+
+
+def _pil_views() -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of views without end, made by 2 workers while the step before computes."""
+    data = images(8 * BATCH)
+    transform = simclr_transform(data.mean, data.std)
+    loader = DataLoader(
+        Photographs(data, transform, 2), BATCH, shuffle=True, num_workers=2, drop_last=True,
+        persistent_workers=True,
+    )  # fmt: skip
+    while True:
+        for (x_i, x_j), _ in loader:
+            yield x_i.to(DEVICE), x_j.to(DEVICE)
 
 
 def vae_straightforward() -> Work:
@@ -170,7 +189,7 @@ def vae_straightforward() -> Work:
 
 def linear_straightforward() -> Work:
     """One epoch of the published probe: train and test encoded anew, a step of Adam a batch."""
-    network = _network("none")[0].get_submodule("backbone").eval()
+    network = _network("none").get_submodule("backbone").eval()
     data, test = images(TRAIN), images(TEST, "test")
     plain = T.Compose([T.ToTensor(), T.Normalize(data.mean, data.std)])
     head = nn.Linear(512, len(data.classes)).to(DEVICE)
@@ -234,18 +253,16 @@ def _fit(adversary: Any) -> Work:
     if adversary == "idaa":
         vae = _vae().to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         attack = IDAA(vae, 0.1)
-    resident = data.images.to(accelerator.device)
-    fit = Fit(accelerator, method, resident, data.labels, config, attack)
+    fit = Fit(accelerator, method, data.images, data.labels, config, attack)
     return _steps(fit, accelerator, BATCH, 1)
 
 
 def vae_ours() -> Work:
     data = images(VAE_STEPS * VAE_BATCH)
-    config = VAEConfig(preset="cifar10", dataset="photos", batch_size=VAE_BATCH)
+    config = VAEConfig(preset="cifar10", dataset="photos", batch_size=VAE_BATCH, compile=True)
     accelerator = make_accelerator(config, outputs_root())
     method = VAETraining(config, recipe("simclr", 32, data.mean, data.std))
-    resident = data.images.to(accelerator.device)
-    fit = Fit(accelerator, method, resident, data.labels, config)
+    fit = Fit(accelerator, method, data.images, data.labels, config)
     return _steps(fit, accelerator, VAE_BATCH, VAE_STEPS)
 
 
@@ -257,10 +274,9 @@ def _steps(fit: Fit, accelerator: Any, batch: int, steps: int) -> Work:
 
     def work() -> None:
         epoch = next(count)
-        order = torch.randperm(len(fit.images), generator=keyed_generator(epoch))
-        for index in order.split(batch)[:steps]:
-            mine = index.to(fit.images.device)
-            fit.train_step(epoch, {"images": fit.images[mine]}, {"images": mine})
+        order = torch.randperm(len(fit.labels), generator=keyed_generator(epoch))
+        for index, chosen in fit.feed({"images": i} for i in order.split(batch)[:steps]):
+            fit.train_step(epoch, chosen, index)
             fit._shown = {}
 
     return work
@@ -268,14 +284,15 @@ def _steps(fit: Fit, accelerator: Any, batch: int, steps: int) -> Work:
 
 def linear_ours() -> Work:
     """The whole evaluation: features of all images once, nine penalties, the refit, the test."""
-    encoder = _network("none")[0].get_submodule("backbone")
+    encoder = _network("none").get_submodule("backbone")
     encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data, test = images(TRAIN), images(TEST, "test")
     cut = TRAIN * 9 // 10
 
     def whole() -> None:
         z, z_test = (
-            features(encoder, d.images, 32, d.mean, d.std, device=DEVICE) for d in (data, test)
+            features(encoder, d.images, 32, d.mean, d.std, device=DEVICE, bf16=bf16())
+            for d in (data, test)
         )
         linear_probe(
             (z[:cut], data.labels[:cut]), (z[cut:], data.labels[cut:]), z_test,

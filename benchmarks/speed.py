@@ -29,10 +29,10 @@ take turns (benchmarks/paired.py; warm-up not counted); spread: quartiles of the
 median seconds of [straightforward, ours]. Images: photographs, 32 px. The straightforward
 formulation (benchmarks/sides.py) is the specification's, in fp32 and the published order of work.
 views: two SimCLR views of {8 * sides.BATCH} images in batches of {sides.BATCH}, against PIL in 2
-workers. steps: ResNet-18 of the paper, batch {sides.BATCH}; the straightforward side gets its views
-for nothing, ours draws them. Both sides run with the allocator settings of `make lab`, but for
+workers. steps: ResNet-18 of the paper, batch {sides.BATCH}; views included (straightforward:
+2 workers that work ahead). Both sides run with the allocator settings of `make lab`, but for
 idaa_step_ratio_default_allocator, whose straightforward side has glibc's. idaa_over_simclr: ours
-both. vae_epoch: {sides.VAE_STEPS} steps of {sides.VAE_BATCH}, views included. linear_eval:
+both. vae_epoch: {sides.VAE_STEPS} steps of {sides.VAE_BATCH}, views included, ours with compile=True. linear_eval:
 straightforward: one epoch that encodes {sides.TRAIN} + {sides.TEST} images anew, times 1000
 (extrapolated), against our whole evaluation. knn_extra_mib: peak beyond the features of 10,000
 queries against 50,000 × 512 (random; baseline: seconds). step_peak_mib: peak resident (on a GPU:
@@ -118,8 +118,9 @@ data = open_images(os.environ.get("IDAA_CIFAR10_ZIP", "photos"), "train", 32, No
 config = SSLConfig(preset="cifar10", batch_size=64)
 accelerator = make_accelerator(config, outputs_root())
 method = build_method(config, recipe("simclr", 32, data.mean, data.std))
-fit = Fit(accelerator, method, data.images.to(accelerator.device), data.labels, config)
-fit.train_step(0, {"images": fit.images[:64]}, {})
+fit = Fit(accelerator, method, data.images, data.labels, config)
+batch, images = next(fit.feed([{"images": torch.arange(64)}]))
+fit.train_step(0, images, batch)
 if accelerator.device.type == "cuda": torch.cuda.synchronize()
 """
     _python(code)  # fills the cache of decoded images

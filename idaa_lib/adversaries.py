@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -53,11 +53,15 @@ class Attack:
 
 @dataclass(frozen=True)
 class Anchor:
-    """What an attack starts from: images x, the point that is perturbed, and G(x) if there is."""
+    """What an attack starts from: images x, the point that is perturbed, and G(x) if there is.
+
+    start: δ = 0 and x′ there with a graph back to it, good for one gradient.
+    """
 
     images: Tensor
     point: Tensor
     reconstruction: Tensor | None
+    start: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ class NoAdversary:
         pass
 
     def after_backward(self) -> None:
+        pass
+
+    def check(self) -> None:
         pass
 
 
@@ -116,6 +123,7 @@ class _Adversary:
         self.epsilon, self.steps, self.norm, self.random_start = epsilon, steps, norm, random_start
         default = epsilon if steps == 1 else 2.5 * epsilon / steps
         self.step_size = default if step_size is None else step_size
+        self._finite: Tensor | None = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What it carries from step to step; nothing as published."""
@@ -127,7 +135,23 @@ class _Adversary:
     def after_backward(self) -> None:
         """Called when the training loss has been differentiated."""
 
-    def anchor(self, x: Tensor) -> Anchor:
+    def check(self) -> None:
+        """Wait for the device, and see whether the gradients since the last check were finite.
+
+        Only the CPU is asked at every attack: a GPU would have to be waited for each time.
+
+        Raises:
+            AttackError: one was not.
+        """
+        finite, self._finite = self._finite, None
+        if finite is not None and not finite:
+            raise AttackError(
+                "An attack's gradient was not finite since the last line of the log: the encoder "
+                "diverged, τ is too small, or the VAE is broken."
+            )
+
+    def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
+        """What an attack on x starts from; with `graph` ready for its first gradient."""
         raise NotImplementedError
 
     def render(self, anchor: Anchor, delta: Tensor) -> Tensor:
@@ -155,7 +179,7 @@ class _Adversary:
         Raises:
             AttackError: the gradient is not finite.
         """
-        anchor = self.anchor(x)
+        anchor = self.anchor(x, graph=not self.random_start)
         delta = torch.zeros_like(anchor.point)
         if self.random_start:
             delta = self._uniform(anchor.point, generator, shard)
@@ -172,9 +196,11 @@ class _Adversary:
         generator: torch.Generator | None = None,
     ) -> Direction:
         """The first step's direction at x. With one step and no random start it is the attack."""
-        anchor = self.anchor(x)
+        anchor = self.anchor(x, graph=True)
         zero = torch.zeros_like(anchor.point)
-        return Direction(anchor, self._unit(anchor, zero, attack_loss, True, generator, (0, 1)))
+        unit = self._unit(anchor, zero, attack_loss, True, generator, (0, 1))
+        self.check()
+        return Direction(replace(anchor, start=None), unit)
 
     def apply(self, direction: Direction, epsilon: float) -> Attack:
         """The one-step attack of radius `epsilon` along a direction: costs one decode."""
@@ -196,11 +222,18 @@ class _Adversary:
         shard: tuple[int, int],
     ) -> Tensor:
         with torch.enable_grad():
-            delta = delta.detach().requires_grad_()
+            if at_start and anchor.start is not None:
+                delta, images = anchor.start
+            else:
+                delta = delta.detach().requires_grad_()
+                images = self.render(anchor, delta)
             start = {"at_start": at_start} if _knows_start(attack_loss) else {}
-            loss = attack_loss(self.render(anchor, delta), **start)
+            loss = attack_loss(images, **start)
             (gradient,) = torch.autograd.grad(loss, delta)
-        if not torch.isfinite(gradient).all():
+        finite = torch.isfinite(gradient).all()
+        if _waits(gradient.device):
+            self._finite = finite if self._finite is None else self._finite & finite
+        elif not finite:
             raise AttackError(_cause(anchor, loss, gradient))
         return self._direction(gradient)
 
@@ -264,11 +297,16 @@ class IDAA(_Adversary):
             self.units = None if (mean, std) == own else ((mean, std), own)
 
     @torch.no_grad()
-    def anchor(self, x: Tensor) -> Anchor:
+    def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
         with evaluating(self.vae):
             # In the precision of x under autocast too: bf16 would round μ, δ and ε themselves.
             point = self.vae.encode(self._to_vae(x))[0].to(x.dtype)
-            return Anchor(x, point, self._from_vae(self.vae.decode(point).to(x.dtype)))
+            # One decode serves G(x) and the first gradient.
+            with torch.set_grad_enabled(graph):
+                zero = torch.zeros_like(point, requires_grad=graph)
+                decoded = self._from_vae(self.vae.decode(point + zero).to(x.dtype))
+                G = decoded.detach()
+                return Anchor(x, point, G, (zero, (x - G) + decoded) if graph else None)
 
     def render(self, anchor: Anchor, delta: Tensor) -> Tensor:
         assert anchor.reconstruction is not None
@@ -292,7 +330,7 @@ class IDAA(_Adversary):
 class CLAE(_Adversary):
     """Attack on the pixels: x′ = x + δ, ‖δ‖ ≤ ε in the units of x (normalised)."""
 
-    def anchor(self, x: Tensor) -> Anchor:
+    def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
         return Anchor(x.detach(), x.detach(), None)
 
     def render(self, anchor: Anchor, delta: Tensor) -> Tensor:
@@ -439,6 +477,11 @@ def _draw(
     n = len(like)
     drawn = sample((processes * n, *like.shape[1:]), generator=generator)
     return drawn[rank * n : (rank + 1) * n].to(like)
+
+
+def _waits(device: torch.device) -> bool:
+    """Whether reading a value means waiting for all that was launched before."""
+    return device.type != "cpu"
 
 
 def _knows_start(attack_loss: AttackLoss) -> bool:

@@ -51,15 +51,20 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether `fp32`, `bf16` or `auto` (where the device multiplies it natively) means bf16 here."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # Emulated bf16 is slower than fp32: only CPUs that multiply it natively gain.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and bool(native)
+
+
 def describe(device: torch.device, precision: str, images: ImageSet) -> dict[str, Any]:
     """JSON values; `dataset` has the normalisation that the trained network expects."""
-    return {
-        "versions": versions(),
-        "hardware": hardware(device),
-        "device": str(device),
-        "precision": precision,
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "commit": _commit(),
+    return surroundings(device, precision) | {
         "dataset": {
             "name": images.name,
             "split": images.split,
@@ -70,6 +75,18 @@ def describe(device: torch.device, precision: str, images: ImageSet) -> dict[str
             "std": list(images.std),
             "skipped": images.skipped,
         },
+    }
+
+
+def surroundings(device: torch.device, precision: str) -> dict[str, Any]:
+    """What a run was made with, whatever its data."""
+    return {
+        "versions": versions(),
+        "hardware": hardware(device),
+        "device": str(device),
+        "precision": precision,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "commit": _commit(),
     }
 
 

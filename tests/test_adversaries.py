@@ -10,6 +10,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
+from idaa_lib import adversaries
 from idaa_lib.adversaries import (
     CLAE,
     IDAA,
@@ -435,6 +436,29 @@ def test_loss_that_is_not_finite_is_named(make, x, kind, norm, loss, cause):
     with pytest.raises(AttackError) as error:
         make(kind, 0.1, norm=norm)(x, loss)
     assert str(error.value).startswith(NOT_FINITE + cause)
+
+
+@pytest.mark.parametrize("kind", [IDAA, CLAE])
+def test_a_device_that_would_be_waited_for_is_asked_when_checked(make, x, kind, monkeypatch):
+    monkeypatch.setattr(adversaries, "_waits", lambda device: True)
+    adversary = make(kind, 0.1)
+    adversary.check()  # nothing yet
+    adversary(x, lambda x: math.nan * x.sum())
+    adversary(x, of_samples)  # a good one after it does not hide it
+    with pytest.raises(AttackError, match="gradient was not finite since the last line"):
+        adversary.check()
+    adversary.check()  # told once
+    with pytest.raises(AttackError):  # one that a person waits for is told at once
+        adversary.direction(x, lambda x: math.nan * x.sum())
+
+
+def test_an_attack_of_k_steps_decodes_k_plus_one_times(vae, x):
+    for steps in (1, 3):
+        calls = []
+        hook = vae.fc21.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        IDAA(vae, 0.1, steps=steps)(x, of_samples)
+        hook.remove()
+        assert len(calls) == steps + 1  # G(x) is the first one's
 
 
 @pytest.mark.parametrize("kind", [IDAA, CLAE])

@@ -19,6 +19,7 @@ from idaa_lib.evaluate.encoders import features, pixels
 from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn, official_bank
 from idaa_lib.evaluate.linear import linear_probe, logistic_regression, official_probe, predict
+from idaa_lib.nets import build_backbone
 from idaa_lib.views import keyed_generator
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -333,6 +334,16 @@ def test_features_are_the_module_s_on_normalised_images(module, images):
         assert found.dtype == torch.float32 and not found.requires_grad
     of_function = features(lambda x: twin(x), images, 16, MEAN, STD)
     torch.testing.assert_close(of_function, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_in_bf16_point_the_same_way():
+    torch.manual_seed(0)
+    backbone = build_backbone("resnet18", width=8, stem="cifar", adversarial_norms=False)
+    images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=keyed_generator(0))
+    exact, fast = (features(backbone, images, 32, MEAN, STD, bf16=bf16) for bf16 in (False, True))
+    assert fast.dtype == torch.float32
+    assert not torch.equal(exact, fast)
+    assert torch.nn.functional.cosine_similarity(exact, fast).min() > 0.999
 
 
 def test_features_resize_images_of_another_size(module, images):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,16 @@ import torch
 from PIL import Image
 
 import idaa_lib
-from idaa_lib import checkpoints, images, runs
+from idaa_lib import adversaries, checkpoints, images, runs
 from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.evaluate.encoders import features, load_encoder, load_vae, random_encoder
 from idaa_lib.evaluate.stage import evaluate, results
+from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.runs import RunError, Stopped
-from idaa_lib.train import locate, train, train_ssl, train_vae
+from idaa_lib.train import locate, loop, stages, train, train_ssl, train_vae
+from idaa_lib.train.feed import Feed
 from idaa_lib.train.loop import Fit
+from idaa_lib.views import keyed_generator, recipe
 
 TINY = {"limit": 96, "batch_size": 16, "epochs": 2, "width": 4, "log_every": 4, "device": "cpu"}
 VAE = VAEConfig(**TINY, dim=8)
@@ -297,6 +301,66 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_is_not_saved(outputs, l
     assert run.state["state"] == "failed"
     saved = checkpoints.load(run)
     assert saved is None or all(t.isfinite().all() for t in saved[0].values())
+
+
+def test_an_attack_that_is_not_finite_is_told_where_the_log_is_written(vae, monkeypatch):
+    monkeypatch.setattr(adversaries, "_waits", lambda device: True)  # as on a GPU
+
+    def broken(run):
+        found = load_vae(run)
+        found.fc21.bias.data.fill_(torch.nan)
+        return found
+
+    monkeypatch.setattr(stages, "load_vae", broken)
+    config = ssl(adversary="idaa", log_every=3)
+    with pytest.raises(RunError, match="By step 3: An attack's gradient was not finite"):
+        train_ssl(config)
+    assert checkpoints.load(locate(config)) is None
+
+
+def test_images_from_the_host_are_those_of_the_device():
+    held = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    device = torch.device("cpu")
+    here, streamed = Feed(held, device), Feed(held, device, resident=False)
+    for epoch in range(2):  # workers outlive an epoch
+        order = torch.randperm(50, generator=torch.Generator().manual_seed(epoch)).split(8)
+        batches = [{"images": index, "unlabelled": index.flip(0)} for index in order]
+        for ours, theirs, batch in zip(here(batches), streamed(batches), batches, strict=True):
+            for name, index in batch.items():
+                for indices, found in (ours, theirs):
+                    assert torch.equal(indices[name], index)
+                    assert torch.equal(found[name], held[index])
+
+
+def test_a_run_that_streams_its_images_is_the_same_run(outputs, monkeypatch):
+    held = outcome(train_vae(VAE))
+    shutil.rmtree(outputs)
+    monkeypatch.setattr(loop, "Feed", partial(Feed, resident=False))
+    streamed = outcome(train_vae(VAE))
+    assert all(torch.equal(held[0][k], streamed[0][k]) for k in held[0])
+    assert held[1:] == streamed[1:]
+
+
+def test_compiled_views_are_the_same_views(outputs):
+    data = images.load("photos", "train", 32, 24)
+    method = SimCLR(ssl(), recipe("simclr", 32, data.mean, data.std))
+    batch = {"images": data.images}
+    plain = method.draw(batch, keyed_generator(1))
+    method.compile_parts()
+    for ours, theirs in zip(method.draw(batch, keyed_generator(1)), plain, strict=True):
+        torch.testing.assert_close(ours.images, theirs.images, atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_vae_trains_like_a_plain_one_and_is_the_same_run(outputs):
+    plain = VAEConfig(**TINY | {"precision": "fp32", "limit": 32, "epochs": 1}, dim=8)
+    compiled = plain.model_copy(update={"compile": True})
+    assert locate(compiled) == locate(plain)
+    first = outcome(train_vae(plain))
+    shutil.rmtree(outputs)
+    second = outcome(train_vae(compiled))
+    assert first[0].keys() == second[0].keys()
+    for line, other in zip(first[2], second[2], strict=True):
+        assert line == pytest.approx(other, rel=1e-2)  # Adam turns rounding into steps
 
 
 def folder(root, n=24, classes=("a", "b")):

@@ -70,18 +70,26 @@ def features(
     *,
     device: torch.device | str = "cpu",
     batch_size: int = 500,
+    bf16: bool = False,
 ) -> Tensor:
     """Features (N, D) float32, on the CPU, of uint8 images (N, 3, H, W).
 
     The module is left as it was: eval mode inside, its own modes after, no gradients.
+
+    Args:
+        bf16: multiply in bf16, about twice as fast where a device does so natively.
     """
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     transform = recipe("none", size, mean, std)
     rows = []
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device)
             params = transform.draw(len(batch), None, batch.shape[2:])
-            rows.append(module(transform.apply(batch, params)).float().cpu())
+            x = transform.apply(batch, params)
+            with autocast:
+                z = module(x)
+            rows.append(z.float().cpu())
     return torch.cat(rows)
 
 

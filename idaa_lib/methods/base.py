@@ -7,20 +7,22 @@ never asks which method it runs.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from idaa_lib.configs import ConfigError, SSLConfig
-from idaa_lib.nets import initial_weights
+from idaa_lib.nets import build_backbone, initial_weights
 from idaa_lib.views import Recipe, Views, keyed_generator
 
 Batch = dict[str, Tensor]
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -51,20 +53,45 @@ class Step:
     carry: dict[str, Any] = field(default_factory=dict)
 
 
+class OfficialProtocol(NamedTuple):
+    """How the official code judges a method's encoder (docs/spec/idaa.md §5).
+
+    Fields:
+        of: whose protocol it is. knn, linear: the layer that each of the two looks at.
+        temperature: of kNN. batch_size: of the linear classifier.
+        bank: batch size of the kNN bank with the fault of spec §8.5; None: without it.
+    """
+
+    of: str
+    knn: str
+    temperature: float
+    linear: str
+    batch_size: int
+    bank: int | None = None
+
+
 class Method(nn.Module):
     """Base of all methods.
 
     `network` holds what is trained; the loop replaces it by what Accelerate prepares, so a method
     must call `self.network(…)` as a whole: a call of an inner part would skip the gradient
     exchange between processes. All state that training needs is in `state_dict()`.
+
+    views: how many of each image `draw` makes. prefix: whether the attack loss can be computed from
+    the backbone's first stages alone (`attack="prefix"`). official: the published evaluation;
+    SimSiam's, of backbone features, where nothing is published for a method with IDAA.
     """
 
     views = 2
+    prefix = False
+    official = OfficialProtocol("SimSiam", "backbone", 0.5, "backbone", 256)
 
-    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, network: nn.Module, recipe: Recipe, weight_decay: float = 0.0) -> None:
         super().__init__()
         self.network = network
         self.recipe = recipe
+        self.weight_decay = weight_decay
+        self.augment = recipe.apply
 
     def steps_per_epoch(self, labels: Tensor, batch_size: int) -> int:
         """How many batches `batches` yields."""
@@ -96,18 +123,32 @@ class Method(nn.Module):
         b = len(images)
         params = self.recipe.draw(processes * b, generator, tuple(images.shape[-2:]))
         params = {k: v[rank * b : (rank + 1) * b] for k, v in params.items()}
-        return Views(self.recipe.apply(images, params), params)
+        return Views(self.augment(images, params), params)
 
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
         raise NotImplementedError
 
+    def compile_parts(self) -> None:
+        """Compile what gains by it (`compile=True`), which changes rounding and nothing else.
+
+        The views. Not a network that is attacked: its compiled backward pass would compute the
+        gradients of all weights where an attack asks for those of the images alone.
+        """
+        self.augment = torch.compile(self.recipe.apply)
+
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
         """Groups with `params`, `lr_scale`, `weight_decay`, `schedule` (global step → factor).
 
-        By default one group at a constant rate.
+        By default one group of all parameters.
         """
+        schedule = self.schedule(epochs, steps_per_epoch)
         params = list(self.network.parameters())
-        return [dict(params=params, lr_scale=1.0, weight_decay=0.0, schedule=lambda step: 1.0)]
+        group = dict(params=params, lr_scale=1.0, weight_decay=self.weight_decay)
+        return [group | {"schedule": schedule}]
+
+    def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
+        """Factor of the learning rate by global step; constant by default."""
+        return lambda step: 1.0
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         # Fused: one kernel for all parameters, on the CPU too; the arithmetic is Adam's.
@@ -117,20 +158,26 @@ class Method(nn.Module):
         """What is evaluated: images (B, 3, H, W) → features (B, D).
 
         `backbone` gives h; `projector` the embedding z that the loss compares. The default suits a
-        network with an attribute `backbone` whose own output is z; others override it.
+        network with an attribute `backbone` whose own output is z, or that has an `embedder` which
+        gives z; others override it.
         """
         if layer not in ("backbone", "projector"):
             raise ValueError(f"layer must be backbone or projector, and is {layer!r}.")
-        return self.network.get_submodule("backbone") if layer == "backbone" else self.network
+        if layer == "backbone":
+            return self.network.get_submodule("backbone")
+        return getattr(self.network, "embedder", self.network)
 
     def on_epoch_start(self, epoch: int, images: Tensor, generator: torch.Generator) -> None:
         """Before an epoch's first step (not again when resuming inside the epoch)."""
 
-    def after_step(self, step: Step) -> None:
-        """After the optimiser has stepped: queues, moving averages."""
+    def after_step(self, step: Step, progress: float) -> None:
+        """After the optimiser has stepped: queues, moving averages.
+
+        progress: the share of the training that was done before this step, in [0, 1).
+        """
 
 
-METHODS: dict[str, Callable[[SSLConfig, Recipe], Method]] = {}
+METHODS: dict[str, type[Method]] = {}
 
 
 def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
@@ -143,19 +190,78 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
     return register
 
 
-def build_method(config: SSLConfig, recipe: Recipe) -> Method:
-    """The method that `config.method` names, with initial weights drawn from `config.seed`.
+def method_class(name: str) -> type[Method]:
+    """The registered method `name`.
 
     Raises:
         ConfigError: no method has this name.
     """
-    if config.method not in METHODS:
+    if name not in METHODS:
         raise ConfigError(
-            f"method must be one of {', '.join(METHODS)}, and is {config.method!r} (your own: "
-            f"import the module that registers it first)."
+            f"method must be one of {', '.join(METHODS)}, and is {name!r} (your own: import the "
+            f"module that registers it first)."
+        )
+    return METHODS[name]
+
+
+def build_method(config: SSLConfig, recipe: Recipe) -> Method:
+    """The method that `config.method` names, with initial weights drawn from `config.seed`.
+
+    Raises:
+        ConfigError: no method has this name, or it cannot be attacked as `config.attack` says.
+    """
+    made: Any = method_class(config.method)
+    if config.attack == "prefix" and not made.prefix:
+        raise ConfigError(
+            f"attack='prefix' asks for a loss of the backbone's first stages, and "
+            f"method={config.method!r} has none: take 'full', 'carried' or 'free'."
         )
     with initial_weights(config.seed):
-        return METHODS[config.method](config, recipe)
+        return made(config, recipe)
+
+
+def backbone_of(config: SSLConfig) -> Any:
+    """The backbone that `config` names, with adversarial norms where it names an adversary."""
+    return build_backbone(
+        config.backbone,
+        width=config.width,
+        stem=config.stem,
+        adversarial_norms=config.adversary != "none",
+    )
+
+
+def attacked_by(config: SSLConfig) -> dict[str, Any]:
+    """How the attack looks at images; training itself always looks by the whole network."""
+    how: dict[str, Any] = {"adversarial": True}
+    return how | {"stages": config.attack_stages} if config.attack == "prefix" else how
+
+
+def similarity(rows: Tensor, columns: Tensor, temperature: float) -> Tensor:
+    """rows (N, D) · columns (M, D)ᵀ / τ, (N, M): the cosines of a contrastive loss.
+
+    In fp32 whatever the autocast around it: at small τ the exponents lose too much in bf16.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        half = (torch.bfloat16, torch.float16)
+        rows, columns = (z.float() if z.dtype in half else z for z in (rows, columns))
+        return rows @ columns.T / temperature
+
+
+def frozen_copy(network: M) -> M:
+    """A twin that no optimiser trains: what starts as a key encoder or a target network."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """target ← m · target + (1 − m) · online, parameter by parameter.
+
+    The target's parameters are the first of `online`'s, in its order, whatever wraps that one;
+    BatchNorm statistics are each network's own.
+    """
+    theirs: list[Tensor] = list(target.parameters())
+    ours: list[Tensor] = list(online.parameters())[: len(theirs)]
+    torch._foreach_lerp_(theirs, ours, 1 - momentum)
 
 
 class _Gather(torch.autograd.Function):
@@ -184,11 +290,16 @@ def gathered(z: Tensor) -> Tensor:
     return z if alone else _Gather.apply(z)
 
 
-def delayed_cosine(epochs: int, steps_per_epoch: int, delay: int = 11) -> Callable[[int], float]:
-    """The official SimCLR schedule: a cosine over `epochs`, stepped per epoch, started late.
+def momentum_sgd(
+    groups: list[dict[str, Any]], lr: float, momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """SGD as all methods but SimCLR have it: heavy-ball momentum, decay of every parameter."""
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
 
-    Constant through epoch `delay`, then one step of the cosine an epoch (docs/spec/idaa.md §4).
-    """
+
+def epoch_cosine(epochs: int, steps_per_epoch: int, delay: int = 0) -> Callable[[int], float]:
+    """A cosine over `epochs`, stepped per epoch: constant through epoch `delay`, then one step of
+    the cosine an epoch."""
 
     def factor(step: int) -> float:
         steps = max(0, step // steps_per_epoch - delay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,10 +46,14 @@ class VAETraining(Method):
             shown={"x": x, "G(x)": G, "R(x)": (x, G)},
         )
 
-    def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
+    def compile_parts(self) -> None:
+        """The network too: nobody attacks it here."""
+        super().compile_parts()
+        self.network.compile()
+
+    def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
         """Epoch e = 1…E at lr·(1 − (e−1)/E)."""
-        linear = lambda step: 1 - (step // steps_per_epoch) / epochs  # noqa: E731
-        return [group | {"schedule": linear} for group in super().param_groups(1, 1)]
+        return lambda step: 1 - (step // steps_per_epoch) / epochs
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         # The release's own Adam adds 1e-8 to √v before the bias correction, torch's after it: a

@@ -1,8 +1,9 @@
 """ResNets with an optional second set of BatchNorms for adversarial input.
 
 He et al. 2016 (arXiv:1512.03385); CIFAR stem: 3×3, no pooling; ImageNet stem: 7×7 stride 2 and
-max-pooling. The second set (AdvProp, Xie et al. 2020, arXiv:1911.09665) keeps statistics and affine
-parameters of its own with momentum .01; convolutions are shared, and inference uses the main set.
+max-pooling; mini stem, of the published mini-ImageNet runs: 3×3 and max-pooling. The second set
+(AdvProp, Xie et al. 2020, arXiv:1911.09665) keeps statistics and affine parameters of its own with
+momentum .01; convolutions are shared, and inference uses the main set.
 Names of parameters and parameter counts: docs/spec/idaa.md §4.
 """
 
@@ -19,7 +20,7 @@ from idaa_lib.nets import register_backbone
 ADVERSARIAL_MOMENTUM = 0.01
 
 
-class _Normed(nn.Module):
+class Normed(nn.Module):
     """A module with BatchNorms by name, each with an adversarial twin `<name>_adv` if asked."""
 
     def __init__(self, adversarial_norms: bool) -> None:
@@ -36,7 +37,7 @@ class _Normed(nn.Module):
         return getattr(self, f"{name}_adv" if adversarial else name)(x)
 
 
-class _Block(_Normed):
+class _Block(Normed):
     """A residual block: convolutions of given (kernel, channels), stride in the 3×3 (v1.5)."""
 
     def __init__(
@@ -58,24 +59,24 @@ class _Block(_Normed):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
             self.add_norm("shortcut_bn", outputs)
 
-    def forward(self, x: Tensor, adversarial: bool) -> Tensor:
+    def forward(self, x: Tensor, adversarial: bool = False) -> Tensor:
         y = x
         for i in range(1, self.depth + 1):
             y = self.norm(f"bn{i}", getattr(self, f"conv{i}")(y), adversarial)
-            y = F.relu(y) if i < self.depth else y
+            y = F.relu(y, inplace=True) if i < self.depth else y
         if self.projects:
             x = self.norm("shortcut_bn", self.shortcut(x), adversarial)
-        return F.relu(x + y)
+        return F.relu(x + y, inplace=True)
 
 
-class ResNet(_Normed):
+class ResNet(Normed):
     """Backbone without a classification head.
 
     Args:
         blocks: residual blocks in each of the four stages.
         bottleneck: 1×1, 3×3, 1×1 blocks with 4× wider output, instead of two 3×3.
         width: channels of the first stage (64 in the papers; less for small machines).
-        stem: `cifar` or `imagenet`.
+        stem: `cifar`, `mini` or `imagenet`.
         adversarial_norms: give every BatchNorm an adversarial twin.
     """
 
@@ -89,12 +90,13 @@ class ResNet(_Normed):
         adversarial_norms: bool = False,
     ) -> None:
         super().__init__(adversarial_norms)
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"stem must be cifar or imagenet, and is {stem!r}.")
-        kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
+        if stem not in ("cifar", "mini", "imagenet"):
+            raise ValueError(f"stem must be cifar, mini or imagenet, and is {stem!r}.")
+        self.shape, self.stem, self.width = (blocks, bottleneck), stem, width
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
         self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
         self.add_norm("bn1", width)
-        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
+        self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
         channels = width
         for stage, depth in enumerate(blocks):
             w = width * 2**stage
@@ -106,7 +108,7 @@ class ResNet(_Normed):
                 channels = shapes[-1][1]
             self.add_module(f"layer{stage + 1}", layer)
         self.feature_dim = channels
-        if stem == "imagenet":
+        if stem != "cifar":
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -117,18 +119,38 @@ class ResNet(_Normed):
         """Images (B, 3, H, W), normalised → features (B, feature_dim); of the first `stages`
         stages alone, pooled, where that is given."""
         x = self.norm("bn1", self.conv1(images), adversarial)
-        x = self.maxpool(F.relu(x))
+        x = self.maxpool(F.relu(x, inplace=True))
         for stage in range(1, (stages or 4) + 1):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x, adversarial)
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
 
 
-for _name, _blocks, _bottleneck in (
-    ("resnet18", (2, 2, 2, 2), False),
-    ("resnet34", (3, 4, 6, 3), False),
-    ("resnet50", (3, 4, 6, 3), True),
-    ("resnet101", (3, 4, 23, 3), True),
-    ("resnet152", (3, 8, 36, 3), True),
-):
+def torchvision_weights(backbone: nn.Module) -> dict[str, Tensor]:
+    """A ResNet's state dict under torchvision's names, with the main norms alone.
+
+    With an ImageNet stem and width 64, `torchvision.models` with `fc = nn.Identity()` loads it
+    (strict) and gives the same features; a CIFAR stem has the same names, and another `conv1`.
+
+    Raises:
+        ValueError: it is no ResNet of this library.
+    """
+    if not isinstance(backbone, ResNet):
+        raise ValueError(f"Only a ResNet has torchvision's names, not a {type(backbone).__name__}.")
+    return {
+        key.replace("shortcut_bn.", "downsample.1.").replace("shortcut.0.", "downsample.0."): value
+        for key, value in backbone.state_dict().items()
+        if "_adv." not in key
+    }
+
+
+# Name → blocks of each stage, and whether they are bottlenecks.
+SHAPES = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+    "resnet152": ((3, 8, 36, 3), True),
+}
+for _name, (_blocks, _bottleneck) in SHAPES.items():
     register_backbone(_name)(partial(ResNet, _blocks, bottleneck=_bottleneck))

@@ -1,8 +1,8 @@
 """`python -m idaa_lib.train ssl adversary=idaa epsilon=0.1`: a stage without a notebook.
 
-The first word is the stage (vae, ssl or eval), the others are fields of its configuration;
-`@config.json` starts from a stored one. Under `accelerate launch` a training runs on many processes
-and machines. The fields: `python -c "import idaa_lib; help(idaa_lib.SSLConfig)"`.
+The first word is the stage (vae, ssl, eval or detection), the others are fields of its
+configuration; `@config.json` starts from a stored one. Under `accelerate launch` a training runs on
+many processes and machines. The fields: `python -c "import idaa_lib; help(idaa_lib.SSLConfig)"`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,23 @@ import os
 import sys
 from pathlib import Path
 
-from idaa_lib.configs import Config, EvalConfig, SSLConfig, UserError, VAEConfig
+from idaa_lib.configs import Config, DetectionConfig, EvalConfig, UserError
+from idaa_lib.evaluate.detection import detect
 from idaa_lib.evaluate.stage import evaluate
-from idaa_lib.runs import read_json
+from idaa_lib.runs import CONFIGS, Run, read_json
 from idaa_lib.train import train
 
 
+def _run(config: Config) -> Run:
+    if isinstance(config, EvalConfig):
+        return evaluate(config)
+    if isinstance(config, DetectionConfig):
+        return detect(config)
+    return train(config)  # type: ignore[arg-type]
+
+
 def main(words: list[str]) -> int:
-    stages: dict[str, type[Config]] = {"vae": VAEConfig, "ssl": SSLConfig, "eval": EvalConfig}
-    if not words or words[0] not in stages:
+    if not words or words[0] not in CONFIGS:
         print(__doc__, file=sys.stderr)
         return 2
     values: dict[str, object] = {}
@@ -33,8 +41,8 @@ def main(words: list[str]) -> int:
                 values[name] = text
             else:
                 raise ValueError(f"{word!r} is neither name=value nor @file.json.")
-        config = stages[words[0]](**values)
-        run = evaluate(config) if isinstance(config, EvalConfig) else train(config)  # type: ignore[arg-type]
+        config = CONFIGS[words[0]](**values)
+        run = _run(config)
     # What a user can mend is told in its sentence; anything else is our fault and keeps its trace.
     except (UserError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -25,11 +25,13 @@ from torch import Tensor
 from idaa_lib import checkpoints
 from idaa_lib.adversaries import AttackError, CarriedIDAA, NoAdversary
 from idaa_lib.configs import ConfigError, TrainingConfig
-from idaa_lib.environment import torch_device
+from idaa_lib.environment import torch_device, uses_bf16
 from idaa_lib.evaluate.figures import embedding_std
 from idaa_lib.methods import Method
+from idaa_lib.methods.base import Batch
 from idaa_lib.runs import Run, RunError, Stopped, Writer
 from idaa_lib.train import samples
+from idaa_lib.train.feed import Feed
 from idaa_lib.train.progress import Progress
 from idaa_lib.views import keyed_generator
 
@@ -72,7 +74,7 @@ class Fit:
         if batch % processes:
             raise ConfigError(f"batch_size={batch} cannot be shared by {processes} processes.")
         self.accelerator, self.config = accelerator, config
-        self.images, self.labels = images, labels
+        self.feed, self.labels = Feed(images, accelerator.device), labels
         self.adversary, self.alpha = adversary or NoAdversary(), alpha
         self.validate, self.validate_every = validate, validate_every
         if processes > 1 and isinstance(self.adversary, CarriedIDAA):
@@ -91,10 +93,14 @@ class Fit:
         self.shard = (accelerator.process_index, accelerator.num_processes)
 
         self.method = method.to(accelerator.device)
-        self.method.network.to(memory_format=torch.channels_last)
+        self.method.to(memory_format=torch.channels_last)
+        if config.compile:
+            print("compile: the first steps take half a minute longer.")
+            method.compile_parts()
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             # Statistics of the global batch, as one process would have them (CUDA alone has this).
-            method.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method.network)
+            # In place: a target network beside `network` has them too.
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
         groups = method.param_groups(config.epochs, self.steps_per_epoch)
         self.schedules = [(g.pop("lr_scale"), g.pop("schedule")) for g in groups]
         self.optimizer = method.optimizer(groups, config.learning_rate)
@@ -189,22 +195,17 @@ class Fit:
             return self.validate(method)
 
     def _epoch(self, epoch: int, progress: Progress, asked: list[str]) -> None:
-        config, device = self.config, self.accelerator.device
+        config = self.config
         done = self.step - epoch * self.steps_per_epoch
         self.method.train()
         if done == 0:
             generator = keyed_generator(config.seed, epoch, 0, EPOCH)
-            self.method.on_epoch_start(epoch, self.images, generator)
+            self.method.on_epoch_start(epoch, self.feed.images, generator)
         batches = self.method.batches(self.labels, config.batch_size, config.seed, epoch)
-        rank, processes = self.shard
+        mine = map(self._share, itertools.islice(batches, done, None))
         began = time.monotonic()
-        for batch in itertools.islice(batches, done, None):
-            mine = {}
-            for key, index in batch.items():
-                share = len(index) // processes
-                mine[key] = index[rank * share : (rank + 1) * share].to(self.images.device)
-            images = {key: self.images[index].to(device) for key, index in mine.items()}
-            self.train_step(epoch, images, mine)
+        for batch, images in self.feed(mine):
+            self.train_step(epoch, images, batch)
             self.step += 1
             now = time.monotonic()
             self.seconds, began = self.seconds + now - began, now
@@ -219,6 +220,11 @@ class Fit:
                 self._obey(request)
             began += self._paused
 
+    def _share(self, batch: Batch) -> Batch:
+        """This process's part of a global batch."""
+        rank, processes = self.shard
+        return {key: index.chunk(processes)[rank] for key, index in batch.items()}
+
     def train_step(self, epoch: int, images: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         """One step on this process's part of a batch: uint8 images and their indices, by name."""
         for group, (scale, schedule) in zip(
@@ -228,7 +234,8 @@ class Fit:
         views = self.method.draw(
             images, keyed_generator(self.config.seed, epoch, self.step, VIEWS), self.shard
         )
-        step = self.method.step(views, batch)
+        with self.accelerator.autocast():  # for networks that Accelerate does not know
+            step = self.method.step(views, batch)
         loss, parts = step.loss, dict(step.parts)
         if step.attacked is None and not isinstance(self.adversary, NoAdversary):
             raise ConfigError(
@@ -263,7 +270,7 @@ class Fit:
         self.adversary.after_backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(step)
+        self.method.after_step(step, self.step / self.total)
         # Sums stay on the device: nothing waits for it between two lines of the log.
         for key, value in {"loss": loss, **parts}.items():
             value = value.detach().float()
@@ -302,8 +309,15 @@ class Fit:
         """Before weights are saved or read: a checkpoint of NaN would be resumed from for ever.
 
         Raises:
-            RunError: the loss of a step since the last line of the log was not finite.
+            RunError: the loss or an attack's gradient was not finite in a step since the last line
+                of the log.
         """
+        try:
+            self.adversary.check()
+        except AttackError as error:
+            raise RunError(
+                f"By step {self.step}: {error} The last checkpoint is intact."
+            ) from error
         total = self.sums["loss"].item() if self.sums else 0.0
         if not math.isfinite(total):
             raise RunError(
@@ -387,7 +401,7 @@ def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="bf16" if _bf16(config.precision, device) else "no",
+        mixed_precision="bf16" if uses_bf16(config.precision, device) else "no",
         log_with=tracker,
         project_dir=str(folder),
         # A step runs the network several times before one backward pass: buffers broadcast in
@@ -409,16 +423,6 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig, run: Run) -
         "mlflow": {"logging_dir": str(run.path / "mlruns"), "run_name": run.id},
     }
     accelerator.init_trackers("idaa", values, {config.tracker: own.get(config.tracker, {})})
-
-
-def _bf16(precision: str, device: torch.device) -> bool:
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    # Emulated bf16 is slower than fp32: only CPUs that multiply it natively gain.
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and bool(native)
 
 
 @contextmanager

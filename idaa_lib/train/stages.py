@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from idaa_lib import adversaries, checkpoints, runs
 from idaa_lib.configs import ConfigError, SSLConfig, TrainingConfig, VAEConfig
-from idaa_lib.environment import describe, open_images, settled
+from idaa_lib.environment import describe, open_images, settled, uses_bf16
 from idaa_lib.evaluate.encoders import features, load_vae
 from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn
@@ -76,7 +76,7 @@ def train_vae(config: VAEConfig) -> Run:
     val = _validation(config)
 
     def validate(method: Method, device: torch.device) -> dict[str, float]:
-        return _vae_figures(method.network, method.recipe, val.images, device)
+        return vae_figures(method.network, method.recipe, val.images, device)
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
         final = {name.removesuffix("_val"): value for name, value in figures.items()}
@@ -122,7 +122,8 @@ def train_ssl(config: SSLConfig) -> Run:
     def validate(method: Method, device: torch.device) -> dict[str, float]:
         def encode(split: ImageSet) -> Tensor:
             encoder = method.encoder("backbone")
-            return features(encoder, split.images, config.size, *units, device=device)
+            bf16 = uses_bf16(config.precision, device)
+            return features(encoder, split.images, config.size, *units, device=device, bf16=bf16)
 
         z = encode(val)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z)}
@@ -240,7 +241,7 @@ def _train(
     fit = Fit(
         accelerator,
         method,
-        _resident(plan.data.images, accelerator.device),
+        plan.data.images,
         plan.data.labels,
         config,
         adversary,
@@ -316,19 +317,8 @@ def _check_disk(run: Run, method: nn.Module) -> None:
         )
 
 
-def _resident(data: Tensor, device: torch.device) -> Tensor:
-    """All images on the device if they take less than half of what is free there, else on the
-    host, from where each batch is copied."""
-    if device.type != "cuda":
-        return data
-    free, _ = torch.cuda.mem_get_info(device)
-    fits = data.numel() < free // 2
-    print(f"{data.numel() / 2**20:.0f} MiB of images stay on the {device if fits else 'host'}.")
-    return data.to(device) if fits else data
-
-
 @torch.no_grad()
-def _vae_figures(
+def vae_figures(
     vae: nn.Module, recipe_: Any, data: Tensor, device: torch.device
 ) -> dict[str, float]:
     """On un-augmented validation images: reconstruction (MSE), kl (the loss's term), rate in nats,
