@@ -30,6 +30,7 @@ from idaa_lib.adversaries import IDAA, NoAdversary
 from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.environment import open_images, torch_device
 from idaa_lib.evaluate.encoders import features
+from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.linear import linear_probe
 from idaa_lib.methods import build_method
 from idaa_lib.methods.vae import VAETraining
@@ -43,6 +44,7 @@ import reference
 
 BATCH, VAE_BATCH, VAE_STEPS = 256, 128, 4
 TRAIN, TEST = 2000, 1000  # images of the linear evaluation
+BANK, QUERIES = 45_000, 5_000  # of a validation by kNN: CIFAR-10's splits
 DEVICE = torch_device("auto")
 Work = Callable[[], Any]
 
@@ -302,6 +304,26 @@ def linear_ours() -> Work:
     return whole
 
 
+def validation_ours() -> Work:
+    """kNN on the validation split, as the training stage does it every few epochs."""
+    encoder = _network("idaa").get_submodule("backbone")
+    encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    data = images(1000)  # as often as it takes: what they show costs the same
+    bank, queries = (
+        data.images.repeat(-(-n // 1000), 1, 1, 1)[:n].to(DEVICE) for n in (BANK, QUERIES)
+    )
+    labels = torch.arange(BANK) % 10
+
+    def whole() -> None:
+        z, z_queries = (
+            features(encoder, x, 32, data.mean, data.std, device=DEVICE, bf16=bf16())
+            for x in (bank, queries)
+        )
+        knn(z, labels, z_queries, classes=10)
+
+    return whole
+
+
 def _ssl(adversary: Any) -> SSLConfig:
     return SSLConfig(preset="cifar10", dataset="photos", adversary=adversary, batch_size=BATCH)
 
@@ -328,7 +350,7 @@ PARTS: dict[str, Callable[[], Work]] = {
     for part in (
         views_pil, views_eager, views_compiled, simclr_straightforward, simclr_ours,
         idaa_straightforward, idaa_ours, vae_straightforward, vae_ours, linear_straightforward,
-        linear_ours,
+        linear_ours, validation_ours,
     )
 }  # fmt: skip
 

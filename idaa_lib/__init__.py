@@ -5,14 +5,15 @@ run = idaa_lib.train_ssl(idaa_lib.SSLConfig(adversary="idaa", epsilon=0.1))
 module, size, mean, std = idaa_lib.load_encoder(run)
 """
 
-from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, SSLConfig, VAEConfig
 from idaa_lib.evaluate import load_encoder, load_vae
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.images import load
+from idaa_lib.interop import export, import_run, load_official
 from idaa_lib.methods import register_method
 from idaa_lib.nets import register_backbone
 from idaa_lib.runs import Run, RunError, Stopped, find
-from idaa_lib.train import train_ssl, train_vae
+from idaa_lib.train import train_semi, train_ssl, train_vae
 
 __all__ = [
     "ConfigError",
@@ -20,15 +21,20 @@ __all__ = [
     "Run",
     "RunError",
     "SSLConfig",
+    "SemiConfig",
     "Stopped",
     "VAEConfig",
     "evaluate",
+    "export",
     "find",
+    "import_run",
     "load",
     "load_encoder",
+    "load_official",
     "load_vae",
     "register_backbone",
     "register_method",
+    "train_semi",
     "train_ssl",
     "train_vae",
 ]

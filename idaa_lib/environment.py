@@ -52,7 +52,7 @@ def torch_device(name: str) -> torch.device:
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether `fp32`, `bf16` or `auto` (where the device multiplies it natively) means bf16 here."""
+    """Whether `fp32`, `bf16` or `auto` (bf16 where it is native) means bf16 on this device."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -70,6 +70,7 @@ def describe(device: torch.device, precision: str, images: ImageSet) -> dict[str
             "split": images.split,
             "n": len(images),
             "size": images.size,
+            "classes": len(images.classes),
             "fingerprint": images.fingerprint,
             "mean": list(images.mean),
             "std": list(images.std),

@@ -81,6 +81,12 @@ class ImageSet:
         )
 
 
+def data_root() -> Path:
+    """`IDAA_DATA`, else `data/` of the project."""
+    project = Path(__file__).resolve().parents[1]
+    return Path(os.environ.get("IDAA_DATA") or project / "data").expanduser()
+
+
 def load(
     source: str | Path,
     split: str,
@@ -112,8 +118,7 @@ def load(
         raise ValueError(f"size={size!r} is not allowed: use a positive number of pixels")
     if limit is not None and not _positive(limit):
         raise ValueError(f"limit={limit!r} is not allowed: use None or a positive integer")
-    project = Path(__file__).resolve().parents[1]
-    data = Path(data_dir or os.environ.get("IDAA_DATA") or project / "data").expanduser()
+    data = Path(data_dir).expanduser() if data_dir else data_root()
     origin = find_source(source, data, download)
     pool = _pool(origin, data / "cache", size, on_error)
 

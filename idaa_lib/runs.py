@@ -26,17 +26,46 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from idaa_lib.configs import Config, EvalConfig, SSLConfig, UserError, VAEConfig
+from idaa_lib.configs import (
+    Config,
+    DetectionConfig,
+    EvalConfig,
+    SemiConfig,
+    SSLConfig,
+    TheoryConfig,
+    TransferConfig,
+    UserError,
+    VAEConfig,
+)
 
 # Raised whenever the same configuration would give other numbers than before.
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 
 # Seconds without a heartbeat after which a run on another machine counts as interrupted.
 SILENCE = 600
 
-CONFIGS: dict[str, type[Config]] = {c.stage: c for c in (VAEConfig, SSLConfig, EvalConfig)}
+CONFIGS: dict[str, type[Config]] = {
+    c.stage: c
+    for c in (
+        VAEConfig,
+        SSLConfig,
+        SemiConfig,
+        EvalConfig,
+        DetectionConfig,
+        TheoryConfig,
+        TransferConfig,
+    )
+}
 # The notebook that makes the runs of a stage.
-NOTEBOOKS = {"vae": "01_pretrain_vae", "ssl": "03_train_ssl", "eval": "04_evaluate"}
+NOTEBOOKS = {
+    "vae": "01_pretrain_vae",
+    "ssl": "03_train_ssl",
+    "semi": "07_semi_supervised",
+    "eval": "04_evaluate",
+    "transfer": "09_transfer",
+    "detection": "10_detection",
+    "theory": "08_identity_theory",
+}
 
 
 class RunError(UserError, RuntimeError):
@@ -324,6 +353,16 @@ def get(stage: str, name: Run | str | None, **values: Any) -> Run:
     return run
 
 
+def encoder(name: Run | str | None) -> Run:
+    """The finished run whose encoder is meant, by id or path: of stage ssl, the newest for None,
+    or semi where the name says so.
+
+    Raises: as `get`.
+    """
+    stage = name.stage if isinstance(name, Run) else Path(name or "").name.partition("-")[0]
+    return get("semi" if stage == "semi" else "ssl", name)
+
+
 def born(pid: int) -> float | None:
     """When the process `pid` began, in seconds since 1970; None where there is none (a zombie, dead
     but not yet buried by its parent, is none)."""
@@ -380,7 +419,8 @@ def users_of(run: Run) -> list[Run]:
     def uses(other: Run) -> bool:
         with contextlib.suppress(RunError):  # a damaged configuration names nothing
             stored = read_json(other.path / "config.json") or {}
-            return any(stored.get(pointer) in names for pointer in ("vae", "run", "continue_from"))
+            pointers = ("vae", "run", "witness", "continue_from")
+            return any(stored.get(pointer) in names for pointer in pointers)
         return False
 
     return [other for other in every() if uses(other)]

@@ -36,6 +36,9 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {  # name: class
     "caltech101": ("Caltech101", {"all": {}}),
 }
 NAMES = ("photos", *TORCHVISION)
+# Data sets that nobody may hand on: folders in the data folder, laid out as this page says.
+FOLDERS = ("birdsnap", "cub200")
+LAYOUT = "docs/transfer-data.md"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ def find_source(source: str | Path, data: Path, download: bool) -> Origin:
             return _Files(path)
         if path.exists():
             raise ValueError(f"{path} is neither a folder nor a readable zip: give one of the two")
+    if source in FOLDERS:
+        raise FileNotFoundError(
+            f"{source} is not in {data / source}: put it there as {LAYOUT} says"
+        )
     raise FileNotFoundError(
         f"source={str(source)!r} is no existing path and no known data set: give the path of a "
         f"folder or zip of images, or one of {', '.join(NAMES)}"

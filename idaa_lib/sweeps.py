@@ -9,6 +9,7 @@ marked "completed". Points run in threads, one kernel each.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
 import time
@@ -20,7 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from idaa_lib import train
-from idaa_lib.configs import Config, EvalConfig, SSLConfig, SweepConfig, TrainingConfig, VAEConfig
+from idaa_lib.configs import (
+    CompareConfig,
+    Config,
+    EvalConfig,
+    SSLConfig,
+    SweepConfig,
+    TrainingConfig,
+    VAEConfig,
+)
 from idaa_lib.environment import settled
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.runs import NOTEBOOKS, Run, RunError, asked, outputs_root, stop, write_json
@@ -34,10 +43,9 @@ _cancelled = threading.Event()
 
 
 class Point(NamedTuple):
-    """One place of a grid: which axis is varied, its value, and the three runs' fields."""
+    """One place of a grid: what names it in a row (axis and value, …), and the runs' fields."""
 
-    axis: str
-    value: float
+    labels: dict[str, Any]
     vae: dict[str, Any]
     ssl: dict[str, Any]
     eval: dict[str, Any]
@@ -47,13 +55,11 @@ def points(config: SweepConfig) -> list[Point]:
     """The points of a sensitivity study: each axis around the middle, for each seed.
 
     The middle is what the stage presets give for what is not varied. It is a point of every axis
-    whose values contain it.
+    whose values contain it. Along the further axes there is each value without an adversary too.
     """
     made = []
     axes = (("epsilon", config.epsilons), ("beta", config.betas), ("dim", config.dims))
-    shared: dict[str, Any] = {"preset": config.preset, "device": config.device}
-    data = shared | {"dataset": config.dataset}
-    evaluated = shared | {"references": False} | config.eval
+    data, evaluated = _shared(config)
     for axis, values in axes:
         for value in values:
             for seed in config.seeds:
@@ -66,23 +72,60 @@ def points(config: SweepConfig) -> list[Point]:
                     beta = value if axis == "beta" else VAEConfig(**vae).beta
                     vae = {k: v for k, v in vae.items() if k != "kappa"} | {"beta": beta}
                     vae |= {"dim": value} if axis == "dim" else {}
-                made.append(Point(axis, value, vae, ssl, evaluated))
+                labels = {"axis": axis, "value": value, "adversary": config.adversary}
+                made.append(Point(labels, vae, ssl, evaluated))
+    for axis, further in config.axes.items():
+        for value, seed, adversary in itertools.product(
+            further, config.seeds, (config.adversary, "none")
+        ):
+            vae = data | config.vae | {"seed": seed}
+            ssl = data | config.ssl | {"seed": seed, "adversary": adversary, axis: value}
+            labels = {"axis": axis, "value": value, "adversary": adversary}
+            made.append(Point(labels, vae, ssl, evaluated))
     return made
 
 
-def run_point(point: Point) -> dict[str, Any]:
-    """Make (or find) the three runs of a point: a row with its figures and the runs' ids."""
-    vae = ensure(VAEConfig(**point.vae))
-    ssl = ensure(SSLConfig(**point.ssl | {"vae": vae.reference}))
-    judged = ensure(EvalConfig(**point.eval | {"run": ssl.reference}))
+def cells(config: CompareConfig) -> list[Point]:
+    """The cells of the main table: method × adversary, for each seed."""
+    data, evaluated = _shared(config)
+    names = itertools.product(config.methods, config.adversaries, config.seeds)
+    return [
+        Point(
+            {"method": method, "adversary": adversary},
+            data | config.vae,  # one VAE for all: seeds are of the encoders
+            data | config.ssl | {"method": method, "adversary": adversary, "seed": seed},
+            evaluated,
+        )
+        for method, adversary, seed in names
+    ]
+
+
+def _shared(config: SweepConfig | CompareConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields that all trainings have in common, and all evaluations."""
+    shared: dict[str, Any] = {"preset": config.preset, "device": config.device}
+    return shared | {"dataset": config.dataset}, shared | {"references": False} | config.eval
+
+
+def run_point(point: Point, make: bool = True) -> dict[str, Any] | None:
+    """Make the runs of a point, or find them: a row with its figures and the runs' ids.
+
+    A point whose adversary needs no VAE makes none. With `make=False` None where a run is missing.
+    """
+    finished = ensure if make else _finished
+    vae = None
+    if SSLConfig(**point.ssl).needs_vae:
+        if (vae := finished(VAEConfig(**point.vae))) is None:
+            return None
+        point = point._replace(ssl=point.ssl | {"vae": vae.reference})
+    if (ssl := finished(SSLConfig(**point.ssl))) is None:
+        return None
+    if (judged := finished(EvalConfig(**point.eval | {"run": ssl.reference}))) is None:
+        return None
     trained, tested = ssl.summary or {}, judged.summary or {}
     return {
-        "axis": point.axis,
-        "value": point.value,
+        **point.labels,
         "seed": ssl.config.seed,
-        "kappa": vae.config.kappa,
-        "beta": vae.config.beta,
-        "dim": vae.config.dim,
+        **{k: vae and getattr(vae.config, k) for k in ("kappa", "beta", "dim")},
         **{k: trained.get(k) for k in ("knn_top1_val", "knn_low_val", "knn_high_val", "n_val")},
         "linear_top1_val": tested.get("linear_top1_val"),
         "knn_top1": tested.get("knn_top1"),
@@ -90,7 +133,10 @@ def run_point(point: Point) -> dict[str, Any]:
         "n_test": tested.get("knn_n"),
         "protocol": tested.get("protocol"),
         "seconds": trained.get("seconds"),
-        "vae": vae.id,
+        "epochs": ssl.config.epochs,
+        "width": ssl.config.width,
+        "images": ssl.environment["dataset"]["n"],
+        "vae": vae and vae.id,
         "ssl": ssl.id,
         "eval": judged.id,
     }
@@ -102,9 +148,29 @@ def run_all(made: list[Point], jobs: int = 1) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a point cannot be run. RunError: a notebook failed (finished runs are kept).
     """
+    _check(made)
+    return together([partial(run_point, point) for point in made], jobs)
+
+
+def collect(made: list[Point]) -> list[dict[str, Any]]:
+    """Rows of the points whose runs are all finished; nothing is started.
+
+    Raises:
+        ConfigError: as `run_all`.
+    """
+    _check(made)
+    return [row for point in made if (row := run_point(point, make=False)) is not None]
+
+
+def _check(made: list[Point]) -> None:
     for point in made:
         VAEConfig(**point.vae), SSLConfig(**point.ssl), EvalConfig(**point.eval)
-    return together([partial(run_point, point) for point in made], jobs)
+
+
+def _finished(config: Config) -> Run | None:
+    """The finished run of `config`, None if there is none."""
+    run = locate(config)
+    return run if run.finished else None
 
 
 def together(tasks: Sequence[Callable[[], Any]], jobs: int) -> list[Any]:
@@ -158,11 +224,13 @@ def ensure(config: Config) -> Run:
     return run
 
 
-def folder_of(config: SweepConfig) -> Path:
-    """Where a study's table and figure belong, `outputs/sweep/<id>/` (made)."""
-    digest = hashlib.sha256(config.model_dump_json(exclude={"jobs", "device"}).encode()).hexdigest()
-    data = Path(config.dataset).name
-    folder = outputs_root() / "sweep" / f"sweep-{data}-{config.adversary}-{digest[:8]}"
+def folder_of(config: SweepConfig | CompareConfig) -> Path:
+    """Where a study's table and figure belong, `outputs/<stage>/<id>/` (made)."""
+    told = config.model_dump_json(exclude={"jobs", "device", "launch"})
+    digest = hashlib.sha256(told.encode()).hexdigest()
+    words = [config.stage, Path(config.dataset).name]
+    words += [config.adversary] if isinstance(config, SweepConfig) else []
+    folder = outputs_root() / config.stage / "-".join([*words, digest[:8]])
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
     return folder

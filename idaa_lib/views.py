@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softmax
+from torch.nn.functional import pad, softmax
 
 Params = dict[str, Tensor]
 """The drawn parameters, a row per sample, float unless said. A neutral value changes nothing.
@@ -54,6 +54,7 @@ class Recipe:
     std: tuple[float, ...]
     crop_scale: tuple[float, float] | None = None  # share of the area; None: the whole image
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    shift: float = 0.0  # without a crop: by at most this share of a side, continued by mirroring
     flip: float = 0.0  # probability, as are `jitter_probability`, `gray` and `blur`
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # as ColorJitter's arguments
     jitter_probability: float = 0.0
@@ -82,6 +83,10 @@ class Recipe:
 
         if self.crop_scale is None:
             crop = torch.tensor([0, 0, height, width]).expand(n, 4)
+            if self.shift:
+                room = torch.tensor(self._margin(image_size))
+                corner = (uniform(2) * (2 * room + 1)).floor() - room
+                crop = torch.cat([corner, crop[:, 2:]], 1)
         else:
             sides, corners = uniform(10, 2), uniform(2)
             crop = draw_crops(sides, corners, (height, width), self.crop_scale, self.crop_ratio)
@@ -114,9 +119,21 @@ class Recipe:
             got = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"images must be uint8 of shape (B, 3, H, W), not {got}.")
         height, width = images.shape[2:]
-        if self.crop_scale is None and not self.flip and height == width == self.size:
+        still = self.crop_scale is None and not self.flip and not self.shift
+        if still and height == width == self.size:
             return images / 255
-        return resized_crop(images.float(), params["crop"], params["flip"], self.size).div_(255)
+        x, crop = images.float(), params["crop"]
+        if self.shift:
+            rows, columns = self._margin((height, width))
+            x = pad(x, (columns, columns, rows, rows), mode="reflect")
+            top, left, *sides = crop.split(1, 1)
+            crop = torch.cat([top + rows, left + columns, *sides], 1)
+        return resized_crop(x, crop, params["flip"], self.size).div_(255)
+
+    def _margin(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns that a shift may move by."""
+        height, width = image_size
+        return int(self.shift * height), int(self.shift * width)
 
     def photometry(self, x: Tensor, params: Params) -> Tensor:
         """Colour jitter, gray and blur: float in [0, 1] (B, 3, H, W) → the same."""

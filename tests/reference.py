@@ -173,6 +173,69 @@ def simclr_rates(epochs: int, rate: float = 3e-4) -> list[float]:
     return rates
 
 
+# --- the other methods' losses, sample by sample
+
+
+def one_way(f1: Tensor, f2: Tensor, temperature: float) -> Tensor:
+    """Plain's CL(x₁, x₂) (spec §4); f1, f2 (B, D) L2-normalised."""
+    total = f1.new_zeros(())
+    for i in range(len(f1)):
+        others = [torch.exp(f1[i] @ f2[j] / temperature) for j in range(len(f2))]
+        total = total - torch.log(others[i] / torch.stack(others).sum())
+    return total / len(f1)
+
+
+def spreading(f1: Tensor, f2: Tensor, temperature: float) -> Tensor:
+    """UEL's loss (spec §4); f1, f2 (B, D) L2-normalised; no gradient by the columns."""
+    f, n = torch.cat([f1, f2]), len(f1)
+    total = f.new_zeros(())
+    for i in range(2 * n):
+        partner = (i + n) % (2 * n)
+        e = {j: torch.exp(f[i] @ f[j].detach() / temperature) for j in range(2 * n) if j != i}
+        p = {j: value / torch.stack([*e.values()]).sum() for j, value in e.items()}
+        total = total + torch.log(p[partner])
+        for j in p.keys() - {partner}:
+            total = total + torch.log(1 - p[j])
+    return -total / (2 * n)
+
+
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """D(p, z) of SimSiam (Eq. 1) for rows (B, D) of any length; z is held."""
+    rows = [a @ b / (a.norm() * b.norm()) for a, b in zip(p, z.detach(), strict=True)]
+    return -torch.stack(rows).mean()
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """MoCo, Eq. 1: q, k (B, D) and queue (K, D), L2-normalised."""
+    total = q.new_zeros(())
+    for one, key in zip(q, k, strict=True):
+        positive = torch.exp(one @ key / temperature)
+        negatives = [torch.exp(one @ old / temperature) for old in queue]
+        total = total - torch.log(positive / (positive + torch.stack(negatives).sum()))
+    return total / len(q)
+
+
+def ascend_latent(
+    loss: Callable[[Tensor], Tensor], vae: nn.Module, x: Tensor, epsilon: float
+) -> Tensor:
+    """IDAA's x′ for any loss of it: steps 3–5 of spec §2."""
+    vae.eval()
+    with torch.no_grad():
+        zeta = vae.encode(x)[0]
+        R = x - vae.decode(zeta)
+    leaf = zeta.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(vae.decode(leaf) + R), leaf)
+    with torch.no_grad():
+        return vae.decode(zeta + epsilon * gradient.sign()) + R
+
+
+def ascend_pixels(loss: Callable[[Tensor], Tensor], x: Tensor, epsilon: float) -> Tensor:
+    """CLAE's x′ for any loss of it (spec §3)."""
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    return x + epsilon * gradient.sign()
+
+
 # --- evaluation
 
 

@@ -52,11 +52,15 @@ def test_the_straightforward_nt_xent_is_the_loss_itself():
     torch.testing.assert_close(fast, reference.nt_xent(z1, z2, 0.5))
 
 
-@pytest.mark.parametrize("name", ["views-eager", "vae-ours"])
+@pytest.mark.parametrize(
+    "name", ["views-eager", "vae-ours", "idaa-straightforward", "validation-ours"]
+)
 def test_a_side_works(name, monkeypatch, tmp_path):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
     monkeypatch.setattr(sides, "BATCH", 16)
     monkeypatch.setattr(sides, "VAE_BATCH", 16)
     monkeypatch.setattr(sides, "VAE_STEPS", 1)
+    monkeypatch.setattr(sides, "BANK", 32)
+    monkeypatch.setattr(sides, "QUERIES", 8)
     work = sides.PARTS[name]()
     work(), work()

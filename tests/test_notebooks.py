@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from scipy import stats
 
-from idaa_lib import runs, sweeps
-from idaa_lib.configs import SweepConfig, VAEConfig
+from idaa_lib import evaluate, runs, sweeps
+from idaa_lib.configs import CompareConfig, EvalConfig, SSLConfig, SweepConfig, VAEConfig
+from idaa_lib.lab import table
 from idaa_lib.runs import Run, RunError
-from idaa_lib.train import train_vae
+from idaa_lib.train import train_ssl, train_vae
 
 SMALL = {"limit": 128, "batch_size": 32, "epochs": 1, "width": 4, "device": "cpu"}
 VAE = SMALL | {"dim": 8}
@@ -111,7 +113,8 @@ def test_a_sweep_checks_everything_before_it_runs_anything(monkeypatch):
     made = []
     monkeypatch.setattr(sweeps, "ensure", lambda config: made.append(config) or pytest.fail("ran"))
     grid = sweeps.points(SweepConfig(epsilons=(0.1, 0.2), betas=(1.0,), dims=(), seeds=(0, 1)))
-    assert [(p.axis, p.value, p.ssl["seed"]) for p in grid] == [
+    told = [(p.labels["axis"], p.labels["value"], p.ssl["seed"]) for p in grid]
+    assert told == [
         ("epsilon", 0.1, 0), ("epsilon", 0.1, 1), ("epsilon", 0.2, 0), ("epsilon", 0.2, 1),
         ("beta", 1.0, 0), ("beta", 1.0, 1),
     ]  # fmt: skip
@@ -127,6 +130,54 @@ def test_a_finished_point_starts_no_notebook(outputs, tmp_path, monkeypatch):
     made = train_vae(config)
     monkeypatch.setattr(sweeps, "execute", lambda *a: pytest.fail("a notebook was started"))
     assert sweeps.ensure(config) == made
+
+
+def test_further_axes_have_each_value_with_the_adversary_and_without():
+    axes = {"batch_size": [64, 128], "backbone": ["resnet18", "resnet34"]}
+    config = SweepConfig(epsilons=(), betas=(), dims=(), axes=json.dumps(axes))
+    grid = sweeps.points(config)
+    told = [(p.labels["axis"], p.labels["value"], p.labels["adversary"]) for p in grid]
+    assert told == [
+        (name, value, adversary)
+        for name, values in axes.items()
+        for value in values
+        for adversary in ("idaa", "none")
+    ]
+    assert [p.ssl[name] for p, (name, *_) in zip(grid, told, strict=True)] == [t[1] for t in told]
+    for name in ("epsilon", "adversary", "widht"):
+        with pytest.raises(ValueError, match=f"axes cannot vary '{name}'"):
+            SweepConfig(axes={name: [1]})
+    with pytest.raises(ValueError, match="must be a list of values, not 3"):
+        SweepConfig(axes={"epochs": 3})
+
+
+def test_the_table_is_filled_from_finished_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
+    small = {k: SMALL[k] for k in SMALL.keys() - {"device"}}
+    config = CompareConfig(
+        methods="simclr, moco", adversaries=("none", "clae"), ssl=small, eval={"limit": 100}
+    )
+    grid = sweeps.cells(config)
+    assert len(grid) == 4 and sweeps.collect(grid) == []
+    assert "4 of 4 runs are missing: simclr × none (seed 0), " in table.missing(grid, [])
+    run = train_ssl(SSLConfig(**grid[0].ssl))
+    assert sweeps.collect(grid) == []  # trained, not judged
+    judged = evaluate(EvalConfig(**grid[0].eval, run=run.reference))
+    (row,) = rows = sweeps.collect(grid)
+    assert (row["method"], row["adversary"], row["vae"]) == ("simclr", "none", None)
+    assert row["knn_top1"] == judged.summary["knn_top1"]
+    assert "3 of 4" in (said := table.missing(grid, rows)) and "simclr × none" not in said
+    shown = table.frame(grid, rows)
+    assert list(shown["kNN (%)"]) == [f"{row['knn_top1']:.2f}", "–", "–", "–"]
+    assert list(shown["paper's kNN (%)"]) == ["80.79", "80.27", "–", "–"]
+    assert "official" not in table.budget(rows)
+
+
+def test_several_seeds_give_student_s_interval():
+    low, high = table.interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx(stats.t.interval(0.95, 2, loc=2, scale=3**-0.5))
+    assert table.said([1.0, 2.0, 3.0]) == f"2.00 [{low:.2f}, {high:.2f}]"
+    assert table.said([]) == "–"
 
 
 def test_over_dim_the_beta_of_the_middle_is_held():

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from skimage.color import rgb2lab
 
-from idaa_lib.lab import plots, style
+from idaa_lib.lab import plots, style, table
 from idaa_lib.runs import Run
 
 R = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,10 @@ def figures(run):
     rows = pd.DataFrame([
         {"axis": axis, "value": v, "seed": s, "knn_top1_val": 40 + v, "linear_top1_val": 50 + s}
         for axis in ("epsilon", "beta") for v in (0.1, 1.0) for s in (0, 1)
-    ])  # fmt: skip
+    ]).assign(adversary="idaa")  # fmt: skip
+    further = rows[rows["axis"] == "beta"].assign(axis="backbone", adversary="none", knn_top1_val=8)
+    further["value"] = further["value"].map({0.1: "resnet18", 1.0: "resnet34"})
+    rows = pd.concat([rows, further, further.assign(adversary="idaa", knn_top1_val=9)])
     return {
         "curves": plots.curves({"a": run, "b": run}, ["loss"]),
         "energy_maps": plots.energy_maps({"R": R}),
@@ -59,6 +62,14 @@ def figures(run):
         "confusion": plots.confusion(labels, labels, classes),
         "embedding_map": plots.embedding_map(features, labels, classes),
         "sensitivity": plots.sensitivity(rows),
+        "methods": table.levels(
+            [
+                {"method": m, "adversary": a, "seed": s, "knn_top1": 40 + s, "linear_top1": 50 - s}
+                for m in ("simclr", "moco")
+                for a in ("none", "idaa")
+                for s in (0, 1)
+            ]
+        ),
         "identity_curves": plots.identity_curves(CURVES),
         "likeness": plots.likeness((0.0, 0.5, 1.0), {"z": torch.rand(3, 2), "R": torch.rand(3, 2)}),
     }

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from idaa_lib.configs import DecomposeConfig, EvalConfig, SSLConfig, SweepConfig, VAEConfig
+from idaa_lib.configs import (
+    CompareConfig,
+    DecomposeConfig,
+    DetectionConfig,
+    EvalConfig,
+    SemiConfig,
+    SSLConfig,
+    SweepConfig,
+    TheoryConfig,
+    TransferConfig,
+    VAEConfig,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -20,6 +31,11 @@ CONFIGS = {
     "03_train_ssl": SSLConfig,
     "04_evaluate": EvalConfig,
     "05_sensitivity": SweepConfig,
+    "06_compare_methods": CompareConfig,
+    "07_semi_supervised": SemiConfig,
+    "08_identity_theory": TheoryConfig,
+    "10_detection": DetectionConfig,
+    "09_transfer": TransferConfig,
 }
 CORE = {"configs", "images", "views", "nets", "runs", "checkpoints", "environment"}
 ROOMS = {
@@ -28,16 +44,19 @@ ROOMS = {
     "sources": {"photos"},
     "images": {"sources"},
     "views": set(),
+    "randaugment": {"views"},
     "nets": set(),
+    "theory": {"nets", "images"},
     "runs": {"configs"},
     "checkpoints": {"runs"},
     "environment": {"configs", "images", "sources"},
     "adversaries": {"configs", "nets", "views"},
-    "methods": {"configs", "nets", "views"},
-    "evaluate": CORE | {"methods"},
+    "methods": {"configs", "nets", "views", "randaugment"},
+    "evaluate": CORE | {"methods", "photos"},
     "train": CORE | {"methods", "adversaries", "evaluate"},
     "sweeps": {"configs", "environment", "runs", "train", "evaluate"},
-    "lab": CORE | {"sources", "methods", "adversaries", "evaluate", "train", "sweeps"},
+    "interop": CORE | {"methods", "evaluate", "train"},
+    "lab": CORE | {"sources", "methods", "adversaries", "evaluate", "train", "sweeps", "theory"},
 }
 
 
@@ -134,6 +153,7 @@ def test_every_verb_of_the_makefile_is_in_its_help():
         "browser",
         "bench",
         "profile",
+        "compare",
         "setup",
         "format",
     ):

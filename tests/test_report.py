@@ -55,8 +55,8 @@ def filled(outputs):
     made(EvalConfig(run=two.id, limit=64), judgement(11.11, 64))
     made(EvalConfig(run=two.id, protocol="official"), judgement(54.32, 96, "official: z"))
     folder = folder_of(SweepConfig(epsilons=(0.1, 0.3), betas=(), dims=(), vae={"epochs": 1}))
-    points = [("epsilon", e, 0, 30 + e, 40 + e, 500) for e in (0.1, 0.3)]
-    columns = ["axis", "value", "seed", "knn_top1_val", "linear_top1_val", "n_val"]
+    points = [("epsilon", e, "idaa", 0, 30 + e, 40 + e, 500) for e in (0.1, 0.3)]
+    columns = ["axis", "value", "adversary", "seed", "knn_top1_val", "linear_top1_val", "n_val"]
     pd.DataFrame(points, columns=columns).to_csv(folder / "sensitivity.csv", index=False)
     return vae, one, two
 
@@ -81,7 +81,7 @@ def test_it_has_every_figure_and_its_command(filled):
         assert runs.command(run) in text
     assert (
         "papermill notebooks/05_sensitivity.ipynb outputs/05_sensitivity.ipynb -p preset demo "
-        "-p epsilons '0.1, 0.3' -p betas '' -p dims '' -p vae '{\"epochs\": 1}'"
+        "-p vae '{\"epochs\": 1}' -p epsilons '0.1, 0.3' -p betas '' -p dims ''"
     ) in text
     vae = filled[0]
     assert f"02_decompose.ipynb -p vae {vae.id}" in text

@@ -259,7 +259,7 @@ def test_a_vae_that_does_not_fit_is_told_before_work(outputs, vae):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"method": "simclrr"}, "method must be one of simclr.*'simclrr'"),
+        ({"method": "simclrr"}, "method must be one of .*simclr.*'simclrr'"),
         ({"backbone": "resnet19"}, "backbone must be one of resnet18.*'resnet19'"),
         ({"device": "tpu"}, "device must be one of .*'tpu'"),
         ({"batch_size": 97}, "batch_size=97 is more than the 96 training images"),

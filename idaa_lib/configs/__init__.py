@@ -8,18 +8,38 @@ Constants: docs/architecture.md, docs/spec/idaa.md §1 (VAE), §2 (ε), §4 (Sim
 """
 
 from idaa_lib.configs.base import PRESETS, Config, ConfigError, UserError
-from idaa_lib.configs.stages import DecomposeConfig, EvalConfig, SweepConfig
-from idaa_lib.configs.training import SSLConfig, TrainingConfig, VAEConfig
+from idaa_lib.configs.stages import (
+    CompareConfig,
+    DecomposeConfig,
+    DetectionConfig,
+    EvalConfig,
+    SweepConfig,
+    TheoryConfig,
+    TransferConfig,
+)
+from idaa_lib.configs.training import (
+    EncoderConfig,
+    SemiConfig,
+    SSLConfig,
+    TrainingConfig,
+    VAEConfig,
+)
 
 __all__ = [
     "PRESETS",
+    "CompareConfig",
     "Config",
     "ConfigError",
     "DecomposeConfig",
+    "DetectionConfig",
+    "EncoderConfig",
     "EvalConfig",
     "SSLConfig",
+    "SemiConfig",
     "SweepConfig",
+    "TheoryConfig",
     "TrainingConfig",
+    "TransferConfig",
     "UserError",
     "VAEConfig",
 ]

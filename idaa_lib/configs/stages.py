@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -16,6 +17,12 @@ from idaa_lib.configs.base import (
     Rate,
     Seed,
 )
+from idaa_lib.configs.training import Adversary, SSLConfig
+
+# Fields of SSLConfig that a study does not vary along a further axis: they have an axis of their
+# own, or another data set or VAE would change more than themselves.
+_FIXED = {"preset", "dataset", "seed", "device", "tracker", "vae", "dim", "epsilon", "size"}
+_FIXED |= {"continue_from"}
 
 
 class EvalConfig(Config):
@@ -25,9 +32,10 @@ class EvalConfig(Config):
         run: id or path of an SSL run (None: the newest finished one).
         dataset: None for the one that the run was trained on; limit: of train and of test images.
         protocol: `clean` (penalty chosen on validation, all test images, test read once) or
-            `official` (the published one: projected features in kNN, best test epoch of the
-            linear classifier, partial batches dropped).
-        k: neighbours of kNN (capped by the size of the bank). temperature: its τ.
+            `official` (the published one of the run's method: its layers, τ and batch size, best
+            test epoch of the linear classifier, partial batches dropped).
+        k: neighbours of kNN (capped by the size of the bank). temperature: its τ (`clean`).
+        precision: of the encoding: fp32, bf16, or auto (bf16 where it is native).
         references: also judge the encoder before training and raw pixels, as rows to stand beside.
         seed: of the official protocol's classifier.
     """
@@ -46,9 +54,18 @@ class EvalConfig(Config):
     protocol: Literal["clean", "official"] = "clean"
     k: Positive = 200
     temperature: Rate = 0.5
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     references: bool = True
     seed: Seed = 0
     device: str = "auto"
+
+    @classmethod
+    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        if values.get("protocol") == "official" and "temperature" in values:
+            # The protocol has its own; a value that is dropped is validated all the same.
+            cls(temperature=values["temperature"])
+            values = {k: v for k, v in values.items() if k != "temperature"}
+        return values
 
 
 class DecomposeConfig(Config):
@@ -80,34 +97,118 @@ class DecomposeConfig(Config):
     seed: Seed = 0
 
 
-class SweepConfig(Config):
-    """A sensitivity study: ε, β and dim, one at a time around the middle (notebook 05).
+class TheoryConfig(Config):
+    """How much identity the latent and the images hold (docs/spec/idaa.md §6, notebook 08).
 
     Fields:
-        adversary, dataset: of every run of the study.
-        epsilons, betas, dims: values of each axis (an empty one is left out). A run that differs
-            from the middle in one axis only is made for each value and each seed.
+        vae, run: id or path of the VAE and of the SSL run whose encoder is attacked, chosen as
+            `DecomposeConfig` does where they are None; `untrained` is an encoder too.
+        witness: id or path of the SSL run that judges identity, never the attacked one (None: the
+            newest other, one without an adversary first; `untrained` where there is none).
+        dataset: None for the VAE's own. split: which part of it the images come from.
+        images: N, as many candidates; the most that an observer can know is log N.
+        limit: labelled training images of the class probes.
+        augmentation: recipe of the candidates, which are other views of the same images: `mild`
+            (crops of 80 % and more, weak colours), or one that encoders are trained with.
+        epsilons: radii, in units of z for IDAA and random sign, of normalised pixels for CLAE.
+        seed: which images, their views, the signs and the noise.
+    """
+
+    stage = "theory"
+    principal = ("dataset",)
+    pointers = Config.pointers | {"witness"}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "demo": dict(images=250, limit=1000),
+        "cifar10": dict(images=1000, limit=5000),
+        "paper": dict(images=1000, limit=20_000),
+    }
+
+    vae: str | None = None
+    run: str | None = None
+    witness: str | None = None
+    dataset: str | None = None
+    split: Literal["val", "test"] = "val"
+    images: Annotated[int, Field(ge=10, le=1000)] = PRESET
+    limit: Positive = PRESET
+    augmentation: Literal["mild", "simclr", "simsiam", "normal"] = "mild"
+    epsilons: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    seed: Seed = 0
+    device: str = "auto"
+
+
+class TransferConfig(Config):
+    """Frozen features on other data: linear, few labels, few shots (docs/spec/idaa.md §5).
+
+    Fields:
+        run: id or path of an SSL run (None: the newest finished one).
+        datasets: names, or paths of folders or zips (None: the one that the run was trained on);
+            docs/transfer-data.md says how to lay out those that nobody can download for you.
+        limit: of the images of each split, of each data set.
+        size: pixels a side (None: what the run was trained at; 224 where its stem is ImageNet's).
+        precision: of the encoding: fp32, bf16, or auto (bf16 where it is native).
+        iterations, tolerance: at which the L-BFGS of each of the 45 penalties ends; below 1e-7 it
+            works in float64 (AugSelf's and CASSLE's own: 5000, 1e-10).
+        fractions: shares of the training labels for the few-label probes. draws: of those labels.
+        ways, shots, queries: classes of an episode, labelled images and test images of each.
+        episodes: of each number of shots. few_shot: `centroid` or `ridge`.
+        references: also judge the encoder before training, as rows to stand beside.
+        seed: of the drawn labels and of the episodes.
+    """
+
+    stage = "transfer"
+    principal = ("run",)
+    pointers = Config.pointers | {"datasets"}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "demo": dict(limit=2000),
+        "paper": dict(datasets=("cifar10", "cifar100", "birdsnap", "fgvcaircraft", "dtd",
+                                "oxfordiiitpet", "flowers102", "cub200")),
+    }  # fmt: skip
+
+    run: str | None = None
+    datasets: tuple[str, ...] = ()
+    limit: Positive | None = None
+    size: Positive | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    iterations: Positive = 50
+    tolerance: Rate = 1e-5
+    fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.01, 0.1)
+    draws: Annotated[int, Field(ge=2)] = 5
+    ways: Annotated[int, Field(ge=2)] = 5
+    shots: tuple[Positive, ...] = (1, 5)
+    queries: Positive = 15
+    episodes: Annotated[int, Field(ge=2)] = 600
+    few_shot: Literal["centroid", "ridge"] = "centroid"
+    references: bool = True
+    seed: Seed = 0
+    device: str = "auto"
+
+    @property
+    def dataset(self) -> str:
+        """What was transferred to, as tables name it."""
+        return ", ".join(Path(name).name for name in self.datasets)
+
+    @classmethod
+    def _read(cls, name: str, value: Any) -> Any:
+        if name == "datasets" and isinstance(value, str):  # a path may hold spaces
+            parts = (part.strip(" '\"") for part in value.strip("()[] ").split(","))
+            return tuple(part for part in parts if part)
+        return super()._read(name, value)
+
+
+class _Study(Config):
+    """What studies share: they make many runs of the three stages.
+
+    Fields:
+        dataset: of every run of the study.
         seeds: each gives a run; several give error bars.
         jobs: notebooks that run at a time; they share the processor's threads.
         vae, ssl, eval: further fields of the three stages, as a dict or as JSON text; not those
             that the study sets itself.
     """
 
-    stage = "sweep"
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "demo": dict(dataset="photos", epsilons=(0.03, 0.1, 0.3), betas=(0.04, 0.4, 4.0),
-                     dims=(32, 128, 512), jobs=2),
-        "cifar10": dict(dataset="cifar10", epsilons=(0.03, 0.1, 0.3, 1.0),
-                        betas=(0.01, 0.1, 1.0), dims=(128, 512, 1024), jobs=1),
-        "paper": dict(dataset="cifar10", epsilons=(0.03, 0.1, 0.3, 1.0),
-                      betas=(0.01, 0.1, 1.0), dims=(128, 512, 1024), jobs=1),
-    }  # fmt: skip
+    sets: ClassVar[frozenset[str]]  # fields of SSLConfig that the study sets itself
 
     dataset: str = PRESET
-    adversary: Literal["idaa", "random_sign"] = "idaa"
-    epsilons: tuple[NonNegative, ...] = PRESET
-    betas: tuple[NonNegative, ...] = PRESET
-    dims: tuple[Positive, ...] = PRESET
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     jobs: Positive = PRESET
     device: str = "auto"
@@ -118,9 +219,140 @@ class SweepConfig(Config):
     @classmethod
     def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         own = {"preset", "dataset", "seed", "device"}
-        own_of = {"vae": own, "ssl": own | {"adversary", "vae"}, "eval": own | {"run"}}
+        own_of = {"vae": own, "ssl": own | {"vae"} | cls.sets, "eval": own | {"run"}}
         for stage, taken in own_of.items():
             fields = given.get(stage)
             if isinstance(fields, dict) and (clash := sorted(fields.keys() & taken)):
                 raise ConfigError(f"{stage} cannot set {clash[0]!r}: the study sets it itself.")
+        return values
+
+
+class SweepConfig(_Study):
+    """A sensitivity study: ε, β and dim, one at a time around the middle (notebook 05).
+
+    Fields (besides those of every study):
+        adversary: of every run of the study.
+        epsilons, betas, dims: values of each axis (an empty one is left out). A run that differs
+            from the middle in one axis only is made for each value and each seed.
+        axes: further fields of SSLConfig with their values, as a dict or as JSON text; each value
+            with the adversary and without one.
+    """
+
+    stage = "sweep"
+    sets = frozenset({"adversary"})
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "demo": dict(dataset="photos", epsilons=(0.03, 0.1, 0.3), betas=(0.04, 0.4, 4.0),
+                     dims=(32, 128, 512), jobs=2),
+        "cifar10": dict(dataset="cifar10", epsilons=(0.03, 0.1, 0.3, 1.0),
+                        betas=(0.01, 0.1, 1.0), dims=(128, 512, 1024), jobs=1),
+        "paper": dict(dataset="cifar10", epsilons=(0.03, 0.1, 0.3, 1.0),
+                      betas=(0.01, 0.1, 1.0), dims=(128, 512, 1024), jobs=1),
+    }  # fmt: skip
+
+    adversary: Literal["idaa", "random_sign"] = "idaa"
+    epsilons: tuple[NonNegative, ...] = PRESET
+    betas: tuple[NonNegative, ...] = PRESET
+    dims: tuple[Positive, ...] = PRESET
+    axes: dict[str, list[Any]] = Field(default_factory=dict)
+
+    @classmethod
+    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        axes = given.get("axes")
+        for name, along in axes.items() if isinstance(axes, dict) else ():
+            if name not in SSLConfig.model_fields.keys() - {*_FIXED, *cls.sets}:
+                raise ConfigError(
+                    f"axes cannot vary {name!r}: it must be a field of SSLConfig, and not one that "
+                    f"the study sets itself."
+                )
+            if not isinstance(along, list) or not along:
+                raise ConfigError(f"axes[{name!r}] must be a list of values, not {along!r}.")
+        return super()._derive(values, given)
+
+
+class CompareConfig(_Study):
+    """The paper's main table: method × adversary, kNN and linear (notebook 06).
+
+    Fields (besides those of every study):
+        methods, adversaries: the table's rows. launch: make what is missing; else the table is of
+            the finished runs alone.
+    """
+
+    stage = "compare"
+    sets = frozenset({"method", "adversary"})
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "demo": dict(dataset="photos", jobs=2),
+        "cifar10": dict(dataset="cifar10", jobs=1),
+        "paper": dict(dataset="cifar10", jobs=1),
+    }
+
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "plain", "uel", "simsiam", "simclr", "moco", "byol",
+    )  # fmt: skip
+    adversaries: Annotated[tuple[Adversary, ...], Field(min_length=1)] = ("none", "clae", "idaa")
+    launch: bool = False
+
+
+class DetectionConfig(Config):
+    """Fine-tuning of Mask R-CNN from a run with an ImageNet stem, and its AP (notebook 10).
+
+    Fields:
+        run: id or path of an SSL run (None: the newest finished one with an ImageNet stem).
+        train_images, train_annotations, val_images, val_annotations: folders and COCO-format JSON
+            files of what is trained on and judged on; all four, or None for synthetic shapes.
+        architecture: `c4` as in the paper, or `fpn`, whose results do not compare with it.
+        size: pixels of the shorter side (paper: 800; of training images, four fifths of it and up).
+        iterations: steps; the rate drops tenfold at 2/3 and at 8/9 of them (paper: 1×, 90,000).
+        warmup: steps of linear warm-up. batch_size: images a step.
+        learning_rate: None for 0.02 · batch_size / 16 in `paper` (linear scaling), 0.02 in `demo`.
+        rois: regions sampled of each image (paper: 512).
+        log_every, checkpoint_every: steps. workers: processes that read images.
+        seed: of the heads' weights, batches, flips, sides and sampled regions.
+    """
+
+    stage = "detection"
+    principal = ("run", "architecture")
+    sets: ClassVar[tuple[str, ...]] = (
+        "train_images", "train_annotations", "val_images", "val_annotations",
+    )  # fmt: skip
+    pointers = Config.pointers | frozenset(sets)
+    circumstances = Config.circumstances | {"log_every", "checkpoint_every", "workers"}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "demo": dict(size=128, iterations=300, warmup=30, batch_size=4, rois=32,
+                     learning_rate=0.02),
+        "paper": dict(size=800, iterations=90_000, warmup=1000, batch_size=16, rois=512,
+                      log_every=20, checkpoint_every=1000, workers=8),
+    }  # fmt: skip
+
+    preset: Literal["demo", "paper"] = "demo"
+    run: str | None = None
+    train_images: str | None = None
+    train_annotations: str | None = None
+    val_images: str | None = None
+    val_annotations: str | None = None
+    architecture: Literal["c4", "fpn"] = "c4"
+    size: Annotated[int, Field(ge=32)] = PRESET
+    iterations: Positive = PRESET
+    warmup: Seed = PRESET
+    batch_size: Positive = PRESET
+    learning_rate: Rate = PRESET
+    rois: Positive = PRESET
+    log_every: Positive = 10
+    checkpoint_every: Positive = 100
+    workers: Seed = 0
+    seed: Seed = 0
+    device: str = "auto"
+
+    @property
+    def dataset(self) -> str:
+        """What its AP is of, as tables name it."""
+        return self.val_annotations or "synthetic shapes"
+
+    @classmethod
+    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in cls.sets if not given.get(name)]
+        if missing and len(missing) < len(cls.sets):
+            raise ConfigError(f"{missing[0]} is missing: give {', '.join(cls.sets)}, or none.")
+        batch = values.get("batch_size")
+        if isinstance(batch, int):  # linear scaling (Goyal et al. 2017)
+            values.setdefault("learning_rate", 0.02 * batch / 16)
         return values

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from idaa_lib import checkpoints, runs
 from idaa_lib.methods import Method, build_method
+from idaa_lib.methods.fixmatch import build_fixmatch
 from idaa_lib.nets import evaluating, initial_weights
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, RunError
@@ -26,15 +27,15 @@ class Encoder(NamedTuple):
 
 
 def load_encoder(run: Run | str | None = None, layer: str = "backbone") -> Encoder:
-    """The frozen encoder of a finished SSL run, on the CPU, in eval mode.
+    """The frozen encoder of a finished SSL or semi-supervised run, on the CPU, in eval mode.
 
     Args:
-        run: a run, its id or path; None takes the newest.
+        run: a run, its id or path; None takes the newest SSL run.
         layer: `backbone` gives features h (B, feature_dim); `projector` the L2-normalised z.
     Raises:
         RunError: there is no such run, or it is not finished.
     """
-    run = runs.get("ssl", run)
+    run = runs.encoder(run)
     return Encoder(_layer(_method(run, trained=True), layer), *_units(run))
 
 
@@ -104,7 +105,12 @@ def _layer(method: Method, layer: str) -> nn.Module:
 
 def _method(run: Run, trained: bool) -> Method:
     config = run.config
-    method = build_method(config, recipe(config.augmentation, *_units(run)))
+    if run.stage == "semi":
+        _, mean, std = _units(run)
+        classes = run.environment["dataset"]["classes"]
+        method: Method = build_fixmatch(config, mean, std, classes)
+    else:
+        method = build_method(config, recipe(config.augmentation, *_units(run)))
     if trained:
         tensors = _tensors(run, "method.")
         try:

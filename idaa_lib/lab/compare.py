@@ -18,6 +18,8 @@ from idaa_lib.runs import Run, RunError
 CURVES = {
     "vae": ("loss", "reconstruction_val", "rate_nats_val"),
     "ssl": ("loss", "knn_top1_val", "effective_rank"),
+    "semi": ("loss", "ema_top1_val", "believed", "pseudo_top1"),
+    "detection": ("loss", "loss_classifier", "loss_mask"),
 }
 
 
@@ -71,7 +73,7 @@ def _said(chosen: Sequence[Run], told: frozenset[str] = frozenset()) -> list[str
 
 def name_of(run: Run) -> str:
     """`SimCLR + IDAA`, `VAE, dim 128`; of an evaluation, what it judged."""
-    if run.stage == "eval":
+    if run.stage in ("eval", "transfer", "detection"):
         try:
             return name_of(judged(run))
         except RunError:  # the training was deleted: its id still tells
@@ -79,6 +81,8 @@ def name_of(run: Run) -> str:
     config = run.config
     if run.stage == "vae":
         return f"VAE, dim {config.dim}"
+    if run.stage == "theory":
+        return f"identity of {config.images} images"
     method, adversary = method_of(config)
     return method if config.adversary == "none" else f"{method} + {adversary}"
 
@@ -96,7 +100,7 @@ def judged(run: Run) -> Run:
     Raises:
         RunError: it is gone.
     """
-    return runs.get("ssl", run.config.run)
+    return runs.encoder(run.config.run)
 
 
 def accuracies(evaluations: Sequence[Run]) -> list[Accuracies]:

@@ -32,13 +32,15 @@ class Pictures:
     """Images x (N, 3, size, size), normalised as the VAE expects them, the VAE, and its run.
 
     `names` says which image each is, `classes` what there is; `pool` (M, 3, size, size) holds
-    other images of the same split.
+    other images of the same split. `labels` (N + M,) int64 are the classes of x and then of the
+    pool, -1 where there is none.
     """
 
     x: Tensor
     names: tuple[str, ...]
     classes: tuple[str, ...]
     pool: Tensor
+    labels: Tensor
     vae: VAE
     run: Run
     mean: tuple[float, ...]
@@ -144,15 +146,18 @@ def pictures(config: DecomposeConfig) -> Pictures:
     data = open_images(source, config.split, trained.size, None)
     order = _order(config, data)
     chosen, names = data.images[order], [_name(data, i) for i in order.tolist()]
+    labels = data.labels[order]
     if config.own is not None:
         try:
             first = decode(config.own, trained.size)
         except (OSError, ValueError) as error:
             raise ConfigError(f"own={config.own!r} cannot be read as an image: {error}.") from error
         chosen, names = torch.cat([first[None], chosen]), ["your own", *names]
+        labels = torch.cat([torch.tensor([-1]), labels])
     x = normalise(chosen, vae.mean, vae.std)
     n, classes = config.images, tuple(data.classes)
-    return Pictures(x[:n], tuple(names[:n]), classes, x[n:], vae, run, vae.mean, vae.std)
+    some = x[:n], tuple(names[:n]), classes, x[n:], labels
+    return Pictures(*some, vae, run, vae.mean, vae.std)
 
 
 def _order(config: DecomposeConfig, data: ImageSet) -> Tensor:
@@ -185,12 +190,38 @@ def scene(config: DecomposeConfig) -> Scene:
         RunError: there is no finished VAE run. ConfigError: the encoder is for another size.
     """
     shown = pictures(config)
-    trained = shown.run.config
-    found = [] if config.run else runs.find("ssl", dataset=trained.dataset, size=trained.size)
-    chosen = config.run or (found[0] if found else UNTRAINED)
-    attacked, embed = encoder(shown, chosen, "projector")
+    attacked, embed = attacked_encoder(shown, config.run)
     settled = config.model_copy(update={"vae": shown.run.reference, "run": attacked})
     return Scene(**vars(shown), config=settled, loss=against(embed, shown.x))
+
+
+def attacked_encoder(shown: Pictures, run: str | None) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The encoder that is attacked, as `encoder` gives it: `run`, else the newest on the same
+    images and size, else an untrained one."""
+    found = [] if run else _encoders(shown)
+    return encoder(shown, run or (found[0] if found else UNTRAINED), "projector")
+
+
+def witness(
+    shown: Pictures, attacked: str, run: str | None = None
+) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The encoder that judges identity, never the attacked one: `run`, else the newest other, those
+    first that no adversary taught to see past its changes, else an untrained one of another seed.
+
+    Raises:
+        ConfigError: `run` is the attacked encoder.
+    """
+    others = [other for other in _encoders(shown) if other.reference != attacked]
+    others.sort(key=lambda other: other.config.adversary != "none")
+    made = encoder(shown, run or (others[0] if others else UNTRAINED), "backbone", seed=1)
+    if made[0] == attacked != UNTRAINED:
+        raise ConfigError(f"witness={run!r} is the encoder that is attacked: name another.")
+    return made
+
+
+def _encoders(shown: Pictures) -> list[Run]:
+    trained = shown.run.config
+    return runs.find("ssl", dataset=trained.dataset, size=trained.size)
 
 
 def encoder(
@@ -198,8 +229,8 @@ def encoder(
 ) -> tuple[str, Callable[[Tensor], Tensor]]:
     """A run's frozen encoder, or with `UNTRAINED` a narrow ResNet-18 as it is before training.
 
-    What a configuration calls it, and a function from images in the units of the pictures to
-    features (N, D).
+    What a configuration calls it, and a function from images in the units of the pictures, on
+    their device, to features (N, D).
 
     Raises:
         RunError: there is no such run. ConfigError: the encoder is for another size.
@@ -208,11 +239,12 @@ def encoder(
     if run == UNTRAINED:
         transform = recipe("none", size, shown.mean, shown.std)
         method = build_method(SSLConfig(size=size, width=16, seed=seed), transform)
-        return UNTRAINED, method.encoder(layer).eval().requires_grad_(False)
+        return UNTRAINED, method.encoder(layer).eval().requires_grad_(False).to(shown.x.device)
     source = runs.get("ssl", run)
     module, expected, mean, std = load_encoder(source, layer)
     if expected != size:
         raise ConfigError(f"run={source.id!r} is for {expected} px, its images {size} px.")
+    module.to(shown.x.device)
     if (mean, std) == (shown.mean, shown.std):
         return source.reference, module
     return source.reference, lambda x: module(normalise(shown.pixels(x), mean, std))

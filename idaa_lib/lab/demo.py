@@ -70,7 +70,7 @@ def run(say: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Path]]:
 
     def vary(point: sweeps.Point) -> None:
         sweeps.run_point(point)
-        say(f"     swept      {point.axis} = {point.value:g}")
+        say("     swept      {axis} = {value:g}".format(**point.labels))
 
     say("2/4  SimCLR with no adversary, CLAE, IDAA, their evaluation; sensitivity to ε, β and dim")
     study = SweepConfig()

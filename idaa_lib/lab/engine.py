@@ -7,20 +7,20 @@ images, so each picture costs one decode and one small PNG.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from idaa_lib import runs
 from idaa_lib.configs import DecomposeConfig
 from idaa_lib.lab import plots
-from idaa_lib.lab.decompose import ADVERSARIES, UNTRAINED, Scene, encoder, scene
+from idaa_lib.lab.decompose import ADVERSARIES, Scene, scene, witness
 from idaa_lib.lab.style import NAMES, save
 from idaa_lib.train.samples import GAIN
 
@@ -28,6 +28,33 @@ COLUMNS = 16  # images that a picture shows at most
 # Where the curves over ε are read: four a decade, which is what an eye needs.
 EPSILONS = tuple(float(e) for e in np.logspace(-3, 1, 17))
 STRIP = EPSILONS[4:]  # from 0.01 on: below, an eye sees nothing
+
+
+class Reading(Protocol):
+    """A point of a curve over ε: the radius, and the loss that is reached there."""
+
+    @property
+    def epsilon(self) -> float: ...
+
+    @property
+    def loss_after(self) -> float: ...
+
+
+def radius(curve: Sequence[Reading], loss: float, start: float) -> float | None:
+    """The smallest ε at which a curve, by ascending ε, reaches `loss`; at ε = 0 it is `start`.
+
+    Between two points the loss is taken as linear in log ε, below the first as linear in ε. None
+    where it is never reached; 0 where `start` reaches it.
+    """
+    if loss <= start:
+        return 0.0
+    past, before = 0.0, start
+    for point in curve:
+        if point.loss_after >= loss:
+            share = (loss - before) / (point.loss_after - before)
+            return past * (point.epsilon / past) ** share if past else share * point.epsilon
+        past, before = point.epsilon, point.loss_after
+    return None
 
 
 @dataclass(frozen=True, order=True)
@@ -184,19 +211,10 @@ class Engine:
     def as_hard(self, adversary: str, epsilon: float) -> float | None:
         """The smallest ε at which `adversary` reaches the loss that IDAA has at `epsilon`.
 
-        Read off the curves: between two points the loss is taken as linear in log ε, below the
-        first as linear in ε. None where it never gets so hard; 0 where IDAA is no harder than x.
+        Read off the curves (see `radius`). None where it never gets so hard; 0 where IDAA is no
+        harder than x.
         """
-        target = self._hardness("idaa", epsilon)
-        if target <= self._loss_before:
-            return 0.0
-        past, loss = 0.0, self._loss_before
-        for point in self.curves[adversary]:
-            if point.loss_after >= target:
-                share = (target - loss) / (point.loss_after - loss)
-                return past * (point.epsilon / past) ** share if past else share * point.epsilon
-            past, loss = point.epsilon, point.loss_after
-        return None
+        return radius(self.curves[adversary], self._hardness("idaa", epsilon), self._loss_before)
 
     def _hardness(self, adversary: str, epsilon: float) -> float:
         curve = self.curves[adversary]
@@ -210,14 +228,7 @@ class Engine:
     @cached_property
     def witness(self) -> tuple[str, Callable[[Tensor], Tensor]]:
         """The encoder that judges identity: another run than the attacked one, else untrained."""
-        shown = self.scene
-        trained = shown.run.config
-        others = [
-            run
-            for run in runs.find("ssl", dataset=trained.dataset, size=trained.size)
-            if run.reference != shown.attacked
-        ]
-        return encoder(shown, others[0] if others else UNTRAINED, "backbone", seed=1)
+        return witness(self.scene, self.scene.attacked)
 
     @cached_property
     def _candidate_features(self) -> Tensor:

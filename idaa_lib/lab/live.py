@@ -31,6 +31,7 @@ from idaa_lib.train.progress import clock
 CURVES = {
     "vae": ("loss", "reconstruction_val", "rate_nats_val", "lr", "images_per_second"),
     "ssl": ("loss", "adversarial_loss", "knn_top1_val", "lr", "images_per_second"),
+    "semi": ("loss", "adversarial_loss", "believed", "pseudo_top1", "ema_top1_val", "lr"),
 }
 # Seconds between two looks at a run that goes and at one that stands, and between two drawings.
 GOING, STANDING, DRAWING = 1.0, 3.0, 2.0
@@ -256,6 +257,8 @@ class Panel:
             ("loss", "loss", "{:.4f}"),
             ("adversarial_loss", "loss on (x, x′)", "{:.4f}"),
             ("knn_top1_val", "validation kNN", "{:.1f} %"),
+            ("ema_top1_val", "validation accuracy", "{:.1f} %"),
+            ("believed", "pseudo-labels believed", "{:.1f} %"),
             ("reconstruction_val", "validation reconstruction", "{:.4f}"),
             ("rate_nats_val", "rate", "{:.1f} nats"),
             ("lr", "learning rate", "{:.3g}"),

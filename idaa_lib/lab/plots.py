@@ -28,16 +28,28 @@ LABELS = {
     "reconstruction_val": "validation reconstruction (MSE)",
     "rate_nats_val": "rate on validation (nats per image)",
     "knn_top1_val": "validation kNN top-1 (%)",
+    "ema_top1_val": "validation top-1 (%)",
+    "supervised_loss": "loss on labelled images (nats)",
+    "unsupervised_loss": "loss on strong views (nats)",
+    "believed": "pseudo-labels believed (%)",
+    "believed_right": "believed and right (%)",
+    "pseudo_top1": "pseudo-labels right (%)",
     "alignment": "alignment (squared distance)",
     "uniformity": "uniformity (log mean kernel)",
     "embedding_std": "embedding std (√D · std, sphere = 1)",
     "effective_rank": "effective rank of features",
     "moved": "‖x′ − x‖₂ (normalised units)",
+    "loss_classifier": "classes of regions (nats)",
+    "loss_box_reg": "boxes of regions (smooth L1)",
+    "loss_mask": "masks (nats per pixel)",
+    "loss_objectness": "objectness of anchors (nats)",
+    "loss_rpn_box_reg": "boxes of anchors (smooth L1)",
     "lr": "learning rate",
     "images_per_second": "speed (images/s)",
 }
 # The prefixes of a summary's accuracies, and what they are of.
 SUBJECTS = {"": "this run", "random_": "untrained encoder", "pixels_": "raw pixels"}
+_PREFIX = {"encoder": "", "random": "random_"}  # of a transfer's rows
 
 
 def _axes(
@@ -255,6 +267,67 @@ def accuracy_bars(summary: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def transfer_table(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """A transfer's accuracies with their 95 % intervals, a line each."""
+    rows = [
+        {
+            "data set": row["dataset"],
+            "features": SUBJECTS[_PREFIX[row["features"]]],
+            "probe": row["probe"],
+            "metric": row["metric"],
+            "accuracy (%)": round(row["value"], 2),
+            "95 % interval": f"{row['low']:.1f} – {row['high']:.1f}",
+            "over": f"{row['n']:,} {row['of']}",
+            "labels": row["labels"],
+        }
+        for row in summary["rows"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def transfer_bars(summary: Mapping[str, Any]) -> Figure:
+    """The same as bars with their intervals: a panel for each data set, a group for each probe."""
+    rows = pd.DataFrame(summary["rows"])
+    names = list(rows["dataset"].unique())
+    columns = min(2, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = _axes(
+        lines, columns, figsize=(6.4 * columns, 3.4 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    subjects = [key for key in _PREFIX if key in set(rows["features"])]
+    for name, axis in zip(names, axes.flat, strict=False):
+        mine = rows[rows["dataset"] == name]
+        probes = list(mine["probe"].unique())
+        for place, subject in enumerate(subjects):
+            found = mine[mine["features"] == subject].set_index("probe").loc[probes]
+            at = np.arange(len(probes)) + (place - (len(subjects) - 1) / 2) * 0.4
+            spread = np.abs([found["value"] - found["low"], found["high"] - found["value"]])
+            label = SUBJECTS[_PREFIX[subject]]
+            axis.bar(at, found["value"], 0.38, label=label, yerr=spread, capsize=4)
+        axis.set_xticks(range(len(probes)), probes)
+        axis.set(ylabel=f"{mine['metric'].iloc[0]} (%)", ylim=(0, 100), title=name)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(subjects)
+    )
+    return figure
+
+
+def classifier_bars(runs: Mapping[str, Run]) -> Figure:
+    """Test accuracy of semi-supervised runs (label → run) with 95 % intervals."""
+    told = [run.summary or {} for run in runs.values()]
+    ends = ("top1", "low", "high")
+    top, low, high = (np.array([one[f"ema_{end}"] for one in told]) for end in ends)
+    figure, axis = _axes(figsize=(1.6 + 1.4 * len(runs), 3.4), layout="constrained")
+    names = [name.replace(": ", ":\n") for name in runs]
+    bars = axis.bar(names, top, 0.6, yerr=np.abs([top - low, high - top]), capsize=4)
+    axis.bar_label(bars, [f"{value:.1f}" for value in top], label_type="center", color="white")
+    axis.set(ylabel="top-1 (%)", ylim=(0, 100))
+    axis.set_title(f"{told[0]['ema_n']:,} test images, 95 % intervals")
+    return figure
+
+
 def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
     """Rows: true class, columns: predicted class; percent of the row."""
     n = len(classes)
@@ -337,31 +410,45 @@ def neighbours(
 
 
 def sensitivity(rows: pd.DataFrame) -> Figure:
-    """Validation accuracy over ε, β and dim: a column each, kNN above, linear below.
+    """Validation accuracy over ε, β, dim and further axes: a column each, kNN above, linear below.
 
-    Several seeds give their mean and ±1 std.
+    Several seeds give their mean and ±1 std. Values that are not numbers stand side by side.
     """
     names = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
-    columns = [axis for axis in names if axis in set(rows["axis"])]
+    columns = list(dict.fromkeys(rows["axis"]))
     probes = {"knn_top1_val": "kNN", "linear_top1_val": "linear"}
     figure, panels = _axes(
         2, len(columns), figsize=(4.1 * len(columns), 5.4), sharey="row", sharex="col",
         squeeze=False, layout="constrained",
     )  # fmt: skip
+    adversaries = list(dict.fromkeys(rows["adversary"]))
     for column, axis in enumerate(columns):
         mine = rows[rows["axis"] == axis]
+        numbers = pd.to_numeric(mine["value"], errors="coerce")  # a table from a file has text
+        if numeric := bool(numbers.notna().all()):
+            mine = mine.assign(value=numbers)
+        values = list(dict.fromkeys(mine["value"]))
+        at = {value: value if numeric else i for i, value in enumerate(values)}
         for line, (key, probe) in enumerate(probes.items()):
-            grouped, panel = mine.groupby("value")[key], panels[line, column]
-            mean, several = grouped.mean(), grouped.size().max() > 1
-            spread = grouped.std() if several else None
-            panel.errorbar(
-                mean.index, mean, yerr=spread, marker="o", capsize=4, color=PALETTE[line]
-            )
-            panel.set(xscale="log")
-            panel.set_xticks(mean.index, [f"{v:g}" for v in mean.index])
+            panel = panels[line, column]
+            for adversary, group in mine.groupby("adversary", sort=False):
+                grouped = group.groupby("value", sort=numeric)[key]
+                mean, several = grouped.mean(), grouped.size().max() > 1
+                panel.errorbar(
+                    [at[value] for value in mean.index], mean,
+                    yerr=grouped.std() if several else None, marker="o", capsize=4,
+                    color=COLOURS[adversary], label=NAMES[adversary],
+                )  # fmt: skip
+            if numeric:
+                panel.set(xscale="log")
+            told = [f"{value:g}" if numeric else str(value) for value in values]
+            panel.set_xticks(list(at.values()), told)
             panel.minorticks_off()
             panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
-        panels[-1, column].set(xlabel=names[axis])
+        panels[-1, column].set(xlabel=names.get(axis, axis.replace("_", " ")))
+    if len(adversaries) > 1:
+        whole = max(panels[0], key=lambda panel: len(panel.get_legend_handles_labels()[1]))
+        whole.legend()
     seeds = rows["seed"].nunique()
     figure.suptitle(f"Sensitivity of the attack, {seeds} seed{'s' if seeds > 1 else ''} a point")
     return figure

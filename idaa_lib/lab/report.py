@@ -87,7 +87,7 @@ def page() -> str:
         results=[_result(group) for group in compare.accuracies(stages["eval"])],
         studies=each(studies, _study),
         pictures=each(stages["vae"], _pictures),
-        trainings=each(stages["vae"] + stages["ssl"], _training),
+        trainings=each(stages["vae"] + stages["ssl"] + stages["semi"], _training),
         left_out=left_out,
     )
 
@@ -173,6 +173,10 @@ def _training(run: Run) -> dict[str, Any]:
         low, high = told["knn_low_val"], told["knn_high_val"]
         said.append(f"kNN {told['knn_top1_val']:.1f} % [{low:.1f}, {high:.1f}], validation")
         said.append(f"n = {told['n_val']:,}")
+    if "ema_top1" in told:
+        low, high = told["ema_low"], told["ema_high"]
+        said.append(f"accuracy {told['ema_top1']:.1f} % [{low:.1f}, {high:.1f}], test")
+        said.append(f"n = {told['ema_n']:,}, {told['ema_protocol']}")
     keys = [key for key in compare.CURVES[run.stage] if any(key in x for x in run.metrics())]
     return {
         "name": compare.name_of(run),

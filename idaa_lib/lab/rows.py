@@ -57,9 +57,9 @@ def row_of(run: Run) -> Row:
         said = [compare.say(k, v, "=") for k, v in changed.items() if k not in config.circumstances]
         if "kappa" in changed and "beta" in changed:  # which say the same
             said.remove(compare.say("kappa", changed["kappa"], "="))
-        if run.stage == "ssl":
+        if run.stage in ("ssl", "semi"):
             method, adversary = compare.method_of(config)
-        elif run.stage == "eval":
+        elif run.stage in ("eval", "transfer", "detection"):
             said.insert(0, f"of {config.run[-8:]}")
             with contextlib.suppress(RunError):  # what it judged may be gone
                 method, adversary = compare.method_of(compare.judged(run).config)
@@ -95,6 +95,19 @@ def result(summary: dict[str, Any]) -> str:
             f"kNN {summary['knn_top1']:.1f} %, linear {summary['linear_top1']:.1f} %, test, "
             f"{summary['protocol']}"
         )
+    if "rows" in summary:
+        first, *others = (row for row in summary["rows"] if row["probe"] == "linear")
+        more = len({row["dataset"] for row in others} - {first["dataset"]})
+        told = f"linear {first['value']:.1f} % on {first['dataset']}, test"
+        return f"{told}; {more} more data sets" if more else told
+    if "box_ap" in summary:
+        masks = f", masks {summary['mask_ap']:.1f}" if "mask_ap" in summary else ""
+        return f"AP boxes {summary['box_ap']:.1f}{masks}"
+    if "parts" in summary:
+        found = {part: summary["parts"][part]["retrieved"] for part in ("G", "R")}
+        return f"x found from R {found['R']:.1f} %, from G {found['G']:.1f} %"
+    if "ema_top1" in summary:
+        return f"accuracy {summary['ema_top1']:.1f} %, test"
     if "knn_top1_val" in summary:
         return f"kNN {summary['knn_top1_val']:.1f} %, validation"
     return f"rate {summary['rate_nats']:.1f} nats" if "rate_nats" in summary else ""

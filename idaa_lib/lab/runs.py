@@ -197,7 +197,7 @@ class RunsPage:
 
     def _buttons(self) -> None:
         states = [self._rows[run].state for run in self.picked]
-        trainings = all(run.stage != "eval" for run in self.picked)
+        trainings = all(run.stage not in ("eval", "theory") for run in self.picked)
         told = "Choose runs to compare them."
         if self.picked:
             size = sum(self._rows[run].size for run in self.picked)

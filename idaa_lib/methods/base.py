@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from idaa_lib.configs import ConfigError, SSLConfig
+from idaa_lib.configs import ConfigError, EncoderConfig, SSLConfig
 from idaa_lib.nets import build_backbone, initial_weights
-from idaa_lib.views import Recipe, Views, keyed_generator
+from idaa_lib.views import Params, Recipe, Views, keyed_generator
 
 Batch = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -55,6 +55,9 @@ class Step:
 
 class OfficialProtocol(NamedTuple):
     """How the official code judges a method's encoder (docs/spec/idaa.md §5).
+
+    Here always after the last epoch; SimSiam's, Plain's and UEL's linear classifiers are published
+    on the epoch with the best kNN on test.
 
     Fields:
         of: whose protocol it is. knn, linear: the layer that each of the two looks at.
@@ -97,6 +100,10 @@ class Method(nn.Module):
         """How many batches `batches` yields."""
         return len(labels) // batch_size
 
+    def images_per_step(self, batch_size: int) -> int:
+        """How many images a batch of `batches` names, for images/s."""
+        return batch_size
+
     def batches(self, labels: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """Global batches of an epoch as named index tensors (int64): one permutation, drop last.
 
@@ -114,15 +121,8 @@ class Method(nn.Module):
         return tuple(self.view(images["images"], generator, shard) for _ in range(self.views))
 
     def view(self, images: Tensor, generator: torch.Generator, shard: tuple[int, int]) -> Views:
-        """One view of each image.
-
-        Parameters are drawn for the global batch of processes · B images and the part of this
-        rank is kept, so that n processes draw what one would; shard is (rank, processes).
-        """
-        rank, processes = shard
-        b = len(images)
-        params = self.recipe.draw(processes * b, generator, tuple(images.shape[-2:]))
-        params = {k: v[rank * b : (rank + 1) * b] for k, v in params.items()}
+        """One view of each image; shard is (rank, processes)."""
+        params = share_of_draw(self.recipe, images, generator, shard)
         return Views(self.augment(images, params), params)
 
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
@@ -220,7 +220,7 @@ def build_method(config: SSLConfig, recipe: Recipe) -> Method:
         return made(config, recipe)
 
 
-def backbone_of(config: SSLConfig) -> Any:
+def backbone_of(config: EncoderConfig) -> Any:
     """The backbone that `config` names, with adversarial norms where it names an adversary."""
     return build_backbone(
         config.backbone,
@@ -259,9 +259,23 @@ def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     The target's parameters are the first of `online`'s, in its order, whatever wraps that one;
     BatchNorm statistics are each network's own.
     """
-    theirs: list[Tensor] = list(target.parameters())
-    ours: list[Tensor] = list(online.parameters())[: len(theirs)]
+    theirs: list[Tensor] = [*target.parameters()]
+    ours: list[Tensor] = [p for p, _ in zip(online.parameters(), theirs, strict=False)]
     torch._foreach_lerp_(theirs, ours, 1 - momentum)
+
+
+def share_of_draw(
+    recipe: Recipe, images: Tensor, generator: torch.Generator, shard: tuple[int, int]
+) -> Params:
+    """Parameters of one view of each of the B images of this process, shard (rank, processes).
+
+    They are drawn for the global batch of processes · B images and the part of this rank is kept,
+    so that n processes draw what one would.
+    """
+    rank, processes = shard
+    b = len(images)
+    params = recipe.draw(processes * b, generator, tuple(images.shape[-2:]))
+    return {k: v[rank * b : (rank + 1) * b] for k, v in params.items()}
 
 
 class _Gather(torch.autograd.Function):

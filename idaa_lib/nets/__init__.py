@@ -70,3 +70,4 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
 
 
 from idaa_lib.nets import resnet as _resnet  # noqa: E402, F401 - registers its backbones
+from idaa_lib.nets import wrn as _wrn  # noqa: E402, F401

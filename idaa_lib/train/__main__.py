@@ -1,6 +1,6 @@
 """`python -m idaa_lib.train ssl adversary=idaa epsilon=0.1`: a stage without a notebook.
 
-The first word is the stage (vae, ssl, eval or detection), the others are fields of its
+The first word is the stage (vae, ssl, semi, eval, transfer, …), the others are fields of its
 configuration; `@config.json` starts from a stored one. Under `accelerate launch` a training runs on
 many processes and machines. The fields: `python -c "import idaa_lib; help(idaa_lib.SSLConfig)"`.
 """
@@ -12,9 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from idaa_lib.configs import Config, DetectionConfig, EvalConfig, UserError
+from idaa_lib.configs import Config, DetectionConfig, EvalConfig, TransferConfig, UserError
 from idaa_lib.evaluate.detection import detect
 from idaa_lib.evaluate.stage import evaluate
+from idaa_lib.evaluate.transfer import transfer
 from idaa_lib.runs import CONFIGS, Run, read_json
 from idaa_lib.train import train
 
@@ -24,6 +25,8 @@ def _run(config: Config) -> Run:
         return evaluate(config)
     if isinstance(config, DetectionConfig):
         return detect(config)
+    if isinstance(config, TransferConfig):
+        return transfer(config)
     return train(config)  # type: ignore[arg-type]
 
 

@@ -35,7 +35,7 @@ class Feed:
             self._loader = DataLoader(
                 _Gathered(images),
                 batch_size=None,
-                sampler=self._order,  # type: ignore[arg-type]
+                sampler=self._order,
                 num_workers=WORKERS,
                 persistent_workers=True,
                 pin_memory=device.type == "cuda",

@@ -169,7 +169,8 @@ class Fit:
         self.method.network = self.accelerator.prepare_model(self.method.network)
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         name = self.writer.run.stage if self.writer else ""
-        progress = Progress(name, self.total, self.step, self.config.batch_size)
+        images = self.method.images_per_step(self.config.batch_size)
+        progress = Progress(name, self.total, self.step, images)
         figures: dict[str, float] = {}
         try:
             with _signals() as asked:
@@ -380,7 +381,10 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 
 # What a line of progress has room for.
-_SHOWN = {"loss", "adversarial_loss", "reconstruction_val", "rate_nats_val", "knn_top1_val"}
+_SHOWN = {
+    "loss", "adversarial_loss", "reconstruction_val", "rate_nats_val", "knn_top1_val",
+    "ema_top1_val",
+}  # fmt: skip
 
 
 def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:

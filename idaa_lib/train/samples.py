@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -43,6 +44,16 @@ def grid(rows: Sequence[Tensor], labels: Sequence[str] = (), form: str = "png") 
     # Level 1: four times as fast to encode as the default.
     picture.save(encoded, form, pnginfo=told, compress_level=1)
     return encoded.getvalue()
+
+
+def read(run: Run) -> dict[str, Tensor]:
+    """The rows of the run's picture: label → pixels in [0, 1] (N, 3, size, size)."""
+    with Image.open(run.path / "samples" / "latest.png") as picture:
+        labels = json.loads(picture.info["rows"])
+        pixels = torch.from_numpy(np.array(picture)).float() / 255  # (rows·(size + 1), …, 3)
+    side = len(pixels) // len(labels)  # with its white line
+    tiles = pixels.unflatten(1, (-1, side)).unflatten(0, (-1, side))[:, :-1, :, :-1]
+    return dict(zip(labels, tiles.permute(0, 2, 4, 1, 3), strict=True))
 
 
 def write(run: Run, rows: Mapping[str, Row], mean: Sequence[float], std: Sequence[float]) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from idaa_lib import adversaries, checkpoints, runs
-from idaa_lib.configs import ConfigError, SSLConfig, TrainingConfig, VAEConfig
+from idaa_lib.configs import (
+    ConfigError,
+    EncoderConfig,
+    SemiConfig,
+    SSLConfig,
+    TrainingConfig,
+    VAEConfig,
+)
 from idaa_lib.environment import describe, open_images, settled, uses_bf16
 from idaa_lib.evaluate.encoders import features, load_vae
-from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
+from idaa_lib.evaluate.figures import Accuracy, accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.images import ImageSet
 from idaa_lib.methods import METHODS, Method, build_method
+from idaa_lib.methods.fixmatch import CIFAR100, build_fixmatch, labelled_subset
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, evaluating
 from idaa_lib.nets.vae import rate
@@ -57,8 +65,11 @@ def locate(config: TrainingConfig) -> Run:
 
 
 def train(config: TrainingConfig) -> Run:
-    """Train what `config` describes: see `train_vae` and `train_ssl`."""
-    return train_vae(config) if isinstance(config, VAEConfig) else train_ssl(config)  # type: ignore[arg-type]
+    """Train what `config` describes: see `train_vae`, `train_ssl` and `train_semi`."""
+    by_kind: dict[type, Callable[[Any], Run]] = {
+        VAEConfig: train_vae, SSLConfig: train_ssl, SemiConfig: train_semi,
+    }  # fmt: skip
+    return by_kind[type(config)](config)
 
 
 def train_vae(config: VAEConfig) -> Run:
@@ -95,26 +106,6 @@ def train_ssl(config: SSLConfig) -> Run:
     plan = _plan(config)
     units = _units(plan.data)
     method = build_method(config, recipe(config.augmentation, config.size, *units))
-    attack = dict(
-        epsilon=config.epsilon,
-        steps=config.steps,
-        step_size=config.step_size,
-        norm=config.norm,
-        random_start=config.random_start,
-    )
-    adversary: Any = adversaries.NoAdversary()
-    if config.adversary == "clae":
-        adversary = adversaries.CLAE(**attack)  # type: ignore[arg-type]
-    elif plan.vae is not None:
-        kind: Any = (
-            adversaries.RandomSign if config.adversary == "random_sign" else adversaries.IDAA
-        )
-        if config.attack in ("carried", "free"):
-            kind = {"carried": adversaries.CarriedIDAA, "free": adversaries.FreeIDAA}[config.attack]
-            attack |= {"memory": len(plan.data), "every": config.attack_every}
-        vae = load_vae(plan.vae)
-        adversary = kind(vae, **attack, mean=units[0], std=units[1])
-
     val, bank = _validation(config), plan.data
     if config.split == "trainval":  # which holds `val` itself: an image would find itself
         bank = open_images(config.dataset, "train", config.size, config.limit)
@@ -140,14 +131,79 @@ def train_ssl(config: SSLConfig) -> Run:
             protocol += ", whose images were trained on without their labels"
         return figures | {"knn_protocol": protocol, "n_val": len(val)}
 
-    return _train(plan, method, adversary, validate, config.knn_every, summarise)
+    return _train(plan, method, _adversary(config, plan), validate, config.knn_every, summarise)
+
+
+def train_semi(config: SemiConfig) -> Run:
+    """Train a classifier from few labels, or resume it, or show it if it is finished.
+
+    `summary.json` has the accuracy of the averaged weights on all test images, which are read once,
+    after the last step: `ema_top1` in percent with `ema_n`, the 95 % interval `ema_low`, `ema_high`
+    and `ema_protocol`; `ema_top1_val` is the last of those on validation.
+
+    Raises: as `train_vae`.
+    """
+    if not isinstance(config, SemiConfig):
+        raise ConfigError(f"train_semi takes a SemiConfig, not a {type(config).__name__}.")
+    plan = _plan(config)
+    if config.dataset == "cifar100":
+        plan = replace(plan, data=replace(plan.data, mean=CIFAR100[0], std=CIFAR100[1]))
+    units, classes = _units(plan.data), len(plan.data.classes)
+    labelled_subset(plan.data.labels, config.labels_per_class, classes, config.seed)  # if it can
+    method = build_fixmatch(config, *units, classes)
+    val, test = _validation(config), open_images(config.dataset, "test", config.size, None)
+    if not (val.labelled and test.labelled):
+        raise ConfigError(f"dataset={config.dataset!r} has no labels to validate and test against.")
+
+    def judge(method: Method, split: ImageSet, device: torch.device) -> Accuracy:
+        classifier, bf16 = method.encoder("classifier"), uses_bf16(config.precision, device)
+        logits = features(classifier, split.images, config.size, *units, device=device, bf16=bf16)
+        return accuracy(logits.argmax(1), split.labels)
+
+    def validate(method: Method, device: torch.device) -> dict[str, float]:
+        top1, low, high, _ = judge(method, val, device)
+        return {"ema_top1_val": top1, "ema_low_val": low, "ema_high_val": high}
+
+    def summarise(figures: dict[str, float]) -> dict[str, Any]:
+        judged = judge(method, test, next(method.parameters()).device)._asdict()
+        protocol = (
+            f"clean: averaged weights, last epoch, all test images; {config.labels_per_class} "
+            f"labels a class of {len(plan.data):,} training images"
+        )
+        if config.split == "trainval":
+            protocol += ", those of validation among them"
+        figures |= {f"ema_{name}": value for name, value in judged.items()}
+        return figures | {"ema_protocol": protocol, "n_val": len(val)}
+
+    return _train(plan, method, _adversary(config, plan), validate, 1, summarise)
+
+
+def _adversary(config: EncoderConfig, plan: _Plan) -> Any:
+    """The adversary that `config` names, for images normalised as those of the plan."""
+    attack: dict[str, Any] = dict(
+        epsilon=config.epsilon,
+        steps=config.steps,
+        step_size=config.step_size,
+        norm=config.norm,
+        random_start=config.random_start,
+    )
+    if config.adversary == "clae":
+        return adversaries.CLAE(**attack)
+    if plan.vae is None:
+        return adversaries.NoAdversary()
+    kind: Any = adversaries.RandomSign if config.adversary == "random_sign" else adversaries.IDAA
+    if isinstance(config, SSLConfig) and config.attack in ("carried", "free"):
+        kind = adversaries.CarriedIDAA if config.attack == "carried" else adversaries.FreeIDAA
+        attack |= {"memory": len(plan.data), "every": config.attack_every}
+    mean, std = _units(plan.data)
+    return kind(load_vae(plan.vae), **attack, mean=mean, std=std)
 
 
 def _plan(config: TrainingConfig) -> _Plan:
     config = config.model_copy(update={"dataset": settled(config.dataset)})
     data = open_images(config.dataset, config.split, config.size, config.limit)
     vae = start = None
-    if isinstance(config, SSLConfig) and config.needs_vae:
+    if isinstance(config, EncoderConfig) and config.needs_vae:
         vae = _choose_vae(config)
         config = config.model_copy(update={"vae": vae.reference})
     if config.continue_from:
@@ -158,12 +214,12 @@ def _plan(config: TrainingConfig) -> _Plan:
         data.fingerprint,
         vae=checkpoints.digest(vae) if vae else None,
         start=checkpoints.digest(start) if start else None,
-        code=_own_code(config) if isinstance(config, SSLConfig) else None,
+        code=_own_code(config),
     )
     return _Plan(config, run, data, vae, start)
 
 
-def _own_code(config: SSLConfig) -> str | None:
+def _own_code(config: TrainingConfig) -> str | None:
     """Digest of the source of a method or backbone that is not ours: edited, it is another run.
 
     Our own is covered by `runs.RESULTS_VERSION`.
@@ -178,12 +234,11 @@ def _own_code(config: SSLConfig) -> str | None:
 def foreign(config: TrainingConfig) -> dict[str, Any]:
     """The method and backbone of `config` that are not ours, by name: only a process that imports
     the module that registers them knows them."""
-    if not isinstance(config, SSLConfig):
+    if not isinstance(config, EncoderConfig):
         return {}
-    known = {
-        config.method: METHODS.get(config.method),
-        config.backbone: BACKBONES.get(config.backbone),
-    }
+    known: dict[str, Any] = {config.backbone: BACKBONES.get(config.backbone)}
+    if isinstance(config, SSLConfig):
+        known[config.method] = METHODS.get(config.method)
     ours = ("idaa_lib", "functools")
     return {
         name: made
@@ -192,7 +247,7 @@ def foreign(config: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def _choose_vae(config: SSLConfig) -> Run:
+def _choose_vae(config: EncoderConfig) -> Run:
     """The VAE run asked for, or the newest that fits the data and size; which one is printed."""
     wanted: dict[str, Any] = {"size": config.size}
     if config.dim is not None:
@@ -228,7 +283,7 @@ def _train(
     validate_every: int,
     summarise: Callable[[dict[str, float]], dict[str, Any]],
 ) -> Run:
-    """What both stages share: lock, room on the disk, resume, loop, summary."""
+    """What the stages share: lock, room on the disk, resume, loop, summary."""
     config, run = plan.config, plan.run
     if run.finished:
         print(f"{run.id} is finished: showing its result.")
@@ -266,7 +321,7 @@ def _train(
         finally:
             accelerator.end_training()
         if fit.writer is not None:
-            done = fit.step * config.batch_size
+            done = fit.step * method.images_per_step(config.batch_size)
             speed = {"seconds": fit.seconds, "images_per_second": done / max(fit.seconds, 1e-9)}
             fit.writer.finish(summarise(figures) | speed)
     return run

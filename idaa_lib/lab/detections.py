@@ -1,0 +1,76 @@
+"""What a detector finds, drawn on images, and its AP beside the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from idaa_lib.evaluate.coco import Target
+from idaa_lib.lab.style import PALETTE
+
+# docs/spec/idaa.md §7: AP50, AP, AP75 of boxes and of masks, in percent.
+PAPER = {
+    "from scratch": ((44.0, 26.4, 27.8), (46.9, 29.3, 30.8)),
+    "supervised ImageNet": ((58.2, 38.2, 41.2), (54.7, 33.3, 35.2)),
+    "SimSiam": ((57.5, 37.9, 40.9), (54.2, 33.2, 35.2)),
+    "SimSiam + IDAA": ((58.2, 38.7, 42.0), (55.1, 33.9, 35.9)),
+}
+PAPER_PROTOCOL = "paper: Mask R-CNN R50-C4, COCO 2017, 1× schedule"
+STRICTNESS = ("50", "", "75")
+
+
+def pictures(
+    images: Sequence[Tensor],
+    rows: Mapping[str, Sequence[Target]],
+    classes: Sequence[str],
+    threshold: float = 0.5,
+) -> Figure:
+    """Images with boxes, names and masks drawn on, a line a row.
+
+    Args:
+        images: uint8 (3, H, W). rows: label → objects of each image; those with a score below
+            `threshold` are left out.
+        classes: names of labels 1, 2, ….
+    """
+    figure = Figure(figsize=(2.6 * len(images), 2.3 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(images), squeeze=False)
+    for line, (label, found) in zip(grid, rows.items(), strict=True):
+        line[0].set_ylabel(label)
+        for axis, image, objects in zip(line, images, found, strict=True):
+            pixels = image.permute(1, 2, 0).numpy().copy()
+            axis.grid(False)
+            axis.set(xticks=[], yticks=[])
+            for i, name in enumerate(objects["labels"].tolist()):
+                score = objects["scores"][i].item() if "scores" in objects else None
+                if score is not None and score < threshold:
+                    continue
+                colour = PALETTE[name % len(PALETTE)]
+                if "masks" in objects:
+                    mask = objects["masks"][i].bool().numpy()
+                    tint = [255 * part for part in to_rgb(colour)]
+                    pixels[mask] = (0.5 * pixels[mask] + 0.5 * np.array(tint)).astype("u1")
+                x1, y1, x2, y2 = objects["boxes"][i].tolist()
+                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2))
+                text = classes[name - 1] + (f" {score:.2f}" if score is not None else "")
+                axis.text(x1, y1, text, color="white", fontsize=7, va="bottom",
+                          bbox=dict(facecolor=colour, edgecolor="none", pad=1))  # fmt: skip
+            axis.imshow(pixels)
+    return figure
+
+
+def table(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """AP50, AP, AP75 of boxes and masks in percent: this run, then the paper's rows, each with its
+    protocol; they compare only where it is the same."""
+    columns = [f"{kind} AP{t}" for kind in ("box", "mask") for t in STRICTNESS]
+    own = [summary.get(f"{kind}_ap{t}") for kind in ("box", "mask") for t in STRICTNESS]
+    rows = {"this run": [*own, f"{summary['protocol']}, n = {summary['n']:,}"]}
+    for name, (box, mask) in PAPER.items():
+        rows[name] = [*box, *mask, PAPER_PROTOCOL]
+    return pd.DataFrame.from_dict(rows, "index", columns=[*columns, "protocol"]).round(1)

@@ -1,0 +1,67 @@
+"""The step that SimCLR, Plain and UEL share: a loss of two views' embeddings, and an attack on the
+first view that it guides (docs/spec/idaa.md §2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from idaa_lib.configs import SSLConfig
+from idaa_lib.methods.base import Batch, Method, Step, attacked_by, backbone_of, gathered
+from idaa_lib.nets.heads import Embedder
+from idaa_lib.views import Recipe, Views
+
+
+class Contrastive(Method):
+    """A method that is its loss `contrast`, its head and its recipe."""
+
+    prefix = True
+
+    def __init__(self, config: SSLConfig, recipe: Recipe) -> None:
+        backbone = backbone_of(config)
+        projector = self.projector(backbone.feature_dim, config.projection_dim)
+        super().__init__(Embedder(backbone, projector), recipe, config.weight_decay)
+        self.temperature, self.reuse_anchor = config.temperature, config.reuse_anchor
+        self.attacked_by = attacked_by(config)
+
+    def projector(self, features: int, dim: int) -> nn.Module:
+        """The head: (B, features) → (B, dim)."""
+        raise NotImplementedError
+
+    def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """The loss of two views' embeddings (B, D), L2-normalised."""
+        raise NotImplementedError
+
+    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+        v1, v2 = (view.images for view in views)
+        z1, z2 = self._embed(v1), self._embed(v2)  # (B, D) of all processes
+        anchor: Tensor | None = None
+
+        def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
+            nonlocal anchor
+            z = self._embed(x, **self.attacked_by)
+            if anchor is None and at_start and self.reuse_anchor:
+                # x is the first view itself, so its embedding is the anchor: exact, a pass saved.
+                anchor = z.detach()
+            elif anchor is None:
+                with torch.no_grad():
+                    anchor = self._embed(v1, **self.attacked_by)
+            return self.contrast(anchor, z)
+
+        def adversarial_loss(x_adv: Tensor) -> Tensor:
+            return self.contrast(z1, self._embed(x_adv, adversarial=True))
+
+        return Step(
+            self.contrast(z1, z2),
+            attacked=v1,
+            samples=batch.get("images"),
+            attack_loss=attack_loss,
+            adversarial_loss=adversarial_loss,
+            embeddings=(z1.detach(), z2.detach()),
+            shown={"view 1": v1, "view 2": v2},
+        )
+
+    def _embed(self, images: Tensor, **how: Any) -> Tensor:
+        return gathered(self.network(images, **how))

@@ -1,0 +1,274 @@
+"""FixMatch (Sohn et al. 2020, arXiv:2001.07685), with IDAA or CLAE on its weak view.
+
+Every step sees B labelled and μ·B unlabelled images. What the network is sure of on a weak view of
+an unlabelled image is the label for its strong view. Recipe: docs/spec/idaa.md §5; with an
+adversary §2, last paragraph, where the evidence is thin:
+
+- CLAE: the second of the two variants that the authors' repository holds; which one made the table
+  is unknown. The weak view is attacked, ε = .5, by InfoNCE (τ = .1) between features of the weak
+  view, stopped, and of what stands in its place, both through the adversarial norms; the loss gains
+  the same on the images whose pseudo-label is believed, with the weak view through the main norms.
+  A feature is the L2-normalised pooled output of the backbone, as in that code's first commit.
+- IDAA: no code is known. The pixel step is replaced by the step in the bottleneck and nothing else;
+  ε is taken over. Both are inference.
+- `contrast="ce"`, cross-entropy against the pseudo-label in place of InfoNCE, in the attack and in
+  the loss: inference, by the general rule (x in the place of the view that the loss compares).
+
+The averaged weights are what is evaluated. As in the public recipe BatchNorm's running statistics
+are not averaged but copied; in both they move by 1 − decay a step (.001 there).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from idaa_lib.configs import ConfigError, SemiConfig
+from idaa_lib.methods.base import (
+    Batch,
+    Method,
+    Step,
+    backbone_of,
+    follow,
+    frozen_copy,
+    gathered,
+    share_of_draw,
+    similarity,
+)
+from idaa_lib.nets import initial_weights
+from idaa_lib.nets.heads import Embedder
+from idaa_lib.randaugment import RandAugment
+from idaa_lib.views import Recipe, Views, keyed_generator
+
+# What CIFAR-100 is normalised with here (spec §5); CIFAR-10 as everywhere.
+CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+# Streams of random numbers, the last part of the key, beside those of the training loop.
+LABELLED, UNLABELLED, SUBSET = 4, 5, 6
+
+
+class Classifier(nn.Module):
+    """Backbone and a linear head: images (B, 3, H, W) → logits (B, C), L2-normalised h (B, D)."""
+
+    def __init__(self, backbone: Any, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.feature_dim, classes)
+        nn.init.xavier_normal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor, adversarial: bool = False) -> tuple[Tensor, Tensor]:
+        h = self.backbone(images, adversarial=adversarial)
+        return self.head(h), F.normalize(h, dim=1)
+
+
+class FixMatch(Method):
+    labels: Tensor
+
+    def __init__(self, config: SemiConfig, recipe: Recipe, classes: int) -> None:
+        network = Classifier(backbone_of(config), classes)
+        for name, module in network.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and not name.endswith("_adv"):
+                module.momentum = 1 - config.ema_decay
+        super().__init__(network, recipe, config.weight_decay)
+        self.config, self.classes = config, classes
+        self.ema = frozen_copy(network)
+        self.strong = RandAugment(
+            recipe.size, recipe.mean, recipe.std, flip=recipe.flip, shift=recipe.shift
+        )
+        self.augment_strongly = self.strong.apply
+        # Of all training images, where the loss finds those of a batch; `batches` is told them.
+        self.register_buffer("labels", torch.zeros(0, dtype=torch.long), persistent=False)
+        self.all_labelled = False
+
+    # --- what a step sees -------------------------------------------------------------------
+
+    def steps_per_epoch(self, labels: Tensor, batch_size: int) -> int:
+        """As configured, else as many as one pass over the unlabelled images takes."""
+        one_pass = len(labels) // (self.config.mu * batch_size)
+        return self.config.steps_per_epoch or max(1, one_pass)
+
+    def images_per_step(self, batch_size: int) -> int:
+        return (1 + self.config.mu) * batch_size
+
+    def batches(self, labels: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """`labelled` (B,) and, of all images, `images` (μ·B,)."""
+        self.labels, self.all_labelled = labels.to(self.labels.device), bool((labels >= 0).all())
+        known = labelled_subset(labels, self.config.labels_per_class, self.classes, seed)
+        steps = self.steps_per_epoch(labels, batch_size)
+        labelled = _stream(known, batch_size, epoch * steps, (seed, LABELLED))
+        every = torch.arange(len(labels))
+        images = _stream(every, self.config.mu * batch_size, epoch * steps, (seed, UNLABELLED))
+        for _ in range(steps):
+            yield {"labelled": next(labelled), "images": next(images)}
+
+    def draw(
+        self, images: Batch, generator: torch.Generator, shard: tuple[int, int] = (0, 1)
+    ) -> tuple[Views, ...]:
+        """A weak view of the labelled images, a weak and a strong one of the unlabelled."""
+        labelled = self.view(images["labelled"], generator, shard)
+        weak = self.view(images["images"], generator, shard)
+        params = share_of_draw(self.strong, images["images"], generator, shard)
+        return labelled, weak, Views(self.augment_strongly(images["images"], params), params)
+
+    def compile_parts(self) -> None:
+        super().compile_parts()
+        self.augment_strongly = torch.compile(self.strong.apply)
+
+    # --- the loss ---------------------------------------------------------------------------
+
+    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+        config = self.config
+        labelled, weak, strong = (view.images for view in views)
+        sizes = [len(labelled), len(weak), len(strong)]
+        # One pass, so that BatchNorm sees all three kinds of view together.
+        logits, h = self.network(torch.cat([labelled, weak, strong]))
+        of_labelled, of_weak, of_strong = logits.split(sizes)
+        _, h_weak, h_strong = h.detach().split(sizes)
+        confidence, pseudo = of_weak.detach().softmax(1).max(1)  # (μB,)
+        believed = (confidence >= config.threshold).float()
+
+        supervised = F.cross_entropy(of_labelled, self.labels[batch["labelled"]])
+        rows = F.cross_entropy(of_strong, pseudo, reduction="none")
+        unsupervised = (rows * believed).mean()
+        parts = {"supervised_loss": supervised, "unsupervised_loss": unsupervised}
+        parts["believed"] = 100 * believed.mean()
+        truth = self.labels[batch["images"]]
+        if self.all_labelled:  # how good pseudo-labels are: nothing is trained with it
+            right = (pseudo == truth).float()
+            parts["pseudo_top1"] = 100 * right.mean()
+            parts["believed_right"] = 100 * (right * believed).mean()
+
+        start: Tensor | None = None
+
+        def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
+            nonlocal start
+            logits, h = self.network(x, adversarial=True)
+            if config.contrast == "ce":
+                return F.cross_entropy(logits, pseudo)
+            h = gathered(h)
+            if start is None and at_start:
+                start = h.detach()  # x is the weak view itself: exact, a pass saved
+            elif start is None:
+                with torch.no_grad():
+                    start = gathered(self.network(weak, adversarial=True)[1])
+            return contrast(start, h, config.temperature).mean()
+
+        def adversarial_loss(x_adv: Tensor) -> Tensor:
+            logits, h = self.network(x_adv, adversarial=True)
+            if config.contrast == "ce":
+                return (F.cross_entropy(logits, pseudo, reduction="none") * believed).mean()
+            rows = contrast(gathered(h_weak), gathered(h), config.temperature)
+            return (rows * gathered(believed)).mean()
+
+        return Step(
+            supervised + config.lambda_u * unsupervised,
+            parts=parts,
+            attacked=weak,
+            samples=batch["images"],
+            attack_loss=attack_loss,
+            adversarial_loss=adversarial_loss,
+            embeddings=(h_weak, h_strong),
+            shown={"weak view": weak, "strong view": strong},
+        )
+
+    # --- training, and what comes of it -----------------------------------------------------
+
+    def after_step(self, step: Step, progress: float) -> None:
+        follow(self.ema, self.network, self.config.ema_decay)
+        for average, present in zip(self.ema.buffers(), self.network.buffers(), strict=True):
+            average.copy_(present)
+
+    def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
+        """Biases and BatchNorms (all that is a vector) do not decay."""
+        (group,) = super().param_groups(epochs, steps_per_epoch)
+        vectors = [p for p in group["params"] if p.ndim == 1]
+        others = [p for p in group["params"] if p.ndim > 1]
+        return [group | {"params": others}, group | {"params": vectors, "weight_decay": 0.0}]
+
+    def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
+        """cos(7πk / 16K) at step k of K."""
+        return lambda step: math.cos(7 * math.pi * step / (16 * epochs * steps_per_epoch))
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+
+    def encoder(self, layer: str) -> nn.Module:
+        """Of the averaged weights: `backbone` gives the pooled features, `projector` the same,
+        L2-normalised, which InfoNCE compares; `classifier` the logits (B, C)."""
+        backbone = self.ema.backbone
+        parts = {
+            "backbone": backbone,
+            "projector": Embedder(backbone, nn.Identity()),
+            "classifier": nn.Sequential(backbone, self.ema.head),
+        }
+        if layer not in parts:
+            raise ValueError(f"layer must be one of {', '.join(parts)}, and is {layer!r}.")
+        return parts[layer]
+
+
+def build_fixmatch(
+    config: SemiConfig, mean: tuple[float, ...], std: tuple[float, ...], classes: int
+) -> FixMatch:
+    """FixMatch on images normalised with `mean` and `std`, initial weights from `config.seed`.
+
+    A weak view is a mirror image by chance, shifted by at most 4 pixels of 32 and continued by
+    reflection.
+    """
+    weak = Recipe(config.size, mean, std, flip=0.5, shift=1 / 8)
+    with initial_weights(config.seed):
+        return FixMatch(config, weak, classes)
+
+
+def contrast(anchor: Tensor, h: Tensor, temperature: float) -> Tensor:
+    """InfoNCE by row: −log softmax of anchorᵢ·hᵢ / τ among all anchorᵢ·hⱼ / τ, (B,) (spec §2).
+
+    anchor, h: (B, D), L2-normalised.
+    """
+    partners = torch.arange(len(h), device=h.device)
+    return F.cross_entropy(similarity(anchor, h, temperature), partners, reduction="none")
+
+
+def labelled_subset(labels: Tensor, per_class: int, classes: int, seed: int) -> Tensor:
+    """Indices (classes · per_class,), sorted, of the images whose labels (N,) are used.
+
+    Raises:
+        ConfigError: a class has fewer images.
+    """
+    order = torch.randperm(len(labels), generator=keyed_generator(seed, 0, 0, SUBSET))
+    chosen = []
+    for label in range(classes):
+        members = order[labels[order] == label]
+        if len(members) < per_class:
+            raise ConfigError(
+                f"labels_per_class={per_class} is more than the {len(members)} training images of "
+                f"class {label} (of 0 … {classes - 1})."
+            )
+        chosen.append(members[:per_class])
+    return torch.cat(chosen).sort().values
+
+
+def _stream(items: Tensor, size: int, first: int, key: tuple[int, int]) -> Iterator[Tensor]:
+    """Batches of `size` from an endless row of permutations of `items`, from batch `first` on.
+
+    Any batch is known without those before it, and all items come up equally often.
+    """
+    seed, stream = key
+
+    @functools.lru_cache(2)
+    def permutation(turn: int) -> Tensor:
+        return items[torch.randperm(len(items), generator=keyed_generator(seed, turn, 0, stream))]
+
+    place = first * size
+    while True:
+        parts, end = [], place + size
+        while place < end:
+            turn, offset = divmod(place, len(items))
+            parts.append(permutation(turn)[offset : offset + end - place])
+            place += len(parts[-1])
+        yield torch.cat(parts)

@@ -1,0 +1,107 @@
+"""MoCo v2 (He et al. 2020, arXiv:1911.05722; Chen et al. 2020, arXiv:2003.04297).
+
+No paper describes it with IDAA: the pair follows the general rule (shared design, "A method"). The
+query's view is attacked against MoCo's own loss, with the other view's key and the queue stopped;
+the adversarial loss is the same with x′ as the query.
+
+On CIFAR the values are those of the authors' CIFAR-10 demo (queue 4096, EMA .99, τ .1), with v2's
+projector and views; on ImageNet v2 has 65536, .999 and .2. Between GPUs MoCo shuffles the keys'
+samples, so that a part's BatchNorm statistics do not give its positives away, and the demo imitates
+that by parts of a batch. Not done here: a process normalises all its keys together, and on several
+CUDA devices the statistics are of all processes (SyncBatchNorm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from idaa_lib.configs import ConfigError, SSLConfig
+from idaa_lib.methods.base import (
+    Batch,
+    Method,
+    Step,
+    backbone_of,
+    epoch_cosine,
+    follow,
+    frozen_copy,
+    gathered,
+    momentum_sgd,
+    register_method,
+    similarity,
+)
+from idaa_lib.nets.heads import Embedder, simclr_projector
+from idaa_lib.views import Recipe, Views
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """−log softmax of q·k/τ among itself and q·queue/τ (MoCo, Eq. 1), mean over B.
+
+    q, k: (B, D); queue: (K, D); all L2-normalised. k and queue are without gradient.
+    """
+    positive = (q * k).sum(1, keepdim=True) / temperature  # (B, 1)
+    logits = torch.cat([positive, similarity(q, queue, temperature)], 1)  # (B, 1 + K)
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+@register_method("moco")
+class MoCo(Method):
+    """First view: query; second view: key, of an encoder that follows the query's."""
+
+    queue: Tensor
+    oldest: Tensor
+
+    def __init__(self, config: SSLConfig, recipe: Recipe) -> None:
+        if config.queue < config.batch_size:
+            raise ConfigError(
+                f"queue must hold a batch of {config.batch_size} keys, and is {config.queue}."
+            )
+        backbone = backbone_of(config)
+        projector = simclr_projector(backbone.feature_dim, config.projection_dim)
+        super().__init__(Embedder(backbone, projector), recipe, config.weight_decay)
+        self.temperature, self.momentum = config.temperature, config.momentum
+        self.target = frozen_copy(self.network)
+        queue = torch.randn(config.queue, config.projection_dim)
+        self.register_buffer("queue", F.normalize(queue, dim=1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # its place in the queue
+
+    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+        v1, v2 = (view.images for view in views)
+        q = self.network(v1)  # (B, D)
+        with torch.no_grad():
+            k = self.target(v2)
+
+        def loss_of(query: Tensor) -> Tensor:
+            return info_nce(query, k, self.queue, self.temperature)
+
+        def of_adversarial(x: Tensor) -> Tensor:
+            return loss_of(self.network(x, adversarial=True))
+
+        return Step(
+            loss_of(q),
+            attacked=v1,
+            samples=batch.get("images"),
+            attack_loss=of_adversarial,
+            adversarial_loss=of_adversarial,
+            embeddings=(q.detach(), k),
+            shown={"view 1": v1, "view 2": v2},
+            carry={"keys": gathered(k)},
+        )
+
+    @torch.no_grad()
+    def after_step(self, step: Step, progress: float) -> None:
+        follow(self.target, self.network, self.momentum)
+        keys = step.carry["keys"]
+        places = torch.arange(len(keys), device=keys.device)
+        self.queue[(self.oldest + places) % len(self.queue)] = keys.to(self.queue.dtype)
+        self.oldest.add_(len(keys)).remainder_(len(self.queue))
+
+    def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
+        return epoch_cosine(epochs, steps_per_epoch)
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        return momentum_sgd(groups, lr)

@@ -1,0 +1,98 @@
+"""Wide ResNets (Zagoruyko & Komodakis 2016, arXiv:1605.07146) as FixMatch trains them.
+
+Pre-activation, LeakyReLU(.1), and in the first block the activation precedes the shortcut too (as
+in FixMatch's own code; a widely used port of it leaves the activation out before the first
+convolution of stages 2 and 3). WRN-d-k: d = 6·blocks + 4, width 16·k; the stem has 16 channels
+whatever the width. Adversarial norms as in `resnet`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from idaa_lib.nets import register_backbone
+from idaa_lib.nets.resnet import Normed
+
+SLOPE = 0.1
+STEM = 16
+
+
+class _Block(Normed):
+    """BN, activation, 3×3, BN, activation, 3×3, and the shortcut, a 1×1 where the shape changes."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        activates_shortcut: bool,
+        adversarial_norms: bool,
+    ) -> None:
+        super().__init__(adversarial_norms)
+        self.activates_shortcut = activates_shortcut
+        self.add_norm("bn1", inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.add_norm("bn2", outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        changes = inputs != outputs or stride != 1
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor, adversarial: bool) -> Tensor:
+        y = F.leaky_relu(self.norm("bn1", x, adversarial), SLOPE)
+        x = y if self.activates_shortcut else x
+        y = self.norm("bn2", self.conv1(y), adversarial)
+        y = self.conv2(F.leaky_relu(y, SLOPE, inplace=True))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class WideResNet(Normed):
+    """Backbone without a classification head.
+
+    Args:
+        blocks: in each of the three stages. width: channels of the first, 16·k.
+        stem: `cifar` is the only one. adversarial_norms: give every BatchNorm a twin.
+    Raises:
+        ValueError: another stem.
+    """
+
+    def __init__(
+        self, blocks: int, *, width: int = 32, stem: str = "cifar", adversarial_norms: bool = False
+    ) -> None:
+        super().__init__(adversarial_norms)
+        if stem != "cifar":
+            raise ValueError(f"stem must be cifar for a wide ResNet, and is {stem!r}.")
+        self.conv1 = nn.Conv2d(3, STEM, 3, 1, 1, bias=False)
+        channels = STEM
+        for stage in range(3):
+            layer = nn.ModuleList()
+            for i in range(blocks):
+                first = stage == i == 0
+                stride = 2 if i == 0 and stage > 0 else 1
+                layer.append(_Block(channels, width * 2**stage, stride, first, adversarial_norms))
+                channels = width * 2**stage
+            self.add_module(f"layer{stage + 1}", layer)
+        self.add_norm("bn", channels)
+        self.feature_dim = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # normal, variance 2 / (k²·outputs)
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(
+        self, images: Tensor, adversarial: bool = False, stages: int | None = None
+    ) -> Tensor:
+        """Images (B, 3, H, W), normalised → features (B, 4·width); of the first `stages` stages
+        alone, pooled as they are, where that is less than all three."""
+        x = self.conv1(images)
+        for stage in range(1, min(stages or 3, 3) + 1):
+            for block in getattr(self, f"layer{stage}"):
+                x = block(x, adversarial)
+        if stages is None or stages >= 3:
+            x = F.leaky_relu(self.norm("bn", x, adversarial), SLOPE, inplace=True)
+        return x.mean((2, 3))
+
+
+for _name, _blocks in (("wrn10", 1), ("wrn16", 2), ("wrn28", 4)):
+    register_backbone(_name)(partial(WideResNet, _blocks))

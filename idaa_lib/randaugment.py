@@ -1,0 +1,184 @@
+"""RandAugment (Cubuk et al. 2020, arXiv:1909.13719) and cutout, as FixMatch makes strong views.
+
+FixMatch's 14 operations and ranges (Sohn et al. 2020, arXiv:2001.07685, Table 12, in the public
+PyTorch recipe): `operations` of them are drawn with replacement, each with a strength of its own
+and done with probability ½, before a gray square of half the side covers a part of the image.
+
+A batch passes three kinds of work, in which each sample has its own parameters, neutral where they
+are not its own: a table of 256 levels, a blend with another image, an affine map. Pixels are 8-bit
+levels as float, and each operation ends with whole levels, as PIL's do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from idaa_lib.views import Params, Recipe
+
+OPERATIONS = (
+    "identity", "autocontrast", "equalize", "posterize", "solarize",
+    "brightness", "color", "contrast", "sharpness",
+    "rotate", "shear_x", "shear_y", "translate_x", "translate_y",
+)  # fmt: skip
+(
+    IDENTITY, AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, BRIGHTNESS, COLOR, CONTRAST, SHARPNESS,
+    ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y,
+) = range(len(OPERATIONS))  # fmt: skip
+
+# A strength is bias + range · v/10, in bits, levels, factors, degrees, slopes or shares of the
+# side; v is drawn from 1 … magnitude − 1.
+RANGES = (0, 0, 0, 4, 256, 0.9, 0.9, 0.9, 0.9, 30, 0.3, 0.3, 0.3, 0.3)
+BIASES = (0, 0, 0, 4, 0, 0.05, 0.05, 0.05, 0.05, 0, 0, 0, 0, 0)
+GRAY = 127.0
+
+
+@dataclass(frozen=True)
+class RandAugment(Recipe):
+    """A recipe whose views are augmented further; its parameters beside those of `Recipe`:
+
+    | name | shape | what | neutral |
+    |---|---|---|---|
+    | `operations` | (B, n) | indices in `OPERATIONS` (int64), in order | 0 |
+    | `strengths` | (B, n) | posterize: bits kept; solarize: threshold; brightness … sharpness: \
+factor; rotate: degrees; shear: slope; translate: pixels | any |
+    | `cutout` | (B, 4) | top, left, height, width in pixels; may reach over the border | 0 high |
+
+    Cutout's square is centred on a uniformly drawn pixel and cut off at the border (DeVries &
+    Taylor 2017, arXiv:1708.04552); the public recipe moves it inside at two of the four sides.
+    """
+
+    operations: int = 2
+    magnitude: int = 10
+
+    def draw(self, n: int, generator: torch.Generator | None, image_size: Sequence[int]) -> Params:
+        params = super().draw(n, generator, image_size)
+
+        def uniform(columns: int) -> Tensor:
+            return torch.rand(n, columns, dtype=torch.float64, generator=generator)
+
+        k = self.operations
+        drawn = (uniform(k) * len(OPERATIONS)).long()
+        operations = torch.where(uniform(k) < 0.5, drawn, IDENTITY)
+        v = 1 + (uniform(k) * (self.magnitude - 1)).floor()
+        negative = uniform(k) < 0.5
+        square = self.size // 2
+        corner = (uniform(2) * self.size).floor() - square // 2
+        box = torch.cat([corner, torch.full_like(corner, square)], 1)
+        strengths = strengths_of(operations, v, negative, self.size)
+        drawn_here = {"strengths": strengths.float(), "cutout": box.float()}
+        return params | {"operations": operations} | drawn_here
+
+    def photometry(self, x: Tensor, params: Params) -> Tensor:
+        x = super().photometry(x, params).mul(255).round()
+        for k in range(self.operations):
+            x = augment(x, params["operations"][:, k], params["strengths"][:, k])
+        return cutout(x, params["cutout"]) / 255
+
+
+def strengths_of(operations: Tensor, v: Tensor, negative: Tensor, size: int) -> Tensor:
+    """Strengths, in each operation's units, of `v` in 1 … 9; all arguments of one shape."""
+    scale, bias = (torch.tensor(of, dtype=torch.float64)[operations] for of in (RANGES, BIASES))
+    strength = scale * v / 10
+    strength = torch.where(operations >= TRANSLATE_X, strength * size, strength)
+    whole = torch.tensor([POSTERIZE, SOLARIZE, ROTATE, TRANSLATE_X, TRANSLATE_Y])
+    strength = torch.where(torch.isin(operations, whole), strength.floor(), strength) + bias
+    strength = torch.where(operations == SOLARIZE, 256 - strength, strength)
+    return torch.where((operations >= ROTATE) & negative, -strength, strength)
+
+
+def augment(x: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
+    """One operation (B,) of one strength (B,) on each image: levels (B, 3, H, W) → the same."""
+    x = look_up(x, operation, strength)
+    x = blend(x, operation, strength)
+    return warp(x, operation, strength)
+
+
+def look_up(x: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
+    """Autocontrast, equalize, posterize and solarize: a table of levels for each channel."""
+    pixels = x.long().flatten(2)  # (B, 3, H·W)
+    level = torch.arange(256, device=x.device)
+    count = torch.zeros(*x.shape[:2], 256, dtype=torch.long, device=x.device)
+    count = count.scatter_add_(2, pixels, torch.ones_like(pixels))
+    there = count > 0
+    low = torch.where(there, level, 255).amin(2, keepdim=True)
+    high = torch.where(there, level, 0).amax(2, keepdim=True)
+    stretched = 255 * (level - low) // (high - low).clamp(min=1)
+    stretched = torch.where(high > low, stretched.clamp(0, 255), level)
+    step = (pixels.shape[2] - count.gather(2, high)) // 255
+    below = count.cumsum(2) - count
+    equalized = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
+    equalized = torch.where(step > 0, equalized, level)
+
+    operation, strength = operation[:, None, None], strength[:, None, None].long()
+    quantum = 2 ** (8 - strength.clamp(0, 8))
+    table = torch.where(operation == AUTOCONTRAST, stretched, level)
+    table = torch.where(operation == EQUALIZE, equalized, table)
+    table = torch.where(operation == POSTERIZE, level - level % quantum, table)
+    inverted = (operation == SOLARIZE) & (level >= strength)
+    table = torch.where(inverted, 255 - level, table)
+    return table.gather(2, pixels).view(x.shape).to(x.dtype)
+
+
+def blend(x: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
+    """Brightness, color, contrast and sharpness: from black, the pixel's gray, the image's mean
+    gray and the smoothed image (factor 0) to the image itself (1)."""
+    red, green, blue = x.split(1, 1)
+    gray = ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor()  # PIL's
+    mean = (gray.mean((1, 2, 3), keepdim=True) + 0.5).floor()
+    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+    inner = x[..., 1:-1, 1:-1]
+    weighted = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner
+    smooth = x.clone()  # the border stays
+    smooth[..., 1:-1, 1:-1] = (weighted / 13 + 0.5).floor()
+
+    operation, strength = operation[:, None, None, None], strength[:, None, None, None]
+    other = torch.where(operation == COLOR, gray, torch.zeros_like(x))
+    other = torch.where(operation == CONTRAST, mean, other)
+    other = torch.where(operation == SHARPNESS, smooth, other)
+    blends = (operation >= BRIGHTNESS) & (operation <= SHARPNESS)
+    return (other + torch.where(blends, strength, 1) * (x - other)).floor()
+
+
+def warp(x: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
+    """Rotation about the centre, shears and translations: nearest pixel, black outside.
+
+    In PIL's fixed-point numbers of 16 bits, so that ties between two pixels fall alike.
+    """
+    height, width = x.shape[2:]
+
+    def own(*operations: int) -> Tensor:  # the strength, 0 where the operation is another
+        return sum((operation == o) * strength for o in operations)  # type: ignore[return-value]
+
+    turn = own(ROTATE) * (math.pi / 180)
+    cos, sin = turn.cos(), turn.sin()
+    # The source (column, row) of an output pixel's centre: [[cos, −sin], [sin, cos]], and more.
+    across, down = own(SHEAR_X) - sin, own(SHEAR_Y) + sin
+    left = own(TRANSLATE_X) + (1 - cos) * width / 2 + sin * height / 2
+    top = own(TRANSLATE_Y) - sin * width / 2 + (1 - cos) * height / 2
+
+    def fixed(value: Tensor) -> Tensor:
+        return (value * 65536 + 0.5).floor().long()[:, None, None]
+
+    row = torch.arange(height, device=x.device)[:, None]
+    column = torch.arange(width, device=x.device)
+    start = fixed(left + cos / 2 + across / 2), fixed(top + down / 2 + cos / 2)
+    from_column = (start[0] + fixed(cos) * column + fixed(across) * row) >> 16  # (B, H, W)
+    from_row = (start[1] + fixed(down) * column + fixed(cos) * row) >> 16
+    inside = (from_column >= 0) & (from_column < width) & (from_row >= 0) & (from_row < height)
+    source = from_row.clamp(0, height - 1) * width + from_column.clamp(0, width - 1)
+    moved = x.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, 3, -1)).view(x.shape)
+    return moved * inside[:, None]
+
+
+def cutout(x: Tensor, box: Tensor) -> Tensor:
+    """Levels (B, 3, H, W) with gray where the boxes (B, 4) are."""
+    top, left, height, width = box[..., None, None].split(1, 1)  # (B, 1, 1, 1)
+    row = torch.arange(x.shape[2], device=x.device)[:, None]
+    column = torch.arange(x.shape[3], device=x.device)
+    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+    return torch.where(inside, GRAY, x)

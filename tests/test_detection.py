@@ -1,0 +1,525 @@
+"""Detection: the COCO reader against drawn scenes, AP against pycocotools, the heads against
+torchvision's, and a small training that resumes."""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from torchvision.models.detection.roi_heads import RoIHeads
+
+from idaa_lib import checkpoints, runs, sweeps
+from idaa_lib.configs import ConfigError, DetectionConfig, SSLConfig
+from idaa_lib.evaluate import detection
+from idaa_lib.evaluate.coco import CocoSet, for_training, synthetic_shapes
+from idaa_lib.evaluate.detection import average_precision, detect, load_detector, predict, rate
+from idaa_lib.evaluate.encoders import load_encoder
+from idaa_lib.evaluate.mask_rcnn import C4Heads, _layers, mask_rcnn
+from idaa_lib.nets import build_backbone, initial_weights
+from idaa_lib.runs import RunError, Stopped
+from idaa_lib.train import train_ssl
+from idaa_lib.views import keyed_generator
+
+COUNTS, SIDES = {"train": 10, "val": 6}, (96, 80)
+TINY = {"size": 64, "iterations": 24, "warmup": 2, "batch_size": 4, "rois": 16, "device": "cpu"}
+TINY |= {"log_every": 4, "checkpoint_every": 8, "learning_rate": 0.02}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return synthetic_shapes(tmp_path_factory.mktemp("sets") / "shapes", COUNTS, SIDES)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A finished run with an ImageNet stem and adversarial norms."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IDAA_OUTPUTS", str(tmp_path_factory.mktemp("encoder")))
+        yield train_ssl(
+            SSLConfig(stem="imagenet", size=32, width=4, limit=64, batch_size=32, epochs=1,
+                      adversary="clae", device="cpu")
+        )  # fmt: skip
+
+
+@pytest.fixture
+def config(encoder, shapes):
+    paths = {name: str(path) for name, path in shapes._asdict().items()}
+    return DetectionConfig(run=str(encoder.path), **paths, **TINY)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, encoder, shapes):
+    paths = {name: str(path) for name, path in shapes._asdict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IDAA_OUTPUTS", str(tmp_path_factory.mktemp("finished")))
+        yield detect(DetectionConfig(run=str(encoder.path), **paths, **TINY))
+
+
+def changed(config, **values):
+    return DetectionConfig(**{**config.model_dump(), **values})
+
+
+# --- reading
+
+
+def drawn_set(folder, annotations, names=("a.png", "b.png")):
+    folder.mkdir()
+    for name in names:
+        Image.new("RGB", (20, 10), "red").save(folder / name)
+    listed = {
+        "images": [{"id": 7 * i, "file_name": name, "width": 20, "height": 10}
+                   for i, name in enumerate(names, 1)],
+        "annotations": [{"id": i, "image_id": 7, "iscrowd": 0, **a}
+                        for i, a in enumerate(annotations, 1)],
+        "categories": [{"id": 90, "name": "cup"}, {"id": 3, "name": "cat"}],
+    }  # fmt: skip
+    path = folder / "annotations.json"
+    path.write_text(json.dumps(listed))
+    return folder, path
+
+
+def rectangle(x1, y1, x2, y2):
+    mask = np.zeros((10, 20), np.uint8, order="F")
+    mask[y1:y2, x1:x2] = 1
+    return mask
+
+
+def test_boxes_labels_and_masks_of_all_three_encodings(tmp_path):
+    polygon = [[2, 1, 8, 1, 8, 5, 2, 5]]
+    compressed = rle.encode(rectangle(10, 2, 15, 9))
+    compressed["counts"] = compressed["counts"].decode()
+    # Column by column from the top left: zeros first.
+    counts = {"counts": [30, 5, 5, 5, 155], "size": [10, 20]}
+    crowd = {"category_id": 3, "bbox": [3, 0, 2, 5], "segmentation": counts, "iscrowd": 1}
+    data = CocoSet(*drawn_set(tmp_path / "set", [
+        {"category_id": 90, "bbox": [2, 1, 6, 4], "segmentation": polygon, "area": 23.5},
+        {"category_id": 3, "bbox": [10, 2, 5, 7], "segmentation": compressed},
+        crowd,
+    ]))  # fmt: skip
+    assert (data.classes, data.useful, data.objects, data.unmasked) == (("cat", "cup"), [0], 3, 0)
+    image, target = data[0]
+    assert image.shape == (3, 10, 20) and image.dtype == torch.uint8
+    assert target["boxes"].tolist() == [[2, 1, 8, 5], [10, 2, 15, 9], [3, 0, 5, 5]]
+    assert target["labels"].tolist() == [2, 1, 1]
+    assert target["iscrowd"].tolist() == [0, 0, 1]
+    assert target["area"].tolist() == [23.5, 35, 10]
+    expected = [rectangle(2, 1, 8, 5), rectangle(10, 2, 15, 9), rectangle(3, 0, 5, 5)]
+    assert np.array_equal(target["masks"], expected)
+    _, empty = data[1]
+    assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 10, 20)
+
+    plain, kept = for_training(image, target, False)
+    mirrored, flipped = for_training(image, target, True)
+    assert torch.equal(mirrored.flip(-1), plain) and plain.max() == 1
+    assert kept["labels"].tolist() == flipped["labels"].tolist() == [2, 1]  # the crowd is out
+    assert flipped["boxes"].tolist() == [[12, 1, 18, 5], [5, 2, 10, 9]]
+    assert torch.equal(flipped["masks"], kept["masks"].flip(-1))
+
+
+def test_boxes_are_cut_to_the_image_and_slivers_left_out(tmp_path):
+    boxes = [[15, 5, 50, 50], [2, 2, 0.5, 5], [19.5, 2, 5, 5]]
+    data = CocoSet(*drawn_set(
+        tmp_path / "set", [{"category_id": 3, "bbox": box} for box in boxes]), masks=False
+    )  # fmt: skip
+    assert data.unmasked == 3
+    _, target = for_training(*data[0], False)
+    assert target["boxes"].tolist() == [[15, 5, 20, 10]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda f: (f / "annotations.json").unlink(), "There is no .*annotations.json"),
+        (lambda f: (f / "annotations.json").write_text("[]"), "not in COCO's format"),
+        (lambda f: (f / "annotations.json").write_text("{"), "not in COCO's format"),
+        (lambda f: (f / "b.png").unlink(), "b.png, which is missing"),
+    ],
+)
+def test_a_broken_set_is_one_sentence(tmp_path, spoil, sentence):
+    folder, path = drawn_set(tmp_path / "set", [{"category_id": 3, "bbox": [1, 1, 5, 5]}])
+    CocoSet(folder, path)
+    spoil(folder)
+    with pytest.raises(ConfigError, match=sentence):
+        CocoSet(folder, path)
+
+
+def test_an_object_of_no_category_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="KeyError: 4"):
+        CocoSet(*drawn_set(tmp_path / "set", [{"category_id": 4, "bbox": [1, 1, 5, 5]}]))
+
+
+def test_synthetic_shapes_fill_their_boxes_and_are_drawn_once(shapes):
+    data = CocoSet(shapes.val_images, shapes.val_annotations)
+    assert len(data) == COUNTS["val"] and data.unmasked == 0
+    for image, target in data:
+        assert image.shape == (3, SIDES[1], SIDES[0])
+        objects = zip(target["boxes"], target["labels"], target["masks"], strict=True)
+        for box, label, mask in objects:
+            sides = box[2:] - box[:2]
+            share = math.pi / 4 if data.classes[label - 1] == "disc" else 1
+            assert mask.sum().item() == pytest.approx(sides.prod().item() * share, rel=0.1)
+            colours = image[:, mask.bool()].float()
+            assert colours.std(1).max() < 30  # one colour, but for its edge
+    before = shapes.val_annotations.stat().st_mtime_ns
+    assert synthetic_shapes(shapes.val_images.parent, COUNTS, SIDES) == shapes
+    assert shapes.val_annotations.stat().st_mtime_ns == before
+
+
+# --- AP
+
+
+def own_evaluation(path, predictions, kind, data):
+    """pycocotools itself, from the file: AP, AP50, AP75 in percent."""
+    ids = sorted(data.coco.cats)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+        rows = [
+            {"image_id": data.ids[i], "category_id": ids[label - 1], "score": score.item(),
+             "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
+             "segmentation": rle.encode(np.asfortranarray(mask.byte()))}
+            for i, found in enumerate(predictions)
+            for box, label, score, mask in zip(
+                found["boxes"], found["labels"], found["scores"], found["masks"], strict=True)
+        ]  # fmt: skip
+        for row in rows if kind == "bbox" else ():
+            del row["segmentation"]
+        judge = COCOeval(truth, truth.loadRes(rows), kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return (100 * judge.stats[:3]).tolist()
+
+
+def with_crowd(path, folder):
+    """The same annotations, the first object of every other image being a crowd."""
+    listed = json.loads(path.read_text())
+    seen = set()
+    for found in listed["annotations"]:
+        if found["image_id"] % 2 and found["image_id"] not in seen:
+            polygons = rle.frPyObjects(found["segmentation"], SIDES[1], SIDES[0])
+            whole = rle.merge(polygons)
+            found |= {"iscrowd": 1, "segmentation": whole | {"counts": whole["counts"].decode()}}
+        seen.add(found["image_id"])
+    made = folder / "crowded.json"
+    made.write_text(json.dumps(listed))
+    return made
+
+
+@pytest.fixture
+def crowded(shapes, tmp_path):
+    return CocoSet(shapes.train_images, with_crowd(shapes.train_annotations, tmp_path))
+
+
+def test_the_truth_as_prediction_has_an_ap_of_100(crowded):
+    pairs = []
+    for _, target in crowded:
+        mine = {k: v[target["iscrowd"] == 0] for k, v in target.items()}
+        pairs.append((mine | {"scores": torch.ones(len(mine["labels"]))}, target))
+    assert sum(int(target["iscrowd"].sum()) for _, target in pairs) > 2
+    found = average_precision(pairs)
+    assert set(found) == {f"{kind}_ap{t}" for kind in ("box", "mask") for t in ("", "50", "75")}
+    assert list(found.values()) == [100.0] * 6
+
+
+def test_ap_is_pycocotools_own(crowded):
+    """Moved boxes, wrong labels, false alarms, misses, and hits inside crowds."""
+    draw = keyed_generator(3)
+    predictions, targets = [], []
+    for _, target in crowded:
+        boxes = target["boxes"].repeat(3, 1)
+        boxes = boxes + 6 * torch.randn(boxes.shape, generator=draw)
+        boxes = torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 2)], 1)
+        kept = torch.rand(len(boxes), generator=draw) < 0.8
+        labels = target["labels"].repeat(3)
+        swapped = torch.rand(len(boxes), generator=draw) < 0.2
+        masks = torch.stack([m.roll(int(s), -1) for m, s in zip(
+            target["masks"].repeat(3, 1, 1), torch.randint(-9, 9, (len(boxes),), generator=draw),
+            strict=True)])  # fmt: skip
+        found = {"boxes": boxes, "labels": torch.where(swapped, 3 - labels, labels)}
+        found |= {"scores": torch.rand(len(boxes), generator=draw), "masks": masks.bool()}
+        predictions.append({k: v[kept] for k, v in found.items()})
+        targets.append(target)
+    found = average_precision(zip(predictions, targets, strict=True))
+    path = crowded.annotations
+    for name, kind in (("box", "bbox"), ("mask", "segm")):
+        expected = own_evaluation(path, predictions, kind, crowded)
+        assert 1 < expected[0] < 90
+        values = [found[f"{name}_ap{t}"] for t in ("", "50", "75")]
+        assert values == pytest.approx(expected, abs=1e-4)
+
+
+# --- the network
+
+
+def small(width=4, classes=2, bottleneck=False, **values):
+    with initial_weights(0):
+        name = "resnet50" if bottleneck else "resnet18"
+        backbone = build_backbone(name, width=width, stem="imagenet", adversarial_norms=False)
+        units = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+        options = dict(architecture="c4", size=64, rois=16) | units | values
+        return backbone, mask_rcnn(backbone, classes, **options)
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_the_layers_are_the_backbone_s_and_the_map_has_stride_16(bottleneck):
+    backbone, detector = small(bottleneck=bottleneck)
+    images = torch.randn(2, 3, 64, 96, generator=keyed_generator(0))
+    backbone.eval()
+    whole = _layers(backbone, 4)(images).mean((2, 3))
+    assert torch.allclose(whole, backbone(images), atol=1e-6)
+    features = detector.eval().backbone(images)
+    assert features.shape == (2, backbone.feature_dim // 2, 4, 6)
+    regions = detector.roi_heads.regions({"0": features}, [torch.tensor([[0.0, 0, 64, 64]])] * 2)
+    assert regions.shape == (2, backbone.feature_dim, 7, 7)
+
+
+class Pooled(nn.Module):
+    """torchvision calls poolers with the images' sizes too."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.pool = heads.box_roi_pool
+
+    def forward(self, features, boxes, image_shapes):
+        return self.pool(features["0"], boxes)
+
+
+class Averaged(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.predictor = heads.box_predictor
+
+    def forward(self, x):
+        return self.predictor(x.mean((2, 3)))
+
+
+def test_the_heads_agree_with_torchvision_s():
+    """Where no BatchNorm learns from a batch, one pass through layer 4 or two is all the same."""
+    backbone, _ = small()
+    ours = C4Heads(backbone, 2, 16, True).eval()
+    theirs = RoIHeads(
+        Pooled(ours), ours.box_head, Averaged(ours), 0.5, 0.5, 16, 0.25, None, 0.05, 0.5, 100,
+        Pooled(ours), ours.box_head, ours.mask_predictor,
+    ).eval()  # fmt: skip
+    draw = keyed_generator(1)
+    features = {"0": torch.randn(2, backbone.feature_dim // 2, 5, 5, generator=draw)}
+    corners = 50 * torch.rand(2, 30, 2, generator=draw)
+    proposals = [torch.cat([c, c + 8 + 20 * torch.rand(30, 2, generator=draw)], 1) for c in corners]
+    masks = torch.ones(3, 80, 80, dtype=torch.uint8)
+    targets = [
+        {"boxes": boxes[:3], "labels": torch.tensor([1, 2, 1]), "masks": masks}
+        for boxes in proposals
+    ]
+    given = (features, proposals, [(80, 80)] * 2)
+    for mine, other in zip(ours(*given)[0], theirs(*given)[0], strict=True):
+        assert mine.keys() == other.keys() and len(mine["boxes"])
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    ours.training = theirs.training = True  # the heads alone: their layers stay in eval mode
+    losses = []
+    for heads in (ours, theirs):
+        torch.manual_seed(0)
+        losses.append(heads(features, [*proposals], [(80, 80)] * 2, targets)[1])
+    assert losses[0].keys() == losses[1].keys()
+    for name in losses[0]:
+        assert losses[0][name].item() == pytest.approx(losses[1][name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["c4", "fpn"])
+@pytest.mark.parametrize("masks", [True, False])
+def test_an_image_without_objects_trains_and_every_weight_is_tuned(architecture, masks):
+    _, detector = small(architecture=architecture, masks=masks)
+    images = [torch.rand(3, 60, 70, generator=keyed_generator(0)) for _ in range(2)]
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long),
+             "masks": torch.zeros(0, 60, 70, dtype=torch.uint8)}  # fmt: skip
+    one = {"boxes": torch.tensor([[10.0, 10, 40, 45]]), "labels": torch.tensor([1]),
+           "masks": torch.ones(1, 60, 70, dtype=torch.uint8)}  # fmt: skip
+    torch.manual_seed(0)
+    losses = detector(images, [one, empty])
+    assert ("loss_mask" in losses) == masks
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())
+    nothing = detector(images, [empty, empty])
+    assert all(loss.isfinite() for loss in nothing.values())
+    assert nothing["loss_box_reg"] == nothing.get("loss_mask", 0) == 0
+
+
+# --- the stage
+
+
+def test_the_schedule_is_the_1x_one():
+    config = DetectionConfig(preset="paper")
+    assert config.learning_rate == 0.02
+    assert DetectionConfig(preset="paper", batch_size=8).learning_rate == 0.01
+    at = {0: 2e-5, 500: 0.02 * 0.5005, 1000: 0.02, 59_999: 0.02, 60_000: 0.002, 79_999: 0.002,
+          80_000: 2e-4, 89_999: 2e-4}  # fmt: skip
+    for step, expected in at.items():
+        assert rate(config, step) == pytest.approx(expected)
+    assert rate(changed(config, warmup=0), 0) == 0.02
+
+
+def test_batches_go_through_all_images_again_and_again(config):
+    order = list(detection._order([3, 5, 8, 9, 11], config, range(10)))
+    seen = [*itertools.chain(*order)]
+    for epoch in range(8):
+        assert sorted(seen[5 * epoch : 5 * epoch + 5]) == [3, 5, 8, 9, 11]
+    assert seen[:5] != seen[5:10] or seen[:5] != seen[10:15]
+    assert list(detection._order([3, 5, 8, 9, 11], config, range(4, 10))) == order[4:]
+
+
+def test_a_step_s_batch_is_the_same_whoever_reads_it_and_wherever_it_begins(config, outputs):
+    def batches(workers, first):
+        plan = detection._plan(changed(config, workers=workers))
+        with plan.run.writing(plan.config, {}) as writer:
+            return list(detection.Training(plan, torch.device("cpu"), writer).batches(first, 4))
+
+    whole = batches(0, 0)
+    for other, first in ((batches(2, 0), 0), (batches(0, 2), 2)):
+        for (images, targets), (theirs, wanted) in zip(whole[first:], other, strict=True):
+            assert all(map(torch.equal, images, theirs))
+            assert all(map(torch.equal, targets[0].values(), wanted[0].values()))
+    images = [image for images, _ in whole for image in images]
+    mirrored = [image.flip(-1) for image in images]
+    assert any(torch.equal(a, b) for a in images for b in mirrored)  # one image, both ways
+
+
+def test_training_starts_from_the_run_s_weights(config, outputs, encoder):
+    plan = detection._plan(config)
+    found = detection._detector(plan.config, plan.source, 2, True).state_dict()
+    given = load_encoder(encoder).module.state_dict()
+    assert any("_adv." in name for name in given)
+    names = {"conv1": "backbone.stem.0", "bn1": "backbone.stem.1"}
+    for name, value in given.items():
+        if "_adv." in name:
+            continue
+        part, _, rest = name.partition(".")
+        where = names.get(part, f"backbone.{part}")
+        where = f"roi_heads.box_head.{part}" if part == "layer4" else where
+        assert torch.equal(found[f"{where}.{rest}"], value), name
+    data = encoder.environment["dataset"]
+    transform = detection._detector(plan.config, plan.source, 2, True).transform
+    assert list(transform.image_mean) == data["mean"] and list(transform.image_std) == data["std"]
+
+
+def test_a_finished_run_says_what_it_reached(finished, config):
+    summary, lines = finished.summary, finished.metrics()
+    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 24]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    losses = [line["loss_objectness"] + line["loss_rpn_box_reg"] + line["loss_classifier"]
+              + line["loss_box_reg"] + line["loss_mask"] for line in lines]  # fmt: skip
+    assert losses == pytest.approx([line["loss"] for line in lines])
+    assert summary["masks"] == "present" and summary["n"] == COUNTS["val"]
+    assert "resnet18-C4, width 4, 24 iterations of 4 images at 64 px" in summary["protocol"]
+    assert finished.environment["dataset"]["classes"] == ["rectangle", "disc"]
+
+    detector = load_detector(finished)
+    _, val = detection.sets(config)
+    pairs = [(predict(detector, image), target) for image, target in val]
+    again = average_precision(pairs)
+    assert again == {name: summary[name] for name in again}
+    for name, kind in (("box", "bbox"), ("mask", "segm")):
+        expected = own_evaluation(val.annotations, [p for p, _ in pairs], kind, val)
+        assert [again[f"{name}_ap{t}"] for t in ("", "50", "75")] == pytest.approx(
+            expected, abs=1e-4
+        )
+
+
+def test_resumed_is_uninterrupted(finished, config, outputs, monkeypatch, capsys):
+    asked = iter([None] * 9 + ["stop"])
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Writer, "request", lambda self: next(asked))
+        with pytest.raises(Stopped, match="after step 10 of 24"):
+            detect(config)
+    run = detection.locate(config)
+    assert run.state["state"] == "interrupted" and run.id == finished.id
+    assert detect(config) == run
+    assert "going on after step 10 of 24" in capsys.readouterr().out
+    (ours, _), (theirs, _) = checkpoints.load(run), checkpoints.load(finished)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    timed = {"time", "images_per_second", "seconds"}
+    for mine, other in zip(run.metrics(), finished.metrics(), strict=True):
+        assert {k: v for k, v in mine.items() if k not in timed} == {
+            k: v for k, v in other.items() if k not in timed
+        }
+    same = set(run.summary) - timed
+    assert {k: run.summary[k] for k in same} == {k: finished.summary[k] for k in same}
+    detect(config)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_statistics_are_plain_averages_over_batches(config, outputs):
+    plan = detection._plan(config)
+    with plan.run.writing(config, {}) as writer:
+        training = detection.Training(plan, torch.device("cpu"), writer)
+        training.detector.train()
+        norm, means, variances = training.detector.backbone.stem[1], [], []
+
+        def note(module, given):
+            means.append(given[0].mean((0, 2, 3)))
+            variances.append(given[0].transpose(0, 1).flatten(1).var(1))
+
+        seen = norm.register_forward_pre_hook(note)
+        training._average_statistics()
+        seen.remove()
+    assert len(means) == 3  # ten images, four at a time
+    assert torch.allclose(norm.running_mean, torch.stack(means).mean(0), atol=1e-5)
+    assert torch.allclose(norm.running_var, torch.stack(variances).mean(0), rtol=1e-4)
+
+
+def test_objects_without_segmentation_leave_boxes_alone(config, outputs, shapes, tmp_path):
+    listed = json.loads(shapes.val_annotations.read_text())
+    del listed["annotations"][1]["segmentation"]
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(listed))
+    config = changed(config, val_annotations=str(path), iterations=1, architecture="fpn", rois=4)
+    summary = detect(config).summary
+    total = len(listed["annotations"])
+    assert summary["masks"] == f"absent: 1 of {total} objects of {path} have no segmentation"
+    assert "box_ap" in summary and "mask_ap" not in summary
+    assert "not comparable with the paper's C4" in summary["protocol"]
+
+
+def test_what_cannot_be_is_refused_with_the_reason(config, outputs, shapes, tmp_path, encoder):
+    with pytest.raises(RunError, match=r"no finished ssl run with stem=imagenet .*03_train_ssl"):
+        detect(changed(config, run=None))
+    cifar = train_ssl(SSLConfig(size=16, width=4, limit=32, batch_size=32, epochs=1, device="cpu"))
+    with pytest.raises(ConfigError, match=r"CIFAR stem: its layer 3 has stride 4.*stem=\"imagenet"):
+        detect(changed(config, run=cifar.id))
+    with pytest.raises(ConfigError, match="val_images is missing: give"):
+        changed(config, val_images=None)
+    with pytest.raises(ConfigError, match="preset must be 'demo' or 'paper'"):
+        DetectionConfig(preset="cifar10")
+    with pytest.raises(ConfigError, match=r"There is no /no/such\.json"):
+        detect(changed(config, train_annotations="/no/such.json"))
+    listed = json.loads(shapes.val_annotations.read_text())
+    listed["categories"][0]["name"] = "oval"
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(listed))
+    with pytest.raises(ConfigError, match="differ in their categories"):
+        detect(changed(config, val_annotations=str(path)))
+    assert not (outputs / "detection").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, outputs):
+    with pytest.raises(RunError, match=r"loss is (nan|inf) at step \d+: lower learning_rate"):
+        detect(changed(config, learning_rate=1e12, warmup=0))
+
+
+@pytest.mark.xdist_group("photos")
+def test_the_notebook_shows_detections_and_ap(encoder, outputs, tmp_path):
+    values = {"run": str(encoder.path), "size": 32, "iterations": 2, "rois": 4, "device": "cpu"}
+    sweeps.execute("10_detection", values, tmp_path / "out.ipynb")
+    (run,) = runs.find("detection")
+    assert run.environment["dataset"]["name"] == "synthetic shapes"
+    assert {path.name for path in (run.path / "figures").iterdir()} == {
+        "curves.png", "detections.png",
+    }  # fmt: skip

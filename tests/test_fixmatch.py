@@ -1,0 +1,683 @@
+"""FixMatch: strong views against PIL, the wide ResNet against its paper's code, the step against a
+naive one, the averaged weights, what is labelled, and whole runs."""
+
+import copy
+import functools
+import math
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from scipy import stats
+from torch import nn
+from torch.nn import functional as F
+
+from idaa_lib import checkpoints, randaugment, runs, sweeps
+from idaa_lib.adversaries import CLAE, IDAA
+from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, VAEConfig
+from idaa_lib.evaluate.encoders import features, load_encoder, random_encoder
+from idaa_lib.evaluate.stage import evaluate
+from idaa_lib.images import load
+from idaa_lib.methods.fixmatch import build_fixmatch, contrast, labelled_subset
+from idaa_lib.nets import build_backbone
+from idaa_lib.nets.vae import VAE
+from idaa_lib.randaugment import OPERATIONS, RandAugment, augment, cutout, strengths_of
+from idaa_lib.runs import Stopped
+from idaa_lib.train import locate, samples, train_semi, train_vae
+from idaa_lib.train.loop import Fit
+from idaa_lib.views import Recipe, Views, keyed_generator, normalise
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+CLASSES, B, MU, SIZE = 3, 4, 2, 16
+P_VALUE = 1e-3
+
+
+def photographs(n, size):
+    """(n, 3, size, size) uint8: patches of three photographs, every other pixel."""
+    rng = np.random.default_rng(0)
+    sources = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
+    patches = []
+    for k in range(n):
+        photo = sources[k % 3][::2, ::2]
+        top, left = (rng.integers(side - size + 1) for side in photo.shape[:2])
+        patches.append(photo[top : top + size, left : left + size].transpose(2, 0, 1))
+    return torch.from_numpy(np.stack(patches))
+
+
+# --- strong views
+
+
+def pil(image, name, v, size, negative):
+    """An operation as the public recipe does it, of strength v in 1 … 9."""
+    sign = -1 if negative else 1
+    share = sign * 0.3 * v / 10
+    pixels = sign * int(0.3 * v / 10 * size)
+    affine = {
+        "shear_x": (1, share, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, share, 1, 0),
+        "translate_x": (1, 0, pixels, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, pixels),
+    }
+    if name in affine:
+        return image.transform(image.size, Image.Transform.AFFINE, affine[name])
+    if name == "rotate":
+        return image.rotate(sign * int(30 * v / 10))
+    if name in ("brightness", "color", "contrast", "sharpness"):
+        return getattr(ImageEnhance, name.capitalize())(image).enhance(0.9 * v / 10 + 0.05)
+    return {
+        "identity": lambda: image,
+        "autocontrast": lambda: ImageOps.autocontrast(image),
+        "equalize": lambda: ImageOps.equalize(image),
+        "posterize": lambda: ImageOps.posterize(image, int(4 * v / 10) + 4),
+        "solarize": lambda: ImageOps.solarize(image, 256 - int(256 * v / 10)),
+    }[name]()
+
+
+def to_pil(image):
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def from_pil(images):
+    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float()
+
+
+@pytest.mark.parametrize("size", [32, 27])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_agrees_with_pil(name, size):
+    """To the level; autocontrast, which PIL rounds down from floats, to one level in 1 %."""
+    images = photographs(6, size)
+    images[0], images[1, 0] = 77, 200  # a plain image, a plain channel
+    images[2] = images[2] // 3 + 40  # low contrast
+    index = torch.full((len(images),), OPERATIONS.index(name))
+    for v in range(1, 10):
+        for negative in (False, True):
+            like = torch.ones(len(images), dtype=torch.float64)
+            strength = strengths_of(index, v * like, negative * like > 0, size)
+            ours = augment(images.float(), index, strength.float())
+            oracle = from_pil([pil(to_pil(i), name, v, size, negative) for i in images])
+            away = (ours - oracle).abs()
+            if name == "autocontrast":
+                assert away.max() <= 1
+                assert (away > 0).float().mean() < 0.01
+            else:
+                assert torch.equal(ours, oracle)
+
+
+def test_each_sample_has_its_own_operation_and_strength():
+    images = photographs(len(OPERATIONS), 32).float()
+    index = torch.arange(len(OPERATIONS))
+    v = torch.linspace(1, 9, len(OPERATIONS)).round().double()
+    strength = strengths_of(index, v, index % 2 == 0, 32).float()
+    together = augment(images, index, strength)
+    alone = map(augment, images.split(1), index.split(1), strength.split(1))
+    assert torch.equal(together, torch.cat(list(alone)))
+
+
+def test_cutout_agrees_with_pil_and_is_cut_off_at_the_border():
+    images = photographs(5, 32)
+    corners = [(-8, -8), (5, 20), (24, 3), (31 - 8, 31 - 8), (10, 10)]
+    box = torch.tensor([[*corner, 16, 16] for corner in corners]).float()
+    oracle = []
+    for image, (top, left) in zip(images, corners, strict=True):
+        made = to_pil(image)
+        ImageDraw.Draw(made).rectangle([left, top, left + 15, top + 15], (127, 127, 127))
+        oracle.append(made)
+    assert torch.equal(cutout(images.float(), box), from_pil(oracle))
+    box[:, 2] = 0
+    assert torch.equal(cutout(images.float(), box), images.float())
+
+
+def strong(size=32):
+    return RandAugment(size, MEAN, STD, flip=0.5, shift=1 / 8)
+
+
+def test_a_strong_view_is_a_weak_one_its_operations_in_order_and_cutout():
+    images, made = photographs(64, 32), strong()
+    params = made.draw(64, keyed_generator(0), (32, 32))
+    ours = made.apply(images, params)
+    oracle = []
+    for k, image in enumerate(images):
+        top, left = (4 + int(c) for c in params["crop"][k, :2])
+        padded = np.pad(image.permute(1, 2, 0).numpy(), ((4, 4), (4, 4), (0, 0)), "reflect")
+        view = Image.fromarray(np.ascontiguousarray(padded[top : top + 32, left : left + 32]))
+        if params["flip"][k]:
+            view = ImageOps.mirror(view)
+        for one in zip(params["operations"][k], params["strengths"][k], strict=True):
+            after = augment(from_pil([view]), *(part[None] for part in one))
+            view = to_pil(after[0].byte())
+        top, left = (int(c) for c in params["cutout"][k, :2])
+        ImageDraw.Draw(view).rectangle([left, top, left + 15, top + 15], (127, 127, 127))
+        oracle.append(view)
+    torch.testing.assert_close(ours, normalise(from_pil(oracle) / 255, MEAN, STD))
+
+
+def test_strong_parameters_are_distributed_as_the_public_recipe_draws_them():
+    n = 20_000
+    params = strong().draw(n, keyed_generator(1), (32, 32))
+    for operations in params["operations"].T:
+        counts = operations.bincount(minlength=len(OPERATIONS)).double()
+        share = torch.full_like(counts, 0.5 / len(OPERATIONS))
+        share[randaugment.IDENTITY] += 0.5  # not done
+        assert stats.chisquare(counts, n * share).pvalue > P_VALUE
+    drawn = params["operations"].flatten()
+    strengths = params["strengths"].flatten()
+    rotations = strengths[drawn == randaugment.ROTATE]
+    counts = [int((rotations == 3 * v).sum()) for v in range(-9, 10) if v]
+    assert sum(counts) == len(rotations)
+    assert stats.chisquare(counts).pvalue > P_VALUE
+    centre = params["cutout"][:, :2] + 8
+    assert stats.chisquare(centre.flatten().long().bincount(minlength=32)).pvalue > P_VALUE
+    assert (params["cutout"][:, 2:] == 16).all()
+    shifts = params["crop"][:, :2].flatten().long()
+    assert stats.chisquare((shifts + 4).bincount(minlength=9)).pvalue > P_VALUE
+
+
+def test_a_weak_view_is_a_reflecting_shift_and_a_mirror():
+    images = photographs(40, 32)
+    weak = Recipe(32, MEAN, STD, flip=0.5, shift=1 / 8)
+    view = weak(images, keyed_generator(2))
+    padded = F.pad(images / 255, (4, 4, 4, 4), mode="reflect")
+    for k, image in enumerate(padded):
+        top, left, height, width = view.params["crop"][k].int().tolist()
+        assert (height, width) == (32, 32)
+        x = image[:, 4 + top : 36 + top, 4 + left : 36 + left]
+        x = x.flip(2) if view.params["flip"][k] else x
+        torch.testing.assert_close(view.images[k], normalise(x, MEAN, STD))
+
+
+# --- the wide ResNet
+
+
+def naive_wrn(state, x, blocks, suffix=""):
+    """WRN-(6·blocks + 4) in training mode, from FixMatch's own code, a block at a time."""
+
+    def norm(name, y):
+        mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+        y = (y - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
+        weight, bias = state[f"{name}{suffix}.weight"], state[f"{name}{suffix}.bias"]
+        return y * weight[:, None, None] + bias[:, None, None]
+
+    def leaky(y):
+        return torch.where(y > 0, y, 0.1 * y)
+
+    x = F.conv2d(x, state["conv1.weight"], padding=1)
+    for stage in (1, 2, 3):
+        for i in range(blocks):
+            at, stride = f"layer{stage}.{i}", 2 if i == 0 and stage > 1 else 1
+            y = leaky(norm(f"{at}.bn1", x))
+            if stage == 1 and i == 0:
+                x = y
+            y = F.conv2d(y, state[f"{at}.conv1.weight"], stride=stride, padding=1)
+            y = F.conv2d(leaky(norm(f"{at}.bn2", y)), state[f"{at}.conv2.weight"], padding=1)
+            if f"{at}.shortcut.weight" in state:
+                x = F.conv2d(x, state[f"{at}.shortcut.weight"], stride=stride)
+            x = x + y
+    return leaky(norm("bn", x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(("name", "width"), [("wrn10", 4), ("wrn16", 8), ("wrn10", 16)])
+def test_a_wide_resnet_agrees_with_its_paper_s_code(name, width):
+    torch.manual_seed(0)
+    net = build_backbone(name, width=width, stem="cifar", adversarial_norms=True).double()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3)
+    x = torch.randn(5, 3, 16, 16, dtype=torch.float64)
+    state, blocks = net.state_dict(), {"wrn10": 1, "wrn16": 2}[name]
+    for adversarial in (False, True):
+        oracle = naive_wrn(state, x, blocks, "_adv" if adversarial else "")
+        torch.testing.assert_close(net(x, adversarial=adversarial), oracle)
+    assert net.feature_dim == oracle.shape[1] == 4 * width
+
+
+@pytest.mark.parametrize(
+    ("width", "classes", "count"), [(32, 10, 1_467_610), (128, 100, 23_401_012)]
+)
+def test_wrn_28_has_as_many_parameters_as_published(width, classes, count):
+    net = build_backbone("wrn28", width=width, stem="cifar", adversarial_norms=False)
+    assert sum(p.numel() for p in net.parameters()) + (net.feature_dim + 1) * classes == count
+
+
+def test_a_wide_resnet_has_one_stem_and_a_prefix():
+    with pytest.raises(ValueError, match="stem must be cifar for a wide ResNet, and is 'imagenet'"):
+        build_backbone("wrn10", width=4, stem="imagenet", adversarial_norms=False)
+    net = build_backbone("wrn10", width=4, stem="cifar", adversarial_norms=False)
+    x = torch.randn(2, 3, 16, 16)
+    assert net(x, stages=2).shape == (2, 8)
+    assert torch.equal(net(x, stages=4), net(x))
+
+
+# --- the step
+
+
+def fixmatch(**values):
+    options = dict(backbone="wrn10", width=4, size=SIZE, batch_size=B, mu=MU, threshold=0.606)
+    method = build_fixmatch(SemiConfig(**options | values), MEAN, STD, CLASSES).double().train()
+    method.labels, method.all_labelled = torch.arange(12) % CLASSES, True
+    return method
+
+
+def three_views(seed=3):
+    draw = functools.partial(torch.randn, generator=keyed_generator(seed), dtype=torch.float64)
+    sizes = (B, MU * B, MU * B)
+    return tuple(Views(draw(n, 3, SIZE, SIZE), {}) for n in sizes)
+
+
+BATCH = {"labelled": torch.tensor([2, 0, 7, 4]), "images": torch.tensor([1, 2, 3, 5, 8, 9, 10, 11])}
+
+
+def a_vae():
+    torch.manual_seed(2)
+    return VAE(8, SIZE, width=4).double().eval()
+
+
+def naive_step(network, views, labels, config, attack):
+    """Loss, x′ and what is believed, image by image, in the order of the authors' repository."""
+    x, u, s = (view.images for view in views)
+    logits, h = network(torch.cat([x, u, s]))
+    p = logits[len(x) : len(x) + len(u)].detach().softmax(1)
+    pseudo, believed = p.argmax(1), p.max(1).values >= config.threshold
+    loss = sum(-logits[i].log_softmax(0)[label] for i, label in enumerate(labels)) / len(x)
+    strong = logits[len(x) + len(u) :]
+    for i in range(len(u)):
+        if believed[i]:
+            loss = loss - config.lambda_u * strong[i].log_softmax(0)[pseudo[i]] / len(u)
+    if attack is None:
+        return loss, None, believed
+
+    def rows(anchor, of_x):
+        logits, h = of_x
+        for i in range(len(u)):
+            if config.contrast == "ce":
+                yield -logits[i].log_softmax(0)[pseudo[i]]
+            else:
+                scores = torch.stack([anchor[i] @ h[j] / config.temperature for j in range(len(u))])
+                yield -scores.log_softmax(0)[i]
+
+    with torch.no_grad():
+        start = network(u, adversarial=True)[1]
+
+    def ascended(candidate):
+        return sum(rows(start, network(candidate, adversarial=True))) / len(u)
+
+    x_adv = attack(u, ascended)
+    found = rows(h[len(x) : len(x) + len(u)].detach(), network(x_adv, adversarial=True))
+    adversarial = sum(row for row, sure in zip(found, believed, strict=True) if sure) / len(u)
+    return loss + config.alpha * adversarial, x_adv, believed
+
+
+@pytest.mark.parametrize("contrast", ["infonce", "ce"])
+@pytest.mark.parametrize("adversary", ["none", "clae", "idaa"])
+def test_a_step_agrees_with_a_naive_one(adversary, contrast):
+    values = {} if adversary == "none" else {"contrast": contrast, "alpha": 0.7}
+    method = fixmatch(adversary=adversary, lambda_u=0.5, **values)
+    config, network, vae = method.config, copy.deepcopy(method.network), a_vae()
+    attacks = {
+        "none": lambda: (None, None),
+        "clae": lambda: (CLAE(0.5), None),
+        "idaa": lambda: (IDAA(vae, 0.5), vae),
+    }
+    ours, decoder = attacks[adversary]()
+
+    def naive_attack(u, ascended):
+        if decoder is None:
+            leaf = u.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(ascended(leaf), leaf)
+            return u + 0.5 * gradient.sign()
+        with torch.no_grad():
+            z = decoder.encode(u)[0]
+            R = u - decoder.decode(z)
+        leaf = z.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(ascended(decoder.decode(leaf) + R), leaf)
+        with torch.no_grad():
+            return decoder.decode(z + 0.5 * gradient.sign()) + R
+
+    views = three_views()
+    oracle, x_adv, believed = naive_step(
+        network, views, method.labels[BATCH["labelled"]], config, naive_attack if ours else None
+    )
+    assert 0 < believed.sum() < len(believed)  # or the test would not see the mask
+    oracle.backward()
+
+    step = method.step(views, BATCH)
+    loss = step.loss
+    if ours is not None:
+        attacked = ours(step.attacked, step.attack_loss)
+        torch.testing.assert_close(attacked.images, x_adv)
+        loss = loss + config.alpha * step.adversarial_loss(attacked.images)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), oracle.detach())
+    pairs = zip(method.network.named_parameters(), network.parameters(), strict=True)
+    for (name, p), q in pairs:
+        if q.grad is None:
+            assert p.grad is None, name
+        else:
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def test_infonce_of_features_that_are_all_alike_is_the_log_of_their_number():
+    h = F.normalize(torch.ones(5, 3, dtype=torch.float64), dim=1)
+    torch.testing.assert_close(contrast(h, h, 0.1), torch.full((5,), math.log(5)).double())
+
+
+def test_pseudo_labels_are_counted():
+    method = fixmatch()
+    with torch.no_grad():  # says class 1 of everything, and is sure
+        method.network.head.weight.zero_()
+        method.network.head.bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
+    parts = method.step(three_views(), BATCH).parts
+    right = (method.labels[BATCH["images"]] == 1).double().mean().item()
+    assert parts["believed"].item() == 100
+    assert parts["pseudo_top1"].item() == pytest.approx(100 * right)
+    assert parts["believed_right"].item() == pytest.approx(100 * right)
+    method.all_labelled = False
+    assert "pseudo_top1" not in method.step(three_views(), BATCH).parts
+
+
+def test_nothing_is_believed_below_the_threshold():
+    method = fixmatch(threshold=1.0, adversary="clae")
+    step = method.step(three_views(), BATCH)
+    assert step.parts["believed"] == step.parts["unsupervised_loss"] == 0
+    assert step.adversarial_loss(step.attacked) == 0
+
+
+# --- averaged weights, optimiser
+
+
+def test_weights_are_averaged_and_statistics_copied():
+    method = fixmatch(ema_decay=0.9)
+    optimizer = method.optimizer(method.param_groups(1, 4), 0.1)
+    expected = {name: p.detach().clone() for name, p in method.network.named_parameters()}
+    assert all(torch.equal(p, expected[name]) for name, p in method.ema.named_parameters())
+    for k in range(3):
+        step = method.step(three_views(k), BATCH)
+        step.loss.backward()
+        optimizer.step()
+        method.after_step(step, k / 3)
+        for name, p in method.network.named_parameters():
+            expected[name] = 0.9 * expected[name] + 0.1 * p.detach()
+    for name, p in method.ema.named_parameters():
+        torch.testing.assert_close(p, expected[name], msg=name)
+        assert not p.requires_grad
+    for ours, theirs in zip(method.ema.buffers(), method.network.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_statistics_are_as_slow_as_the_average():
+    norms = {
+        name: m.momentum
+        for name, m in fixmatch(adversary="clae", ema_decay=0.999).named_modules()
+        if isinstance(m, nn.BatchNorm2d)
+    }
+    adversarial = {name for name in norms if name.endswith("_adv")}
+    assert {norms[name] for name in adversarial} == {0.01}
+    assert [norms[name] for name in norms.keys() - adversarial] == pytest.approx(
+        [0.001] * (len(norms) - len(adversarial))
+    )
+
+
+def test_vectors_do_not_decay_and_the_rate_falls_by_seven_sixteenths_of_a_half_turn():
+    method = fixmatch(weight_decay=1e-3)
+    groups = method.param_groups(4, 8)
+    names = {id(p): name for name, p in method.network.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert spared == {n for n in names.values() if "bn" in n or n.endswith("bias")}
+    assert decayed | spared == set(names.values())
+    assert [group["weight_decay"] for group in groups] == [1e-3, 0]
+    factor = groups[0]["schedule"]
+    assert factor(0) == 1
+    assert factor(16) == pytest.approx(math.cos(7 * math.pi / 32))
+    assert factor(32) == pytest.approx(0.19509, abs=1e-5)
+
+
+# --- what is labelled, and in which order
+
+
+@pytest.mark.parametrize("per_class", [4, 25, 100])
+def test_the_labelled_subset_is_balanced_and_drawn_by_seed(per_class):
+    labels = torch.randint(0, 10, (2000,), generator=keyed_generator(0))
+    labels[::7] = -1  # unknown
+    first, again, other = (labelled_subset(labels, per_class, 10, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert labels[first].bincount(minlength=10).tolist() == [per_class] * 10
+    assert len(first.unique()) == 10 * per_class
+
+
+def test_a_class_without_enough_images_is_told():
+    with pytest.raises(ConfigError, match="labels_per_class=3 is more than the 2 training images"):
+        labelled_subset(torch.tensor([0, 0, 0, 1, 1]), 3, 2, 0)
+
+
+def test_streams_visit_all_images_equally_often_and_any_epoch_is_known_alone():
+    method = fixmatch(steps_per_epoch=5, labels_per_class=2)
+    labels = torch.arange(30) % CLASSES
+    epochs = [list(method.batches(labels, B, 0, epoch)) for epoch in range(3)]
+    assert [len(batches) for batches in epochs] == [method.steps_per_epoch(labels, B)] * 3
+    batches = [batch for epoch in epochs for batch in epoch]  # 15 steps of 4 and of 8
+    every = torch.cat([batch["images"] for batch in batches])
+    assert every.bincount(minlength=30).tolist() == [4] * 30
+    assert every[:30].sort().values.tolist() == list(range(30))
+    assert every[:30].tolist() != every[30:60].tolist()
+    known = torch.cat([batch["labelled"] for batch in batches])
+    subset = labelled_subset(labels, 2, CLASSES, 0)
+    assert known.unique().tolist() == subset.tolist()
+    assert known.bincount(minlength=30)[subset].tolist() == [10] * 6
+    assert method.images_per_step(B) == len(batches[0]["images"]) + len(batches[0]["labelled"])
+    third = list(method.batches(labels, B, 0, 2))
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(third, epochs[2], strict=True) for k in a)
+    assert fixmatch().steps_per_epoch(torch.zeros(100), B) == 100 // (MU * B)
+
+
+def test_several_processes_draw_what_one_would():
+    method = build_fixmatch(SemiConfig(width=4), MEAN, STD, CLASSES)
+    images = {"labelled": photographs(4, 32), "images": photographs(8, 32)}
+    whole = method.draw(images, keyed_generator(5))
+    parts = [
+        method.draw({k: v.chunk(2)[rank] for k, v in images.items()}, keyed_generator(5), (rank, 2))
+        for rank in (0, 1)
+    ]
+    assert [len(view.images) for view in whole] == [4, 8, 8]
+    assert "operations" in whole[2].params
+    for k in range(3):
+        assert torch.equal(torch.cat([part[k].images for part in parts]), whole[k].images)
+
+
+# --- two processes
+
+
+class Plain(nn.Module):
+    """A classifier without BatchNorm: the same on a half of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(3 * SIZE**2, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, images, adversarial=False):
+        h = self.first(images.flatten(1)).tanh()
+        return self.head(h), F.normalize(h, dim=1)
+
+
+def a_step(rank, processes, wrap, kind):
+    """This rank's part of a step of FixMatch + IDAA: δ and the parameters' gradients."""
+    torch.manual_seed(0)
+    plain = Plain().double()
+    method = fixmatch(adversary="idaa", contrast=kind, threshold=0.4)
+    method.network = wrap(plain)
+    views = [Views(view.images.chunk(processes)[rank], {}) for view in three_views()]
+    batch = {k: index.chunk(processes)[rank] for k, index in BATCH.items()}
+    step = method.step(tuple(views), batch)
+    attack = IDAA(a_vae(), 0.5)(step.attacked, step.attack_loss)
+    (step.loss + 0.7 * step.adversarial_loss(attack.images)).backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    return {"delta": attack.delta, "believed": step.parts["believed"], **gradients}
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    wrap = functools.partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
+    for kind in ("infonce", "ce"):
+        torch.save(a_step(rank, 2, wrap, kind), f"{folder}/{kind}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_step_like_one(tmp_path):
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    for kind in ("infonce", "ce"):
+        ranks = [torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in (0, 1)]
+        one = a_step(0, 1, lambda network: network, kind)
+        believed = [rank["believed"].item() for rank in ranks]
+        assert 0 < sum(believed) / 2 == one["believed"] < 100
+        assert torch.equal(torch.cat([r["delta"] for r in ranks]).sign(), one["delta"].sign())
+        for name in one.keys() - {"delta", "believed"}:
+            for rank in ranks:
+                torch.testing.assert_close(rank[name], one[name], msg=name)
+
+
+# --- configurations
+
+
+def test_knobs_that_say_nothing_give_a_run_no_second_name():
+    assert SemiConfig(temperature=0.3, contrast="ce") == SemiConfig()
+    ce = SemiConfig(adversary="clae", contrast="ce")
+    assert SemiConfig(adversary="clae", contrast="ce", temperature=0.3) == ce
+    with pytest.raises(ConfigError, match="temperature"):
+        SemiConfig(temperature=-1)
+    assert SemiConfig(adversary="idaa").epsilon == SemiConfig(adversary="clae").epsilon == 0.5
+
+
+def test_the_paper_s_preset_is_the_public_recipe():
+    config = SemiConfig(preset="paper")
+    assert config.epochs * config.steps_per_epoch == 2**20
+    wanted = dict(
+        dataset="cifar100", backbone="wrn28", width=16 * 8, batch_size=64, mu=7, ema_decay=0.999,
+        learning_rate=0.03, weight_decay=1e-3, threshold=0.95, lambda_u=1.0,
+    )  # fmt: skip
+    assert {name: getattr(config, name) for name in wanted} == wanted
+
+
+# --- whole runs
+
+TINY = dict(
+    limit=200, width=4, labels_per_class=2, batch_size=8, mu=2, epochs=2, steps_per_epoch=6,
+    threshold=0.3, log_every=4, device="cpu",
+)  # fmt: skip
+
+
+def outcome(run):
+    tensors, state = checkpoints.load(run)
+    times = {"time", "images_per_second"}
+    lines = [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
+    summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "images_per_second")}
+    state.pop("seconds")
+    return tensors, state, lines, summary
+
+
+@pytest.fixture
+def vae(outputs):
+    return train_vae(VAEConfig(limit=96, batch_size=16, epochs=1, width=4, dim=8, device="cpu"))
+
+
+@pytest.mark.parametrize("adversary", ["none", "clae", "idaa", "random_sign"])
+def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
+    outputs, vae, monkeypatch, adversary
+):
+    config = SemiConfig(**TINY, adversary=adversary)
+    whole = outcome(train_semi(config))
+    shutil.rmtree(locate(config).path)
+    original, made = Fit.train_step, []
+
+    def step(self, *args):
+        original(self, *args)
+        made.append(1)
+        if len(made) == 9:  # in the middle of the second epoch
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "train_step", step)
+        with pytest.raises(Stopped, match="after step 9 of 12 and saved"):
+            train_semi(config)
+    again = outcome(train_semi(config))
+    assert whole[0].keys() == again[0].keys()
+    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
+    assert whole[1:] == again[1:]
+
+
+def test_a_run_says_how_it_was_judged_and_its_encoder_can_be_evaluated(outputs):
+    run = train_semi(SemiConfig(**TINY))
+    summary, test = run.summary, load("photos", "test")
+    assert summary["ema_n"] == len(test) == 1000
+    assert summary["ema_low"] <= summary["ema_top1"] <= summary["ema_high"]
+    assert summary["ema_protocol"].endswith("2 labels a class of 200 training images")
+    assert summary["images_per_second"] == pytest.approx(12 * 24 / summary["seconds"])
+    lines = run.metrics()
+    assert [line["step"] for line in lines if "ema_top1_val" in line] == [6, 12]
+    logged = set().union(*lines)
+    assert {"supervised_loss", "unsupervised_loss", "believed", "pseudo_top1"} <= logged
+
+    module, *units = load_encoder(run.id, "classifier")
+    guess = features(module, test.images, *units).argmax(1)
+    judged = 100 * (guess == test.labels).double().mean().item()
+    assert judged == pytest.approx(summary["ema_top1"])
+    tensors = checkpoints.load(run)[0]
+    backbone = load_encoder(run).module
+    assert torch.equal(backbone.conv1.weight, tensors["method.ema.backbone.conv1.weight"])
+    assert not torch.equal(random_encoder(run).module.conv1.weight, backbone.conv1.weight)
+    z = features(load_encoder(run, "projector").module, test.images[:9], *units)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(9))
+    evaluation = evaluate(EvalConfig(run=run.id, limit=100, references=False))
+    assert evaluation.summary["knn_n"] == 100
+    with pytest.raises(ConfigError, match="protocol='official' is of self-supervised runs"):
+        evaluate(EvalConfig(run=run.id, limit=100, protocol="official"))
+
+
+def test_fewer_labels_than_asked_for_is_told_before_anything_is_written(outputs):
+    with pytest.raises(ConfigError, match="labels_per_class=40 is more than the"):
+        train_semi(SemiConfig(**TINY | {"labels_per_class": 40}))
+    assert not (outputs / "semi").exists()
+
+
+def test_another_labelled_subset_is_another_run(outputs):
+    one, other = (locate(SemiConfig(**TINY | {"labels_per_class": n})) for n in (2, 4))
+    assert one != other
+    assert one.id.startswith("semi-photos-none")
+
+
+def test_training_learns_from_what_is_not_labelled(outputs):
+    values = TINY | dict(
+        limit=400, width=8, labels_per_class=4, batch_size=13, epochs=2, steps_per_epoch=20,
+        threshold=0.6, ema_decay=0.9,
+    )  # fmt: skip
+    run = train_semi(SemiConfig(**values))
+    believed = [line["believed"] for line in run.metrics() if "believed" in line]
+    assert believed[-1] > believed[0]
+    assert run.summary["ema_top1_val"] > 3 * 100 / 13
+
+
+def test_the_notebook_runs_beside_labels_alone(outputs, tmp_path):
+    sweeps.execute(
+        "07_semi_supervised", TINY | {"adversary": "clae", "epochs": 1}, tmp_path / "out.ipynb"
+    )
+    found = runs.find("semi")
+    told = {(run.config.adversary, run.config.lambda_u) for run in found}
+    assert told == {("none", 0.0), ("none", 1.0), ("clae", 1.0)}
+    (run,) = (run for run in found if run.config.adversary == "clae")
+    assert {path.name for path in (run.path / "figures").glob("*.png")} == {
+        "views.png", "losses.png", "pseudo_labels.png", "accuracy.png", "validation.png",
+    }  # fmt: skip
+
+
+def test_the_picture_of_a_step_is_read_back(outputs):
+    run = train_semi(SemiConfig(**TINY, adversary="clae"))
+    rows = samples.read(run)
+    assert list(rows) == ["weak view", "strong view", "x′", "x′ − x, × 3"]
+    assert {tuple(images.shape) for images in rows.values()} == {(8, 3, 32, 32)}
+    weak, x_adv, difference = (rows[k] for k in ("weak view", "x′", "x′ − x, × 3"))
+    inside = (x_adv > 0) & (x_adv < 1) & (difference > 0) & (difference < 1)
+    away = (0.5 + 3 * (x_adv - weak) - difference)[inside].abs()
+    assert away.max() < 4.5 / 255  # three roundings, those of x′ and x tripled

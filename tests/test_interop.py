@@ -1,0 +1,676 @@
+"""Weights from elsewhere and to elsewhere: files with the published names against an oracle that
+computes on those names (docs/spec/idaa.md §1, §4), and exports read back as their targets do."""
+
+import os
+import pickle
+import re
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torchvision
+from reference import batch_norm, cifar_vae
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import idaa_lib
+from idaa_lib import ConfigError, interop, runs
+from idaa_lib.adversaries import IDAA
+from idaa_lib.evaluate.encoders import Encoder, features
+from idaa_lib.nets import build_backbone
+
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
+SHORTCUTS = {
+    "cifar": ("shortcut.0", "shortcut_bn", "shortcut_bn_adv"),
+    "ds": ("ds_conv1", "ds_bn1", "ds_bn1_adv"),
+    "torchvision": ("downsample.0", "downsample.1", None),
+}
+
+
+# --- files with the published names ---------------------------------------------------------
+
+
+class State(dict):
+    """A state dict under construction, every tensor drawn: fresh norms would hide a mix-up."""
+
+    def __init__(self, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def conv(self, name, *shape):
+        fan_in = shape[1] * shape[2] * shape[3]
+        self[f"{name}.weight"] = torch.randn(shape, generator=self.generator) * (2 / fan_in) ** 0.5
+
+    def norm(self, name, channels, affine=True):
+        draw = lambda: torch.rand(channels, generator=self.generator)  # noqa: E731
+        if affine:
+            self[f"{name}.weight"], self[f"{name}.bias"] = draw() + 0.5, draw() - 0.5
+        self[f"{name}.running_mean"], self[f"{name}.running_var"] = draw() - 0.5, draw() + 0.5
+        self[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+    def linear(self, name, outputs, inputs, bias=True):
+        weight = torch.randn(outputs, inputs, generator=self.generator)
+        self[f"{name}.weight"] = weight / inputs**0.5
+        if bias:
+            self[f"{name}.bias"] = torch.randn(outputs, generator=self.generator) * 0.1
+
+    def resnet(self, prefix, name, width, names, kernel, adv):
+        def norm(at, channels):
+            self.norm(at, channels)
+            if adv:
+                self.norm(f"{at}_adv", channels)
+
+        conv, bn, bn_adv = SHORTCUTS[names]
+        bottleneck = name == "resnet50"
+        self.conv(f"{prefix}conv1", width, 3, kernel, kernel)
+        norm(f"{prefix}bn1", width)
+        inputs = width
+        for stage, depth in enumerate(BLOCKS[name]):
+            inner = width * 2**stage
+            outputs = inner * 4 if bottleneck else inner
+            for block in range(depth):
+                at = f"{prefix}layer{stage + 1}.{block}."
+                kernels = (1, 3, 1) if bottleneck else (3, 3)
+                widths = (inner, inner, outputs) if bottleneck else (inner, outputs)
+                channels = inputs
+                for i, (k, w) in enumerate(zip(kernels, widths, strict=True), start=1):
+                    self.conv(f"{at}conv{i}", w, channels, k, k)
+                    norm(f"{at}bn{i}", w)
+                    channels = w
+                if inputs != outputs or (stage and block == 0):
+                    self.conv(at + conv, outputs, inputs, 1, 1)
+                    self.norm(at + bn, outputs)
+                    if adv or names == "ds":  # there, used or not
+                        self.norm(at + bn_adv, outputs)
+                inputs = outputs
+        return inputs
+
+
+def resnet(state, prefix, x, *, legacy, pool, adv=False):
+    """The oracle: features (B, D), by the names that the tensors have."""
+
+    def norm(name, y):
+        return batch_norm(state, f"{prefix}{name}" + ("_adv" if adv else ""), y, False)
+
+    def conv(name, y, stride=1):
+        weight = state[f"{prefix}{name}.weight"]
+        return F.conv2d(y, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    h = conv("conv1", x, stride=2 if state[f"{prefix}conv1.weight"].shape[-1] == 7 else 1)
+    h = (h if legacy else norm("bn1", h)).relu()
+    h = F.max_pool2d(h, 3, 2, 1) if pool else h
+    for stage in (1, 2, 3, 4):
+        block = 0
+        while f"{prefix}layer{stage}.{block}.conv1.weight" in state:
+            at = f"layer{stage}.{block}."
+            stride = 2 if stage > 1 and block == 0 else 1
+            deep = f"{prefix}{at}conv3.weight" in state
+            y = norm(f"{at}bn1", conv(f"{at}conv1", h, 1 if deep else stride)).relu()
+            y = norm(f"{at}bn2", conv(f"{at}conv2", y, stride if deep else 1))
+            y = norm(f"{at}bn3", conv(f"{at}conv3", y.relu())) if deep else y
+            for shortcut, bn, _ in SHORTCUTS.values():
+                if f"{prefix}{at}{shortcut}.weight" in state:
+                    h = norm(at + bn, conv(at + shortcut, h, stride))
+            h = (h + y).relu()
+            block += 1
+    return h.mean((2, 3))
+
+
+def linear(state, name, x):
+    return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+
+def norm1d(state, name, x):
+    moved = (x - state[f"{name}.running_mean"]) / (state[f"{name}.running_var"] + 1e-5).sqrt()
+    if f"{name}.weight" not in state:
+        return moved
+    return moved * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def simclr(adv, names="cifar", kernel=3):
+    state = State()
+    d = state.resnet("encoder.", "resnet18", 4, names, kernel, adv)
+    state.linear("projector.0", d, d)
+    state.linear("projector.2", 6, d)
+    head = lambda h: linear(state, "projector.2", linear(state, "projector.0", h).relu())  # noqa: E731
+    return state, "encoder.", head, None
+
+
+def plain(adv, names="cifar"):
+    prefix, head = ("", "linear") if names == "cifar" else ("net.", "net.fc")
+    state = State()
+    state.linear(head, 6, state.resnet(prefix, "resnet18", 4, names, 3, adv))
+    return state, prefix, lambda h: linear(state, head, h), None
+
+
+def simsiam(adv, names="cifar"):
+    state = State()
+    d = state.resnet("backbone.", "resnet18", 4, names, 3, adv)
+    for layer, inputs in (("layer1", d), ("layer2", 8), ("layer3", 8)):
+        state.linear(f"projector.{layer}.0", 8, inputs)
+        state.norm(f"projector.{layer}.1", 8)
+    state.linear("predictor.layer1.0", 2, 8)
+    state.norm("predictor.layer1.1", 2)
+    state.linear("predictor.layer2", 8, 2)
+
+    def layer(name, x):
+        return norm1d(state, f"{name}.1", linear(state, f"{name}.0", x))
+
+    head = lambda h: layer("projector.layer3", layer("projector.layer1", h).relu())  # noqa: E731
+    predict = lambda z: linear(state, "predictor.layer2", layer("predictor.layer1", z).relu())  # noqa: E731
+    return state, "backbone.", head, predict
+
+
+def simsiam_imagenet(adv, names):
+    state = State()
+    d = state.resnet("encoder.", "resnet50", 2, names, 7, adv)
+    state.linear("encoder.fc.0", d, d, bias=False)
+    state.norm("encoder.fc.1", d)
+    state.linear("encoder.fc.3", d, d, bias=False)
+    state.norm("encoder.fc.4", d)
+    state.linear("encoder.fc.6", 8, d)
+    state.norm("encoder.fc.7", 8, affine=False)
+    state.linear("predictor.0", 2, 8, bias=False)
+    state.norm("predictor.1", 2)
+    state.linear("predictor.3", 8, 2)
+
+    def layer(part, i, x):
+        return norm1d(state, f"{part}.{i + 1}", linear(state, f"{part}.{i}", x))
+
+    def head(h):
+        for i in (0, 3):
+            h = layer("encoder.fc", i, h).relu()
+        return layer("encoder.fc", 6, h)
+
+    predict = lambda z: linear(state, "predictor.3", layer("predictor", 0, z).relu())  # noqa: E731
+    return state, "encoder.", head, predict
+
+
+def wrapped(state):
+    return {f"module.{key}": value for key, value in state.items()}
+
+
+# name → what makes the file, how it is wrapped, and: kind, legacy stem, pooling, size, units
+FILES = {
+    "cifar10_resnet18_batch_256_proj_dim_64_seed_1_epoch_300.pt":
+        (lambda: simclr(False), dict, "simclr", False, False, 32, CIFAR),
+    "cifar10_resnet18_alpha_1.0_adv_eps_0.1_best.t":
+        (lambda: simclr(True), lambda s: {"model": wrapped(s), "acc": 83.4, "epoch": 297},
+         "simclr", False, False, 32, CIFAR),
+    "simclr_mini.pt":
+        (lambda: simclr(True, "ds", 7), dict, "simclr", True, True, 84, IMAGENET),
+    "plain_best.t":
+        (lambda: plain(True), lambda s: {"net": wrapped(s), "acc": 86.0, "epoch": 250},
+         "plain", False, False, 32, CIFAR),
+    "uel_mini_best.t":
+        (lambda: plain(False, "ds"), lambda s: {"net": dict(s), "epoch": 9, "acc": 43.2},
+         "plain", True, True, 84, IMAGENET),
+    "simsiam_best.t":
+        (lambda: simsiam(True), dict, "simsiam", False, False, 32, CIFAR),
+    "simsiam_mini_best.t":
+        (lambda: simsiam(False, "ds"), dict, "simsiam", True, True, 84, IMAGENET),
+    "checkpoint_0099.pth.tar":
+        (lambda: simsiam_imagenet(True, "ds"),
+         lambda s: {"epoch": 100, "arch": "resnet50_imagenet", "state_dict": wrapped(s),
+                    "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}},
+                                  "param_groups": [{"lr": 0.05, "params": [0]}]}},
+         "simsiam", False, True, 224, IMAGENET),
+    "facebook.pth.tar":
+        (lambda: simsiam_imagenet(False, "torchvision"),
+         lambda s: {"epoch": 100, "arch": "resnet50", "state_dict": wrapped(s), "optimizer": {}},
+         "simsiam", False, True, 224, IMAGENET),
+}  # fmt: skip
+
+
+# Of the others neither name nor content says its epoch and accuracy.
+SAID = {
+    "cifar10_resnet18_batch_256_proj_dim_64_seed_1_epoch_300.pt": (300, None),
+    "cifar10_resnet18_alpha_1.0_adv_eps_0.1_best.t": (297, 83.4),
+    "plain_best.t": (250, 86.0),
+    "uel_mini_best.t": (9, 43.2),
+    "checkpoint_0099.pth.tar": (100, None),
+    "facebook.pth.tar": (100, None),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_published_encoder_computes_what_its_names_say(name, tmp_path):
+    make, pack, kind, legacy, pool, size, units = FILES[name]
+    state, prefix, head, predict = make()
+    torch.save(pack(state), tmp_path / name)
+    before = torch.get_rng_state()
+    found = interop.load_official(tmp_path / name)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (found.kind, found.size, (found.mean, found.std)) == (kind, size, units)
+    assert (found.epoch, found.acc) == SAID.get(name, (None, None))
+    x = torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    with torch.no_grad():
+        h = resnet(state, prefix, x, legacy=legacy, pool=pool)
+        torch.testing.assert_close(found.module(x), h, **close)
+        torch.testing.assert_close(found.encoder().module(x), h, **close)
+        torch.testing.assert_close(found.projector(h), head(h), **close)
+        z = found.encoder("projector").module(x)
+        torch.testing.assert_close(z, F.normalize(head(h), dim=1), **close)
+        if found.module.adversarial_norms:
+            other = resnet(state, prefix, x, legacy=legacy, pool=pool, adv=True)
+            torch.testing.assert_close(found.module(x, adversarial=True), other, **close)
+            assert (other - h).abs().max() > 0.01
+        if predict is None:
+            assert found.predictor is None
+        else:
+            torch.testing.assert_close(found.predictor(head(h)), predict(head(h)), **close)
+    assert found.module.adversarial_norms == any(
+        "bn1_adv" in key and "ds" not in key for key in state
+    )
+    for part in filter(None, (found.module, found.projector, found.predictor)):
+        assert not any(m.training for m in part.modules())
+        assert not any(p.requires_grad for p in part.parameters())
+
+
+# --- the VAE --------------------------------------------------------------------------------
+
+
+def vae_state(size, dim, d):
+    """Indices of each variant as the specification counts them (§1)."""
+    state = State(2)
+    halvings = {64: 3, 84: 3, 224: 5}.get(size, 2)
+    f = {64: 8, 84: 10, 224: 7}.get(size, size // 4)
+    channels = [3] + [d // 2**k for k in reversed(range(halvings))]
+
+    def residual(at):
+        for i, k in ((1, 3), (4, 1)):
+            state.conv(f"{at}.convs.{i}", d, d, k, k)
+            state[f"{at}.convs.{i}.bias"] = torch.randn(d, generator=state.generator) * 0.1
+        state.norm(f"{at}.convs.2", d)
+
+    for i in range(halvings):
+        state.conv(f"encoder.{3 * i}", channels[i + 1], channels[i], 4, 4)
+        state.norm(f"encoder.{3 * i + 1}", channels[i + 1])
+    first = 3 * halvings
+    residual(f"encoder.{first}")
+    state.norm(f"encoder.{first + 1}", d)
+    residual(f"encoder.{first + 2}")
+    edge = size == 224
+    if edge:
+        state.norm(f"encoder.{first + 3}", d)
+        state.norm("decoder.0", d)
+    for i, kind in enumerate((residual, None, residual, None)):
+        at = f"decoder.{i + edge}"
+        residual(at) if kind else state.norm(at, d)
+    for i in range(halvings):
+        at = 4 + edge + 3 * i
+        state.conv(f"decoder.{at}", channels[-1 - i], channels[-2 - i], 4, 4)
+        if i + 1 < halvings:
+            state.norm(f"decoder.{at + 1}", channels[-2 - i])
+    state.norm("bn", 3)
+    state.linear("fc11", dim, d * f * f)
+    state.linear("fc12", dim, d * f * f)
+    state.linear("fc21", d * f * f, dim)
+    return state
+
+
+def vae(state, x):
+    """The oracle for every variant: layer after layer, by what their tensors are."""
+    norm = lambda name, y: batch_norm(state, name, y, False)  # noqa: E731
+    leaky = lambda y: torch.where(y > 0, y, 0.01 * y)  # noqa: E731
+
+    def residual(at, y):
+        h = leaky(y)
+        h = F.conv2d(h, state[f"{at}.convs.1.weight"], state[f"{at}.convs.1.bias"], padding=1)
+        h = leaky(norm(f"{at}.convs.2", h))
+        return y + F.conv2d(h, state[f"{at}.convs.4.weight"], state[f"{at}.convs.4.bias"])
+
+    def layers(part):
+        return sorted({int(k.split(".")[1]) for k in state if k.startswith(f"{part}.")})
+
+    h, down = x, False
+    for i in layers("encoder"):
+        at = f"encoder.{i}"
+        if f"{at}.convs.1.weight" in state:
+            h = residual(at, h)
+        elif f"{at}.running_mean" in state:
+            h, down = norm(at, h).relu() if down else norm(at, h), False
+        else:
+            h, down = F.conv2d(h, state[f"{at}.weight"], stride=2, padding=1), True
+    mu, logvar = linear(state, "fc11", h.flatten(1)), linear(state, "fc12", h.flatten(1))
+    h, ups = linear(state, "fc21", mu).reshape(h.shape), 0
+    for i in layers("decoder"):
+        at = f"decoder.{i}"
+        if f"{at}.convs.1.weight" in state:
+            h = residual(at, h)
+        elif f"{at}.running_mean" in state:
+            h = norm(at, h)
+            h = leaky(h) if ups else h
+        else:
+            ups += 1
+            padding = 0 if x.shape[-1] == 84 and ups == 2 else 1
+            h = F.conv_transpose2d(h, state[f"{at}.weight"], stride=2, padding=padding)
+    return norm("bn", torch.tanh(h)), mu, logvar
+
+
+@pytest.mark.parametrize(
+    ("size", "units", "tensors"),
+    [(32, CIFAR, 81), (64, IMAGENET, None), (84, CIFAR, None), (224, IMAGENET, 127)],
+)
+def test_a_published_vae_computes_what_its_names_say(size, units, tensors, tmp_path):
+    state = vae_state(size, dim=6, d=16)
+    assert tensors in (None, len(state))
+    path = tmp_path / "model_epoch292.pth"
+    torch.save(dict(state), path)
+    found = interop.load_official(path)
+    assert (found.kind, found.epoch, found.projector) == ("vae", 292, None)
+    assert (found.size, found.mean, found.std) == (size, *units)
+    assert (found.module.size, found.module.mean, found.module.std) == (size, *units)
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    G, mu, logvar = vae(state, x)
+    with torch.no_grad():
+        out = found.module(x)
+    for ours, theirs in zip((out.G, out.mu, out.logvar), (G, mu, logvar), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    if size == 32:  # the other tests' own reference agrees with this one
+        for ours, theirs in zip(cifar_vae(state, x, False), (G, mu, logvar), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_published_vae_has_the_published_size(tmp_path):
+    state = vae_state(32, dim=128, d=128)
+    torch.save(dict(state), tmp_path / "model_epoch5.pth")
+    found = interop.load_official(tmp_path / "model_epoch5.pth")
+    assert sum(p.numel() for p in found.module.parameters()) == 4_081_158
+    assert (found.module.dim, found.module.width) == (128, 64)
+
+
+def test_a_vae_of_another_shape_is_refused(tmp_path):
+    """Such as the dev code's, whose names are the CIFAR variant's and whose strides are not."""
+    torch.save(dict(vae_state(56, dim=6, d=16)), tmp_path / "model_epoch3.pth")
+    with pytest.raises(ConfigError, match="halves its images 2 times, to 14 × 14"):
+        interop.load_official(tmp_path / "model_epoch3.pth")
+    torch.save(dict(vae_state(32, dim=6, d=16)), tmp_path / "model_epoch3.pth")
+    with pytest.raises(ConfigError, match="VAE for size=32, not 84"):
+        interop.load_official(tmp_path / "model_epoch3.pth", size=84)
+
+
+def test_an_attack_uses_a_published_vae_across_normalisations(tmp_path):
+    """ε = 0 gives the images back, whatever units the encoder has (the attack converts)."""
+    torch.save(dict(vae_state(32, 6, 16)), tmp_path / "model_epoch2.pth")
+    found = interop.load_official(tmp_path / "model_epoch2.pth", mean=(0.5,) * 3, std=(0.5,) * 3)
+    x = torch.randn(2, 3, 32, 32)
+    attack = IDAA(found.module, epsilon=0.0, mean=CIFAR[0], std=CIFAR[1])
+    moved = attack(x, lambda y: y.square().sum())
+    torch.testing.assert_close(moved.images, x, rtol=1e-4, atol=1e-4)
+    assert found.module.mean == (0.5,) * 3
+
+
+# --- files that are refused -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_tensor_counts(name, tmp_path):
+    """One too few, one too many, one of another shape: each is named."""
+    make, pack, *_ = FILES[name]
+    state = make()[0]
+    path = tmp_path / "x.t"
+
+    def refusal(changed):
+        torch.save(pack(changed), path)
+        with pytest.raises(ConfigError) as raised:
+            interop.load_official(path)
+        return str(raised.value)
+
+    keys = list(state)
+    for key in (keys[1], keys[-1], *(k for k in keys if k.endswith("layer2.0.bias"))):
+        assert key in refusal({k: v for k, v in state.items() if k != key})
+    extra = keys[2].rpartition(".")[0] + ".extra"
+    bias = next(k for k in keys if k.endswith("bn2.bias"))
+    both = refusal(state | {extra: torch.ones(1), bias: torch.ones(99)})
+    assert f"beside what belongs there, {extra}" in both
+    assert f"{bias} is (99,) and should be (" in both
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["IDAA_TEST_HARM"],)
+
+
+def test_what_is_no_checkpoint_of_theirs_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_TEST_HARM", str(tmp_path / "harm"))
+    state = dict(simclr(False)[0])
+    whole = tmp_path / "whole.pt"
+    torch.save(state, whole)
+    (tmp_path / "short.pt").write_bytes(whole.read_bytes()[:5000])
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "old_short.pt").write_bytes((tmp_path / "old.pt").read_bytes()[:5000])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "page.pt").write_text("<html>Not found</html>")
+    torch.save({"net": state, "acc": Harmful()}, tmp_path / "harm.pt")
+    torch.save(
+        {"net": state, "acc": Harmful()}, tmp_path / "old_harm.pt",
+        _use_new_zipfile_serialization=False,
+    )  # fmt: skip
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "torchvision.pt")
+    torch.save({"weights": state}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({}, tmp_path / "nothing.pt")
+    for name, sentence in (
+        ("none.pt", "There is no checkpoint .*none.pt"),
+        (".", "cannot be read: Is a directory"),
+        ("short.pt", "short.pt is cut short, damaged or no PyTorch checkpoint"),
+        ("old_short.pt", "is cut short"),
+        ("empty.pt", "is cut short"),
+        ("page.pt", "is cut short, damaged or no PyTorch checkpoint"),
+        ("harm.pt", r"was not loaded: it holds more than tensors, and wants \w+.mkdir to be run"),
+        ("old_harm.pt", "was not loaded"),
+        ("torchvision.pt", "it is no VAE, SimCLR, Plain, UEL or SimSiam .*bn1.bias"),
+        ("other.pt", "no state dict"),
+        ("list.pt", "no state dict"),
+        ("nothing.pt", "no tensor at all"),
+    ):
+        with pytest.raises(ConfigError, match=sentence) as raised:
+            interop.load_official(tmp_path / name)
+        assert re.fullmatch(r"[^\n]+\.", str(raised.value)), raised.value
+    assert not (tmp_path / "harm").exists()
+    assert interop.load_official(tmp_path / "old.pt").kind == "simclr"  # the format before 1.6
+
+
+# --- runs -----------------------------------------------------------------------------------
+
+
+def test_a_published_vae_becomes_a_run(outputs, tmp_path):
+    path = tmp_path / "model_epoch292.pth"
+    state = vae_state(32, dim=8, d=16)
+    torch.save(dict(state), path)
+    values = {"limit": 64, "kappa": 0.3}
+    run = idaa_lib.import_run(path, "photos", **values)
+    assert run.finished
+    assert runs.find("vae") == [run]
+    assert idaa_lib.import_run(path, "photos", **values) == run
+    assert (run.config.dim, run.config.width, run.config.kappa) == (8, 8, 0.3)
+    assert run.environment["imported"]["file"] == path.name
+    loaded = idaa_lib.load_vae(run)
+    assert (loaded.mean, loaded.std) == CIFAR
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x).G, vae(state, x)[0], rtol=1e-3, atol=1e-4)
+    assert run.summary["rate_nats"] > 0
+    # A training takes it, as any other run, and names it by its content.
+    config = idaa_lib.SSLConfig(
+        dataset="photos", adversary="idaa", vae=run.id, limit=32, batch_size=16, epochs=1, width=4,
+        device="cpu",
+    )  # fmt: skip
+    assert idaa_lib.train_ssl(config).config.vae == run.id
+
+
+@pytest.mark.parametrize("name", ["plain_best.t", "simsiam_best.t", "checkpoint_0099.pth.tar"])
+def test_a_published_encoder_becomes_a_run(name, outputs, tmp_path):
+    make, pack, kind, legacy, pool, _, units = FILES[name]
+    state, prefix, head, _ = make()
+    torch.save(pack(state), tmp_path / name)
+    with pytest.raises(ConfigError, match=r"has width=\d, not 99"):
+        idaa_lib.import_run(tmp_path / name, "photos", width=99)
+    with pytest.raises(ConfigError, match="adversary='none' does not go"):
+        idaa_lib.import_run(tmp_path / name, "photos", adversary="none")
+    run = idaa_lib.import_run(tmp_path / name, "photos", size=32, limit=64, epsilon=0.1)
+    assert (run.config.method, run.config.adversary) == (kind, "idaa")
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(u)[:, None, None] for u in units)
+    h = resnet(state, prefix, (images / 255 - mean) / std, legacy=legacy, pool=pool)
+    for layer, wanted in (("backbone", h), ("projector", F.normalize(head(h), dim=1))):
+        encoder = idaa_lib.load_encoder(run, layer)
+        found = features(encoder.module, images, *encoder[1:])
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    judged = idaa_lib.evaluate(
+        idaa_lib.EvalConfig(run=run.id, limit=64, references=False, device="cpu")
+    )
+    assert judged.summary["knn_n"] == 64
+
+
+def test_a_uel_file_is_a_run_of_uel_where_one_says_so(outputs, tmp_path):
+    torch.save({"net": wrapped(plain(False)[0])}, tmp_path / "x_best.t")
+    run = idaa_lib.import_run(tmp_path / "x_best.t", "photos", method="uel", limit=64)
+    assert (run.config.method, run.config.augmentation) == ("uel", "normal")
+    with pytest.raises(ConfigError, match="has method='plain', not 'simclr'"):
+        idaa_lib.import_run(tmp_path / "x_best.t", "photos", method="simclr")
+
+
+# --- out ------------------------------------------------------------------------------------
+
+
+def varied(module):
+    """Affine parameters and statistics of every norm drawn too."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                for tensor in (part.running_mean, part.bias):
+                    tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
+                for tensor in (part.running_var, part.weight):
+                    tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    return module.eval()
+
+
+def encoder(name="resnet18", width=4, stem="imagenet", adv=True):
+    backbone = build_backbone(name, width=width, stem=stem, adversarial_norms=adv)
+    return Encoder(varied(backbone), 32, *IMAGENET)
+
+
+def pictures(n=2, size=64):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def assert_same_features(theirs, ours, x):
+    torch.testing.assert_close(theirs.eval()(x), ours(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "adv"), [("resnet18", False), ("resnet50", True)])
+def test_torchvision_gives_the_same_features_with_our_weights(name, adv, tmp_path):
+    ours = encoder(name, 64, adv=adv)
+    path = idaa_lib.export(ours, tmp_path / "x.pth", "torchvision")
+    theirs = torchvision.models.get_model(name)
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(torch.load(path, weights_only=True))
+    assert_same_features(theirs, ours.module, pictures())
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_a_discarded_stem_norm_survives_the_export(tmp_path):
+    """Torchvision has no network without it: the exported one changes nothing there."""
+    state = State()
+    d = state.resnet("encoder.", "resnet18", 64, "ds", 7, False)
+    state.linear("projector.0", d, d)
+    state.linear("projector.2", 6, d)
+    torch.save(dict(state), tmp_path / "mini.pt")
+    official = interop.load_official(tmp_path / "mini.pt")
+    path = idaa_lib.export(official, tmp_path / "x.pth", "torchvision")
+    theirs = torchvision.models.resnet18()
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(torch.load(path, weights_only=True))
+    x = pictures()
+    wanted = resnet(state, "encoder.", x, legacy=True, pool=True)
+    assert_same_features(theirs, lambda _: wanted, x)
+
+
+def test_detectron2_reads_its_own_names(tmp_path):
+    """Back by MoCo's published table of names, into torchvision's ResNet-50."""
+    ours = encoder("resnet50", 64)
+    path = idaa_lib.export(ours, tmp_path / "r50.pkl", "detectron2")
+    held = pickle.loads(path.read_bytes())
+    assert held.keys() == {"model", "__author__", "matching_heuristics"}
+    assert held["matching_heuristics"] is True
+    names = held["model"]
+    assert len(names) == 53 * 5  # each convolution: its weight and four of its norm
+    assert {"stem.conv1.weight", "stem.conv1.norm.running_var", "res2.0.shortcut.weight",
+            "res2.0.shortcut.norm.bias", "res4.5.conv3.weight", "res5.2.conv2.norm.weight",
+            } <= names.keys()  # fmt: skip
+    weights = {}
+    for key, value in names.items():
+        key = key.removeprefix("stem.").replace("shortcut.norm", "downsample.1")
+        key = key.replace("shortcut", "downsample.0")
+        key = re.sub(r"conv(\d)\.norm", r"bn\1", key)
+        key = re.sub(r"res(\d)", lambda m: f"layer{int(m[1]) - 1}", key)
+        weights[key] = torch.from_numpy(value)
+    theirs = torchvision.models.resnet50()
+    theirs.fc = nn.Identity()
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(key.endswith("num_batches_tracked") for key in missing)
+    assert_same_features(theirs, ours.module, pictures())
+
+
+def test_safetensors_holds_any_encoder_with_its_units(tmp_path):
+    ours = encoder(stem="cifar")
+    path = idaa_lib.export(ours, tmp_path / "x.safetensors", "safetensors")
+    found = load_file(path)
+    assert found.keys() == interop.torchvision_weights(ours.module).keys()
+    assert not any("_adv" in key for key in found)
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert about["mean"] == str(IMAGENET[0])
+    assert (about["size"], about["stem"], about["width"]) == ("32", "cifar", "4")
+    torch.save(dict(simclr(True)[0]), tmp_path / "x.pt")
+    z = interop.load_official(tmp_path / "x.pt").encoder("projector")
+    assert "projector.2.bias" in load_file(idaa_lib.export(z, tmp_path / "z", "safetensors"))
+
+
+def test_onnxruntime_gives_the_same_features(tmp_path):
+    torch.save(dict(simclr(True)[0]), tmp_path / "x.pt")
+    ours = interop.load_official(tmp_path / "x.pt").encoder("projector")
+    path = idaa_lib.export(ours, tmp_path / "x.onnx", "onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.onnx", "x.pt"]
+    graph = onnx.load(path)
+    onnx.checker.check_model(graph)
+    assert {p.key: p.value for p in graph.metadata_props}["mean"] == str(CIFAR[0])
+    assert not any("_adv" in tensor.name for tensor in graph.graph.initializer)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for n in (1, 5):
+        x = pictures(n, 32)
+        (found,) = session.run(["features"], {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), ours.module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_format_cannot_hold_is_refused_with_the_reason(outputs, tmp_path):
+    for format in ("torchvision", "detectron2"):
+        for stem in ("cifar", "mini"):
+            with pytest.raises(ConfigError, match=f"7×7.*stem='{stem}'"):
+                idaa_lib.export(encoder(stem=stem), tmp_path / "x", format)
+        whole = Encoder(nn.Flatten(), 32, *IMAGENET)
+        with pytest.raises(ConfigError, match="not a Flatten"):
+            idaa_lib.export(whole, tmp_path / "x", format)
+    with pytest.raises(ConfigError, match="width=4"):
+        idaa_lib.export(encoder(), tmp_path / "x", "torchvision")
+    with pytest.raises(ConfigError, match="one of torchvision, safetensors, onnx, detectron2"):
+        idaa_lib.export(encoder(), tmp_path / "x", "tensorflow")
+    for format in ("safetensors", "onnx", "detectron2"):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            idaa_lib.export(encoder(), tmp_path / "no" / "x", format)
+    torch.save(dict(vae_state(32, 6, 16)), tmp_path / "vae.pth")
+    with pytest.raises(ConfigError, match="holds no encoder"):
+        idaa_lib.export(interop.load_official(tmp_path / "vae.pth"), tmp_path / "x", "onnx")
+    with pytest.raises(idaa_lib.RunError, match="no finished ssl run"):
+        idaa_lib.export(None, tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["vae.pth"]

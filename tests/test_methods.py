@@ -1,0 +1,661 @@
+"""Every method with every adversary: losses against slow oracles, what the norms see, resuming,
+learning. What SimCLR alone has is in test_simclr.py."""
+
+import copy
+import functools
+import importlib
+import math
+import shutil
+import signal
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from idaa_lib import checkpoints
+from idaa_lib.adversaries import CLAE, IDAA, RandomSign
+from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.evaluate.encoders import features, load_encoder, random_encoder
+from idaa_lib.evaluate.knn import knn
+from idaa_lib.evaluate.stage import evaluate
+from idaa_lib.images import load
+from idaa_lib.methods import METHODS, Step, build_method
+from idaa_lib.methods.uel import spreading
+from idaa_lib.nets import BACKBONES
+from idaa_lib.nets.resnet import ResNet
+from idaa_lib.nets.vae import VAE
+from idaa_lib.runs import Stopped
+from idaa_lib.train import locate, train_ssl, train_vae
+from idaa_lib.train.loop import Fit
+from idaa_lib.views import RECIPES, Views, keyed_generator, recipe
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+B, SIZE, QUEUE = 5, 16, 16
+METHOD_NAMES = ("simclr", "plain", "uel", "simsiam", "moco", "byol")
+# SimSiam's two pairings are two methods here.
+VARIANTS = (*METHOD_NAMES, "simsiam/imagenet")
+ADVERSARIES = ("none", "clae", "idaa", "random_sign")
+SMALL = dict(
+    width=4, projection_dim=8, batch_size=B, queue=QUEUE, momentum=0.8, temperature=0.3
+)  # fmt: skip
+
+
+def values_of(variant):
+    name, _, pairing = variant.partition("/")
+    return {"method": name} | ({"pairing": pairing} if pairing else {})
+
+
+def a_method(variant, adversary="idaa", **values):
+    config = SSLConfig(**SMALL | {"adversary": adversary} | values_of(variant) | values)
+    method = build_method(config, recipe("none", SIZE, MEAN, STD)).double().train()
+    if hasattr(method, "target"):  # as after some steps: not its network's twin
+        generator = keyed_generator(7)
+        for p in method.target.parameters():
+            p.data += 0.05 * torch.randn(p.shape, dtype=p.dtype, generator=generator)
+    return method
+
+
+def noise(seed, n=B):
+    return torch.randn(n, 3, SIZE, SIZE, dtype=torch.float64, generator=keyed_generator(seed))
+
+
+def two_views(n=B):
+    return Views(noise(3, n), {}), Views(noise(4, n), {})
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(2)
+    vae = VAE(8, SIZE, width=4).double().train()
+    with torch.no_grad():
+        for _ in range(40):
+            vae(noise(5, 16))
+    return vae.eval().requires_grad_(False)
+
+
+def test_all_that_is_registered_is_tested():
+    ours = {k for k, v in METHODS.items() if v.__module__.startswith("idaa_lib")}
+    assert ours == set(METHOD_NAMES)
+
+
+# --- losses and gradients against the specification, sample by sample
+
+
+class Oracle:
+    """The three losses of a step by spec §2 and §4; for MoCo and BYOL by the general rule."""
+
+    def __init__(self, variant, method, v1, v2):
+        self.contrasts = {
+            "simclr": reference.nt_xent, "plain": reference.one_way, "uel": reference.spreading,
+        }  # fmt: skip
+        self.variant, self.method, self.v1, self.v2 = variant, method, v1, v2
+
+    def contrast(self, z1, z2):
+        return self.contrasts[self.variant](z1, z2, 0.3)
+
+    def nce(self, q):
+        k = self.unit(self.v2, target=True).detach()
+        return reference.info_nce(q, k, self.method.queue, 0.3)
+
+    def unit(self, x, adversarial=False, target=False):
+        """z, L2-normalised."""
+        z = self.zp(x, adversarial, target)[0]
+        return z / z.norm(dim=1, keepdim=True)
+
+    def zp(self, x, adversarial=False, target=False):
+        """z and its prediction, where there is one; of any length."""
+        net = self.method.target if target else self.method.network
+        z = net.projector(net.backbone(x, adversarial=adversarial))
+        return z, net.predictor(z) if hasattr(net, "predictor") else None
+
+    def both(self, p1, z1, p2, z2):
+        scale = 1 if self.variant == "simsiam" else 0.5
+        return scale * (reference.negative_cosine(p1, z2) + reference.negative_cosine(p2, z1))
+
+    def clean(self):
+        if self.variant in self.contrasts:
+            return self.contrast(self.unit(self.v1), self.unit(self.v2))
+        if self.variant == "moco":
+            return self.nce(self.unit(self.v1))
+        (z1, p1), (z2, p2) = self.zp(self.v1), self.zp(self.v2)
+        if self.variant == "byol":
+            z1, z2 = (self.zp(v, target=True)[0] for v in (self.v1, self.v2))
+        return self.both(p1, z1, p2, z2)
+
+    def attack(self, x):
+        if self.variant in self.contrasts:
+            return self.contrast(self.unit(self.v1, True).detach(), self.unit(x, True))
+        if self.variant == "moco":
+            return self.nce(self.unit(x, True))
+        aim = (
+            self.unit(self.v2, target=True) if self.variant == "byol" else self.unit(self.v1, True)
+        )
+        return reference.negative_cosine(self.zp(x, True)[1], aim)
+
+    def adversarial(self, x):
+        if self.variant in self.contrasts:
+            return self.contrast(self.unit(self.v1), self.unit(x, True))
+        if self.variant == "moco":
+            return self.nce(self.unit(x, True))
+        z, p = self.zp(x, True)
+        beside = self.v1 if self.variant == "simsiam" else self.v2
+        z_beside, p_beside = self.zp(beside)
+        if self.variant == "byol":
+            z, z_beside = self.zp(x, True, target=True)[0], self.zp(beside, target=True)[0]
+        return self.both(p, z, p_beside, z_beside)
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
+    """x′, the losses, and the gradient of their sum for every weight."""
+    alpha, epsilon = 0.7, 0.4
+    views = two_views()
+    x = views[0].images
+    method = a_method(variant, adversary)
+    twin = copy.deepcopy(method)
+    oracle = Oracle(variant, twin, *(view.images for view in views))
+    step = method.step(views, {"images": torch.arange(B)})
+    loss, expected = step.loss, oracle.clean()
+    if adversary != "none":
+        if adversary == "clae":
+            x_adv = CLAE(epsilon)(x, step.attack_loss).images
+            slow = reference.ascend_pixels(oracle.attack, x, epsilon)
+        elif adversary == "idaa":
+            x_adv = IDAA(vae, epsilon)(x, step.attack_loss).images
+            slow = reference.ascend_latent(oracle.attack, vae, x, epsilon)
+        else:
+            x_adv = slow = RandomSign(vae, epsilon)(x, step.attack_loss, keyed_generator(9)).images
+        torch.testing.assert_close(x_adv, slow, rtol=0, atol=1e-9)
+        assert (x_adv - x).abs().max() > 0.01
+        adversarial, oracle_s = step.adversarial_loss(x_adv), oracle.adversarial(slow)
+        torch.testing.assert_close(adversarial, oracle_s)
+        loss, expected = loss + alpha * adversarial, expected + alpha * oracle_s
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    moved = 0
+    for (name, p), q in zip(method.named_parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, msg=name)
+            moved += p.grad.abs().max() > 1e-6
+    assert moved > 30
+    if hasattr(method, "target"):
+        assert all(p.grad is None for p in method.target.parameters())
+    assert torch.equal(step.samples, torch.arange(B))
+    for z in step.embeddings:
+        assert not z.requires_grad
+        torch.testing.assert_close(z.norm(dim=1), torch.ones(B, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("reuse_anchor", [True, False])
+@pytest.mark.parametrize("variant", ["plain", "uel", "simsiam", "simsiam/imagenet"])
+def test_reusing_the_anchor_changes_no_attack(variant, reuse_anchor, vae):
+    method = a_method(variant, reuse_anchor=reuse_anchor)
+    views = two_views()
+    oracle = Oracle(variant, copy.deepcopy(method), *(view.images for view in views))
+    seen = method.network.backbone.bn1_adv.num_batches_tracked
+    made = IDAA(vae, 0.4, steps=2)(views[0].images, method.step(views, {}).attack_loss)
+    assert seen == (2 if reuse_anchor else 3)
+    x, zeta = views[0].images, vae.encode(views[0].images)[0]
+    delta = torch.zeros_like(zeta)
+    for _ in range(2):  # steps of 2.5·ε/2, projected
+        leaf = delta.clone().requires_grad_()
+        x_adv = vae.decode(zeta + leaf) + (x - vae.decode(zeta))
+        (gradient,) = torch.autograd.grad(oracle.attack(x_adv), leaf)
+        delta = (delta + 2.5 * 0.4 / 2 * gradient.sign()).clamp(-0.4, 0.4)
+    torch.testing.assert_close(made.delta, delta)
+
+
+def test_at_the_start_simsiam_is_attacked_and_the_others_by_their_negatives_alone(vae):
+    """Spec §2, "Crucial": without a predictor a view's own embedding pulls it nowhere."""
+    for variant in ("simsiam", "simsiam/imagenet"):
+        step = a_method(variant).step(two_views(), {})
+        x = step.attacked.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(step.attack_loss(x, at_start=True), x)
+        assert gradient.abs().max() > 1e-4
+    for variant in ("plain", "uel"):
+        method = a_method(variant)
+        x = noise(3).requires_grad_()
+        z = method.network(x, adversarial=True)
+        (gradient,) = torch.autograd.grad((z.detach() * z).sum(), x)
+        assert gradient.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_epsilon_0_gives_the_adversarial_loss_of_the_view_itself(variant, vae):
+    for adversary in (IDAA(vae, 0.0), RandomSign(vae, 0.0), CLAE(0.0)):
+        step = a_method(variant).step(two_views(), {})
+        attack = adversary(step.attacked, step.attack_loss, keyed_generator(0))
+        itself = step.adversarial_loss(step.attacked)
+        torch.testing.assert_close(step.adversarial_loss(attack.images), itself)
+
+
+def batches_seen(module):
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    norms = {name: part for name, part in module.named_modules() if isinstance(part, kinds)}
+    return {name: part.num_batches_tracked.item() for name, part in norms.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_of_the_backbone_s_norms_the_adversarial_ones_alone_see_the_attacked_view(variant, vae):
+    method = a_method(variant)
+    step = method.step(two_views(), {})
+    before = batches_seen(method)
+    for name, seen in before.items():
+        assert (seen == 0) == (name.split(".")[-1].endswith("_adv")), name
+    x_adv = IDAA(vae, 0.1)(step.attacked, step.attack_loss).images
+    step.adversarial_loss(x_adv)
+    for name, seen in batches_seen(method).items():
+        target, backbone = name.startswith("target."), "backbone." in name
+        if target and variant == "moco":
+            assert seen == before[name], name  # keys are of clean views alone
+        elif backbone and name.endswith("_adv"):
+            assert seen == (1 if target else 2), name
+        elif backbone:
+            assert seen == before[name], name
+        else:
+            assert seen > before[name], name  # a head's norms are shared
+
+
+@pytest.mark.parametrize("variant", METHOD_NAMES)
+def test_without_an_adversary_no_norm_has_a_twin(variant):
+    assert not any("_adv" in name for name in a_method(variant, "none").state_dict())
+
+
+def test_spreading_is_finite_where_a_row_is_certain_of_another():
+    f = F.normalize(torch.tensor([[1.0, 0], [1, 0], [-1, 0]]), dim=1).requires_grad_()
+    loss = spreading(f, -f, 0.02)
+    (gradient,) = torch.autograd.grad(loss, f)
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [2, 30])
+def test_losses_of_identical_rows(n):
+    z = F.normalize(torch.ones(n, 4, dtype=torch.float64), dim=1)
+    step = lambda name, **kw: METHODS[name].contrast(a_method(name, "none", **kw), z, z)  # noqa: E731
+    assert step("plain").item() == pytest.approx(math.log(n))
+    p = 1 / (2 * n - 1)  # of every other row
+    assert step("uel").item() == pytest.approx(-math.log(p) - (2 * n - 2) * math.log(1 - p))
+
+
+# --- queue and moving average
+
+
+def test_the_queue_keeps_the_newest_keys_and_the_key_encoder_follows():
+    method = a_method("moco", "none")
+    network = method.network
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1)
+    expected = list(method.queue.clone())
+    targets = [p.clone() for p in method.target.parameters()]
+    for i in range(4):  # of 5 keys each: round the end of 16 places
+        step = method.step((Views(noise(10 + i), {}), Views(noise(20 + i), {})), {})
+        for row, key in enumerate(step.carry["keys"]):
+            expected[(5 * i + row) % QUEUE] = key
+        method.after_step(step, i / 4)
+        targets = [0.8 * t + 0.2 * p for t, p in zip(targets, network.parameters(), strict=True)]
+    torch.testing.assert_close(method.queue, torch.stack(expected), rtol=0, atol=0)
+    torch.testing.assert_close(list(method.target.parameters()), targets)
+    torch.testing.assert_close(method.queue.norm(dim=1), torch.ones(QUEUE, dtype=torch.float64))
+    assert method.oldest == 20 % QUEUE
+
+
+def test_byol_s_target_follows_ever_more_slowly():
+    """τ = 1 − (1 − τ_base)·(cos πk/K + 1)/2 (arXiv:2006.07733, §3.3)."""
+    for k, total in ((0, 10), (5, 10), (9, 10)):
+        method = a_method("byol", "none")
+        online = list(method.network.parameters())
+        before = [p.clone() for p in method.target.parameters()]
+        assert len(online) > len(before)  # the predictor has no target
+        method.after_step(Step(torch.tensor(0.0)), k / total)
+        tau = 1 - (1 - 0.8) * (math.cos(math.pi * k / total) + 1) / 2
+        expected = [tau * t + (1 - tau) * p for t, p in zip(before, online, strict=False)]
+        torch.testing.assert_close(list(method.target.parameters()), expected)
+    names = [n for n, _ in method.network.named_parameters() if not n.startswith("predictor.")]
+    assert names == [n for n, _ in method.target.named_parameters()]
+
+
+def test_a_queue_too_short_for_a_batch_is_refused():
+    with pytest.raises(ConfigError, match="queue must hold a batch of 5 keys, and is 4"):
+        a_method("moco", queue=4)
+
+
+# --- two processes
+
+
+def a_shared_step(variant, rank, processes, wrap):
+    """This rank's part of a step with IDAA: loss, gradients, and the queue after it."""
+    method = a_method(variant, batch_size=6)
+    for module in [*method.modules()]:  # whose statistics would be of half a batch
+        for name, part in module.named_children():
+            if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    inner = method.network
+    method.network = wrap(inner)
+    part = slice(rank * 6 // processes, (rank + 1) * 6 // processes)
+    step = method.step(tuple(Views(view.images[part], {}) for view in two_views(6)), {})
+    torch.manual_seed(2)
+    attack = IDAA(VAE(8, SIZE, width=4).double(), 0.5)(step.attacked, step.attack_loss)
+    loss = step.loss + 0.7 * step.adversarial_loss(attack.images)
+    loss.backward()
+    method.after_step(step, 0.5)
+    kept = {f"state.{k}": v for k, v in method.state_dict().items() if k in ("queue", "oldest")}
+    gradients = {name: p.grad for name, p in inner.named_parameters()}
+    return {"loss": loss.detach(), "delta": attack.delta} | gradients | kept
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    wrap = functools.partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
+    for i, variant in enumerate(VARIANTS):
+        torch.save(a_shared_step(variant, rank, 2, wrap), f"{folder}/{i}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_step_like_one(tmp_path):
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    for i, variant in enumerate(VARIANTS):
+        ranks = [torch.load(tmp_path / f"{i}-{rank}.pt") for rank in (0, 1)]
+        one = a_shared_step(variant, 0, 1, lambda network: network)
+        delta, loss = (torch.stack([r.pop(name) for r in ranks]) for name in ("delta", "loss"))
+        torch.testing.assert_close(delta.flatten(0, 1), one.pop("delta"))
+        torch.testing.assert_close(loss.mean(), one.pop("loss"))
+        for rank in ranks:
+            for name, expected in one.items():
+                torch.testing.assert_close(rank[name], expected, msg=f"{variant} {name}")
+
+
+# --- recipes
+
+
+def rates(variant, epochs, steps_per_epoch):
+    """Learning rate over the base by epoch's first step, for each group."""
+    groups = a_method(variant, "none").param_groups(epochs, steps_per_epoch)
+    return [
+        [g["lr_scale"] * g["schedule"](steps_per_epoch * e) for e in range(epochs)] for g in groups
+    ]
+
+
+@pytest.mark.parametrize("variant", ["plain", "uel"])
+def test_plain_s_rate_falls_at_the_published_epochs(variant):
+    (found,) = rates(variant, 301, 390)
+    expected = [1.0] * 120 + [0.1] * 40 + [0.05] * 40 + [0.01] * 101
+    assert found == expected
+    (half,) = rates(variant, 151, 3)
+    assert (half.index(0.1), half.index(0.05), half.index(0.01)) == (61, 81, 101)
+
+
+def test_simsiam_warms_up_and_its_predictor_keeps_its_rate():
+    body, predictor = rates("simsiam", 300, 7)
+    assert body[:11] == pytest.approx([e / 10 for e in range(11)])
+    cosine = [(1 + math.cos(math.pi * (e - 10) / 290)) / 2 for e in range(10, 300)]
+    assert body[10:] == pytest.approx(cosine)
+    assert predictor == [1.0] * 300
+    groups = a_method("simsiam", "none").param_groups(300, 7)
+    schedule = groups[0]["schedule"]
+    assert schedule(7 * 150 + 3) == pytest.approx((1 + math.cos(math.pi * (980 + 3) / 2030)) / 2)
+    assert schedule(0) == 0.0
+    short = a_method("simsiam", "none").param_groups(3, 7)[0]["schedule"]
+    assert short(0) == 1.0  # no warm-up that outlives the training
+
+
+@pytest.mark.parametrize("variant", ["moco", "byol", "simsiam/imagenet"])
+def test_a_cosine_by_epoch(variant):
+    (found,) = rates(variant, 20, 5)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+    for rate in found:
+        assert rate == pytest.approx(cosine.get_last_lr()[0])
+        optimizer.step()
+        cosine.step()
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "simclr"])
+def test_the_optimiser_is_sgd_with_momentum_and_decay_of_every_parameter(variant):
+    method = a_method(variant, "none", weight_decay=0.3)
+    groups = method.param_groups(10, 5)
+    every = [p for g in groups for p in g["params"]]
+    assert {id(p) for p in every} == {id(p) for p in method.network.parameters()}
+    assert len(every) == len(list(method.network.parameters()))
+    assert all(g["weight_decay"] == 0.3 for g in groups)
+    optimizer = method.optimizer(
+        [{k: g[k] for k in ("params", "weight_decay")} for g in groups], 0.1
+    )
+    start = every[0].detach().clone()
+    velocity, p = torch.zeros_like(start), start.clone()
+    for _ in range(3):
+        for q in every:
+            q.grad = torch.ones_like(q)
+        optimizer.step()
+        velocity = 0.9 * velocity + (1 + 0.3 * p)
+        p = p - 0.1 * velocity
+    torch.testing.assert_close(every[0].detach(), p)
+
+
+def test_heads_are_the_papers():
+    """Layers at full width (spec §4): [2048]-BN-ReLU-[2048]-BN and its kin."""
+
+    def layers(module):
+        told = []
+        for part in module.modules():
+            if isinstance(part, nn.Linear):
+                told.append((part.in_features, part.out_features, part.bias is not None))
+            elif isinstance(part, nn.BatchNorm1d):
+                told.append("BN" if part.affine else "BN without affine")
+            elif isinstance(part, nn.ReLU):
+                told.append("ReLU")
+        return told
+
+    def heads(**values):
+        config = SSLConfig(preset="paper", **values)
+        network = build_method(config, recipe("none", 32, MEAN, STD)).network
+        return layers(network.projector), layers(getattr(network, "predictor", nn.Identity()))
+
+    wide, narrow = (2048, 2048, True), [(2048, 512, True), "BN", "ReLU", (512, 2048, True)]
+    assert heads(method="simsiam") == (
+        [(512, 2048, True), "BN", "ReLU", wide, "BN"], narrow,
+    )  # fmt: skip
+    assert heads(method="simsiam", pairing="imagenet", backbone="resnet50", stem="imagenet") == (
+        [*[(2048, 2048, False), "BN", "ReLU"] * 2, wide, "BN without affine"], narrow,
+    )  # fmt: skip
+    assert heads(method="plain") == heads(method="uel") == ([(512, 128, True)], [])
+    assert heads(method="moco") == ([(512, 512, True), "ReLU", (512, 128, True)], [])
+    assert heads(method="byol") == (
+        [(512, 1024, True), "BN", "ReLU", (1024, 256, True)],
+        [(256, 1024, True), "BN", "ReLU", (1024, 256, True)],
+    )
+
+
+def test_recipes_go_over_the_preset_and_under_what_is_given():
+    paper = SSLConfig(preset="paper", method="plain")
+    assert (paper.epochs, paper.batch_size, paper.learning_rate) == (301, 128, 0.03)
+    assert (paper.augmentation, paper.temperature, paper.projection_dim) == ("normal", 0.1, 128)
+    assert (paper.weight_decay, paper.split, paper.reuse_anchor) == (5e-4, "trainval", True)
+    assert not paper.changed()
+    less = SSLConfig(preset="cifar10", method="plain", learning_rate=0.01, epochs=7)
+    assert less.changed() == {"learning_rate": 0.01, "epochs": 7}
+    assert SSLConfig(preset="cifar10", method="moco").epochs == 100
+    demo, plain = SSLConfig(method="moco"), SSLConfig()
+    assert (demo.epochs, demo.batch_size) == (plain.epochs, plain.batch_size)
+    imagenet = SSLConfig(preset="paper", method="simsiam", pairing="imagenet")
+    assert (imagenet.learning_rate, imagenet.weight_decay) == (0.05, 1e-4)
+    own = SSLConfig(preset="paper", method="mine", queue=7)
+    assert own.changed() == {"queue": 7}
+
+
+def test_fields_of_another_method_name_no_other_run_and_are_read_all_the_same():
+    for name, values in (
+        ("simclr", dict(queue=7, momentum=0.5, pairing="imagenet")),
+        ("byol", dict(temperature=0.3, queue=7, reuse_anchor=False)),
+        ("simsiam", dict(temperature=0.3, momentum=0.5)),
+        ("moco", dict(pairing="imagenet", reuse_anchor=False)),
+    ):
+        given = SSLConfig(method=name, adversary="idaa", **values)
+        assert given == SSLConfig(method=name, adversary="idaa")
+    for values, words in (
+        (dict(queue=0), "queue must be greater than 0"),
+        (dict(method="byol", temperature="hot"), "temperature must be a number"),
+        (dict(momentum=2), "momentum must be less than or equal to 1"),
+        (dict(pairing="both"), "pairing must be 'cifar' or 'imagenet'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            SSLConfig(**values)
+
+
+def test_fields_that_came_later_leave_simclr_s_identity_as_it_was():
+    later = {"weight_decay", "pairing", "queue", "momentum"}
+    assert not later & SSLConfig().identity().keys()
+    assert SSLConfig(weight_decay=1e-4).identity()["weight_decay"] == 1e-4
+    assert SSLConfig(method="simsiam", pairing="imagenet").identity()["pairing"] == "imagenet"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_prefix_attack_where_it_has_a_meaning(variant, vae):
+    if variant in ("moco", "simsiam", "simsiam/imagenet"):
+        with pytest.raises(ConfigError, match=r"attack='prefix' asks for .* method='"):
+            a_method(variant, attack="prefix")
+        return
+    method = a_method(variant, attack="prefix", attack_stages=2)
+    step = method.step(two_views(), {})
+    deep = method.network.backbone.layer3[0].conv1.weight.data
+    before = step.attack_loss(noise(6)).item()
+    deep.mul_(2)  # no deeper stage is looked at
+    assert step.attack_loss(noise(6)).item() == pytest.approx(before)
+    method.network.backbone.layer2[0].conv1.weight.data.zero_()
+    assert step.attack_loss(noise(6)).item() != pytest.approx(before)
+    assert (IDAA(vae, 0.4)(step.attacked, step.attack_loss).images - step.attacked).abs().max() > 0
+
+
+# --- runs
+
+TINY = dict(size=SIZE, width=4, limit=16, batch_size=8, epochs=2, device="cpu", log_every=1)
+
+
+@pytest.fixture(scope="module")
+def vae_run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IDAA_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+        yield train_vae(VAEConfig(**TINY | {"limit": 256, "batch_size": 32, "epochs": 4}, dim=8))
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """The name of a ResNet with one block a stage: half the time, and it learns in fewer steps."""
+    made = functools.partial(ResNet, (1, 1, 1, 1))
+    monkeypatch.setitem(BACKBONES, "resnet10", made)
+    return "resnet10"
+
+
+def outcome(run):
+    tensors, state = checkpoints.load(run)
+    times = {"time", "images_per_second"}
+    lines = [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
+    return tensors, {k: v for k, v in state.items() if k != "seconds"}, lines
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+@pytest.mark.parametrize("method", METHOD_NAMES[1:])  # SimCLR's are in test_train.py
+def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
+    outputs, monkeypatch, vae_run, shallow, method, adversary
+):
+    config = SSLConfig(
+        **TINY, method=method, adversary=adversary, vae=str(vae_run.path), queue=16,
+        projection_dim=8, momentum=0.9, backbone=shallow,
+    )  # fmt: skip
+    whole = outcome(train_ssl(config))
+    shutil.rmtree(locate(config).path)
+    step = Fit.train_step
+
+    def stop_at_3(fit, *args):
+        step(fit, *args)
+        if fit.step == 2:  # counted after the step
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "train_step", stop_at_3)
+        with pytest.raises(Stopped, match="after step 3 of 4"):
+            train_ssl(config)
+    again = outcome(train_ssl(config))
+    assert whole[0].keys() == again[0].keys()
+    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
+    assert whole[1:] == again[1:]
+    kept = {"moco": ("queue", "oldest", "target."), "byol": ("target.",)}.get(method, ())
+    for name in kept:
+        assert any(key.startswith(f"method.{name}") for key in whole[0])
+
+
+# What learns in a few dozen steps: views that are crops alone, and these rates.
+LEARNS = {
+    "simclr": dict(learning_rate=0.003, epochs=2),
+    "plain": dict(learning_rate=0.03, epochs=2),
+    "uel": dict(learning_rate=0.03, epochs=2),
+    "simsiam": dict(learning_rate=0.05, epochs=5, projection_dim=128),
+    "moco": dict(learning_rate=0.03, epochs=3),
+    "byol": dict(learning_rate=0.2, epochs=5, projection_dim=64, momentum=0.98),
+}
+
+
+def knn_top1(encoder, limit=1000):
+    """Backbone features of 500 photographs' crops against those of `limit` others, percent."""
+    bank, queries = (load("photos", split, SIZE, limit) for split in ("train", "val"))
+    of = [features(*encoder[:1], s.images, *encoder[1:]) for s in (bank, queries)]
+    guess = knn(of[0], bank.labels, of[1], classes=len(bank.classes), k=50)
+    return 100 * (guess == queries.labels).double().mean().item()
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_training_lowers_the_loss_and_lifts_knn(
+    outputs, monkeypatch, vae_run, shallow, method, adversary
+):
+    monkeypatch.setitem(RECIPES, "simclr", {"crop_scale": (0.3, 1.0), "flip": 0.5})
+    config = SSLConfig(**dict(
+        size=SIZE, width=8, backbone=shallow, limit=512, batch_size=32, device="cpu", log_every=1,
+        knn_every=9, checkpoint_every=9, augmentation="simclr", projection_dim=32,
+        queue=64, method=method, adversary=adversary, vae=str(vae_run.path),
+    ) | LEARNS[method])  # fmt: skip
+    run = train_ssl(config)
+    losses = [line["loss"] for line in run.metrics() if "loss" in line]
+    # MoCo's queue is full of its own keys after two steps.
+    assert sum(losses[-6:]) / 6 < sum(losses[2:8]) / 6 - 0.1
+    start, end = knn_top1(random_encoder(run)), knn_top1(load_encoder(run))
+    assert end > start + 3
+
+
+@pytest.mark.parametrize(
+    ("method", "knn_layer", "linear_layer", "of", "tau"),
+    [
+        ("simclr", "projected z, official bank", "backbone features", "SimCLR", "0.5"),
+        ("uel", "projected z", "projected z", "Plain and UEL", "0.1"),
+        ("simsiam", "backbone features", "backbone features", "SimSiam", "0.5"),
+        ("byol", "backbone features", "backbone features", "SimSiam", "0.5"),
+    ],
+)
+def test_the_official_protocol_is_the_method_s(
+    outputs, monkeypatch, shallow, method, knn_layer, linear_layer, of, tau
+):
+    asked = []
+    stage = importlib.import_module("idaa_lib.evaluate.stage")
+    original = stage.official_probe
+
+    def probe(*sets, **how):
+        asked.append(how)
+        return original(*sets, **how, epochs=1)
+
+    monkeypatch.setattr(stage, "official_probe", probe)
+    run = train_ssl(SSLConfig(**TINY, method=method, backbone=shallow, projection_dim=8, queue=16))
+    config = EvalConfig(run=run.id, limit=60, protocol="official", temperature=0.7, device="cpu")
+    summary = evaluate(config).summary
+    assert summary["knn_protocol"].startswith(f"official of {of}: {knn_layer}, k=")
+    assert f"τ={tau}," in summary["knn_protocol"]
+    assert summary["linear_protocol"].startswith(f"official of {of}: {linear_layer}, Adam")
+    assert summary["pixels_linear_protocol"].startswith(f"official of {of}: raw pixels, Adam")
+    assert [how["batch_size"] for how in asked] == [128 if method == "uel" else 256] * 3
+    assert config == EvalConfig(run=run.id, limit=60, protocol="official", device="cpu")

@@ -1,0 +1,472 @@
+"""Information, bounds and identity: closed forms, naive loops, quadrature; and the study of 08."""
+
+import itertools
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+from torch.nn import functional as F
+
+from idaa_lib import runs, sweeps, theory
+from idaa_lib.configs import ConfigError, SSLConfig, TheoryConfig, VAEConfig
+from idaa_lib.lab import compare, identity
+from idaa_lib.lab.decompose import UNTRAINED
+from idaa_lib.lab.rows import row_of
+from idaa_lib.nets.vae import rate
+from idaa_lib.runs import RunError
+from idaa_lib.theory import Bound
+from idaa_lib.train import train_ssl, train_vae
+from idaa_lib.views import keyed_generator
+
+
+def posteriors(n, m, spread=1.0, seed=0):
+    generator = keyed_generator(seed)
+    mu = spread * torch.randn(n, m, generator=generator)
+    return mu, torch.randn(n, m, generator=generator) - 1
+
+
+# --- information in the latent ------------------------------------------------------------------
+
+
+def test_log_densities_are_those_of_the_normal_distribution():
+    mu, logvar = posteriors(7, 5)
+    z = torch.randn(3, 5)
+    found = theory.log_densities(z, mu, logvar)
+    for i, j in itertools.product(range(3), range(7)):
+        std = (0.5 * logvar[j].double()).exp()
+        normal = torch.distributions.Normal(mu[j].double(), std)
+        assert found[i, j].item() == pytest.approx(normal.log_prob(z[i].double()).sum().item())
+
+
+def test_identical_posteriors_say_nothing_and_distant_ones_everything():
+    same = torch.randn(1, 6).expand(40, 6)
+    assert theory.information(same, same).nats == pytest.approx(0, abs=1e-9)
+    far = 1000 * torch.eye(40)
+    assert theory.information(far, torch.zeros(40, 40)).nats == pytest.approx(math.log(40))
+    assert theory.information(far, torch.zeros(40, 40)).error == pytest.approx(0, abs=1e-9)
+
+
+def test_two_gaussians_on_a_line_against_quadrature():
+    mu, std = (-0.7, 0.9), (0.5, 1.2)
+
+    def integrand(z):
+        q = [stats.norm.pdf(z, m, s) for m, s in zip(mu, std, strict=True)]
+        return sum(0.5 * p * math.log(p / (0.5 * sum(q))) for p in q if p > 0)
+
+    exact, _ = integrate.quad(integrand, -12, 12, limit=200)
+    parts = torch.tensor(mu)[:, None], 2 * torch.tensor(std).log()[:, None]
+    found = theory.information(*parts, keyed_generator(1), draws=4000)
+    assert found.error < 0.006
+    assert found.nats == pytest.approx(exact, abs=4 * found.error)
+
+
+def test_information_is_the_naive_loop_whatever_the_chunk():
+    mu, logvar = (part.double() for part in posteriors(11, 3))
+    z = theory.sample(mu, logvar, keyed_generator(5))
+    values = []
+    for i in range(11):
+        q = [math.prod(stats.norm.pdf(z[i], mu[j], (0.5 * logvar[j]).exp())) for j in range(11)]
+        p = [density / sum(q) for density in q]
+        values.append(sum(share * math.log(11 * share) for share in p if share > 0))
+    for chunk in (1, 4, 1000):
+        found = theory.information(mu, logvar, keyed_generator(5), chunk=chunk)
+        assert found.nats == pytest.approx(statistics.mean(values))
+        assert found.error == pytest.approx(statistics.pstdev(values) / math.sqrt(11))
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.3, 1.0, 30.0])
+def test_information_lies_between_its_bounds(spread):
+    mu, logvar = posteriors(64, 4, spread)
+    found = theory.information(mu, logvar, keyed_generator(0), draws=50)
+    assert 0 <= found.nats <= math.log(64)
+    assert found.nats <= rate(mu, logvar).mean()
+    for size in (2, 8, 64):
+        made = [theory.batch_bounds(mu, logvar, size, keyed_generator(1, i)) for i in range(60)]
+        lower, upper = (np.array(side) for side in zip(*made, strict=True))
+        slack = lambda side: 4 * (side.std() / math.sqrt(60) + found.error) + 1e-9  # noqa: E731
+        assert lower.max() <= math.log(size) + 1e-9
+        assert lower.mean() <= found.nats + slack(lower)
+        assert upper.mean() >= found.nats - slack(upper)
+        if size == 64:  # all images in one batch: the aggregate itself
+            assert lower.mean() == pytest.approx(found.nats, abs=slack(lower))
+
+
+def test_batch_bounds_are_the_naive_loop():
+    mu, logvar = (part.double() for part in posteriors(9, 2))
+    found = theory.batch_bounds(mu, logvar, 3, keyed_generator(2))
+    generator = keyed_generator(2)
+    z = theory.sample(mu, logvar, generator)
+    order = torch.randperm(9, generator=generator).tolist()
+    lower, upper = [], []
+    for start in (0, 3, 6):
+        batch = order[start : start + 3]
+        for i in batch:
+            q = {
+                j: math.prod(stats.norm.pdf(z[i], mu[j], (0.5 * logvar[j]).exp()).tolist())
+                for j in batch
+            }
+            lower.append(math.log(q[i] / (sum(q.values()) / 3)))
+            upper.append(math.log(q[i] / ((sum(q.values()) - q[i]) / 2)))
+    assert found.lower == pytest.approx(statistics.mean(lower))
+    assert found.upper == pytest.approx(statistics.mean(upper))
+
+
+@pytest.mark.parametrize("size", [1, 10])
+def test_a_batch_of_one_or_of_too_many_is_refused(size):
+    with pytest.raises(ValueError, match=f"from 2 to 9, and is {size}"):
+        theory.batch_bounds(*posteriors(9, 2), size)
+
+
+# --- Theorem 3.5 --------------------------------------------------------------------------------
+
+
+def test_distortion_is_the_gaussian_s_own():
+    x, G = torch.rand(1, 3, 4, 4).double(), torch.rand(1, 3, 4, 4).double()
+    mse = (x - G).square().mean().item()
+    expected = -torch.distributions.Normal(G, mse**0.5).log_prob(x).sum().item()
+    assert theory.distortion(mse, 4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("std", [0.3, 2.0, 100.0])
+def test_of_discrete_pixels_it_is_at_least_their_code_length(std):
+    """−log of the probability of a pixel's cell, pixels on a grid: at most the distortion."""
+    generator = np.random.default_rng(0)
+    step, G = np.array([1.0, 0.5, 2.0])[:, None, None], generator.uniform(-3, 3, (3, 4, 4))
+    x = np.round(generator.normal(G, std) / step) * step
+    mse = ((x - G) ** 2).mean()
+    cells = stats.norm.cdf(x + step / 2, G, mse**0.5) - stats.norm.cdf(x - step / 2, G, mse**0.5)
+    found = theory.distortion(mse, 4, (1.0, 0.5, 2.0))
+    assert 0 <= -np.log(cells).sum() <= found
+    if std == 100:  # cells are small: the density is all
+        assert found == pytest.approx(-np.log(cells).sum(), rel=1e-3)
+
+
+def test_the_bound_is_the_theorem_s_arithmetic():
+    bound = Bound(n=100, distortion=3.0, rate=1.5, information=1.2, beta=2.0)
+    loss = 3.0 + 2.0 * 1.5
+    assert bound.nats == pytest.approx(math.log(100) - (loss + 1.2) / 2.0)
+    assert not bound.vacuous
+    assert "at least 1.01 of log N = 4.61 nats" in bound.statement
+    assert bound.limit == pytest.approx(Bound(100, 3.0, 1.5, 1.2, 1e12).nats)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_vacuous_bound_says_so(beta):
+    bound = Bound(n=100, distortion=3.0, rate=80.0, information=4.6, beta=beta)
+    assert bound.nats < 0
+    assert bound.vacuous
+    assert "vacuous" in bound.statement
+    assert "could not exceed log N − rate = -75.4 nats" in bound.statement
+
+
+def test_a_bound_of_continuous_pixels_is_refused():
+    with pytest.raises(ValueError, match="discrete pixels cannot be -5 nats"):
+        Bound(n=100, distortion=-5.0, rate=1.0, information=1.0, beta=1.0)
+    with pytest.raises(ValueError, match="at least 2 images, and is 1"):
+        Bound(n=1, distortion=5.0, rate=1.0, information=1.0, beta=1.0)
+
+
+# --- identity that an observer can use ----------------------------------------------------------
+
+
+def test_an_observer_that_sees_all_and_one_that_sees_nothing():
+    sees = theory.retention(torch.eye(32), torch.eye(32))
+    assert (sees.retrieved, sees.mrr) == (100, 1)
+    assert sees.infonce == pytest.approx(math.log(32), abs=1e-6)
+    assert sees.fano == pytest.approx(math.log(32))
+    blind = theory.retention(torch.ones(32, 4), torch.ones(32, 4))
+    assert (blind.retrieved, blind.fano) == (0, 0)
+    assert blind.infonce == pytest.approx(0, abs=1e-9)
+
+
+def test_retention_is_the_naive_loop():
+    queries, candidates = torch.randn(9, 3), torch.randn(14, 3)
+    found = theory.retention(queries, candidates, chunk=4)
+    a, b = F.normalize(queries.double(), dim=1), F.normalize(candidates.double(), dim=1)
+    cosine = [[(p @ q).item() for q in b] for p in a]
+    ranks = [1 + sum(c > row[i] for c in row) for i, row in enumerate(cosine)]
+    assert found.ranks.tolist() == ranks
+    assert found.retrieved == pytest.approx(100 * ranks.count(1) / 9)
+    assert found.mrr == pytest.approx(statistics.mean(1 / r for r in ranks))
+
+    def gain(i, tau):
+        row = [math.exp(c / tau) for c in cosine[i]]
+        return math.log(14) + math.log(row[i] / sum(row))
+
+    halves, expected = (range(0, 9, 2), range(1, 9, 2)), {}
+    for mine, other in (halves, halves[::-1]):
+        taus = theory.TEMPERATURES
+        best = max(taus, key=lambda tau: statistics.mean(gain(i, tau) for i in other))
+        expected |= {i: gain(i, best) for i in mine}
+    assert found.gains.tolist() == pytest.approx([expected[i] for i in range(9)])
+    assert found.infonce <= math.log(14)
+
+
+def test_order_and_length_of_features_do_not_matter():
+    queries, candidates = torch.randn(20, 6), torch.randn(20, 6)
+    found = theory.retention(queries, candidates)
+    order = torch.randperm(20)
+    permuted = theory.retention(queries[order], 7 * candidates[order])
+    assert torch.equal(permuted.ranks, found.ranks[order])
+    assert (permuted.retrieved, permuted.mrr) == pytest.approx((found.retrieved, found.mrr))
+
+
+def test_among_fewer_candidates_is_what_all_subsets_give():
+    found = theory.retention(torch.randn(6, 3), torch.randn(6, 3))
+    for k in (1, 2, 4, 6):
+        hits = []
+        for rank in found.ranks.tolist():
+            better = set(range(rank - 1))
+            for others in itertools.combinations(range(5), k - 1):
+                hits.append(not better & set(others))
+        assert found.among(k) == pytest.approx(100 * statistics.mean(hits))
+    assert found.among(6) == pytest.approx(found.retrieved)
+    with pytest.raises(ValueError, match="from 1 to 6 candidates, and is 7"):
+        found.among(7)
+
+
+def test_queries_without_a_candidate_are_refused():
+    with pytest.raises(ValueError, match="5 queries need as many candidates"):
+        theory.retention(torch.randn(5, 2), torch.randn(4, 2))
+
+
+def test_fano():
+    assert theory.fano(0, 50) == pytest.approx(math.log(50))
+    assert theory.fano(1, 50) == 0
+    assert theory.fano(0.98, 50) == 0  # chance
+    h = -0.3 * math.log(0.3) - 0.7 * math.log(0.7)
+    assert theory.fano(0.3, 50) == pytest.approx(0.7 * math.log(50) - h)
+
+
+def test_hardness():
+    x, z = torch.randn(5, 3, 4, 4), torch.randn(5, 8)
+    loss = lambda a, b: (a - b).abs().sum()  # noqa: E731
+    assert theory.hardness(x, x, z, z, loss) == pytest.approx((0, 1, 0, 0), abs=1e-6)
+    found = theory.hardness(x, x + 0.5, z, -z, loss)
+    assert found == pytest.approx((2 * z.abs().sum().item(), -1, 0.5 * 48**0.5, 0.5), rel=1e-5)
+
+
+def test_an_interval_is_the_bootstrap_s():
+    assert theory.interval(torch.full((20,), 3.0)) == (3, 3, 3)
+    values = torch.from_numpy(np.random.default_rng(0).exponential(size=1000))
+    mean, low, high = theory.interval(values)
+    expected = stats.bootstrap((values.numpy(),), np.mean, method="percentile", rng=1)
+    assert mean == pytest.approx(values.mean().item())
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
+
+
+# --- the study ----------------------------------------------------------------------------------
+
+SMALL = dict(limit=200, width=4, batch_size=32, device="cpu", epochs=1)
+CONFIG = TheoryConfig(images=20, limit=60, epsilons=(0.3, 1.0), device="cpu")
+FIGURES = ("information", "parts", "exchange", "curves", "equal_hardness", "candidates", "vaes")
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IDAA_OUTPUTS", str(folder))
+        for dim in (4, 8):
+            train_vae(VAEConfig(**SMALL, dim=dim, beta=1.0))
+        train_vae(VAEConfig(**SMALL, dim=8, beta=4.0))
+        train_vae(VAEConfig(**SMALL | {"epochs": 2}, dim=8, beta=16.0))  # another training
+        train_ssl(SSLConfig(**SMALL))
+        train_ssl(SSLConfig(**SMALL, adversary="clae"))  # no fair witness
+        train_ssl(SSLConfig(**SMALL, seed=1))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def middle(outputs):
+    (run,) = runs.find("vae", dim=8, beta=1.0)
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(middle):
+    return identity.study(CONFIG.model_copy(update={"vae": middle.id}))
+
+
+def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
+    assert made.finished
+    config = made.config
+    newest, _, oldest = runs.find("ssl")
+    assert (config.run, config.witness) == (newest.id, oldest.id)
+    monkeypatch.setattr(identity, "_measure", lambda plan: pytest.fail("measured again"))
+    assert identity.study(CONFIG.model_copy(update={"vae": config.vae})) == made
+    assert "is finished: showing its result" in capsys.readouterr().out
+    json.loads((made.path / "summary.json").read_text(), parse_constant=pytest.fail)
+    vae = runs.get("vae", config.vae)
+    assert made in runs.users_of(oldest) and made in runs.users_of(vae)
+    assert row_of(made).state == "finished"
+    assert compare.name_of(made) == "identity of 20 images"
+
+
+def test_its_figures_are_the_theory_s_of_these_networks(made):
+    """Retrieval of x, G, R and the latent's information, from the networks by another way."""
+    plan, told = identity._plan(made.config), made.summary
+    judge = identity._Judge(plan)
+    x, vae = plan.shown.x, plan.shown.vae
+    G, R = vae.decompose(x)
+    for part, images in (("x", x), ("G", G), ("R", R)):
+        z = F.normalize(plan.witness(images), dim=1)
+        cosine = z @ F.normalize(judge.candidates, dim=1).T
+        found = 100 * (cosine.argmax(1) == torch.arange(20)).float().mean().item()
+        assert told["parts"][part]["retrieved"] == pytest.approx(found)
+    latent = told["latent"]
+    assert latent["information"] <= min(math.log(20), latent["rate"]) + 1e-9
+    loss = latent["distortion"] + latent["beta"] * latent["rate"]
+    expected = math.log(20) - (loss + latent["information"]) / latent["beta"]
+    assert latent["bound"] == pytest.approx(expected)
+    assert [k for k, *_ in latent["batches"]] == [2, 4, 8, 16, 20]
+
+
+def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made):
+    plan, told = identity._plan(made.config), made.summary
+    judge = identity._Judge(plan)
+    attacks = identity._Attacks(plan.shown, plan.embed, judge, made.config)
+    (scene,) = attacks.scenes
+    for name, curve in identity.points(made).items():
+        assert [p.epsilon for p in curve] == sorted(p.epsilon for p in curve)
+        point = curve[-1]
+        x_adv = scene.attack(name, point.epsilon).images
+        assert point.loss_after == pytest.approx(scene.loss(x_adv).item(), rel=1e-4)
+        moved = (x_adv - scene.x).flatten(1).norm(dim=1).mean().item()
+        assert point.l2 == pytest.approx(moved, rel=1e-4)
+    pairs = [row for row in told["equal"] if row["at_equal_hardness"]]
+    assert pairs
+    for row in pairs:
+        mine, other = row["at_equal_hardness"]["loss"]
+        assert other == pytest.approx(mine, abs=0.05 * (mine - told["loss_before"]))
+        a, b = row["at_equal_hardness"]["retrieved"]
+        mean, low, high = row["at_equal_hardness"]["retrieved_difference"]
+        assert mean == pytest.approx(a - b)
+        assert low <= mean <= high
+
+
+def test_attacks_in_batches_are_averaged_over_all_images(made, monkeypatch):
+    plan = identity._plan(made.config)
+    judge = identity._Judge(plan)
+    monkeypatch.setattr(identity, "BATCH", 8)
+    attacks = identity._Attacks(plan.shown, plan.embed, judge, made.config)
+    assert [len(scene.x) for scene in attacks.scenes] == [7, 7, 6]
+    read = attacks.read("clae", 0.3)
+    losses = [s.loss(s.attack("clae", 0.3).images).item() for s in attacks.scenes]
+    expected = sum(len(s.x) * loss for s, loss in zip(attacks.scenes, losses, strict=True)) / 20
+    assert read.loss_after == pytest.approx(expected, rel=1e-5)
+
+
+def test_vaes_that_differ_in_one_thing_alone_are_siblings(middle):
+    found = identity.siblings(middle)
+    assert [run.config.beta for run in found["beta"]] == [1.0, 4.0]
+    assert [run.config.dim for run in found["dim"]] == [4, 8]
+    (other,) = runs.find("vae", beta=16.0)
+    assert identity.siblings(other) == {"beta": [other], "dim": [other]}
+
+
+def test_every_axis_of_a_figure_has_a_label(made):
+    for name in FIGURES:
+        figure = getattr(identity, f"{name}_figure")(made)
+        # What is shared between panels is said at the first.
+        assert figure.axes[0].get_ylabel()
+        assert all(axis.get_xlabel() for axis in figure.axes)
+    table = identity.hardness_table(made)
+    assert set(table[""]) == {"IDAA", "CLAE", "random sign"}
+
+
+def test_without_encoders_or_other_vaes_it_says_what_to_make(made, tmp_path, monkeypatch):
+    told = made.summary | {"witness": UNTRAINED, "vaes": {"epsilon": 0.3}}
+    monkeypatch.setattr(runs.Run, "summary", property(lambda run: told))
+    said = identity.sentences(made)
+    assert "untrained encoder" in said["attacks"][-1]
+    assert all("05_sensitivity" in sentence for sentence in said["vaes"])
+    assert identity.vaes_figure(made) is None
+
+
+def test_attacked_and_witness_may_both_be_untrained(middle):
+    config = CONFIG.model_copy(
+        update={"vae": middle.id, "run": UNTRAINED, "witness": UNTRAINED, "images": 10}
+    )
+    plan = identity._plan(config)
+    with torch.no_grad():
+        assert not torch.allclose(
+            plan.embed(plan.shown.x)[:, :8], plan.witness(plan.shown.x)[:, :8]
+        )
+    assert identity.locate(config) == plan.run
+    assert plan.run != identity.locate(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("difference", "claim", "expected"),
+    [
+        ((5.0, 1.0, 9.0), "holds where a difference is seen", "IDAA keeps more than CLAE"),
+        ((-5.0, -9.0, -1.0), "does not hold", "IDAA keeps less than CLAE"),
+        ((1.0, -3.0, 5.0), "cannot be told", "IDAA and CLAE cannot be told apart with 20 images"),
+    ],
+)
+def test_the_words_follow_the_numbers(made, monkeypatch, difference, claim, expected):
+    told = json.loads(json.dumps(made.summary))
+    pair = {"loss": (3.0, 3.0), "retrieved": (50.0, 45.0), "infonce": (1.0, 1.0)}
+    pair |= {"retrieved_difference": difference, "infonce_difference": difference}
+    for row in told["equal"]:
+        row |= {"matched": 0.1, "at_equal_hardness": pair}
+    told["R_minus_G"]["retrieved"] = difference
+    told["latent"] |= {"statement": Bound(20, 3.0, 900.0, 2.0, 1.0).statement}
+    monkeypatch.setattr(runs.Run, "summary", property(lambda run: told))
+    said = identity.sentences(made)
+    assert expected in said["attacks"][0]
+    assert f"by retrieval@1 it {claim}" in " ".join(said["attacks"])
+    doubt = "which is not seen here" in said["parts"][0]
+    assert doubt == (difference[1] <= 0)
+    assert "vacuous" in " ".join(said["latent"])
+    for row in told["equal"]:
+        row["at_equal_hardness"] = None
+    assert "cannot be seen here" in " ".join(identity.sentences(made)["attacks"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (dict(images=1000), "images=1000 is more than the 500"),
+        (dict(vae="nobody"), "no vae run 'nobody'"),
+        (dict(witness="nobody"), "no ssl run 'nobody'"),
+        (dict(dataset="/no/such/folder"), "/no/such/folder"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(outputs, asked, sentence):
+    with pytest.raises((ConfigError, RunError), match=sentence):
+        identity.study(CONFIG.model_copy(update=asked))
+
+
+def test_the_attacked_encoder_is_no_witness(made):
+    config = made.config.model_copy(update={"witness": made.config.run})
+    with pytest.raises(ConfigError, match="is the encoder that is attacked: name another"):
+        identity.study(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (dict(images=5), "images must be"),
+        (dict(epsilons="0, 1"), "epsilons must be"),
+        (dict(epsilons=()), "epsilons must"),
+        (dict(split="train"), "split must be"),
+        (dict(augmentation="none"), "augmentation must be"),
+    ],
+)
+def test_a_study_that_cannot_be_made_is_refused(values, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        TheoryConfig(**values)
+
+
+def test_the_notebook_shows_the_finished_study(made, tmp_path):
+    asked = {"vae": made.config.vae, "images": 20, "limit": 60, "epsilons": "0.3, 1"}
+    sweeps.execute("08_identity_theory", asked | {"device": "cpu"}, tmp_path / "out.ipynb")
+    found = {path.stem for path in (made.path / "figures").glob("*.png")}
+    assert found == set(FIGURES)
+    assert len(runs.find("theory")) == 1

@@ -1,0 +1,467 @@
+"""Transfer and probes from few labels, against scikit-learn, loops and closed forms; the stage on
+photographs and on folders."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import balanced_accuracy_score
+from torch.nn import functional as F
+
+from idaa_lib import images, runs, sources, sweeps
+from idaa_lib.configs import ConfigError, SSLConfig, TransferConfig
+from idaa_lib.evaluate import transfer as stage
+from idaa_lib.evaluate.encoders import features, load_encoder
+from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot, mean_interval
+from idaa_lib.evaluate.linear import Axes, choose, logistic_regression, predict, principal_axes
+from idaa_lib.evaluate.transfer import (
+    LAMBDAS,
+    PAPER,
+    PAPER_DATASETS,
+    beside_the_paper,
+    kornblith_probe,
+    mean_per_class,
+    mean_per_class_interval,
+    transfer,
+)
+from idaa_lib.lab import plots
+from idaa_lib.lab.rows import row_of
+from idaa_lib.train import train_ssl
+from idaa_lib.train.__main__ import main
+from idaa_lib.views import keyed_generator
+
+ROOT = Path(__file__).resolve().parent.parent
+SSL = {"limit": 64, "width": 4, "epochs": 1, "batch_size": 32, "device": "cpu"}
+SMALL = {"limit": 400, "draws": 2, "episodes": 20, "iterations": 20, "device": "cpu"}
+DOUBLE = torch.float64
+
+
+def problem(n, dim=12, classes=4, seed=0, dtype=DOUBLE, signal=0.7, decades=1.5):
+    """Correlated features far from the origin, of scales 10^±decades, and labels (n,)."""
+    labels = torch.arange(n) % classes
+    one, two = keyed_generator(9), keyed_generator(seed)
+    centres = torch.randn(classes, dim, generator=one, dtype=DOUBLE)
+    mix = torch.randn(dim, dim, generator=one, dtype=DOUBLE)
+    noise = torch.randn(n, dim, generator=two, dtype=DOUBLE)
+    x = (signal * centres[labels] + noise) @ mix
+    x = x * torch.logspace(-decades, decades, dim, dtype=DOUBLE)
+    return (x + 20).to(dtype), labels
+
+
+def objective(weights, x, y, decay):
+    """Kornblith's: the sum of the cross-entropies, plus λ times the squared weights."""
+    logits = x @ weights[:-1] + weights[-1]
+    return F.cross_entropy(logits, y, reduction="sum") + decay * weights[:-1].square().sum()
+
+
+def sklearn_fit(x, y, decay):
+    """C Σ ce + ½‖W‖² is C times Σ ce + λ‖W‖² where λ = 1/(2C). Newton's, on centred features."""
+    mean = x.mean(0)
+    fit = LogisticRegression(C=1 / (2 * decay), tol=1e-10, max_iter=1000, solver="newton-cg")
+    fit.fit((x - mean).numpy(), y.numpy())
+    return lambda queries: torch.from_numpy(fit.predict((queries - mean).numpy())), fit
+
+
+# --- the solver
+
+
+@pytest.mark.parametrize("decay", [1e-2, 1.0, 100.0, 1e4])
+def test_the_solver_ends_at_sklearn_s_optimum(decay):
+    (x, y), (queries, _) = problem(300), problem(400, seed=1)
+    weights = logistic_regression(x, y, 4, 2 * decay / len(x), 500, 1e-10)
+    classify, fit = sklearn_fit(x, y, decay)
+    oracle = torch.from_numpy(fit.coef_.T)
+    torch.testing.assert_close(weights[:-1], oracle, rtol=1e-3, atol=1e-5 * oracle.abs().max())
+    assert (predict(weights, queries) == classify(queries)).double().mean() > 0.995
+
+
+@pytest.mark.parametrize("decay", [LAMBDAS[0], 1e-3, 1.0, LAMBDAS[-1]])
+def test_at_the_end_the_gradient_of_kornblith_s_objective_vanishes(decay):
+    x, y = problem(300)
+    weights = logistic_regression(x, y, 4, 2 * decay / len(x), 2000, 1e-10).requires_grad_()
+    start = torch.zeros_like(weights, requires_grad=True)
+    at_end, at_start = (
+        torch.autograd.grad(objective(w, x, y, decay), w)[0].norm() for w in (weights, start)
+    )
+    assert at_end < 1e-6 * at_start
+
+
+def test_fifty_iterations_in_float32_reach_the_optimum_all_along_the_path():
+    x, y = problem(2000, dim=40, classes=10, dtype=torch.float32, signal=0.3)
+    start = None
+    for decay in reversed(LAMBDAS):
+        start = logistic_regression(x, y, 10, 2 * decay / len(x), 50, 1e-5, start=start)
+        found = objective(start.double(), x.double(), y, decay)
+        if decay in LAMBDAS[::22]:
+            best = logistic_regression(
+                x.double(), y, 10, 2 * decay / len(x), 1000, 1e-9, start=start.double()
+            )
+            assert (found - objective(best, x.double(), y, decay)) / len(x) < 3e-6
+
+
+def test_axes_decide_how_soon_it_ends_and_not_where():
+    x, y = problem(200, decades=0.3)
+    turned, _ = torch.linalg.qr(torch.randn(12, 12, generator=keyed_generator(3), dtype=DOUBLE))
+    other = Axes(x.mean(0) + 0.5, turned, torch.ones(12, dtype=DOUBLE))
+    found, again = (
+        logistic_regression(x, y, 4, 0.1, 2000, 1e-9, axes=axes)
+        for axes in (principal_axes(x), other)
+    )
+    torch.testing.assert_close(found[:-1], again[:-1], rtol=1e-4, atol=1e-5)
+
+
+def test_principal_axes_make_features_uncorrelated():
+    x, _ = problem(200)
+    axes = principal_axes(x)
+    turned = (x - axes.mean) @ axes.directions
+    covariance = turned.T @ turned / len(x)
+    torch.testing.assert_close(covariance, axes.variances.diag(), rtol=1e-6, atol=1e-6)
+
+
+def test_of_equal_scores_the_largest_penalty_wins_and_any_score_decides():
+    train, val = problem(80), problem(60, seed=1)
+    assert choose(train, val, 4, (0.01, 1.0, 0.1), score=lambda p, y: 3.0).penalty == 1.0
+    rising = iter(range(9))
+    assert choose(train, val, 4, (0.01, 1.0, 0.1), score=lambda p, y: next(rising)).penalty == 0.01
+
+
+# --- the protocol
+
+
+def test_the_penalties_are_the_protocol_s():
+    assert np.allclose(LAMBDAS, np.logspace(-6, 5, 45), rtol=1e-12)
+
+
+def test_the_penalty_is_chosen_on_val_and_refitted_on_both(monkeypatch):
+    train, val, test = problem(60), problem(300, seed=1), problem(500, seed=2)
+    decays = (1e-3, 10.0, 1e3, 1e5)
+    monkeypatch.setattr(stage, "LAMBDAS", decays)
+    probe = kornblith_probe(train, val, test[0], classes=4, iterations=500, tolerance=1e-6)
+    right = {
+        decay: (sklearn_fit(*train, decay)[0](val[0]) == val[1]).double().mean().item()
+        for decay in decays
+    }
+    assert probe.score_val == pytest.approx(100 * right[probe.penalty], abs=0.4)
+    assert right[probe.penalty] > max(right.values()) - 0.004
+    assert max(right.values()) - min(right.values()) > 0.05  # the choice matters
+    both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
+    oracle, _ = sklearn_fit(*both, probe.penalty)
+    assert (probe.predictions == oracle(test[0])).double().mean() > 0.995
+    kept = kornblith_probe(train, val, test[0], classes=4, refit=False, iterations=500)
+    oracle, _ = sklearn_fit(*train, kept.penalty)
+    assert (kept.predictions == oracle(test[0])).double().mean() > 0.99
+    assert not torch.equal(kept.predictions, probe.predictions)
+
+
+def test_nothing_is_learned_from_test_features():
+    train, val, (test, _) = problem(60), problem(60, seed=1), problem(50, seed=2)
+    probe = kornblith_probe(train, val, test, classes=4)
+    order = torch.randperm(50, generator=keyed_generator(1))
+    shuffled = kornblith_probe(train, val, 1.0 * test[order], classes=4)
+    assert torch.equal(shuffled.predictions, probe.predictions[order])
+    assert shuffled.penalty == probe.penalty and shuffled.score_val == probe.score_val
+
+
+@pytest.mark.parametrize(("tolerance", "dtype"), [(1e-5, torch.float32), (1e-10, DOUBLE)])
+def test_what_float32_cannot_resolve_is_solved_in_float64(monkeypatch, tolerance, dtype):
+    used = []
+
+    def spy(train, *rest, **more):
+        used.append((train[0].dtype, more["axes"].directions.dtype))
+        return choose(train, *rest, **more)
+
+    monkeypatch.setattr(stage, "choose", spy)
+    train, val, (test, _) = (problem(40, dtype=torch.float32, seed=s) for s in (0, 1, 2))
+    for axes in (None, principal_axes(train[0])):
+        kornblith_probe(train, val, test, classes=4, iterations=5, tolerance=tolerance, axes=axes)
+    assert used == [(dtype, dtype)] * 2
+
+
+def test_mean_per_class_agrees_with_sklearn_and_its_interval_with_resampling():
+    labels = torch.tensor([0] * 100 + [1] * 40 + [3] * 20)  # no image of class 2
+    wrong = torch.rand(160, generator=keyed_generator(0)) < 0.3
+    guess = torch.where(wrong, (labels + 1) % 4, labels)
+    guess[guess == 2] = 3  # scikit-learn warns of a class that no label has
+    assert mean_per_class(guess, labels) == pytest.approx(
+        100 * balanced_accuracy_score(labels, guess)
+    )
+    low, high = mean_per_class_interval(guess, labels)
+    rng = np.random.default_rng(0)
+    right = [(guess == labels)[labels == c].numpy() for c in (0, 1, 3)]
+    resampled = [
+        100 * np.mean([rng.choice(part, len(part)).mean() for part in right]) for _ in range(4000)
+    ]
+    assert (low, high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), abs=0.5)
+    assert mean_per_class_interval(labels, labels) == (100, 100)
+
+
+def test_the_paper_s_figures_are_those_of_the_specification():
+    (line,) = (
+        x
+        for x in (ROOT / "docs/spec/idaa.md").read_text().split("\n")
+        if x.startswith("Transfer (")
+    )
+    found = [tuple(map(float, re.findall(r"\d+\.\d+", part))) for part in line.split(";")]
+    assert list(PAPER.values()) == found
+    rows = [
+        {"features": who, "dataset": data, "probe": probe, "metric": "top-1", "value": 50.123}
+        for who in ("encoder", "random")
+        for data in ("cifar100", "photos", "oxfordiiitpet")
+        for probe in ("linear", "1 % of labels")
+    ]
+    c100, pets = beside_the_paper(rows)
+    assert (c100["data set"], c100["this run"]) == ("cifar100", 50.12)
+    assert c100["SimCLR + IDAA (paper)"] == 38.82
+    assert pets["SimCLR + CLAE (paper)"] == 43.55
+
+
+# --- few labels, few shots
+
+
+def test_the_interval_is_student_s():
+    assert mean_interval([1.0, 3.0]) == pytest.approx((2, 2 - 12.7062, 2 + 12.7062, 2), abs=1e-3)
+    values = torch.randn(600, generator=keyed_generator(0), dtype=DOUBLE)
+    low, high = scipy.stats.t.interval(
+        0.95, 599, loc=values.mean().item(), scale=scipy.stats.sem(values.numpy())
+    )
+    assert mean_interval(values)[1:3] == pytest.approx((low, high))
+    assert mean_interval([7.0, 7.0, 7.0])[:3] == (7, 7, 7)
+
+
+def test_few_labels_are_drawn_by_class():
+    labels = torch.tensor([0] * 500 + [1] * 300 + [2] * 200 + [5] * 3)[
+        torch.randperm(1003, generator=keyed_generator(0))
+    ]
+    few, more, other = (
+        balanced(labels, fraction, keyed_generator(*key))
+        for fraction, key in ((0.02, (0, 0)), (0.1, (0, 0)), (0.02, (0, 1)))
+    )
+    assert torch.bincount(labels[few]).tolist() == [5, 5, 5, 0, 0, 3]
+    assert torch.bincount(labels[more]).tolist() == [25, 25, 25, 0, 0, 3]
+    assert len(set(few.tolist())) == len(few)
+    assert set(few.tolist()) <= set(more.tolist()) and set(few.tolist()) != set(other.tolist())
+    assert torch.bincount(labels[balanced(labels, 1e-6, keyed_generator(0))]).tolist()[0] == 1
+
+
+def test_an_episode_has_other_images_of_other_classes():
+    labels = torch.arange(7).repeat_interleave(torch.tensor([30, 20, 4, 25, 30, 22, 50]))
+    found = draw_episodes(labels, 5, 2, 8, 40, seed=3)
+    assert found.shape == (40, 5, 10)
+    for episode in found:
+        classes = labels[episode]
+        assert (classes == classes[:, :1]).all() and len(set(classes[:, 0].tolist())) == 5
+        assert len(episode.unique()) == 50
+    assert set(labels[found].unique().tolist()) == {0, 1, 3, 4, 5, 6}  # of class 2 there are 4
+    assert torch.equal(found, draw_episodes(labels, 5, 2, 8, 40, seed=3))
+    assert not torch.equal(found, draw_episodes(labels, 5, 2, 8, 40, seed=4))
+    with pytest.raises(ValueError, match=r"1 classes have 50 images .* ways is 5"):
+        draw_episodes(labels, 5, 10, 40, 1)
+
+
+def centroid_loop(support, query):
+    cosine = torch.nn.functional.cosine_similarity
+    return cosine(query[:, None], support.mean(1)[None], dim=2).argmax(1)
+
+
+def ridge_loop(support, query):
+    x = support.flatten(0, 1)
+    target = torch.eye(len(support)).repeat_interleave(support.shape[1], 0)
+    alpha = (x - x.mean(0)).square().sum(1).mean().item()
+    return torch.from_numpy(Ridge(alpha=alpha).fit(x, target).predict(query)).argmax(1)
+
+
+@pytest.mark.parametrize("oracle", [centroid_loop, ridge_loop])
+def test_few_shot_probes_agree_with_a_loop(oracle):
+    x, labels = problem(400, dim=30, classes=8)
+    for shots in (1, 5):
+        episodes = draw_episodes(labels, 5, shots, 6, 120)
+        found = few_shot(x, episodes, shots, oracle.__name__.removesuffix("_loop"))
+        z = F.normalize(x, dim=1)
+        truth = torch.arange(5).repeat_interleave(6)
+        expected = [
+            (oracle(z[part[:, :shots]], z[part[:, shots:]].flatten(0, 1)) == truth).double().mean()
+            for part in episodes
+        ]
+        torch.testing.assert_close(found.double(), 100 * torch.stack(expected), rtol=0, atol=1e-3)
+        lengths = torch.rand(400, 1, generator=keyed_generator(5), dtype=DOUBLE) + 0.1
+        again = few_shot(lengths * x, episodes, shots, oracle.__name__.removesuffix("_loop"))
+        torch.testing.assert_close(again, found, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("classifier", ["centroid", "ridge"])
+def test_few_shot_on_one_hot_and_on_meaningless_features(classifier):
+    labels = torch.arange(2000) % 10
+    episodes = draw_episodes(labels, 5, 1, 15, 300)
+    assert few_shot(F.one_hot(labels).float(), episodes, 1, classifier).eq(100).all()
+    noise = torch.randn(2000, 16, generator=keyed_generator(0))
+    value, low, high, n = mean_interval(few_shot(noise, episodes, 1, classifier))
+    assert n == 300 and high - low < 2
+    assert value == pytest.approx(20, abs=1.5)
+
+
+# --- the stage
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A trained run with each stem, in a folder of outputs of this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IDAA_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+        yield {stem: train_ssl(SSLConfig(**SSL, stem=stem)) for stem in ("cifar", "imagenet")}
+
+
+@pytest.fixture(scope="module")
+def photos(made):
+    return transfer(TransferConfig(run=made["cifar"].id, **SMALL))
+
+
+def folder(root, classes=2, train=30, test=20):
+    """Class folders of images whose brightness tells their class."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", train), ("test", test)):
+        for c in range(classes):
+            (root / part / f"class{c}").mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(100 * c, 100 * c + 100, (40, 48, 3), np.uint8)
+                Image.fromarray(pixels).save(root / part / f"class{c}" / f"{i}.png")
+    return root
+
+
+@pytest.mark.xdist_group("photos")
+def test_rows_of_both_encoders_with_their_intervals(made, photos):
+    summary = photos.summary
+    assert summary["left_out"] == {} and summary["size"] == 32
+    probes = ["linear", "1 % of labels", "10 % of labels", "5-way 1-shot", "5-way 5-shot"]
+    for who in ("encoder", "random"):
+        rows = [row for row in summary["rows"] if row["features"] == who]
+        assert [row["probe"] for row in rows] == probes
+        assert [row["n"] for row in rows] == [400, 2, 2, 20, 20]
+        assert [row["labels"] for row in rows] == [800, 13, 39, 5, 25]
+        assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+        assert rows[0]["penalty"] in LAMBDAS and "refit" in rows[0]["protocol"]
+    assert photos.environment["datasets"][0]["name"] == "photos"
+    table = plots.transfer_table(summary)
+    assert len(table) == 10 and set(table["features"]) == {"this run", "untrained encoder"}
+    assert len(plots.transfer_bars(summary).axes) == 1
+    assert "on photos, test" in row_of(photos).told[-1]
+    assert photos in runs.users_of(made["cifar"])
+
+
+@pytest.mark.xdist_group("photos")
+def test_the_linear_row_is_sklearn_s_at_its_penalty(made, photos):
+    row = photos.summary["rows"][0]
+    module, size, mean, std = load_encoder(made["cifar"])
+    splits = {s: images.load("photos", s, 32, 400) for s in ("train", "val", "test")}
+    z = {s: features(module, d.images, size, mean, std).double() for s, d in splits.items()}
+    both = torch.cat([z["train"], z["val"]])
+    labels = torch.cat([splits["train"].labels, splits["val"].labels])
+    oracle, _ = sklearn_fit(both, labels, row["penalty"])
+    expected = 100 * (oracle(z["test"]) == splits["test"].labels).double().mean().item()
+    # bf16 where the device has it, and 20 iterations.
+    assert row["value"] == pytest.approx(expected, abs=4)
+    assert expected > 20
+
+
+@pytest.mark.xdist_group("photos")
+def test_a_finished_transfer_is_shown_again_by_its_command(photos, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "features", lambda *a, **k: pytest.fail("encoded again"))
+    words = shlex.split(runs.command(photos))
+    assert main(words[words.index("transfer") :]) == 0
+    assert f"{photos.id} is finished" in capsys.readouterr().out
+
+
+@pytest.mark.xdist_group("photos")
+def test_an_imagenet_stem_sees_224_pixels_and_pets_are_judged_by_class(made, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(module, pixels, size, *rest, **more):
+        seen.append((size, tuple(pixels.shape[1:])))
+        return features(module, pixels, size, *rest, **more)
+
+    monkeypatch.setattr(stage, "features", spy)
+    few = {"references": False, "ways": 2, "shots": (1,), "fractions": (1.0,)}
+    pets = folder(tmp_path / "oxfordiiitpet")
+    asked = TransferConfig(run=made["imagenet"].id, datasets=(str(pets),), **SMALL | few)
+    summary = transfer(asked).summary
+    assert summary["size"] == 224 and set(seen) == {(224, (3, 224, 224))}
+    linear, all_labels, shot = summary["rows"]
+    assert (linear["metric"], shot["metric"]) == ("mean per class", "top-1")
+    assert linear["value"] > 90  # dark and bright
+    assert linear["value"] == pytest.approx(linear["mean_per_class"])
+    # Every draw of all labels is the same.
+    assert all_labels["low"] == all_labels["value"] == all_labels["high"]
+    seen.clear()
+    transfer(asked.model_copy(update={"size": 64}))
+    assert set(seen) == {(64, (3, 64, 64))}
+
+
+@pytest.mark.xdist_group("photos")
+def test_what_cannot_be_had_is_told_and_left_out(made, tmp_path, capsys):
+    few = {"references": False, "fractions": (), "run": made["cifar"].id}
+    mine = folder(tmp_path / "two")
+    run = transfer(TransferConfig(datasets=("birdsnap", str(mine)), **SMALL | few))
+    assert "birdsnap is left out: dataset='birdsnap': birdsnap is not in" in capsys.readouterr().out
+    left_out = run.summary["left_out"]
+    assert sources.LAYOUT in left_out["birdsnap"] and (ROOT / sources.LAYOUT).exists()
+    assert "2 classes have 16 images" in left_out["two, 5-way 1-shot"]
+    assert [row["probe"] for row in run.summary["rows"]] == ["linear"]
+    with pytest.raises(ConfigError, match=r"No data set can be transferred to: .*birdsnap is not"):
+        transfer(TransferConfig(datasets="birdsnap", **SMALL | few))
+    (tmp_path / "bare").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "0.png")
+    with pytest.raises(ConfigError, match=r"\(and neither can 1 more\)"):
+        transfer(TransferConfig(datasets=("cub200", str(tmp_path / "bare")), **SMALL | few))
+
+
+@pytest.mark.xdist_group("photos")
+def test_notebook_09_runs(made, photos, tmp_path):
+    values = {name: value for name, value in SMALL.items() if name != "limit"} | {"limit": 400}
+    values |= {"run": made["cifar"].id, "datasets": "photos, cub200"}
+    sweeps.execute("09_transfer", values, tmp_path / "09.ipynb")
+    assert (photos.path / "figures" / "transfer.png").exists()
+
+
+# --- what a user writes
+
+
+def test_data_sets_may_be_text_with_spaces_in_paths():
+    expected = ("cifar10", "/my data/birds.zip")
+    for text in ("cifar10, /my data/birds.zip", str(expected), list(expected)):
+        assert TransferConfig(datasets=text).datasets == expected
+    assert TransferConfig(datasets=None).datasets == ()
+    assert TransferConfig(preset="paper").datasets == PAPER_DATASETS
+    config = TransferConfig(datasets=expected, fractions="0.05", shots="5")
+    assert TransferConfig(**runs.asked(config)) == config
+    with pytest.raises(ConfigError, match="fractions must be less than or equal to 1"):
+        TransferConfig(fractions=(0.1, 2.0))
+
+
+def test_the_page_s_scripts_lay_out_cub_and_birdsnap(tmp_path, monkeypatch):
+    scripts = re.findall(r"```python\n(.*?)```", (ROOT / sources.LAYOUT).read_text(), re.DOTALL)
+    monkeypatch.setenv("IDAA_DATA", str(tmp_path / "data"))
+    names = [f"{c}/{c}_{i}.png" for c in ("001.Albatross", "002.Tern") for i in range(12)]
+    tested = [name for name in names if name.endswith(("_0.png", "_1.png", "_2.png"))]
+    for name, script in zip(("cub200", "birdsnap"), scripts, strict=True):
+        source = tmp_path / "download" / name
+        for n, image in enumerate(names):
+            path = source / "images" / image
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (n, 0, 0)).save(path)
+        rows = list(enumerate(names, 1))
+        (source / "images.txt").write_text("".join(f"{n} {image}\n" for n, image in rows))
+        split = "".join(f"{n} {int(image not in tested)}\n" for n, image in rows)
+        (source / "train_test_split.txt").write_text(split)
+        (source / "test_images.txt").write_text("\n".join(["path", *tested]))
+        monkeypatch.chdir(source)
+        exec(script.replace("/path/to/the/workbench", str(tmp_path)), {})
+        sets = {s: images.load(name, s, 8) for s in ("trainval", "test")}
+        reds = {s: sorted(d.images[:, 0, 0, 0].tolist()) for s, d in sets.items()}
+        assert reds["test"] == [n for n, image in enumerate(names) if image in tested]
+        assert reds["trainval"] == [n for n, image in enumerate(names) if image not in tested]
+        assert sets["test"].classes == ("001.Albatross", "002.Tern")
