@@ -33,12 +33,17 @@ def main(limit: int = 5000, epochs: int = 8) -> None:
         "eval": {"limit": limit},
         "jobs": 1,
     }
-    whole = CompareConfig(preset="demo", **fields, **ALL)
+    # Photographs: nothing of CIFAR-10, and there without a download.
+    whole = CompareConfig(preset="demo", **fields, **ALL, elsewhere="photos")
     seeds = CompareConfig(preset="demo", **fields, **ALL, methods=("simclr",), seeds=(1, 2))
     grid = sweeps.cells(whole) + sweeps.cells(seeds)
     rows = sweeps.run_all(grid)
     print(table.frame(grid, rows).to_string(index=False))
-    asked = fields | {"seeds": "0, 1, 2", "adversaries": ", ".join(ALL["adversaries"])}
+    asked = fields | {
+        "elsewhere": "photos",
+        "seeds": "0, 1, 2",
+        "adversaries": ", ".join(ALL["adversaries"]),
+    }
     asked |= {key: json.dumps(asked[key]) for key in ("vae", "ssl", "eval")}
     notebook = outputs_root() / "notebooks" / "06_compare_methods.ipynb"
     sweeps.execute("06_compare_methods", asked, notebook)
@@ -55,7 +60,8 @@ which is best: with so short a training differences of some percent are noise.""
 
 
 def _pair(row: dict[str, Any]) -> tuple[str, str]:
-    return row["method"], row["adversary"]
+    elsewhere = f"_vae_of_{row['vae_of']}" if row["vae_of"] else ""
+    return row["method"], row["adversary"] + elsewhere
 
 
 def _row(key: str, rows: list[dict[str, Any]], method: str, adversary: str) -> dict[str, Any]:

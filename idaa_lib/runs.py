@@ -399,7 +399,15 @@ def asked(config: Config) -> dict[str, Any]:
 
 def command(run: Run) -> str:
     """The shell command that makes the run (or resumes it, or shows it)."""
-    words = [f"{name}={value}" for name, value in asked(run.config).items()]
+    if imported := (read_json(run.path / "environment.json") or {}).get("imported"):
+        code = f"import_run({imported['file']!r}, {run.config.dataset!r})"
+        return shlex.join(["python", "-c", f"import idaa_lib; idaa_lib.{code}"])
+    fields = asked(run.config)
+    if run.stage == "theory":  # a study of the lab's, which has no command of its own
+        name = NOTEBOOKS[run.stage]
+        words = [word for key, value in fields.items() for word in ("-p", key, str(value))]
+        return shlex.join(["papermill", f"notebooks/{name}.ipynb", f"outputs/{name}.ipynb", *words])
+    words = [f"{name}={value}" for name, value in fields.items()]
     return shlex.join(["python", "-m", "idaa_lib.train", run.stage, *words])
 
 

@@ -86,17 +86,24 @@ def points(config: SweepConfig) -> list[Point]:
 
 
 def cells(config: CompareConfig) -> list[Point]:
-    """The cells of the main table: method × adversary, for each seed."""
+    """The cells of the main table: method × adversary, for each seed.
+
+    `vae_of` is the data set of a VAE that was trained elsewhere, else None.
+    """
     data, evaluated = _shared(config)
-    names = itertools.product(config.methods, config.adversaries, config.seeds)
+    pairs: list[tuple[str, str | None]] = [(adversary, None) for adversary in config.adversaries]
+    pairs += [("idaa", config.elsewhere)] if config.elsewhere else []
     return [
         Point(
-            {"method": method, "adversary": adversary},
-            data | config.vae,  # one VAE for all: seeds are of the encoders
+            {"method": method, "adversary": adversary, "vae_of": elsewhere},
+            # One VAE for all: seeds are of the encoders.
+            data | config.vae | ({"dataset": elsewhere} if elsewhere else {}),
             data | config.ssl | {"method": method, "adversary": adversary, "seed": seed},
             evaluated,
         )
-        for method, adversary, seed in names
+        for method in config.methods
+        for adversary, elsewhere in pairs
+        for seed in config.seeds
     ]
 
 

@@ -173,6 +173,14 @@ def test_the_table_is_filled_from_finished_runs(tmp_path, monkeypatch):
     assert "official" not in table.budget(rows)
 
 
+def test_a_vae_from_elsewhere_is_a_row_more():
+    config = CompareConfig(methods=("simclr", "byol"), adversaries=("none",), elsewhere="stl10")
+    grid = sweeps.cells(config)
+    told = [(p.labels["adversary"], p.vae["dataset"], p.ssl["dataset"]) for p in grid]
+    assert told == 2 * [("none", "photos", "photos"), ("idaa", "stl10", "photos")]
+    assert list(table.frame(grid, [])["adversary"]) == 2 * ["no adversary", "IDAA, VAE of stl10"]
+
+
 def test_several_seeds_give_student_s_interval():
     low, high = table.interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx(stats.t.interval(0.95, 2, loc=2, scale=3**-0.5))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from itertools import combinations
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,6 +54,11 @@ def figures(run):
     further = rows[rows["axis"] == "beta"].assign(axis="backbone", adversary="none", knn_top1_val=8)
     further["value"] = further["value"].map({0.1: "resnet18", 1.0: "resnet34"})
     rows = pd.concat([rows, further, further.assign(adversary="idaa", knn_top1_val=9)])
+    cells = product(("simclr", "moco"), ("none", "idaa"), (0, 1))
+    compared = [
+        {"method": m, "adversary": a, "vae_of": None, "knn_top1": 40 + s, "linear_top1": 50 - s}
+        for m, a, s in cells
+    ]
     return {
         "curves": plots.curves({"a": run, "b": run}, ["loss"]),
         "energy_maps": plots.energy_maps({"R": R}),
@@ -62,14 +67,7 @@ def figures(run):
         "confusion": plots.confusion(labels, labels, classes),
         "embedding_map": plots.embedding_map(features, labels, classes),
         "sensitivity": plots.sensitivity(rows),
-        "methods": table.levels(
-            [
-                {"method": m, "adversary": a, "seed": s, "knn_top1": 40 + s, "linear_top1": 50 - s}
-                for m in ("simclr", "moco")
-                for a in ("none", "idaa")
-                for s in (0, 1)
-            ]
-        ),
+        "methods": table.levels(compared),
         "identity_curves": plots.identity_curves(CURVES),
         "likeness": plots.likeness((0.0, 0.5, 1.0), {"z": torch.rand(3, 2), "R": torch.rand(3, 2)}),
     }

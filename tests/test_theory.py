@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from idaa_lib import runs, sweeps, theory
 from idaa_lib.configs import ConfigError, SSLConfig, TheoryConfig, VAEConfig
-from idaa_lib.lab import compare, identity
+from idaa_lib.lab import compare, findings, identity
 from idaa_lib.lab.decompose import UNTRAINED
 from idaa_lib.lab.rows import row_of
 from idaa_lib.nets.vae import rate
@@ -331,7 +331,7 @@ def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made):
     judge = identity._Judge(plan)
     attacks = identity._Attacks(plan.shown, plan.embed, judge, made.config)
     (scene,) = attacks.scenes
-    for name, curve in identity.points(made).items():
+    for name, curve in findings.points(made).items():
         assert [p.epsilon for p in curve] == sorted(p.epsilon for p in curve)
         point = curve[-1]
         x_adv = scene.attack(name, point.epsilon).images
@@ -375,17 +375,17 @@ def test_every_axis_of_a_figure_has_a_label(made):
         # What is shared between panels is said at the first.
         assert figure.axes[0].get_ylabel()
         assert all(axis.get_xlabel() for axis in figure.axes)
-    table = identity.hardness_table(made)
+    table = findings.hardness_table(made)
     assert set(table[""]) == {"IDAA", "CLAE", "random sign"}
 
 
 def test_without_encoders_or_other_vaes_it_says_what_to_make(made, tmp_path, monkeypatch):
     told = made.summary | {"witness": UNTRAINED, "vaes": {"epsilon": 0.3}}
     monkeypatch.setattr(runs.Run, "summary", property(lambda run: told))
-    said = identity.sentences(made)
+    said = findings.sentences(made)
     assert "untrained encoder" in said["attacks"][-1]
     assert all("05_sensitivity" in sentence for sentence in said["vaes"])
-    assert identity.vaes_figure(made) is None
+    assert findings.vaes_figure(made) is None
 
 
 def test_attacked_and_witness_may_both_be_untrained(middle):
@@ -418,7 +418,7 @@ def test_the_words_follow_the_numbers(made, monkeypatch, difference, claim, expe
     told["R_minus_G"]["retrieved"] = difference
     told["latent"] |= {"statement": Bound(20, 3.0, 900.0, 2.0, 1.0).statement}
     monkeypatch.setattr(runs.Run, "summary", property(lambda run: told))
-    said = identity.sentences(made)
+    said = findings.sentences(made)
     assert expected in said["attacks"][0]
     assert f"by retrieval@1 it {claim}" in " ".join(said["attacks"])
     doubt = "which is not seen here" in said["parts"][0]
@@ -426,7 +426,7 @@ def test_the_words_follow_the_numbers(made, monkeypatch, difference, claim, expe
     assert "vacuous" in " ".join(said["latent"])
     for row in told["equal"]:
         row["at_equal_hardness"] = None
-    assert "cannot be seen here" in " ".join(identity.sentences(made)["attacks"])
+    assert "cannot be seen here" in " ".join(findings.sentences(made)["attacks"])
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,8 @@ class CompareConfig(_Study):
     Fields (besides those of every study):
         methods, adversaries: the table's rows. launch: make what is missing; else the table is of
             the finished runs alone.
+        elsewhere: another data set, a row more for each method: IDAA with a VAE that was trained
+            there (does what it holds transfer?).
     """
 
     stage = "compare"
@@ -289,6 +291,7 @@ class CompareConfig(_Study):
         "plain", "uel", "simsiam", "simclr", "moco", "byol",
     )  # fmt: skip
     adversaries: Annotated[tuple[Adversary, ...], Field(min_length=1)] = ("none", "clae", "idaa")
+    elsewhere: str | None = None
     launch: bool = False
 
 

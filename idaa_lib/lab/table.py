@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,13 @@ def frame(made: Sequence[Point], rows: Sequence[dict[str, Any]]) -> pd.DataFrame
     With several seeds the mean and Student's 95 % interval over them; an empty cell has no finished
     run. `n` is the number of seeds.
     """
-    cells = list(dict.fromkeys((p.labels["method"], p.labels["adversary"]) for p in made))
     table = []
-    for method, adversary in cells:
-        mine = [r for r in rows if (r["method"], r["adversary"]) == (method, adversary)]
-        row: dict[str, Any] = {"method": _title(method), "adversary": NAMES[adversary]}
-        row["n"] = len(mine)
-        published = PAPER.get(method, {}).get(adversary)
+    for cell in dict.fromkeys(_cell(point.labels) for point in made):
+        mine = [row for row in rows if _cell(row) == cell]
+        method, adversary, elsewhere = cell
+        name = NAMES[adversary] + (f", VAE of {Path(elsewhere).stem}" if elsewhere else "")
+        row: dict[str, Any] = {"method": _title(method), "adversary": name, "n": len(mine)}
+        published = None if elsewhere else PAPER.get(method, {}).get(adversary)
         for (key, probe), theirs in zip(PROBES.items(), published or (None, None), strict=True):
             row[f"{probe} (%)"] = said([r[key] for r in mine])
             row[f"paper's {probe} (%)"] = "–" if theirs is None else f"{theirs:.2f}"
@@ -68,6 +69,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def levels(rows: Sequence[dict[str, Any]]) -> Figure:
     """kNN and linear test top-1 of each method: a bar the mean of an adversary, a dot a seed."""
+    rows = [row for row in rows if not row["vae_of"]]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     adversaries = list(dict.fromkeys(row["adversary"] for row in rows))
     figure, panels = _axes(1, 2, figsize=(9.6, 3.8), sharey=True, layout="constrained")
@@ -107,11 +109,11 @@ def budget(rows: Sequence[dict[str, Any]]) -> str:
 
 def missing(made: Sequence[Point], rows: Sequence[dict[str, Any]]) -> str:
     """Which cells have no finished run for each seed, and how they come about."""
-    have = {(row["method"], row["adversary"], row["seed"]) for row in rows}
+    have = {(*_cell(row), row["seed"]) for row in rows}
     lacking = [
         f"{p.labels['method']} × {p.labels['adversary']} (seed {p.ssl['seed']})"
         for p in made
-        if (p.labels["method"], p.labels["adversary"], p.ssl["seed"]) not in have
+        if (*_cell(p.labels), p.ssl["seed"]) not in have
     ]
     if not lacking:
         return "Every cell has its runs."
@@ -119,6 +121,10 @@ def missing(made: Sequence[Point], rows: Sequence[dict[str, Any]]) -> str:
         f"{len(lacking)} of {len(made)} runs are missing: {', '.join(lacking)}. They are made with "
         f"launch = True."
     )
+
+
+def _cell(labels: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    return labels["method"], labels["adversary"], labels["vae_of"]
 
 
 def _title(method: str) -> str:

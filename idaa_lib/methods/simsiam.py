@@ -5,7 +5,7 @@ Two published variants, `pairing` in the configuration (docs/spec/idaa.md §2 an
 - `cifar`: the sum of both directions without ½; x′ is paired with the view that was attacked;
   projector of 2 layers; warm-up and cosine by iteration, the predictor at a constant rate.
 - `imagenet`: the mean of both directions; x′ is paired with the other view; projector of 3 layers;
-  cosine by epoch for all.
+  cosine by epoch for all; residual branches start at 0.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from idaa_lib.methods.base import (
     register_method,
 )
 from idaa_lib.nets.heads import Siamese, mlp, simsiam_projector
+from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import Recipe, Views
 
 
@@ -49,6 +50,8 @@ class SimSiam(Method):
     def __init__(self, config: SSLConfig, recipe: Recipe) -> None:
         backbone, dim = backbone_of(config), config.projection_dim
         self.cifar = config.pairing == "cifar"
+        if not self.cifar:
+            zero_residuals(backbone)
         projector = simsiam_projector(backbone.feature_dim, dim, layers=2 if self.cifar else 3)
         network = Siamese(backbone, projector, mlp(dim, max(1, dim // 4), dim))
         super().__init__(network, recipe, config.weight_decay)

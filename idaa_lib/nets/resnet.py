@@ -126,6 +126,18 @@ class ResNet(Normed):
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
 
 
+def zero_residuals(backbone: nn.Module) -> None:
+    """Start each residual branch of a ResNet at 0: the last BatchNorm's weight of every block.
+
+    Goyal et al. 2017 (arXiv:1706.02677), §5.1; a backbone without such blocks is left alone.
+    """
+    for block in backbone.modules():
+        if isinstance(block, _Block):
+            for name, norm in block.named_children():
+                if name.removesuffix("_adv") == f"bn{block.depth}":
+                    nn.init.zeros_(norm.weight)
+
+
 def torchvision_weights(backbone: nn.Module) -> dict[str, Tensor]:
     """A ResNet's state dict under torchvision's names, with the main norms alone.
 
