@@ -259,7 +259,8 @@ class Fit:
         if attack is not None:
             assert step.adversarial_loss is not None
             assert step.attacked is not None
-            adversarial = step.adversarial_loss(attack.images)
+            with self.accelerator.autocast():
+                adversarial = step.adversarial_loss(attack.images)
             x_adv = attack.images.detach()
             moved = (x_adv - step.attacked).flatten(1).norm(dim=1).mean()
             parts |= {"clean_loss": step.loss, "adversarial_loss": adversarial, "moved": moved}
