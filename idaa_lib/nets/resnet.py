@@ -135,7 +135,7 @@ def zero_residuals(backbone: nn.Module) -> None:
         if isinstance(block, _Block):
             for name, norm in block.named_children():
                 if name.removesuffix("_adv") == f"bn{block.depth}":
-                    nn.init.zeros_(norm.weight)
+                    nn.init.zeros_(norm.get_parameter("weight"))
 
 
 def torchvision_weights(backbone: nn.Module) -> dict[str, Tensor]:
