@@ -305,7 +305,8 @@ def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
         # Each line of metrics.jsonl at its place: an SVG's y grows downwards.
         assert np.corrcoef(x, [line["step"] for line in lines])[0, 1] == pytest.approx(1, abs=1e-6)
         assert np.corrcoef(y, [line["loss"] for line in lines])[0, 1] == pytest.approx(-1, abs=1e-6)
-        assert readings(page) == len(run.metrics())
+        count = len(run.metrics())  # the last validation's line too
+        browser.until(page, lambda: readings(page) == count, f"{count} readings")
         browser.shot(page, "03_finished")
     finally:
         notebook.close()

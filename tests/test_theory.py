@@ -371,7 +371,7 @@ def test_vaes_that_differ_in_one_thing_alone_are_siblings(middle):
 
 def test_every_axis_of_a_figure_has_a_label(made):
     for name in FIGURES:
-        figure = getattr(identity, f"{name}_figure")(made)
+        figure = getattr(findings, f"{name}_figure")(made)
         # What is shared between panels is said at the first.
         assert figure.axes[0].get_ylabel()
         assert all(axis.get_xlabel() for axis in figure.axes)
