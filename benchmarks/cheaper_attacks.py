@@ -33,6 +33,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+NAMES = {
+    "idaa": "attack = full, as published",
+    "idaa_prefix": "attack = prefix",
+    "idaa_carried": "attack = carried",
+    "idaa_free": "attack = free",
+    "none": "no adversary",
+}
+
+
 def main(limit: int = 5000, seconds: float = 120.0) -> None:
     dataset = os.environ.get("IDAA_CIFAR10_ZIP", "photos")
     data: dict[str, Any] = {"dataset": dataset, "limit": limit}
@@ -83,7 +92,9 @@ def told(name: str, run: Run, points: list[tuple[float, float]]) -> list[dict[st
 def draw(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
     figure, axis = plots._axes(figsize=(6.4, 4), layout="constrained")
     for (name, points), colour in zip(curves.items(), PALETTE, strict=False):
-        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=colour)
+        axis.plot(
+            *zip(*points, strict=True), marker="o", markersize=3, label=NAMES[name], color=colour
+        )
     axis.set(xlabel="training steps (seconds)", ylabel="validation kNN top-1 (%)")
     axis.legend()
     save(figure, path)
