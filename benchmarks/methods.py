@@ -31,13 +31,13 @@ def main(limit: int = 5000, epochs: int = 8) -> None:
         "vae": {"limit": limit, "dim": 128, "width": 16, "epochs": 12},
         "ssl": {"limit": limit, "width": 16, "epochs": epochs, "knn_every": epochs},
         "eval": {"limit": limit},
-        "jobs": 1,
+        "jobs": 2,
     }
     # Photographs: nothing of CIFAR-10, and there without a download.
     whole = CompareConfig(preset="demo", **fields, **ALL, elsewhere="photos")
     seeds = CompareConfig(preset="demo", **fields, **ALL, methods=("simclr",), seeds=(1, 2))
     grid = sweeps.cells(whole) + sweeps.cells(seeds)
-    rows = sweeps.run_all(grid)
+    rows = sweeps.run_all(grid, whole.jobs)
     print(table.frame(grid, rows).to_string(index=False))
     asked = fields | {
         "elsewhere": "photos",
