@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -70,6 +70,22 @@ class Direction:
 
     anchor: Anchor
     unit: Tensor
+
+
+class _Turn(NamedTuple):
+    """What the call of an attack says besides images and loss: see `_Adversary.__call__`."""
+
+    generator: torch.Generator | None = None
+    shard: tuple[int, int] = (0, 1)
+    samples: Tensor | None = None
+    step: int = 0
+
+    def draw(self, sample: Any, like: Tensor) -> Tensor:
+        """This rank's part of a draw for the global batch, made on the CPU whatever the device."""
+        rank, processes = self.shard
+        n = len(like)
+        drawn = sample((processes * n, *like.shape[1:]), generator=self.generator)
+        return drawn[rank * n : (rank + 1) * n].to(like)
 
 
 class NoAdversary:
@@ -179,13 +195,16 @@ class _Adversary:
         Raises:
             AttackError: the gradient is not finite.
         """
+        return self._perform(x, attack_loss, _Turn(generator, shard, samples, step))
+
+    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: _Turn) -> Attack:
         anchor = self.anchor(x, graph=not self.random_start)
         delta = torch.zeros_like(anchor.point)
         if self.random_start:
-            delta = self._uniform(anchor.point, generator, shard)
+            delta = self._uniform(anchor.point, turn)
         for step in range(self.steps):
             at_start = step == 0 and not self.random_start
-            unit = self._unit(anchor, delta, attack_loss, at_start, generator, shard)
+            unit = self._unit(anchor, delta, attack_loss, at_start, turn)
             delta = self._project(delta + self.step_size * unit)
         return self._attack(anchor, delta)
 
@@ -198,7 +217,7 @@ class _Adversary:
         """The first step's direction at x. With one step and no random start it is the attack."""
         anchor = self.anchor(x, graph=True)
         zero = torch.zeros_like(anchor.point)
-        unit = self._unit(anchor, zero, attack_loss, True, generator, (0, 1))
+        unit = self._unit(anchor, zero, attack_loss, True, _Turn(generator))
         self.check()
         return Direction(replace(anchor, start=None), unit)
 
@@ -218,8 +237,7 @@ class _Adversary:
         delta: Tensor,
         attack_loss: AttackLoss,
         at_start: bool,
-        generator: torch.Generator | None,
-        shard: tuple[int, int],
+        turn: _Turn,
     ) -> Tensor:
         with torch.enable_grad():
             if at_start and anchor.start is not None:
@@ -255,14 +273,12 @@ class _Adversary:
         factor = self.epsilon / _length(delta).clamp_min(torch.finfo(delta.dtype).tiny)
         return delta * factor.clamp_max(1)
 
-    def _uniform(
-        self, like: Tensor, generator: torch.Generator | None, shard: tuple[int, int]
-    ) -> Tensor:
+    def _uniform(self, like: Tensor, turn: _Turn) -> Tensor:
         """A uniform draw of the ε-ball for each sample."""
         if self.norm == "linf":
-            return self.epsilon * (2 * _draw(torch.rand, like, generator, shard) - 1)
-        normal = _draw(torch.randn, like, generator, shard)
-        radius = _draw(torch.rand, like.flatten(1)[:, :1], generator, shard)
+            return self.epsilon * (2 * turn.draw(torch.rand, like) - 1)
+        normal = turn.draw(torch.randn, like)
+        radius = turn.draw(torch.rand, like.flatten(1)[:, :1])
         radius = radius.reshape(-1, *[1] * (like.dim() - 1)) ** (1 / like[0].numel())
         return self.epsilon * radius * normal / _length(normal)
 
@@ -361,35 +377,30 @@ class CarriedIDAA(IDAA):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.deltas.copy_(state["deltas"])
 
-    def __call__(
-        self,
-        x: Tensor,
-        attack_loss: AttackLoss,
-        generator: torch.Generator | None = None,
-        shard: tuple[int, int] = (0, 1),
-        samples: Tensor | None = None,
-        step: int = 0,
-    ) -> Attack:
-        if step % self.every == 0:
-            attack = super().__call__(x, attack_loss, generator, shard)
+    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: _Turn) -> Attack:
+        samples = self._places(turn, x.device)
+        if turn.step % self.every == 0:
+            attack = super()._perform(x, attack_loss, turn)
             self._carry(samples, attack.delta)
             return attack
         return self._attack(self.anchor(x), self._carried(samples, x))
 
-    def _carried(self, samples: Tensor | None, x: Tensor) -> Tensor:
-        """δ (B, m) that these images got last."""
-        if samples is None:
+    def _places(self, turn: _Turn, device: torch.device) -> Tensor:
+        """Where the δ of these images lie (B,), on `device`, to which the memory comes too."""
+        if turn.samples is None:
             raise UserError(
                 "This attack carries δ over for each training image: it needs a method that says "
                 "which images a step attacks (Step.samples)."
             )
-        self.deltas = self.deltas.to(x.device)
-        return self.deltas[samples.to(x.device)].to(x.dtype)
+        self.deltas = self.deltas.to(device)
+        return turn.samples.to(device)
 
-    def _carry(self, samples: Tensor | None, delta: Tensor) -> None:
-        self._carried(samples, delta)
-        assert samples is not None
-        self.deltas[samples.to(delta.device)] = delta.to(self.deltas.dtype)
+    def _carried(self, samples: Tensor, x: Tensor) -> Tensor:
+        """δ (B, m) that these images got last."""
+        return self.deltas[samples].to(x.dtype)
+
+    def _carry(self, samples: Tensor, delta: Tensor) -> None:
+        self.deltas[samples] = delta.to(self.deltas.dtype)
 
 
 class FreeIDAA(CarriedIDAA):
@@ -405,20 +416,12 @@ class FreeIDAA(CarriedIDAA):
 
     _leaf: tuple[Tensor, Tensor] | None = None
 
-    def __call__(
-        self,
-        x: Tensor,
-        attack_loss: AttackLoss,
-        generator: torch.Generator | None = None,
-        shard: tuple[int, int] = (0, 1),
-        samples: Tensor | None = None,
-        step: int = 0,
-    ) -> Attack:
+    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: _Turn) -> Attack:
         anchor = self.anchor(x)
+        samples = self._places(turn, x.device)
         delta = self._carried(samples, x)
         with torch.enable_grad():
             images = self.render(anchor, delta.requires_grad_())
-        assert samples is not None
         self._leaf = samples, delta
         z = anchor.point + delta.detach()
         return Attack(images, delta.detach(), z, anchor.reconstruction)
@@ -438,17 +441,9 @@ class RandomSign(IDAA):
     looked at.
     """
 
-    def __call__(
-        self,
-        x: Tensor,
-        attack_loss: AttackLoss,
-        generator: torch.Generator | None = None,
-        shard: tuple[int, int] = (0, 1),
-        samples: Tensor | None = None,
-        step: int = 0,
-    ) -> Attack:
+    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: _Turn) -> Attack:
         anchor = self.anchor(x)
-        unit = self._unit(anchor, anchor.point, attack_loss, True, generator, shard)
+        unit = self._unit(anchor, anchor.point, attack_loss, True, turn)
         return self._attack(anchor, self.epsilon * unit)
 
     def _unit(
@@ -457,26 +452,15 @@ class RandomSign(IDAA):
         delta: Tensor,
         attack_loss: AttackLoss,
         at_start: bool,
-        generator: torch.Generator | None,
-        shard: tuple[int, int],
+        turn: _Turn,
     ) -> Tensor:
-        signs = _draw(torch.rand, anchor.point, generator, shard).sub(0.5).sign()
+        signs = turn.draw(torch.rand, anchor.point).sub(0.5).sign()
         return signs if self.norm == "linf" else signs / _length(signs)
 
 
 def _length(x: Tensor) -> Tensor:
     """Euclidean norm of each sample, shaped to multiply x."""
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
-
-
-def _draw(
-    sample: Any, like: Tensor, generator: torch.Generator | None, shard: tuple[int, int]
-) -> Tensor:
-    """This rank's part of a draw for the global batch, made on the CPU whatever the device."""
-    rank, processes = shard
-    n = len(like)
-    drawn = sample((processes * n, *like.shape[1:]), generator=generator)
-    return drawn[rank * n : (rank + 1) * n].to(like)
 
 
 def _waits(device: torch.device) -> bool:
