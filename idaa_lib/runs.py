@@ -399,16 +399,23 @@ def asked(config: Config) -> dict[str, Any]:
 
 def command(run: Run) -> str:
     """The shell command that makes the run (or resumes it, or shows it)."""
-    if imported := (read_json(run.path / "environment.json") or {}).get("imported"):
+    if imported := run.environment.get("imported"):
         code = f"import_run({imported['file']!r}, {run.config.dataset!r})"
         return shlex.join(["python", "-c", f"import idaa_lib; idaa_lib.{code}"])
     fields = asked(run.config)
     if run.stage == "theory":  # a study of the lab's, which has no command of its own
-        name = NOTEBOOKS[run.stage]
-        words = [word for key, value in fields.items() for word in ("-p", key, str(value))]
-        return shlex.join(["papermill", f"notebooks/{name}.ipynb", f"outputs/{name}.ipynb", *words])
+        return papermill(NOTEBOOKS[run.stage], fields)
     words = [f"{name}={value}" for name, value in fields.items()]
     return shlex.join(["python", "-m", "idaa_lib.train", run.stage, *words])
+
+
+def papermill(notebook: str, parameters: Mapping[str, Any]) -> str:
+    """The shell command that runs `notebooks/<notebook>.ipynb` with these parameters."""
+    words = ["papermill", f"notebooks/{notebook}.ipynb", f"outputs/{notebook}.ipynb"]
+    for name, value in parameters.items():
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        words += ["-p", name, text.strip("()").rstrip(",") if isinstance(value, tuple) else text]
+    return shlex.join(words)
 
 
 def size_of(run: Run) -> int:

@@ -99,7 +99,7 @@ def test_the_sweep_s_command_gives_its_configuration_back():
     import shlex
 
     config = SweepConfig(epsilons=(0.1,), betas=(), seeds=(0, 1), ssl={"epochs": 2}, jobs=3)
-    words = shlex.split(report._papermill("05_sensitivity", runs.asked(config)))[3:]
+    words = shlex.split(runs.papermill("05_sensitivity", runs.asked(config)))[3:]
     assert SweepConfig(**dict(zip(words[1::3], words[2::3], strict=True))) == config
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -147,7 +145,7 @@ def _study(table: Path) -> dict[str, Any]:
         "said": f"{config.adversary} on {Path(config.dataset).name}; accuracy on validation "
         f"(hyper-parameters are not judged on test), n = {n}; {len(rows)} points; seeds {seeds}.",
         "figure": _drawn(plots.sensitivity(rows)),
-        "command": _papermill("05_sensitivity", runs.asked(config)),
+        "command": runs.papermill("05_sensitivity", runs.asked(config)),
     }
 
 
@@ -157,7 +155,7 @@ def _pictures(run: Run) -> dict[str, Any] | None:
     found = [(said, _data(path)) for path, said in paths.items() if path.exists()]
     if not found:
         return None
-    commands = [runs.command(run), _papermill("02_decompose", {"vae": run.reference})]
+    commands = [runs.command(run), runs.papermill("02_decompose", {"vae": run.reference})]
     return {"name": compare.name_of(run), "id": run.id, "pictures": found, "commands": commands}
 
 
@@ -185,14 +183,6 @@ def _training(run: Run) -> dict[str, Any]:
         "figure": _drawn(plots.curves({run.id: run}, keys[:2])) if keys else "",
         "commands": list(_lineage(run)),
     }
-
-
-def _papermill(notebook: str, parameters: dict[str, Any]) -> str:
-    words = ["papermill", f"notebooks/{notebook}.ipynb", f"outputs/{notebook}.ipynb"]
-    for name, value in parameters.items():
-        text = json.dumps(value) if isinstance(value, dict) else str(value)
-        words += ["-p", name, text.strip("()").rstrip(",") if isinstance(value, tuple) else text]
-    return shlex.join(words)
 
 
 def _drawn(figure: Figure) -> Markup:
