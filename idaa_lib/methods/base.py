@@ -236,6 +236,28 @@ def attacked_by(config: SSLConfig) -> dict[str, Any]:
     return how | {"stages": config.attack_stages} if config.attack == "prefix" else how
 
 
+def two_view_step(
+    loss: Tensor,
+    views: tuple[Views, ...],
+    batch: Batch,
+    embeddings: tuple[Tensor, Tensor],
+    **attack: Any,
+) -> Step:
+    """The `Step` of a loss of two views whose first is attacked.
+
+    embeddings: of both (B, D). attack: `attack_loss`, `adversarial_loss`, and other fields.
+    """
+    v1, v2 = (view.images for view in views)
+    return Step(
+        loss,
+        attacked=v1,
+        samples=batch.get("images"),
+        embeddings=(embeddings[0].detach(), embeddings[1].detach()),
+        shown={"view 1": v1, "view 2": v2},
+        **attack,
+    )
+
+
 def similarity(rows: Tensor, columns: Tensor, temperature: float) -> Tensor:
     """rows (N, D) · columns (M, D)ᵀ / τ, (N, M): the cosines of a contrastive loss.
 

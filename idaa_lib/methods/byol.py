@@ -31,6 +31,7 @@ from idaa_lib.methods.base import (
     frozen_copy,
     momentum_sgd,
     register_method,
+    two_view_step,
 )
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.heads import Siamese, mlp
@@ -66,14 +67,13 @@ class BYOL(Method):
             t = self._aim(x_adv, adversarial=True)
             return (negative_cosine(p, t2) + negative_cosine(p2, t)) / 2
 
-        return Step(
+        return two_view_step(
             (negative_cosine(p1, t2) + negative_cosine(p2, t1)) / 2,
-            attacked=v1,
-            samples=batch.get("images"),
+            views,
+            batch,
+            (z1, z2),
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
-            embeddings=(z1.detach(), z2.detach()),
-            shown={"view 1": v1, "view 2": v2},
         )
 
     @torch.no_grad()

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from idaa_lib.configs import SSLConfig
-from idaa_lib.methods.base import Batch, Method, Step, attacked_by, backbone_of, gathered
+from idaa_lib.methods.base import (
+    Batch,
+    Method,
+    Step,
+    attacked_by,
+    backbone_of,
+    gathered,
+    two_view_step,
+)
 from idaa_lib.nets.heads import Embedder
 from idaa_lib.views import Recipe, Views
 
@@ -53,14 +61,13 @@ class Contrastive(Method):
         def adversarial_loss(x_adv: Tensor) -> Tensor:
             return self.contrast(z1, self._embed(x_adv, adversarial=True))
 
-        return Step(
+        return two_view_step(
             self.contrast(z1, z2),
-            attacked=v1,
-            samples=batch.get("images"),
+            views,
+            batch,
+            (z1, z2),
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
-            embeddings=(z1.detach(), z2.detach()),
-            shown={"view 1": v1, "view 2": v2},
         )
 
     def _embed(self, images: Tensor, **how: Any) -> Tensor:

@@ -33,6 +33,7 @@ from idaa_lib.methods.base import (
     momentum_sgd,
     register_method,
     similarity,
+    two_view_step,
 )
 from idaa_lib.nets.heads import Embedder, simclr_projector
 from idaa_lib.views import Recipe, Views
@@ -81,14 +82,13 @@ class MoCo(Method):
         def of_adversarial(x: Tensor) -> Tensor:
             return loss_of(self.network(x, adversarial=True))
 
-        return Step(
+        return two_view_step(
             loss_of(q),
-            attacked=v1,
-            samples=batch.get("images"),
+            views,
+            batch,
+            (q, k),
             attack_loss=of_adversarial,
             adversarial_loss=of_adversarial,
-            embeddings=(q.detach(), k),
-            shown={"view 1": v1, "view 2": v2},
             carry={"keys": gathered(k)},
         )
 

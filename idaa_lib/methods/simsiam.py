@@ -26,6 +26,7 @@ from idaa_lib.methods.base import (
     epoch_cosine,
     momentum_sgd,
     register_method,
+    two_view_step,
 )
 from idaa_lib.nets.heads import Siamese, mlp, simsiam_projector
 from idaa_lib.nets.resnet import zero_residuals
@@ -76,14 +77,13 @@ class SimSiam(Method):
             z, p = self.network(x_adv, adversarial=True)
             return self._both(p1, z1, p, z) if self.cifar else self._both(p2, z2, p, z)
 
-        return Step(
+        return two_view_step(
             self._both(p1, z1, p2, z2),
-            attacked=v1,
-            samples=batch.get("images"),
+            views,
+            batch,
+            (z1, z2),
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
-            embeddings=(z1.detach(), z2.detach()),
-            shown={"view 1": v1, "view 2": v2},
         )
 
     def _both(self, p1: Tensor, z1: Tensor, p2: Tensor, z2: Tensor) -> Tensor:
