@@ -10,6 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from idaa_lib import checkpoints
+
 ROOT = Path(__file__).resolve().parent.parent
 # Parts that CI names must be there: what would be skipped elsewhere is a failure then.
 REQUIRED = set(filter(None, os.environ.get("IDAA_REQUIRE", "").split(",")))
@@ -26,6 +28,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)
+
+
+def outcome(run):
+    """Weights, optimiser and metrics of a run, without its times."""
+    tensors, state = checkpoints.load(run)
+    times = {"time", "images_per_second"}
+    lines = [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
+    summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "images_per_second")}
+    state.pop("seconds")
+    return tensors, state, lines, summary
 
 
 @pytest.fixture

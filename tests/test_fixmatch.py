@@ -12,6 +12,7 @@ import pytest
 import skimage.data
 import torch
 import torch.distributed as dist
+from conftest import outcome
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import stats
 from torch import nn
@@ -567,15 +568,6 @@ TINY = dict(
     limit=200, width=4, labels_per_class=2, batch_size=8, mu=2, epochs=2, steps_per_epoch=6,
     threshold=0.3, log_every=4, device="cpu",
 )  # fmt: skip
-
-
-def outcome(run):
-    tensors, state = checkpoints.load(run)
-    times = {"time", "images_per_second"}
-    lines = [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
-    summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "images_per_second")}
-    state.pop("seconds")
-    return tensors, state, lines, summary
 
 
 @pytest.fixture

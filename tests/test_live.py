@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import outcome
 from PIL import Image
 
 from idaa_lib import checkpoints, runs
@@ -54,12 +55,6 @@ def going(run):
     """Wait until some steps were logged."""
     until(lambda: look(run).word == "going" and len(run.metrics()) > 5)
     return run
-
-
-def outcome(run):
-    tensors, _ = checkpoints.load(run)
-    times = {"time", "images_per_second"}
-    return tensors, [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
 
 
 def pid_of(run):

@@ -12,10 +12,10 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from conftest import outcome
 from torch import nn
 from torch.nn import functional as F
 
-from idaa_lib import checkpoints
 from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.evaluate.encoders import features, load_encoder, random_encoder
@@ -551,13 +551,6 @@ def shallow(monkeypatch):
     made = functools.partial(ResNet, (1, 1, 1, 1))
     monkeypatch.setitem(BACKBONES, "resnet10", made)
     return "resnet10"
-
-
-def outcome(run):
-    tensors, state = checkpoints.load(run)
-    times = {"time", "images_per_second"}
-    lines = [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
-    return tensors, {k: v for k, v in state.items() if k != "seconds"}, lines
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)

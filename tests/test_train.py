@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import outcome
 from PIL import Image
 
 import idaa_lib
@@ -55,16 +56,6 @@ def stop_after(monkeypatch, steps, how):
 
 def interrupt(fit):
     signal.raise_signal(signal.SIGINT)
-
-
-def outcome(run):
-    """Weights, optimiser and metrics of a run, without its times."""
-    tensors, state = checkpoints.load(run)
-    times = {"time", "images_per_second"}
-    lines = [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
-    summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "images_per_second")}
-    state.pop("seconds")
-    return tensors, state, lines, summary
 
 
 CHEAPER = ("prefix", "carried", "free")
