@@ -86,6 +86,15 @@ def simclr_transform(mean: Any, std: Any) -> Any:
     )
 
 
+def pil_loader(n: int, batch: int, views: int) -> DataLoader:
+    """Batches of `views` views of each of n images, made by 2 workers."""
+    data = images(n)
+    pictures = Photographs(data, simclr_transform(data.mean, data.std), views)
+    return DataLoader(
+        pictures, batch, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True
+    )
+
+
 def broadcast_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """NT-Xent by cosines of all pairs at once: holds (2B, 2B, D)."""
     z, n = torch.cat([z1, z2]), len(z1)
@@ -95,12 +104,7 @@ def broadcast_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 
 def views_pil() -> Work:
-    data = images(8 * BATCH)
-    transform = simclr_transform(data.mean, data.std)
-    loader = DataLoader(
-        Photographs(data, transform, 2), BATCH, shuffle=True, num_workers=2, drop_last=True,
-        persistent_workers=True,
-    )  # fmt: skip
+    loader = pil_loader(8 * BATCH, BATCH, 2)
 
     def epoch() -> None:
         for _ in loader:
@@ -155,23 +159,14 @@ def _adam(network: nn.Module) -> torch.optim.Optimizer:
 
 def _pil_views() -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of views without end, made by 2 workers while the step before computes."""
-    data = images(8 * BATCH)
-    transform = simclr_transform(data.mean, data.std)
-    loader = DataLoader(
-        Photographs(data, transform, 2), BATCH, shuffle=True, num_workers=2, drop_last=True,
-        persistent_workers=True,
-    )  # fmt: skip
+    loader = pil_loader(8 * BATCH, BATCH, 2)
     while True:
         for (x_i, x_j), _ in loader:
             yield x_i.to(DEVICE), x_j.to(DEVICE)
 
 
 def vae_straightforward() -> Work:
-    data = images(VAE_STEPS * VAE_BATCH)
-    loader = DataLoader(
-        Photographs(data, simclr_transform(data.mean, data.std), 1), VAE_BATCH, shuffle=True,
-        num_workers=2, drop_last=True, persistent_workers=True,
-    )  # fmt: skip
+    loader = pil_loader(VAE_STEPS * VAE_BATCH, VAE_BATCH, 1)
     vae = _vae().to(DEVICE).train().requires_grad_(True)
     optimizer = torch.optim.Adam(vae.parameters(), lr=5e-4, betas=(0.0, 0.9), foreach=False)
 
