@@ -19,8 +19,7 @@ from typing import Any
 import record
 
 from idaa_lib.configs import SSLConfig, VAEConfig
-from idaa_lib.lab import plots
-from idaa_lib.lab.style import PALETTE, save
+from idaa_lib.lab import style
 from idaa_lib.runs import Run
 from idaa_lib.train import train_ssl, train_vae
 
@@ -90,14 +89,14 @@ def told(name: str, run: Run, points: list[tuple[float, float]]) -> list[dict[st
 
 
 def draw(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    figure, axis = plots._axes(figsize=(6.4, 4), layout="constrained")
-    for (name, points), colour in zip(curves.items(), PALETTE, strict=False):
+    figure, axis = style.axes(figsize=(6.4, 4))
+    for (name, points), colour in zip(curves.items(), style.PALETTE, strict=False):
         axis.plot(
             *zip(*points, strict=True), marker="o", markersize=3, label=NAMES[name], color=colour
         )
     axis.set(xlabel="training steps (seconds)", ylabel="validation kNN top-1 (%)")
     axis.legend()
-    save(figure, path)
+    style.save(figure, path)
 
 
 if __name__ == "__main__":

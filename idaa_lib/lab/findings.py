@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from idaa_lib.lab import plots
+from idaa_lib.lab import plots, style
 from idaa_lib.lab.decompose import UNTRAINED
 from idaa_lib.lab.identity import LABELS, PARTS, Point
 from idaa_lib.lab.style import COLOURS, INK, NAMES, PALETTE
@@ -192,7 +192,7 @@ def information_figure(run: Run) -> Figure:
     told = run.summary or {}
     latent = told["latent"]
     k, lower, upper = np.array(latent["batches"]).T
-    figure, axis = _axes(1, (7.6, 3.8))
+    figure, axis = style.axes(figsize=(7.6, 3.8))
     axis.plot(k, upper, marker="v", markersize=4, color=PALETTE[1], label="upper, leave-one-out")
     axis.axhline(latent["rate"], color=PALETTE[4], linestyle="-.", label="rate (upper)")
     axis.axhline(told["log_n"], color=INK, linestyle=":", label="log N")
@@ -217,7 +217,7 @@ def parts_figure(run: Run) -> Figure:
     told = run.summary or {}
     parts, probes, n = told["parts"], told["probes"], told["n"]
     kinds = [kind for kind in ("instance", "class") if kind in probes]
-    figure, axes = _axes(2 + len(kinds), (2.7 * (2 + len(kinds)), 3.1))
+    figure, axes = style.axes(1, 2 + len(kinds), figsize=(2.7 * (2 + len(kinds)), 3.1))
     rows = [parts[part] for part in PARTS]
     _bars(axes[0], [(r["retrieved"], r["low"], r["high"]) for r in rows])
     axes[0].set(ylabel=f"x found among {n} (%)", title="Witness: retrieval@1")
@@ -262,7 +262,7 @@ def equal_hardness_figure(run: Run) -> Figure:
     """IDAA less CLAE, and less random signs, at the same loss; label consistency over the loss."""
     told = run.summary or {}
     consistent = any(p.consistency is not None for curve in points(run).values() for p in curve)
-    figure, axes = _axes(2 + consistent, (3.6 * (2 + consistent), 3.1))
+    figure, axes = style.axes(1, 2 + consistent, figsize=(3.6 * (2 + consistent), 3.1))
     panels = zip(
         axes,
         ("retrieved_difference", "infonce_difference"),
@@ -308,7 +308,7 @@ def candidates_figure(run: Run) -> Figure:
     """retrieval@1 over the number of candidates."""
     told = run.summary or {}
     k, figure = told["among"]["k"], None
-    figure, axis = _axes(1, (6.4, 3.6))
+    figure, axis = style.axes(figsize=(6.4, 3.6))
     for part, marker, colour in zip(PARTS, "xDv", (INK, PALETTE[4], PALETTE[3]), strict=True):
         label = LABELS[part]
         axis.plot(k, told["among"][part], marker=marker, markersize=4, color=colour, label=label)
@@ -384,11 +384,6 @@ def hardness_table(run: Run) -> pd.DataFrame:
         for point in curve
     ]
     return pd.DataFrame(rows).round(3)
-
-
-def _axes(columns: int, figsize: tuple[float, float]) -> tuple[Figure, Any]:
-    figure = Figure(figsize=figsize, layout="constrained")
-    return figure, figure.subplots(1, columns)
 
 
 def _bars(axis: Any, rows: Sequence[Sequence[float]]) -> None:

@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from idaa_lib.lab import style
 from idaa_lib.lab.style import COLOURS, INK, NAMES, PALETTE
 from idaa_lib.lab.style import save as save  # what notebooks call beside the figures
 from idaa_lib.runs import Run
@@ -52,15 +53,6 @@ SUBJECTS = {"": "this run", "random_": "untrained encoder", "pixels_": "raw pixe
 _PREFIX = {"encoder": "", "random": "random_"}  # of a transfer's rows
 
 
-def _axes(
-    lines: int = 1, columns: int = 1, *, figsize: tuple[float, float], layout: str | None = None,
-    **kwargs: Any,
-) -> tuple[Figure, Any]:  # fmt: skip
-    """As `plt.subplots`, outside pyplot's list of figures, so that any thread may draw."""
-    figure = Figure(figsize=figsize, layout=layout)  # type: ignore[arg-type]
-    return figure, figure.subplots(lines, columns, **kwargs)
-
-
 def image_rows(
     rows: Mapping[str, Tensor], title: str = "", columns: int = 8, names: Sequence[str] = ()
 ) -> Figure:
@@ -75,7 +67,7 @@ def image_rows(
     # In inches: cells of one, room for the names of rows and columns and for the title.
     left, top = 0.3 + 0.085 * max(map(len, rows)), 0.04 + 0.34 * bool(title) + 0.24 * bool(names)
     width, height = left + 1.04 * n, top + 1.04 * lines
-    figure, axes = _axes(lines, n, figsize=(width, height), squeeze=False)
+    figure, axes = style.axes(lines, n, figsize=(width, height), layout=None, squeeze=False)
     figure.subplots_adjust(
         left=left / width, right=1, bottom=0, top=1 - top / height, wspace=0.04, hspace=0.04
     )
@@ -104,14 +96,8 @@ def curves_of(readings: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequenc
     keys = [k for k in keys if any(k in line for lines in readings.values() for line in lines)]
     if not keys:
         return Figure()
-    columns = min(3, len(keys))
-    rows = -(-len(keys) // columns)
-    figure, axes = _axes(
-        rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(keys) :]:
-        axis.axis("off")
-    for key, axis in zip(keys, axes.flat, strict=False):
+    figure, axes = style.panels(len(keys), 3, (4.6, 3.2))
+    for key, axis in zip(keys, axes, strict=True):
         for label, lines in readings.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
@@ -122,7 +108,7 @@ def curves_of(readings: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequenc
         axis.xaxis.get_major_locator().set_params(integer=True)
     if len(readings) > 1:
         # One for all panels, below them: names of runs are long, and would hide the curves.
-        drawn = {str(line.get_label()): line for axis in axes.flat for line in axis.lines}
+        drawn = {str(line.get_label()): line for axis in axes for line in axis.lines}
         figure.legend(
             drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(3, len(drawn))
         )
@@ -136,9 +122,7 @@ def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
         maps: label → differences or parts (N, 3, H, W), normalised units.
     """
     found = {label: part.square().mean((0, 1)).sqrt().numpy() for label, part in maps.items()}
-    figure, axes = _axes(
-        1, len(maps), figsize=(2.6 * len(maps) + 0.6, 3), squeeze=False, layout="constrained"
-    )
+    figure, axes = style.axes(1, len(maps), figsize=(2.6 * len(maps) + 0.6, 3), squeeze=False)
     highest = max(part.max() for part in found.values())
     for axis, (label, part) in zip(axes.flat, found.items(), strict=True):
         shown = axis.imshow(part, cmap="magma", vmin=0, vmax=highest)
@@ -151,7 +135,7 @@ def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
 
 def spectra(parts: Mapping[str, Tensor]) -> Figure:
     """In which frequencies something lives: radially averaged power of (N, 3, H, W)."""
-    figure, axis = _axes(figsize=(6.4, 4), layout="constrained")
+    figure, axis = style.axes(figsize=(6.4, 4))
     for label, part in parts.items():
         frequency, power = radial_power(part)
         axis.plot(frequency, power, label=label, marker="o", markersize=3)
@@ -171,14 +155,14 @@ def identity_curves(curves: Mapping[str, Sequence[Any]]) -> Figure:
     A reading has epsilon, loss_after (nats), retrieved (%), loss_before and n, as `engine.Meters`.
     The right panel compares adversaries where it is fair: at an equal loss.
     """
-    figure, (left, middle, right) = _axes(1, 3, figsize=(10.2, 2.9), layout="constrained")
+    figure, (left, middle, right) = style.axes(1, 3, figsize=(10.2, 2.9))
     for (name, curve), marker in zip(curves.items(), "os^", strict=False):
-        style = dict(color=COLOURS[name], label=NAMES[name], marker=marker, markersize=3.5)
+        look = dict(color=COLOURS[name], label=NAMES[name], marker=marker, markersize=3.5)
         epsilons = [point.epsilon for point in curve]
         loss, found = [p.loss_after for p in curve], [p.retrieved for p in curve]
-        left.plot(epsilons, loss, **style)
-        middle.plot(epsilons, found, **style)
-        right.plot(loss, found, **style)
+        left.plot(epsilons, loss, **look)
+        middle.plot(epsilons, found, **look)
+        right.plot(loss, found, **look)
         for point in curve[:1]:
             left.axhline(point.loss_before, color=INK, linewidth=0.8, linestyle=":")
             unit = f"x found among {point.n} (%)"
@@ -199,8 +183,8 @@ def likeness(shares: Sequence[float], cosines: Mapping[str, Tensor]) -> Figure:
     Args:
         cosines: what moves → cosine to a and to b (N, 2) at each of the N shares of b.
     """
-    figure, axes = _axes(
-        1, len(cosines), figsize=(4.4 * len(cosines), 2.6), sharey=True, layout="constrained",
+    figure, axes = style.axes(
+        1, len(cosines), figsize=(4.4 * len(cosines), 2.6), sharey=True,
         squeeze=False,
     )  # fmt: skip
     for axis, (name, values) in zip(axes.flat, cosines.items(), strict=True):
@@ -252,7 +236,7 @@ def accuracy_table(summary: Mapping[str, Any]) -> pd.DataFrame:
 def accuracy_bars(summary: Mapping[str, Any]) -> Figure:
     """The same as bars with their 95 % intervals."""
     names = {p: name for p, name in SUBJECTS.items() if f"{p}knn_top1" in summary}
-    figure, axis = _axes(figsize=(6.4, 3.6), layout="constrained")
+    figure, axis = style.axes(figsize=(6.4, 3.6))
     for shift, probe, label in ((-0.2, "knn", "kNN"), (0.2, "linear", "linear")):
         top, low, high = (
             np.array([summary[f"{p}{probe}_{end}"] for p in names])
@@ -289,15 +273,9 @@ def transfer_bars(summary: Mapping[str, Any]) -> Figure:
     """The same as bars with their intervals: a panel for each data set, a group for each probe."""
     rows = pd.DataFrame(summary["rows"])
     names = list(rows["dataset"].unique())
-    columns = min(2, len(names))
-    lines = -(-len(names) // columns)
-    figure, axes = _axes(
-        lines, columns, figsize=(6.4 * columns, 3.4 * lines), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(names) :]:
-        axis.axis("off")
+    figure, axes = style.panels(len(names), 2, (6.4, 3.4))
     subjects = [key for key in _PREFIX if key in set(rows["features"])]
-    for name, axis in zip(names, axes.flat, strict=False):
+    for name, axis in zip(names, axes, strict=True):
         mine = rows[rows["dataset"] == name]
         probes = list(mine["probe"].unique())
         for place, subject in enumerate(subjects):
@@ -309,7 +287,7 @@ def transfer_bars(summary: Mapping[str, Any]) -> Figure:
         axis.set_xticks(range(len(probes)), probes)
         axis.set(ylabel=f"{mine['metric'].iloc[0]} (%)", ylim=(0, 100), title=name)
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(subjects)
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(subjects)
     )
     return figure
 
@@ -319,7 +297,7 @@ def classifier_bars(runs: Mapping[str, Run]) -> Figure:
     told = [run.summary or {} for run in runs.values()]
     ends = ("top1", "low", "high")
     top, low, high = (np.array([one[f"ema_{end}"] for one in told]) for end in ends)
-    figure, axis = _axes(figsize=(1.6 + 1.4 * len(runs), 3.4), layout="constrained")
+    figure, axis = style.axes(figsize=(1.6 + 1.4 * len(runs), 3.4))
     names = [name.replace(": ", ":\n") for name in runs]
     bars = axis.bar(names, top, 0.6, yerr=np.abs([top - low, high - top]), capsize=4)
     axis.bar_label(bars, [f"{value:.1f}" for value in top], label_type="center", color="white")
@@ -333,7 +311,7 @@ def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Fi
     n = len(classes)
     counts = torch.bincount(labels * n + predictions, minlength=n * n).reshape(n, n)
     percent = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
-    figure, axis = _axes(figsize=(0.52 * n + 2.2, 0.46 * n + 1.6), layout="constrained")
+    figure, axis = style.axes(figsize=(0.52 * n + 2.2, 0.46 * n + 1.6))
     sns.heatmap(
         percent.numpy(), annot=n <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, ax=axis,
         xticklabels=classes, yticklabels=classes, cbar_kws={"label": "percent of the true class"},
@@ -355,7 +333,7 @@ def embedding_map(
     flat = PCA(min(50, n, d), random_state=0).fit_transform(features.numpy())
     perplexity = min(30, (n - 1) / 3)
     place = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat)
-    figure, axis = _axes(figsize=(8, 5.4), layout="constrained")
+    figure, axis = style.axes(figsize=(8, 5.4))
     colours = sns.color_palette("husl", len(classes)) if len(classes) > 7 else PALETTE
     for c, name in enumerate(classes):
         mine = labels.numpy() == c
@@ -390,7 +368,7 @@ def neighbours(
     count = min(8, len(z) - 1)
     near = similarity.topk(count, dim=1).indices
     size = (1.07 * (count + 1), 1.1 * len(queries))
-    figure, axes = _axes(len(queries), count + 1, figsize=size, squeeze=False)
+    figure, axes = style.axes(len(queries), count + 1, figsize=size, layout=None, squeeze=False)
     for line, q, found in zip(axes, queries, near, strict=True):
         name = classes[int(labels[q])]
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
@@ -417,9 +395,9 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
     names = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
     columns = list(dict.fromkeys(rows["axis"]))
     probes = {"knn_top1_val": "kNN", "linear_top1_val": "linear"}
-    figure, panels = _axes(
+    figure, panels = style.axes(
         2, len(columns), figsize=(4.1 * len(columns), 5.4), sharey="row", sharex="col",
-        squeeze=False, layout="constrained",
+        squeeze=False,
     )  # fmt: skip
     adversaries = list(dict.fromkeys(rows["adversary"]))
     for column, axis in enumerate(columns):

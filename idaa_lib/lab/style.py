@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import seaborn as sns
@@ -52,6 +53,26 @@ sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE, rc=RC)
 
 
 DPI = 150  # of saved pictures: sharp on dense screens; notebooks show them at their size in inches
+
+
+def axes(
+    lines: int = 1, columns: int = 1, *, figsize: tuple[float, float],
+    layout: str | None = "constrained", **kwargs: Any,
+) -> tuple[Figure, Any]:  # fmt: skip
+    """As `plt.subplots`, outside pyplot's list of figures, so that any thread may draw."""
+    figure = Figure(figsize=figsize, layout=layout)  # type: ignore[arg-type]
+    return figure, figure.subplots(lines, columns, **kwargs)
+
+
+def panels(n: int, most: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """A figure of n panels of `size` (inches), at most `most` side by side, and its axes (n,)."""
+    columns = min(most, n)
+    lines = -(-n // columns)
+    width, height = size
+    figure, grid = axes(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
+    for left_over in grid.flat[n:]:
+        left_over.axis("off")
+    return figure, grid.flat[:n]
 
 
 def save(figure: Figure, path: Path) -> Image:

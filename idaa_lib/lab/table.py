@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import t as student
 
-from idaa_lib.lab.plots import _axes
+from idaa_lib.lab import style
 from idaa_lib.lab.style import COLOURS, INK, NAMES
 from idaa_lib.methods import METHODS
 from idaa_lib.sweeps import Point
@@ -72,7 +72,7 @@ def levels(rows: Sequence[dict[str, Any]]) -> Figure:
     rows = [row for row in rows if not row["vae_of"]]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     adversaries = list(dict.fromkeys(row["adversary"] for row in rows))
-    figure, panels = _axes(1, 2, figsize=(9.6, 3.8), sharey=True, layout="constrained")
+    figure, panels = style.axes(1, 2, figsize=(9.6, 3.8), sharey=True)
     width = 0.8 / len(adversaries)
     for (key, probe), panel in zip(PROBES.items(), panels, strict=True):
         for i, adversary in enumerate(adversaries):
