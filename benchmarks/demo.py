@@ -1,6 +1,8 @@
-"""How long does `make demo` take, and what comes out? In outputs of its own, from nothing.
+"""How long do `make demo` and the notebooks after it take, and what comes out? In outputs of its
+own, from nothing.
 
-`make demo` itself, after installation; the seconds of each executed notebook are papermill's.
+`make demo` itself, after installation, then notebooks 06 to 10 as they stand, one at a time, with
+the runs that the demo made; the seconds of each executed notebook are papermill's.
 """
 
 from __future__ import annotations
@@ -15,17 +17,33 @@ from pathlib import Path
 from statistics import median
 
 import record
+from paired import ALLOCATOR
+
+from idaa_lib import sweeps
+from idaa_lib.configs import SSLConfig
+from idaa_lib.train import train_ssl
 
 ROOT = Path(__file__).resolve().parent.parent
+FURTHER = (
+    "06_compare_methods",
+    "07_semi_supervised",
+    "08_identity_theory",
+    "09_transfer",
+    "10_detection",
+)
 
 
 def main() -> None:
     subprocess.run(["make", "setup"], cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        environment = os.environ | {"IDAA_OUTPUTS": folder}
-        subprocess.run(["make", "demo"], cwd=ROOT, env=environment, check=True)
+        os.environ |= ALLOCATOR | {"IDAA_OUTPUTS": folder}
+        subprocess.run(["make", "demo"], cwd=ROOT, check=True)
         minutes = (time.monotonic() - began) / 60
+        for name in FURTHER:
+            if name == "10_detection":
+                train_ssl(SSLConfig(stem="imagenet", size=64))  # what it asks for
+            sweeps.execute(name, {}, Path(folder) / "notebooks" / f"{name}.ipynb")
         seconds: dict[str, list[float]] = {}
         for path in Path(folder).rglob("*.ipynb"):
             told = json.loads(path.read_text())["metadata"]["papermill"]
@@ -53,8 +71,11 @@ def main() -> None:
                     rows.append(record.row(f"{probe}_{name}", value, "% top-1", n, spread))
     protocol = (
         "`make demo` after installation, outputs empty, photographs decoded or not as found; "
-        "two notebooks at a time. seconds_*: papermill's duration of each executed notebook, "
-        "median, spread: smallest and largest, n: notebooks (05 finds its runs finished). "
+        "two notebooks at a time; then 06 to 10 one at a time, on what is there (06 finds three of "
+        "its cells finished and launches none; 08 and 09 take the newest runs; 10 one with an "
+        "ImageNet stem at 64 px, whose training is not counted). seconds_*: papermill's duration "
+        "of each executed notebook, median, spread: smallest and largest, n: notebooks (05 finds "
+        "its runs finished). "
         "knn_*, linear_*: test accuracy on photos, spread: bootstrap 95 % interval over n images."
     )
     print(record.write("demo", protocol, rows))
