@@ -24,7 +24,9 @@ from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, VAEConfig
 from idaa_lib.evaluate.encoders import features, load_encoder, random_encoder
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.images import load
-from idaa_lib.methods.fixmatch import build_fixmatch, contrast, labelled_subset
+from idaa_lib.methods.fixmatch import build_fixmatch
+from idaa_lib.methods.plain import one_way
+from idaa_lib.methods.sampling import labelled_subset
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.vae import VAE
 from idaa_lib.randaugment import OPERATIONS, RandAugment, augment, cutout, strengths_of
@@ -362,7 +364,7 @@ def test_a_step_agrees_with_a_naive_one(adversary, contrast):
 
 def test_infonce_of_features_that_are_all_alike_is_the_log_of_their_number():
     h = F.normalize(torch.ones(5, 3, dtype=torch.float64), dim=1)
-    torch.testing.assert_close(contrast(h, h, 0.1), torch.full((5,), math.log(5)).double())
+    torch.testing.assert_close(one_way(h, h, 0.1, "none"), torch.full((5,), math.log(5)).double())
 
 
 def test_pseudo_labels_are_counted():

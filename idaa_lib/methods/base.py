@@ -236,6 +236,27 @@ def attacked_by(config: SSLConfig) -> dict[str, Any]:
     return how | {"stages": config.attack_stages} if config.attack == "prefix" else how
 
 
+def anchored(embed: Callable[[], Tensor], reuse: bool = True) -> Callable[[Tensor, bool], Tensor]:
+    """What an attack loss compares with: the attacked view's own embedding, stopped.
+
+    Gives a function of the embedding z at hand and of whether this is the attack's start. There the
+    images are the view itself, so z is it: exact, a pass saved. `embed()` makes it elsewhere, or
+    where nothing is to be reused. It stays the same through all steps of the attack.
+    """
+    anchor: Tensor | None = None
+
+    def of(z: Tensor, at_start: bool) -> Tensor:
+        nonlocal anchor
+        if anchor is None and at_start and reuse:
+            anchor = z.detach()
+        elif anchor is None:
+            with torch.no_grad():
+                anchor = embed()
+        return anchor
+
+    return of
+
+
 def two_view_step(
     loss: Tensor,
     views: tuple[Views, ...],

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from idaa_lib.configs import SSLConfig
@@ -13,6 +12,7 @@ from idaa_lib.methods.base import (
     Batch,
     Method,
     Step,
+    anchored,
     attacked_by,
     backbone_of,
     gathered,
@@ -45,18 +45,11 @@ class Contrastive(Method):
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
         v1, v2 = (view.images for view in views)
         z1, z2 = self._embed(v1), self._embed(v2)  # (B, D) of all processes
-        anchor: Tensor | None = None
+        anchor = anchored(lambda: self._embed(v1, **self.attacked_by), self.reuse_anchor)
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            nonlocal anchor
             z = self._embed(x, **self.attacked_by)
-            if anchor is None and at_start and self.reuse_anchor:
-                # x is the first view itself, so its embedding is the anchor: exact, a pass saved.
-                anchor = z.detach()
-            elif anchor is None:
-                with torch.no_grad():
-                    anchor = self._embed(v1, **self.attacked_by)
-            return self.contrast(anchor, z)
+            return self.contrast(anchor(z, at_start), z)
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:
             return self.contrast(z1, self._embed(x_adv, adversarial=True))

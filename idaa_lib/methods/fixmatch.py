@@ -20,7 +20,6 @@ are not averaged but copied; in both they move by 1 − decay a step (.001 there
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,42 +28,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from idaa_lib.configs import ConfigError, SemiConfig
+from idaa_lib.configs import SemiConfig
 from idaa_lib.methods.base import (
     Batch,
     Method,
     Step,
+    anchored,
     backbone_of,
     follow,
     frozen_copy,
     gathered,
     share_of_draw,
-    similarity,
 )
+from idaa_lib.methods.plain import one_way
+from idaa_lib.methods.sampling import LABELLED, UNLABELLED, labelled_subset, stream
 from idaa_lib.nets import initial_weights
-from idaa_lib.nets.heads import Embedder
+from idaa_lib.nets.heads import Classifier, Embedder
 from idaa_lib.randaugment import RandAugment
-from idaa_lib.views import Recipe, Views, keyed_generator
+from idaa_lib.views import Recipe, Views
 
 # What CIFAR-100 is normalised with here (spec §5); CIFAR-10 as everywhere.
 CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-# Streams of random numbers, the last part of the key, beside those of the training loop.
-LABELLED, UNLABELLED, SUBSET = 4, 5, 6
-
-
-class Classifier(nn.Module):
-    """Backbone and a linear head: images (B, 3, H, W) → logits (B, C), L2-normalised h (B, D)."""
-
-    def __init__(self, backbone: Any, classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.feature_dim, classes)
-        nn.init.xavier_normal_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor, adversarial: bool = False) -> tuple[Tensor, Tensor]:
-        h = self.backbone(images, adversarial=adversarial)
-        return self.head(h), F.normalize(h, dim=1)
 
 
 class FixMatch(Method):
@@ -101,9 +85,9 @@ class FixMatch(Method):
         self.labels, self.all_labelled = labels.to(self.labels.device), bool((labels >= 0).all())
         known = labelled_subset(labels, self.config.labels_per_class, self.classes, seed)
         steps = self.steps_per_epoch(labels, batch_size)
-        labelled = _stream(known, batch_size, epoch * steps, (seed, LABELLED))
+        labelled = stream(known, batch_size, epoch * steps, (seed, LABELLED))
         every = torch.arange(len(labels))
-        images = _stream(every, self.config.mu * batch_size, epoch * steps, (seed, UNLABELLED))
+        images = stream(every, self.config.mu * batch_size, epoch * steps, (seed, UNLABELLED))
         for _ in range(steps):
             yield {"labelled": next(labelled), "images": next(images)}
 
@@ -144,26 +128,20 @@ class FixMatch(Method):
             parts["pseudo_top1"] = 100 * right.mean()
             parts["believed_right"] = 100 * (right * believed).mean()
 
-        start: Tensor | None = None
+        start = anchored(lambda: gathered(self.network(weak, adversarial=True)[1]))
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            nonlocal start
             logits, h = self.network(x, adversarial=True)
             if config.contrast == "ce":
                 return F.cross_entropy(logits, pseudo)
             h = gathered(h)
-            if start is None and at_start:
-                start = h.detach()  # x is the weak view itself: exact, a pass saved
-            elif start is None:
-                with torch.no_grad():
-                    start = gathered(self.network(weak, adversarial=True)[1])
-            return contrast(start, h, config.temperature).mean()
+            return one_way(start(h, at_start), h, config.temperature)
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:
             logits, h = self.network(x_adv, adversarial=True)
             if config.contrast == "ce":
                 return (F.cross_entropy(logits, pseudo, reduction="none") * believed).mean()
-            rows = contrast(gathered(h_weak), gathered(h), config.temperature)
+            rows = one_way(gathered(h_weak), gathered(h), config.temperature, "none")
             return (rows * gathered(believed)).mean()
 
         return Step(
@@ -223,52 +201,3 @@ def build_fixmatch(
     weak = Recipe(config.size, mean, std, flip=0.5, shift=1 / 8)
     with initial_weights(config.seed):
         return FixMatch(config, weak, classes)
-
-
-def contrast(anchor: Tensor, h: Tensor, temperature: float) -> Tensor:
-    """InfoNCE by row: −log softmax of anchorᵢ·hᵢ / τ among all anchorᵢ·hⱼ / τ, (B,) (spec §2).
-
-    anchor, h: (B, D), L2-normalised.
-    """
-    partners = torch.arange(len(h), device=h.device)
-    return F.cross_entropy(similarity(anchor, h, temperature), partners, reduction="none")
-
-
-def labelled_subset(labels: Tensor, per_class: int, classes: int, seed: int) -> Tensor:
-    """Indices (classes · per_class,), sorted, of the images whose labels (N,) are used.
-
-    Raises:
-        ConfigError: a class has fewer images.
-    """
-    order = torch.randperm(len(labels), generator=keyed_generator(seed, 0, 0, SUBSET))
-    chosen = []
-    for label in range(classes):
-        members = order[labels[order] == label]
-        if len(members) < per_class:
-            raise ConfigError(
-                f"labels_per_class={per_class} is more than the {len(members)} training images of "
-                f"class {label} (of 0 … {classes - 1})."
-            )
-        chosen.append(members[:per_class])
-    return torch.cat(chosen).sort().values
-
-
-def _stream(items: Tensor, size: int, first: int, key: tuple[int, int]) -> Iterator[Tensor]:
-    """Batches of `size` from an endless row of permutations of `items`, from batch `first` on.
-
-    Any batch is known without those before it, and all items come up equally often.
-    """
-    seed, stream = key
-
-    @functools.lru_cache(2)
-    def permutation(turn: int) -> Tensor:
-        return items[torch.randperm(len(items), generator=keyed_generator(seed, turn, 0, stream))]
-
-    place = first * size
-    while True:
-        parts, end = [], place + size
-        while place < end:
-            turn, offset = divmod(place, len(items))
-            parts.append(permutation(turn)[offset : offset + end - place])
-            place += len(parts[-1])
-        yield torch.cat(parts)

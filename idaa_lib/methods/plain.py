@@ -16,13 +16,13 @@ from idaa_lib.methods.base import OfficialProtocol, momentum_sgd, register_metho
 from idaa_lib.methods.contrastive import Contrastive
 
 
-def one_way(f1: Tensor, f2: Tensor, temperature: float) -> Tensor:
+def one_way(f1: Tensor, f2: Tensor, temperature: float, reduction: str = "mean") -> Tensor:
     """Mean over the B rows of −log softmax of f₁ᵢ·f₂ᵢ / τ among all f₁ᵢ·f₂ⱼ / τ (spec §4).
 
-    f1, f2: (B, D), L2-normalised.
+    f1, f2: (B, D), L2-normalised. reduction: `none` for the rows themselves (B,).
     """
     partners = torch.arange(len(f1), device=f1.device)
-    return F.cross_entropy(similarity(f1, f2, temperature), partners)
+    return F.cross_entropy(similarity(f1, f2, temperature), partners, reduction=reduction)
 
 
 @register_method("plain")

@@ -22,6 +22,7 @@ from idaa_lib.methods.base import (
     Batch,
     Method,
     Step,
+    anchored,
     backbone_of,
     epoch_cosine,
     momentum_sgd,
@@ -61,17 +62,11 @@ class SimSiam(Method):
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
         v1, v2 = (view.images for view in views)
         (z1, p1), (z2, p2) = self.network(v1), self.network(v2)  # (B, D)
-        anchor: Tensor | None = None
+        anchor = anchored(lambda: self.network(v1, adversarial=True)[0], self.reuse_anchor)
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            nonlocal anchor
             z, p = self.network(x, adversarial=True)
-            if anchor is None and at_start and self.reuse_anchor:
-                anchor = z.detach()  # x is the first view itself
-            elif anchor is None:
-                with torch.no_grad():
-                    anchor, _ = self.network(v1, adversarial=True)
-            return negative_cosine(p, anchor)
+            return negative_cosine(p, anchor(z, at_start))
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:
             z, p = self.network(x_adv, adversarial=True)

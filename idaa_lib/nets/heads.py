@@ -5,6 +5,8 @@ Shapes and layers: docs/spec/idaa.md §4.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,3 +83,18 @@ class Siamese(nn.Module):
             return h, h
         z = self.projector(self.backbone(images, adversarial=adversarial))
         return F.normalize(z, dim=1), F.normalize(self.predictor(z), dim=1)
+
+
+class Classifier(nn.Module):
+    """Backbone and a linear head: images (B, 3, H, W) → logits (B, C), L2-normalised h (B, D)."""
+
+    def __init__(self, backbone: Any, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.feature_dim, classes)
+        nn.init.xavier_normal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor, adversarial: bool = False) -> tuple[Tensor, Tensor]:
+        h = self.backbone(images, adversarial=adversarial)
+        return self.head(h), F.normalize(h, dim=1)
