@@ -66,7 +66,8 @@ class _Block(Normed):
             y = F.relu(y, inplace=True) if i < self.depth else y
         if self.projects:
             x = self.norm("shortcut_bn", self.shortcut(x), adversarial)
-        return F.relu(x + y, inplace=True)
+        # In place: no backward pass needs what a BatchNorm gave.
+        return F.relu(y.add_(x), inplace=True)
 
 
 class ResNet(Normed):
