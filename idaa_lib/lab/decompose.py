@@ -206,13 +206,15 @@ def witness(
     shown: Pictures, attacked: str, run: str | None = None
 ) -> tuple[str, Callable[[Tensor], Tensor]]:
     """The encoder that judges identity, never the attacked one: `run`, else the newest other, those
-    first that no adversary taught to see past its changes, else an untrained one of another seed.
+    first that no adversary taught to see past its changes, then those of another seed (the same
+    one begins with the same weights), else an untrained one of another seed.
 
     Raises:
         ConfigError: `run` is the attacked encoder.
     """
     others = [other for other in _encoders(shown) if other.reference != attacked]
-    others.sort(key=lambda other: other.config.adversary != "none")
+    seed = None if attacked == UNTRAINED else runs.get("ssl", attacked).config.seed
+    others.sort(key=lambda other: (other.config.adversary != "none", other.config.seed == seed))
     made = encoder(shown, run or (others[0] if others else UNTRAINED), "backbone", seed=1)
     if made[0] == attacked != UNTRAINED:
         raise ConfigError(f"witness={run!r} is the encoder that is attacked: name another.")

@@ -107,10 +107,17 @@ def _of_attacks(told: dict[str, Any]) -> list[str]:
 
 def _paper_s_claim(told: dict[str, Any], pairs: Sequence[dict[str, Any]]) -> str:
     """That IDAA keeps more identity than CLAE at equal hardness: does it hold here?"""
+    rows = [row for row in told["equal"] if row["adversary"] == "clae"]
+    soft = sum(row["at_equal_epsilon"]["loss"][0] <= told["loss_before"] for row in rows)
+    apart = len(rows) - soft - len(pairs)
+    why = [f"at {soft} IDAA does not make x harder"] if soft else []
+    if apart:
+        why += [f"at {apart} no ε of CLAE up to {max(map(_epsilon, rows)):g} is as hard as IDAA"]
+    left_out = f" Of {len(rows)} radii {' and '.join(why)}." if why else ""
     if not pairs:
         return (
-            f"No ε of CLAE up to {max(map(_epsilon, told['equal'])):g} is as hard as IDAA at any "
-            f"of its own: whether IDAA keeps more identity at equal hardness cannot be seen here."
+            f"Whether IDAA keeps more identity than CLAE at equal hardness cannot be seen here."
+            f"{left_out}"
         )
     found = []
     for measure, key in (("retrieval@1", "retrieved"), ("InfoNCE", "infonce")):
@@ -124,7 +131,7 @@ def _paper_s_claim(told: dict[str, Any], pairs: Sequence[dict[str, Any]]) -> str
         found.append(f"by {measure} it {verdict} ({more} of {len(pairs)} more, {less} less)")
     return (
         f"The paper's claim, that IDAA keeps more identity than CLAE at equal hardness, on these "
-        f"{told['n']} images: {'; '.join(found)}."
+        f"{told['n']} images: {'; '.join(found)}.{left_out}"
     )
 
 
@@ -140,6 +147,12 @@ def _of_witness(told: dict[str, Any]) -> str:
         beware = (
             f" It was trained with {NAMES[taught]}, which taught it to see past such changes: one "
             f"with adversary = none is the fairer judge."
+        )
+    if told["witness_began_alike"]:
+        beware += (
+            " It began with the same weights as the attacked encoder (the same seed), so attacks "
+            "may pass on to it more easily than to an independent one: one of another seed is "
+            "fairer."
         )
     return (
         f"The witness is {told['witness']}; the intervals are over images, not over witnesses."

@@ -50,6 +50,7 @@ from idaa_lib.views import Recipe, keyed_generator, normalise, recipe
 
 PARTS = ("x", "G", "R")
 LABELS = {"x": "x", "G": "G(x)", "R": "R(x)"}
+SEARCH = 12  # losses that are computed in search of an equal one
 BATCH = 256  # images that are attacked together, as in training: they are each other's negatives
 TEMPERATURE = 0.5  # of the attacked loss, SimCLR's own
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a part that is exchanged between two images
@@ -199,14 +200,25 @@ def _axis(one: Run, other: Run) -> str | None:
     return None
 
 
+def _began_alike(*encoders: Run) -> bool:
+    """Whether two runs began with the same weights of the backbone, which the seed draws."""
+    a, b = encoders
+    drawn = ("seed", "backbone", "width", "stem")
+    same = all(getattr(a.config, key) == getattr(b.config, key) for key in drawn)
+    return same and not any("imported" in run.environment for run in encoders)
+
+
 def _measure(plan: _Plan) -> dict[str, Any]:
     config, shown, n = plan.config, plan.shown, len(plan.shown.x)
     judge = _Judge(plan)
     told: dict[str, Any] = {"n": n, "log_n": math.log(n), "candidates": config.augmentation}
     told |= {"attacked": config.run, "witness": config.witness}
-    told["witness_adversary"] = None
+    told["witness_adversary"], told["witness_began_alike"] = None, False
     if config.witness != UNTRAINED:
-        told["witness_adversary"] = runs.get("ssl", config.witness).config.adversary
+        judging = runs.get("ssl", config.witness)
+        told["witness_adversary"] = judging.config.adversary
+        if config.run != UNTRAINED:
+            told["witness_began_alike"] = _began_alike(judging, runs.get("ssl", config.run))
     print(f"VAE {config.vae}\nattacked: {config.run}\nwitness: {config.witness}")
     told["latent"] = _latent(shown.vae, shown, config.seed)
     told |= _parts(plan, judge)
@@ -467,17 +479,21 @@ class _Attacks:
 
     def as_hard(self, adversary: str, curve: Sequence[_Read], loss: float) -> _Read | None:
         """The reading where `adversary` reaches `loss`, sought from its curve; None where no radius
-        of the curve is as hard."""
+        of the curve is as hard, or none comes within 1 % of the rise (a loss that jumps)."""
         trail = [_Loss(point.epsilon, point.loss_after) for point in curve]
-        for _ in range(4):  # by false position: a few are enough
+        for turn in range(SEARCH):
             epsilon = radius(trail, loss, self.before)
             if not epsilon:
                 return None
+            if turn % 2:  # false position creeps along a bent curve: every other time by halves
+                above = next(point.epsilon for point in trail if point.loss_after >= loss)
+                below = max((p.epsilon for p in trail if p.epsilon < above), default=above / 4)
+                epsilon = math.sqrt(below * above)
             point = _Loss(epsilon, self._loss_at(adversary, epsilon))
             if abs(point.loss_after - loss) < 0.01 * (loss - self.before):
-                break
+                return self.read(adversary, epsilon)
             insort(trail, point)
-        return self.read(adversary, point.epsilon)
+        return None
 
     def _loss_at(self, adversary: str, epsilon: float) -> float:
         changed = [scene.attack(adversary, epsilon).images for scene in self.scenes]
