@@ -159,6 +159,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     | {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_probability": 0.8},
     "normal": {"crop_scale": (0.2, 1.0), "flip": 0.5, "gray": 0.2}  # Plain and UEL
     | {"jitter": (0.4, 0.4, 0.4, 0.4), "jitter_probability": 1.0},
+    # BYOL on CIFAR-10 as its public code (lightly's benchmark) has it.
+    "byol": {"crop_scale": (0.08, 1.0), "flip": 0.5, "gray": 0.2}
+    | {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_probability": 0.8},
     "none": {},  # the test transform: resize where the size differs, normalise; draws nothing
 }
 

@@ -486,6 +486,9 @@ def test_recipes_go_over_the_preset_and_under_what_is_given():
     assert (demo.epochs, demo.batch_size) == (plain.epochs, plain.batch_size)
     imagenet = SSLConfig(preset="paper", method="simsiam", pairing="imagenet")
     assert (imagenet.learning_rate, imagenet.weight_decay) == (0.05, 1e-4)
+    attacked = dict(preset="paper", method="simsiam", pairing="imagenet", adversary="idaa")
+    assert SSLConfig(**attacked).epsilon == 0.01 and SSLConfig(**attacked, epsilon=1).epsilon == 1
+    assert SSLConfig(**attacked | {"adversary": "clae"}).epsilon == 0.03
     own = SSLConfig(preset="paper", method="mine", queue=7)
     assert own.changed() == {"queue": 7}
 

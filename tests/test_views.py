@@ -166,6 +166,7 @@ def chain(name: str, image: Tensor, row: dict[str, list[float]], size: int) -> T
 
     steps: dict[str, list[Callable[[Tensor], Tensor]]] = {
         "simclr": [crop, flip, jitter, gray],
+        "byol": [crop, flip, jitter, gray],
         "simsiam": [crop, flip, jitter, gray, blur],
         "normal": [crop, jitter, gray, flip],
     }
@@ -217,12 +218,12 @@ def same_distribution(ours: Tensor, oracle: Tensor) -> bool:
 
 # 160 x 40 is so flat that ten attempts often fail: torchvision's central crop is drawn too.
 @pytest.mark.parametrize("image_size", [(32, 32), (96, 64), (40, 160)])
-@pytest.mark.parametrize("name", ["simclr", "simsiam"])
+@pytest.mark.parametrize("name", ["simclr", "simsiam", "byol"])
 def test_crops_are_distributed_as_torchvision_draws_them(
     name: str, image_size: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
-    image, scale = torch.empty(3, *image_size), {"simclr": [0.08, 1.0], "simsiam": [0.2, 1.0]}[name]
+    image, scale = torch.empty(3, *image_size), [0.2 if name == "simsiam" else 0.08, 1.0]
     get = v1.RandomResizedCrop.get_params
     oracle = torch.tensor([get(image, scale, [3 / 4, 4 / 3]) for _ in range(N)]).double()
     ours = draw(name, N, image_size, 32, 2)["crop"].double()
@@ -240,6 +241,7 @@ def test_crops_are_distributed_as_torchvision_draws_them(
 JITTERS = {
     "simclr": (0.8, 0.8, 0.8, 0.2, 0.8),
     "simsiam": (0.4, 0.4, 0.4, 0.1, 0.8),
+    "byol": (0.4, 0.4, 0.4, 0.1, 0.8),
     "normal": (0.4, 0.4, 0.4, 0.4, 1.0),
     "strong": (1.6, 1.6, 1.6, 0.5, 1.0),  # no paper's: factors must not become negative
 }
@@ -321,10 +323,13 @@ def torchvision_recipe(name: str, size: int) -> v2.Compose:
 
     flip, gray = v2.RandomHorizontalFlip(0.5), v2.RandomGrayscale(0.2)
     blur = v2.RandomApply([v2.GaussianBlur(2 * (size // 20) + 1, (0.1, 2.0))], 0.5)
-    crop = v2.RandomResizedCrop(size, (0.08 if name == "simclr" else 0.2, 1), antialias=True)
+    crop = v2.RandomResizedCrop(
+        size, (0.08 if name in ("simclr", "byol") else 0.2, 1), antialias=True
+    )
     steps = {
         "simclr": [crop, flip, v2.RandomApply([jitter(0.8, 0.8, 0.8, 0.2)], 0.8), gray],
         "simsiam": [crop, flip, v2.RandomApply([jitter(0.4, 0.4, 0.4, 0.1)], 0.8), gray, blur],
+        "byol": [crop, flip, v2.RandomApply([jitter(0.4, 0.4, 0.4, 0.1)], 0.8), gray],
         "normal": [crop, jitter(0.4, 0.4, 0.4, 0.4), gray, flip],
     }[name]
     return v2.Compose([*steps, v2.Normalize(list(MEAN), list(STD))])
@@ -442,7 +447,7 @@ def test_applying_reads_no_value_back(name: str) -> None:
 
 
 def test_an_unknown_recipe_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'simclrr'.*simclr, simsiam, normal, none"):
+    with pytest.raises(ValueError, match=r"'simclrr'.*simclr, simsiam, normal, byol, none"):
         recipe("simclrr", 32, MEAN, STD)
 
 

@@ -30,7 +30,7 @@ class EvalConfig(Config):
 
     Fields:
         run: id or path of an SSL run (None: the newest finished one).
-        dataset: None for the one that the run was trained on; limit: of train and of test images.
+        dataset: None for the one that the run was trained on; limit: of the images of each split.
         protocol: `clean` (penalty chosen on validation, all test images, test read once) or
             `official` (the published one of the run's method: its layers, τ and batch size, best
             test epoch of the linear classifier, partial batches dropped).

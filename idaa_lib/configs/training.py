@@ -19,7 +19,7 @@ from idaa_lib.configs.base import (
 )
 
 # Recipes of random views (`views.RECIPES`).
-Augmentation = Literal["simclr", "simsiam", "normal", "none"]
+Augmentation = Literal["simclr", "simsiam", "normal", "byol", "none"]
 Adversary = Literal["none", "clae", "idaa", "random_sign"]
 
 
@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
                     learning_rate=0.03, epochs=300),
     "moco": dict(augmentation="simsiam", projection_dim=128, temperature=0.1, weight_decay=5e-4,
                  batch_size=512, learning_rate=0.06, epochs=200),
-    "byol": dict(augmentation="simclr", projection_dim=256, weight_decay=5e-4, batch_size=128,
+    "byol": dict(augmentation="byol", projection_dim=256, weight_decay=5e-4, batch_size=128,
                  learning_rate=0.06, epochs=200),
 }  # fmt: skip
 # SimSiam's ImageNet variant: batch 256.
@@ -68,7 +68,7 @@ class TrainingConfig(Config):
         size: side of the square images, pixels. limit: train on so many images at most
             (None: as the preset says, which is all but in `demo`).
         split: `train` (a validation part held out) or `trainval` (all, as the papers do).
-        epochs, batch_size (global, over all processes), learning_rate (at the first step).
+        epochs, batch_size (global, over all processes), learning_rate (at its highest).
         precision: fp32, bf16, or auto (bf16 where the device computes it natively).
         compile: the views, and the VAE: a warm-up of about half a minute, then steps that are a few
             percent shorter (README, Speed).
@@ -102,7 +102,7 @@ class VAEConfig(TrainingConfig):
     """Training of the VAE that splits x into G(x) and R(x) (docs/spec/idaa.md §1).
 
     Fields (besides those of every training stage):
-        augmentation: recipe of random views: simclr, simsiam, normal, none.
+        augmentation: recipe of random views: simclr, simsiam, normal, byol, none.
         dim: bottleneck dimension m.
         width: half the channels of the innermost feature map (paper: 64; at least 8 at 224 px).
         kappa: weight of the KL term divided by B·3·m, the official knob.
@@ -226,7 +226,7 @@ class SSLConfig(EncoderConfig):
     Fields (besides those of every training of an encoder; the papers' width is 64):
         method: a registered SSL method (simclr, plain, uel, simsiam, moco, byol); its published
             recipe goes over the preset. augmentation: recipe of random views: simclr, simsiam,
-            normal, none.
+            normal, byol, none.
         projection_dim, temperature: of the projector and of the contrastive loss.
         weight_decay: L2, of all parameters.
         pairing: which published SimSiam, `cifar` or `imagenet`. queue: keys that MoCo holds.
@@ -321,6 +321,8 @@ class SSLConfig(EncoderConfig):
         recipe = RECIPES[method]
         if method == "simsiam" and values.get("pairing") == "imagenet":
             recipe = recipe | IMAGENET_SIMSIAM
+            if values.get("adversary") in ("idaa", "random_sign"):
+                recipe |= {"epsilon": 0.01}  # unpublished: the default of its code (spec §4)
         if preset == "demo":
             recipe = recipe | DEMO[method]
         left = {"paper": (), "cifar10": ("epochs",), "demo": ("epochs", "batch_size")}[preset]

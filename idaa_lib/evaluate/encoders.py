@@ -40,7 +40,10 @@ def load_encoder(run: Run | str | None = None, layer: str = "backbone") -> Encod
 
 
 def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
-    """The encoder of `run` with the weights it had before training: a reference row."""
+    """The encoder of `run` with the weights it had before training: a reference row.
+
+    Of a run that continued another, or was imported: an untrained one of the same shape.
+    """
     return Encoder(_layer(_method(run, trained=False), layer), *_units(run))
 
 

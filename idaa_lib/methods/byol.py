@@ -5,9 +5,9 @@ first online view is attacked against its own prediction of the other view's tar
 direction's target is stopped, so it moves nothing. The adversarial loss is BYOL's own, both
 directions, with x′ for the first view, in the target network too.
 
-The paper trains on ImageNet with LARS; optimiser, rate and the loss's scale (mean of −cos over both
-directions: the paper's Eq. 2 up to a factor and a constant) are those of lightly's CIFAR-10
-benchmark.
+The paper trains on ImageNet with LARS; optimiser, rate, views, the momentum to start from (.99, in
+the paper .996) and the loss's scale (mean of −cos over both directions: the paper's Eq. 2 up to a
+factor and a constant) are those of lightly's CIFAR-10 benchmark, where the momentum stays.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 @register_method("simclr")
 class SimCLR(Contrastive):
-    """Adam at a rate that a cosine lowers from the 12th epoch on."""
+    """Adam at a rate that a cosine lowers from the 13th epoch on."""
 
     official = OfficialProtocol("SimCLR", "projector", 0.5, "backbone", 256, bank=256)
 

@@ -1,9 +1,9 @@
 """ResNets with an optional second set of BatchNorms for adversarial input.
 
 He et al. 2016 (arXiv:1512.03385); CIFAR stem: 3×3, no pooling; ImageNet stem: 7×7 stride 2 and
-max-pooling; mini stem, of the published mini-ImageNet runs: 3×3 and max-pooling. The second set
-(AdvProp, Xie et al. 2020, arXiv:1911.09665) keeps statistics and affine parameters of its own with
-momentum .01; convolutions are shared, and inference uses the main set.
+max-pooling; mini stem, that of Plain, UEL and SimSiam on mini-ImageNet: 3×3 and max-pooling. The
+second set (AdvProp, Xie et al. 2020, arXiv:1911.09665) keeps statistics and affine parameters of
+its own with momentum .01; convolutions are shared, and inference uses the main set.
 Names of parameters and parameter counts: docs/spec/idaa.md §4.
 """
 
