@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -359,7 +360,11 @@ def import_run(
     data = open_images(config.dataset, config.split, config.size, config.limit)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    run = runs.run_for(config, data.fingerprint, imported=digest)
+    given = {"size": size, "mean": mean, "std": std, **values}
+    given = {name: value for name, value in given.items() if value is not None}
+    # Units are no field of a configuration, and make other features of the same weights.
+    units_given = json.dumps([mean, std]) if mean or std else None
+    run = runs.run_for(config, data.fingerprint, imported=digest, units=units_given)
     if run.finished:
         print(f"{run.id} is there already.")
         return run
@@ -367,6 +372,7 @@ def import_run(
     about = describe(torch.device("cpu"), "no", data)
     about["dataset"] |= {"mean": read.mean, "std": read.std}
     about["imported"] = {"file": path.name, "sha256": digest, "epoch": read.epoch, "acc": read.acc}
+    about["imported"] |= {"path": str(path.resolve()), "given": given}
     summary: dict[str, Any] = {"imported": path.name}
     if isinstance(config, VAEConfig):
         tensors = {f"network.{key}": tensor for key, tensor in read.module.state_dict().items()}
@@ -496,7 +502,7 @@ def _safetensors(encoder: Encoder, path: Path) -> None:
         weights = torchvision_weights(module)
         about |= {"names": "torchvision", "stem": module.stem, "width": str(module.width)}
     else:
-        weights = module.state_dict()
+        weights = {k: v for k, v in module.state_dict().items() if "_adv." not in k}
     save_file({k: v.cpu().contiguous() for k, v in weights.items()}, path, metadata=about)
 
 

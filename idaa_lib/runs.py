@@ -16,7 +16,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -386,6 +388,27 @@ def stop(run: Run, request: str = "stop") -> None:
     write_json(run.path / "control.json", {"request": request})
 
 
+@contextlib.contextmanager
+def signals() -> Iterator[list[str]]:
+    """Collects Ctrl-C and SIGTERM instead of raising; a second Ctrl-C raises at once."""
+    asked: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # Python delivers signals to the main thread only
+        return
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
 def asked(config: Config) -> dict[str, Any]:
     """The least that must be said to get `config` again: the preset, and what it does not imply."""
     values = {name: value for name, value in config if value is not None}
@@ -400,8 +423,9 @@ def asked(config: Config) -> dict[str, Any]:
 def command(run: Run) -> str:
     """The shell command that makes the run (or resumes it, or shows it)."""
     if imported := run.environment.get("imported"):
-        code = f"import_run({imported['file']!r}, {run.config.dataset!r})"
-        return shlex.join(["python", "-c", f"import idaa_lib; idaa_lib.{code}"])
+        given = [f"{name}={value!r}" for name, value in imported["given"].items()]
+        arguments = ", ".join([repr(imported["path"]), repr(run.config.dataset), *given])
+        return shlex.join(["python", "-c", f"import idaa_lib; idaa_lib.import_run({arguments})"])
     fields = asked(run.config)
     if run.stage == "theory":  # a study of the lab's, which has no command of its own
         return papermill(NOTEBOOKS[run.stage], fields)

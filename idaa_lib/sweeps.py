@@ -183,7 +183,8 @@ def _finished(config: Config) -> Run | None:
 def together(tasks: Sequence[Callable[[], Any]], jobs: int) -> list[Any]:
     """Results of tasks that make runs, `jobs` at a time.
 
-    An interrupt stops the runs under way after their step (they are saved) and starts no more.
+    An interrupt stops the runs under way after their step, waits until they are saved, and starts
+    no more.
     """
     from joblib import Parallel, delayed
 
@@ -193,8 +194,11 @@ def together(tasks: Sequence[Callable[[], Any]], jobs: int) -> list[Any]:
             return Parallel(n_jobs=jobs, prefer="threads")(delayed(task)() for task in tasks)
     except BaseException:
         _cancelled.set()
-        for run in set(_going):
-            stop(run)
+        # Again and again: a kernel that is still starting forgets what was asked before its run.
+        while _going:
+            for run in set(_going):
+                stop(run)
+            time.sleep(0.5)
         raise
 
 

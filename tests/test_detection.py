@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -432,10 +434,20 @@ def test_a_finished_run_says_what_it_reached(finished, config):
         )
 
 
-def test_resumed_is_uninterrupted(finished, config, outputs, monkeypatch, capsys):
-    asked = iter([None] * 9 + ["stop"])
+@pytest.mark.parametrize("by", ["request", "SIGINT", "SIGTERM"])
+def test_resumed_is_uninterrupted(finished, config, outputs, monkeypatch, capsys, by):
+    step, asked = detection.Training.train_step, iter([None] * 9 + ["stop"])
+
+    def signalled(training, *args):
+        step(training, *args)
+        if training.step == 10:
+            os.kill(os.getpid(), getattr(signal, by))
+
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Writer, "request", lambda self: next(asked))
+        if by == "request":
+            patch.setattr(runs.Writer, "request", lambda self: next(asked))
+        else:
+            patch.setattr(detection.Training, "train_step", signalled)
         with pytest.raises(Stopped, match="after step 10 of 24"):
             detect(config)
     run = detection.locate(config)

@@ -4,6 +4,7 @@ computes on those names (docs/spec/idaa.md §1, §4), and exports read back as t
 import os
 import pickle
 import re
+import shlex
 
 import onnx
 import onnxruntime
@@ -505,6 +506,20 @@ def test_a_published_vae_becomes_a_run(outputs, tmp_path):
     assert idaa_lib.train_ssl(config).config.vae == run.id
 
 
+def test_units_make_another_run_and_the_command_says_all(outputs, tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(dict(vae_state(32, dim=8, d=16)), path)
+    half = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    published = idaa_lib.import_run(path, "photos", limit=50)
+    mended = idaa_lib.import_run(path, "photos", limit=50, kappa=0.3, **half)
+    assert idaa_lib.load_vae(published).mean == CIFAR[0]
+    assert idaa_lib.load_vae(mended).mean == half["mean"]
+    for run in (published, mended):
+        _, _, code = shlex.split(runs.command(run))
+        exec(code.replace("idaa_lib.import_run", "again = idaa_lib.import_run"), found := {})
+        assert found["again"] == run
+
+
 @pytest.mark.parametrize("name", ["plain_best.t", "simsiam_best.t", "checkpoint_0099.pth.tar"])
 def test_a_published_encoder_becomes_a_run(name, outputs, tmp_path):
     make, pack, kind, legacy, pool, _, units = FILES[name]
@@ -634,7 +649,10 @@ def test_safetensors_holds_any_encoder_with_its_units(tmp_path):
     assert (about["size"], about["stem"], about["width"]) == ("32", "cifar", "4")
     torch.save(dict(simclr(True)[0]), tmp_path / "x.pt")
     z = interop.load_official(tmp_path / "x.pt").encoder("projector")
-    assert "projector.2.bias" in load_file(idaa_lib.export(z, tmp_path / "z", "safetensors"))
+    found = load_file(idaa_lib.export(z, tmp_path / "z", "safetensors"))
+    assert "projector.2.bias" in found
+    assert any("_adv" in key for key in z.module.state_dict())
+    assert not any("_adv" in key for key in found)
 
 
 def test_onnxruntime_gives_the_same_features(tmp_path):

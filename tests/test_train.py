@@ -18,12 +18,12 @@ from PIL import Image
 
 import idaa_lib
 from idaa_lib import adversaries, checkpoints, images, runs
-from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, SSLConfig, VAEConfig
 from idaa_lib.evaluate.encoders import features, load_encoder, load_vae, random_encoder
 from idaa_lib.evaluate.stage import evaluate, results
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.runs import RunError, Stopped
-from idaa_lib.train import locate, loop, stages, train, train_ssl, train_vae
+from idaa_lib.train import locate, loop, stages, train, train_semi, train_ssl, train_vae
 from idaa_lib.train.feed import Feed
 from idaa_lib.train.loop import Fit
 from idaa_lib.views import keyed_generator, recipe
@@ -195,6 +195,7 @@ def test_the_command_line_trains_and_speaks_in_sentences(outputs):
         (["ssl", "epsilom=3"], "did you mean 'epsilon'"),
         (["ssl", "epsilon"], "neither name=value nor @file.json"),
         (["ssl", "dataset=nowhere"], "nowhere"),
+        (["ssl", "@nowhere.json"], "There is no configuration nowhere.json."),
     ):
         done = subprocess.run([*command, *bad], capture_output=True, text=True)
         assert done.returncode == 2
@@ -372,8 +373,10 @@ def test_own_images_without_labels_train_and_cannot_be_evaluated(outputs, tmp_pa
             path.rename(tmp_path / "own" / f"{split.name}{i}.png")
         shutil.rmtree(split)
     run = train_ssl(ssl(dataset=str(tmp_path / "own"), limit=None, size=16))
-    assert "knn_top1_val" not in run.summary
+    assert not [key for key in run.summary if key.startswith("knn")]
     assert run.summary["effective_rank"] >= 1
+    with pytest.raises(ConfigError, match="no labels to learn from"):
+        train_semi(SemiConfig(dataset=str(tmp_path / "own"), size=16, device="cpu"))
     with pytest.raises(ConfigError, match="no labels"):
         evaluate(EvalConfig(run=run.id))
 

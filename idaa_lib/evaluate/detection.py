@@ -32,7 +32,7 @@ from idaa_lib.evaluate.mask_rcnn import STRIDE, mask_rcnn
 from idaa_lib.images import data_root
 from idaa_lib.nets import build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import ResNet
-from idaa_lib.runs import Run, RunError, Stopped, Writer
+from idaa_lib.runs import Run, RunError, Stopped, Writer, signals
 from idaa_lib.views import keyed_generator
 
 # Streams of random numbers (the last part of the key).
@@ -199,20 +199,21 @@ class Training:
         config = self.config
         self.detector.train()
         began = time.monotonic()
-        for images, targets in self.batches(self.step, config.iterations):
-            self.train_step(images, targets)
-            now = time.monotonic()
-            self.seconds, began = self.seconds + now - began, now
-            if self.step % config.log_every == 0 or self.step == config.iterations:
-                self._log()
-            stop = self.writer.request() is not None
-            if stop or self.step % config.checkpoint_every == 0:
-                self.save()
-            if stop:
-                raise Stopped(
-                    f"Stopped after step {self.step} of {config.iterations} and saved: start the "
-                    f"same run again to go on."
-                )
+        with signals() as asked:
+            for images, targets in self.batches(self.step, config.iterations):
+                self.train_step(images, targets)
+                now = time.monotonic()
+                self.seconds, began = self.seconds + now - began, now
+                if self.step % config.log_every == 0 or self.step == config.iterations:
+                    self._log()
+                stop = bool(asked) or self.writer.request() is not None
+                if stop or self.step % config.checkpoint_every == 0:
+                    self.save()
+                if stop:
+                    raise Stopped(
+                        f"Stopped after step {self.step} of {config.iterations} and saved: start "
+                        f"the same run again to go on."
+                    )
         self._average_statistics()
         self.save()
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from idaa_lib.configs import UserError
+from idaa_lib.configs import ConfigError, UserError
 from idaa_lib.evaluate.detection import detect
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
@@ -36,7 +36,9 @@ def main(words: list[str]) -> int:
     try:
         for word in words[1:]:
             if word.startswith("@"):
-                values |= read_json(Path(word[1:])) or {}
+                if (stored := read_json(Path(word[1:]))) is None:
+                    raise ConfigError(f"There is no configuration {word[1:]}.")
+                values |= stored
             elif "=" in word:
                 name, _, text = word.partition("=")
                 values[name] = text

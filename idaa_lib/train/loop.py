@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +27,7 @@ from idaa_lib.environment import torch_device, uses_bf16
 from idaa_lib.evaluate.figures import embedding_std
 from idaa_lib.methods import Method
 from idaa_lib.methods.base import Batch
-from idaa_lib.runs import Run, RunError, Stopped, Writer
+from idaa_lib.runs import Run, RunError, Stopped, Writer, signals
 from idaa_lib.train import samples
 from idaa_lib.train.feed import Feed
 from idaa_lib.train.progress import Progress
@@ -173,7 +171,7 @@ class Fit:
         progress = Progress(name, self.total, self.step, images)
         figures: dict[str, float] = {}
         try:
-            with _signals() as asked:
+            with signals() as asked:
                 first = self.step // self.steps_per_epoch
                 for epoch in range(first, self.config.epochs):
                     self._epoch(epoch, progress, asked)
@@ -428,27 +426,6 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig, run: Run) -
         "mlflow": {"logging_dir": str(run.path / "mlruns"), "run_name": run.id},
     }
     accelerator.init_trackers("idaa", values, {config.tracker: own.get(config.tracker, {})})
-
-
-@contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Collects Ctrl-C and SIGTERM instead of raising; a second Ctrl-C raises at once."""
-    asked: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # Python delivers signals to the main thread only
-        return
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -126,6 +126,8 @@ def train_ssl(config: SSLConfig) -> Run:
         return figures
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
+        if not val.labelled:
+            return figures | {"n_val": len(val)}
         k = min(200, len(bank))
         protocol = f"clean: backbone features, k={k}, τ=0.5, last epoch, validation split"
         if config.split == "trainval":
@@ -150,6 +152,8 @@ def train_semi(config: SemiConfig) -> Run:
     if config.dataset == "cifar100":
         plan = replace(plan, data=replace(plan.data, mean=CIFAR100[0], std=CIFAR100[1]))
     units, classes = _units(plan.data), len(plan.data.classes)
+    if not classes:
+        raise ConfigError(f"dataset={config.dataset!r} has no labels to learn from.")
     labelled_subset(plan.data.labels, config.labels_per_class, classes, config.seed)  # if it can
     method = build_fixmatch(config, *units, classes)
     val, test = _validation(config), open_images(config.dataset, "test", config.size, None)
