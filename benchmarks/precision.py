@@ -16,12 +16,18 @@ from statistics import fmean, stdev
 from typing import Any
 
 import record
+import torch
 from scipy.stats import t as student
 
 from idaa_lib import evaluate
 from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.environment import open_images
+from idaa_lib.evaluate.encoders import load_vae
+from idaa_lib.runs import Run
 from idaa_lib.train import train_ssl, train_vae
+from idaa_lib.views import keyed_generator, normalise
 
+IMAGES = 256  # of which x′ − x is compared
 JUDGED = ("knn_top1", "linear_top1")
 
 
@@ -32,6 +38,7 @@ def main(limit: int = 3000, epochs: int = 5, seeds: int = 3) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["IDAA_OUTPUTS"] = folder
         vae = train_vae(VAEConfig(**data, dim=128, width=16, epochs=epochs, precision="fp32"))
+        errors = perturbation_errors(vae, data["dataset"])
         for seed in range(seeds):
             for precision, values in found.items():
                 config = SSLConfig(
@@ -56,8 +63,29 @@ fp32, {epochs} epochs; SimCLR + IDAA (ε = 0.1), ResNet-18 of width 16, batch 12
 seeds 0 to {seeds - 1}; training, attack and encoding in the precision that the row names; accuracy:
 top-1 on {limit:,} test images, clean protocol, mean over seeds, spread [least, most]. *_difference:
 bf16 − fp32, paired by seed, spread: Student's 95 % interval of the mean. seconds_ratio: fp32 / bf16
-of training; baseline: mean seconds of [fp32, bf16]."""
+of training; baseline: mean seconds of [fp32, bf16]. perturbation_error_*: relative error of x′ − x
+in bf16 against fp32 at the same z and δ, random signs of that ε, n images (attacked δ change more
+and have less)."""
+    rows += errors
     print(record.write("precision", " ".join(protocol.split()), rows))
+
+
+@torch.no_grad()
+def perturbation_errors(run: Run, dataset: str) -> list[dict[str, Any]]:
+    """How far bf16's rounding moves x′ − x, whose two G differ the less the smaller δ is."""
+    vae = load_vae(run)
+    assert vae.mean is not None
+    assert vae.std is not None
+    x = normalise(open_images(dataset, "test", vae.size, IMAGES).images, vae.mean, vae.std)
+    z, signs = vae.encode(x)[0], torch.randn(IMAGES, vae.dim, generator=keyed_generator(0)).sign()
+    rows = []
+    for epsilon in (0.01, 0.03, 0.1, 0.3):
+        exact = vae.decode(z + epsilon * signs) - vae.decode(z)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = vae.decode(z + epsilon * signs) - vae.decode(z)
+        error = ((rounded - exact).norm() / exact.norm()).item()
+        rows.append(record.row(f"perturbation_error_{epsilon:g}", round(error, 3), "ratio", IMAGES))
+    return rows
 
 
 def compared(name: str, found: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:

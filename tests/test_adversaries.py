@@ -499,6 +499,15 @@ def test_under_bf16_autocast_delta_keeps_to_epsilon():
     assert attack.delta.abs().max() <= 0.1
 
 
+def test_under_bf16_autocast_the_image_is_not_rounded_to_bf16():
+    """x′ − x is a difference of two G, whose own rounding would be as large as a small one."""
+    vae, x = VAE(8, 16, 4).eval(), torch.randn(4, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        G = IDAA(vae, 0.1).anchor(x).reconstruction
+        assert vae.fc21(torch.zeros(1, 8)).dtype == torch.bfloat16
+    assert (G.bfloat16() == G).float().mean() < 0.1
+
+
 # --- attacks that carry δ over (ours) -----------------------------------------------------------
 
 

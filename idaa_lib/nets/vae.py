@@ -117,8 +117,14 @@ class VAE(nn.Module):
         return self.expand(self.fc21(z))
 
     def expand(self, h: Tensor) -> Tensor:
-        """The decoder after its first, linear layer: h = fc21(z) (B, 2·width·f²) → G."""
-        return self.bn(torch.tanh(self.decoder(h.reshape(-1, *self.inner))))
+        """The decoder after its first, linear layer: h = fc21(z) (B, 2·width·f²) → G.
+
+        Its last layer in the parameters' precision under autocast too: x′ − x is a difference of
+        two G, and in bf16 their own rounding is as large as what a small δ changes.
+        """
+        h = self.decoder[:-1](h.reshape(-1, *self.inner))
+        with torch.autocast(h.device.type, enabled=False):
+            return self.bn(torch.tanh(self.decoder[-1](h.to(self.bn.weight.dtype))))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Output:
         """z = μ + σ·noise, with noise (B, m) standard normal; z = μ without it."""
