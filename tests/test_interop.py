@@ -22,6 +22,7 @@ from idaa_lib import ConfigError, interop, runs
 from idaa_lib.adversaries import IDAA
 from idaa_lib.evaluate.encoders import Encoder, features
 from idaa_lib.nets import build_backbone
+from idaa_lib.nets.resnet import torchvision_weights
 
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -641,7 +642,7 @@ def test_safetensors_holds_any_encoder_with_its_units(tmp_path):
     ours = encoder(stem="cifar")
     path = idaa_lib.export(ours, tmp_path / "x.safetensors", "safetensors")
     found = load_file(path)
-    assert found.keys() == interop.torchvision_weights(ours.module).keys()
+    assert found.keys() == torchvision_weights(ours.module).keys()
     assert not any("_adv" in key for key in found)
     with safe_open(path, "pt") as file:
         about = file.metadata()

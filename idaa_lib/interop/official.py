@@ -1,52 +1,32 @@
-"""Weights from elsewhere and to elsewhere: published checkpoints in, encoders out.
+"""Published checkpoints of IDAA and its baselines as modules (docs/spec/idaa.md §1, §4).
 
-`load_official` reads what IDAA and its baselines published (docs/spec/idaa.md §1, §4), told apart
-by the names of their tensors; `import_run` makes a finished run of it, for every notebook; `export`
-writes an encoder for torchvision, safetensors, ONNX or Detectron2. Nothing that a file holds is
-ever executed (`weights_only=True`), and a tensor too many or too few is an error that names it.
+They are told apart by the names of their tensors. Nothing that a file holds is ever executed
+(`weights_only=True`), and a tensor too many or too few is an error that names it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import hashlib
-import json
 import math
-import os
-import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from idaa_lib import checkpoints, runs
-from idaa_lib.configs import ConfigError, SSLConfig, VAEConfig
-from idaa_lib.environment import describe, open_images, settled
-from idaa_lib.evaluate.encoders import Encoder, load_encoder
-from idaa_lib.methods import build_method
-from idaa_lib.nets import build_backbone, evaluating
+from idaa_lib.configs import ConfigError
+from idaa_lib.evaluate.encoders import Encoder
+from idaa_lib.nets import build_backbone
 from idaa_lib.nets.heads import Embedder, mlp, simclr_projector, simsiam_projector
-from idaa_lib.nets.resnet import SHAPES, ResNet, torchvision_weights
+from idaa_lib.nets.resnet import SHAPES, ResNet
 from idaa_lib.nets.vae import VAE
-from idaa_lib.runs import Run, RunError
-from idaa_lib.train.stages import vae_figures
-from idaa_lib.views import recipe
 
-__all__ = ["Official", "export", "import_run", "load_official", "torchvision_weights"]
-
-_Channels = tuple[float, ...]
-_Units = tuple[int, _Channels, _Channels]  # size, mean, std
+Channels = tuple[float, ...]
+_Units = tuple[int, Channels, Channels]  # size, mean, std
 _CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-# --- in -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,8 +45,8 @@ class Official:
     projector: nn.Module | None
     predictor: nn.Module | None
     size: int
-    mean: _Channels
-    std: _Channels
+    mean: Channels
+    std: Channels
     epoch: int | None
     acc: float | None
 
@@ -92,8 +72,8 @@ def load_official(
     path: str | Path,
     *,
     size: int | None = None,
-    mean: _Channels | None = None,
-    std: _Channels | None = None,
+    mean: Channels | None = None,
+    std: Channels | None = None,
 ) -> Official:
     """Read a checkpoint of IDAA (VAE, SimCLR), Plain or UEL, or SimSiam, of CIFAR or ImageNet.
 
@@ -329,243 +309,3 @@ def _settle(mark: str, parts: dict[str, Any], names: _Names) -> None:
             if name in ("bn1", "bn1_adv"):
                 norm.reset_parameters()
                 norm.running_var.fill_(1 - norm.eps)
-
-
-def import_run(
-    path: str | Path,
-    dataset: str,
-    *,
-    size: int | None = None,
-    mean: _Channels | None = None,
-    std: _Channels | None = None,
-    **values: Any,
-) -> Run:
-    """A published checkpoint as a finished run, for every notebook, `load_encoder` and `load_vae`.
-
-    `environment.json` says which file it came from, with its SHA-256; the same file with the same
-    values is the same run. A VAE's figures are measured on the validation images of `dataset`.
-
-    Args:
-        dataset: the images that it was trained on, or is to be used with, as in a configuration.
-        size, mean, std: as in `load_official`.
-        values: what else is known of its training, as fields of VAEConfig or SSLConfig (`kappa`,
-            `adversary`, `epsilon`, …); what is not said is the preset `paper`'s.
-    Raises:
-        ConfigError: as `load_official`; values that the file contradicts; images that cannot be
-            read.
-    """
-    path = Path(path).expanduser()
-    read = load_official(path, size=size, mean=mean, std=std)
-    config = _config(read, {"dataset": settled(dataset), **values}, path)
-    data = open_images(config.dataset, config.split, config.size, config.limit)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    given = {"size": size, "mean": mean, "std": std, **values}
-    given = {name: value for name, value in given.items() if value is not None}
-    # Units are no field of a configuration, and make other features of the same weights.
-    units_given = json.dumps([mean, std]) if mean or std else None
-    run = runs.run_for(config, data.fingerprint, imported=digest, units=units_given)
-    if run.finished:
-        print(f"{run.id} is there already.")
-        return run
-    units = recipe("none", *read.units)
-    about = describe(torch.device("cpu"), "no", data)
-    about["dataset"] |= {"mean": read.mean, "std": read.std}
-    about["imported"] = {"file": path.name, "sha256": digest, "epoch": read.epoch, "acc": read.acc}
-    about["imported"] |= {"path": str(path.resolve()), "given": given}
-    summary: dict[str, Any] = {"imported": path.name}
-    if isinstance(config, VAEConfig):
-        tensors = {f"network.{key}": tensor for key, tensor in read.module.state_dict().items()}
-        val = open_images(config.dataset, "val", config.size, config.limit)
-        figures = vae_figures(read.module, units, val.images, torch.device("cpu"))
-        summary |= {name.removesuffix("_val"): value for name, value in figures.items()}
-        summary |= {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
-    else:
-        method = build_method(config, units)
-        parts = {"backbone": read.module, "projector": read.projector, "predictor": read.predictor}
-        made = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
-        method.network.load_state_dict(made.state_dict())
-        tensors = method.state_dict()
-    with run.writing(config, about) as writer:
-        counters = {"step": 0, "count": 0, "seconds": 0.0, "groups": []}
-        checkpoints.save(run, 0, {f"method.{k}": v for k, v in tensors.items()}, counters)
-        writer.finish(summary)
-    return run
-
-
-def _config(read: Official, values: dict[str, Any], path: Path) -> VAEConfig | SSLConfig:
-    """The configuration that the file and the user's `values` make together."""
-    module, given = read.module, {"preset": "paper"} | values
-    if read.kind == "vae":
-        known = {"dim": module.dim, "width": module.width}
-    else:
-        name = next(name for name, shape in SHAPES.items() if shape == module.shape)
-        known = {"backbone": name, "width": module.width, "stem": module.stem}
-        whole = read.encoder("projector").module
-        linear = [part for part in whole.modules() if isinstance(part, nn.Linear)]
-        known |= {"projection_dim": linear[-1].out_features}
-        if read.kind == "simsiam":
-            known |= {"pairing": "imagenet" if len(linear) == 3 else "cifar"}
-        if (read.kind, values.get("method")) != ("plain", "uel"):
-            known |= {"method": read.kind}
-        given = {"adversary": "idaa" if module.adversarial_norms else "none"} | given
-    for name, value in known.items():
-        if values.get(name, value) != value:
-            raise ConfigError(f"{path} has {name}={value!r}, not {values[name]!r}.")
-    if read.kind == "vae":
-        return VAEConfig(**given | known | {"size": read.size})
-    config = SSLConfig(**given | known | {"size": read.size})
-    if (config.adversary != "none") != module.adversarial_norms:
-        raise ConfigError(
-            f"adversary={config.adversary!r} does not go with {path}, whose network has "
-            f"{'' if module.adversarial_norms else 'no '}adversarial norms."
-        )
-    return config
-
-
-# --- out ------------------------------------------------------------------------------------
-
-
-def export(
-    source: Run | str | Encoder | Official | None,
-    path: str | Path,
-    format: str = "torchvision",
-) -> Path:
-    """Write an encoder for another framework; the path of the file.
-
-    The main norms alone are written; adversarial ones serve training. Images are expected as the
-    encoder has them: (B, 3, size, size), normalised by its mean and std.
-
-    Args:
-        source: a finished SSL run, its id or path (None: the newest); or an encoder, of
-            `load_encoder` or `load_official`.
-        format: `torchvision`, a state dict for `torchvision.models.resnet…` without `fc`;
-            `safetensors`, the same names, for any encoder, with size, mean and std as metadata;
-            `onnx`, a graph images → features for any batch size, checked with onnxruntime;
-            `detectron2`, a .pkl for MODEL.WEIGHTS of a ResNet backbone with STRIDE_IN_1X1 False,
-            INPUT.FORMAT "RGB", PIXEL_MEAN and PIXEL_STD 255 times mean and std; reading it takes
-            NumPy 1.26 or newer.
-    Raises:
-        ConfigError: the format cannot hold this encoder, needs a package, or the path is not
-            writable. RunError: there is no such run.
-    """
-    if format not in _WRITERS:
-        raise ConfigError(f"format must be one of {', '.join(_WRITERS)}, and is {format!r}.")
-    if isinstance(source, Official):
-        encoder = source.encoder()
-    else:
-        encoder = source if isinstance(source, Encoder) else load_encoder(source)
-    path = Path(path).expanduser()
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.touch()  # a path that cannot be written is told before any work
-        _WRITERS[format](encoder, draft)
-        os.replace(draft, path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-    return path
-
-
-def _imagenet_resnet(encoder: Encoder, format: str) -> dict[str, Tensor]:
-    """Weights under torchvision's names, if a framework's own ResNet computes the same of them."""
-    backbone = encoder.module
-    if not isinstance(backbone, ResNet):
-        raise ConfigError(
-            f"format={format!r} holds the backbone of a ResNet, not a {type(backbone).__name__}: "
-            f"use safetensors or onnx."
-        )
-    if backbone.stem != "imagenet":
-        raise ConfigError(
-            f"format={format!r} has a stem of 7×7, stride 2 and max-pooling, and this encoder was "
-            f"trained with stem={backbone.stem!r}: use safetensors or onnx."
-        )
-    return {key: tensor.cpu() for key, tensor in torchvision_weights(backbone).items()}
-
-
-def _torchvision(encoder: Encoder, path: Path) -> None:
-    weights = _imagenet_resnet(encoder, "torchvision")
-    if (width := encoder.module.width) != 64:
-        raise ConfigError(
-            f"torchvision's ResNets begin with 64 channels, and this one with width={width}: use "
-            f"safetensors or onnx."
-        )
-    torch.save(weights, path)
-
-
-def _safetensors(encoder: Encoder, path: Path) -> None:
-    module, *units = encoder
-    about = {key: str(value) for key, value in zip(("size", "mean", "std"), units, strict=True)}
-    if isinstance(module, ResNet):
-        weights = torchvision_weights(module)
-        about |= {"names": "torchvision", "stem": module.stem, "width": str(module.width)}
-    else:
-        weights = {k: v for k, v in module.state_dict().items() if "_adv." not in k}
-    save_file({k: v.cpu().contiguous() for k, v in weights.items()}, path, metadata=about)
-
-
-def _detectron2(encoder: Encoder, path: Path) -> None:
-    """Detectron2 reads no other format of backbones than a pickle; it holds arrays alone."""
-    weights = {}
-    for key, tensor in _imagenet_resnet(encoder, "detectron2").items():
-        if key.endswith("num_batches_tracked"):
-            continue
-        key = re.sub(r"layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", key)
-        key = re.sub(r"\bbn(\d)", r"conv\1.norm", key)
-        key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-        weights[key if key.startswith("res") else f"stem.{key}"] = tensor.numpy()
-    held = {"model": weights, "__author__": "IDAA workbench", "matching_heuristics": True}
-    with path.open("wb") as file:
-        pickle.dump(held, file)
-
-
-def _onnx(encoder: Encoder, path: Path) -> None:
-    """By torch's exporter; run by onnxruntime on batches of other sizes, before it is kept."""
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401 - the exporter's own need
-    except ImportError as error:
-        raise ConfigError(
-            f"format='onnx' needs {error.name}: pip install 'idaa_lib[onnx]'."
-        ) from error
-    module, size, mean, std = encoder
-    module = copy.deepcopy(module).cpu()
-    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with evaluating(module), torch.no_grad():
-        torch.onnx.export(
-            module,
-            (images[:2],),
-            path,
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=_OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        model = onnx.load(path)
-        onnx.helper.set_model_props(model, {"mean": str(mean), "std": str(std)})
-        onnx.save(model, path)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        for batch in (images[:1], images[:3]):
-            (found,) = session.run(None, {"images": batch.numpy()})
-            wanted = module(batch)
-            if not torch.allclose(torch.from_numpy(found), wanted, rtol=1e-3, atol=1e-4):
-                apart = (torch.from_numpy(found) - wanted).abs().max()
-                raise RunError(
-                    f"onnxruntime's features differ by up to {apart:.2g} from PyTorch's: nothing "
-                    f"was written."
-                )
-
-
-_OPSET = 18  # the first that torch's exporter writes without a conversion
-_WRITERS: dict[str, Callable[[Encoder, Path], None]] = {
-    "torchvision": _torchvision,
-    "safetensors": _safetensors,
-    "onnx": _onnx,
-    "detectron2": _detectron2,
-}
