@@ -119,10 +119,13 @@ class VAE(nn.Module):
     def expand(self, h: Tensor) -> Tensor:
         """The decoder after its first, linear layer: h = fc21(z) (B, 2·width·f²) → G.
 
-        Its last layer in the parameters' precision under autocast too: x′ − x is a difference of
-        two G, and in bf16 their own rounding is as large as what a small δ changes.
+        In eval mode the last layer keeps the parameters' precision under autocast too: x′ − x is a
+        difference of two G, and in bf16 their own rounding is as large as what a small δ changes.
         """
-        h = self.decoder[:-1](h.reshape(-1, *self.inner))
+        h = h.reshape(-1, *self.inner)
+        if self.training:
+            return self.bn(torch.tanh(self.decoder(h)))
+        h = self.decoder[:-1](h)
         with torch.autocast(h.device.type, enabled=False):
             return self.bn(torch.tanh(self.decoder[-1](h.to(self.bn.weight.dtype))))
 
