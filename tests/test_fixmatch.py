@@ -26,7 +26,7 @@ from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.images import load
 from idaa_lib.methods.fixmatch import build_fixmatch
 from idaa_lib.methods.plain import one_way
-from idaa_lib.methods.sampling import labelled_subset
+from idaa_lib.methods.semi_supervised import labelled_subset
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.vae import VAE
 from idaa_lib.randaugment import OPERATIONS, RandAugment, augment, cutout, strengths_of

@@ -21,91 +21,25 @@ are not averaged but copied; in both they move by 1 − decay a step (.001 there
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.configs import SemiConfig
-from idaa_lib.methods.base import (
-    Batch,
-    Method,
-    Step,
-    anchored,
-    backbone_of,
-    follow,
-    frozen_copy,
-    gathered,
-    share_of_draw,
-)
+from idaa_lib.methods.base import Batch, Step, anchored, gathered
 from idaa_lib.methods.plain import one_way
-from idaa_lib.methods.sampling import LABELLED, UNLABELLED, labelled_subset, stream
+from idaa_lib.methods.semi_supervised import SemiSupervised
 from idaa_lib.nets import initial_weights
-from idaa_lib.nets.heads import Classifier, Embedder
-from idaa_lib.randaugment import RandAugment
 from idaa_lib.views import Recipe, Views
 
 # What CIFAR-100 is normalised with here (spec §5); CIFAR-10 as everywhere.
 CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 
-class FixMatch(Method):
-    labels: Tensor
-
-    def __init__(self, config: SemiConfig, recipe: Recipe, classes: int) -> None:
-        network = Classifier(backbone_of(config), classes)
-        for name, module in network.named_modules():
-            if isinstance(module, nn.BatchNorm2d) and not name.endswith("_adv"):
-                module.momentum = 1 - config.ema_decay
-        super().__init__(network, recipe, config.weight_decay)
-        self.config, self.classes = config, classes
-        self.ema = frozen_copy(network)
-        self.strong = RandAugment(
-            recipe.size, recipe.mean, recipe.std, flip=recipe.flip, shift=recipe.shift
-        )
-        self.augment_strongly = self.strong.apply
-        # Of all training images, where the loss finds those of a batch; `batches` is told them.
-        self.register_buffer("labels", torch.zeros(0, dtype=torch.long), persistent=False)
-        self.all_labelled = False
-
-    # --- what a step sees -------------------------------------------------------------------
-
-    def steps_per_epoch(self, labels: Tensor, batch_size: int) -> int:
-        """As configured, else as many as one pass over the unlabelled images takes."""
-        one_pass = len(labels) // (self.config.mu * batch_size)
-        return self.config.steps_per_epoch or max(1, one_pass)
-
-    def images_per_step(self, batch_size: int) -> int:
-        return (1 + self.config.mu) * batch_size
-
-    def batches(self, labels: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """`labelled` (B,) and, of all images, `images` (μ·B,)."""
-        self.labels, self.all_labelled = labels.to(self.labels.device), bool((labels >= 0).all())
-        known = labelled_subset(labels, self.config.labels_per_class, self.classes, seed)
-        steps = self.steps_per_epoch(labels, batch_size)
-        labelled = stream(known, batch_size, epoch * steps, (seed, LABELLED))
-        every = torch.arange(len(labels))
-        images = stream(every, self.config.mu * batch_size, epoch * steps, (seed, UNLABELLED))
-        for _ in range(steps):
-            yield {"labelled": next(labelled), "images": next(images)}
-
-    def draw(
-        self, images: Batch, generator: torch.Generator, shard: tuple[int, int] = (0, 1)
-    ) -> tuple[Views, ...]:
-        """A weak view of the labelled images, a weak and a strong one of the unlabelled."""
-        labelled = self.view(images["labelled"], generator, shard)
-        weak = self.view(images["images"], generator, shard)
-        params = share_of_draw(self.strong, images["images"], generator, shard)
-        return labelled, weak, Views(self.augment_strongly(images["images"], params), params)
-
-    def compile_parts(self) -> None:
-        super().compile_parts()
-        self.augment_strongly = torch.compile(self.strong.apply)
-
-    # --- the loss ---------------------------------------------------------------------------
-
+class FixMatch(SemiSupervised):
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
         config = self.config
         labelled, weak, strong = (view.images for view in views)
@@ -155,13 +89,6 @@ class FixMatch(Method):
             shown={"weak view": weak, "strong view": strong},
         )
 
-    # --- training, and what comes of it -----------------------------------------------------
-
-    def after_step(self, step: Step, progress: float) -> None:
-        follow(self.ema, self.network, self.config.ema_decay)
-        for average, present in zip(self.ema.buffers(), self.network.buffers(), strict=True):
-            average.copy_(present)
-
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
         """Biases and BatchNorms (all that is a vector) do not decay."""
         (group,) = super().param_groups(epochs, steps_per_epoch)
@@ -175,19 +102,6 @@ class FixMatch(Method):
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
-
-    def encoder(self, layer: str) -> nn.Module:
-        """Of the averaged weights: `backbone` gives the pooled features, `projector` the same,
-        L2-normalised, which InfoNCE compares; `classifier` the logits (B, C)."""
-        backbone = self.ema.backbone
-        parts = {
-            "backbone": backbone,
-            "projector": Embedder(backbone, nn.Identity()),
-            "classifier": nn.Sequential(backbone, self.ema.head),
-        }
-        if layer not in parts:
-            raise ValueError(f"layer must be one of {', '.join(parts)}, and is {layer!r}.")
-        return parts[layer]
 
 
 def build_fixmatch(

@@ -30,7 +30,7 @@ from idaa_lib.evaluate.knn import knn
 from idaa_lib.images import ImageSet
 from idaa_lib.methods import METHODS, Method, build_method
 from idaa_lib.methods.fixmatch import CIFAR100, build_fixmatch
-from idaa_lib.methods.sampling import labelled_subset
+from idaa_lib.methods.semi_supervised import labelled_subset
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, evaluating
 from idaa_lib.nets.vae import rate
