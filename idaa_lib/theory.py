@@ -128,9 +128,13 @@ def distortion(mse: float, size: int, step: Sequence[float] | None = None) -> fl
     """
     if step is None:
         return 1.5 * size**2 * (1 + math.log(2 * math.pi * mse))
-    noise = sum(width**2 for width in step) / len(step) / 12
     cells = size**2 * sum(math.log(width) for width in step)
-    return distortion(mse + noise, size) - cells
+    return distortion(mse + quantisation(step), size) - cells
+
+
+def quantisation(step: Sequence[float]) -> float:
+    """Variance of uniform noise within the cells of pixels, mean over channels of widths `step`."""
+    return sum(width**2 for width in step) / len(step) / 12
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ class Bound:
 
     Args:
         n: N. distortion: −E log q_D(x|z) of discrete pixels (else H(x) ≥ 0, which the proof drops,
-            fails). rate: R̄. information: I(z; x). beta: of the loss at the same variance s².
+            fails). rate: R̄. information: I(z; x). beta: of the loss at the same variance s²
+            (mse + `quantisation`).
     Raises:
         ValueError: the distortion is negative, or N < 2.
     """

@@ -320,6 +320,13 @@ def test_its_figures_are_the_theory_s_of_these_networks(made):
         assert told["parts"][part]["retrieved"] == pytest.approx(found)
     latent = told["latent"]
     assert latent["information"] <= min(math.log(20), latent["rate"]) + 1e-9
+    # The decoder's s², of both terms of L_VAE, with the noise of a pixel's cell (Δ²/12).
+    steps = [1 / (255 * std) for std in plan.shown.std]
+    s2 = latent["mse"] + statistics.mean(step**2 / 12 for step in steps)
+    area, config = x[0, 0].numel(), plan.shown.run.config
+    nats = 3 * stats.norm.entropy(scale=s2**0.5) - sum(map(math.log, steps))
+    assert latent["distortion"] == pytest.approx(area * nats)
+    assert latent["beta"] == pytest.approx(config.kappa * area / (2 * s2 * config.dim))  # spec §1
     loss = latent["distortion"] + latent["beta"] * latent["rate"]
     expected = math.log(20) - (loss + latent["information"]) / latent["beta"]
     assert latent["bound"] == pytest.approx(expected)

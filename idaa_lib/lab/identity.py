@@ -271,13 +271,14 @@ def _latent(vae: VAE, shown: Pictures, seed: int) -> dict[str, Any]:
     batches = [
         (k, *theory.batch_bounds(mu, logvar, k, keyed_generator(seed, NOISE, k))) for k in sizes
     ]
-    config = shown.run.config
+    config, step = shown.run.config, [1 / (255 * std) for std in shown.std]
     bound = Bound(
         n=n,
-        distortion=theory.distortion(mse, size, [1 / (255 * std) for std in shown.std]),
+        distortion=theory.distortion(mse, size, step),
         rate=rate(mu, logvar).mean().item(),
         information=exact.nats,
-        beta=config.beta / mse,  # which is of unit variance
+        # The configuration's is of unit variance; here of the distortion's (spec §1: β ∝ 1/s²).
+        beta=config.beta / (mse + theory.quantisation(step)),
     )
     return {
         "information": exact.nats, "error": exact.error, "batches": batches, "mse": mse,
