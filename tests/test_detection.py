@@ -25,7 +25,7 @@ from idaa_lib.evaluate import detection
 from idaa_lib.evaluate.coco import CocoSet, for_training, synthetic_shapes
 from idaa_lib.evaluate.detection import average_precision, detect, load_detector, predict, rate
 from idaa_lib.evaluate.encoders import load_encoder
-from idaa_lib.evaluate.mask_rcnn import C4Heads, _layers, mask_rcnn
+from idaa_lib.evaluate.mask_rcnn import STRIDES, C4Heads, _layers, mask_rcnn
 from idaa_lib.nets import build_backbone, initial_weights
 from idaa_lib.runs import RunError, Stopped
 from idaa_lib.train import train_ssl
@@ -271,6 +271,12 @@ def small(width=4, classes=2, bottleneck=False, **values):
         return backbone, mask_rcnn(backbone, classes, **options)
 
 
+def test_each_stem_s_stride_is_that_of_its_maps():
+    for stem, stride in STRIDES.items():
+        backbone = build_backbone("resnet18", width=4, stem=stem, adversarial_norms=False)
+        assert _layers(backbone, 3)(torch.zeros(1, 3, 64, 64)).shape[2] == 64 / stride
+
+
 @pytest.mark.parametrize("bottleneck", [False, True])
 def test_the_layers_are_the_backbone_s_and_the_map_has_stride_16(bottleneck):
     backbone, detector = small(bottleneck=bottleneck)
@@ -503,9 +509,15 @@ def test_objects_without_segmentation_leave_boxes_alone(config, outputs, shapes,
 def test_what_cannot_be_is_refused_with_the_reason(config, outputs, shapes, tmp_path, encoder):
     with pytest.raises(RunError, match=r"no finished ssl run with stem=imagenet .*03_train_ssl"):
         detect(changed(config, run=None))
-    cifar = train_ssl(SSLConfig(size=16, width=4, limit=32, batch_size=32, epochs=1, device="cpu"))
-    with pytest.raises(ConfigError, match=r"CIFAR stem: its layer 3 has stride 4.*stem=\"imagenet"):
-        detect(changed(config, run=cifar.id))
+    small = dict(size=16, width=4, limit=32, batch_size=32, epochs=1, device="cpu")
+    for stem, stride in (("cifar", 4), ("mini", 8)):
+        other = train_ssl(SSLConfig(stem=stem, **small))
+        reason = f"stem='{stem}': its layer 3 has stride {stride},.* one of 16 .*stem=\"imagenet"
+        with pytest.raises(ConfigError, match=reason):
+            detect(changed(config, run=other.id))
+    wide = train_ssl(SSLConfig(backbone="wrn10", **small))
+    with pytest.raises(ConfigError, match="no ResNet as its encoder"):
+        detect(changed(config, run=wide.id))
     with pytest.raises(ConfigError, match="val_images is missing: give"):
         changed(config, val_images=None)
     with pytest.raises(ConfigError, match="preset must be 'demo' or 'paper'"):

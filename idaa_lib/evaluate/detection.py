@@ -1,9 +1,10 @@
 """The detection stage: Mask R-CNN fine-tuned from an SSL run, and its AP (docs/spec/idaa.md §5).
 
-The protocol is SimSiam's and MoCo's: Detectron2's 1× schedule on R50-C4 with all layers and
-BatchNorms tuned, statistics of the BatchNorms averaged anew over 200 batches before AP is read
-(`PRECISE_BN`). It runs on one device, whose BatchNorms see the whole batch, as synchronised ones of
-several devices would. Batches are not grouped by aspect ratio, as Detectron2's are.
+The protocol is SimSiam's and MoCo's, inferred to be the paper's: Detectron2's 1× schedule on R50-C4
+with all layers and BatchNorms tuned, statistics of the BatchNorms averaged anew over 200 batches
+before AP is read (`PRECISE_BN`). It runs on one device, whose BatchNorms see the whole batch, as
+synchronised ones of several devices would. Batches are not grouped by aspect ratio, as Detectron2's
+are.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from idaa_lib.configs import ConfigError, DetectionConfig
 from idaa_lib.environment import settled, surroundings, torch_device
 from idaa_lib.evaluate.coco import CocoSet, Paths, Target, for_training, synthetic_shapes
 from idaa_lib.evaluate.encoders import load_encoder
-from idaa_lib.evaluate.mask_rcnn import STRIDE, mask_rcnn
+from idaa_lib.evaluate.mask_rcnn import STRIDE, STRIDES, mask_rcnn
 from idaa_lib.images import data_root
 from idaa_lib.nets import build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import ResNet
@@ -332,13 +333,14 @@ class Plan(NamedTuple):
 def _plan(config: DetectionConfig) -> Plan:
     wanted = {} if config.run else {"stem": "imagenet"}
     source = runs.get("ssl", config.run, **wanted)
-    if source.config.stem != "imagenet":
-        raise ConfigError(
-            f"run={source.id!r} has a CIFAR stem: its layer 3 has stride 4, and Mask R-CNN needs "
-            f'one of {STRIDE} to see objects whole; train one with stem="imagenet".'
-        )
     if not isinstance(load_encoder(source).module, ResNet):
         raise ConfigError(f"run={source.id!r} has no ResNet as its encoder.")
+    if (stem := source.config.stem) != "imagenet":
+        raise ConfigError(
+            f"run={source.id!r} was trained with stem={stem!r}: its layer 3 has stride "
+            f"{STRIDES[stem]}, and Mask R-CNN needs one of {STRIDE} to see objects whole; train "
+            f'one with stem="imagenet".'
+        )
     paths = {name: settled(path) for name in config.sets if (path := getattr(config, name))}
     config = config.model_copy(update={"run": source.reference, **paths})
     train, val = sets(config)

@@ -1,9 +1,10 @@
 """Mask R-CNN (He et al. 2017, arXiv:1703.06870) from torchvision's parts on a ResNet of ours.
 
-`c4` is what MoCo (arXiv:1911.05722, §4.2), SimSiam and the paper judge transfer by: Detectron2's
-R50-C4 with tuned BatchNorms and an extra one after layer 4 (`Res5ROIHeadsExtraNorm`). Layers 1 to 3
-make one feature map of stride 16; layer 4 is the head of every region, shared by classes, boxes
-and masks. `fpn` is torchvision's own Mask R-CNN on a feature pyramid.
+`c4` is what MoCo (arXiv:1911.05722, §4.2) and SimSiam judge transfer by: Detectron2's R50-C4 with
+tuned BatchNorms and an extra one after layer 4 (`Res5ROIHeadsExtraNorm`). That the paper does too
+is inferred: its SimSiam row is SimSiam's own (docs/spec/idaa.md §5). Layers 1 to 3 make one feature
+map of stride 16; layer 4 is the head of every region, shared by classes, boxes and masks. `fpn` is
+torchvision's own Mask R-CNN on a feature pyramid.
 
 Against Detectron2: the box losses are torchvision's smooth L1 (β = 1/9) where Detectron2 has L1,
 and images are shrunk without antialiasing.
@@ -36,7 +37,8 @@ from idaa_lib.nets.resnet import ResNet
 
 # Sides of training images as shares of `size`: Detectron2's 640, 672, …, 800 and at most 1333.
 SHARES, LONGEST = (0.8, 0.84, 0.88, 0.92, 0.96, 1.0), 5 / 3
-STRIDE = 16  # of layer 3
+STRIDES = {"cifar": 4, "mini": 8, "imagenet": 16}  # of layer 3, by stem
+STRIDE = STRIDES["imagenet"]
 ANCHORS, RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)  # pixels of the resized image
 
 
