@@ -50,6 +50,7 @@ def test_every_preset_resolves_every_field_and_survives_json(config, preset):
         (VAEConfig, {"size": 65}, ("size", "65", "64, 84, 224")),
         (VAEConfig, {"kappa": 0.1, "beta": 0.1}, ("kappa=0.1", "beta=0.4", "give one of the two")),
         (SweepConfig, {"dims": "32, many"}, ("dims", "'32'")),
+        (SweepConfig, {"figure": 7}, ("figure", "6 or 5", "7")),
         (SweepConfig, {"seeds": ()}, ("seeds",)),
     ],
 )
@@ -93,6 +94,19 @@ def test_kappa_and_beta_say_the_same():
     assert VAEConfig(dim=128).beta == pytest.approx(0.4)
     assert VAEConfig(dim=128, beta=0.8).kappa == pytest.approx(0.2)
     assert VAEConfig(size=224, dim=3072, kappa=0.1).beta == pytest.approx(0.8167, abs=1e-4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_figure_has_its_axes_of_the_preset_and_what_is_given_besides(preset):
+    sixth, fifth = SweepConfig(preset=preset), SweepConfig(preset=preset, figure="5")
+    assert min(len(each) for each in (sixth.epsilons, sixth.betas, sixth.dims)) > 2
+    assert sixth.axes == {} and (fifth.epsilons, fifth.betas, fifth.dims) == ((), (), ())
+    assert [*fifth.axes] == ["batch_size", "backbone", "epochs"]
+    middle = SSLConfig(preset=preset)
+    assert all(getattr(middle, name) in along for name, along in fifth.axes.items())
+    both = SweepConfig(preset=preset, figure=5, epsilons="0.1", axes='{"width": [4]}')
+    assert (both.epsilons, both.dims, both.axes) == ((0.1,), (), {"width": [4]})
+    assert SweepConfig(preset=preset, axes={"width": [4]}).epsilons == sixth.epsilons
 
 
 def test_an_attack_that_does_not_happen_gives_a_run_no_second_name():

@@ -23,6 +23,7 @@ from idaa_lib.configs.training import Adversary, SSLConfig
 # own, or another data set or VAE would change more than themselves.
 _FIXED = {"preset", "dataset", "seed", "device", "tracker", "vae", "dim", "epsilon", "size"}
 _FIXED |= {"continue_from"}
+_RESNETS = ["resnet18", "resnet34", "resnet50"]
 
 
 class EvalConfig(Config):
@@ -228,9 +229,11 @@ class _Study(Config):
 
 
 class SweepConfig(_Study):
-    """A sensitivity study: ε, β and dim, one at a time around the middle (notebook 05).
+    """A sensitivity study: one field at a time around the middle (notebook 05).
 
     Fields (besides those of every study):
+        figure: of the paper, whose axes the preset gives values of: 6, ε, β and dim; 5, batch size,
+            backbone and epochs. Its own values were not to be had: these are ours.
         adversary: of every run of the study.
         epsilons, betas, dims: values of each axis (an empty one is left out). A run that differs
             from the middle in one axis only is made for each value and each seed.
@@ -242,21 +245,32 @@ class SweepConfig(_Study):
     sets = frozenset({"adversary"})
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "demo": dict(dataset="photos", epsilons=(0.03, 0.1, 0.3), betas=(0.04, 0.4, 4.0),
-                     dims=(32, 128, 512), jobs=2),
+                     dims=(32, 128, 512), jobs=2,
+                     axes=dict(batch_size=[64, 128], backbone=["resnet18", "resnet34"],
+                               epochs=[3, 6])),
         "cifar10": dict(dataset="cifar10", epsilons=(0.03, 0.1, 0.3, 1.0),
-                        betas=(0.01, 0.1, 1.0), dims=(128, 512, 1024), jobs=1),
+                        betas=(0.01, 0.1, 1.0), dims=(128, 512, 1024), jobs=1,
+                        axes=dict(batch_size=[64, 128, 256, 512], backbone=_RESNETS,
+                                  epochs=[100, 200, 300])),
         "paper": dict(dataset="cifar10", epsilons=(0.03, 0.1, 0.3, 1.0),
-                      betas=(0.01, 0.1, 1.0), dims=(128, 512, 1024), jobs=1),
+                      betas=(0.01, 0.1, 1.0), dims=(128, 512, 1024), jobs=1,
+                      axes=dict(batch_size=[64, 128, 256, 512], backbone=_RESNETS,
+                                epochs=[100, 200, 300, 400, 500])),
     }  # fmt: skip
 
+    figure: Literal[6, 5] = 6
     adversary: Literal["idaa", "random_sign"] = "idaa"
     epsilons: tuple[NonNegative, ...] = PRESET
     betas: tuple[NonNegative, ...] = PRESET
     dims: tuple[Positive, ...] = PRESET
-    axes: dict[str, list[Any]] = Field(default_factory=dict)
+    axes: dict[str, list[Any]] = PRESET
 
     @classmethod
     def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        # Of the preset's axes those of the figure; whatever is given has its own beside them.
+        of_6: dict[str, Any] = {"epsilons": (), "betas": (), "dims": ()}
+        others = of_6 if values.get("figure") == 5 else {"axes": {}}
+        values = values | others | dict(given)
         axes = given.get("axes")
         for name, along in axes.items() if isinstance(axes, dict) else ():
             if name not in SSLConfig.model_fields.keys() - {*_FIXED, *cls.sets}:
