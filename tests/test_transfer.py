@@ -22,9 +22,6 @@ from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot, mean_i
 from idaa_lib.evaluate.linear import Axes, choose, logistic_regression, predict, principal_axes
 from idaa_lib.evaluate.transfer import (
     LAMBDAS,
-    PAPER,
-    PAPER_DATASETS,
-    beside_the_paper,
     kornblith_probe,
     mean_per_class,
     mean_per_class_interval,
@@ -199,26 +196,6 @@ def test_mean_per_class_agrees_with_sklearn_and_its_interval_with_resampling():
     ]
     assert (low, high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), abs=0.5)
     assert mean_per_class_interval(labels, labels) == (100, 100)
-
-
-def test_the_paper_s_figures_are_those_of_the_specification():
-    (line,) = (
-        x
-        for x in (ROOT / "docs/spec/idaa.md").read_text().split("\n")
-        if x.startswith("Transfer (")
-    )
-    found = [tuple(map(float, re.findall(r"\d+\.\d+", part))) for part in line.split(";")]
-    assert list(PAPER.values()) == found
-    rows = [
-        {"features": who, "dataset": data, "probe": probe, "metric": "top-1", "value": 50.123}
-        for who in ("encoder", "random")
-        for data in ("cifar100", "photos", "oxfordiiitpet")
-        for probe in ("linear", "1 % of labels")
-    ]
-    c100, pets = beside_the_paper(rows)
-    assert (c100["data set"], c100["this run"]) == ("cifar100", 50.12)
-    assert c100["SimCLR + IDAA (paper)"] == 38.82
-    assert pets["SimCLR + CLAE (paper)"] == 43.55
 
 
 # --- few labels, few shots
@@ -435,7 +412,6 @@ def test_data_sets_may_be_text_with_spaces_in_paths():
     for text in ("cifar10, /my data/birds.zip", str(expected), list(expected)):
         assert TransferConfig(datasets=text).datasets == expected
     assert TransferConfig(datasets=None).datasets == ()
-    assert TransferConfig(preset="paper").datasets == PAPER_DATASETS
     config = TransferConfig(datasets=expected, fractions="0.05", shots="5")
     assert TransferConfig(**runs.asked(config)) == config
     with pytest.raises(ConfigError, match="fractions must be less than or equal to 1"):

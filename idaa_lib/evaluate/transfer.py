@@ -1,5 +1,6 @@
 """Transfer: frozen features on other data, the protocol of Kornblith et al. 2019
-(arXiv:1805.08974; docs/spec/idaa.md §5), beside probes from few labels.
+(arXiv:1805.08974), inferred to be the paper's too (docs/spec/idaa.md §5); and probes from few
+labels.
 
 Features are taken as they are, not standardised. The penalty λ multiplies ‖W‖² beside the summed
 cross-entropy, bias free, as in Kornblith's own code; per image of the mean that is 2λ/N of ½‖W‖²,
@@ -39,21 +40,6 @@ IMAGENET_SIZE = 224
 PER_CLASS = frozenset({"fgvcaircraft", "oxfordiiitpet", "flowers102", "caltech101"})
 # The encoders of the rows: the run's own, and the same before training.
 ENCODERS: dict[str, Callable[[Run], Encoder]] = {"encoder": load_encoder, "random": random_encoder}
-
-# Top-1 or mean per class in percent (docs/spec/idaa.md §7), from the paper's slides.
-PAPER_DATASETS = (
-    "cifar10", "cifar100", "birdsnap", "fgvcaircraft", "dtd", "oxfordiiitpet", "flowers102",
-    "cub200",
-)  # fmt: skip
-PAPER = {
-    "SimCLR": (61.83, 36.55, 12.68, 24.19, 54.35, 46.46, 75.00, 16.73),
-    "SimCLR + CLAE": (61.59, 37.13, 13.61, 25.87, 52.12, 43.55, 76.82, 17.58),
-    "SimCLR + IDAA": (64.49, 38.82, 13.89, 26.02, 54.97, 46.76, 77.99, 18.15),
-}
-PAPER_PROTOCOL = (
-    "The paper's figures are its slides': frozen features and a linear classifier; pretraining "
-    "set, backbone and images are not stated there."
-)
 
 
 class Probe(NamedTuple):
@@ -164,25 +150,6 @@ def mean_per_class_interval(
         found += torch.binomial(n.expand(draws), p.expand(draws), generator=generator) / n
     low, high = (100 * found / len(share)).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return low, high
-
-
-def beside_the_paper(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The linear rows of data sets that the paper has too, each with its figures."""
-    return [
-        {
-            "data set": row["dataset"],
-            "metric": row["metric"],
-            "this run": round(row["value"], 2),
-            **{
-                f"{name} (paper)": figures[PAPER_DATASETS.index(row["dataset"])]
-                for name, figures in PAPER.items()
-            },
-        }
-        for row in rows
-        if row["probe"] == "linear"
-        and row["features"] == "encoder"
-        and row["dataset"] in PAPER_DATASETS
-    ]
 
 
 class _Plan(NamedTuple):

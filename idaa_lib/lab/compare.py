@@ -45,14 +45,14 @@ def differing(chosen: Sequence[Run]) -> dict[str, list[Any]]:
 
 def labels(chosen: Sequence[Run]) -> dict[str, Run]:
     """Short label → run, for runs of one stage: what they are, and what differs between them."""
-    said = _said(chosen)
+    said = apart(chosen)
     return {
         text if said.count(text) == 1 else f"{text} ({run.id[-8:]})": run
         for text, run in zip(said, chosen, strict=True)
     }
 
 
-def _said(chosen: Sequence[Run], told: frozenset[str] = frozenset()) -> list[str]:
+def apart(chosen: Sequence[Run], told: frozenset[str] = frozenset()) -> list[str]:
     """What tells each run from the others, but for the fields that are `told` elsewhere."""
     names = [name_of(run) for run in chosen]
     said = list(names)
@@ -119,9 +119,10 @@ def accuracies(evaluations: Sequence[Run]) -> list[Accuracies]:
 
 def _table(same: tuple[Any, ...], members: list[Run]) -> Accuracies:
     data, _, limit, n, n_linear, knn, linear = same
+    told = frozenset({"seed", "epochs"})
     rows: list[tuple[dict[str, str], Run]] = []
     references: dict[tuple[str, ...], dict[str, str]] = {}
-    for label, run in zip(_said_of_judged(members), members, strict=True):
+    for label, run in zip(judged_apart(members, told), members, strict=True):
         figures, (seed, epochs, images) = run.summary or {}, _training(run)
         about = {"seed": seed, "epochs": epochs, "training images": images}
         rows.append(({"": label, **_figures(figures, ""), **about}, run))
@@ -142,14 +143,14 @@ def _table(same: tuple[Any, ...], members: list[Run]) -> Accuracies:
     )
 
 
-def _said_of_judged(evaluations: Sequence[Run]) -> list[str]:
-    """Evaluations are named by what differs between the trainings that they judge."""
+def judged_apart(evaluations: Sequence[Run], told: frozenset[str]) -> list[str]:
+    """What tells the trainings apart that evaluations judge, but for what is `told` elsewhere."""
     sources: dict[Run, Run] = {}
     for run in evaluations:
         with contextlib.suppress(RunError):
             sources[run] = judged(run)
     unique = list(dict.fromkeys(sources.values()))
-    said = dict(zip(unique, _said(unique, frozenset({"seed", "epochs"})), strict=True))
+    said = dict(zip(unique, apart(unique, told), strict=True))
     return [said[sources[run]] if run in sources else name_of(run) for run in evaluations]
 
 

@@ -1,12 +1,10 @@
-"""What a detector finds, drawn on images, and its AP beside the paper's."""
+"""What a detector finds, drawn on images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -14,16 +12,6 @@ from torch import Tensor
 
 from idaa_lib.evaluate.coco import Target
 from idaa_lib.lab.style import PALETTE
-
-# docs/spec/idaa.md §7: AP50, AP, AP75 of boxes and of masks, in percent.
-PAPER = {
-    "from scratch": ((44.0, 26.4, 27.8), (46.9, 29.3, 30.8)),
-    "supervised ImageNet": ((58.2, 38.2, 41.2), (54.7, 33.3, 35.2)),
-    "SimSiam": ((57.5, 37.9, 40.9), (54.2, 33.2, 35.2)),
-    "SimSiam + IDAA": ((58.2, 38.7, 42.0), (55.1, 33.9, 35.9)),
-}
-PAPER_PROTOCOL = "paper: Mask R-CNN R50-C4, COCO 2017, 1× schedule"
-STRICTNESS = ("50", "", "75")
 
 
 def pictures(
@@ -63,14 +51,3 @@ def pictures(
                           bbox=dict(facecolor=colour, edgecolor="none", pad=1))  # fmt: skip
             axis.imshow(pixels)
     return figure
-
-
-def table(summary: Mapping[str, Any]) -> pd.DataFrame:
-    """AP50, AP, AP75 of boxes and masks in percent: this run, then the paper's rows, each with its
-    protocol; they compare only where it is the same."""
-    columns = [f"{kind} AP{t}" for kind in ("box", "mask") for t in STRICTNESS]
-    own = [summary.get(f"{kind}_ap{t}") for kind in ("box", "mask") for t in STRICTNESS]
-    rows = {"this run": [*own, f"{summary['protocol']}, n = {summary['n']:,}"]}
-    for name, (box, mask) in PAPER.items():
-        rows[name] = [*box, *mask, PAPER_PROTOCOL]
-    return pd.DataFrame.from_dict(rows, "index", columns=[*columns, "protocol"]).round(1)
