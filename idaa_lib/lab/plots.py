@@ -417,7 +417,9 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
                     yerr=grouped.std() if several else None, marker="o", capsize=4,
                     color=COLOURS[adversary], label=NAMES[adversary],
                 )  # fmt: skip
-            if numeric:
+            if not numeric:
+                panel.set_xlim(-0.5, len(values) - 0.5)  # names are wide
+            elif axis != "epochs":  # which are tried in steps, all else in factors
                 panel.set(xscale="log")
             told = [f"{value:g}" if numeric else str(value) for value in values]
             panel.set_xticks(list(at.values()), told)
@@ -428,5 +430,5 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
         whole = max(panels[0], key=lambda panel: len(panel.get_legend_handles_labels()[1]))
         whole.legend()
     seeds = rows["seed"].nunique()
-    figure.suptitle(f"Sensitivity of the attack, {seeds} seed{'s' if seeds > 1 else ''} a point")
+    figure.suptitle(f"Sensitivity, {seeds} seed{'s' if seeds > 1 else ''} a point")
     return figure
