@@ -236,6 +236,15 @@ def ascend_pixels(loss: Callable[[Tensor], Tensor], x: Tensor, epsilon: float) -
     return x + epsilon * gradient.sign()
 
 
+def random_signs(vae: nn.Module, x: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
+    """x′ of IDAA's control: each coordinate of δ is ±ε, by the toss of a fair coin."""
+    vae.eval()
+    with torch.no_grad():
+        zeta = vae.encode(x)[0]
+        heads = (torch.rand(zeta.shape, generator=generator) > 0.5).to(x)
+        return vae.decode(zeta + epsilon * (2 * heads - 1)) + (x - vae.decode(zeta))
+
+
 # --- evaluation
 
 

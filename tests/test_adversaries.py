@@ -125,8 +125,9 @@ def test_clae_agrees_with_the_published_order_of_work(network, x, epsilon):
     assert attack.z is None and attack.reconstruction is None
 
 
-def test_idaa_changes_the_reconstruction_alone(make, vae, x):
-    attack = make(IDAA, 0.7)(x, of_samples)
+@pytest.mark.parametrize("kind", [IDAA, RandomSign])
+def test_idaa_and_its_control_change_the_reconstruction_alone(make, vae, x, kind):
+    attack = make(kind, 0.7)(x, of_samples)
     frozen = copy.deepcopy(vae).eval()
     with torch.no_grad():
         G = frozen.decode(zeta(vae, x))

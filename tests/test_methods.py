@@ -168,7 +168,8 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
             x_adv = IDAA(vae, epsilon)(x, step.attack_loss).images
             slow = reference.ascend_latent(oracle.attack, vae, x, epsilon)
         else:
-            x_adv = slow = RandomSign(vae, epsilon)(x, step.attack_loss, keyed_generator(9)).images
+            x_adv = RandomSign(vae, epsilon)(x, step.attack_loss, keyed_generator(9)).images
+            slow = reference.random_signs(vae, x, epsilon, keyed_generator(9))
         torch.testing.assert_close(x_adv, slow, rtol=0, atol=1e-9)
         assert (x_adv - x).abs().max() > 0.01
         adversarial, oracle_s = step.adversarial_loss(x_adv), oracle.adversarial(slow)
@@ -226,13 +227,24 @@ def test_at_the_start_simsiam_is_attacked_and_the_others_by_their_negatives_alon
         assert gradient.abs().max() < 1e-10
 
 
+def adversaries(vae, epsilon):
+    return IDAA(vae, epsilon), RandomSign(vae, epsilon), CLAE(epsilon)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_epsilon_0_gives_the_adversarial_loss_of_the_view_itself(variant, vae):
-    for adversary in (IDAA(vae, 0.0), RandomSign(vae, 0.0), CLAE(0.0)):
-        step = a_method(variant).step(two_views(), {})
-        attack = adversary(step.attacked, step.attack_loss, keyed_generator(0))
-        itself = step.adversarial_loss(step.attacked)
+    for still, moving in zip(adversaries(vae, 0.0), adversaries(vae, 0.4), strict=True):
+        views, method = two_views(), a_method(variant)
+        oracle = Oracle(variant, copy.deepcopy(method), *(view.images for view in views))
+        itself = oracle.adversarial(views[0].images)
+        step = method.step(views, {})
+        attack, other = (
+            adversary(step.attacked, step.attack_loss, keyed_generator(0))
+            for adversary in (still, moving)
+        )
         torch.testing.assert_close(step.adversarial_loss(attack.images), itself)
+        away = step.adversarial_loss(other.images) - itself
+        assert away.abs() > 1e-5, type(moving)  # so that agreement means something
 
 
 def batches_seen(module):
@@ -243,23 +255,25 @@ def batches_seen(module):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_of_the_backbone_s_norms_the_adversarial_ones_alone_see_the_attacked_view(variant, vae):
-    method = a_method(variant)
-    step = method.step(two_views(), {})
-    before = batches_seen(method)
-    for name, seen in before.items():
-        assert (seen == 0) == (name.split(".")[-1].endswith("_adv")), name
-    x_adv = IDAA(vae, 0.1)(step.attacked, step.attack_loss).images
-    step.adversarial_loss(x_adv)
-    for name, seen in batches_seen(method).items():
-        target, backbone = name.startswith("target."), "backbone." in name
-        if target and variant == "moco":
-            assert seen == before[name], name  # keys are of clean views alone
-        elif backbone and name.endswith("_adv"):
-            assert seen == (1 if target else 2), name
-        elif backbone:
-            assert seen == before[name], name
-        else:
-            assert seen > before[name], name  # a head's norms are shared
+    for adversary in adversaries(vae, 0.1):
+        method = a_method(variant)
+        step = method.step(two_views(), {})
+        before = batches_seen(method)
+        for name, seen in before.items():
+            assert (seen == 0) == (name.split(".")[-1].endswith("_adv")), name
+        x_adv = adversary(step.attacked, step.attack_loss, keyed_generator(0)).images
+        passes = 1 if isinstance(adversary, RandomSign) else 2  # which looks at no loss
+        step.adversarial_loss(x_adv)
+        for name, seen in batches_seen(method).items():
+            target, backbone = name.startswith("target."), "backbone." in name
+            if target and variant == "moco":
+                assert seen == before[name], name  # keys are of clean views alone
+            elif backbone and name.endswith("_adv"):
+                assert seen == (1 if target else passes), name
+            elif backbone:
+                assert seen == before[name], name
+            else:
+                assert seen > before[name], name  # a head's norms are shared
 
 
 @pytest.mark.parametrize("variant", METHOD_NAMES)
@@ -462,7 +476,8 @@ def test_heads_are_the_papers():
     assert heads(method="simsiam") == (
         [(512, 2048, True), "BN", "ReLU", wide, "BN"], narrow,
     )  # fmt: skip
-    assert heads(method="simsiam", pairing="imagenet", backbone="resnet50", stem="imagenet") == (
+    imagenet = dict(pairing="imagenet", dataset="imagenet", backbone="resnet50", stem="imagenet")
+    assert heads(method="simsiam", **imagenet) == (
         [*[(2048, 2048, False), "BN", "ReLU"] * 2, wide, "BN without affine"], narrow,
     )  # fmt: skip
     assert heads(method="plain") == heads(method="uel") == ([(512, 128, True)], [])
@@ -471,6 +486,31 @@ def test_heads_are_the_papers():
         [(512, 1024, True), "BN", "ReLU", (1024, 256, True)],
         [(256, 1024, True), "BN", "ReLU", (1024, 256, True)],
     )
+
+
+@pytest.mark.parametrize(
+    ("backbone", "depths", "last"),
+    [("resnet18", (2, 2, 2, 2), "bn2"), ("resnet50", (3, 4, 6, 3), "bn3")],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_simsiam_s_imagenet_pairing_alone_starts_its_residual_branches_at_zero(
+    variant, backbone, depths, last
+):
+    weights = {
+        name: part.weight
+        for name, part in a_method(variant, backbone=backbone).network.named_modules()
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) and part.affine
+    }
+    ends = {
+        f"backbone.layer{stage}.{block}.{last}{twin}"
+        for stage, depth in enumerate(depths, 1)
+        for block in range(depth)
+        for twin in ("", "_adv")
+    }
+    assert ends < weights.keys()
+    zero = ends if variant == "simsiam/imagenet" else set()
+    for name, weight in weights.items():
+        assert torch.equal(weight, torch.full_like(weight, float(name not in zero))), name
 
 
 def test_recipes_go_over_the_preset_and_under_what_is_given():
@@ -484,9 +524,10 @@ def test_recipes_go_over_the_preset_and_under_what_is_given():
     assert SSLConfig(preset="cifar10", method="moco").epochs == 100
     demo, plain = SSLConfig(method="moco"), SSLConfig()
     assert (demo.epochs, demo.batch_size) == (plain.epochs, plain.batch_size)
-    imagenet = SSLConfig(preset="paper", method="simsiam", pairing="imagenet")
+    there = dict(preset="paper", method="simsiam", pairing="imagenet", dataset="imagenet")
+    imagenet = SSLConfig(**there)
     assert (imagenet.learning_rate, imagenet.weight_decay) == (0.05, 1e-4)
-    attacked = dict(preset="paper", method="simsiam", pairing="imagenet", adversary="idaa")
+    attacked = there | {"adversary": "idaa"}
     assert SSLConfig(**attacked).epsilon == 0.01 and SSLConfig(**attacked, epsilon=1).epsilon == 1
     assert SSLConfig(**attacked | {"adversary": "clae"}).epsilon == 0.03
     own = SSLConfig(preset="paper", method="mine", queue=7)
@@ -557,12 +598,12 @@ def shallow(monkeypatch):
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
-@pytest.mark.parametrize("method", METHOD_NAMES[1:])  # SimCLR's are in test_train.py
+@pytest.mark.parametrize("variant", VARIANTS[1:])  # SimCLR's are in test_train.py
 def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
-    outputs, monkeypatch, vae_run, shallow, method, adversary
+    outputs, monkeypatch, vae_run, shallow, variant, adversary
 ):
     config = SSLConfig(
-        **TINY, method=method, adversary=adversary, vae=str(vae_run.path), queue=16,
+        **TINY, **values_of(variant), adversary=adversary, vae=str(vae_run.path), queue=16,
         projection_dim=8, momentum=0.9, backbone=shallow,
     )  # fmt: skip
     whole = outcome(train_ssl(config))
@@ -582,7 +623,7 @@ def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
     assert whole[0].keys() == again[0].keys()
     assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
     assert whole[1:] == again[1:]
-    kept = {"moco": ("queue", "oldest", "target."), "byol": ("target.",)}.get(method, ())
+    kept = {"moco": ("queue", "oldest", "target."), "byol": ("target.",)}.get(variant, ())
     for name in kept:
         assert any(key.startswith(f"method.{name}") for key in whole[0])
 
@@ -593,6 +634,7 @@ LEARNS = {
     "plain": dict(learning_rate=0.03, epochs=2),
     "uel": dict(learning_rate=0.03, epochs=2),
     "simsiam": dict(learning_rate=0.05, epochs=5, projection_dim=128),
+    "simsiam/imagenet": dict(learning_rate=0.05, epochs=5, projection_dim=128),
     "moco": dict(learning_rate=0.03, epochs=3),
     "byol": dict(learning_rate=0.2, epochs=5, projection_dim=64, momentum=0.98),
 }
@@ -600,23 +642,23 @@ LEARNS = {
 
 def knn_top1(encoder, limit=1000):
     """Backbone features of 500 photographs' crops against those of `limit` others, percent."""
-    bank, queries = (load("photos", split, SIZE, limit) for split in ("train", "val"))
-    of = [features(*encoder[:1], s.images, *encoder[1:]) for s in (bank, queries)]
+    bank, queries = (load("photos", split, encoder.size, limit) for split in ("train", "val"))
+    of = [features(encoder.module, s.images, *encoder[1:]) for s in (bank, queries)]
     guess = knn(of[0], bank.labels, of[1], classes=len(bank.classes), k=50)
     return 100 * (guess == queries.labels).double().mean().item()
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_training_lowers_the_loss_and_lifts_knn(
-    outputs, monkeypatch, vae_run, shallow, method, adversary
+    outputs, monkeypatch, vae_run, shallow, variant, adversary
 ):
     monkeypatch.setitem(RECIPES, "simclr", {"crop_scale": (0.3, 1.0), "flip": 0.5})
     config = SSLConfig(**dict(
         size=SIZE, width=8, backbone=shallow, limit=512, batch_size=32, device="cpu", log_every=1,
         knn_every=9, checkpoint_every=9, augmentation="simclr", projection_dim=32,
-        queue=64, method=method, adversary=adversary, vae=str(vae_run.path),
-    ) | LEARNS[method])  # fmt: skip
+        queue=64, adversary=adversary, vae=str(vae_run.path),
+    ) | values_of(variant) | LEARNS[variant])  # fmt: skip
     run = train_ssl(config)
     losses = [line["loss"] for line in run.metrics() if "loss" in line]
     # MoCo's queue is full of its own keys after two steps.
