@@ -1,5 +1,5 @@
 """FixMatch: strong views against PIL, the wide ResNet against its paper's code, the step against a
-naive one, the averaged weights, what is labelled, and whole runs."""
+naive one, what the norms see, the averaged weights, what is labelled, and whole runs."""
 
 import copy
 import functools
@@ -9,19 +9,22 @@ import signal
 
 import numpy as np
 import pytest
+import reference
 import skimage.data
 import torch
 import torch.distributed as dist
+import torchvision
 from conftest import outcome
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import stats
+from test_methods import ADVERSARIES, knn_top1
 from torch import nn
 from torch.nn import functional as F
 
 from idaa_lib import checkpoints, randaugment, runs, sweeps
-from idaa_lib.adversaries import CLAE, IDAA
+from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, VAEConfig
-from idaa_lib.evaluate.encoders import features, load_encoder, random_encoder
+from idaa_lib.evaluate.encoders import features, load_encoder, load_vae, random_encoder
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.images import load
 from idaa_lib.methods.fixmatch import build_fixmatch
@@ -307,51 +310,51 @@ def naive_step(network, views, labels, config, attack):
     def ascended(candidate):
         return sum(rows(start, network(candidate, adversarial=True))) / len(u)
 
-    x_adv = attack(u, ascended)
+    x_adv = attack(ascended, u)
     found = rows(h[len(x) : len(x) + len(u)].detach(), network(x_adv, adversarial=True))
     adversarial = sum(row for row, sure in zip(found, believed, strict=True) if sure) / len(u)
     return loss + config.alpha * adversarial, x_adv, believed
 
 
-@pytest.mark.parametrize("contrast", ["infonce", "ce"])
-@pytest.mark.parametrize("adversary", ["none", "clae", "idaa"])
+def attacks(adversary, epsilon=0.5):
+    """The library's adversary, and a slow one: (a loss of x′, the weak view) → x′."""
+    vae = a_vae()
+    if adversary == "clae":
+        return CLAE(epsilon), lambda loss, u: reference.ascend_pixels(loss, u, epsilon)
+    if adversary == "idaa":
+        return IDAA(vae, epsilon), lambda loss, u: reference.ascend_latent(loss, vae, u, epsilon)
+    signs = lambda loss, u: reference.random_signs(vae, u, epsilon, keyed_generator(9))  # noqa: E731
+    return (RandomSign(vae, epsilon), signs) if adversary == "random_sign" else (None, None)
+
+
+def attacked(adversary, step, epsilon=0.5):
+    """x′ of the library's adversary."""
+    ours = attacks(adversary, epsilon)[0]
+    return ours(step.attacked, step.attack_loss, keyed_generator(9)).images
+
+
+CONTRASTS = pytest.mark.parametrize("contrast", ["infonce", "ce"])
+
+
+@CONTRASTS
+@pytest.mark.parametrize("adversary", ADVERSARIES)
 def test_a_step_agrees_with_a_naive_one(adversary, contrast):
     values = {} if adversary == "none" else {"contrast": contrast, "alpha": 0.7}
     method = fixmatch(adversary=adversary, lambda_u=0.5, **values)
-    config, network, vae = method.config, copy.deepcopy(method.network), a_vae()
-    attacks = {
-        "none": lambda: (None, None),
-        "clae": lambda: (CLAE(0.5), None),
-        "idaa": lambda: (IDAA(vae, 0.5), vae),
-    }
-    ours, decoder = attacks[adversary]()
-
-    def naive_attack(u, ascended):
-        if decoder is None:
-            leaf = u.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(ascended(leaf), leaf)
-            return u + 0.5 * gradient.sign()
-        with torch.no_grad():
-            z = decoder.encode(u)[0]
-            R = u - decoder.decode(z)
-        leaf = z.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(ascended(decoder.decode(leaf) + R), leaf)
-        with torch.no_grad():
-            return decoder.decode(z + 0.5 * gradient.sign()) + R
-
-    views = three_views()
-    oracle, x_adv, believed = naive_step(
-        network, views, method.labels[BATCH["labelled"]], config, naive_attack if ours else None
-    )
+    config, network = method.config, copy.deepcopy(method.network)
+    views, slow = three_views(), attacks(adversary)[1]
+    labels = method.labels[BATCH["labelled"]]
+    oracle, x_adv, believed = naive_step(network, views, labels, config, slow)
     assert 0 < believed.sum() < len(believed)  # or the test would not see the mask
     oracle.backward()
 
     step = method.step(views, BATCH)
     loss = step.loss
-    if ours is not None:
-        attacked = ours(step.attacked, step.attack_loss)
-        torch.testing.assert_close(attacked.images, x_adv)
-        loss = loss + config.alpha * step.adversarial_loss(attacked.images)
+    if adversary != "none":
+        ours = attacked(adversary, step)
+        torch.testing.assert_close(ours, x_adv)
+        assert (ours - step.attacked).abs().max() > 0.01
+        loss = loss + config.alpha * step.adversarial_loss(ours)
     loss.backward()
     torch.testing.assert_close(loss.detach(), oracle.detach())
     pairs = zip(method.network.named_parameters(), network.parameters(), strict=True)
@@ -360,6 +363,57 @@ def test_a_step_agrees_with_a_naive_one(adversary, contrast):
             assert p.grad is None, name
         else:
             torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+@CONTRASTS
+@pytest.mark.parametrize("adversary", ADVERSARIES[1:])
+def test_epsilon_0_gives_the_adversarial_loss_of_the_weak_view_itself(adversary, contrast):
+    method = fixmatch(adversary=adversary, contrast=contrast, alpha=0.7)
+    network, views = copy.deepcopy(method.network), three_views()
+    labels = method.labels[BATCH["labelled"]]
+    itself, _, believed = naive_step(network, views, labels, method.config, lambda loss, u: u)
+    assert 0 < believed.sum() < len(believed)
+    step = method.step(views, BATCH)
+    found, other = (
+        step.loss + 0.7 * step.adversarial_loss(attacked(adversary, step, epsilon))
+        for epsilon in (0.0, 0.5)
+    )
+    torch.testing.assert_close(found, itself)
+    assert (other - itself).abs() > 1e-5  # so that agreement means something
+
+
+@CONTRASTS
+@pytest.mark.parametrize("adversary", ADVERSARIES[1:])
+def test_of_the_norms_the_backbone_s_adversarial_ones_alone_see_the_attacked_view(
+    adversary, contrast
+):
+    method = fixmatch(adversary=adversary, contrast=contrast)
+    backbone = method.network.backbone
+    norms = {name for name, m in method.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    trained = {name for name in norms if name.startswith("network.backbone.")}
+    twins = {name for name in trained if name.endswith("_adv")}
+    assert 0 < 2 * len(twins) == len(trained) == len(norms) / 2  # the other half: averages
+
+    def moved(work):
+        """The norms whose statistics `work` changes, and all buffers before it."""
+        before = {name: buffer.clone() for name, buffer in method.named_buffers()}
+        work()
+        now = dict(method.named_buffers())
+        changed = {name for name in now if not torch.equal(now[name], before[name])}
+        names = {name.rpartition(".")[0] for name in changed}
+        for statistic in ("running_mean", "running_var", "num_batches_tracked"):
+            assert {f"{name}.{statistic}" for name in names} <= changed
+        return names, before
+
+    steps = []
+    assert moved(lambda: steps.append(method.step(three_views(), BATCH)))[0] == trained - twins
+    x_adv = attacked(adversary, *steps)
+    seen, before = moved(lambda: steps[0].adversarial_loss(x_adv))
+    assert seen == twins
+    first = "layer1.0.bn1_adv.running_mean"
+    expected = backbone.conv1(x_adv).mean((0, 2, 3))
+    expected = 0.99 * before[f"network.backbone.{first}"] + 0.01 * expected
+    torch.testing.assert_close(backbone.get_buffer(first), expected)
 
 
 def test_infonce_of_features_that_are_all_alike_is_the_log_of_their_number():
@@ -572,16 +626,19 @@ TINY = dict(
 )  # fmt: skip
 
 
-@pytest.fixture
-def vae(outputs):
-    return train_vae(VAEConfig(limit=96, batch_size=16, epochs=1, width=4, dim=8, device="cpu"))
+@pytest.fixture(scope="module")
+def vae_run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IDAA_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+        values = dict(limit=256, batch_size=32, epochs=4, width=4, dim=8, device="cpu")
+        yield train_vae(VAEConfig(**values))
 
 
-@pytest.mark.parametrize("adversary", ["none", "clae", "idaa", "random_sign"])
+@pytest.mark.parametrize("adversary", ADVERSARIES)
 def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
-    outputs, vae, monkeypatch, adversary
+    outputs, vae_run, monkeypatch, adversary
 ):
-    config = SemiConfig(**TINY, adversary=adversary)
+    config = SemiConfig(**TINY, adversary=adversary, vae=str(vae_run.path))
     whole = outcome(train_semi(config))
     shutil.rmtree(locate(config).path)
     original, made = Fit.train_step, []
@@ -642,15 +699,85 @@ def test_another_labelled_subset_is_another_run(outputs):
     assert one.id.startswith("semi-photos-none")
 
 
-def test_training_learns_from_what_is_not_labelled(outputs):
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_training_lowers_the_loss_lifts_knn_and_believes_more(outputs, vae_run, adversary):
     values = TINY | dict(
-        limit=400, width=8, labels_per_class=4, batch_size=13, epochs=2, steps_per_epoch=20,
-        threshold=0.6, ema_decay=0.9,
+        limit=400, width=8, labels_per_class=4, batch_size=13, epochs=2, steps_per_epoch=25,
+        threshold=0.6, ema_decay=0.9, seed=1, adversary=adversary, vae=str(vae_run.path),
     )  # fmt: skip
     run = train_semi(SemiConfig(**values))
-    believed = [line["believed"] for line in run.metrics() if "believed" in line]
-    assert believed[-1] > believed[0]
+    lines = [line for line in run.metrics() if "loss" in line]
+    for name in ("loss", "supervised_loss"):  # the first grows by all that comes to be believed
+        assert lines[-1][name] < lines[0][name] - 0.3
+    assert lines[-1]["believed"] > lines[0]["believed"]
+    if adversary != "none":
+        assert lines[-1]["adversarial_loss"] > 0  # it took part
     assert run.summary["ema_top1_val"] > 3 * 100 / 13
+    start, end = knn_top1(random_encoder(run)), knn_top1(load_encoder(run))
+    assert end > start + 3
+
+
+# --- CIFAR-100, whose published normalisation is not CIFAR-10's
+
+CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+class ThreePhotographs:
+    """In the place of `torchvision.datasets.CIFAR100`."""
+
+    classes = ("astronaut", "chelsea", "coffee")
+
+    def __init__(self, root, train, download):
+        self.images = photographs(96, 32)[slice(48) if train else slice(48, None)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return to_pil(self.images[i]), i % 3
+
+
+@pytest.mark.parametrize("adversary", ["idaa", "random_sign"])
+def test_a_vae_sees_cifar_100_s_views_in_its_own_units(outputs, tmp_path, monkeypatch, adversary):
+    monkeypatch.setenv("IDAA_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", ThreePhotographs)
+    values = dict(dataset="cifar100", epochs=1, width=4, precision="fp32", device="cpu")
+    vae = load_vae(train_vae(VAEConfig(**values, batch_size=8, dim=8)))
+    assert (vae.mean, vae.std) == (MEAN, STD)
+    mean, std, vae_mean, vae_std = (torch.tensor(v).view(3, 1, 1) for v in (*CIFAR100, MEAN, STD))
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    original, seen = IDAA.__call__, []
+
+    def attack(self, x, attack_loss, **turn):
+        made = original(self, x, attack_loss, **turn)
+        levels = 255 * (x * std + mean)
+        pixels = levels.round() / 255  # a weak view is moved and mirrored: whole levels
+        assert (levels - 255 * pixels).abs().max() < 0.01
+        assert pixels.min() >= 0 and pixels.max() <= 1
+        zeta = vae.encode((pixels - vae_mean) / vae_std)[0].requires_grad_()
+        G = vae.decode(zeta) * vae_std + vae_mean
+        (gradient,) = torch.autograd.grad(attack_loss((pixels - G.detach() + G - mean) / std), zeta)
+        if adversary == "idaa":
+            sure = gradient.abs() > 0.01 * gradient.abs().mean()
+            assert sure.double().mean() > 0.9
+            assert torch.equal(made.delta.sign()[sure], gradient.sign()[sure])
+        with torch.no_grad():
+            close(made.delta.abs(), torch.full_like(zeta, 0.5))
+            close(made.z, zeta + made.delta)
+            close(made.reconstruction, (G - mean) / std)
+            changed = vae.decode(zeta + made.delta) * vae_std + vae_mean
+            close(made.images, (pixels - G + changed - mean) / std)
+            # What an attack without conversion would give lies elsewhere.
+            naive = x - vae.decode(vae.encode(x)[0]) + vae.decode(vae.encode(x)[0] + made.delta)
+            assert (naive - made.images).abs().max() > 0.01
+        seen.append(made)
+        return made
+
+    monkeypatch.setattr(IDAA, "__call__", attack)
+    values |= dict(batch_size=4, mu=2, steps_per_epoch=2, labels_per_class=2)
+    run = train_semi(SemiConfig(**values, adversary=adversary))
+    assert len(seen) == 2
+    assert load_encoder(run)[2:] == CIFAR100
 
 
 def test_the_notebook_runs_beside_labels_alone(outputs, tmp_path):
