@@ -31,13 +31,13 @@ def pytest_collection_modifyitems(items):
 
 
 def outcome(run):
-    """Weights, optimiser and metrics of a run, without its times."""
+    """Weights, optimiser, metrics and snapshots of a run, without its times."""
     tensors, state = checkpoints.load(run)
     times = {"time", "images_per_second"}
     lines = [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
     summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "images_per_second")}
     state.pop("seconds")
-    return tensors, state, lines, summary
+    return tensors, state, lines, summary, checkpoints.kept(run)
 
 
 @pytest.fixture

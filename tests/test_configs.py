@@ -96,6 +96,14 @@ def test_kappa_and_beta_say_the_same():
     assert VAEConfig(size=224, dim=3072, kappa=0.1).beta == pytest.approx(0.8167, abs=1e-4)
 
 
+def test_the_paper_s_vae_at_224_pixels_is_the_imagenet_one():
+    large, small = (VAEConfig(preset="paper", size=size) for size in (224, 32))
+    assert (large.dim, large.augmentation) == (3072, "simsiam")
+    assert (small.dim, small.augmentation) == (512, "simclr")
+    assert VAEConfig(preset="paper", size=224, dim=64).dim == 64
+    assert VAEConfig(preset="cifar10", size=224).dim == 512
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_figure_has_its_axes_of_the_preset_and_what_is_given_besides(preset):
     sixth, fifth = SweepConfig(preset=preset), SweepConfig(preset=preset, figure="5")

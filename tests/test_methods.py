@@ -527,6 +527,18 @@ def test_recipes_go_over_the_preset_and_under_what_is_given():
     there = dict(preset="paper", method="simsiam", pairing="imagenet", dataset="imagenet")
     imagenet = SSLConfig(**there)
     assert (imagenet.learning_rate, imagenet.weight_decay) == (0.05, 1e-4)
+    assert (imagenet.backbone, imagenet.stem, imagenet.size) == ("resnet50", "imagenet", 224)
+    assert (imagenet.epochs, imagenet.batch_size) == (100, 256)
+    assert SSLConfig(**there, size=64, backbone="resnet18").changed()["size"] == 64
+    with pytest.raises(ConfigError, match=r"dataset must be given: pairing='imagenet'"):
+        SSLConfig(**{k: v for k, v in there.items() if k != "dataset"})
+    small = SSLConfig(preset="cifar10", method="simsiam", pairing="imagenet")
+    assert (small.backbone, small.stem, small.size) == ("resnet18", "cifar", 32)
+    # Linear scaling, lr·B/256 (spec §4), where the rate is not given.
+    for given, base in ((dict(preset="paper", method="simsiam"), 0.03), (there, 0.05)):
+        scaled = SSLConfig(**given, batch_size=512)
+        assert scaled.learning_rate == pytest.approx(2 * base)
+        assert SSLConfig(**dict(scaled) | {"learning_rate": 0.07}).learning_rate == 0.07
     attacked = there | {"adversary": "idaa"}
     assert SSLConfig(**attacked).epsilon == 0.01 and SSLConfig(**attacked, epsilon=1).epsilon == 1
     assert SSLConfig(**attacked | {"adversary": "clae"}).epsilon == 0.03

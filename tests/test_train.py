@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,15 @@ import pytest
 import torch
 from conftest import outcome
 from PIL import Image
+from reference import knn as naive_knn
+from torch.nn import functional as F
 
 import idaa_lib
 from idaa_lib import adversaries, checkpoints, images, runs
 from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, SSLConfig, VAEConfig
+from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.evaluate.encoders import features, load_encoder, load_vae, random_encoder
+from idaa_lib.evaluate.knn import official_bank
 from idaa_lib.evaluate.stage import evaluate, results
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.runs import RunError, Stopped
@@ -71,7 +76,7 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
     elif adversary in CHEAPER:
         config = ssl(adversary="idaa", attack=adversary)
     else:
-        config = ssl(adversary=adversary)
+        config = ssl(adversary=adversary, keep_every=1)
     whole = outcome(train(config))
     run = locate(config)
     shutil.rmtree(run.path)
@@ -269,8 +274,15 @@ def test_no_space_is_told_before_work(outputs, monkeypatch):
     full = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     images.load("photos", "train")
-    with pytest.raises(RunError, match=r"No space for .*: its checkpoints need \d+ MiB"):
-        train_ssl(ssl())
+    said = {}
+    for every in (None, 1):
+        with pytest.raises(
+            RunError, match=r"No space for .*: its checkpoints need \d+ MiB"
+        ) as told:
+            train_ssl(ssl(epochs=101, width=16, keep_every=every))
+        said[every] = int(re.search(r"need (\d+) MiB", str(told.value))[1])
+    # Three checkpoints of weights and two moments; each of the 100 snapshots is of weights alone.
+    assert said[1] == pytest.approx(said[None] * (9 + 100) / 9, rel=0.1)
 
 
 def test_a_disk_that_fills_up_ends_in_a_sentence(outputs, monkeypatch):
@@ -501,9 +513,66 @@ def test_the_official_protocol_is_labelled(outputs):
     asked = EvalConfig(run=run.id, limit=120, protocol="official", references=False)
     summary = evaluate(asked).summary
     assert "official" in summary["knn_protocol"]
+    assert summary["knn_protocol"].endswith(", final epoch")
     assert "best test epoch" in summary["linear_protocol"]
+    assert summary["linear_protocol"].endswith(", final epoch")
+    assert "knn_epoch" not in summary
     assert summary["linear_top1"] >= summary["linear_top1_last"]
     assert "pixels_knn_top1" not in summary
+
+
+@pytest.mark.parametrize(("method", "of_linear"), [("plain", "best"), ("simclr", "last")])
+def test_the_official_protocol_takes_the_kept_epoch_that_is_best_on_test(
+    outputs, method, of_linear
+):
+    """Of three epochs the last is spoilt: its features are all the same."""
+    run = train_ssl(ssl(method=method, epochs=3, keep_every=1, learning_rate=3e-3))
+    assert list(checkpoints.kept(run)) == [1, 2]
+    tensors, state = checkpoints.load(run)
+    flat = {k: torch.zeros_like(v) if "conv1" in k else v for k, v in tensors.items()}
+    checkpoints.save(run, state["step"], flat, state)
+
+    how = dict(run=run.id, limit=120, references=False, device="cpu", precision="fp32")
+    asked = EvalConfig(**how, protocol="official")
+    judged = evaluate(asked)
+    *bank, test = (images.load("photos", split, limit=120) for split in ("train", "val", "test"))
+    labels = torch.cat([data.labels for data in bank])
+    tau, batch = (0.1, None) if method == "plain" else (0.5, 256)
+
+    def encoded(data, layer, epoch):
+        module, *units = load_encoder(run, layer, epoch)
+        return features(module, data.images, *units)
+
+    found = {}
+    for epoch in (1, 2):
+        z = torch.cat([encoded(data, "projector", epoch) for data in bank])
+        z = z if batch is None else official_bank(F.normalize(z, dim=1), batch)
+        queries = encoded(test, "projector", epoch)
+        guess = naive_knn(z, labels, queries, len(test.classes), 200, tau)
+        found[epoch] = 100 * (torch.tensor(guess) == test.labels).double().mean().item()
+    best = max(found, key=found.get)
+    summary = judged.summary
+    assert summary["knn_epoch"] == best
+    assert summary["knn_top1"] == pytest.approx(found[best])
+    assert summary["knn_top1_last"] < summary["knn_top1"]
+    assert summary["knn_protocol"].endswith(", best of 3 epochs on test")
+    chosen = best if of_linear == "best" else None
+    assert summary["linear_epoch"] == chosen
+    layer = "projector" if method == "plain" else "backbone"
+    torch.testing.assert_close(results(judged)["features"], encoded(test, layer, chosen))
+    # The same weights with other snapshots are another evaluation; the clean one knows of none.
+    checkpoints.keep(run, 1, tensors)
+    assert not evaluation.locate(asked).finished
+    clean = evaluate(EvalConfig(**how)).summary
+    assert "knn_epoch" not in clean and clean["knn_protocol"].endswith(", final epoch")
+
+
+def test_imagenet_simsiam_has_no_official_protocol_here(outputs):
+    run = train_ssl(ssl(method="simsiam", pairing="imagenet"))
+    with pytest.raises(
+        ConfigError, match=r"protocol='official' of pairing='imagenet'.* take 'clean'"
+    ):
+        evaluate(EvalConfig(run=run.id, limit=60, protocol="official"))
 
 
 def test_a_vae_comes_back_frozen(outputs, vae):

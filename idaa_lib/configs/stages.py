@@ -34,7 +34,8 @@ class EvalConfig(Config):
         dataset: None for the one that the run was trained on; limit: of the images of each split.
         protocol: `clean` (penalty chosen on validation, all test images, test read once) or
             `official` (the published one of the run's method: its layers, τ and batch size, best
-            test epoch of the linear classifier, partial batches dropped).
+            test epoch of the linear classifier, partial batches dropped, and of a run with
+            `keep_every` the best kept epoch on test).
         k: neighbours of kNN (capped by the size of the bank). temperature: its τ (`clean`).
         precision: of the encoding: fp32, bf16, or auto (bf16 where it is native).
         references: also judge the encoder before training and raw pixels, as rows to stand beside.

@@ -39,8 +39,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "byol": dict(augmentation="byol", projection_dim=256, weight_decay=5e-4, batch_size=128,
                  learning_rate=0.06, epochs=200),
 }  # fmt: skip
-# SimSiam's ImageNet variant: batch 256.
-IMAGENET_SIMSIAM = dict(learning_rate=0.05, weight_decay=1e-4, epochs=100)
+# SimSiam's ImageNet variant (spec §4); network and size are of `paper` alone.
+IMAGENET_SIMSIAM = dict(
+    learning_rate=0.05,
+    weight_decay=1e-4,
+    epochs=100,
+    backbone="resnet50",
+    stem="imagenet",
+    size=224,
+)
 # What learns in the few epochs of `demo`: of .01, .03 and .1 (BYOL: up to .3) the best kNN there.
 DEMO: dict[str, dict[str, Any]] = {
     "simclr": {},
@@ -103,7 +110,8 @@ class VAEConfig(TrainingConfig):
 
     Fields (besides those of every training stage):
         augmentation: recipe of random views: simclr, simsiam, normal, byol, none.
-        dim: bottleneck dimension m.
+        dim: bottleneck dimension m (`paper` at 224 px: 3072, and MoCo v2's views, those of
+            `simsiam`, as the authors' development code has them).
         width: half the channels of the innermost feature map (paper: 64; at least 8 at 224 px).
         kappa: weight of the KL term divided by B·3·m, the official knob.
         beta: the same weight as KL per image in nats against the NLL at unit variance,
@@ -129,6 +137,8 @@ class VAEConfig(TrainingConfig):
 
     @classmethod
     def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        if values["size"] == 224 and values.get("preset") == "paper":
+            values = {**values, "dim": 3072, "augmentation": "simsiam", **given}  # spec §1
         size, dim = values["size"], values["dim"]
         small = isinstance(size, int) and 0 < size <= 60 and size % 4 == 0
         if isinstance(size, int) and not small and size not in (64, 84, 224):
@@ -229,7 +239,9 @@ class SSLConfig(EncoderConfig):
             normal, byol, none.
         projection_dim, temperature: of the projector and of the contrastive loss.
         weight_decay: L2, of all parameters.
-        pairing: which published SimSiam, `cifar` or `imagenet`. queue: keys that MoCo holds.
+        pairing: SimSiam as IDAA's authors developed it for CIFAR, or for ImageNet (`imagenet`; in
+            `paper` a ResNet-50 at 224 px); its rate scales with batch_size/256.
+        queue: keys that MoCo holds.
         momentum: of the moving average that MoCo's key encoder and BYOL's target are, in [0, 1].
         attack: where IDAA's gradient comes from: `full` as published; cheaper ones of ours
             (docs/cheaper-attacks.md): `prefix`, through the first `attack_stages` stages of the
@@ -239,12 +251,14 @@ class SSLConfig(EncoderConfig):
             False lets the adversarial BatchNorm statistics see a step 3 times, as the official
             code does.
         knn_every: epochs between two kNN readings on the validation split.
+        keep_every: epochs between two snapshots of the weights, which all stay on the disk (None:
+            there are none): the official protocol takes the best of them on test.
     """
 
     stage = "ssl"
     principal = ("dataset", "method", "adversary")
     later: ClassVar[tuple[str, ...]] = ("weight_decay", "pairing", "queue", "momentum")
-    circumstances = TrainingConfig.circumstances | {"knn_every"}
+    circumstances = TrainingConfig.circumstances | {"knn_every", "keep_every"}
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "demo": dict(dataset="photos", limit=2000, size=32, width=16, epochs=3, batch_size=128,
                      learning_rate=1e-3),
@@ -252,9 +266,10 @@ class SSLConfig(EncoderConfig):
                         learning_rate=3e-4, knn_every=5, checkpoint_every=5),
         "paper": dict(dataset="cifar10", size=32, width=64, epochs=300, batch_size=256,
                       learning_rate=3e-4, split="trainval", reuse_anchor=False, knn_every=10,
-                      checkpoint_every=10),
+                      keep_every=10, checkpoint_every=10),
     }  # fmt: skip
-    # README of the official release for IDAA, CLAE's own for CLAE (spec §2, §3).
+    # IDAA's of SimCLR in the official README; that of Plain, UEL and SimSiam was not published, and
+    # MoCo and BYOL have none: the same. CLAE's own for CLAE (spec §2, §3).
     epsilons: ClassVar[dict[str, float]] = {
         "none": 0.0, "clae": 0.03, "idaa": 0.1, "random_sign": 0.1,
     }  # fmt: skip
@@ -277,6 +292,7 @@ class SSLConfig(EncoderConfig):
     attack_every: Annotated[int, Field(ge=2)] = 2
     reuse_anchor: bool = True
     knn_every: Positive = 1
+    keep_every: Positive | None = None
 
     def identity(self) -> dict[str, Any]:
         """Without the fields that came after SimCLR's first runs, where they say what was then."""
@@ -287,6 +303,11 @@ class SSLConfig(EncoderConfig):
     @classmethod
     def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         values = values | cls._recipe(values) | dict(given)
+        if values.get("size") == 224 and not {"size", "dataset"} & given.keys():
+            raise ConfigError(
+                "dataset must be given: pairing='imagenet' with preset='paper' trains on ImageNet "
+                "at 224 pixels, which nobody can download for you (a folder of class folders)."
+            )
         method = values.get("method", "simclr")
         for name, owners in OWNERS.items():
             if method in [*RECIPES] and method not in owners:
@@ -323,9 +344,13 @@ class SSLConfig(EncoderConfig):
             recipe = recipe | IMAGENET_SIMSIAM
             if values.get("adversary") in ("idaa", "random_sign"):
                 recipe |= {"epsilon": 0.01}  # unpublished: the default of its code (spec §4)
+        batch = values.get("batch_size")
+        if method == "simsiam" and isinstance(batch, int):  # linear scaling
+            recipe = recipe | {"learning_rate": recipe["learning_rate"] * batch / 256}
         if preset == "demo":
             recipe = recipe | DEMO[method]
-        left = {"paper": (), "cifar10": ("epochs",), "demo": ("epochs", "batch_size")}[preset]
+        cifar = ("epochs", "backbone", "stem", "size")
+        left = {"paper": (), "cifar10": cifar, "demo": (*cifar, "batch_size")}[preset]
         return {k: v for k, v in recipe.items() if k not in left}
 
 

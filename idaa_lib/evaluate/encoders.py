@@ -26,17 +26,20 @@ class Encoder(NamedTuple):
     std: tuple[float, ...]
 
 
-def load_encoder(run: Run | str | None = None, layer: str = "backbone") -> Encoder:
+def load_encoder(
+    run: Run | str | None = None, layer: str = "backbone", epoch: int | None = None
+) -> Encoder:
     """The frozen encoder of a finished SSL or semi-supervised run, on the CPU, in eval mode.
 
     Args:
         run: a run, its id or path; None takes the newest SSL run.
         layer: `backbone` gives features h (B, feature_dim); `projector` the L2-normalised z.
+        epoch: of a snapshot that the run kept (`keep_every`); None takes the final weights.
     Raises:
-        RunError: there is no such run, or it is not finished.
+        RunError: there is no such run or snapshot, or it is not finished.
     """
     run = runs.encoder(run)
-    return Encoder(_layer(_method(run, trained=True), layer), *_units(run))
+    return Encoder(_layer(_method(run, _tensors(run, "method.", epoch)), layer), *_units(run))
 
 
 def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
@@ -44,7 +47,7 @@ def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
 
     Of a run that continued another, or was imported: an untrained one of the same shape.
     """
-    return Encoder(_layer(_method(run, trained=False), layer), *_units(run))
+    return Encoder(_layer(_method(run), layer), *_units(run))
 
 
 def load_vae(run: Run | str | None = None, **values: object) -> VAE:
@@ -106,7 +109,8 @@ def _layer(method: Method, layer: str) -> nn.Module:
     return method.encoder(layer).eval().requires_grad_(False)
 
 
-def _method(run: Run, trained: bool) -> Method:
+def _method(run: Run, tensors: dict[str, Tensor] | None = None) -> Method:
+    """The method of `run` with these weights, or with those it had before training."""
     config = run.config
     if run.stage == "semi":
         _, mean, std = _units(run)
@@ -114,8 +118,7 @@ def _method(run: Run, trained: bool) -> Method:
         method: Method = build_fixmatch(config, mean, std, classes)
     else:
         method = build_method(config, recipe(config.augmentation, *_units(run)))
-    if trained:
-        tensors = _tensors(run, "method.")
+    if tensors is not None:
         try:
             method.load_state_dict(tensors)
         except RuntimeError as error:
@@ -131,8 +134,11 @@ def _units(run: Run) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     return run.config.size, tuple(data["mean"]), tuple(data["std"])
 
 
-def _tensors(run: Run, prefix: str) -> dict[str, Tensor]:
-    loaded = checkpoints.load(run)
-    if loaded is None:
+def _tensors(run: Run, prefix: str, epoch: int | None = None) -> dict[str, Tensor]:
+    if epoch is not None:
+        found = checkpoints.snapshot(run, epoch)
+    elif (loaded := checkpoints.load(run)) is not None:
+        found, _ = loaded
+    else:
         raise RunError(f"Run {run.id} has no checkpoint under {run.path / 'checkpoints'}.")
-    return {k.removeprefix(prefix): v for k, v in loaded[0].items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}

@@ -19,10 +19,12 @@ FLOOR = 1e-6
 
 
 class Probe(NamedTuple):
-    """A fitted probe: predictions (Q,) int64; the penalty that validation chose, and its top-1
-    there in percent before the refit: what hyper-parameters are judged by."""
+    """A fitted probe: predictions (Q,) int64, and of each query the (up to five) likeliest classes
+    (Q, 5); the penalty that validation chose, and its top-1 there in percent before the refit: what
+    hyper-parameters are judged by."""
 
     predictions: Tensor
+    likeliest: Tensor
     penalty: float
     top1_val: float
 
@@ -76,7 +78,9 @@ def linear_probe(
     weights = logistic_regression(
         x, y, classes, best.penalty, iterations, start=best.weights, axes=axes
     )
-    return Probe(predict(weights, x_test), best.penalty, best.score)
+    scores = logits(weights, x_test)
+    likeliest = scores.topk(min(5, classes)).indices
+    return Probe(scores.argmax(1), likeliest, best.penalty, best.score)
 
 
 def top1(predictions: Tensor, labels: Tensor) -> float:
@@ -209,7 +213,12 @@ class _Fit:
 
 def predict(weights: Tensor, x: Tensor) -> Tensor:
     """Classes (Q,) of features (Q, D) under weights (D + 1, C)."""
-    return (x @ weights[:-1] + weights[-1]).argmax(1)
+    return logits(weights, x).argmax(1)
+
+
+def logits(weights: Tensor, x: Tensor) -> Tensor:
+    """Logits (Q, C) of features (Q, D) under weights (D + 1, C)."""
+    return x @ weights[:-1] + weights[-1]
 
 
 def official_probe(

@@ -35,7 +35,9 @@ def evaluate(config: EvalConfig) -> Run:
 
     The run's `summary.json` has, for the trained encoder and (with `references`) for the same
     encoder before training and for raw pixels, kNN and linear top-1 in percent with n, the 95 %
-    interval and the protocol.
+    interval and the protocol. Under `official`, of a run with snapshots, `knn_epoch` and
+    `linear_epoch` say which epoch was the best on test (null: the final one), and `knn_top1_last`
+    what the final one has.
 
     Raises:
         RunError: the SSL run is missing or unfinished. ConfigError: the images have no labels.
@@ -51,20 +53,28 @@ def evaluate(config: EvalConfig) -> Run:
         began = time.monotonic()
         labels = {s: split.labels for s, split in splits.items()}
         classes = len(splits["train"].classes)
-        official = None
-        if config.protocol == "official":
-            official = method_class(source.config.method).official
-        looked_at = {"knn": official.knn if official else "backbone"}
-        looked_at["linear"] = official.linear if official else "backbone"
+        official = plan.official
+        final = {
+            "knn": _Look(official.knn if official else "backbone"),
+            "linear": _Look(official.linear if official else "backbone"),
+        }
         summary: dict[str, Any] = {"protocol": config.protocol}
         kept: dict[str, Tensor] = {"labels": labels["test"]}
         for subject in SUBJECTS if config.references else SUBJECTS[:1]:
-            layers = _encode(subject, source, splits, device, config, looked_at)
+            looks = final
+            if subject == "encoder" and plan.epochs:
+                assert official is not None
+                looks, summary["knn_top1_last"] = _best(plan, labels, classes, device)
+                summary |= {f"{probe}_epoch": look.epoch for probe, look in looks.items()}
+            layers = _encode(subject, source, splits, device, config, looks)
             of = {
-                probe: "raw pixels" if subject == "pixels" else LAYERS[layer]
-                for probe, layer in looked_at.items()
+                probe: "raw pixels" if subject == "pixels" else LAYERS[look.layer]
+                for probe, look in looks.items()
             }
             rows, predictions = _judge(layers, labels, classes, config, of, official)
+            if subject != "pixels":
+                for probe in looks:
+                    rows[f"{probe}_protocol"] += f", {_which(plan, subject, probe)}"
             prefix = "" if subject == "encoder" else f"{subject}_"
             summary |= {f"{prefix}{key}": value for key, value in rows.items()}
             kept |= {f"{subject}.{key}": value for key, value in predictions.items()}
@@ -81,21 +91,35 @@ def evaluate(config: EvalConfig) -> Run:
     return run
 
 
+class _Look(NamedTuple):
+    """What a probe looks at: a layer, of the snapshot of an epoch (None: of the final weights)."""
+
+    layer: str
+    epoch: int | None = None
+
+
 class _Plan(NamedTuple):
+    """epochs: of the snapshots that the official protocol chooses among, beside the final one."""
+
     config: EvalConfig
     run: Run
     source: Run
     splits: dict[str, ImageSet]
+    official: OfficialProtocol | None
+    epochs: list[int]
 
 
 def _plan(config: EvalConfig) -> _Plan:
     source = runs.encoder(config.run)
-    if source.stage == "semi" and config.protocol == "official":
-        raise ConfigError(
-            f"protocol='official' is of self-supervised runs, and run={source.id!r} is "
-            f"semi-supervised: take 'clean'."
-        )
-    trained = source.config
+    trained, official, snapshots = source.config, None, {}
+    if config.protocol == "official":
+        if source.stage == "semi":
+            raise ConfigError(
+                f"protocol='official' is of self-supervised runs, and run={source.id!r} is "
+                f"semi-supervised: take 'clean'."
+            )
+        official = method_class(trained.method).official_protocol(trained)
+        snapshots = checkpoints.kept(source)
     dataset = settled(config.dataset or trained.dataset)
     config = config.model_copy(update={"run": source.reference, "dataset": dataset})
     splits = {
@@ -104,8 +128,13 @@ def _plan(config: EvalConfig) -> _Plan:
     }
     if not splits["train"].labelled:
         raise ConfigError(f"dataset={dataset!r} has no labels to evaluate against.")
-    run = runs.run_for(config, splits["test"].fingerprint, encoder=checkpoints.digest(source))
-    return _Plan(config, run, source, splits)
+    run = runs.run_for(
+        config,
+        splits["test"].fingerprint,
+        encoder=checkpoints.digest(source),
+        snapshots=" ".join(snapshots.values()) or None,
+    )
+    return _Plan(config, run, source, splits, official, list(snapshots))
 
 
 def results(run: Run) -> dict[str, Tensor]:
@@ -114,28 +143,82 @@ def results(run: Run) -> dict[str, Tensor]:
     return load_file(run.path / "results.safetensors")
 
 
+def _best(
+    plan: _Plan, labels: dict[str, Tensor], classes: int, device: torch.device
+) -> tuple[dict[str, _Look], float]:
+    """What each probe looks at where a run kept snapshots, and the final epoch's kNN top-1.
+
+    The earliest epoch of the best kNN on test, as published: it is chosen on test data.
+    """
+    official = plan.official
+    assert official is not None
+    found: dict[int | None, float] = {}
+    for epoch in (*plan.epochs, None):
+        look = _Look(official.knn, epoch)
+        z = _encode("encoder", plan.source, plan.splits, device, plan.config, {"knn": look})["knn"]
+        guess, _ = _nearest(z, labels, classes, plan.config, official)
+        found[epoch] = accuracy(guess, labels["test"]).top1
+    best = max(found, key=lambda epoch: found[epoch])
+    linear = best if official.linear_epoch == "best" else None
+    return {"knn": _Look(official.knn, best), "linear": _Look(official.linear, linear)}, found[None]
+
+
+def _which(plan: _Plan, subject: str, probe: str) -> str:
+    """The epoch that a probe's encoder is of, in words."""
+    if subject != "encoder":
+        return "untrained"
+    if plan.official and plan.epochs:
+        if probe == "knn":
+            return f"best of {len(plan.epochs) + 1} epochs on test"
+        if plan.official.linear_epoch == "best":
+            return f"encoder of the best of {len(plan.epochs) + 1} epochs by kNN on test"
+    return "epoch of the file" if "imported" in plan.source.environment else "final epoch"
+
+
 def _encode(
     subject: str,
     source: Run,
     splits: dict[str, ImageSet],
     device: torch.device,
     config: EvalConfig,
-    layers: dict[str, str],
+    looks: dict[str, _Look],
 ) -> dict[str, dict[str, Tensor]]:
-    """Features of each split for kNN and for the linear probe, encoded once where they agree."""
+    """Features of each split for each probe, encoded once where they agree."""
     if subject == "pixels":
         found = {s: pixels(split.images) for s, split in splits.items()}
-        return {"knn": found, "linear": found}
-    load = load_encoder if subject == "encoder" else random_encoder
+        return dict.fromkeys(looks, found)
     bf16, encoded = uses_bf16(config.precision, device), {}
-    for layer in set(layers.values()):
-        module, size, mean, std = load(source, layer)
+    for look in set(looks.values()):
+        trained = subject == "encoder"
+        made = load_encoder(source, *look) if trained else random_encoder(source, look.layer)
+        module, size, mean, std = made
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        encoded[layer] = {
+        encoded[look] = {
             s: features(module, split.images, size, mean, std, device=device, bf16=bf16)
             for s, split in splits.items()
         }
-    return {probe: encoded[layer] for probe, layer in layers.items()}
+    return {probe: encoded[look] for probe, look in looks.items()}
+
+
+def _nearest(
+    z: dict[str, Tensor],
+    labels: dict[str, Tensor],
+    classes: int,
+    config: EvalConfig,
+    official: OfficialProtocol | None,
+) -> tuple[Tensor, str]:
+    """kNN's predictions on test from a bank of train and val together; k and τ in words."""
+    bank = torch.cat([z["train"], z["val"]])
+    temperature = official.temperature if official else config.temperature
+    said = f"k={min(config.k, len(bank))}, τ={temperature:g}"
+    if official and official.bank:
+        bank = official_bank(torch.nn.functional.normalize(bank, dim=1), official.bank)
+        said = f"official bank, {said}"
+    guess = knn(
+        bank, torch.cat([labels["train"], labels["val"]]), z["test"],
+        classes=classes, k=config.k, temperature=temperature,
+    )  # fmt: skip
+    return guess, said
 
 
 def _judge(
@@ -147,22 +230,15 @@ def _judge(
     official: OfficialProtocol | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Accuracies and predictions. The bank and the final fit use train and val together."""
-    bank, linear = layers["knn"], layers["linear"]
-    both = torch.cat([labels["train"], labels["val"]])
-    vectors = torch.cat([bank["train"], bank["val"]])
-    temperature = official.temperature if official else config.temperature
-    if official and official.bank:
-        vectors = official_bank(torch.nn.functional.normalize(vectors, dim=1), official.bank)
-        of = of | {"knn": f"{of['knn']}, official bank"}
-    guess = knn(vectors, both, bank["test"], classes=classes, k=config.k, temperature=temperature)
+    linear = layers["linear"]
+    guess, said = _nearest(layers["knn"], labels, classes, config, official)
     rows: dict[str, Any] = {
         f"knn_{k}": v for k, v in accuracy(guess, labels["test"])._asdict().items()
     }
     name = f"official of {official.of}" if official else config.protocol
-    rows["knn_protocol"] = (
-        f"{name}: {of['knn']}, k={min(config.k, len(vectors))}, τ={temperature:g}, final epoch"
-    )
+    rows["knn_protocol"] = f"{name}: {of['knn']}, {said}"
     if official:
+        both = torch.cat([labels["train"], labels["val"]])
         train = (torch.cat([linear["train"], linear["val"]]), both)
         test = (linear["test"], labels["test"])
         probe = official_probe(
@@ -171,7 +247,8 @@ def _judge(
         found, count = probe.predictions, probe.n
         rows["linear_top1_last"] = probe.top1_last
         rows["linear_protocol"] = (
-            f"{name}: {of['linear']}, Adam, 1000 epochs, best test epoch, partial batch dropped"
+            f"{name}: {of['linear']}, Adam, 1000 epochs, best test epoch of the classifier, "
+            "partial batch dropped"
         )
     else:
         fit = linear_probe(
@@ -182,6 +259,9 @@ def _judge(
         )
         found, count = fit.predictions, len(labels["test"])
         rows["linear_penalty"], rows["linear_top1_val"] = fit.penalty, fit.top1_val
+        if classes > 5:
+            hit = (fit.likeliest == labels["test"][:, None]).any(1)
+            rows["linear_top5"] = 100 * hit.double().mean().item()
         rows["linear_protocol"] = "clean: L-BFGS, penalty chosen on val, refit, test read once"
     judged = accuracy(found, labels["test"][:count])._asdict()
     return rows | {f"linear_{k}": v for k, v in judged.items()}, {"knn": guess, "linear": found}

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -56,12 +56,11 @@ class Step:
 class OfficialProtocol(NamedTuple):
     """How the official code judges a method's encoder (docs/spec/idaa.md §5).
 
-    Here always after the last epoch; SimSiam's, Plain's and UEL's linear classifiers are published
-    on the epoch with the best kNN on test.
-
     Fields:
         of: whose protocol it is. knn, linear: the layer that each of the two looks at.
-        temperature: of kNN. batch_size: of the linear classifier.
+        temperature: of kNN, which is that of the best epoch on test.
+        linear_epoch: the epoch that the linear classifier is of, that one (`best`) or the `last`.
+        batch_size: of the linear classifier.
         bank: batch size of the kNN bank with the fault of spec §8.5; None: without it.
     """
 
@@ -69,6 +68,7 @@ class OfficialProtocol(NamedTuple):
     knn: str
     temperature: float
     linear: str
+    linear_epoch: Literal["best", "last"]
     batch_size: int
     bank: int | None = None
 
@@ -87,7 +87,7 @@ class Method(nn.Module):
 
     views = 2
     prefix = False
-    official = OfficialProtocol("SimSiam", "backbone", 0.5, "backbone", 256)
+    official = OfficialProtocol("SimSiam", "backbone", 0.5, "backbone", "best", 256)
 
     def __init__(self, network: nn.Module, recipe: Recipe, weight_decay: float = 0.0) -> None:
         super().__init__()
@@ -95,6 +95,15 @@ class Method(nn.Module):
         self.recipe = recipe
         self.weight_decay = weight_decay
         self.augment = recipe.apply
+
+    @classmethod
+    def official_protocol(cls, config: SSLConfig) -> OfficialProtocol:
+        """The published evaluation of a run with this configuration.
+
+        Raises:
+            ConfigError: it is not here.
+        """
+        return cls.official
 
     def steps_per_epoch(self, labels: Tensor, batch_size: int) -> int:
         """How many batches `batches` yields."""

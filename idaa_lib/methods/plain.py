@@ -1,6 +1,8 @@
 """Plain: in-batch instance discrimination in one direction, with IDAA or CLAE on its first view.
 
-The "plain" of CLAE (Ho & Vasconcelos, NeurIPS 2020): no memory bank. Recipe: docs/spec/idaa.md §4.
+The "plain" of CLAE (Ho & Vasconcelos, NeurIPS 2020): no memory bank. Loss and recipe are of CLAE's
+code; the step with IDAA is of the authors' development code, since the official release has no
+Plain (docs/spec/idaa.md §2, §4).
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ def one_way(f1: Tensor, f2: Tensor, temperature: float, reduction: str = "mean")
 class Plain(Contrastive):
     """One linear layer on the backbone; SGD whose rate falls in three steps.
 
-    The official code embeds the first view once more for the adversarial term: the same numbers as
-    z₁, but the main running statistics see that view twice; here they see it once.
+    The development code embeds the first view once more for the adversarial term: the same numbers
+    as z₁, but the main running statistics see that view twice; here they see it once.
     """
 
-    official = OfficialProtocol("Plain and UEL", "projector", 0.1, "projector", 128)
+    official = OfficialProtocol("Plain and UEL", "projector", 0.1, "projector", "best", 128)
 
     def projector(self, features: int, dim: int) -> nn.Module:
         return nn.Linear(features, dim)
@@ -43,8 +45,9 @@ class Plain(Contrastive):
 
     def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
         """×.1 from epoch 120, ×.05 from 160, ×.01 from 200 of the published 301; in a training of
-        another length at the same shares of it. (Not so the published mini-ImageNet runs of 100
-        epochs, which are not imitated: a cosine for Plain, no drop at all for UEL, spec §4.)"""
+        another length at the same shares of it. (Not so the development code's mini-ImageNet runs
+        of 100 epochs, which are not imitated: a cosine for Plain, no drop at all for UEL, spec §4.)
+        """
 
         def factor(step: int) -> float:
             epoch = step // steps_per_epoch * 301

@@ -1,6 +1,7 @@
 """SimSiam (Chen & He 2021, arXiv:2011.10566), with IDAA or CLAE on its first view.
 
-Two published variants, `pairing` in the configuration (docs/spec/idaa.md §2 and §4):
+Two variants, `pairing` in the configuration, as the authors' development code pairs x′; the
+official release has no SimSiam, and the final settings are not known (docs/spec/idaa.md §2, §4):
 
 - `cifar`: the sum of both directions without ½; x′ is paired with the view that was attacked;
   projector of 2 layers; warm-up and cosine by iteration, the predictor at a constant rate.
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idaa_lib.configs import SSLConfig
+from idaa_lib.configs import ConfigError, SSLConfig
 from idaa_lib.methods.base import (
     Batch,
     Method,
+    OfficialProtocol,
     Step,
     anchored,
     backbone_of,
@@ -58,6 +60,16 @@ class SimSiam(Method):
         network = Siamese(backbone, projector, mlp(dim, max(1, dim // 4), dim))
         super().__init__(network, recipe, config.weight_decay)
         self.reuse_anchor = config.reuse_anchor
+
+    @classmethod
+    def official_protocol(cls, config: SSLConfig) -> OfficialProtocol:
+        if config.pairing == "imagenet":
+            raise ConfigError(
+                "protocol='official' of pairing='imagenet' is a classifier trained by LARS on "
+                "random crops for 90 epochs (docs/spec/idaa.md §5), which is not here: take "
+                "'clean'."
+            )
+        return cls.official
 
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
         v1, v2 = (view.images for view in views)

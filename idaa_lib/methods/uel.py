@@ -1,7 +1,9 @@
 """UEL: unsupervised embedding learning by invariance and spreading (Ye et al. 2019,
 arXiv:1904.03436), with IDAA or CLAE on its first view.
 
-Network, recipe and evaluation are Plain's (docs/spec/idaa.md §4).
+Network, recipe and evaluation are Plain's, and so is where they come from: the loss is that of
+UEL's and CLAE's code, the step with IDAA that of the authors' development code (docs/spec/idaa.md
+§2, §4).
 """
 
 from __future__ import annotations

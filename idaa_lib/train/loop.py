@@ -46,6 +46,7 @@ class Fit:
         accelerator: from `make_accelerator`.
         adversary: called as in `adversaries`; alpha: weight of the adversarial loss.
         validate: method → figures, called after every `validate_every` epochs and the last.
+        keep_every: epochs between two snapshots of the weights (None: there are none).
     Raises:
         ConfigError: a batch that cannot be drawn, before anything is written.
 
@@ -65,6 +66,7 @@ class Fit:
         alpha: float = 1.0,
         validate: Callable[[Method], dict[str, float]] = lambda method: {},
         validate_every: int = 1,
+        keep_every: int | None = None,
     ) -> None:
         batch, processes = config.batch_size, accelerator.num_processes
         if batch > len(images):
@@ -75,6 +77,7 @@ class Fit:
         self.feed, self.labels = Feed(images, accelerator.device), labels
         self.adversary, self.alpha = adversary or NoAdversary(), alpha
         self.validate, self.validate_every = validate, validate_every
+        self.keep_every = keep_every
         if processes > 1 and isinstance(self.adversary, CarriedIDAA):
             raise ConfigError(
                 "attack='carried' and 'free' keep a δ for each image in one process: with "
@@ -109,9 +112,7 @@ class Fit:
         """Write a checkpoint of this moment (first process only)."""
         if self.writer is None:
             return
-        self._check_finite()
-        with self._unwrapped() as method:
-            tensors = {f"method.{k}": v for k, v in method.state_dict().items()}
+        tensors = self._weights()
         state = self.optimizer.state_dict()
         for index, slots in state["state"].items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in slots.items()}
@@ -121,6 +122,16 @@ class Fit:
         checkpoints.save(
             self.writer.run, self.step, tensors, counters | {"groups": state["param_groups"]}
         )
+
+    def keep(self, epoch: int) -> None:
+        """Write a snapshot of the weights after `epoch` epochs (first process only)."""
+        if self.writer is not None:
+            checkpoints.keep(self.writer.run, epoch, self._weights())
+
+    def _weights(self) -> dict[str, Tensor]:
+        self._check_finite()
+        with self._unwrapped() as method:
+            return {f"method.{k}": v for k, v in method.state_dict().items()}
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any], *, anew: bool) -> None:
         """Take up a checkpoint, before `run`; `anew` keeps the weights and optimiser alone."""
@@ -179,6 +190,8 @@ class Fit:
                     if last or (epoch + 1) % self.validate_every == 0:
                         figures = self._validate()
                         self._log(progress, epoch, figures)
+                    if not last and self.keep_every and (epoch + 1) % self.keep_every == 0:
+                        self.keep(epoch + 1)
                     request = None if last else self._request(asked)
                     if last or request or (epoch + 1) % self.config.checkpoint_every == 0:
                         self.save()

@@ -295,7 +295,7 @@ def _train(
         return run
     begun = _begun(plan, method)
     accelerator = make_accelerator(config, run.path)
-    _check_disk(run, method)
+    _check_disk(config, run, method)
     if isinstance(adversary, adversaries.IDAA):
         adversary.vae.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     fit = Fit(
@@ -308,6 +308,7 @@ def _train(
         getattr(config, "alpha", 1.0),
         lambda method: validate(method, accelerator.device),
         validate_every,
+        getattr(config, "keep_every", None),
     )
     with _writer(plan, accelerator) as fit.writer:
         if run.finished:  # another process was faster between the look and the lock
@@ -358,10 +359,13 @@ def _begun(plan: _Plan, method: Method) -> tuple[dict[str, Tensor], dict[str, An
     return found
 
 
-def _check_disk(run: Run, method: nn.Module) -> None:
-    """Room for the checkpoints that are kept and the one being written, before work starts."""
+def _check_disk(config: TrainingConfig, run: Run, method: nn.Module) -> None:
+    """Room for the checkpoints that are kept and the one being written, and for snapshots, before
+    work starts."""
     weights = sum(p.numel() * p.element_size() for p in method.state_dict().values())
     need = 3 * weights * (checkpoints.KEEP + 1)  # Adam's two moments beside the weights
+    if every := getattr(config, "keep_every", None):
+        need += weights * ((config.epochs - 1) // every)
     folder = runs.outputs_root()
     try:
         folder.mkdir(parents=True, exist_ok=True)
