@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from statistics import fmean
 from typing import Any
 
@@ -37,7 +38,9 @@ def main(limit: int = 5000, epochs: int = 8) -> None:
     whole = CompareConfig(preset="demo", **fields, **ALL, elsewhere="photos")
     seeds = CompareConfig(preset="demo", **fields, **ALL, methods=("simclr",), seeds=(1, 2))
     grid = sweeps.cells(whole) + sweeps.cells(seeds)
+    there, began = len(sweeps.collect(grid)), time.monotonic()
     rows = sweeps.run_all(grid, whole.jobs)
+    minutes = (time.monotonic() - began) / 60
     print(table.frame(grid, rows).to_string(index=False))
     asked = fields | {
         "elsewhere": "photos",
@@ -56,6 +59,12 @@ which is best: with so short a training differences of some percent are noise.""
         for key in table.PROBES
         for row in (_row(key, rows, *pair) for pair in dict.fromkeys(map(_pair, rows)))
     ]
+    for name, level in table.references(rows).items():
+        for key in table.PROBES:
+            what = f"{key.removesuffix('_top1')}_{name.replace(' ', '_')}"
+            found.append(record.row(what, round(level[key], 2), "% top-1", 1))
+    if not there:  # else it is the time of a part
+        found.append(record.row("minutes", round(minutes, 1), "min", 1))
     print(record.write("methods", " ".join(protocol.split()), found))
 
 

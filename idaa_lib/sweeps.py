@@ -42,6 +42,10 @@ _going: set[Run] = set()
 _cancelled = threading.Event()
 
 
+# What stands beside a table of encoders, where an evaluation has it.
+REFERENCES = ("random_knn_top1", "random_linear_top1", "pixels_knn_top1", "pixels_linear_top1")
+
+
 class Point(NamedTuple):
     """One place of a grid: what names it in a row (axis and value, …), and the runs' fields."""
 
@@ -88,12 +92,13 @@ def points(config: SweepConfig) -> list[Point]:
 def cells(config: CompareConfig) -> list[Point]:
     """The cells of the main table: method × adversary, for each seed.
 
-    `vae_of` is the data set of a VAE that was trained elsewhere, else None.
+    `vae_of` is the data set of a VAE that was trained elsewhere, else None. The first cell is
+    judged with its references, the encoder before training and raw pixels, the same for all.
     """
     data, evaluated = _shared(config)
     pairs: list[tuple[str, str | None]] = [(adversary, None) for adversary in config.adversaries]
     pairs += [("idaa", config.elsewhere)] if config.elsewhere else []
-    return [
+    made = [
         Point(
             {"method": method, "adversary": adversary, "vae_of": elsewhere},
             # One VAE for all: seeds are of the encoders.
@@ -105,6 +110,8 @@ def cells(config: CompareConfig) -> list[Point]:
         for adversary, elsewhere in pairs
         for seed in config.seeds
     ]
+    made[0] = made[0]._replace(eval=evaluated | {"references": True} | config.eval)
+    return made
 
 
 def _shared(config: SweepConfig | CompareConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,11 +144,14 @@ def run_point(point: Point, make: bool = True) -> dict[str, Any] | None:
         "linear_top1_val": tested.get("linear_top1_val"),
         "knn_top1": tested.get("knn_top1"),
         "linear_top1": tested.get("linear_top1"),
+        "linear_top5": tested.get("linear_top5"),
+        **{k: tested.get(k) for k in REFERENCES},
         "n_test": tested.get("knn_n"),
         "protocol": tested.get("protocol"),
         "seconds": trained.get("seconds"),
         "epochs": ssl.config.epochs,
         "width": ssl.config.width,
+        "dataset": Path(ssl.config.dataset).stem,
         "images": ssl.environment["dataset"]["n"],
         "vae": vae and vae.id,
         "ssl": ssl.id,

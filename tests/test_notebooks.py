@@ -1,9 +1,12 @@
 """The notebooks under papermill, at a smoke scale, and what they say of a user's mistakes."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -168,9 +171,69 @@ def test_the_table_is_filled_from_finished_runs(tmp_path, monkeypatch):
     assert row["knn_top1"] == judged.summary["knn_top1"]
     assert "3 of 4" in (said := table.missing(grid, rows)) and "simclr × none" not in said
     shown = table.frame(grid, rows)
-    assert list(shown["kNN (%)"]) == [f"{row['knn_top1']:.2f}", "–", "–", "–"]
-    assert list(shown["paper's kNN (%)"]) == ["80.79", "80.27", "–", "–"]
-    assert "official" not in table.budget(rows)
+    assert list(shown["kNN (%)"])[:4] == [f"{row['knn_top1']:.2f}", "–", "–", "–"]
+    assert set(shown["paper's kNN (%)"]) == {"–"}  # photographs are no images of the paper
+    assert table.protocol(grid) == ""
+    assert table.budget(rows).startswith("Ours: photos, ") and "official" not in table.budget(rows)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "column", "first"),
+    [("cifar10", 0, "82.78±.20"), ("/data/cifar100.zip", 1, "54.73±.20"),
+     ("data/Mini-ImageNet", 2, "46.96±.32"), ("stl10", None, "–")],
+)  # fmt: skip
+def test_the_paper_s_numbers_stand_beside_the_images_that_they_are_of(dataset, column, first):
+    """Every cell of the specification's table, by its columns (docs/spec/idaa.md §7)."""
+    text = (Path(sweeps.FOLDER).parent / "docs/spec/idaa.md").read_text()
+    name = r"(Plain|UEL|SimSiam|SimCLR|\+CLAE|\+IDAA)"
+    lines = re.findall(rf"^\| {name} \| ([\d.,± ]+) \| ([\d.,± ]+) \|$", text, re.M)
+    assert len(lines) == 12
+    grid = sweeps.cells(CompareConfig(dataset=dataset, methods="plain, uel, simsiam, simclr, moco"))
+    shown = table.frame(grid, [])
+    wanted = [
+        tuple("–" if column is None else part.split(", ")[column] for part in line[1:])
+        for line in lines
+    ] + 3 * [("–", "–")]
+    found = list(zip(shown["paper's kNN (%)"], shown["paper's linear (%)"], strict=True))
+    assert found == wanted
+    assert found[0][0] == first
+    assert bool(table.protocol(grid)) == (column is not None)
+
+
+def test_imagenet_s_numbers_are_those_of_as_many_epochs():
+    text = (Path(sweeps.FOLDER).parent / "docs/spec/idaa.md").read_text()
+    (line,) = (x for x in text.split("\n") if x.startswith("ImageNet (epochs/batch"))
+    pairs = re.findall(r"(\d+\.\d)/(\d+\.\d)", line[line.index("SimSiam§") :])
+    assert len(pairs) == 4
+    grid = sweeps.cells(
+        CompareConfig(dataset="data/imagenet", methods="simsiam", adversaries="none, idaa")
+    )
+    common = dict.fromkeys(sweeps.REFERENCES) | {"method": "simsiam", "vae_of": None, "seed": 0}
+    common |= {"knn_top1": 1.0, "linear_top1": 2.0, "linear_top5": 3.0, "protocol": "clean"}
+    for epochs, wanted in ((100, pairs[:2]), (200, pairs[2:]), (150, 2 * [("–", "–")])):
+        rows = [common | {"adversary": each, "epochs": epochs} for each in ("none", "idaa")]
+        shown = table.frame(grid, rows)
+        told = zip(shown["paper's linear (%)"], shown["paper's linear top-5 (%)"], strict=True)
+        assert list(told) == wanted
+        assert list(shown["linear top-5 (%)"]) == ["3.00", "3.00"]
+
+
+def test_the_table_ends_with_what_every_encoder_has_to_beat(outputs, tmp_path, monkeypatch):
+    """Notebook 06 itself, on one cell that is finished and one that is not."""
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
+    small = {k: SMALL[k] for k in SMALL.keys() - {"device"}}
+    asked = {"methods": "simclr", "adversaries": "none, clae", "device": "cpu"}
+    asked |= {"ssl": json.dumps(small), "eval": json.dumps({"limit": 100})}
+    first, _ = sweeps.cells(CompareConfig(**asked))
+    run = train_ssl(SSLConfig(**first.ssl))
+    judged = evaluate(EvalConfig(**first.eval, run=run.reference)).summary
+    execute("06_compare_methods", asked, tmp_path)
+    (study,) = (tmp_path / "outputs" / "compare").iterdir()
+    assert {path.name for path in study.iterdir()} >= {"table.csv", "methods.png"}
+    shown = pd.read_csv(study / "table.csv", dtype=str)
+    assert list(shown["method"]) == ["SimCLR", "SimCLR", "untrained encoder", "raw pixels"]
+    wanted = [judged["knn_top1"], None, judged["random_knn_top1"], judged["pixels_knn_top1"]]
+    assert list(shown["kNN (%)"]) == ["–" if v is None else f"{v:.2f}" for v in wanted]
 
 
 def test_a_vae_from_elsewhere_is_a_row_more():
