@@ -41,7 +41,7 @@ from idaa_lib.configs import (
 )
 
 # Raised whenever the same configuration would give other numbers than before.
-RESULTS_VERSION = 3
+RESULTS_VERSION = 4
 
 # Seconds without a heartbeat after which a run on another machine counts as interrupted.
 SILENCE = 600

@@ -246,8 +246,11 @@ def ensure(config: Config) -> Run:
 
 
 def folder_of(config: SweepConfig | CompareConfig) -> Path:
-    """Where a study's table and figure belong, `outputs/<stage>/<id>/` (made)."""
-    told = config.model_dump_json(exclude={"jobs", "device", "launch"})
+    """Where a study's table and figure belong, `outputs/<stage>/<id>/` (made).
+
+    Named by its axes, whichever of the paper's figures they are of.
+    """
+    told = config.model_dump_json(exclude={"jobs", "device", "launch", "figure"})
     digest = hashlib.sha256(told.encode()).hexdigest()
     words = [config.stage, Path(config.dataset).name]
     words += [config.adversary] if isinstance(config, SweepConfig) else []

@@ -118,7 +118,7 @@ def references(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """`untrained encoder` and `raw pixels` → kNN and linear top-1, under the clean protocol, where
     they are the same for every method."""
     for row in rows:
-        if row["protocol"] == "clean" and row["random_knn_top1"] is not None:
+        if row.get("protocol") == "clean" and row.get("random_knn_top1") is not None:
             return {
                 SUBJECTS[prefix]: {key: row[f"{prefix}{key}"] for key in PROBES}
                 for prefix in ("random_", "pixels_")
