@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "67108864",
 }
+# Seconds between two turns: workers that load ahead fill their queue again, a tenth of a second of
+# both cores that the other side's turn would pay for.
+PAUSE = 1.0
 
 
 class Side:
@@ -83,7 +87,7 @@ def pair(slow: Side, fast: Side, n: int, warm_up: int = 2) -> Pair:
     for _ in range(warm_up):
         slow.work(count=False), fast.work(count=False)
     for _ in range(n):
-        slow.work(), fast.work()
+        slow.work(), time.sleep(PAUSE), fast.work(), time.sleep(PAUSE)
     slow.close(), fast.close()
     ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
     low, _, high = quantiles(ratios, n=4) if n > 1 else (ratios[0],) * 3

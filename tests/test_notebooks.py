@@ -180,7 +180,7 @@ def test_the_table_is_filled_from_finished_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("dataset", "column", "first"),
     [("cifar10", 0, "82.78±.20"), ("/data/cifar100.zip", 1, "54.73±.20"),
-     ("data/Mini-ImageNet", 2, "46.96±.32"), ("stl10", None, "–")],
+     ("data/Mini-ImageNet.zip", 2, "46.96±.32"), ("stl10", None, "–")],
 )  # fmt: skip
 def test_the_paper_s_numbers_stand_beside_the_images_that_they_are_of(dataset, column, first):
     """Every cell of the specification's table, by its columns (docs/spec/idaa.md §7)."""

@@ -9,7 +9,6 @@ theirs.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import pandas as pd
 from idaa_lib import runs
 from idaa_lib.configs import UserError
 from idaa_lib.lab import compare
-from idaa_lib.lab.table import said
+from idaa_lib.lab.table import known, said
 from idaa_lib.runs import Run, RunError
 
 # Top-1 in percent on CIFAR-100, by labels a class.
@@ -84,7 +83,7 @@ def fixmatch(run: Run) -> Compared:
         (name, each.config.labels_per_class, each.config.seed, (each.summary or {})["ema_top1"])
         for name, each in zip(compare.apart(members, told), members, strict=True)
     ]
-    paper = FIXMATCH if _known(data["name"], ("cifar100",)) else {}
+    paper = FIXMATCH if known(data["name"], ("cifar100",)) else {}
     counts = sorted({count for _, count, *_ in readings}.union(*paper.values()))
     ours = (
         f"Ours: {data['name']}, {data['n']:,} training images, {config.backbone} of width "
@@ -107,10 +106,10 @@ def transfer(run: Run) -> Compared:
         for target, value in _linear(each).items()
         if target in own
     ]
-    known = {target: name for target in own if (name := _known(target.name, DATASETS))}
+    theirs_of = {target: name for target in own if (name := known(target.name, DATASETS))}
     paper = {
-        who: {target: figures[DATASETS.index(name)] for target, name in known.items()}
-        for who, figures in (TRANSFER.items() if known else ())
+        who: {target: figures[DATASETS.index(name)] for target, name in theirs_of.items()}
+        for who, figures in (TRANSFER.items() if theirs_of else ())
     }
     columns = {
         target: f"{target.name}{'' if target.metric == 'top-1' else ', ' + target.metric} (%)"
@@ -230,11 +229,6 @@ def _settings(run: Run, varied: Collection[str]) -> str:
     hidden = {*varied, *config.circumstances, *config.pointers, "backbone", "width", "epochs"}
     told = [compare.say(name, v) for name, v in config.changed().items() if name not in hidden]
     return ", ".join([f"preset {config.preset}", *told])
-
-
-def _known(name: str, datasets: Collection[str]) -> str | None:
-    """Which of the paper's data sets a name means; `cifar100-images.zip` is CIFAR-100 too."""
-    return next((each for each in datasets if re.match(rf"{each}(?![a-z0-9])", name.lower())), None)
 
 
 def _elsewhere(theirs: str, ours: str) -> str:

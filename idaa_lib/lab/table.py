@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ PAPER: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
         "simclr": {"none": ("41.11±.28", "57.81±.10"), "clae": ("43.57±.17", "57.69±.25"),
                    "idaa": ("46.78±.22", "60.90±.08")},
     },
-    "miniimagenet": {
+    "mini-imagenet": {
         "plain": {"none": ("46.96±.32", "44.90±.29"), "clae": ("47.01±.28", "45.43±.15"),
                   "idaa": ("47.83±.29", "46.81±.16")},
         "uel": {"none": ("40.71±.73", "43.08±.35"), "clae": ("41.75±.39", "44.32±.24"),
@@ -66,7 +67,7 @@ PAPER_PROTOCOL = {
         "Paper: CIFAR-100, otherwise as CIFAR-10: ResNet-18 of width 64, 50,000 training images, "
         "300 epochs, official protocol: best test epoch."
     ),
-    "miniimagenet": (
+    "mini-imagenet": (
         "Paper: mini-ImageNet at 84 px, 100 classes; schedules and stems differ between methods "
         "(docs/spec/idaa.md §4), official protocol: best test epoch."
     ),
@@ -78,17 +79,15 @@ PAPER_PROTOCOL = {
 PROBES = {"knn_top1": "kNN", "linear_top1": "linear"}
 
 
-def published(dataset: str) -> str | None:
-    """The paper's name for the images `dataset` (a name or a path), None where it has none."""
-    name = "".join(filter(str.isalnum, Path(dataset).stem.lower()))
-    # The longest first: cifar100 begins like cifar10.
-    known = sorted(PAPER_PROTOCOL, key=len, reverse=True)
-    return next((each for each in known if name.startswith(each)), None)
+def known(dataset: str, datasets: Iterable[str]) -> str | None:
+    """Which of the paper's `datasets` a name or path means; `cifar100-images.zip` is CIFAR-100."""
+    name = Path(dataset).name.lower().replace("_", "-").replace("miniimagenet", "mini-imagenet")
+    return next((each for each in datasets if re.match(rf"{each}(?![a-z0-9])", name)), None)
 
 
 def protocol(made: Sequence[Point]) -> str:
     """What the paper's numbers are of, in a sentence; nothing where it has none of these images."""
-    return PAPER_PROTOCOL.get(published(made[0].ssl["dataset"]) or "", "")
+    return PAPER_PROTOCOL.get(known(made[0].ssl["dataset"], PAPER_PROTOCOL) or "", "")
 
 
 def frame(made: Sequence[Point], rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -131,7 +130,7 @@ def _beside(
 ) -> dict[str, tuple[str, str]]:
     """Key of a row → its name and the paper's number, for one method × adversary."""
     method, adversary, elsewhere = cell
-    data = published(point.ssl["dataset"])
+    data = known(point.ssl["dataset"], PAPER_PROTOCOL)
     names, found = PROBES, PAPER.get(data or "", {}).get(method, {}).get(adversary)
     if data == "imagenet":
         names = PROBES | {"linear_top5": "linear top-5"}
