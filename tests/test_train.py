@@ -225,6 +225,45 @@ def test_ctrl_c_in_a_process_saves_and_says_how_to_go_on(outputs):
     assert checkpoints.load(run)[1]["step"] > 0
 
 
+def test_a_vae_of_other_images_attacks_in_its_own_units(
+    outputs, vae, tmp_path, monkeypatch, capsys
+):
+    """VAE transfer: a VAE of the photographs, an encoder of the same in pale colours."""
+    data = images.load("photos", "train", limit=160)
+    for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        path = (
+            tmp_path / "pale" / ("train" if i % 4 else "test") / str(label.item() % 2) / f"{i}.png"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((160 + image // 3).permute(1, 2, 0).numpy()).save(path)
+    pale = dict(dataset=str(tmp_path / "pale"), adversary="idaa", limit=64)
+    with pytest.raises(RunError, match=r"no finished vae run with dataset=.*pale"):
+        train_ssl(ssl(**pale))
+
+    used, anchor = [], adversaries.IDAA.anchor
+
+    def watched(attack, x, graph=False):
+        made = anchor(attack, x, graph)
+        mean, std = (torch.tensor(u)[:, None, None] for u in attack.units[0])
+        pixels = x * std + mean  # back in [0, 1], and into the VAE's units by hand
+        own = (pixels - torch.tensor(vae_.mean)[:, None, None]) / torch.tensor(vae_.std)[
+            :, None, None
+        ]
+        used.append((attack.units, made.point, vae_.encode(own)[0]))
+        return made
+
+    vae_ = load_vae(vae)
+    monkeypatch.setattr(adversaries.IDAA, "anchor", watched)
+    run = train_ssl(ssl(**pale, vae=vae.id, precision="fp32"))
+    assert f"vae: {vae.id} was trained on photos, not on" in capsys.readouterr().out
+    about = run.environment["dataset"]
+    units = (tuple(about["mean"]), tuple(about["std"])), (vae_.mean, vae_.std)
+    assert units[0] != units[1] and len(used) == 8
+    for found, point, by_hand in used:
+        assert found == units
+        torch.testing.assert_close(point, by_hand, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("tracker", ["tensorboard"])
 def test_a_tracker_is_one_parameter(outputs, tracker):
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
