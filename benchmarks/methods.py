@@ -52,7 +52,7 @@ def main(
         grid += sweeps.cells(
             CompareConfig(preset="demo", **fields, methods=("simclr",), seeds=(1, 2))
         )
-    there, began = len(sweeps.collect(grid)), time.monotonic()
+    there, began = any(outputs_root().glob("*/*/config.json")), time.monotonic()
     rows = sweeps.run_all(grid, once.jobs)
     minutes = (time.monotonic() - began) / 60
     print(table.frame(grid, rows).to_string(index=False))

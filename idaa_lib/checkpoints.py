@@ -62,7 +62,12 @@ def kept(run: Run) -> dict[int, str]:
         RunError: one is damaged.
     """
     root = run.path / "snapshots"
-    return {epoch: _digest(root / str(epoch)) for epoch in _numbered(root)}
+    return {epoch: _digest(root / str(epoch)) for epoch in snapshots(run)}
+
+
+def snapshots(run: Run) -> list[int]:
+    """The epochs of a run's snapshots, damaged ones too."""
+    return _numbered(run.path / "snapshots")
 
 
 def snapshot(run: Run, epoch: int) -> dict[str, torch.Tensor]:

@@ -205,7 +205,8 @@ class Run:
         writer = Writer(self)
         try:
             write_json(self.path / "config.json", config.model_dump(mode="json"))
-            write_json(self.path / "environment.json", dict(environment))
+            about = dict(environment) | {"results_version": RESULTS_VERSION}
+            write_json(self.path / "environment.json", about)
             (self.path / "control.json").unlink(missing_ok=True)
             writer.state(state="going", started=time.time(), error=None)
             yield writer

@@ -93,7 +93,8 @@ def cells(config: CompareConfig) -> list[Point]:
     """The cells of the main table: method × adversary, for each seed.
 
     `vae_of` is the data set of a VAE that was trained elsewhere, else None. The first cell is
-    judged with its references, the encoder before training and raw pixels, the same for all.
+    judged with its references, the encoder before training and raw pixels: the same for all where
+    all are judged alike (`clean`), and left out where the pixels are more than a probe can take.
     """
     data, evaluated = _shared(config)
     pairs: list[tuple[str, str | None]] = [(adversary, None) for adversary in config.adversaries]
@@ -110,7 +111,9 @@ def cells(config: CompareConfig) -> list[Point]:
         for adversary, elsewhere in pairs
         for seed in config.seeds
     ]
-    made[0] = made[0]._replace(eval=evaluated | {"references": True} | config.eval)
+    alike = EvalConfig(**evaluated).protocol == "clean"
+    if alike and SSLConfig(**made[0].ssl).size <= 32:
+        made[0] = made[0]._replace(eval=evaluated | {"references": True} | config.eval)
     return made
 
 
@@ -133,7 +136,10 @@ def run_point(point: Point, make: bool = True) -> dict[str, Any] | None:
         point = point._replace(ssl=point.ssl | {"vae": vae.reference})
     if (ssl := finished(SSLConfig(**point.ssl))) is None:
         return None
-    if (judged := finished(EvalConfig(**point.eval | {"run": ssl.reference}))) is None:
+    asked = EvalConfig(**point.eval | {"run": ssl.reference})
+    # An evaluation with references serves where none are asked for.
+    judged = _finished(asked.model_copy(update={"references": True})) or finished(asked)
+    if judged is None:
         return None
     trained, tested = ssl.summary or {}, judged.summary or {}
     return {

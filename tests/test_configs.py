@@ -6,6 +6,7 @@ import pytest
 
 from idaa_lib.configs import (
     PRESETS,
+    CompareConfig,
     ConfigError,
     DecomposeConfig,
     EvalConfig,
@@ -97,11 +98,20 @@ def test_kappa_and_beta_say_the_same():
 
 
 def test_the_paper_s_vae_at_224_pixels_is_the_imagenet_one():
-    large, small = (VAEConfig(preset="paper", size=size) for size in (224, 32))
+    large, small = (VAEConfig(preset="paper", size=size, dataset="imagenet") for size in (224, 32))
     assert (large.dim, large.augmentation) == (3072, "simsiam")
     assert (small.dim, small.augmentation) == (512, "simclr")
-    assert VAEConfig(preset="paper", size=224, dim=64).dim == 64
-    assert VAEConfig(preset="cifar10", size=224).dim == 512
+    assert VAEConfig(preset="paper", size=224, dim=64, dataset="imagenet").dim == 64
+    assert VAEConfig(preset="cifar10", size=224, dataset="imagenet").dim == 512
+    for made in (VAEConfig, SSLConfig):
+        with pytest.raises(
+            ConfigError, match=r"dataset must be given at size=224: that of preset="
+        ):
+            made(preset="paper", size=224)
+        assert made(size=224).dataset == "photos"
+    with pytest.raises(ConfigError, match="dataset must be given at size=224"):
+        CompareConfig(preset="paper", ssl={"pairing": "imagenet"})
+    CompareConfig(preset="paper", ssl={"pairing": "imagenet"}, dataset="imagenet")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -200,6 +200,11 @@ def test_the_paper_s_numbers_stand_beside_the_images_that_they_are_of(dataset, c
     assert bool(table.protocol(grid)) == (column is not None)
 
 
+@pytest.mark.parametrize("name", ["imagenet-100", "imagenet_100.zip", "cifar10-c", "cifar1000"])
+def test_images_that_are_only_named_alike_have_no_paper_s_numbers(name):
+    assert table.known(name, table.PAPER_PROTOCOL) is None
+
+
 def test_imagenet_s_numbers_are_those_of_as_many_epochs():
     text = (Path(sweeps.FOLDER).parent / "docs/spec/idaa.md").read_text()
     (line,) = (x for x in text.split("\n") if x.startswith("ImageNet (epochs/batch"))
@@ -226,7 +231,8 @@ def test_the_table_ends_with_what_every_encoder_has_to_beat(outputs, tmp_path, m
     asked |= {"ssl": json.dumps(small), "eval": json.dumps({"limit": 100})}
     first, _ = sweeps.cells(CompareConfig(**asked))
     run = train_ssl(SSLConfig(**first.ssl))
-    judged = evaluate(EvalConfig(**first.eval, run=run.reference)).summary
+    first_eval = evaluate(EvalConfig(**first.eval, run=run.reference))
+    judged = first_eval.summary
     execute("06_compare_methods", asked, tmp_path)
     (study,) = (tmp_path / "outputs" / "compare").iterdir()
     assert {path.name for path in study.iterdir()} >= {"table.csv", "methods.png"}
@@ -234,6 +240,25 @@ def test_the_table_ends_with_what_every_encoder_has_to_beat(outputs, tmp_path, m
     assert list(shown["method"]) == ["SimCLR", "SimCLR", "untrained encoder", "raw pixels"]
     wanted = [judged["knn_top1"], None, judged["random_knn_top1"], judged["pixels_knn_top1"]]
     assert list(shown["kNN (%)"]) == ["–" if v is None else f"{v:.2f}" for v in wanted]
+    # In another study it is not the first cell: what was judged with references serves there too.
+    other = CompareConfig(**asked | {"adversaries": "clae, none"})
+    (row,) = sweeps.collect(sweeps.cells(other))
+    assert row["eval"] == first_eval.id
+
+
+def test_references_are_judged_where_they_are_the_same_for_all_and_small():
+    def asked(**values):
+        return [p.eval["references"] for p in sweeps.cells(CompareConfig(**values))]
+
+    assert asked(methods="simclr, moco", adversaries="none") == [True, False]
+    assert asked(methods="simclr", preset="paper", eval={"protocol": "clean"}) == [
+        True,
+        False,
+        False,
+    ]
+    assert not any(asked(preset="paper"))  # each method is judged by a layer of its own
+    assert not any(asked(dataset="imagenet", ssl={"size": 224}))
+    assert not any(asked(eval={"references": False}))
 
 
 def test_a_vae_from_elsewhere_is_a_row_more():

@@ -322,6 +322,11 @@ def test_no_space_is_told_before_work(outputs, monkeypatch):
         said[every] = int(re.search(r"need (\d+) MiB", str(told.value))[1])
     # Three checkpoints of weights and two moments; each of the 100 snapshots is of weights alone.
     assert said[1] == pytest.approx(said[None] * (9 + 100) / 9, rel=0.1)
+    for epoch in range(1, 101):  # an interrupted run has them already
+        folder = locate(ssl(epochs=101, width=16)).path / "snapshots" / str(epoch)
+        folder.mkdir(parents=True)
+    with pytest.raises(RunError, match=rf"its checkpoints need {said[None]} MiB"):
+        train_ssl(ssl(epochs=101, width=16, keep_every=1))
 
 
 def test_a_disk_that_fills_up_ends_in_a_sentence(outputs, monkeypatch):
@@ -603,7 +608,7 @@ def test_the_official_protocol_takes_the_kept_epoch_that_is_best_on_test(
     checkpoints.keep(run, 1, tensors)
     assert not evaluation.locate(asked).finished
     clean = evaluate(EvalConfig(**how)).summary
-    assert "knn_epoch" not in clean and clean["knn_protocol"].endswith(", final epoch")
+    assert "knn_epoch" not in clean and clean["knn_protocol"].endswith(", last weights")
 
 
 def test_imagenet_simsiam_has_no_official_protocol_here(outputs):

@@ -17,7 +17,7 @@ from idaa_lib.configs.base import (
     Rate,
     Seed,
 )
-from idaa_lib.configs.training import Adversary, SSLConfig
+from idaa_lib.configs.training import Adversary, SSLConfig, ask_for_images
 
 # Fields of SSLConfig that a study does not vary along a further axis: they have an axis of their
 # own, or another data set or VAE would change more than themselves.
@@ -308,6 +308,15 @@ class CompareConfig(_Study):
     adversaries: Annotated[tuple[Adversary, ...], Field(min_length=1)] = ("none", "clae", "idaa")
     elsewhere: str | None = None
     launch: bool = False
+
+    @classmethod
+    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        for stage in ("vae", "ssl"):
+            fields = values.get(stage)
+            if isinstance(fields, dict):
+                large = fields.get("size") == 224 or fields.get("pairing") == "imagenet"
+                ask_for_images(values | {"size": 224 if large else 32}, given)
+        return super()._derive(values, given)
 
 
 class DetectionConfig(Config):

@@ -105,6 +105,21 @@ class TrainingConfig(Config):
     continue_from: str | None = None
 
 
+def ask_for_images(values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """No preset's images are of ImageNet's size, and enlarged ones would train for days.
+
+    Raises:
+        ConfigError: `dataset` was left to a preset that means 32 px.
+    """
+    small = values.get("preset") in ("cifar10", "paper") and "dataset" not in given
+    if values.get("size") == 224 and small:
+        raise ConfigError(
+            f"dataset must be given at size=224: that of preset={values['preset']!r}, "
+            f"{values['dataset']}, has 32 pixels, and nobody can download ImageNet for you (a "
+            f"folder of class folders will do)."
+        )
+
+
 class VAEConfig(TrainingConfig):
     """Training of the VAE that splits x into G(x) and R(x) (docs/spec/idaa.md §1).
 
@@ -137,6 +152,7 @@ class VAEConfig(TrainingConfig):
 
     @classmethod
     def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        ask_for_images(values, given)
         if values["size"] == 224 and values.get("preset") == "paper":
             values = {**values, "dim": 3072, "augmentation": "simsiam", **given}  # spec §1
         size, dim = values["size"], values["dim"]
@@ -203,6 +219,7 @@ class EncoderConfig(TrainingConfig):
 
     @classmethod
     def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        ask_for_images(values, given)
         adversary = values.get("adversary", "none")
         if adversary == "none":
             # Knobs of an attack that does not happen would give one run many names.
@@ -240,7 +257,7 @@ class SSLConfig(EncoderConfig):
         projection_dim, temperature: of the projector and of the contrastive loss.
         weight_decay: L2, of all parameters.
         pairing: SimSiam as IDAA's authors developed it for CIFAR, or for ImageNet (`imagenet`; in
-            `paper` a ResNet-50 at 224 px); its rate scales with batch_size/256.
+            `paper` a ResNet-50 at 224 px); but in `demo` its rate scales with batch_size/256.
         queue: keys that MoCo holds.
         momentum: of the moving average that MoCo's key encoder and BYOL's target are, in [0, 1].
         attack: where IDAA's gradient comes from: `full` as published; cheaper ones of ours
@@ -251,8 +268,9 @@ class SSLConfig(EncoderConfig):
             False lets the adversarial BatchNorm statistics see a step 3 times, as the official
             code does.
         knn_every: epochs between two kNN readings on the validation split.
-        keep_every: epochs between two snapshots of the weights, which all stay on the disk (None:
-            there are none): the official protocol takes the best of them on test.
+        keep_every: epochs between two snapshots of the weights, which all stay on the disk: the
+            official protocol takes the best of them on test. None: as the preset says, which is
+            none but in `paper`; as many as `epochs`: none. A finished run keeps none afterwards.
     """
 
     stage = "ssl"
@@ -303,11 +321,6 @@ class SSLConfig(EncoderConfig):
     @classmethod
     def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         values = values | cls._recipe(values) | dict(given)
-        if values.get("size") == 224 and not {"size", "dataset"} & given.keys():
-            raise ConfigError(
-                "dataset must be given: pairing='imagenet' with preset='paper' trains on ImageNet "
-                "at 224 pixels, which nobody can download for you (a folder of class folders)."
-            )
         method = values.get("method", "simclr")
         for name, owners in OWNERS.items():
             if method in [*RECIPES] and method not in owners:

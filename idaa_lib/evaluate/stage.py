@@ -36,8 +36,8 @@ def evaluate(config: EvalConfig) -> Run:
     The run's `summary.json` has, for the trained encoder and (with `references`) for the same
     encoder before training and for raw pixels, kNN and linear top-1 in percent with n, the 95 %
     interval and the protocol. Under `official`, of a run with snapshots, `knn_epoch` and
-    `linear_epoch` say which epoch was the best on test (null: the final one), and `knn_top1_last`
-    what the final one has.
+    `linear_epoch` say which epoch each looks at (null: the final one), and `knn_top1_last` what
+    the final one has.
 
     Raises:
         RunError: the SSL run is missing or unfinished. ConfigError: the images have no labels.
@@ -167,7 +167,9 @@ def _which(plan: _Plan, subject: str, probe: str) -> str:
     """The epoch that a probe's encoder is of, in words."""
     if subject != "encoder":
         return "untrained"
-    if plan.official and plan.epochs:
+    if plan.official is None:
+        return "last weights"
+    if plan.epochs:
         if probe == "knn":
             return f"best of {len(plan.epochs) + 1} epochs on test"
         if plan.official.linear_epoch == "best":

@@ -37,9 +37,10 @@ class Accuracies(NamedTuple):
 
 
 def differing(chosen: Sequence[Run]) -> dict[str, list[Any]]:
-    """Field → its value in each run, for the fields that differ between runs of one stage."""
+    """Field → its value in each run, for the fields that all have and that differ between them."""
     dumps = [run.config.model_dump() for run in chosen]
-    values = {name: [dump[name] for dump in dumps] for name in (dumps[0] if dumps else ())}
+    shared = [name for name in (dumps[0] if dumps else ()) if all(name in dump for dump in dumps)]
+    values = {name: [dump[name] for dump in dumps] for name in shared}
     return {name: row for name, row in values.items() if any(v != row[0] for v in row)}
 
 

@@ -135,7 +135,7 @@ def coco(run: Run) -> Compared:
     theirs = (len(data["classes"]), data["n"]) == (COCO_CLASSES, COCO_VAL)
     paper = {who: dict(zip(AP, aps, strict=True)) for who, aps in COCO.items()} if theirs else {}
     protocols = [
-        f"Ours: {told['protocol']}, n = {told['n']:,}.",
+        f"This run: {told['protocol']}, n = {told['n']:,}.",
         COCO_PROTOCOL if theirs else _elsewhere("COCO val2017", Path(data["name"]).name),
     ]
     return Compared(_table(readings, {ap: ap for ap in AP}, paper, 1), "\n".join(protocols))
@@ -144,9 +144,9 @@ def coco(run: Run) -> Compared:
 def comparable(run: Run, varied: Collection[str] = ()) -> list[Run]:
     """Finished runs that may stand in one table with `run`: itself, then the newest first.
 
-    They are of its stage, share data with it by content, and have its configuration but for the
-    fields `varied` and for what it takes by name (a VAE, the run that is judged). Where one has no
-    adversary, what an attack is like does not count.
+    They are of its stage and `runs.RESULTS_VERSION`, share data with it by content, and have its
+    configuration but for the fields `varied` and for what it takes by name (a VAE, the run that is
+    judged). Of those without an adversary, what an attack is like does not count.
     """
 
     def settings(each: Run, silent: Collection[str]) -> dict[str, Any]:
@@ -159,6 +159,7 @@ def comparable(run: Run, varied: Collection[str] = ()) -> list[Run]:
             alone = getattr(other.config, "adversary", None) == "none"
             silent = {*varied, *(other.config.knobs if alone else ())}
             same = settings(run, silent) == settings(other, silent)
+            same &= _version(run) == _version(other)
             if other != run and same and data & _fingerprints(other):
                 found.append(other)
     return found
@@ -216,6 +217,10 @@ def _table(
         shown = {column: f"{value:.{digits}f}" for column, value in figures.items()}
         rows[f"{name} (paper)"] = [*(shown.get(column, "–") for column in columns), "not stated"]
     return pd.DataFrame.from_dict(rows, "index", columns=[*columns.values(), "seeds"])
+
+
+def _version(run: Run) -> int | None:
+    return run.environment.get("results_version")
 
 
 def _fingerprints(run: Run) -> set[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +72,19 @@ PAPER_PROTOCOL = {
     ),
     "imagenet": (
         "Paper: ImageNet at 224 px, ResNet-50, batch 256, as many epochs as the row; linear "
-        "classifier by LARS on random crops, top-1 and top-5 (the authors' own rerun of SimSiam)."
+        "classifier, inferred to be SimSiam's (LARS on random crops), top-1 and top-5; SimSiam as "
+        "the authors ran it again."
     ),
 }
 PROBES = {"knn_top1": "kNN", "linear_top1": "linear"}
 
 
-def known(dataset: str, datasets: Iterable[str]) -> str | None:
-    """Which of the paper's `datasets` a name or path means; `cifar100-images.zip` is CIFAR-100."""
+def known(dataset: str, datasets: Collection[str]) -> str | None:
+    """Which of the paper's `datasets` a name or path means: `cifar100-images.zip` is CIFAR-100, but
+    `imagenet-100` and `cifar10-c` are data of their own."""
     name = Path(dataset).name.lower().replace("_", "-").replace("miniimagenet", "mini-imagenet")
-    return next((each for each in datasets if re.match(rf"{each}(?![a-z0-9])", name)), None)
+    name = name.removesuffix(".zip").removesuffix("-images")
+    return name if name in datasets else None
 
 
 def protocol(made: Sequence[Point]) -> str:

@@ -365,7 +365,8 @@ def _check_disk(config: TrainingConfig, run: Run, method: nn.Module) -> None:
     weights = sum(p.numel() * p.element_size() for p in method.state_dict().values())
     need = 3 * weights * (checkpoints.KEEP + 1)  # Adam's two moments beside the weights
     if every := getattr(config, "keep_every", None):
-        need += weights * ((config.epochs - 1) // every)
+        # Those that an interrupted run has already take their room.
+        need += weights * max(0, (config.epochs - 1) // every - len(checkpoints.snapshots(run)))
     folder = runs.outputs_root()
     try:
         folder.mkdir(parents=True, exist_ok=True)
