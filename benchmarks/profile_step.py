@@ -4,7 +4,7 @@
 
 Writes `outputs/profile/<method>-trace.json` (chrome://tracing, ui.perfetto.dev) and
 `<method>.txt`: the parts of a step; what was computed and moved, counted operation by operation,
-against what this machine was measured to do at best.
+against what this machine was measured to do at best. The figures are a result file too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
+import record
 import sides
 import torch
 from torch import Tensor
@@ -28,6 +29,12 @@ from idaa_lib.runs import outputs_root
 from idaa_lib.train.loop import Fit
 
 STEPS = 5
+PROTOCOL = (
+    f"One step, ResNet-18 of the paper, batch {sides.BATCH}, after a warm-up: the median of "
+    f"{STEPS}, and the mean of each part. computed, moved: counted operation by operation (moved as if "
+    "nothing were fused or cached); baseline: what the machine did at best, a large product of "
+    "matrices and a large copy."
+)
 CUDA = sides.DEVICE.type == "cuda"
 
 
@@ -71,9 +78,10 @@ def main(words: list[str]) -> int:
     with torch.profiler.profile(activities=activities) as trace:
         step()
     trace.export_chrome_trace(str(folder / f"{name}-trace.json"))
-    page = _page(name, median(seconds), parts, flops.get_total_flops(), moved.bytes)
+    page, rows = _page(name, median(seconds), parts, flops.get_total_flops(), moved.bytes)
     (folder / f"{name}.txt").write_text(page)
     print(f"{page}\n{folder / f'{name}-trace.json'}")
+    print(record.write(f"profile-{name}", PROTOCOL, rows))
     return 0
 
 
@@ -160,8 +168,23 @@ def ceilings() -> tuple[float, float]:
     return 2 * n**3 / product, 2 * source.numel() / copy
 
 
-def _page(name: str, seconds: float, parts: dict[str, float], flops: int, moved: int) -> str:
+def _page(
+    name: str, seconds: float, parts: dict[str, float], flops: int, moved: int
+) -> tuple[str, list[dict[str, Any]]]:
+    """A page to read, and the rows of a result file."""
     fast, wide = ceilings()
+    rows = [record.row("step_seconds", round(seconds, 4), "s", STEPS)]
+    rows += [record.row(part, round(value, 4), "s", STEPS) for part, value in parts.items()]
+    rows += [
+        record.row("computed", round(flops / 1e9), "GFLOP", 1),
+        record.row(
+            "flop_rate", round(flops / seconds / 1e9), "GFLOP/s", STEPS, None, round(fast / 1e9)
+        ),
+        record.row("moved", round(moved / 2**30, 1), "GiB", 1),
+        record.row(
+            "byte_rate", round(moved / seconds / 1e9, 1), "GB/s", STEPS, None, round(wide / 1e9, 1)
+        ),
+    ]
     found = versions()
     lines = [
         f"One {name} step, batch {sides.BATCH}, ResNet-18 of the paper",
@@ -184,7 +207,7 @@ def _page(name: str, seconds: float, parts: dict[str, float], flops: int, moved:
         "moved: what operations read and write one by one, as if nothing were fused or cached;",
         "above 100 % caches served it.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n", rows
 
 
 if __name__ == "__main__":
