@@ -29,12 +29,10 @@ from idaa_lib.runs import outputs_root
 from idaa_lib.train.loop import Fit
 
 STEPS = 5
-PROTOCOL = (
-    f"One step, ResNet-18 of the paper, batch {sides.BATCH}, after a warm-up: the median of "
-    f"{STEPS}, and the mean of each part. computed, moved: counted operation by operation (moved as if "
-    "nothing were fused or cached); baseline: what the machine did at best, a large product of "
-    "matrices and a large copy."
-)
+PROTOCOL = f"""One step, ResNet-18 of the paper, batch {sides.BATCH}, after a warm-up: the median of
+{STEPS}, and the mean of each part. computed, moved: counted operation by operation (moved as if
+nothing were fused or cached); baseline: what the machine did at best, a large product of matrices
+and a large copy."""
 CUDA = sides.DEVICE.type == "cuda"
 
 
@@ -81,7 +79,7 @@ def main(words: list[str]) -> int:
     page, rows = _page(name, median(seconds), parts, flops.get_total_flops(), moved.bytes)
     (folder / f"{name}.txt").write_text(page)
     print(f"{page}\n{folder / f'{name}-trace.json'}")
-    print(record.write(f"profile-{name}", PROTOCOL, rows))
+    print(record.write(f"profile-{name}", " ".join(PROTOCOL.split()), rows))
     return 0
 
 
