@@ -428,7 +428,9 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
         panels[-1, column].set(xlabel=names.get(axis, axis.replace("_", " ")))
     if len(adversaries) > 1:
         whole = max(panels[0], key=lambda panel: len(panel.get_legend_handles_labels()[1]))
-        whole.legend()
+        handles, told = whole.get_legend_handles_labels()
+        figure.legend(handles, told, loc="outside lower center", ncols=len(told))
     seeds = rows["seed"].nunique()
-    figure.suptitle(f"Sensitivity, {seeds} seed{'s' if seeds > 1 else ''} a point")
+    of = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed a point"
+    figure.suptitle(f"Sensitivity, {of}")
     return figure
