@@ -107,8 +107,11 @@ def _watched(spent: dict[str, list[float]]) -> Iterator[None]:
         """An adversary is called as an object, which an attribute of it cannot stand in for."""
 
         def __init__(self, adversary: Any) -> None:
-            self.attack = adversary.__call__
+            self.adversary, self.attack = adversary, adversary.__call__
             watch(self, "attack", "attack")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.adversary, name)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return self.attack(*args, **kwargs)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import compare
+import profile_step
 import sides
 
 
@@ -64,3 +65,28 @@ def test_a_side_works(name, monkeypatch, tmp_path):
     monkeypatch.setattr(sides, "QUERIES", 8)
     work = sides.PARTS[name]()
     work(), work()
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("simclr", 6.67), ("idaa", 12.5)])
+def test_a_profile_s_parts_make_up_the_step_and_its_work_is_what_one_counts(
+    name, gflop, monkeypatch, tmp_path
+):
+    """Per image: 6 units of an encoder's forward pass without an adversary; with IDAA, whose attack
+    is one forward and one input-only backward pass, 11 and the VAE's share."""
+    written = {}
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(sides, "BATCH", 8)
+    monkeypatch.setattr(profile_step, "STEPS", 1)
+    monkeypatch.setattr(profile_step, "ceilings", lambda: (1e12, 1e10))
+    keep = lambda name, protocol, rows: written.update({r["what"]: r["value"] for r in rows})  # noqa: E731
+    monkeypatch.setattr(profile_step.record, "write", keep)
+    assert profile_step.main([name]) == 0
+    assert written["computed"] / 8 == pytest.approx(gflop, rel=0.02)
+    parts = ["views", "forward", "backward", "optimiser", "losses, logging, the rest", "attack"]
+    parts += ["adversarial forward"] * (name == "idaa")
+    assert all(written[part] > 0 for part in parts)
+    assert sum(written[part] for part in parts) == pytest.approx(written["step_seconds"], rel=0.1)
+    assert (tmp_path / "profile" / f"{name}-trace.json").stat().st_size > 1000
+    assert (
+        "adversarial forward" in (tmp_path / "profile" / "idaa.txt").read_text() or name != "idaa"
+    )
