@@ -87,6 +87,3 @@ def test_a_profile_s_parts_make_up_the_step_and_its_work_is_what_one_counts(
     assert all(written[part] > 0 for part in parts)
     assert sum(written[part] for part in parts) == pytest.approx(written["step_seconds"], rel=0.1)
     assert (tmp_path / "profile" / f"{name}-trace.json").stat().st_size > 1000
-    assert (
-        "adversarial forward" in (tmp_path / "profile" / "idaa.txt").read_text() or name != "idaa"
-    )
