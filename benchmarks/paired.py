@@ -21,9 +21,7 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "67108864",
 }
-# Seconds between two turns: workers that load ahead fill their queue again, a tenth of a second of
-# both cores that the other side's turn would pay for.
-PAUSE = 1.0
+PAUSE = 1.0  # seconds between two turns, so that nothing of one runs on into the next
 
 
 class Side:

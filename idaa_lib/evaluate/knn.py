@@ -16,7 +16,7 @@ def knn(
     classes: int,
     k: int = 200,
     temperature: float = 0.5,
-    chunk: int = 250,
+    chunk: int = 125,
 ) -> Tensor:
     """Predicted classes (Q,) int64 of queries (Q, D) from a labelled bank (N, D), (N,).
 
