@@ -82,8 +82,10 @@ def test_a_profile_s_parts_make_up_the_step_and_its_work_is_what_one_counts(
     monkeypatch.setattr(profile_step.record, "write", keep)
     assert profile_step.main([name]) == 0
     assert written["computed"] / 8 == pytest.approx(gflop, rel=0.02)
-    parts = ["views", "forward", "backward", "optimiser", "losses, logging, the rest", "attack"]
-    parts += ["adversarial forward"] * (name == "idaa")
+    parts = ["views", "forward", "backward", "optimiser", "losses, logging, the rest"]
+    parts += ["attack", "adversarial forward"] * (name == "idaa")
     assert all(written[part] > 0 for part in parts)
-    assert sum(written[part] for part in parts) == pytest.approx(written["step_seconds"], rel=0.1)
+    # They lie inside the step, each counted once; what is outside them only fetches the images.
+    whole, step = sum(written[part] for part in parts), written["step_seconds"]
+    assert step / 2 < whole < 1.01 * step
     assert (tmp_path / "profile" / f"{name}-trace.json").stat().st_size > 1000
