@@ -104,7 +104,10 @@ def cells(config: CompareConfig) -> list[Point]:
             {"method": method, "adversary": adversary, "vae_of": elsewhere},
             # One VAE for all: seeds are of the encoders.
             data | config.vae | ({"dataset": elsewhere} if elsewhere else {}),
-            data | config.ssl | {"method": method, "adversary": adversary, "seed": seed},
+            data
+            | config.ssl
+            | config.ssl_of.get(method, {})
+            | {"method": method, "adversary": adversary, "seed": seed},
             evaluated,
         )
         for method in config.methods

@@ -11,7 +11,14 @@ import pytest
 from scipy import stats
 
 from idaa_lib import evaluate, runs, sweeps
-from idaa_lib.configs import CompareConfig, EvalConfig, SSLConfig, SweepConfig, VAEConfig
+from idaa_lib.configs import (
+    CompareConfig,
+    ConfigError,
+    EvalConfig,
+    SSLConfig,
+    SweepConfig,
+    VAEConfig,
+)
 from idaa_lib.lab import table
 from idaa_lib.runs import Run, RunError
 from idaa_lib.train import train_ssl, train_vae
@@ -267,6 +274,34 @@ def test_a_vae_from_elsewhere_is_a_row_more():
     told = [(p.labels["adversary"], p.vae["dataset"], p.ssl["dataset"]) for p in grid]
     assert told == 2 * [("none", "photos", "photos"), ("idaa", "stl10", "photos")]
     assert list(table.frame(grid, [])["adversary"]) == 2 * ["no adversary", "IDAA, VAE of stl10"]
+
+
+def test_one_method_may_train_longer_and_the_table_says_so():
+    config = CompareConfig(
+        methods="simclr, byol", adversaries="none", ssl={"epochs": 2, "width": 4},
+        ssl_of='{"byol": {"epochs": 5}}',
+    )  # fmt: skip
+    grid = sweeps.cells(config)
+    assert [SSLConfig(**point.ssl).epochs for point in grid] == [2, 5]
+    assert [SSLConfig(**point.ssl).width for point in grid] == [4, 4]
+    common = dict.fromkeys(sweeps.REFERENCES) | {"vae_of": None, "adversary": "none", "seed": 0}
+    common |= {"knn_top1": 1.0, "linear_top1": 2.0, "linear_top5": 3.0, "protocol": "clean"}
+    rows = [common | {"method": m, "epochs": e} for m, e in (("simclr", 2), ("byol", 5))]
+    assert list(table.frame(grid, rows)["epochs"]) == ["2", "5"]
+    assert list(table.frame(grid, rows[1:])["n"]) == [0, 1]
+    assert "epochs" not in table.frame(grid, rows[1:])  # all alike
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"moco": {}}, "ssl_of has fields of 'moco', which methods does not name"),
+     ({"byol": {"seed": 1}}, "ssl_of['byol'] cannot set 'seed': the study sets it itself"),
+     ({"byol": {"method": "uel"}}, "ssl_of['byol'] cannot set 'method'"),
+     ({"byol": 5}, "ssl_of"), (5, "ssl_of")],
+)  # fmt: skip
+def test_fields_of_one_method_are_checked(fields, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        CompareConfig(methods="simclr, byol", ssl_of=fields)
 
 
 def test_several_seeds_give_student_s_interval():

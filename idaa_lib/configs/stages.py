@@ -220,13 +220,17 @@ class _Study(Config):
 
     @classmethod
     def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        own = {"preset", "dataset", "seed", "device"}
-        own_of = {"vae": own, "ssl": own | {"vae"} | cls.sets, "eval": own | {"run"}}
-        for stage, taken in own_of.items():
-            fields = given.get(stage)
-            if isinstance(fields, dict) and (clash := sorted(fields.keys() & taken)):
-                raise ConfigError(f"{stage} cannot set {clash[0]!r}: the study sets it itself.")
+        for stage in ("vae", "ssl", "eval"):
+            if isinstance(fields := given.get(stage), dict):
+                cls._check_free(stage, fields, stage)
         return values
+
+    @classmethod
+    def _check_free(cls, name: str, fields: dict[str, Any], stage: str) -> None:
+        further: dict[str, set[str]] = {"vae": set(), "ssl": {"vae", *cls.sets}, "eval": {"run"}}
+        taken = {"preset", "dataset", "seed", "device"} | further[stage]
+        if clash := sorted(fields.keys() & taken):
+            raise ConfigError(f"{name} cannot set {clash[0]!r}: the study sets it itself.")
 
 
 class SweepConfig(_Study):
@@ -292,6 +296,8 @@ class CompareConfig(_Study):
             the finished runs alone.
         elsewhere: another data set, a row more for each method: IDAA with a VAE that was trained
             there (does what it holds transfer?).
+        ssl_of: method → further fields of SSLConfig for it alone, over `ssl`: such as a longer
+            training where it learns more slowly than others.
     """
 
     stage = "compare"
@@ -308,11 +314,19 @@ class CompareConfig(_Study):
     adversaries: Annotated[tuple[Adversary, ...], Field(min_length=1)] = ("none", "clae", "idaa")
     elsewhere: str | None = None
     launch: bool = False
+    ssl_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @classmethod
     def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        for stage in ("vae", "ssl"):
-            fields = values.get(stage)
+        alone = values.get("ssl_of")
+        alone = alone if isinstance(alone, dict) else {}  # else the type is told
+        methods = values.get("methods", cls.model_fields["methods"].default)
+        for method, fields in alone.items():
+            if method not in methods:
+                raise ConfigError(f"ssl_of has fields of {method!r}, which methods does not name.")
+            if isinstance(fields, dict):
+                cls._check_free(f"ssl_of[{method!r}]", fields, "ssl")
+        for fields in (values.get("vae"), values.get("ssl"), *alone.values()):
             if isinstance(fields, dict):
                 large = fields.get("size") == 224 or fields.get("pairing") == "imagenet"
                 ask_for_images(values | {"size": 224 if large else 32}, given)

@@ -97,14 +97,17 @@ def frame(made: Sequence[Point], rows: Sequence[dict[str, Any]]) -> pd.DataFrame
 
     On ImageNet top-5 of the linear probe too. With several seeds the mean and Student's 95 %
     interval over them; an empty cell has no finished run. `n` is the number of seeds. Last the
-    encoder before training and raw pixels, where they were judged.
+    encoder before training and raw pixels, where they were judged. Where trainings differ in
+    length, each row says its own.
     """
-    table = []
+    table, lengths = [], {row["epochs"] for row in rows}
     for cell in dict.fromkeys(_cell(point.labels) for point in made):
         mine = [row for row in rows if _cell(row) == cell]
         method, adversary, elsewhere = cell
         name = NAMES[adversary] + (f", VAE of {Path(elsewhere).stem}" if elsewhere else "")
         row: dict[str, Any] = {"method": _title(method), "adversary": name, "n": len(mine)}
+        if len(lengths) > 1:
+            row["epochs"] = " or ".join(map(str, sorted({r["epochs"] for r in mine}))) or "–"
         for key, (probe, theirs) in _beside(made[0], mine, cell).items():
             row[f"{probe} (%)"] = said([r[key] for r in mine if r[key] is not None])
             row[f"paper's {probe} (%)"] = theirs
