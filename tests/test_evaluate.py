@@ -15,12 +15,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from idaa_lib.evaluate.encoders import features, pixels
+from idaa_lib import checkpoints, runs
+from idaa_lib.configs import EvalConfig
+from idaa_lib.evaluate.crops import TRUST, crop_probe, enlarged, scale_by_trust
+from idaa_lib.evaluate.encoders import Encoder, features, pixels
 from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn, official_bank
 from idaa_lib.evaluate.linear import linear_probe, logistic_regression, official_probe, predict
+from idaa_lib.images import load
 from idaa_lib.nets import build_backbone
-from idaa_lib.views import keyed_generator
+from idaa_lib.views import Recipe, keyed_generator
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -371,3 +375,108 @@ def test_pixels_are_centred():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 2, 2)
     row = [-0.5] * 4 + [-0.3] * 4 + [0.5] * 4
     torch.testing.assert_close(pixels(images), torch.tensor([row, row]))
+
+
+# --- the linear classifier on random crops -------------------------------------------------------
+
+
+def test_lars_makes_a_gradient_as_long_as_a_share_of_its_parameter():
+    weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.zeros(2))
+    still = nn.Parameter(torch.ones(2))
+    weight.grad, bias.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([1.0, -1.0])
+    still.grad = torch.zeros(2)
+    scale_by_trust([weight, bias, still])
+    torch.testing.assert_close(weight.grad, torch.tensor([[0.0, 5 * TRUST]]))
+    assert torch.equal(bias.grad, torch.tensor([1.0, -1.0]))  # nothing to be a share of
+    assert torch.equal(still.grad, torch.zeros(2))
+
+
+class Colours(nn.Module):
+    """Mean colours of 4 × 4 parts of an image: (B, 48)."""
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(x, 4).flatten(1)
+
+
+@pytest.fixture
+def crops(outputs):
+    """`crop_probe` on 40 photographs in 3 batches an epoch; the run's path and its arguments."""
+    size = 16
+    train, test = (load("photos", s, enlarged(size), 40) for s in ("trainval", "test"))
+    encoder = Encoder(Colours().eval(), size, train.mean, train.std)
+
+    def probe(name, **how):
+        config = EvalConfig(run=name)
+        run = runs.run_for(config, name)
+        with run.writing(config, {}) as writer:
+            found = crop_probe(
+                encoder, train, test, writer,
+                device=torch.device("cpu"), batch_size=16, epochs=4, seed=3, **how,
+            )  # fmt: skip
+        return run, found
+
+    probe.sets, probe.encoder = (train, test), encoder
+    return probe
+
+
+def test_the_classifier_on_crops_agrees_with_a_slow_loop(crops):
+    """SimSiam's ImageNet protocol by hand: a crop and a flip of each image by torchvision, softmax
+    regression by its closed gradient, LARS, momentum, the rate by epoch."""
+    (train, test), (_, size, mean, std) = crops.sets, crops.encoder
+    assert (enlarged(224), train.size, size) == (256, 18, 16)
+    recipe = Recipe(size, mean, std, crop_scale=(0.08, 1.0), flip=0.5)
+
+    def encoded(pictures):
+        return Colours()(TF.normalize(torch.stack(pictures), mean, std)).double()
+
+    def cropped(pictures, generator):
+        drawn = recipe.draw(len(pictures), generator, pictures.shape[2:])
+        made = []
+        for picture, box, flip in zip(pictures, drawn["crop"], drawn["flip"], strict=True):
+            box = [int(part) for part in box]
+            view = TF.resized_crop(picture / 255, *box, [size, size], antialias=True)
+            made.append(TF.horizontal_flip(view) if flip else view)
+        return encoded(made)
+
+    classes = len(train.classes)
+    w = torch.empty(classes, 48).normal_(0, 0.01, generator=keyed_generator(3)).double()
+    b, of_w, of_b = torch.zeros(classes).double(), 0, 0
+    for epoch in range(4):
+        rate = 0.1 * 16 / 256 * (1 + math.cos(math.pi * epoch / 4)) / 2
+        order = torch.randperm(40, generator=keyed_generator(3, epoch))
+        for at, index in enumerate(order.split(16)):
+            z = cropped(train.images[index], keyed_generator(3, epoch, at))
+            error = (z @ w.T + b).softmax(1) - F.one_hot(train.labels[index], classes)
+            to_w, to_b = error.T @ z / len(z), error.mean(0)
+            to_w *= 0.001 * w.norm() / to_w.norm()
+            if (epoch, at) != (0, 0):  # the bias starts at 0
+                to_b *= 0.001 * b.norm() / to_b.norm()
+            of_w, of_b = 0.9 * of_w + to_w, 0.9 * of_b + to_b
+            w, b = w - rate * of_w, b - rate * of_b
+    scores = encoded([TF.center_crop(each, [size, size]) / 255 for each in test.images]) @ w.T + b
+
+    run, found = crops("whole")
+    tensors, state = checkpoints.load(run)
+    assert state["step"] == 12
+    torch.testing.assert_close(tensors["weight"].double(), w, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(tensors["bias"].double(), b, rtol=1e-4, atol=1e-7)
+    assert torch.equal(found.predictions, scores.argmax(1))
+    assert torch.equal(found.likeliest, scores.topk(min(5, classes)).indices)
+    assert [line["step"] for line in run.metrics()] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("stopped_after", [4, 6])
+def test_a_classifier_on_crops_goes_on_bit_for_bit(crops, monkeypatch, stopped_after):
+    """Stopped inside an epoch, and at the end of one."""
+    whole, wanted = crops("whole")
+    with monkeypatch.context() as patch:
+        calls = iter(range(1, 100))
+        asked = {stopped_after: "stop"}
+        patch.setattr(runs.Writer, "request", lambda self: asked.get(next(calls)))
+        with pytest.raises(runs.Stopped, match=f"after step {stopped_after} of 12 and saved"):
+            crops("parts")
+    parts, found = crops("parts")
+    assert torch.equal(found.predictions, wanted.predictions)
+    (left, _), (right, _) = checkpoints.load(whole), checkpoints.load(parts)
+    assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+    assert [line["loss"] for line in parts.metrics()] == [x["loss"] for x in whole.metrics()]

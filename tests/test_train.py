@@ -611,12 +611,27 @@ def test_the_official_protocol_takes_the_kept_epoch_that_is_best_on_test(
     assert "knn_epoch" not in clean and clean["knn_protocol"].endswith(", last weights")
 
 
-def test_imagenet_simsiam_has_no_official_protocol_here(outputs):
-    run = train_ssl(ssl(method="simsiam", pairing="imagenet"))
-    with pytest.raises(
-        ConfigError, match=r"protocol='official' of pairing='imagenet'.* take 'clean'"
-    ):
-        evaluate(EvalConfig(run=run.id, limit=60, protocol="official"))
+def test_imagenet_simsiam_s_official_classifier_is_trained_on_crops(outputs, monkeypatch):
+    """By the final weights, whatever was kept; no references, asked for or not: one evaluation."""
+    run = train_ssl(ssl(method="simsiam", pairing="imagenet", keep_every=1, epochs=2))
+    asked = EvalConfig(run=run.id, limit=60, protocol="official")
+    assert evaluation.locate(asked) == evaluation.locate(
+        asked.model_copy(update={"references": False})
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Writer, "request", lambda self: "pause")
+        with pytest.raises(Stopped, match="after step 1 of 90"):
+            evaluate(asked)
+    judged = evaluate(asked)
+    summary = judged.summary
+    assert summary["knn_protocol"].startswith("official of SimSiam on ImageNet: backbone features")
+    assert "LARS on random crops" in summary["linear_protocol"]
+    assert summary["linear_protocol"].endswith(", final epoch")
+    assert not any("random" in key or "pixels" in key for key in summary)
+    assert len(judged.metrics()) == 90  # of 60 images a step an epoch
+    guess = results(judged)["encoder.linear"]
+    assert summary["linear_n"] == len(guess) == 60
+    assert summary["linear_top1"] == 100 * (guess == results(judged)["labels"]).double().mean()
 
 
 def test_a_vae_comes_back_frozen(outputs, vae):

@@ -14,7 +14,7 @@ from idaa_lib.methods.fixmatch import build_fixmatch
 from idaa_lib.nets import evaluating, initial_weights
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, RunError
-from idaa_lib.views import recipe
+from idaa_lib.views import Recipe, recipe
 
 
 class Encoder(NamedTuple):
@@ -24,6 +24,11 @@ class Encoder(NamedTuple):
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def to(self, device: torch.device) -> Encoder:
+        """Itself, its module moved there, channels last."""
+        self.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
 
 
 def load_encoder(
@@ -76,23 +81,28 @@ def features(
     std: tuple[float, ...],
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = 500,
+    batch_size: int | None = None,
     bf16: bool = False,
+    transform: Recipe | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Features (N, D) float32, on the CPU, of uint8 images (N, 3, H, W).
 
     The module is left as it was: eval mode inside, its own modes after, no gradients.
 
     Args:
+        batch_size: None for 512 images of 32 pixels, fewer larger ones.
+        transform, generator: random views, and what draws them; None is the test transform.
         bf16: multiply in bf16, about twice as fast where a device does so natively.
     """
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
-    transform = recipe("none", size, mean, std)
+    transform = transform or recipe("none", size, mean, std)
+    batch_size = batch_size or max(64, 2**19 // size**2)
     rows = []
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device)
-            params = transform.draw(len(batch), None, batch.shape[2:])
+            params = transform.draw(len(batch), generator, batch.shape[2:])
             x = transform.apply(batch, params)
             with autocast:
                 z = module(x)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from idaa_lib import checkpoints, runs
 from idaa_lib.configs import ConfigError, EvalConfig
 from idaa_lib.environment import describe, open_images, settled, torch_device, uses_bf16
+from idaa_lib.evaluate.crops import CropProbe, crop_probe, enlarged
 from idaa_lib.evaluate.encoders import features, load_encoder, pixels, random_encoder
 from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn, official_bank
@@ -41,6 +44,7 @@ def evaluate(config: EvalConfig) -> Run:
 
     Raises:
         RunError: the SSL run is missing or unfinished. ConfigError: the images have no labels.
+        Stopped: on a request to stop or pause a classifier on crops, after its state was saved.
     """
     plan = _plan(config)
     config, run, source, splits = plan.config, plan.run, plan.source, plan.splits
@@ -58,6 +62,14 @@ def evaluate(config: EvalConfig) -> Run:
             "knn": _Look(official.knn if official else "backbone"),
             "linear": _Look(official.linear if official else "backbone"),
         }
+        on_crops = None
+        if plan.large:
+            assert official is not None
+            on_crops = partial(
+                crop_probe, load_encoder(source, official.linear), *plan.large, writer,
+                device=device, bf16=precision == "bf16", batch_size=official.batch_size,
+                seed=config.seed,
+            )  # fmt: skip
         summary: dict[str, Any] = {"protocol": config.protocol}
         kept: dict[str, Tensor] = {"labels": labels["test"]}
         for subject in SUBJECTS if config.references else SUBJECTS[:1]:
@@ -71,7 +83,7 @@ def evaluate(config: EvalConfig) -> Run:
                 probe: "raw pixels" if subject == "pixels" else LAYERS[look.layer]
                 for probe, look in looks.items()
             }
-            rows, predictions = _judge(layers, labels, classes, config, of, official)
+            rows, predictions = _judge(layers, labels, classes, config, of, official, on_crops)
             if subject != "pixels":
                 for probe in looks:
                     rows[f"{probe}_protocol"] += f", {_which(plan, subject, probe)}"
@@ -99,7 +111,8 @@ class _Look(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """epochs: of the snapshots that the official protocol chooses among, beside the final one."""
+    """epochs: of the snapshots that the official protocol chooses among, beside the final one.
+    large: trainval and test, for a classifier on crops."""
 
     config: EvalConfig
     run: Run
@@ -107,6 +120,7 @@ class _Plan(NamedTuple):
     splits: dict[str, ImageSet]
     official: OfficialProtocol | None
     epochs: list[int]
+    large: tuple[ImageSet, ImageSet] | None
 
 
 def _plan(config: EvalConfig) -> _Plan:
@@ -119,9 +133,18 @@ def _plan(config: EvalConfig) -> _Plan:
                 f"semi-supervised: take 'clean'."
             )
         official = method_class(trained.method).official_protocol(trained)
-        snapshots = checkpoints.kept(source)
+        snapshots = {} if official.crops else checkpoints.kept(source)
     dataset = settled(config.dataset or trained.dataset)
     config = config.model_copy(update={"run": source.reference, "dataset": dataset})
+    large = None
+    if official and official.crops:
+        # Pixels by the thousand classes are no probe, and an untrained encoder takes as long.
+        config = config.model_copy(update={"references": False})
+        trainval, test = (
+            open_images(dataset, split, enlarged(trained.size), config.limit)
+            for split in ("trainval", "test")
+        )
+        large = trainval, test
     splits = {
         split: open_images(dataset, split, trained.size, config.limit)
         for split in ("train", "val", "test")
@@ -134,7 +157,7 @@ def _plan(config: EvalConfig) -> _Plan:
         encoder=checkpoints.digest(source),
         snapshots=" ".join(snapshots.values()) or None,
     )
-    return _Plan(config, run, source, splits, official, list(snapshots))
+    return _Plan(config, run, source, splits, official, list(snapshots), large)
 
 
 def results(run: Run) -> dict[str, Tensor]:
@@ -193,8 +216,7 @@ def _encode(
     for look in set(looks.values()):
         trained = subject == "encoder"
         made = load_encoder(source, *look) if trained else random_encoder(source, look.layer)
-        module, size, mean, std = made
-        module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module, size, mean, std = made.to(device)
         encoded[look] = {
             s: features(module, split.images, size, mean, std, device=device, bf16=bf16)
             for s, split in splits.items()
@@ -230,6 +252,7 @@ def _judge(
     config: EvalConfig,
     of: dict[str, str],
     official: OfficialProtocol | None,
+    on_crops: Callable[[], CropProbe] | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Accuracies and predictions. The bank and the final fit use train and val together."""
     linear = layers["linear"]
@@ -239,14 +262,20 @@ def _judge(
     }
     name = f"official of {official.of}" if official else config.protocol
     rows["knn_protocol"] = f"{name}: {of['knn']}, {said}"
-    if official:
+    likeliest = None
+    if on_crops:
+        found, likeliest = on_crops()
+        rows["linear_protocol"] = (
+            f"{name}: {of['linear']}, LARS on random crops of central squares, 90 epochs, the last"
+        )
+    elif official:
         both = torch.cat([labels["train"], labels["val"]])
         train = (torch.cat([linear["train"], linear["val"]]), both)
         test = (linear["test"], labels["test"])
         probe = official_probe(
             train, test, classes=classes, batch_size=official.batch_size, seed=config.seed
         )
-        found, count = probe.predictions, probe.n
+        found = probe.predictions
         rows["linear_top1_last"] = probe.top1_last
         rows["linear_protocol"] = (
             f"{name}: {of['linear']}, Adam, 1000 epochs, best test epoch of the classifier, "
@@ -259,11 +288,11 @@ def _judge(
             linear["test"],
             classes=classes,
         )
-        found, count = fit.predictions, len(labels["test"])
+        found, likeliest = fit.predictions, fit.likeliest
         rows["linear_penalty"], rows["linear_top1_val"] = fit.penalty, fit.top1_val
-        if classes > 5:
-            hit = (fit.likeliest == labels["test"][:, None]).any(1)
-            rows["linear_top5"] = 100 * hit.double().mean().item()
         rows["linear_protocol"] = "clean: L-BFGS, penalty chosen on val, refit, test read once"
-    judged = accuracy(found, labels["test"][:count])._asdict()
+    if likeliest is not None and classes > 5:
+        hit = (likeliest == labels["test"][:, None]).any(1)
+        rows["linear_top5"] = 100 * hit.double().mean().item()
+    judged = accuracy(found, labels["test"][: len(found)])._asdict()
     return rows | {f"linear_{k}": v for k, v in judged.items()}, {"knn": guess, "linear": found}

@@ -193,15 +193,11 @@ def _encode(
     encoder: Encoder, splits: Mapping[str, ImageSet], size: int, device: torch.device, bf16: bool
 ) -> dict[str, Tensor]:
     """Features of each split, encoded once, on the device."""
-    module = encoder.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batch = max(64, 2**19 // size**2)  # 512 of 32 px
+    module, _, mean, std = encoder.to(device)
     return {
-        name: features(
-            module, split.images, size, encoder.mean, encoder.std,
-            device=device, batch_size=batch, bf16=bf16,
-        ).to(device)
+        name: features(module, split.images, size, mean, std, device=device, bf16=bf16).to(device)
         for name, split in splits.items()
-    }  # fmt: skip
+    }
 
 
 def _episodes(

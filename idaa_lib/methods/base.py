@@ -62,6 +62,7 @@ class OfficialProtocol(NamedTuple):
         linear_epoch: the epoch that the linear classifier is of, that one (`best`) or the `last`.
         batch_size: of the linear classifier.
         bank: batch size of the kNN bank with the fault of spec §8.5; None: without it.
+        crops: the linear classifier is trained on random crops, as on ImageNet.
     """
 
     of: str
@@ -71,6 +72,7 @@ class OfficialProtocol(NamedTuple):
     linear_epoch: Literal["best", "last"]
     batch_size: int
     bank: int | None = None
+    crops: bool = False
 
 
 class Method(nn.Module):
@@ -98,11 +100,7 @@ class Method(nn.Module):
 
     @classmethod
     def official_protocol(cls, config: SSLConfig) -> OfficialProtocol:
-        """The published evaluation of a run with this configuration.
-
-        Raises:
-            ConfigError: it is not here.
-        """
+        """The published evaluation of a run with this configuration."""
         return cls.official
 
     def steps_per_epoch(self, labels: Tensor, batch_size: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idaa_lib.configs import ConfigError, SSLConfig
+from idaa_lib.configs import SSLConfig
 from idaa_lib.methods.base import (
     Batch,
     Method,
@@ -64,10 +64,8 @@ class SimSiam(Method):
     @classmethod
     def official_protocol(cls, config: SSLConfig) -> OfficialProtocol:
         if config.pairing == "imagenet":
-            raise ConfigError(
-                "protocol='official' of pairing='imagenet' is a classifier trained by LARS on "
-                "random crops for 90 epochs (docs/spec/idaa.md §5), which is not here: take "
-                "'clean'."
+            return cls.official._replace(
+                of="SimSiam on ImageNet", linear_epoch="last", batch_size=4096, crops=True
             )
         return cls.official
 
