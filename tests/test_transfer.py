@@ -1,8 +1,10 @@
 """Transfer and probes from few labels, against scikit-learn, loops and closed forms; the stage on
 photographs and on folders."""
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +345,38 @@ def test_the_linear_row_is_sklearn_s_at_its_penalty(made, photos):
     # bf16 where the device has it, and 20 iterations.
     assert row["value"] == pytest.approx(expected, abs=4)
     assert expected > 20
+
+
+@pytest.mark.xdist_group("photos")
+def test_an_interrupted_transfer_judges_what_is_left_alone(made, photos, monkeypatch):
+    """Asked to stop after one encoder, killed within the other: nothing is done twice."""
+    asked, run = TransferConfig(run=made["cifar"].id, **SMALL), photos
+    before = run.path.rename(run.path.with_name("before"))
+    encoded = []
+    original = stage._encode
+
+    def encode(encoder, *how):
+        encoded.append(encoder)
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        return original(encoder, *how)
+
+    try:
+        monkeypatch.setattr(stage, "_encode", encode)
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.Writer, "request", lambda self: "stop")
+            with pytest.raises(
+                runs.Stopped, match="Stopped after the encoder row of photos and saved"
+            ):
+                transfer(asked)
+        with pytest.raises(KeyboardInterrupt):
+            transfer(asked)
+        assert transfer(asked) == run and len(encoded) == 3
+        found, wanted = run.summary, json.loads((before / "summary.json").read_text())
+        assert found["rows"] == wanted["rows"] and found["left_out"] == {}
+    finally:
+        shutil.rmtree(run.path)
+        before.rename(run.path)
 
 
 @pytest.mark.xdist_group("photos")

@@ -53,23 +53,22 @@ def evaluate(config: EvalConfig) -> Run:
         return run
     device = torch_device(config.device)
     precision = "bf16" if uses_bf16(config.precision, device) else "no"
+    large = _large(plan)
     with run.writing(config, describe(device, precision, splits["test"])) as writer:
         began = time.monotonic()
         labels = {s: split.labels for s, split in splits.items()}
         classes = len(splits["train"].classes)
-        official = plan.official
+        official, on_crops = plan.official, None
+        if official and large:
+            on_crops = partial(
+                crop_probe, load_encoder(source, official.linear), *large, writer,
+                device=device, bf16=precision == "bf16", batch_size=official.batch_size,
+                seed=config.seed,
+            )  # fmt: skip
         final = {
             "knn": _Look(official.knn if official else "backbone"),
             "linear": _Look(official.linear if official else "backbone"),
         }
-        on_crops = None
-        if plan.large:
-            assert official is not None
-            on_crops = partial(
-                crop_probe, load_encoder(source, official.linear), *plan.large, writer,
-                device=device, bf16=precision == "bf16", batch_size=official.batch_size,
-                seed=config.seed,
-            )  # fmt: skip
         summary: dict[str, Any] = {"protocol": config.protocol}
         kept: dict[str, Tensor] = {"labels": labels["test"]}
         for subject in SUBJECTS if config.references else SUBJECTS[:1]:
@@ -111,8 +110,7 @@ class _Look(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """epochs: of the snapshots that the official protocol chooses among, beside the final one.
-    large: trainval and test, for a classifier on crops."""
+    """epochs: of the snapshots that the official protocol chooses among, beside the final one."""
 
     config: EvalConfig
     run: Run
@@ -120,7 +118,6 @@ class _Plan(NamedTuple):
     splits: dict[str, ImageSet]
     official: OfficialProtocol | None
     epochs: list[int]
-    large: tuple[ImageSet, ImageSet] | None
 
 
 def _plan(config: EvalConfig) -> _Plan:
@@ -136,15 +133,9 @@ def _plan(config: EvalConfig) -> _Plan:
         snapshots = {} if official.crops else checkpoints.kept(source)
     dataset = settled(config.dataset or trained.dataset)
     config = config.model_copy(update={"run": source.reference, "dataset": dataset})
-    large = None
     if official and official.crops:
-        # Pixels by the thousand classes are no probe, and an untrained encoder takes as long.
+        # An untrained encoder would take as long, and crops' pixels are more than a probe can take.
         config = config.model_copy(update={"references": False})
-        trainval, test = (
-            open_images(dataset, split, enlarged(trained.size), config.limit)
-            for split in ("trainval", "test")
-        )
-        large = trainval, test
     splits = {
         split: open_images(dataset, split, trained.size, config.limit)
         for split in ("train", "val", "test")
@@ -157,7 +148,19 @@ def _plan(config: EvalConfig) -> _Plan:
         encoder=checkpoints.digest(source),
         snapshots=" ".join(snapshots.values()) or None,
     )
-    return _Plan(config, run, source, splits, official, list(snapshots), large)
+    return _Plan(config, run, source, splits, official, list(snapshots))
+
+
+def _large(plan: _Plan) -> tuple[ImageSet, ImageSet] | None:
+    """All training images and the test images in a size to take crops of, where they are wanted."""
+    if not (plan.official and plan.official.crops):
+        return None
+    assert plan.config.dataset is not None
+    size, limit = enlarged(plan.source.config.size), plan.config.limit
+    trainval, test = (
+        open_images(plan.config.dataset, split, size, limit) for split in ("trainval", "test")
+    )
+    return trainval, test
 
 
 def results(run: Run) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from idaa_lib.evaluate.linear import (
     top1,
 )
 from idaa_lib.images import ImageSet
-from idaa_lib.runs import Run
+from idaa_lib.runs import Run, Stopped
 from idaa_lib.views import keyed_generator
 
 LAMBDAS = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))
@@ -51,7 +51,8 @@ class Probe(NamedTuple):
 
 
 def transfer(config: TransferConfig) -> Run:
-    """Judge a finished SSL run's encoder on other data; a finished transfer is given back as is.
+    """Judge a finished SSL run's encoder on other data; a finished transfer is given back as is, an
+    interrupted one goes on after the last encoder that was judged on a data set.
 
     `rows` of the run's `summary.json` hold, for each data set and encoder, accuracies in percent
     with their 95 % interval: `linear` on all labels, one for each share of the labels, one for each
@@ -59,6 +60,7 @@ def transfer(config: TransferConfig) -> Run:
 
     Raises:
         RunError: the SSL run is missing or unfinished. ConfigError: no data set can be used.
+        Stopped: on a request to stop or pause, between two encoders.
     """
     plan = _plan(config)
     config, run = plan.config, plan.run
@@ -73,19 +75,31 @@ def transfer(config: TransferConfig) -> Run:
     environment = about[0] | {"datasets": [each["dataset"] for each in about]}
     with run.writing(config, environment) as writer:
         began = time.monotonic()
-        rows: list[dict[str, Any]] = []
+        # What was judged before an interruption, by data set and encoder.
+        _, before = checkpoints.load(run) or ({}, {"rows": {}, "seconds": 0.0})
+        judged, seconds = before["rows"], before["seconds"]
         left_out = dict(plan.left_out)
         for splits in plan.targets:
             episodes = _episodes(splits["test"], config, left_out)
             for name in list(ENCODERS)[: 2 if config.references else 1]:
-                encoder = ENCODERS[name](plan.source)
-                encoded = _encode(encoder, splits, plan.size, device, bf16)
+                key = f"{name} on {splits['test'].fingerprint}"
+                if key in judged:
+                    continue
+                encoded = _encode(ENCODERS[name](plan.source), splits, plan.size, device, bf16)
                 found = _judge(encoded, splits, episodes, config, plan.size)
-                rows += [{"features": name, **row} for row in found]
+                judged[key] = [{"features": name, **row} for row in found]
                 told = ", ".join(f"{row['probe']} {row['value']:.1f}" for row in found)
                 print(f"{splits['test'].name}, {name}: {told} (%)")
+                now = seconds + time.monotonic() - began
+                checkpoints.save(run, len(judged), {}, {"rows": judged, "seconds": now})
+                if writer.request() is not None:
+                    raise Stopped(
+                        f"Stopped after the {name} row of {splits['test'].name} and saved: start "
+                        f"the same transfer again to go on."
+                    )
+        rows = [row for found in judged.values() for row in found]
         result = {"rows": rows, "left_out": left_out, "size": plan.size}
-        writer.finish(result | {"seconds": time.monotonic() - began})
+        writer.finish(result | {"seconds": seconds + time.monotonic() - began})
     return run
 
 
