@@ -3,7 +3,7 @@
     python benchmarks/methods.py [images] [epochs] [methods] [adversaries]
 
 Makes what notebook 06 shows, with a small encoder and a small budget: that each pair trains, not
-which is best. One seed, SimCLR three, and one more for IDAA with a VAE of photographs. About 90
+which is best. One seed, SimCLR three, and one more for IDAA with a VAE of photographs. About 100
 minutes on 2 cores; a stopped one goes on. Runs stay in outputs/, the executed notebook in
 outputs/notebooks/. Images: $IDAA_CIFAR10_ZIP, else torchvision's. Some methods alone
 (`simsiam,byol none,idaa`) have a result file of their own.
@@ -96,7 +96,7 @@ def _pair(row: dict[str, Any]) -> tuple[str, str]:
 
 def _row(key: str, rows: list[dict[str, Any]], method: str, adversary: str) -> dict[str, Any]:
     values = [row[key] for row in rows if _pair(row) == (method, adversary)]
-    spread = [min(values), max(values)] if len(values) > 1 else None
+    spread = [round(min(values), 2), round(max(values), 2)] if len(values) > 1 else None
     what = f"{key.removesuffix('_top1')}_{method}_{adversary}"
     return record.row(what, round(fmean(values), 2), "% top-1", len(values), spread)
 
