@@ -145,6 +145,11 @@ def load(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     return None
 
 
+def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 def digest(run: Run) -> str:
     """Hash of the latest checkpoint's tensors: what another run that starts from it names."""
     latest = read_json(run.path / "latest.json")

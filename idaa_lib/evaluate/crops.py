@@ -22,11 +22,12 @@ from torch.nn import functional as F
 from idaa_lib import checkpoints
 from idaa_lib.evaluate.encoders import Encoder, features
 from idaa_lib.images import ImageSet
+from idaa_lib.methods.base import epoch_cosine, momentum_sgd
 from idaa_lib.runs import Stopped, Writer, signals
 from idaa_lib.views import Recipe, keyed_generator
 
-EPOCHS, RATE = 90, 0.1  # the rate is of 256 images, and scaled by the batch
-MOMENTUM, TRUST = 0.9, 0.001
+EPOCHS, TRUST = 90, 0.001
+RATE = 0.1  # of 256 images, and scaled by the batch
 
 
 class CropProbe(NamedTuple):
@@ -72,9 +73,10 @@ def crop_probe(
         layer.weight.normal_(0, 0.01, generator=generator)
         layer.bias.zero_()
     layer.to(device)
-    optimizer = torch.optim.SGD(layer.parameters(), momentum=MOMENTUM)
     batch_size = min(batch_size, len(train))
     per_epoch = math.ceil(len(train) / batch_size)
+    rate, factor = RATE * batch_size / 256, epoch_cosine(epochs, per_epoch)
+    optimizer = momentum_sgd([{"params": [*layer.parameters()]}], rate)
     first, steps = _load(writer, layer, optimizer), epochs * per_epoch
     writer.rewind(first)
     order, began = torch.empty(0), time.monotonic()
@@ -88,9 +90,7 @@ def crop_probe(
                 module, train.images[index], size, mean, std, device=device, bf16=bf16,
                 transform=crops, generator=keyed_generator(seed, epoch, at),
             )  # fmt: skip
-            for group in optimizer.param_groups:
-                cosine = 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-                group["lr"] = RATE * batch_size / 256 * cosine
+            optimizer.param_groups[0]["lr"] = rate * factor(step)
             with torch.enable_grad():
                 loss = F.cross_entropy(layer(z.to(device)), train.labels[index].to(device))
             optimizer.zero_grad(set_to_none=True)
@@ -125,14 +125,14 @@ def scale_by_trust(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad *= torch.where(length > 0, trusted, torch.ones_like(trusted))
 
 
-def _save(writer: Writer, layer: nn.Linear, optimizer: torch.optim.SGD, step: int) -> None:
+def _save(writer: Writer, layer: nn.Linear, optimizer: torch.optim.Optimizer, step: int) -> None:
     tensors = dict(layer.state_dict())
     for name, parameter in layer.named_parameters():
         tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
     checkpoints.save(writer.run, step, tensors, {"step": step})
 
 
-def _load(writer: Writer, layer: nn.Linear, optimizer: torch.optim.SGD) -> int:
+def _load(writer: Writer, layer: nn.Linear, optimizer: torch.optim.Optimizer) -> int:
     """The step to go on after: 0 where there is no checkpoint."""
     if (loaded := checkpoints.load(writer.run)) is None:
         return 0

@@ -95,7 +95,7 @@ def load_detector(run: Run) -> GeneralizedRCNN:
         raise RunError(f"Run {run.id} has no checkpoint under {run.path / 'checkpoints'}.")
     source = runs.get("ssl", run.config.run)
     detector = _detector(run.config, source, len(data["classes"]), data["masks"])
-    detector.load_state_dict(_under("detector.", loaded[0]))
+    detector.load_state_dict(checkpoints.under("detector.", loaded[0]))
     return detector.eval()
 
 
@@ -286,9 +286,9 @@ class Training:
         checkpoints.save(self.writer.run, self.step, tensors, counters | {"sums": self.sums})
 
     def _load(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        self.detector.load_state_dict(_under("detector.", tensors))
+        self.detector.load_state_dict(checkpoints.under("detector.", tensors))
         parameters = dict(self.detector.named_parameters())
-        for name, value in _under("momentum.", tensors).items():
+        for name, value in checkpoints.under("momentum.", tensors).items():
             self.optimizer.state[parameters[name]]["momentum_buffer"] = value.to(self.device)
         self.step, self.count, self.seconds = (counters[k] for k in ("step", "count", "seconds"))
         self.sums = counters["sums"]
@@ -392,7 +392,3 @@ def _protocol(plan: Plan) -> str:
 
 def _to(target: Target, device: torch.device) -> Target:
     return {name: values.to(device) for name, values in target.items()}
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

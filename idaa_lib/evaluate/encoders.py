@@ -151,4 +151,4 @@ def _tensors(run: Run, prefix: str, epoch: int | None = None) -> dict[str, Tenso
         found, _ = loaded
     else:
         raise RunError(f"Run {run.id} has no checkpoint under {run.path / 'checkpoints'}.")
-    return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+    return checkpoints.under(prefix, found)

@@ -14,7 +14,7 @@ from torch import Tensor
 from idaa_lib import checkpoints, runs
 from idaa_lib.configs import ConfigError, EvalConfig
 from idaa_lib.environment import describe, open_images, settled, torch_device, uses_bf16
-from idaa_lib.evaluate.crops import CropProbe, crop_probe, enlarged
+from idaa_lib.evaluate.crops import EPOCHS, CropProbe, crop_probe, enlarged
 from idaa_lib.evaluate.encoders import features, load_encoder, pixels, random_encoder
 from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn, official_bank
@@ -269,7 +269,8 @@ def _judge(
     if on_crops:
         found, likeliest = on_crops()
         rows["linear_protocol"] = (
-            f"{name}: {of['linear']}, LARS on random crops of central squares, 90 epochs, the last"
+            f"{name}: {of['linear']}, LARS on random crops of central squares, {EPOCHS} epochs, "
+            "the last"
         )
     elif official:
         both = torch.cat([labels["train"], labels["val"]])

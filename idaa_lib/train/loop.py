@@ -135,10 +135,10 @@ class Fit:
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any], *, anew: bool) -> None:
         """Take up a checkpoint, before `run`; `anew` keeps the weights and optimiser alone."""
-        self.method.load_state_dict(_under("method.", tensors))
+        self.method.load_state_dict(checkpoints.under("method.", tensors))
         slots: dict[int, dict[str, Tensor]] = {}
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for name, value in _under("optimizer.", tensors).items():
+        for name, value in checkpoints.under("optimizer.", tensors).items():
             index, _, slot = name.partition(".")
             # Laid out as its parameter (channels_last): the fused optimiser pairs them by memory.
             like = params[int(index)]
@@ -150,10 +150,11 @@ class Fit:
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if not anew:
             self.step, self.count, self.seconds = state["step"], state["count"], state["seconds"]
-            if carried := _under("adversary.", tensors):
+            if carried := checkpoints.under("adversary.", tensors):
                 self.adversary.load_state_dict(carried)
             self.sums = {
-                k: v.to(self.accelerator.device) for k, v in _under("sums.", tensors).items()
+                k: v.to(self.accelerator.device)
+                for k, v in checkpoints.under("sums.", tensors).items()
             }
 
     @contextmanager
@@ -439,7 +440,3 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig, run: Run) -
         "mlflow": {"logging_dir": str(run.path / "mlruns"), "run_name": run.id},
     }
     accelerator.init_trackers("idaa", values, {config.tracker: own.get(config.tracker, {})})
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
