@@ -390,12 +390,20 @@ def interruptible():
 
 
 def test_a_stop_and_an_interrupt_are_one_sentence_each(outputs, monkeypatch, interruptible):
+    shown, run = threading.Event(), locate(LONG)
     monkeypatch.setattr(live, "attended", lambda: True)
-    monkeypatch.setattr(live, "display", lambda ui: None)
-    run = locate(LONG)
+    monkeypatch.setattr(live, "display", lambda ui: shown.set())
 
     def then(act):
-        thread = threading.Thread(target=lambda: (going(run), act()))
+        """Once the cell shows its panel: a stop before it looks would make it start anew."""
+        shown.clear()
+
+        def wait_and_act():
+            assert shown.wait(120)
+            going(run)
+            act()
+
+        thread = threading.Thread(target=wait_and_act)
         thread.start()
         return thread
 

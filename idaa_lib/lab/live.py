@@ -62,9 +62,9 @@ def train(config: TrainingConfig) -> Run:
     if run.path not in _panels:
         _panels[run.path] = Panel(run)
     panel = _panels[run.path]
-    display(panel.ui)
-    panel.follow()
     try:
+        display(panel.ui)
+        panel.follow()
         found = _wait(run)
     except KeyboardInterrupt:
         found = None
