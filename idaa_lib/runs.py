@@ -14,18 +14,14 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from filelock import FileLock, Timeout
 
 from idaa_lib.configs import (
@@ -39,6 +35,7 @@ from idaa_lib.configs import (
     UserError,
     VAEConfig,
 )
+from idaa_lib.processes import alive, born
 
 # Raised whenever the same configuration would give other numbers than before.
 RESULTS_VERSION = 4
@@ -366,81 +363,10 @@ def encoder(name: Run | str | None) -> Run:
     return get("semi" if stage == "semi" else "ssl", name)
 
 
-def born(pid: int) -> float | None:
-    """When the process `pid` began, in seconds since 1970; None where there is none (a zombie, dead
-    but not yet buried by its parent, is none)."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
-        return None
-
-
-def alive(pid: int, since: float | None) -> bool:
-    """Whether the process `pid` that began at `since` lives: a later one may have its number."""
-    began = born(pid)
-    # The system's clock may have been set meanwhile, which moves these times a little.
-    return began is not None and (since is None or abs(began - since) < 5)
-
-
 def stop(run: Run, request: str = "stop") -> None:
     """Ask the process that writes `run` to `stop` or `pause` after its present step; anything else
     ends a pause."""
     write_json(run.path / "control.json", {"request": request})
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[list[str]]:
-    """Collects Ctrl-C and SIGTERM instead of raising; a second Ctrl-C raises at once."""
-    asked: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # Python delivers signals to the main thread only
-        return
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def asked(config: Config) -> dict[str, Any]:
-    """The least that must be said to get `config` again: the preset, and what it does not imply."""
-    values = {name: value for name, value in config if value is not None}
-    for name in [name for name in values if name != "preset"]:
-        fewer = {k: v for k, v in values.items() if k != name}
-        with contextlib.suppress(UserError):
-            if type(config)(**fewer) == config:
-                values = fewer
-    return values
-
-
-def command(run: Run) -> str:
-    """The shell command that makes the run (or resumes it, or shows it)."""
-    if imported := run.environment.get("imported"):
-        given = [f"{name}={value!r}" for name, value in imported["given"].items()]
-        arguments = ", ".join([repr(imported["path"]), repr(run.config.dataset), *given])
-        return shlex.join(["python", "-c", f"import idaa_lib; idaa_lib.import_run({arguments})"])
-    fields = asked(run.config)
-    if run.stage == "theory":  # a study of the lab's, which has no command of its own
-        return papermill(NOTEBOOKS[run.stage], fields)
-    words = [f"{name}={value}" for name, value in fields.items()]
-    return shlex.join(["python", "-m", "idaa_lib.train", run.stage, *words])
-
-
-def papermill(notebook: str, parameters: Mapping[str, Any]) -> str:
-    """The shell command that runs `notebooks/<notebook>.ipynb` with these parameters."""
-    words = ["papermill", f"notebooks/{notebook}.ipynb", f"outputs/{notebook}.ipynb"]
-    for name, value in parameters.items():
-        text = json.dumps(value) if isinstance(value, dict) else str(value)
-        words += ["-p", name, text.strip("()").rstrip(",") if isinstance(value, tuple) else text]
-    return shlex.join(words)
 
 
 def size_of(run: Run) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from idaa_lib import train
+from idaa_lib.commands import asked
 from idaa_lib.configs import (
     CompareConfig,
     Config,
@@ -32,7 +33,7 @@ from idaa_lib.configs import (
 )
 from idaa_lib.environment import settled
 from idaa_lib.evaluate import stage as evaluation
-from idaa_lib.runs import NOTEBOOKS, Run, RunError, asked, outputs_root, stop, write_json
+from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, stop, write_json
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 # Two points may share a VAE: the second waits for the first to have trained it.

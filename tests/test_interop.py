@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import idaa_lib
-from idaa_lib import ConfigError, interop, runs
+from idaa_lib import ConfigError, commands, interop, runs
 from idaa_lib.adversaries import IDAA
 from idaa_lib.evaluate.encoders import Encoder, features
 from idaa_lib.nets import build_backbone
@@ -516,7 +516,7 @@ def test_units_make_another_run_and_the_command_says_all(outputs, tmp_path):
     assert idaa_lib.load_vae(published).mean == CIFAR[0]
     assert idaa_lib.load_vae(mended).mean == half["mean"]
     for run in (published, mended):
-        _, _, code = shlex.split(runs.command(run))
+        _, _, code = shlex.split(commands.command(run))
         exec(code.replace("idaa_lib.import_run", "again = idaa_lib.import_run"), found := {})
         assert found["again"] == run
 

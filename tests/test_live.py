@@ -16,7 +16,7 @@ import torch
 from conftest import outcome
 from PIL import Image
 
-from idaa_lib import checkpoints, runs
+from idaa_lib import checkpoints, processes, runs
 from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.lab import kernel, live, process
 from idaa_lib.lab.live import Panel, Readings
@@ -38,7 +38,7 @@ def outputs(outputs):
     yield outputs
     for path in outputs.rglob("process.json"):
         about = json.loads(path.read_text())
-        if runs.alive(about["pid"], about["born"]):
+        if processes.alive(about["pid"], about["born"]):
             os.kill(about["pid"], signal.SIGKILL)
         if child := process._children.pop(about["pid"], None):
             child.wait(30)
@@ -91,13 +91,13 @@ def test_a_killed_process_leaves_a_run_that_ends_like_one_that_was_not(outputs):
 
 def test_a_zombie_and_a_later_process_of_the_same_number_are_not_alive():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    since = runs.born(child.pid)
-    assert runs.alive(child.pid, since)
-    assert not runs.alive(child.pid, since - 3600)
+    since = processes.born(child.pid)
+    assert processes.alive(child.pid, since)
+    assert not processes.alive(child.pid, since - 3600)
     child.kill()
-    until(lambda: not runs.alive(child.pid, since), 30)  # nobody has waited for it yet
+    until(lambda: not processes.alive(child.pid, since), 30)  # nobody has waited for it yet
     child.communicate()
-    assert runs.born(child.pid) is None
+    assert processes.born(child.pid) is None
 
 
 def test_two_starts_make_one_process(outputs):

@@ -37,7 +37,7 @@ CONFIGS = {
     "10_detection": DetectionConfig,
     "09_transfer": TransferConfig,
 }
-CORE = {"configs", "images", "views", "nets", "runs", "checkpoints", "environment"}
+CORE = {"configs", "images", "views", "nets", "processes", "runs", "checkpoints", "environment"}
 ROOMS = {
     "configs": set(),
     "photos": set(),
@@ -47,16 +47,19 @@ ROOMS = {
     "randaugment": {"views"},
     "nets": set(),
     "theory": {"nets", "images"},
-    "runs": {"configs"},
+    "processes": set(),
+    "runs": {"configs", "processes"},
+    "commands": {"configs", "runs"},
     "checkpoints": {"runs"},
     "environment": {"configs", "images", "sources"},
     "adversaries": {"configs", "nets", "views"},
     "methods": {"configs", "nets", "views", "randaugment"},
     "evaluate": CORE | {"methods", "photos"},
     "train": CORE | {"methods", "adversaries", "evaluate"},
-    "sweeps": {"configs", "environment", "runs", "train", "evaluate"},
+    "sweeps": {"configs", "environment", "runs", "commands", "train", "evaluate"},
     "interop": CORE | {"methods", "evaluate", "train"},
-    "lab": CORE | {"sources", "methods", "adversaries", "evaluate", "train", "sweeps", "theory"},
+    "lab": CORE
+    | {"sources", "methods", "adversaries", "evaluate", "train", "sweeps", "theory", "commands"},
 }
 
 

@@ -9,7 +9,7 @@ import time
 import nbformat
 import pytest
 
-from idaa_lib import runs
+from idaa_lib import commands, runs
 from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.lab import compare, notebook, process
 from idaa_lib.lab.guard import guarded
@@ -92,7 +92,7 @@ ODD = [
 @pytest.mark.parametrize("config", ODD, ids=lambda c: c.stage)
 def test_the_command_says_the_configuration(outputs, config):
     """Read as `python -m idaa_lib.train` reads it."""
-    words = shlex.split(runs.command(made(config)))
+    words = shlex.split(commands.command(made(config)))
     assert words[:4] == ["python", "-m", "idaa_lib.train", config.stage]
     values = dict(word.split("=", 1) for word in words[4:])
     assert type(config)(**values) == config
@@ -100,7 +100,7 @@ def test_the_command_says_the_configuration(outputs, config):
 
 def test_the_command_says_no_more_than_it_must(outputs):
     config = SSLConfig(adversary="idaa", epsilon=0.3, vae="v")
-    assert runs.command(made(config)) == (
+    assert commands.command(made(config)) == (
         "python -m idaa_lib.train ssl preset=demo adversary=idaa epsilon=0.3 vae=v"
     )
 

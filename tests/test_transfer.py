@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score
 from torch.nn import functional as F
 
-from idaa_lib import images, runs, sources, sweeps
+from idaa_lib import commands, images, runs, sources, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig, TransferConfig
 from idaa_lib.evaluate import transfer as stage
 from idaa_lib.evaluate.encoders import features, load_encoder
@@ -382,7 +382,7 @@ def test_an_interrupted_transfer_judges_what_is_left_alone(made, photos, monkeyp
 @pytest.mark.xdist_group("photos")
 def test_a_finished_transfer_is_shown_again_by_its_command(photos, monkeypatch, capsys):
     monkeypatch.setattr(stage, "features", lambda *a, **k: pytest.fail("encoded again"))
-    words = shlex.split(runs.command(photos))
+    words = shlex.split(commands.command(photos))
     assert main(words[words.index("transfer") :]) == 0
     assert f"{photos.id} is finished" in capsys.readouterr().out
 
@@ -447,7 +447,7 @@ def test_data_sets_may_be_text_with_spaces_in_paths():
         assert TransferConfig(datasets=text).datasets == expected
     assert TransferConfig(datasets=None).datasets == ()
     config = TransferConfig(datasets=expected, fractions="0.05", shots="5")
-    assert TransferConfig(**runs.asked(config)) == config
+    assert TransferConfig(**commands.asked(config)) == config
     with pytest.raises(ConfigError, match="fractions must be less than or equal to 1"):
         TransferConfig(fractions=(0.1, 2.0))
 

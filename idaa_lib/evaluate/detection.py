@@ -33,7 +33,8 @@ from idaa_lib.evaluate.mask_rcnn import STRIDE, STRIDES, mask_rcnn
 from idaa_lib.images import data_root
 from idaa_lib.nets import build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import ResNet
-from idaa_lib.runs import Run, RunError, Stopped, Writer, signals
+from idaa_lib.processes import signals
+from idaa_lib.runs import Run, RunError, Stopped, Writer
 from idaa_lib.views import keyed_generator
 
 # Streams of random numbers (the last part of the key).

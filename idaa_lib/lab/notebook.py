@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from idaa_lib import runs, sweeps
+from idaa_lib.commands import asked
 from idaa_lib.runs import Run
 
 
@@ -24,7 +25,7 @@ def notebook_of(run: Run) -> Path:
     path = run.path / "notebook.ipynb"
     if not path.exists():
         stage = load_notebook_node(str(sweeps.FOLDER / f"{runs.NOTEBOOKS[run.stage]}.ipynb"))
-        made = parameterize_notebook(stage, runs.asked(run.config))
+        made = parameterize_notebook(stage, asked(run.config))
         draft = path.with_suffix(f".{os.getpid()}")
         nbformat.write(made, draft)
         os.replace(draft, path)

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from idaa_lib import runs
+from idaa_lib import processes, runs
 from idaa_lib.configs import TrainingConfig
 from idaa_lib.runs import Run
 from idaa_lib.train import stages
@@ -60,7 +60,11 @@ def launch(run: Run, config: TrainingConfig) -> None:
                 stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | own,
             )  # fmt: skip
         _children[process.pid] = process
-        about = {"pid": process.pid, "born": runs.born(process.pid), "host": socket.gethostname()}
+        about = {
+            "pid": process.pid,
+            "born": processes.born(process.pid),
+            "host": socket.gethostname(),
+        }
         about |= {"started": time.time(), "log": said}
         runs.write_json(run.path / "process.json", about)
 
@@ -106,7 +110,7 @@ def _lives(started: dict[str, Any]) -> bool:
     if child := _children.get(started["pid"]):
         return child.poll() is None
     here = started["host"] == socket.gethostname()
-    return here and runs.alive(started["pid"], started["born"])
+    return here and processes.alive(started["pid"], started["born"])
 
 
 def _last_words(run: Run, started: dict[str, Any]) -> str:

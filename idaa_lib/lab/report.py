@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from idaa_lib import runs
+from idaa_lib import commands, runs
 from idaa_lib.configs import SweepConfig, UserError
 from idaa_lib.environment import hardware, versions
 from idaa_lib.lab import compare, plots, style
@@ -114,14 +114,14 @@ def _origins(finished: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _result(group: compare.Accuracies) -> dict[str, Any]:
-    commands = []
+    made_by = []
     for row, run in zip(group.rows, group.evaluated, strict=True):
         if run is not None:
-            lines = [runs.command(run)]
+            lines = [commands.command(run)]
             with contextlib.suppress(RunError):  # the training is gone
                 lines = [*_lineage(compare.judged(run)), *lines]
-            commands.append((f"{row['']}, seed {row['seed']}", lines))
-    return {"group": group, "table": Markup(compare.table(group.rows)), "commands": commands}
+            made_by.append((f"{row['']}, seed {row['seed']}", lines))
+    return {"group": group, "table": Markup(compare.table(group.rows)), "commands": made_by}
 
 
 def _lineage(run: Run) -> Iterator[str]:
@@ -131,7 +131,7 @@ def _lineage(run: Run) -> Iterator[str]:
         if name:
             with contextlib.suppress(RunError):
                 yield from _lineage(runs.get(stage, name))
-    yield runs.command(run)
+    yield commands.command(run)
 
 
 def _study(table: Path) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _study(table: Path) -> dict[str, Any]:
         "said": f"{config.adversary} on {Path(config.dataset).name}; accuracy on validation "
         f"(hyper-parameters are not judged on test), n = {n}; {len(rows)} points; seeds {seeds}.",
         "figure": _drawn(plots.sensitivity(rows)),
-        "command": runs.papermill("05_sensitivity", runs.asked(config)),
+        "command": commands.papermill("05_sensitivity", commands.asked(config)),
     }
 
 
@@ -155,8 +155,8 @@ def _pictures(run: Run) -> dict[str, Any] | None:
     found = [(said, _data(path)) for path, said in paths.items() if path.exists()]
     if not found:
         return None
-    commands = [runs.command(run), runs.papermill("02_decompose", {"vae": run.reference})]
-    return {"name": compare.name_of(run), "id": run.id, "pictures": found, "commands": commands}
+    made_by = [commands.command(run), commands.papermill("02_decompose", {"vae": run.reference})]
+    return {"name": compare.name_of(run), "id": run.id, "pictures": found, "commands": made_by}
 
 
 def _training(run: Run) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from idaa_lib.environment import torch_device, uses_bf16
 from idaa_lib.evaluate.figures import embedding_std
 from idaa_lib.methods import Method
 from idaa_lib.methods.base import Batch
-from idaa_lib.runs import Run, RunError, Stopped, Writer, signals
+from idaa_lib.processes import signals
+from idaa_lib.runs import Run, RunError, Stopped, Writer
 from idaa_lib.train import samples
 from idaa_lib.train.feed import Feed
 from idaa_lib.train.progress import Progress
