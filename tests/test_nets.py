@@ -10,10 +10,12 @@ import torch
 import torchvision
 from torch import nn
 from torch.distributions import Normal, kl_divergence
+from torch.nn import functional as F
 
 from idaa_lib.configs import VAEConfig
 from idaa_lib.methods.vae import VAETraining
-from idaa_lib.nets import BACKBONES, build_backbone, evaluating, initial_weights
+from idaa_lib.nets import BACKBONES, build_backbone, convolution, evaluating, initial_weights
+from idaa_lib.nets.convolution import Conv3x3, weight_gradient
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.nets.vae import VAE, Output, rate, vae_loss
 from idaa_lib.views import keyed_generator, recipe
@@ -340,6 +342,50 @@ def test_inference_uses_the_main_norms():
             tensor += 1
     assert torch.equal(net(x), main)
     assert not torch.allclose(net(x, adversarial=True), main)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (8, 8), (1, 2), (4, 1)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_weight_gradient_by_taps_is_the_convolution_s(stride, shape):
+    x = torch.randn(3, 6, *shape, dtype=torch.float64)
+    weight = torch.randn(4, 6, 3, 3, dtype=torch.float64, requires_grad=True)
+    y = F.conv2d(x, weight, stride=stride, padding=1)
+    gradient = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, weight, gradient)
+    torch.testing.assert_close(weight_gradient(gradient, x, stride), expected)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_learns_alike_with_either_weight_gradient(stride, monkeypatch):
+    """In bf16 under autocast, as it is trained; the sums are in fp32 either way."""
+    conv = Conv3x3(512, 512, stride).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 512, 4, 4).to(torch.bfloat16, memory_format=torch.channels_last)
+    x.requires_grad_()
+    found = []
+    for by_taps in (True, False):
+        monkeypatch.setattr(Conv3x3, "by_taps", by_taps)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(x)
+        found.append((y, *torch.autograd.grad(y, (x, conv.weight), torch.ones_like(y))))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).float().norm() <= 2e-3 * theirs.float().norm()
+
+
+def test_an_attack_computes_no_weight_gradient(monkeypatch):
+    called, real = [], convolution.weight_gradient
+    monkeypatch.setattr(
+        convolution, "weight_gradient", lambda *given: called.append(1) or real(*given)
+    )
+    monkeypatch.setattr(Conv3x3, "by_taps", True)
+    conv = Conv3x3(512, 512)
+    x = torch.randn(2, 512, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x).float().sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    assert not called
+    y.backward()
+    assert called and conv.weight.grad is not None
 
 
 def test_unknown_backbone_is_refused():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idaa_lib.nets import register_backbone
+from idaa_lib.nets.convolution import Conv3x3
 
 ADVERSARIAL_MOMENTUM = 0.01
 
@@ -50,8 +51,10 @@ class _Block(Normed):
         channels = inputs
         for i, (kernel, width) in enumerate(shapes):
             step = stride if i == first_3x3 else 1
-            conv = nn.Conv2d(channels, width, kernel, step, kernel // 2, bias=False)
-            self.add_module(f"conv{i + 1}", conv)
+            if kernel == 3:
+                self.add_module(f"conv{i + 1}", Conv3x3(channels, width, step))
+            else:
+                self.add_module(f"conv{i + 1}", nn.Conv2d(channels, width, kernel, bias=False))
             self.add_norm(f"bn{i + 1}", width)
             channels = width
         self.projects = stride != 1 or inputs != outputs

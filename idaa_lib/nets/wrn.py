@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idaa_lib.nets import register_backbone
+from idaa_lib.nets.convolution import Conv3x3
 from idaa_lib.nets.resnet import Normed
 
 SLOPE = 0.1
@@ -34,9 +35,9 @@ class _Block(Normed):
         super().__init__(adversarial_norms)
         self.activates_shortcut = activates_shortcut
         self.add_norm("bn1", inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv1 = Conv3x3(inputs, outputs, stride)
         self.add_norm("bn2", outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.conv2 = Conv3x3(outputs, outputs)
         changes = inputs != outputs or stride != 1
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
 
