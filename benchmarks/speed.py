@@ -36,10 +36,9 @@ idaa_step_ratio_default_allocator, whose straightforward side has glibc's. idaa_
 both. vae_epoch: {sides.VAE_STEPS} steps of {sides.VAE_BATCH}, views included, ours with
 compile=True. linear_eval: straightforward: one epoch that encodes {sides.TRAIN} + {sides.TEST}
 images anew, times 1000 (extrapolated), against our whole evaluation. knn_extra_mib: peak beyond
-the features of 10,000 queries against 50,000 × 512 (random; baseline: seconds). step_peak_mib: peak
-resident (on a GPU: allocated) memory of an IDAA step's process; baseline: the straightforward
-one's. startup_seconds: a
-new process imports, loads the cached images and takes a first SimCLR step of 64. On a GPU also
+the features of 10,000 queries against 50,000 × 512 (random; resident, on a GPU allocated; baseline:
+seconds). step_peak_mib: peak resident (on a GPU: allocated) memory of an IDAA step's process;
+baseline: the straightforward one's. startup_seconds: a new process imports, loads the cached images and takes a first SimCLR step of 64. On a GPU also
 epoch_seconds_*: 195 steps; minutes_300_epochs_idaa: 300 such epochs and 30 validations (kNN,
 {sides.QUERIES} against {sides.BANK}), added up; baseline: seconds of [an epoch, a validation]."""
 
@@ -94,15 +93,22 @@ def linear() -> Rows:
 def knn() -> Rows:
     code = """
 import resource, time, torch
+from idaa_lib.environment import torch_device
 from idaa_lib.evaluate.knn import knn
 torch.manual_seed(0)
-bank, queries = torch.randn(50_000, 512), torch.randn(10_000, 512)
-labels = torch.arange(50_000) % 10
+device = torch_device("auto")
+bank, queries = torch.randn(50_000, 512, device=device), torch.randn(10_000, 512, device=device)
+labels = torch.arange(50_000, device=device) % 10
+def peak():
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 knn(bank[:500], labels[:500], queries[:5], classes=10)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 before, began = peak(), time.perf_counter()
 knn(bank, labels, queries, classes=10)
-print(peak() - before, time.perf_counter() - began)
+more = peak() - before
+print(more, time.perf_counter() - began)
 """
     runs = [tuple(map(float, _python(code).split())) for _ in range(3)]
     mib, seconds = (median(column) for column in zip(*runs, strict=True))
