@@ -38,7 +38,8 @@ compile=True. linear_eval: straightforward: one epoch that encodes {sides.TRAIN}
 images anew, times 1000 (extrapolated), against our whole evaluation. knn_extra_mib: peak beyond
 the features of 10,000 queries against 50,000 × 512 (random; resident, on a GPU allocated; baseline:
 seconds). step_peak_mib: peak resident (on a GPU: allocated) memory of an IDAA step's process;
-baseline: the straightforward one's. startup_seconds: a new process imports, loads the cached images and takes a first SimCLR step of 64. On a GPU also
+baseline: the straightforward one's. startup_seconds: a new process imports, loads the cached images
+and takes a first SimCLR step of 64. On a GPU also
 epoch_seconds_*: 195 steps; minutes_300_epochs_idaa: 300 such epochs and 30 validations (kNN,
 {sides.QUERIES} against {sides.BANK}), added up; baseline: seconds of [an epoch, a validation]."""
 
