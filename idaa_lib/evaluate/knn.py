@@ -24,9 +24,12 @@ def knn(
     held at a time. k is capped by N. Rows are L2-normalised here.
     """
     bank = F.normalize(bank.float(), dim=1)
+    # One block for all: freed and taken anew, it can break up the heap and grow it many times over.
+    block = bank.new_empty(min(chunk, len(queries)), len(bank))
     predictions = []
     for part in F.normalize(queries.float(), dim=1).split(chunk):
-        similarity, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)  # (chunk, k)
+        cosines = torch.mm(part, bank.T, out=block[: len(part)])
+        similarity, nearest = cosines.topk(min(k, len(bank)), dim=1)  # (chunk, k)
         # exp(cos/τ) over its row's largest: the same order, and no overflow at small τ.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         scores = weights.new_zeros(len(part), classes)
