@@ -64,8 +64,9 @@ def launch(run: Run, config: TrainingConfig) -> None:
             "pid": process.pid,
             "born": processes.born(process.pid),
             "host": socket.gethostname(),
+            "started": time.time(),
+            "log": said,
         }
-        about |= {"started": time.time(), "log": said}
         runs.write_json(run.path / "process.json", about)
 
 
