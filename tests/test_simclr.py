@@ -344,7 +344,7 @@ def a_step(rank, processes, wrap, reuse_anchor):
     return {
         "loss": loss.detach(),
         "delta": attack.delta,
-        "embeddings": step.embeddings[0],
+        "embeddings": step.embeddings[0].detach(),  # else its graph outlives the process group
         **{name: p.grad for name, p in plain.named_parameters()},
     }
 
@@ -356,6 +356,7 @@ def worker(rank, folder):
     for reuse_anchor in (True, False):
         found = a_step(rank, 2, wrap, reuse_anchor)
         torch.save(found, f"{folder}/{reuse_anchor}-{rank}.pt")
+    dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()
 
 
