@@ -46,6 +46,7 @@ BATCH, VAE_BATCH, VAE_STEPS = 256, 128, 4
 TRAIN, TEST = 2000, 1000  # images of the linear evaluation
 BANK, QUERIES = 45_000, 5_000  # of a validation by kNN: CIFAR-10's splits
 DEVICE = torch_device("auto")
+COMPILE = DEVICE.type == "cuda"  # our steps: on a GPU with compile=True, recorded
 Work = Callable[[], Any]
 
 
@@ -320,7 +321,8 @@ def validation_ours() -> Work:
 
 
 def _ssl(adversary: Any) -> SSLConfig:
-    return SSLConfig(preset="cifar10", dataset="photos", adversary=adversary, batch_size=BATCH)
+    own = {"adversary": adversary, "compile": COMPILE}
+    return SSLConfig(preset="cifar10", dataset="photos", batch_size=BATCH, **own)
 
 
 def _vae() -> VAE:

@@ -91,6 +91,8 @@ class _Turn(NamedTuple):
 class NoAdversary:
     """The baseline without an adversarial term."""
 
+    recordable = True
+
     def __call__(self, x: Tensor | None, attack_loss: AttackLoss | None, **_: Any) -> None:
         return None
 
@@ -141,6 +143,11 @@ class _Adversary:
         self.step_size = default if step_size is None else step_size
         self._finite: Tensor | None = None
 
+    @property
+    def recordable(self) -> bool:
+        """Whether it does the same on the device at every call, without a draw on the host."""
+        return not self.random_start
+
     def state_dict(self) -> dict[str, Tensor]:
         """What it carries from step to step; nothing as published."""
         return {}
@@ -159,8 +166,11 @@ class _Adversary:
         Raises:
             AttackError: one was not.
         """
-        finite, self._finite = self._finite, None
-        if finite is not None and not finite:
+        if self._finite is None:
+            return
+        finite = bool(self._finite)
+        self._finite.fill_(True)
+        if not finite:
             raise AttackError(
                 "An attack's gradient was not finite since the last line of the log: the encoder "
                 "diverged, τ is too small, or the VAE is broken."
@@ -250,7 +260,9 @@ class _Adversary:
             (gradient,) = torch.autograd.grad(loss, delta)
         finite = torch.isfinite(gradient).all()
         if _waits(gradient.device):
-            self._finite = finite if self._finite is None else self._finite & finite
+            if self._finite is None:
+                self._finite = torch.ones_like(finite)
+            self._finite.logical_and_(finite)  # in place: a recorded step finds it there
         elif not finite:
             raise AttackError(_cause(anchor, loss, gradient))
         return self._direction(gradient)
@@ -364,6 +376,8 @@ class CarriedIDAA(IDAA):
         every: k.
     """
 
+    recordable = False
+
     def __init__(
         self, vae: VAE, epsilon: float, memory: int, every: int = 2, **attack: Any
     ) -> None:
@@ -440,6 +454,8 @@ class RandomSign(IDAA):
     One draw whatever `steps` and `random_start` say (several would average out); the loss is not
     looked at.
     """
+
+    recordable = False
 
     def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: _Turn) -> Attack:
         anchor = self.anchor(x)

@@ -16,10 +16,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from idaa_lib.configs import ConfigError, EncoderConfig, SSLConfig
 from idaa_lib.nets import build_backbone, initial_weights
-from idaa_lib.views import Params, Recipe, Views, keyed_generator
+from idaa_lib.views import Params, Recipe, Views, keyed_generator, to_device
 
 Batch = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -83,12 +84,15 @@ class Method(nn.Module):
     exchange between processes. All state that training needs is in `state_dict()`.
 
     views: how many of each image `draw` makes. prefix: whether the attack loss can be computed from
-    the backbone's first stages alone (`attack="prefix"`). official: the published evaluation;
+    the backbone's first stages alone (`attack="prefix"`). recordable: whether `step` does nothing
+    but launch work on the device, always the same, on tensors that stay where they are: then a CUDA
+    graph can stand for it (`compile=True`). official: the published evaluation;
     SimSiam's, of backbone features, where nothing is published for a method with IDAA.
     """
 
     views = 2
     prefix = False
+    recordable = True
     official = OfficialProtocol("SimSiam", "backbone", 0.5, "backbone", "best", 256)
 
     def __init__(self, network: nn.Module, recipe: Recipe, weight_decay: float = 0.0) -> None:
@@ -135,13 +139,18 @@ class Method(nn.Module):
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
         raise NotImplementedError
 
-    def compile_parts(self) -> None:
-        """Compile what gains by it (`compile=True`), which changes rounding and nothing else.
+    def with_fixed_weights(self, images: Tensor, **how: Any) -> Any:
+        """What the network gives, with a gradient back to the images alone: for an attack's loss.
 
-        The views. Not a network that is attacked: its compiled backward pass would compute the
-        gradients of all weights where an attack asks for those of the images alone.
+        A compiled network computes the gradients of all that asks for one, whoever is interested.
         """
+        fixed = {name: value.detach() for name, value in self.network.named_parameters()}
+        return functional_call(self.network, fixed, (images,), how)
+
+    def compile_parts(self) -> None:
+        """Compile what gains by it (`compile=True`), which changes rounding and nothing else."""
         self.augment = torch.compile(self.recipe.apply)
+        self.network.compile()
 
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
         """Groups with `params`, `lr_scale`, `weight_decay`, `schedule` (global step → factor).
@@ -325,7 +334,8 @@ def share_of_draw(
     rank, processes = shard
     b = len(images)
     params = recipe.draw(processes * b, generator, tuple(images.shape[-2:]))
-    return {k: v[rank * b : (rank + 1) * b] for k, v in params.items()}
+    mine = {k: v[rank * b : (rank + 1) * b] for k, v in params.items()}
+    return to_device(mine, images.device)
 
 
 class _Gather(torch.autograd.Function):

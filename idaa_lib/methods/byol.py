@@ -59,7 +59,7 @@ class BYOL(Method):
         stages = self.attacked_by.get("stages")
 
         def attack_loss(x: Tensor) -> Tensor:
-            _, p = self.network(x, **self.attacked_by)
+            _, p = self.with_fixed_weights(x, **self.attacked_by)
             return negative_cosine(p, t2 if stages is None else self._aim(v2, stages=stages))
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:

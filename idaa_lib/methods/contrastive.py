@@ -48,7 +48,7 @@ class Contrastive(Method):
         anchor = anchored(lambda: self._embed(v1, **self.attacked_by), self.reuse_anchor)
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            z = self._embed(x, **self.attacked_by)
+            z = gathered(self.with_fixed_weights(x, **self.attacked_by))
             return self.contrast(anchor(z, at_start), z)
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class FixMatch(SemiSupervised):
         start = anchored(lambda: gathered(self.network(weak, adversarial=True)[1]))
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            logits, h = self.network(x, adversarial=True)
+            logits, h = self.with_fixed_weights(x, adversarial=True)
             if config.contrast == "ce":
                 return F.cross_entropy(logits, pseudo)
             h = gathered(h)

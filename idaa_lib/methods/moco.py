@@ -79,16 +79,19 @@ class MoCo(Method):
         def loss_of(query: Tensor) -> Tensor:
             return info_nce(query, k, self.queue, self.temperature)
 
-        def of_adversarial(x: Tensor) -> Tensor:
-            return loss_of(self.network(x, adversarial=True))
+        def attack_loss(x: Tensor) -> Tensor:
+            return loss_of(self.with_fixed_weights(x, adversarial=True))
+
+        def adversarial_loss(x_adv: Tensor) -> Tensor:
+            return loss_of(self.network(x_adv, adversarial=True))
 
         return two_view_step(
             loss_of(q),
             views,
             batch,
             (q, k),
-            attack_loss=of_adversarial,
-            adversarial_loss=of_adversarial,
+            attack_loss=attack_loss,
+            adversarial_loss=adversarial_loss,
             carry={"keys": gathered(k)},
         )
 

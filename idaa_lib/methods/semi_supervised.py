@@ -104,7 +104,11 @@ class SemiSupervised(Method):
 
     def batches(self, labels: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """`labelled` (B,) and, of all images, `images` (μ·B,)."""
-        self.labels, self.all_labelled = labels.to(self.labels.device), bool((labels >= 0).all())
+        if not torch.equal(self.labels.cpu(), labels):  # else where they are, for a recorded step
+            self.labels, self.all_labelled = (
+                labels.to(self.labels.device),
+                bool((labels >= 0).all()),
+            )
         known = labelled_subset(labels, self.config.labels_per_class, self.classes, seed)
         steps = self.steps_per_epoch(labels, batch_size)
         labelled = stream(known, batch_size, epoch * steps, (seed, LABELLED))

@@ -75,7 +75,7 @@ class SimSiam(Method):
         anchor = anchored(lambda: self.network(v1, adversarial=True)[0], self.reuse_anchor)
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            z, p = self.network(x, adversarial=True)
+            z, p = self.with_fixed_weights(x, adversarial=True)
             return negative_cosine(p, anchor(z, at_start))
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:

@@ -46,11 +46,6 @@ class VAETraining(Method):
             shown={"x": x, "G(x)": G, "R(x)": (x, G)},
         )
 
-    def compile_parts(self) -> None:
-        """The network too: nobody attacks it here."""
-        super().compile_parts()
-        self.network.compile()
-
     def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
         """Epoch e = 1…E at lr·(1 − (e−1)/E)."""
         return lambda step: 1 - (step // steps_per_epoch) / epochs

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.environment import torch_device, uses_bf16
 from idaa_lib.evaluate.figures import embedding_std
 from idaa_lib.methods import Method
-from idaa_lib.methods.base import Batch
+from idaa_lib.methods.base import Batch, Step
 from idaa_lib.processes import signals
 from idaa_lib.runs import Run, RunError, Stopped, Writer
 from idaa_lib.train import samples
 from idaa_lib.train.feed import Feed
+from idaa_lib.train.graphs import CudaGraph, Recorded
 from idaa_lib.train.progress import Progress
-from idaa_lib.views import keyed_generator
+from idaa_lib.views import Views, keyed_generator
 
 # Streams of random numbers that one step draws from (the last part of the key).
 VIEWS, ATTACK, EPOCH = 1, 2, 3
@@ -97,15 +99,25 @@ class Fit:
         self.method = method.to(accelerator.device)
         self.method.to(memory_format=torch.channels_last)
         if config.compile:
-            print("compile: the first steps take half a minute longer.")
+            print("compile: the first steps take a minute longer.")
+            torch.compiler.reset()  # a process may compile so much and no more
             method.compile_parts()
+            # Of all kernels for a convolution the fastest, found by trying each (CUDA alone).
+            torch.backends.cudnn.benchmark = True
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             # Statistics of the global batch, as one process would have them (CUDA alone has this).
             # In place: a target network beside `network` has them too.
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        self.recorded = Recorded(CudaGraph()) if self._recordable() else None
         groups = method.param_groups(config.epochs, self.steps_per_epoch)
         self.schedules = [(g.pop("lr_scale"), g.pop("schedule")) for g in groups]
         self.optimizer = method.optimizer(groups, config.learning_rate)
+
+    def _recordable(self) -> bool:
+        """Whether steps are recorded as a CUDA graph (`compile=True`)."""
+        alone = self.accelerator.num_processes == 1
+        possible = self.method.recordable and self.adversary.recordable
+        return self.config.compile and self.accelerator.device.type == "cuda" and alone and possible
 
     # --- what a checkpoint holds ------------------------------------------------------------
 
@@ -248,6 +260,26 @@ class Fit:
         views = self.method.draw(
             images, keyed_generator(self.config.seed, epoch, self.step, VIEWS), self.shard
         )
+        noise = keyed_generator(self.config.seed, epoch, self.step, ATTACK)
+        work = partial(self._differentiate, noise)
+        step, values = self.recorded(work, views, batch) if self.recorded else work(views, batch)
+        self.adversary.after_backward()
+        self.optimizer.step()
+        self.method.after_step(step, self.step / self.total)
+        # Sums stay on the device: nothing waits for it between two lines of the log.
+        for key, value in values.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
+        self.count += 1
+        self._embeddings, self._shown = step.embeddings, step.shown
+
+    def _differentiate(
+        self, noise: torch.Generator, views: tuple[Views, ...], batch: Batch
+    ) -> tuple[Step, dict[str, Tensor]]:
+        """The step that the method makes of views, with gradients in `.grad`, and what is logged.
+
+        All that a step does on the device before the optimiser's: what a graph can record.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
         with self.accelerator.autocast():  # for networks that Accelerate does not know
             step = self.method.step(views, batch)
         loss, parts = step.loss, dict(step.parts)
@@ -256,7 +288,6 @@ class Fit:
                 f"{type(self.method).__name__} has nothing to attack: its Step lacks `attacked`, "
                 f"`attack_loss` and `adversarial_loss`."
             )
-        noise = keyed_generator(self.config.seed, epoch, self.step, ATTACK)
         try:
             with self.accelerator.autocast():
                 attack = self.adversary(
@@ -282,16 +313,7 @@ class Fit:
             step.shown |= {"x′": x_adv, "x′ − x": (x_adv, step.attacked)}
             loss = loss + self.alpha * adversarial
         self.accelerator.backward(loss)
-        self.adversary.after_backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(step, self.step / self.total)
-        # Sums stay on the device: nothing waits for it between two lines of the log.
-        for key, value in {"loss": loss, **parts}.items():
-            value = value.detach().float()
-            self.sums[key] = self.sums[key] + value if key in self.sums else value
-        self.count += 1
-        self._embeddings, self._shown = step.embeddings, step.shown
+        return step, {key: value.detach().float() for key, value in {"loss": loss, **parts}.items()}
 
     def _flush(self, progress: Progress, epoch: int) -> None:
         """Means over the log interval, and what would tell a collapse, to the log."""
