@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from idaa_lib import runs, sweeps, theory
 from idaa_lib.configs import ConfigError, SSLConfig, TheoryConfig, VAEConfig
 from idaa_lib.lab import compare, findings, identity
+from idaa_lib.lab.attacks import Attacks, Loss
 from idaa_lib.lab.decompose import UNTRAINED, witness
+from idaa_lib.lab.judge import Judge
 from idaa_lib.lab.rows import row_of
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import RunError
@@ -310,7 +312,7 @@ def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
 def test_its_figures_are_the_theory_s_of_these_networks(made):
     """Retrieval of x, G, R and the latent's information, from the networks by another way."""
     plan, told = identity._plan(made.config), made.summary
-    judge = identity._Judge(plan)
+    judge = Judge(plan)
     x, vae = plan.shown.x, plan.shown.vae
     G, R = vae.decompose(x)
     for part, images in (("x", x), ("G", G), ("R", R)):
@@ -335,8 +337,8 @@ def test_its_figures_are_the_theory_s_of_these_networks(made):
 
 def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made):
     plan, told = identity._plan(made.config), made.summary
-    judge = identity._Judge(plan)
-    attacks = identity._Attacks(plan.shown, plan.embed, judge, made.config)
+    judge = Judge(plan)
+    attacks = Attacks(plan.shown, plan.embed, judge, made.config)
     (scene,) = attacks.scenes
     for name, curve in findings.points(made).items():
         assert [p.epsilon for p in curve] == sorted(p.epsilon for p in curve)
@@ -358,9 +360,9 @@ def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made):
 
 def test_attacks_in_batches_are_averaged_over_all_images(made, monkeypatch):
     plan = identity._plan(made.config)
-    judge = identity._Judge(plan)
-    monkeypatch.setattr(identity, "BATCH", 8)
-    attacks = identity._Attacks(plan.shown, plan.embed, judge, made.config)
+    judge = Judge(plan)
+    monkeypatch.setattr("idaa_lib.lab.attacks.BATCH", 8)
+    attacks = Attacks(plan.shown, plan.embed, judge, made.config)
     assert [len(scene.x) for scene in attacks.scenes] == [7, 7, 6]
     read = attacks.read("clae", 0.3)
     losses = [s.loss(s.attack("clae", 0.3).images).item() for s in attacks.scenes]
@@ -447,22 +449,22 @@ def test_the_words_follow_the_numbers(made, monkeypatch, difference, claim, expe
 
 @pytest.mark.parametrize("bend", [lambda e: e**3, lambda e: e**0.3, lambda e: math.exp(5 * e) - 1])
 def test_an_equal_loss_is_found_on_bent_curves(bend, monkeypatch):
-    attacks = object.__new__(identity._Attacks)
+    attacks = object.__new__(Attacks)
     attacks.before = 2.0
     monkeypatch.setattr(attacks, "_loss_at", lambda _, e: 2.0 + bend(e), raising=False)
     monkeypatch.setattr(attacks, "read", lambda _, e: e, raising=False)
-    curve = [identity._Loss(e, 2.0 + bend(e)) for e in (0.03, 0.1, 0.3, 1.0, 3.0)]
+    curve = [Loss(e, 2.0 + bend(e)) for e in (0.03, 0.1, 0.3, 1.0, 3.0)]
     for wanted in (0.01, 0.05, 0.2, 0.7, 2.9):
         rise = bend(attacks.as_hard("clae", curve, 2.0 + bend(wanted)))
         assert rise == pytest.approx(bend(wanted), rel=0.01)
 
 
 def test_an_equal_loss_that_is_jumped_over_is_not_made_up(monkeypatch):
-    attacks = object.__new__(identity._Attacks)
+    attacks = object.__new__(Attacks)
     attacks.before = 2.0
     jump = lambda e: 2.0 if e < 0.2 else 4.0  # noqa: E731
     monkeypatch.setattr(attacks, "_loss_at", lambda _, e: jump(e), raising=False)
-    curve = [identity._Loss(e, jump(e)) for e in (0.1, 1.0)]
+    curve = [Loss(e, jump(e)) for e in (0.1, 1.0)]
     assert attacks.as_hard("clae", curve, 3.0) is None
 
 

@@ -11,8 +11,9 @@ import torch
 from matplotlib.figure import Figure
 
 from idaa_lib.lab import plots, style
+from idaa_lib.lab.attacks import Point
 from idaa_lib.lab.decompose import UNTRAINED
-from idaa_lib.lab.identity import LABELS, PARTS, Point
+from idaa_lib.lab.identity import LABELS, PARTS
 from idaa_lib.lab.style import COLOURS, INK, NAMES, PALETTE
 from idaa_lib.runs import Run
 
