@@ -50,7 +50,7 @@ bench: setup  ## Speed of ours against the straightforward formulation (about 15
 profile: setup  ## Where the time of an IDAA step goes: a page and a trace in outputs/profile
 	@$(ALLOCATOR) $(PY) benchmarks/profile_step.py
 
-compare: setup  ## The paper's main table on a subset of CIFAR-10: every method and adversary (about 85 minutes)
+compare: setup  ## The paper's main table on a subset of CIFAR-10: every method and adversary (about 90 minutes)
 	@$(ALLOCATOR) $(PY) benchmarks/methods.py
 
 lint: setup  ## Lint and types alone

@@ -3,7 +3,7 @@
     python benchmarks/methods.py [images] [epochs] [methods] [adversaries]
 
 Makes what notebook 06 shows, with a small encoder and a small budget: that each pair trains, not
-which is best. One seed, SimCLR three, and one more for IDAA with a VAE of photographs. About 85
+which is best. One seed, SimCLR three, and one more for IDAA with a VAE of photographs. About 90
 minutes on 2 cores; a stopped one goes on. Runs stay in outputs/, the executed notebook in
 outputs/notebooks/. Images: $IDAA_CIFAR10_ZIP, else torchvision's. Some methods alone
 (`simsiam,byol none,idaa`) have a result file of their own.
