@@ -31,7 +31,7 @@ PROTOCOL = f"""Each ratio is straightforward / ours, the median over n turns of 
 take turns (benchmarks/paired.py; warm-up not counted, a second's pause between turns); spread:
 quartiles of the ratio; baseline: median seconds of [straightforward, ours]. Images: photographs, 32
 px. The straightforward formulation (benchmarks/sides.py) is the specification's, in fp32 and the
-published order of work.
+published order of work; its ResNet rectifies out of place, as the published one does.
 views: two SimCLR views of {8 * sides.BATCH} images in batches of {sides.BATCH}, against PIL in 2
 workers. steps: ResNet-18 of the paper, batch {sides.BATCH}; views included (straightforward: 2
 workers that work ahead; ours on a GPU with compile=True). Both sides run with the allocator

@@ -13,6 +13,7 @@ import compare
 import profile_step
 import sides
 
+from idaa_lib.nets import build_backbone
 from idaa_lib.nets.convolution import Conv3x3
 
 
@@ -53,6 +54,16 @@ def test_the_straightforward_nt_xent_is_the_loss_itself():
     )
     fast = sides.broadcast_nt_xent(z1, z2, 0.5)
     torch.testing.assert_close(fast, reference.nt_xent(z1, z2, 0.5))
+
+
+def test_the_straightforward_network_rectifies_out_of_place_and_computes_the_same():
+    network = build_backbone("resnet18", width=4, stem="cifar", adversarial_norms=False)
+    x = torch.randn(2, 3, 32, 32)
+    y = network.bn1(network.conv1(x)).detach()
+    rectified = sides.out_of_place(lambda: F.relu(y, inplace=True))()
+    assert y.min() < 0 <= rectified.min()
+    torch.testing.assert_close(sides.out_of_place(lambda: network(x))(), network(x))
+    assert F.relu(y, inplace=True) is y  # outside as ever
 
 
 @pytest.mark.parametrize(
