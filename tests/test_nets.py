@@ -16,6 +16,7 @@ from idaa_lib.configs import VAEConfig
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, build_backbone, convolution, evaluating, initial_weights
 from idaa_lib.nets.convolution import Conv3x3, weight_gradient
+from idaa_lib.nets.normalization import Normalize, batch_norm
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.nets.vae import VAE, Output, rate, vae_loss
 from idaa_lib.views import keyed_generator, recipe
@@ -386,6 +387,50 @@ def test_an_attack_computes_no_weight_gradient(monkeypatch):
     assert not called
     y.backward()
     assert called and conv.weight.grad is not None
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_fused_batch_norm_is_torch_s(adds, relu, monkeypatch):
+    """Output, all gradients and what it remembers, in fp64; as where it is compiled."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(6, momentum=0.3).double()
+        nn.init.uniform_(norm.weight, -1, 2)
+        nn.init.normal_(norm.bias)
+        shape = (5, 6, 3, 4)
+        x, residual = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in "xr")
+        y = 3 * x + 2
+        if fused:
+            y = batch_norm(norm, y, residual if adds else None, relu)
+        else:
+            y = norm(y) + residual if adds else norm(y)
+            y = torch.relu(y) if relu else y
+        inputs = (x, norm.weight, norm.bias, *[residual] * adds)
+        found.append((y, *torch.autograd.grad(y, inputs, torch.randn_like(y)), *norm.buffers()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_fused_batch_norm_keeps_a_small_variance_beside_a_large_mean():
+    """In fp32, where E[x²] − E[x]² would have lost it."""
+    generator = torch.Generator().manual_seed(0)
+    x = 1000 + torch.randn(8, 3, 16, 16, generator=generator)
+    gamma, beta = torch.ones(3), torch.zeros(3)
+    y, mean, var = Normalize.apply(x, gamma, beta, None, 1e-5, False)
+    exact = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact.var(1, correction=0), rtol=1e-3, atol=0)
+    expected = F.batch_norm(x.double(), None, None, training=True)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-3)
+
+
+def test_a_compiled_batch_norm_refuses_one_value_as_torch_does(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        batch_norm(nn.BatchNorm2d(3), torch.randn(1, 3, 1, 1))
 
 
 def test_unknown_backbone_is_refused():

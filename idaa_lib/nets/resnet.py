@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from idaa_lib.nets import register_backbone
 from idaa_lib.nets.convolution import Conv3x3
+from idaa_lib.nets.normalization import batch_norm
 
 ADVERSARIAL_MOMENTUM = 0.01
 
@@ -34,8 +35,17 @@ class Normed(nn.Module):
             twin = nn.BatchNorm2d(channels, momentum=ADVERSARIAL_MOMENTUM)
             self.add_module(f"{name}_adv", twin)
 
-    def norm(self, name: str, x: Tensor, adversarial: bool) -> Tensor:
-        return getattr(self, f"{name}_adv" if adversarial else name)(x)
+    def norm(
+        self,
+        name: str,
+        x: Tensor,
+        adversarial: bool,
+        residual: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """`batch_norm` by the norm of that name, or by its twin."""
+        norm = getattr(self, f"{name}_adv" if adversarial else name)
+        return batch_norm(norm, x, residual, relu)
 
 
 class _Block(Normed):
@@ -64,13 +74,12 @@ class _Block(Normed):
 
     def forward(self, x: Tensor, adversarial: bool = False) -> Tensor:
         y = x
-        for i in range(1, self.depth + 1):
-            y = self.norm(f"bn{i}", getattr(self, f"conv{i}")(y), adversarial)
-            y = F.relu(y, inplace=True) if i < self.depth else y
+        for i in range(1, self.depth):
+            y = self.norm(f"bn{i}", getattr(self, f"conv{i}")(y), adversarial, relu=True)
         if self.projects:
             x = self.norm("shortcut_bn", self.shortcut(x), adversarial)
-        # In place: no backward pass needs what a BatchNorm gave.
-        return F.relu(y.add_(x), inplace=True)
+        y = getattr(self, f"conv{self.depth}")(y)
+        return self.norm(f"bn{self.depth}", y, adversarial, residual=x, relu=True)
 
 
 class ResNet(Normed):
@@ -122,8 +131,7 @@ class ResNet(Normed):
     ) -> Tensor:
         """Images (B, 3, H, W), normalised → features (B, feature_dim); of the first `stages`
         stages alone, pooled, where that is given."""
-        x = self.norm("bn1", self.conv1(images), adversarial)
-        x = self.maxpool(F.relu(x, inplace=True))
+        x = self.maxpool(self.norm("bn1", self.conv1(images), adversarial, relu=True))
         for stage in range(1, (stages or 4) + 1):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x, adversarial)
