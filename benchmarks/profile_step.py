@@ -60,7 +60,7 @@ def main(words: list[str]) -> int:
     if name not in ("simclr", "idaa"):
         print(f"The method must be simclr or idaa, and is {name!r}.", file=sys.stderr)
         return 2
-    sides.COMPILE = False  # a recorded step has no parts
+    sides.COMPILE = False  # a compiled step has no parts
     spent: dict[str, list[float]] = defaultdict(list)
     with _watched(spent):
         step = sides.PARTS[f"{name}-ours"]()

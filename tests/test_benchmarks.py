@@ -75,6 +75,7 @@ def test_a_side_works(name, monkeypatch, tmp_path):
     monkeypatch.setattr(sides, "VAE_BATCH", 16)
     monkeypatch.setattr(sides, "VAE_STEPS", 1)
     monkeypatch.setattr(sides, "BANK", 32)
+    monkeypatch.setattr(sides, "COMPILE", False)  # which is tested in test_train
     monkeypatch.setattr(sides, "QUERIES", 8)
     work = sides.PARTS[name]()
     work(), work()

@@ -99,7 +99,7 @@ class Fit:
         self.method = method.to(accelerator.device)
         self.method.to(memory_format=torch.channels_last)
         if config.compile:
-            print("compile: the first steps take a minute longer.")
+            print("compile: the first steps take a minute or two longer.")
             torch.compiler.reset()  # a process may compile so much and no more
             method.compile_parts()
             # Of all kernels for a convolution the fastest, found by trying each (CUDA alone).
