@@ -69,7 +69,7 @@ def idaa() -> Rows:
     peak = record.row(
         "step_peak_mib", round(found.fast_mib), "MiB", found.n, None, round(found.slow_mib)
     )
-    default = turns(Side("idaa-straightforward", allocator=False), Side("idaa-ours"), 5)
+    default = turns(Side("idaa-straightforward", allocator=False), Side("idaa-ours"), 9)
     return [
         ratio("idaa_step_ratio", found),
         peak,
