@@ -102,14 +102,20 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device | None = None) -> str:
-    """The accelerator in use, else the processor and the cores this process may use."""
+    """The accelerator in use, else the processor and the cores this process may use.
+
+    With family and model where Linux tells: virtual machines of one name can differ in them.
+    """
     if (device or torch_device("auto")).type == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
+        first, *_ = info.read_text().split("\n\n")  # a paragraph for each processor
+        told = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in first.splitlines())}
+        name = told.get("model name", name)
+        if "cpu family" in told:
+            name += f" (family {told['cpu family']}, model {told['model']})"
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 

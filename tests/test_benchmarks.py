@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: what is compared, and what counts as having moved."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import compare
 import profile_step
 import sides
 
+from idaa_lib import environment
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.convolution import Conv3x3
 
@@ -23,6 +25,25 @@ def file(*rows):
 
 def row(what, value, unit="ms", spread=None):
     return {"what": what, "value": value, "unit": unit, "spread": spread}
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "named"),
+    [
+        (
+            "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
+            "model name\t: AMD EPYC\n\nprocessor\t: 1\ncpu family\t: 26\n",
+            "AMD EPYC (family 25, model 17), ",
+        ),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", "aarch64, "),  # of an ARM, which tells no name
+    ],
+)
+def test_hardware_tells_processors_of_one_name_apart(cpuinfo, named, monkeypatch):
+    monkeypatch.setattr(environment.platform, "processor", lambda: "aarch64")
+    monkeypatch.setattr(environment.Path, "exists", lambda path: True)
+    monkeypatch.setattr(environment.Path, "read_text", lambda path: cpuinfo)
+    found = environment.hardware(torch.device("cpu"))
+    assert found.startswith(named) and found.endswith(f" of {os.cpu_count()} cores")
 
 
 @pytest.mark.parametrize(
