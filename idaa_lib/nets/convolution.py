@@ -22,7 +22,7 @@ class Conv3x3(nn.Conv2d):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__(inputs, outputs, 3, stride, 1, bias=False)
-        self._wide = min(inputs, outputs) >= (512 if stride == 1 else 128)
+        self._wide = min(inputs, outputs) >= (512 if stride == 1 else 256)
 
     def forward(self, x: Tensor) -> Tensor:
         learns = torch.is_grad_enabled() and self.weight.requires_grad
