@@ -67,9 +67,9 @@ class _Block(Normed):
                 self.add_module(f"conv{i + 1}", nn.Conv2d(channels, width, kernel, bias=False))
             self.add_norm(f"bn{i + 1}", width)
             channels = width
-        self.stride, self.projects = stride, stride != 1 or inputs != outputs
+        self.projects = stride != 1 or inputs != outputs
         if self.projects:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False))
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
             self.add_norm("shortcut_bn", outputs)
 
     def forward(self, x: Tensor, adversarial: bool = False) -> Tensor:
@@ -77,9 +77,7 @@ class _Block(Normed):
         for i in range(1, self.depth):
             y = self.norm(f"bn{i}", getattr(self, f"conv{i}")(y), adversarial, relu=True)
         if self.projects:
-            # The pixels that a 1×1 convolution of this stride sees: faster than its own stride.
-            x = self.shortcut(x[:, :, :: self.stride, :: self.stride])
-            x = self.norm("shortcut_bn", x, adversarial)
+            x = self.norm("shortcut_bn", self.shortcut(x), adversarial)
         y = getattr(self, f"conv{self.depth}")(y)
         return self.norm(f"bn{self.depth}", y, adversarial, residual=x, relu=True)
 
