@@ -111,7 +111,7 @@ def hardware(device: torch.device | None = None) -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        first, *_ = info.read_text().split("\n\n")  # a paragraph for each processor
+        first = info.read_text().partition("\n\n")[0]  # a paragraph for each processor
         told = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in first.splitlines())}
         name = told.get("model name", name)
         if "cpu family" in told:

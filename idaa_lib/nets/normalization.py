@@ -19,20 +19,21 @@ def batch_norm(
     norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None, relu: bool = False
 ) -> Tensor:
     """norm(x), plus residual, rectified; all (B, C, H, W)."""
-    alone = norm.training and torch.compiler.is_compiling() and x.device.type == "cpu"
-    if alone and x.shape[0] * x.shape[2] * x.shape[3] > 1:  # of one value torch makes an error
-        return _compiled(norm, x, residual, relu)
+    n = x.numel() // x.shape[1]  # values of a channel; of one alone torch makes an error
+    if norm.training and n > 1 and torch.compiler.is_compiling() and x.device.type == "cpu":
+        return _compiled(norm, x, residual, relu, n)
     y = norm(x)
     # In place: no backward pass needs what a BatchNorm gave.
     y = y if residual is None else y.add_(residual)
     return F.relu(y, inplace=True) if relu else y
 
 
-def _compiled(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def _compiled(
+    norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: bool, n: int
+) -> Tensor:
     assert norm.momentum is not None and norm.num_batches_tracked is not None
     assert norm.running_mean is not None and norm.running_var is not None
     y, mean, var = Normalize.apply(x, norm.weight, norm.bias, residual, norm.eps, relu)
-    n = x.shape[0] * x.shape[2] * x.shape[3]
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean, norm.momentum)
