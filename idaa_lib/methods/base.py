@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from idaa_lib.configs import ConfigError, EncoderConfig, SSLConfig
-from idaa_lib.nets import build_backbone, initial_weights
+from idaa_lib.nets import build_backbone, convolution, initial_weights
 from idaa_lib.views import Params, Recipe, Views, keyed_generator, to_device
 
 Batch = dict[str, Tensor]
@@ -150,6 +150,7 @@ class Method(nn.Module):
     def compile_parts(self) -> None:
         """Compile what gains by it (`compile=True`), which changes rounding and nothing else."""
         self.augment = torch.compile(self.recipe.apply)
+        convolution.prepare(self)
         self.network.compile()
 
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:

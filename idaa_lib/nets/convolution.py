@@ -1,9 +1,11 @@
-"""A 3×3 convolution whose weight gradient is nine products of matrices where these are faster.
+"""A 3×3 convolution by whichever way is fastest on a CPU.
 
-oneDNN's bf16 kernel for the gradient of a weight reaches about two thirds of a product's rate on
-processors with AVX-512 and without AMX, where a layer has many channels and few pixels, or a
-stride. The gradient of tap (i, j) is gᵀ · x over all pixels that this tap sees: the same sums, in
-fp32 as the kernel's are. Measured: benchmarks/results, `simclr_step_ratio`.
+With `compile=True` by Winograd's algorithm (`winograd`); else oneDNN's, with a weight gradient that
+is nine products of matrices where these are faster: its bf16 kernel for that reaches about two
+thirds of a product's rate on processors with AVX-512 and without AMX, where a layer has many
+channels and few pixels, or a stride. The gradient of tap (i, j) is gᵀ · x over all pixels that this
+tap sees: the same sums, in fp32 as the kernel's are. Measured: benchmarks/results,
+`simclr_step_ratio`.
 """
 
 from __future__ import annotations
@@ -13,26 +15,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from idaa_lib.nets import winograd
+
 
 class Conv3x3(nn.Conv2d):
-    """`nn.Conv2d` of a 3×3 kernel with padding 1, without bias; stride 1 or 2."""
+    """`nn.Conv2d` of a 3×3 kernel with padding 1; stride 1 or 2."""
 
     # Whether this machine's processor has the slow kernel.
-    by_taps = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    by_taps = winograd.wins
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        super().__init__(inputs, outputs, 3, stride, 1, bias=False)
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, 3, stride, 1, bias=bias)
+        self.by_winograd = False
         self._wide = min(inputs, outputs) >= (512 if stride == 1 else 256)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.by_winograd and winograd.fits(x, self.weight):
+            return self._biased(winograd.Winograd.apply(x, self.weight))
         learns = torch.is_grad_enabled() and self.weight.requires_grad
         half = x.dtype == torch.bfloat16 and x.device.type == "cpu"
         if not (self._wide and self.by_taps and half and learns):
             return super().forward(x)
         y = self._conv_forward(x, self.weight.detach(), None)
-        return _Join.apply(
-            y, _WeightGradient.apply(self.weight, x.detach(), y.detach(), self.stride[0])
-        )
+        gradient = _WeightGradient.apply(self.weight, x.detach(), y.detach(), self.stride[0])
+        return self._biased(_Join.apply(y, gradient))
+
+    def _biased(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+
+def prepare(module: nn.Module) -> None:
+    """Have a module convolve by Winograd's algorithm where that serves and wins (`compile=True`).
+
+    Without its kernels (no compiler, say) nothing changes; a line says why.
+    """
+    served = [
+        m
+        for m in module.modules()
+        if isinstance(m, Conv3x3) and m.stride == (1, 1) and winograd.serves(m.weight)
+    ]
+    if served and winograd.wins:
+        try:
+            winograd.load()
+        except RuntimeError as error:
+            print(f"compile: convolutions stay as they are. {error}")
+        for convolution in served:
+            convolution.by_winograd = winograd.loaded
 
 
 class _Join(torch.autograd.Function):

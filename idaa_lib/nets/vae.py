@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idaa_lib.nets import evaluating
+from idaa_lib.nets.convolution import Conv3x3
 
 
 class Decomposition(NamedTuple):
@@ -38,7 +39,7 @@ class _Residual(nn.Module):
         super().__init__()
         self.convs = nn.Sequential(
             nn.LeakyReLU(0.01),
-            nn.Conv2d(channels, channels, 3, padding=1),
+            Conv3x3(channels, channels, bias=True),
             nn.BatchNorm2d(channels),
             nn.LeakyReLU(0.01),
             nn.Conv2d(channels, channels, 1),
@@ -108,9 +109,16 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) → μ, log σ², each (B, m)."""
-        # reshape, not view: in channels_last the activations are not contiguous.
-        h = self.encoder(x).reshape(len(x), -1)
+        h = self._encoded(x)
         return self.fc11(h), self.fc12(h)
+
+    def mean_latent(self, x: Tensor) -> Tensor:
+        """μ (B, m) alone."""
+        return self.fc11(self._encoded(x))
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        # reshape, not view: in channels_last the activations are not contiguous.
+        return self.encoder(x).reshape(len(x), -1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, m) → G (B, 3, H, W)."""
@@ -122,7 +130,7 @@ class VAE(nn.Module):
         In eval mode the last layer keeps the parameters' precision under autocast too: x′ − x is a
         difference of two G, and in bf16 their own rounding is as large as what a small δ changes.
         """
-        h = h.reshape(-1, *self.inner)
+        h = h.reshape(-1, *self.inner).contiguous(memory_format=torch.channels_last)
         if self.training:
             return self.bn(torch.tanh(self.decoder(h)))
         h = self.decoder[:-1](h)

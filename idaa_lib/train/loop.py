@@ -102,6 +102,7 @@ class Fit:
             print("compile: the first steps take a minute or two longer.")
             torch.compiler.reset()  # a process may compile so much and no more
             method.compile_parts()
+            self.adversary.compile_parts()
             # Of all kernels for a convolution the fastest, found by trying each (CUDA alone).
             torch.backends.cudnn.benchmark = True
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
