@@ -36,6 +36,18 @@ inline void store(BFloat16* to, Vector v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(v));
 }
 
+// a, then b: 32 channels.
+inline void store_two(BFloat16* to, Vector a, Vector b) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+
+// The even or odd ones of 32 channels.
+inline Vector load_half(const BFloat16* from, bool odd) {
+  const __m512i both = _mm512_loadu_si512(from);
+  return _mm512_castsi512_ps(odd ? _mm512_and_si512(both, _mm512_set1_epi32(0xffff0000))
+                                 : _mm512_slli_epi32(both, 16));
+}
+
 // a0 b0 a1 b1 …
 inline void store_pairs(Pair* to, Vector a, Vector b) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
@@ -46,12 +58,12 @@ inline void store_pairs(Pair* to, Vector a, Vector b) {
 
 // --- transforms (Lavin & Gray, equation 8), rows first, then columns --------------------------------
 
-// Bᵀ d B of the input's 4×4.
-inline void of_input(const Patch& d, std::int64_t channel, Vector* v) {
+// Bᵀ d B of the input's 4×4, whose channels `get` loads.
+template <typename Get>
+inline void of_input(const Patch& d, const Get& get, Vector* v) {
   Vector r[16];
   for (int j = 0; j < 4; ++j) {
-    const Vector d0 = load(d[j] + channel), d1 = load(d[4 + j] + channel);
-    const Vector d2 = load(d[8 + j] + channel), d3 = load(d[12 + j] + channel);
+    const Vector d0 = get(d[j]), d1 = get(d[4 + j]), d2 = get(d[8 + j]), d3 = get(d[12 + j]);
     r[j] = d0 - d2, r[4 + j] = d1 + d2, r[8 + j] = d2 - d1, r[12 + j] = d1 - d3;
   }
   for (int i = 0; i < 16; i += 4) {
@@ -189,10 +201,10 @@ class Tiles {
       }
   }
 
-  // Writes 16 channels of its 2×2.
-  void write(std::int64_t tile, std::int64_t channel, const Vector* values) const {
+  // Its own 2×2.
+  void own(std::int64_t tile, BFloat16** pixels) const {
     const auto [image, top, left] = place(tile);
-    for (int i = 0; i < 4; ++i) store(pixel(image, top + i / 2, left + i % 2) + channel, values[i]);
+    for (int i = 0; i < 4; ++i) pixels[i] = pixel(image, top + i / 2, left + i % 2);
   }
 
   const std::int64_t count, channels;
@@ -212,40 +224,54 @@ class Tiles {
   const at::Tensor nothing_;
 };
 
-// A weight (K, 3, 3, C) → pairs (16, C/2, K) of its transform for y = w ∗ x.
+// Which input is the one, and which the other, of the pair `step` of a product: of 32, as
+// `load_half` finds them, first the even ones, then the odd ones.
+inline std::int64_t input_of(std::int64_t step, int one) {
+  const std::int64_t group = step / 16 * 32, within = step % 16;
+  return group + within % 8 * 4 + 2 * one + within / 8;
+}
+
+// A weight (K, 3, 3, C) → pairs (16, K/PANEL, C/2, PANEL) of its transform for y = w ∗ x.
 void pack(const float* weight, std::int64_t K, std::int64_t C, Pair* to) {
   at::parallel_for(0, K / 16, 1, [&](std::int64_t from, std::int64_t until) {
-    alignas(64) Pair found[POINTS][16][8];  // of 16 outputs, the pairs of 16 inputs
+    alignas(64) BFloat16 found[POINTS][16][16];  // of 16 outputs and 16 inputs
     for (std::int64_t k = 16 * from; k < 16 * until; k += 16)
-      for (std::int64_t c = 0; c < C; c += 16) {
+      for (std::int64_t step = 0; step < C / 2; step += 8) {
+        const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+        const __m512i which = _mm512_add_epi32(evens, _mm512_set1_epi32(step / 8 % 2));
         for (int i = 0; i < 16; ++i) {
           Vector w[9], u[POINTS];
-          for (int e = 0; e < 9; ++e) w[e] = _mm512_loadu_ps(weight + ((k + i) * 9 + e) * C + c);
+          for (int e = 0; e < 9; ++e) {
+            const float* const at = weight + ((k + i) * 9 + e) * C + step / 16 * 32;
+            w[e] = _mm512_permutex2var_ps(_mm512_loadu_ps(at), which, _mm512_loadu_ps(at + 16));
+          }
           of_weight(w, u);
-          for (int p = 0; p < POINTS; ++p) store(reinterpret_cast<BFloat16*>(found[p][i]), u[p]);
+          for (int p = 0; p < POINTS; ++p) store(found[p][i], u[p]);
         }
         for (int p = 0; p < POINTS; ++p)
           for (int s = 0; s < 8; ++s) {
-            Pair* row = to + (p * C / 2 + c / 2 + s) * K + k;
-            for (int i = 0; i < 16; ++i) row[i] = found[p][i][s];
+            Pair* const row = to + ((p * K / PANEL + k / PANEL) * C / 2 + step + s) * PANEL + k % PANEL;
+            for (int i = 0; i < 16; ++i)
+              row[i] = reinterpret_cast<const Pair*>(found[p][i])[s];
           }
       }
   });
 }
 
-// The same (16, K/2, C) for the gradient of x: inputs and outputs change places, and the kernel is
-// turned by 180°.
+// The same (16, C/PANEL, K/2, PANEL) for the gradient of x: inputs and outputs change places, and
+// the kernel is turned by 180°.
 void pack_turned(const float* weight, std::int64_t K, std::int64_t C, Pair* to) {
   at::parallel_for(0, K / 2, 1, [&](std::int64_t from, std::int64_t until) {
-    for (std::int64_t s = from; s < until; ++s)
+    for (std::int64_t step = from; step < until; ++step)
       for (std::int64_t c = 0; c < C; c += 16) {
         Vector w[9], u[2][POINTS];
-        for (int i = 0; i < 2; ++i) {
-          for (int e = 0; e < 9; ++e)
-            w[8 - e] = _mm512_loadu_ps(weight + ((2 * s + i) * 9 + e) * C + c);
-          of_weight(w, u[i]);
+        for (int one = 0; one < 2; ++one) {
+          const float* const at = weight + input_of(step, one) * 9 * C + c;
+          for (int e = 0; e < 9; ++e) w[8 - e] = _mm512_loadu_ps(at + e * C);
+          of_weight(w, u[one]);
         }
-        for (int p = 0; p < POINTS; ++p) store_pairs(to + (p * K / 2 + s) * C + c, u[0][p], u[1][p]);
+        for (int p = 0; p < POINTS; ++p)
+          store_pairs(to + ((p * C / PANEL + c / PANEL) * K / 2 + step) * PANEL + c % PANEL, u[0][p], u[1][p]);
       }
   });
 }
@@ -293,24 +319,32 @@ at::Tensor convolve(const at::Tensor& maps, const at::Tensor& weight_, bool turn
       for (std::int64_t t = 0; t < tiles; ++t) {
         Patch patch;
         from.see(first + t, patch);
-        for (std::int64_t c = 0; c < inputs; c += 16) {
-          Vector v[POINTS];
-          of_input(patch, c, v);
-          for (int p = 0; p < POINTS; ++p) store(V + p * point + t * inputs + c, v[p]);
+        for (std::int64_t c = 0; c < inputs; c += 32) {
+          Vector v[2][POINTS];
+          for (int odd = 0; odd < 2; ++odd)
+            of_input(patch, [=](const BFloat16* pixel) { return load_half(pixel + c, odd); }, v[odd]);
+          for (int p = 0; p < POINTS; ++p)
+            store_two(V + p * point + t * inputs + c, v[0][p], v[1][p]);
         }
       }
       for (std::int64_t k = 0; k < outputs; k += PANEL) {
         for (int p = 0; p < POINTS; ++p)
           multiply(tiles, {reinterpret_cast<const Pair*>(V + p * point), inputs / 2, 1},
-                   {U + p * inputs / 2 * outputs + k, outputs}, inputs / 2, {M + p * sums, PANEL},
+                   {U + (p * outputs + k) * inputs / 2, PANEL}, inputs / 2, {M + p * sums, PANEL},
                    false);
-        for (std::int64_t t = 0; t < tiles; ++t)
-          for (std::int64_t c = 0; c < PANEL; c += 16) {
-            Vector m[POINTS], found[4];
-            for (int p = 0; p < POINTS; ++p) m[p] = _mm512_loadu_ps(M + p * sums + t * PANEL + c);
-            to_output(m, found);
-            to.write(first + t, k + c, found);
+        for (std::int64_t t = 0; t < tiles; ++t) {
+          BFloat16* pixels[4];
+          to.own(first + t, pixels);
+          for (std::int64_t c = 0; c < PANEL; c += 32) {
+            Vector m[POINTS], found[2][4];
+            for (int half = 0; half < 2; ++half) {
+              const float* const sum = M + t * PANEL + c + 16 * half;
+              for (int p = 0; p < POINTS; ++p) m[p] = _mm512_loadu_ps(sum + p * sums);
+              to_output(m, found[half]);
+            }
+            for (int i = 0; i < 4; ++i) store_two(pixels[i] + k + c, found[0][i], found[1][i]);
           }
+        }
       }
     }
   });
@@ -347,7 +381,8 @@ at::Tensor weight_gradient(const at::Tensor& maps, const at::Tensor& gradient) {
     for (std::int64_t s = from; s < until; ++s) {
       for (int i = 0; i < 2; ++i) seen.see(first + 2 * s + i, patch[i]);
       for (std::int64_t c = 0; c < C; c += 16) {
-        for (int i = 0; i < 2; ++i) of_input(patch[i], c, value[i]);
+        for (int i = 0; i < 2; ++i)
+          of_input(patch[i], [c](const BFloat16* pixel) { return load(pixel + c); }, value[i]);
         for (int p = 0; p < POINTS; ++p)
           store_pairs(V + p * v_point + s * C + c, value[0][p], value[1][p]);
       }
