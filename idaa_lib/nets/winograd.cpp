@@ -1,4 +1,4 @@
-// 3×3 convolutions by minimal filtering, F(2×2, 3×3), for processors with AVX-512 bf16: see winograd.py.
+// 3×3 convolutions by minimal filtering, F(2×2, 3×3), with AVX-512 bf16: see winograd.py.
 //
 // Lavin & Gray 2016 (arXiv:1509.09308), §4.1: a tile of 2×2 outputs takes 16 products of a channel
 // instead of 36. Maps are channels-last bf16; transforms and sums are fp32. Every product of
@@ -12,20 +12,21 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
 
 namespace {
 
 using at::BFloat16;
-using Pair = std::int32_t;       // two neighbouring bf16
+using Pair = std::int32_t;          // two bf16
 using Patch = const BFloat16*[16];  // the 4×4 pixels that a tile sees, row by row
-using Vector = __m512;           // 16 channels
+using Vector = __m512;              // 16 channels in fp32
 
-constexpr std::int64_t POINTS = 16;    // at which the polynomials are multiplied: 4×4
-constexpr std::int64_t PANEL = 64;     // columns of a product at a time
+constexpr std::int64_t POINTS = 16;  // at which the polynomials are multiplied: 4×4
+constexpr std::int64_t PANEL = 64;   // columns of a product at a time
 constexpr std::int64_t FORWARD_TILES = 96, GRADIENT_TILES = 256;  // of a block, by trial
-constexpr std::int64_t SKEW = 64;      // so that the points of a tile do not share a set of the cache
+constexpr std::int64_t SKEW = 64;  // so that a tile's points do not share a set of the cache
 
-// --- 16 channels in and out -------------------------------------------------------------------------
+// --- channels in and out ----------------------------------------------------------------------
 
 inline Vector load(const BFloat16* from) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -50,13 +51,14 @@ inline Vector load_half(const BFloat16* from, bool odd) {
 
 // a0 b0 a1 b1 …
 inline void store_pairs(Pair* to, Vector a, Vector b) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                       23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
 }
 
-// --- transforms (Lavin & Gray, equation 8), rows first, then columns --------------------------------
+// --- transforms (Lavin & Gray, equations 8 to 10), rows first, then columns --------------------
 
 // Bᵀ d B of the input's 4×4, whose channels `get` loads.
 template <typename Get>
@@ -108,7 +110,8 @@ inline void of_weight(const Vector* w, Vector* u) {
   }
   for (int i = 0; i < 4; ++i) {
     const Vector *q = r + 3 * i, outer = (q[0] + q[2]) * half, middle = q[1] * half;
-    u[4 * i] = q[0], u[4 * i + 1] = outer + middle, u[4 * i + 2] = outer - middle, u[4 * i + 3] = q[2];
+    u[4 * i] = q[0], u[4 * i + 1] = outer + middle;
+    u[4 * i + 2] = outer - middle, u[4 * i + 3] = q[2];
   }
 }
 
@@ -126,7 +129,7 @@ inline void to_weight(const Vector* u, Vector* w) {
   }
 }
 
-// --- products of matrices ---------------------------------------------------------------------------
+// --- products of matrices ---------------------------------------------------------------------
 
 // Pairs (rows, steps), at any strides: row and step.
 struct Left {
@@ -179,7 +182,7 @@ void multiply(std::int64_t rows, Left a, Right b, std::int64_t steps, Sums c, bo
   }
 }
 
-// --- maps and weights -------------------------------------------------------------------------------
+// --- maps and weights -------------------------------------------------------------------------
 
 // Maps (B, C, H, W), channels-last, as tiles of 2×2 pixels, image by image and row by row.
 class Tiles {
@@ -237,8 +240,9 @@ void pack(const float* weight, std::int64_t K, std::int64_t C, Pair* to) {
     alignas(64) BFloat16 found[POINTS][16][16];  // of 16 outputs and 16 inputs
     for (std::int64_t k = 16 * from; k < 16 * until; k += 16)
       for (std::int64_t step = 0; step < C / 2; step += 8) {
-        const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-        const __m512i which = _mm512_add_epi32(evens, _mm512_set1_epi32(step / 8 % 2));
+        const __m512i which = _mm512_add_epi32(
+            _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0),
+            _mm512_set1_epi32(step / 8 % 2));
         for (int i = 0; i < 16; ++i) {
           Vector w[9], u[POINTS];
           for (int e = 0; e < 9; ++e) {
@@ -250,9 +254,9 @@ void pack(const float* weight, std::int64_t K, std::int64_t C, Pair* to) {
         }
         for (int p = 0; p < POINTS; ++p)
           for (int s = 0; s < 8; ++s) {
-            Pair* const row = to + ((p * K / PANEL + k / PANEL) * C / 2 + step + s) * PANEL + k % PANEL;
-            for (int i = 0; i < 16; ++i)
-              row[i] = reinterpret_cast<const Pair*>(found[p][i])[s];
+            const std::int64_t panel = p * K / PANEL + k / PANEL;
+            Pair* const row = to + (panel * C / 2 + step + s) * PANEL + k % PANEL;
+            for (int i = 0; i < 16; ++i) row[i] = reinterpret_cast<const Pair*>(found[p][i])[s];
           }
       }
   });
@@ -270,13 +274,15 @@ void pack_turned(const float* weight, std::int64_t K, std::int64_t C, Pair* to) 
           for (int e = 0; e < 9; ++e) w[8 - e] = _mm512_loadu_ps(at + e * C);
           of_weight(w, u[one]);
         }
-        for (int p = 0; p < POINTS; ++p)
-          store_pairs(to + ((p * C / PANEL + c / PANEL) * K / 2 + step) * PANEL + c % PANEL, u[0][p], u[1][p]);
+        for (int p = 0; p < POINTS; ++p) {
+          const std::int64_t panel = p * C / PANEL + c / PANEL;
+          store_pairs(to + (panel * K / 2 + step) * PANEL + c % PANEL, u[0][p], u[1][p]);
+        }
       }
   });
 }
 
-// --- the two operators ------------------------------------------------------------------------------
+// --- the two operators ------------------------------------------------------------------------
 
 at::Tensor channels_last(const at::Tensor& maps) {
   return maps.contiguous(at::MemoryFormat::ChannelsLast);
@@ -314,15 +320,16 @@ at::Tensor convolve(const at::Tensor& maps, const at::Tensor& weight_, bool turn
   share(blocks, parts, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
     BFloat16* const V = inner.data_ptr<BFloat16>() + part * POINTS * point;
     float* const M = outer.data_ptr<float>() + part * POINTS * sums;
-    for (std::int64_t first = begin * size; first < std::min(end * size, from.count); first += size) {
-      const std::int64_t tiles = std::min(size, from.count - first);
+    for (std::int64_t block = begin; block < end; ++block) {
+      const std::int64_t first = block * size, tiles = std::min(size, from.count - first);
       for (std::int64_t t = 0; t < tiles; ++t) {
         Patch patch;
         from.see(first + t, patch);
         for (std::int64_t c = 0; c < inputs; c += 32) {
           Vector v[2][POINTS];
           for (int odd = 0; odd < 2; ++odd)
-            of_input(patch, [=](const BFloat16* pixel) { return load_half(pixel + c, odd); }, v[odd]);
+            of_input(
+                patch, [=](const BFloat16* pixel) { return load_half(pixel + c, odd); }, v[odd]);
           for (int p = 0; p < POINTS; ++p)
             store_two(V + p * point + t * inputs + c, v[0][p], v[1][p]);
         }
@@ -363,7 +370,8 @@ at::Tensor weight_gradient(const at::Tensor& maps, const at::Tensor& gradient) {
   const bool apart = mine >= 4 * GRADIENT_TILES || C * K <= 128 * 128;
   const std::int64_t size = std::min(apart ? GRADIENT_TILES : 4 * GRADIENT_TILES,
                                      apart ? mine : divide(seen.count, 2) * 2);
-  const std::int64_t blocks = divide(seen.count, size), parts = apart ? std::min(threads, blocks) : 1;
+  const std::int64_t blocks = divide(seen.count, size);
+  const std::int64_t parts = apart ? std::min(threads, blocks) : 1;
   const std::int64_t v_point = size / 2 * C + SKEW, q_point = size / 2 * K + SKEW, sums = K * C;
   const auto left = at::empty({parts, POINTS * q_point}, x.options().dtype(at::kInt));
   const auto right = at::empty({parts, POINTS * v_point}, x.options().dtype(at::kInt));
@@ -382,7 +390,8 @@ at::Tensor weight_gradient(const at::Tensor& maps, const at::Tensor& gradient) {
       for (int i = 0; i < 2; ++i) seen.see(first + 2 * s + i, patch[i]);
       for (std::int64_t c = 0; c < C; c += 16) {
         for (int i = 0; i < 2; ++i)
-          of_input(patch[i], [c](const BFloat16* pixel) { return load(pixel + c); }, value[i]);
+          of_input(
+              patch[i], [=](const BFloat16* pixel) { return load(pixel + c); }, value[i]);
         for (int p = 0; p < POINTS; ++p)
           store_pairs(V + p * v_point + s * C + c, value[0][p], value[1][p]);
       }
