@@ -18,7 +18,7 @@ from torch import Tensor
 
 from idaa_lib.configs import UserError
 from idaa_lib.nets import convolution, evaluating
-from idaa_lib.nets.vae import VAE
+from idaa_lib.nets.vae import VAE, folded
 from idaa_lib.views import denormalise, normalise
 
 _Units = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
@@ -331,6 +331,7 @@ class IDAA(_Adversary):
             self.units = None if (mean, std) == own else ((mean, std), own)
 
     def compile_parts(self) -> None:
+        self.vae = folded(self.vae)
         convolution.prepare(self.vae)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from idaa_lib.nets import BACKBONES, build_backbone, convolution, evaluating, in
 from idaa_lib.nets.convolution import Conv3x3, weight_gradient
 from idaa_lib.nets.normalization import Normalize, batch_norm
 from idaa_lib.nets.resnet import zero_residuals
-from idaa_lib.nets.vae import VAE, Output, rate, vae_loss
+from idaa_lib.nets.vae import VAE, Output, folded, rate, vae_loss
 from idaa_lib.views import keyed_generator, recipe
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -458,3 +458,19 @@ def test_networks_made_in_threads_have_the_weights_of_their_seed():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(made, [0, 1, 2, 3] * 8))
     assert all(found[i] == made(i % 4) for i in range(len(found)))
+
+
+@pytest.mark.parametrize("size", [32, 84, 224])
+def test_a_vae_without_its_batch_norms_is_the_same_map(size):
+    vae = scrambled(VAE(8, size, width=16)).double()
+    whole, before = folded(vae), clones(vae.state_dict().items())
+    x = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
+    expected, found = vae.eval()(x), whole(x)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(output.G.sum(), x)[0] for output in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    # Those after a sum, at the edges of the bottleneck and of G stay.
+    left, were = (sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) for one in (whole, vae))
+    assert 0 < left < were
+    assert not changed(before, vae.state_dict().items())

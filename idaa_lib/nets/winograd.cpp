@@ -194,14 +194,17 @@ class Tiles {
 
   // Its pixels and those around them; zeros beyond the image and beyond the last tile.
   void see(std::int64_t tile, Patch& patch) const {
-    const BFloat16* nothing = nothing_.data_ptr<BFloat16>();
+    const BFloat16* const nothing = nothing_.data_ptr<BFloat16>();
     const auto [image, top, left] = place(tile);
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
+      const std::int64_t y = top + i - 1, row = (image * height_ + y) * width_;
+      const bool exists = tile < count && 0 <= y && y < height_;
       for (int j = 0; j < 4; ++j) {
-        const std::int64_t y = top + i - 1, x = left + j - 1;
-        const bool inside = tile < count && 0 <= y && y < height_ && 0 <= x && x < width_;
-        patch[4 * i + j] = inside ? pixel(image, y, x) : nothing;
+        const std::int64_t x = left + j - 1;
+        const bool inside = exists && 0 <= x && x < width_;
+        patch[4 * i + j] = inside ? pixels_ + (row + x) * channels : nothing;
       }
+    }
   }
 
   // Its own 2×2.
