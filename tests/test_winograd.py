@@ -1,10 +1,13 @@
 """Winograd's convolutions against the convolution itself: exactly, where all sums are whole numbers
 that bf16 and fp32 hold, and within a tolerance where they round."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.cpp_extension import get_cxx_compiler
 
 from idaa_lib.adversaries import IDAA
 from idaa_lib.nets import winograd
@@ -12,7 +15,8 @@ from idaa_lib.nets.convolution import Conv3x3, prepare
 from idaa_lib.nets.vae import VAE
 
 needs_kernels = pytest.mark.skipif(
-    not winograd.possible, reason="this processor has no AVX-512 bf16"
+    not (winograd.possible and shutil.which(get_cxx_compiler())),
+    reason="this machine has no AVX-512 bf16, or no C++ compiler",
 )
 LAST = torch.channels_last
 

@@ -77,8 +77,9 @@ class TrainingConfig(Config):
         split: `train` (a validation part held out) or `trainval` (all, as the papers do).
         epochs, batch_size (global, over all processes), learning_rate (at its highest).
         precision: fp32, bf16, or auto (bf16 where the device computes it natively).
-        compile: views and networks, and on one GPU the step as a CUDA graph: a warm-up of a minute
-            or two, then shorter steps (README, Speed).
+        compile: views and networks; on CPUs with AVX-512 bf16 wide 3×3 convolutions by Winograd's
+            algorithm, on one GPU the step as a CUDA graph: a warm-up of a minute or two, then
+            shorter steps (README, Speed). Needs a C++ compiler on a CPU.
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: epochs between two checkpoints (the last two are kept).
         tracker: none, tensorboard, wandb, mlflow.

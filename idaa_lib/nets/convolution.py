@@ -57,7 +57,7 @@ def prepare(module: nn.Module) -> None:
     if served and winograd.wins:
         try:
             winograd.load()
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             print(f"compile: convolutions stay as they are. {error}")
         for convolution in served:
             convolution.by_winograd = winograd.loaded

@@ -36,6 +36,7 @@ def load() -> None:
 
     Raises:
         RuntimeError: the compiler did not take the source, or there is none.
+        OSError: the cache cannot be written, or the library not be loaded.
     """
     global loaded
     if not loaded:
@@ -49,8 +50,8 @@ def _built() -> Path:
     """The library, from the cache of torch's extensions or compiled into it (a dozen seconds)."""
     from torch.utils import cpp_extension  # half a second, which a start without it keeps
 
-    made_of = (SOURCE.read_text(), *FLAGS, torch.__version__)
-    key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+    made_of = SOURCE.read_bytes() + " ".join([*FLAGS, torch.__version__]).encode()
+    key = hashlib.sha256(made_of).hexdigest()[:16]
     cache = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
     library = Path(cache).expanduser() / f"idaa_winograd-{key}.so"
     library.parent.mkdir(parents=True, exist_ok=True)
