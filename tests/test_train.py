@@ -417,7 +417,8 @@ def test_a_compiled_network_trains_like_a_plain_one_and_is_the_same_run(
     second = outcome(train(compiled))
     assert first[0].keys() == second[0].keys()
     for line, other in zip(first[2], second[2], strict=True):
-        assert line == pytest.approx(other, rel=1e-2)  # Adam turns rounding into steps
+        # Adam turns rounding into steps; an untrained VAE moves x by little more than rounding.
+        assert line == pytest.approx(other, rel=1e-2, abs=1e-7)
 
 
 def folder(root, n=24, classes=("a", "b")):
