@@ -44,7 +44,7 @@ browser:  ## Install Chromium for the browser tests (Debian, Ubuntu)
 		$$root apt-get update -q && \
 		$$root apt-get install -qy --no-install-recommends chromium fonts-dejavu-core
 
-bench: setup  ## Speed of ours against the straightforward formulation (about 15 quiet minutes)
+bench: setup  ## Speed of ours against the straightforward formulation (about 25 quiet minutes)
 	@$(PY) benchmarks/speed.py
 
 profile: setup  ## Where the time of an IDAA step goes: a page and a trace in outputs/profile

@@ -404,10 +404,12 @@ def test_a_compiled_network_trains_like_a_plain_one_and_is_the_same_run(
     adversary, outputs, monkeypatch
 ):
     short = {"precision": "fp32", "limit": 32, "epochs": 1, "log_every": 1}
-    plain = VAEConfig(**TINY | short, dim=8) if adversary == "vae" else ssl(**short)
-    if adversary != "vae":
+    if adversary == "vae":
+        plain = VAEConfig(**TINY | short, dim=8)
+    else:
         train_vae(VAE)
-        plain = plain.model_copy(update={"adversary": adversary})
+        # Its preset's ε; in small steps, as a δ of little gradient turns its sign with rounding.
+        plain = ssl(**short, adversary=adversary, learning_rate=1e-5)
         # All but the C++ compiler, which works a minute on an encoder's graphs.
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     compiled = plain.model_copy(update={"compile": True})
@@ -417,8 +419,7 @@ def test_a_compiled_network_trains_like_a_plain_one_and_is_the_same_run(
     second = outcome(train(compiled))
     assert first[0].keys() == second[0].keys()
     for line, other in zip(first[2], second[2], strict=True):
-        # Adam turns rounding into steps; an untrained VAE moves x by little more than rounding.
-        assert line == pytest.approx(other, rel=1e-2, abs=1e-7)
+        assert line == pytest.approx(other, rel=1e-2)  # Adam turns rounding into steps
 
 
 def folder(root, n=24, classes=("a", "b")):

@@ -36,7 +36,7 @@ class Walk:
         """z (n, m) of all candidates; those of the attacked images come first."""
         with torch.no_grad(), evaluating(self.scene.vae):
             return torch.cat(
-                [self.scene.vae.encode(part)[0] for part in self.engine.candidates.split(250)]
+                [self.scene.vae.mean_latent(part) for part in self.engine.candidates.split(250)]
             )
 
     @cached_property

@@ -86,8 +86,8 @@ class _Block(Normed):
         convolution = self.shortcut[0]
         assert isinstance(convolution, nn.Conv2d)
         if torch.compiler.is_compiling() and x.device.type == "cpu":
-            # Of the pixels it sees: with the stride, oneDNN takes four times as long for the
-            # gradient of the input. Rounded otherwise than torchvision's.
+            # Of the pixels it sees, without a stride, for which oneDNN's gradient of the input is
+            # slower (1 % of a step). Rounded otherwise than torchvision's.
             step, _ = convolution.stride
             return F.conv2d(x[:, :, ::step, ::step], convolution.weight)
         return convolution(x)
