@@ -72,7 +72,7 @@ class Direction:
     unit: Tensor
 
 
-class _Turn(NamedTuple):
+class Turn(NamedTuple):
     """What the call of an attack says besides images and loss: see `_Adversary.__call__`."""
 
     generator: torch.Generator | None = None
@@ -211,9 +211,9 @@ class _Adversary:
         Raises:
             AttackError: the gradient is not finite.
         """
-        return self._perform(x, attack_loss, _Turn(generator, shard, samples, step))
+        return self._perform(x, attack_loss, Turn(generator, shard, samples, step))
 
-    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: _Turn) -> Attack:
+    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: Turn) -> Attack:
         anchor = self.anchor(x, graph=not self.random_start)
         delta = torch.zeros_like(anchor.point)
         if self.random_start:
@@ -233,7 +233,7 @@ class _Adversary:
         """The first step's direction at x. With one step and no random start it is the attack."""
         anchor = self.anchor(x, graph=True)
         zero = torch.zeros_like(anchor.point)
-        unit = self._unit(anchor, zero, attack_loss, True, _Turn(generator))
+        unit = self._unit(anchor, zero, attack_loss, True, Turn(generator))
         self.check()
         return Direction(replace(anchor, start=None), unit)
 
@@ -253,7 +253,7 @@ class _Adversary:
         delta: Tensor,
         attack_loss: AttackLoss,
         at_start: bool,
-        turn: _Turn,
+        turn: Turn,
     ) -> Tensor:
         with torch.enable_grad():
             if at_start and anchor.start is not None:
@@ -291,7 +291,7 @@ class _Adversary:
         factor = self.epsilon / _length(delta).clamp_min(torch.finfo(delta.dtype).tiny)
         return delta * factor.clamp_max(1)
 
-    def _uniform(self, like: Tensor, turn: _Turn) -> Tensor:
+    def _uniform(self, like: Tensor, turn: Turn) -> Tensor:
         """A uniform draw of the ε-ball for each sample."""
         if self.norm == "linf":
             return self.epsilon * (2 * turn.draw(torch.rand, like) - 1)
@@ -375,89 +375,6 @@ class CLAE(_Adversary):
         return anchor.images + delta
 
 
-class CarriedIDAA(IDAA):
-    """IDAA that attacks every k-th step, and in between uses the δ that each image got last.
-
-    Ours, beyond the paper (docs/cheaper-attacks.md). An image that was never attacked has δ = 0. A
-    δ was found for another view of its image: it is carried over in the latent as it is.
-
-    Args:
-        vae, epsilon: as `IDAA`, of one ℓ∞ or ℓ2 step. memory: how many training images there are.
-        every: k.
-    """
-
-    recordable = False
-
-    def __init__(
-        self, vae: VAE, epsilon: float, memory: int, every: int = 2, **attack: Any
-    ) -> None:
-        super().__init__(vae, epsilon, **attack)
-        self.every = every
-        self.deltas = torch.zeros(memory, vae.dim)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"deltas": self.deltas}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.deltas.copy_(state["deltas"])
-
-    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: _Turn) -> Attack:
-        samples = self._places(turn, x.device)
-        if turn.step % self.every == 0:
-            attack = super()._perform(x, attack_loss, turn)
-            self._carry(samples, attack.delta)
-            return attack
-        return self._attack(self.anchor(x), self._carried(samples, x))
-
-    def _places(self, turn: _Turn, device: torch.device) -> Tensor:
-        """Where the δ of these images lie (B,), on `device`, to which the memory comes too."""
-        if turn.samples is None:
-            raise UserError(
-                "This attack carries δ over for each training image: it needs a method that says "
-                "which images a step attacks (Step.samples)."
-            )
-        self.deltas = self.deltas.to(device)
-        return turn.samples.to(device)
-
-    def _carried(self, samples: Tensor, x: Tensor) -> Tensor:
-        """δ (B, m) that these images got last."""
-        return self.deltas[samples].to(x.dtype)
-
-    def _carry(self, samples: Tensor, delta: Tensor) -> None:
-        self.deltas[samples] = delta.to(self.deltas.dtype)
-
-
-class FreeIDAA(CarriedIDAA):
-    """IDAA whose gradient is a by-product of training ("free", Shafahi et al. 2019,
-    arXiv:1904.12843).
-
-    x′ is made with the δ that its image got at its last visit, and keeps its graph to δ; the
-    backward pass of the training loss gives the gradient of the adversarial loss there, from which
-    comes the next δ. The attack costs no pass of its own; its loss is that of training, whose
-    anchor is z₁ of the main norms. Ours, beyond the paper. The VAE must be frozen, or that backward
-    pass would leave gradients in it.
-    """
-
-    _leaf: tuple[Tensor, Tensor] | None = None
-
-    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: _Turn) -> Attack:
-        anchor = self.anchor(x)
-        samples = self._places(turn, x.device)
-        delta = self._carried(samples, x)
-        with torch.enable_grad():
-            images = self.render(anchor, delta.requires_grad_())
-        self._leaf = samples, delta
-        z = anchor.point + delta.detach()
-        return Attack(images, delta.detach(), z, anchor.reconstruction)
-
-    def after_backward(self) -> None:
-        assert self._leaf is not None
-        samples, delta = self._leaf
-        assert delta.grad is not None
-        self._carry(samples, self.epsilon * self._direction(delta.grad))
-        self._leaf = None
-
-
 class RandomSign(IDAA):
     """IDAA's control: every coordinate of δ is ±ε (l2: equally large, ‖δ‖ = ε) with random sign.
 
@@ -467,7 +384,7 @@ class RandomSign(IDAA):
 
     recordable = False
 
-    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: _Turn) -> Attack:
+    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: Turn) -> Attack:
         anchor = self.anchor(x)
         unit = self._unit(anchor, anchor.point, attack_loss, True, turn)
         return self._attack(anchor, self.epsilon * unit)
@@ -478,7 +395,7 @@ class RandomSign(IDAA):
         delta: Tensor,
         attack_loss: AttackLoss,
         at_start: bool,
-        turn: _Turn,
+        turn: Turn,
     ) -> Tensor:
         signs = turn.draw(torch.rand, anchor.point).sub(0.5).sign()
         return signs if self.norm == "linf" else signs / _length(signs)

@@ -15,11 +15,10 @@ from idaa_lib.adversaries import (
     CLAE,
     IDAA,
     AttackError,
-    CarriedIDAA,
-    FreeIDAA,
     NoAdversary,
     RandomSign,
 )
+from idaa_lib.carried import CarriedIDAA, FreeIDAA
 from idaa_lib.configs import UserError
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.vae import VAE

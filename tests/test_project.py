@@ -53,9 +53,10 @@ ROOMS = {
     "checkpoints": {"runs"},
     "environment": {"configs", "images", "sources"},
     "adversaries": {"configs", "nets", "views"},
+    "carried": {"adversaries", "configs", "nets"},
     "methods": {"configs", "nets", "views", "randaugment"},
     "evaluate": CORE | {"methods", "photos"},
-    "train": CORE | {"methods", "adversaries", "evaluate"},
+    "train": CORE | {"methods", "adversaries", "carried", "evaluate"},
     "sweeps": {"configs", "environment", "runs", "commands", "train", "evaluate"},
     "interop": CORE | {"methods", "evaluate", "train"},
     "lab": CORE

@@ -83,6 +83,26 @@ def test_what_bf16_rounds_stays_small(kernels, layout):
         assert (one - other).norm() < 0.005 * other.norm()
 
 
+@needs_kernels
+def test_what_the_kernels_cannot_read_is_refused(kernels):
+    maps, weight = torch.zeros(2, 64, 4, 4, dtype=torch.bfloat16), torch.zeros(128, 64, 3, 3)
+    wide = torch.zeros(2, 128, 4, 4, dtype=torch.bfloat16)
+    for wrong, match in (
+        (lambda: kernels.convolve(wide, weight, False), r"\(B, 64, H, W\).* are \[2, 128, 4, 4\]"),
+        (lambda: kernels.convolve(maps, weight, True), r"\(B, 128, H, W\)"),
+        (lambda: kernels.convolve(maps[..., 1:], weight, False), "even sides"),
+        (lambda: kernels.convolve(maps[:, :32], weight[:, :32], False), "multiple of 64 channels"),
+        (lambda: kernels.convolve(maps, weight[:32], False), "multiple of 64 outputs"),
+        (lambda: kernels.convolve(maps, weight[..., 1:], False), r"is \[128, 64, 3, 2\]"),
+        (lambda: kernels.convolve(maps.float(), weight, False), "BFloat16"),
+        (lambda: kernels.convolve(maps, weight.bfloat16(), False), "Float"),
+        (lambda: kernels.weight_gradient(maps, wide[:1]), "differ in batch or side"),
+        (lambda: kernels.weight_gradient(maps, wide[:, :, :2]), "differ in batch or side"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            wrong()
+
+
 def prepared(module, monkeypatch):
     monkeypatch.setattr(winograd, "wins", True)
     prepare(module)

@@ -287,6 +287,14 @@ void pack_turned(const float* weight, std::int64_t K, std::int64_t C, Pair* to) 
 
 // --- the two operators ------------------------------------------------------------------------
 
+// Pointers go through maps unchecked: what `winograd.fits` lets through, and nothing else.
+void expect(const at::Tensor& maps, std::int64_t channels) {
+  TORCH_CHECK(maps.dim() == 4 && maps.size(1) == channels && channels % PANEL == 0 &&
+                  maps.size(2) % 2 == 0 && maps.size(3) % 2 == 0,
+              "maps must be (B, ", channels, ", H, W), with even sides and a multiple of ", PANEL,
+              " channels, and are ", maps.sizes(), ".");
+}
+
 at::Tensor channels_last(const at::Tensor& maps) {
   return maps.contiguous(at::MemoryFormat::ChannelsLast);
 }
@@ -304,9 +312,13 @@ std::int64_t divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // x (B, C, H, W), weight (K, C, 3, 3) → y (B, K, H, W); or, turned, y's gradient → x's.
 at::Tensor convolve(const at::Tensor& maps, const at::Tensor& weight_, bool turned) {
-  const at::Tensor x = channels_last(maps), weight = channels_last(weight_);
-  const std::int64_t K = weight.size(0), C = weight.size(1);
+  TORCH_CHECK(weight_.dim() == 4 && weight_.size(2) == 3 && weight_.size(3) == 3,
+              "weight must be (K, C, 3, 3), and is ", weight_.sizes(), ".");
+  const std::int64_t K = weight_.size(0), C = weight_.size(1);
   const std::int64_t inputs = turned ? K : C, outputs = turned ? C : K;
+  TORCH_CHECK(outputs % PANEL == 0, "A multiple of ", PANEL, " outputs is needed, not ", outputs);
+  expect(maps, inputs);
+  const at::Tensor x = channels_last(maps), weight = channels_last(weight_);
   const auto y = at::empty({x.size(0), outputs, x.size(2), x.size(3)}, x.options(),
                            at::MemoryFormat::ChannelsLast);
   const auto packed = at::empty({POINTS * K * C}, x.options());
@@ -363,6 +375,11 @@ at::Tensor convolve(const at::Tensor& maps, const at::Tensor& weight_, bool turn
 
 // x (B, C, H, W), y's gradient (B, K, H, W) → the weight's (K, C, 3, 3), fp32.
 at::Tensor weight_gradient(const at::Tensor& maps, const at::Tensor& gradient) {
+  expect(maps, maps.size(1));
+  expect(gradient, gradient.size(1));
+  for (const int side : {0, 2, 3})
+    TORCH_CHECK(maps.size(side) == gradient.size(side), "maps ", maps.sizes(), " and gradient ",
+                gradient.sizes(), " differ in batch or side.");
   const at::Tensor x = channels_last(maps), g = channels_last(gradient);
   const Tiles seen(x), felt(g);
   const std::int64_t C = seen.channels, K = felt.channels;

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from idaa_lib import checkpoints
-from idaa_lib.adversaries import AttackError, CarriedIDAA, NoAdversary
+from idaa_lib.adversaries import AttackError, NoAdversary
+from idaa_lib.carried import CarriedIDAA
 from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.environment import torch_device, uses_bf16
 from idaa_lib.evaluate.figures import embedding_std

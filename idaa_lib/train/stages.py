@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from idaa_lib import adversaries, checkpoints, runs
+from idaa_lib import adversaries, carried, checkpoints, runs
 from idaa_lib.configs import (
     ConfigError,
     EncoderConfig,
@@ -198,7 +198,7 @@ def _adversary(config: EncoderConfig, plan: _Plan) -> Any:
         return adversaries.NoAdversary()
     kind: Any = adversaries.RandomSign if config.adversary == "random_sign" else adversaries.IDAA
     if isinstance(config, SSLConfig) and config.attack in ("carried", "free"):
-        kind = adversaries.CarriedIDAA if config.attack == "carried" else adversaries.FreeIDAA
+        kind = carried.CarriedIDAA if config.attack == "carried" else carried.FreeIDAA
         attack |= {"memory": len(plan.data), "every": config.attack_every}
     mean, std = _units(plan.data)
     return kind(load_vae(plan.vae), **attack, mean=mean, std=std)
