@@ -3,8 +3,9 @@
     python benchmarks/precision.py [images] [epochs] [seeds]      # of CIFAR-10 ($IDAA_CIFAR10_ZIP)
 
 Training, attack and evaluation are all in the one precision or the other; one VAE serves all. With
-`compile=True` wide layers of a CPU convolve by Winograd's algorithm, which rounds more.
-About twenty quiet minutes on two cores that multiply bf16 natively; others emulate it, slowly.
+`compile=True` wide layers of a CPU convolve by Winograd's algorithm, which rounds more. How much
+time each saves is speed.py's to tell. About half an hour on two cores that multiply bf16 natively;
+others emulate it, slowly.
 """
 
 from __future__ import annotations
@@ -59,23 +60,14 @@ def main(limit: int = 3000, epochs: int = 5, seeds: int = 3) -> None:
                 )
                 for name in JUDGED:
                     values.setdefault(name, []).append((judged.summary or {})[name])
-                values.setdefault("seconds", []).append((run.summary or {})["seconds"])
     rows = [row for name in JUDGED for row in compared(name, found)]
-    for way in found:
-        if way != "fp32":
-            both = [found[p]["seconds"] for p in ("fp32", way)]
-            ratios = [a / b for a, b in zip(*both, strict=True)]
-            spread = [round(edge, 2) for edge in (min(ratios), max(ratios))]
-            value, means = round(fmean(ratios), 2), [round(fmean(each), 1) for each in both]
-            rows.append(record.row(f"seconds_ratio_{way}", value, "ratio", seeds, spread, means))
     protocol = f"""{Path(data["dataset"]).stem}, {limit:,} training images; VAE m=128, width
 {WIDTH}, fp32, {epochs} epochs; SimCLR + IDAA (ε = 0.1), ResNet-18 of width {WIDTH}, batch 128,
 {epochs} epochs, seeds 0 to {seeds - 1}; training and attack as the row names it, encoding in its
 precision; Winograd's convolutions in bf16_compiled: {"yes" if winograd.wins else "no"}; accuracy:
 top-1 on {limit:,} test images, clean protocol, mean over seeds, spread [least, most].
 *_difference_*: way − fp32, paired by seed, spread: Student's 95 % interval of the mean.
-seconds_ratio_*: fp32 / way, of training, a compiled one's warm-up included; baseline: mean seconds
-of [fp32, way]. perturbation_error_*: relative error of x′ − x in bf16 against fp32 at the same z
+perturbation_error_*: relative error of x′ − x in bf16 against fp32 at the same z
 and δ, random signs of that ε, n images (attacked δ change more and have less); *_compiled: the
 VAE as an attack with compile=True has it."""
     rows += errors

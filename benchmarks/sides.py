@@ -39,7 +39,7 @@ from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import outputs_root
 from idaa_lib.train.loop import Fit, make_accelerator
-from idaa_lib.views import keyed_generator, recipe
+from idaa_lib.views import compiled, keyed_generator, recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import reference
@@ -218,10 +218,10 @@ def linear_straightforward() -> Work:
 # --- ours ----------------------------------------------------------------------------------------
 
 
-def _views(compiled: bool) -> Work:
+def _views(compile: bool) -> Work:
     data = images(8 * BATCH)
     transform = recipe("simclr", 32, data.mean, data.std)
-    apply = torch.compile(transform.apply) if compiled else transform.apply
+    made = compiled(transform) if compile else transform.made
     resident, count = data.images.to(DEVICE), iter(range(10**9))
 
     def epoch() -> None:
@@ -229,17 +229,17 @@ def _views(compiled: bool) -> Work:
         for index in torch.randperm(len(resident), generator=generator).split(BATCH):
             x = resident[index.to(DEVICE)]
             for _ in range(2):
-                apply(x, transform.draw(len(x), generator, (32, 32)))
+                made(x, transform.numbers(len(x), generator))
 
     return epoch
 
 
 def views_eager() -> Work:
-    return _views(compiled=False)
+    return _views(compile=False)
 
 
 def views_compiled() -> Work:
-    return _views(compiled=True)
+    return _views(compile=True)
 
 
 def simclr_ours() -> Work:

@@ -12,13 +12,13 @@ levels as float, and each operation ends with whole levels, as PIL's do.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from idaa_lib.views import Params, Recipe
+from idaa_lib.views import Params, Recipe, row
 
 OPERATIONS = (
     "identity", "autocontrast", "equalize", "posterize", "solarize",
@@ -55,19 +55,20 @@ factor; rotate: degrees; shear: slope; translate: pixels | any |
     operations: int = 2
     magnitude: int = 10
 
-    def draw(self, n: int, generator: torch.Generator | None, image_size: Sequence[int]) -> Params:
-        params = super().draw(n, generator, image_size)
+    def _columns(self) -> list[int]:
+        return [*super()._columns(), *[self.operations] * 4, 2]
 
-        def uniform(columns: int) -> Tensor:
-            return torch.rand(n, columns, dtype=torch.float64, generator=generator)
-
-        k = self.operations
-        drawn = (uniform(k) * len(OPERATIONS)).long()
-        operations = torch.where(uniform(k) < 0.5, drawn, IDENTITY)
-        v = 1 + (uniform(k) * (self.magnitude - 1)).floor()
-        negative = uniform(k) < 0.5
+    def _meaning(
+        self, numbers: Tensor, given: Iterator[Tensor], image_size: Sequence[int]
+    ) -> Params:
+        params = super()._meaning(numbers, given, image_size)
+        which, whether, how, sign, where = given
+        drawn = (which * len(OPERATIONS)).long()
+        operations = torch.where(whether < 0.5, drawn, IDENTITY)
+        v = 1 + (how * (self.magnitude - 1)).floor()
+        negative = sign < 0.5
         square = self.size // 2
-        corner = (uniform(2) * self.size).floor() - square // 2
+        corner = (where * self.size).floor() - square // 2
         box = torch.cat([corner, torch.full_like(corner, square)], 1)
         strengths = strengths_of(operations, v, negative, self.size)
         drawn_here = {"strengths": strengths.float(), "cutout": box.float()}
@@ -82,10 +83,10 @@ factor; rotate: degrees; shear: slope; translate: pixels | any |
 
 def strengths_of(operations: Tensor, v: Tensor, negative: Tensor, size: int) -> Tensor:
     """Strengths, in each operation's units, of `v` in 1 … 9; all arguments of one shape."""
-    scale, bias = (torch.tensor(of, dtype=torch.float64)[operations] for of in (RANGES, BIASES))
+    scale, bias = (row(of, v)[operations] for of in (RANGES, BIASES))
     strength = scale * v / 10
     strength = torch.where(operations >= TRANSLATE_X, strength * size, strength)
-    whole = torch.tensor([POSTERIZE, SOLARIZE, ROTATE, TRANSLATE_X, TRANSLATE_Y])
+    whole = row((POSTERIZE, SOLARIZE, ROTATE, TRANSLATE_X, TRANSLATE_Y), operations)
     strength = torch.where(torch.isin(operations, whole), strength.floor(), strength) + bias
     strength = torch.where(operations == SOLARIZE, 256 - strength, strength)
     return torch.where((operations >= ROTATE) & negative, -strength, strength)

@@ -1,8 +1,9 @@
 """Batched random views: each paper's augmentation, drawn per sample and applied on any device.
 
-A view is made in two steps. `Recipe.draw` draws the parameters of a whole (global) batch on the CPU
-from a `torch.Generator`; a process keeps its rows of them. `Recipe.apply` is tensor work alone: no
-generator, no shape that depends on data, no wait for the device; it can be compiled or captured.
+A view is made in two steps. `Recipe.numbers` draws what is random about a whole (global) batch on
+the CPU from a `torch.Generator`; a process keeps its rows of it. `Recipe.made`, which finds the
+parameters (`parameters`) and the views (`apply`), is tensor work alone: no generator, no shape that
+depends on data, no wait for the device; it can be compiled or captured.
 
 Pixels are float in [0, 1] between the operations. Each operation agrees with torchvision's on float
 tensors; unlike PIL, nothing is rounded to 8 bits on the way.
@@ -10,7 +11,7 @@ tensors; unlike PIL, nothing is rounded to 8 bits on the way.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,45 +68,80 @@ class Recipe:
         """Side of the blur's kernel: about a tenth of the image, 3 at 32 px and 23 at 224 px."""
         return 2 * (self.size // 20) + 1
 
-    def draw(self, n: int, generator: torch.Generator | None, image_size: Sequence[int]) -> Params:
-        """Parameters of n views of images of `image_size` (height, width), on the CPU.
+    def numbers(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """The random numbers in [0, 1) that n views take: (n, ·), a row per sample, on the CPU.
 
-        What the recipe never does draws nothing and gets its neutral value, so `none` needs no
-        generator; elsewhere None is torch's global one.
+        What the recipe never does takes none, so `none` needs no generator; elsewhere None is
+        torch's global one. They are float64, so that integers made of them are unbiased.
         """
-        height, width = image_size
+        return torch.cat(
+            [
+                torch.rand(n, columns, dtype=torch.float64, generator=generator)
+                for columns in (0, *self._columns())
+            ],
+            1,
+        )
 
-        def uniform(*shape: int) -> Tensor:  # float64, so that integers made from it are unbiased
-            return torch.rand(n, *shape, dtype=torch.float64, generator=generator)
+    def _columns(self) -> list[int]:
+        """How many `parameters` asks for at a time."""
+        crop = [20, 2] if self.crop_scale is not None else [2] if self.shift else []
+        flip, gray = [1] if self.flip else [], [1] if self.gray else []
+        jitter = [1, 4, 4] if self.jitter_probability else []
+        return [*crop, *flip, *jitter, *gray, *([1, 1] if self.blur else [])]
+
+    def parameters(self, numbers: Tensor, image_size: Sequence[int]) -> Params:
+        """What `numbers` (n, ·) mean for images of `image_size` (height, width), on their device.
+
+        What the recipe never does gets its neutral value.
+        """
+        return self._meaning(numbers, iter(numbers.split(self._columns(), 1)), image_size)
+
+    def _meaning(
+        self, numbers: Tensor, given: Iterator[Tensor], image_size: Sequence[int]
+    ) -> Params:
+        """`parameters`, of all numbers and of their columns in the order of use."""
+        (height, width), n = image_size, len(numbers)
 
         def happens(probability: float) -> Tensor:
-            return uniform(1) < probability if probability else torch.zeros(n, 1, dtype=torch.bool)
+            if not probability:
+                return numbers.new_zeros(n, 1, dtype=torch.bool)
+            return next(given) < probability
 
         if self.crop_scale is None:
-            crop = torch.tensor([0, 0, height, width]).expand(n, 4)
+            crop = row((0, 0, height, width), numbers).expand(n, 4)
             if self.shift:
-                room = torch.tensor(self._margin(image_size))
-                corner = (uniform(2) * (2 * room + 1)).floor() - room
+                room = row(self._margin(image_size), numbers)
+                corner = (next(given) * (2 * room + 1)).floor() - room
                 crop = torch.cat([corner, crop[:, 2:]], 1)
         else:
-            sides, corners = uniform(10, 2), uniform(2)
+            sides, corners = next(given).unflatten(1, (10, 2)), next(given)
             crop = draw_crops(sides, corners, (height, width), self.crop_scale, self.crop_ratio)
         flip = happens(self.flip)
-        color = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64).expand(n, 4)
-        order = torch.arange(4).expand(n, 4)
+        color = row((1, 1, 1, 0), numbers).expand(n, 4)
+        place = torch.arange(4, device=numbers.device)
+        order = place.expand(n, 4)
         if self.jitter_probability:
-            strength = torch.tensor(self.jitter, dtype=torch.float64)
-            low, high = color - strength, color + strength
-            low[:, :HUE].clamp_(min=0)
-            color = torch.where(happens(self.jitter_probability), low.lerp(high, uniform(4)), color)
-            order = uniform(4).argsort(1)
+            *factors, hue = self.jitter
+            low = row([*(max(0, 1 - f) for f in factors), -hue], numbers).expand(n, 4)
+            high = row([*(1 + f for f in factors), hue], numbers).expand(n, 4)
+            color = torch.where(
+                happens(self.jitter_probability), low.lerp(high, next(given)), color
+            )
+            # Sorted by random numbers; no two are equal but once in 2⁵³.
+            by = next(given)
+            rank = (by[:, None] < by[:, :, None]).sum(2)
+            order = ((rank[:, None] == place[:, None]) * place).sum(2)
         gray = happens(self.gray)
-        sigma = torch.zeros(n, 1)
+        sigma = numbers.new_zeros(n, 1)
         if self.blur:
             weakest, strongest = self.blur_sigma
-            sigma = happens(self.blur) * (weakest + (strongest - weakest) * uniform(1))
+            sigma = happens(self.blur) * (weakest + (strongest - weakest) * next(given))
         params = {"crop": crop, "flip": flip, "color": color, "gray": gray, "blur": sigma}
         return {name: value.float() for name, value in params.items()} | {"order": order}
+
+    def draw(self, n: int, generator: torch.Generator | None, image_size: Sequence[int]) -> Params:
+        """Parameters of n views of images of `image_size` (height, width), on the CPU."""
+        return self.parameters(self.numbers(n, generator), image_size)
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """The views (B, 3, size, size), normalised, of uint8 images (B, 3, H, W)."""
@@ -147,8 +183,11 @@ class Recipe:
 
     def __call__(self, images: Tensor, generator: torch.Generator | None) -> Views:
         """One random view of every uint8 image (B, 3, H, W)."""
-        params = self.draw(len(images), generator, images.shape[2:])
-        params = to_device(params, images.device)
+        return self.made(images, self.numbers(len(images), generator))
+
+    def made(self, images: Tensor, numbers: Tensor) -> Views:
+        """The view of each of uint8 images (B, 3, H, W) that `numbers` (B, ·) stand for."""
+        params = to_device(self.parameters(numbers, images.shape[2:]), images.device)
         return Views(self.apply(images, params), params)
 
 
@@ -204,6 +243,25 @@ def to_device(params: Params, device: torch.device) -> Params:
     return {name: value.to(device, non_blocking=True) for name, value in params.items()}
 
 
+def compiled(recipe: Recipe) -> Callable[[Tensor, Tensor], Views]:
+    """`recipe.made` in a few kernels, where the images are.
+
+    A batch then costs the host its random numbers and one copy, where the parameters took it sixty
+    small operations and six copies: more time than a GPU needs for the views themselves.
+    """
+    made = torch.compile(recipe.made)
+
+    def on_device(images: Tensor, numbers: Tensor) -> Views:
+        return made(images, numbers.to(images.device, non_blocking=True))
+
+    return on_device
+
+
+def row(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor of the kind of `like`, by no copy to its device."""
+    return torch.stack([like.new_full((), value) for value in values])
+
+
 def draw_crops(
     sides: Tensor,
     corners: Tensor,
@@ -217,16 +275,19 @@ def draw_crops(
     allowed ratio; here the ten are made at once and the first that fits is kept.
     """
     height, width = image_size
-    bounds = torch.tensor([height, width], dtype=torch.float64)
+    bounds = row((height, width), sides)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * sides[..., 0])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = (low + (high - low) * sides[..., 1]).exp()
     tried = torch.stack([area / aspect, area * aspect], -1).sqrt().round()  # (n, 10, 2)
     fits = ((tried > 0) & (tried <= bounds)).all(-1)
-    found = fits.any(1, keepdim=True)
-    first = tried[torch.arange(len(tried)), fits.int().argmax(1)]
+    attempts = fits.shape[1]
+    attempt = torch.arange(attempts, device=fits.device)
+    first = torch.where(fits, attempt, attempts).amin(1, keepdim=True)
+    found = first < attempts
+    fitting = tried.gather(1, first.clamp(max=attempts - 1)[..., None].expand(-1, 1, 2))[:, 0]
     central = (min(height, round(width / ratio[0])), min(width, round(height * ratio[1])))
-    box = torch.where(found, first, torch.tensor(central))
+    box = torch.where(found, fitting, row(central, sides))
     room = bounds - box
     corner = torch.where(found, corners * (room + 1), room / 2).floor()
     return torch.cat([corner, box], 1)

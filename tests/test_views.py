@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from idaa_lib import views
+from idaa_lib.randaugment import RandAugment
 from idaa_lib.views import RECIPES, Params, denormalise, keyed_generator, normalise, recipe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -438,12 +439,30 @@ def test_flat_images_give_finite_pixels_in_range(name: str, fill: int) -> None:
     assert x.max() < 1 + CLOSE
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_applying_reads_no_value_back(name: str) -> None:
-    """Tensors of the meta device have no values: a shape or a branch that needs one raises."""
-    meta = {key: value.to("meta") for key, value in draw(name, 8, (96, 80), 64, 15).items()}
+@pytest.mark.parametrize("name", [*RECIPES, "strong"])
+def test_what_is_made_of_numbers_reads_no_value_back_and_leaves_none_over(name: str) -> None:
+    """Tensors of the meta device have no values: a shape or a branch that needs one raises, as does
+    an operation with a tensor elsewhere."""
+    drawn = RandAugment(64, MEAN, STD, flip=0.5, shift=0.1) if name == "strong" else make(name, 64)
+    numbers = drawn.numbers(8, keyed_generator(15)).to("meta")
     images = torch.empty(8, 3, 96, 80, dtype=torch.uint8, device="meta")
-    assert make(name, 64).apply(images, meta).shape == (8, 3, 64, 64)
+    found = drawn.made(images, numbers)
+    assert found.images.shape == (8, 3, 64, 64)
+    assert {value.device.type for value in found.params.values()} == {"meta"}
+    given = iter(numbers.split(drawn._columns(), 1))
+    drawn._meaning(numbers, given, (96, 80))
+    assert next(given, None) is None
+
+
+# A strong view's pixels are whole levels: a few are rounded to a neighbour.
+@pytest.mark.parametrize(("name", "others"), [("simsiam", 0), ("strong", 1e-3)])
+def test_compiled_views_are_the_views(name: str, others: float) -> None:
+    drawn = RandAugment(40, MEAN, STD, flip=0.5, shift=0.1) if name == "strong" else make(name, 40)
+    images, numbers = photographs(64, 48, 44), drawn.numbers(64, keyed_generator(18))
+    plain, found = drawn.made(images, numbers), views.compiled(drawn)(images, numbers)
+    for key, value in plain.params.items():
+        torch.testing.assert_close(found.params[key], value, rtol=1e-6, atol=0)
+    assert ((found.images - plain.images).abs() > 1e-4).double().mean() <= others
 
 
 def test_an_unknown_recipe_is_named_with_the_known_ones() -> None:

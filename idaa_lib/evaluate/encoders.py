@@ -102,8 +102,7 @@ def features(
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device)
-            params = transform.draw(len(batch), generator, batch.shape[2:])
-            x = transform.apply(batch, params)
+            x = transform(batch, generator).images
             with autocast:
                 z = module(x)
             rows.append(z.float().cpu())

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from idaa_lib.configs import ConfigError, EncoderConfig, SSLConfig
 from idaa_lib.nets import build_backbone, convolution, initial_weights
-from idaa_lib.views import Params, Recipe, Views, keyed_generator, to_device
+from idaa_lib.views import Recipe, Views, compiled, keyed_generator
 
 Batch = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -100,7 +100,7 @@ class Method(nn.Module):
         self.network = network
         self.recipe = recipe
         self.weight_decay = weight_decay
-        self.augment = recipe.apply
+        self.augment: Callable[[Tensor, Tensor], Views] = recipe.made
 
     @classmethod
     def official_protocol(cls, config: SSLConfig) -> OfficialProtocol:
@@ -133,8 +133,7 @@ class Method(nn.Module):
 
     def view(self, images: Tensor, generator: torch.Generator, shard: tuple[int, int]) -> Views:
         """One view of each image; shard is (rank, processes)."""
-        params = share_of_draw(self.recipe, images, generator, shard)
-        return Views(self.augment(images, params), params)
+        return self.augment(images, share_of_numbers(self.recipe, images, generator, shard))
 
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
         raise NotImplementedError
@@ -149,7 +148,7 @@ class Method(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile what gains by it (`compile=True`), which changes rounding and nothing else."""
-        self.augment = torch.compile(self.recipe.apply)
+        self.augment = compiled(self.recipe)
         convolution.prepare(self)
         self.network.compile()
 
@@ -324,19 +323,17 @@ def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     torch._foreach_lerp_(theirs, ours, 1 - momentum)
 
 
-def share_of_draw(
+def share_of_numbers(
     recipe: Recipe, images: Tensor, generator: torch.Generator, shard: tuple[int, int]
-) -> Params:
-    """Parameters of one view of each of the B images of this process, shard (rank, processes).
+) -> Tensor:
+    """Random numbers of one view of each of the B images of this process, shard (rank, processes).
 
     They are drawn for the global batch of processes · B images and the part of this rank is kept,
     so that n processes draw what one would.
     """
     rank, processes = shard
     b = len(images)
-    params = recipe.draw(processes * b, generator, tuple(images.shape[-2:]))
-    mine = {k: v[rank * b : (rank + 1) * b] for k, v in params.items()}
-    return to_device(mine, images.device)
+    return recipe.numbers(processes * b, generator)[rank * b : (rank + 1) * b]
 
 
 class _Gather(torch.autograd.Function):

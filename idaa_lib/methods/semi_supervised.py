@@ -4,7 +4,7 @@ averaged weights."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from idaa_lib.methods.base import (
     backbone_of,
     follow,
     frozen_copy,
-    share_of_draw,
+    share_of_numbers,
 )
 from idaa_lib.nets.heads import Classifier, Embedder
 from idaa_lib.randaugment import RandAugment
-from idaa_lib.views import Recipe, Views, keyed_generator
+from idaa_lib.views import Recipe, Views, compiled, keyed_generator
 
 # Streams of random numbers, the last part of the key, beside those of the training loop.
 LABELLED, UNLABELLED, SUBSET = 4, 5, 6
@@ -90,7 +90,7 @@ class SemiSupervised(Method):
         self.strong = RandAugment(
             recipe.size, recipe.mean, recipe.std, flip=recipe.flip, shift=recipe.shift
         )
-        self.augment_strongly = self.strong.apply
+        self.augment_strongly: Callable[[Tensor, Tensor], Views] = self.strong.made
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long), persistent=False)
         self.all_labelled = False
 
@@ -123,12 +123,12 @@ class SemiSupervised(Method):
         """A weak view of the labelled images, a weak and a strong one of the unlabelled."""
         labelled = self.view(images["labelled"], generator, shard)
         weak = self.view(images["images"], generator, shard)
-        params = share_of_draw(self.strong, images["images"], generator, shard)
-        return labelled, weak, Views(self.augment_strongly(images["images"], params), params)
+        numbers = share_of_numbers(self.strong, images["images"], generator, shard)
+        return labelled, weak, self.augment_strongly(images["images"], numbers)
 
     def compile_parts(self) -> None:
         super().compile_parts()
-        self.augment_strongly = torch.compile(self.strong.apply)
+        self.augment_strongly = compiled(self.strong)
 
     def after_step(self, step: Step, progress: float) -> None:
         follow(self.ema, self.network, self.config.ema_decay)
