@@ -14,8 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import record
@@ -25,8 +24,7 @@ from paired import ALLOCATOR, Pair, Side, pair
 
 Rows = list[dict[str, Any]]
 CUDA = sides.DEVICE.type == "cuda"
-# Pairs of steps: one that is compiled for a GPU is recorded at its fourth call.
-turns = partial(pair, warm_up=6 if CUDA else 2)
+EPOCH = 50_000  # images
 PROTOCOL = f"""Each ratio is straightforward / ours, the median over n turns of two processes that
 take turns (benchmarks/paired.py; warm-up not counted, a second's pause between turns); spread:
 quartiles of the ratio; baseline: median seconds of [straightforward, ours]. Images: photographs, 32
@@ -42,7 +40,9 @@ included, ours with compile=True. linear_eval: straightforward: one epoch that e
 peak beyond the features of 10,000 queries against 50,000 × 512 (random; resident, on a GPU
 allocated; baseline: seconds). step_peak_mib: peak resident (on a GPU: allocated) memory of an IDAA
 step's process; baseline: the straightforward one's. startup_seconds: a new process imports, loads
-the cached images and takes a first SimCLR step of 64. On a GPU also epoch_seconds_*: 195 steps;
+the cached images and takes a first SimCLR step of 64. On a GPU a turn of ours is {sides.TIMES}
+steps, epochs of the VAE or of views, of which the seconds of one count; also epoch_seconds_*: of
+{EPOCH:,} images, from n steps in turns of {sides.TIMES} (of the VAE, times {sides.VAE_STEPS});
 minutes_300_epochs_idaa: 300 such epochs and 30 validations (kNN, {sides.QUERIES} against
 {sides.BANK}), added up; baseline: seconds of [an epoch, a validation]."""
 
@@ -60,16 +60,16 @@ def views() -> Rows:
 
 def simclr() -> Rows:
     return [
-        ratio("simclr_step_ratio", turns(Side("simclr-straightforward"), Side("simclr-ours"), 7))
+        ratio("simclr_step_ratio", pair(Side("simclr-straightforward"), Side("simclr-ours"), 7))
     ]
 
 
 def idaa() -> Rows:
-    found = turns(Side("idaa-straightforward"), Side("idaa-ours"), 7)
+    found = pair(Side("idaa-straightforward"), Side("idaa-ours"), 7)
     peak = record.row(
         "step_peak_mib", round(found.fast_mib), "MiB", found.n, None, round(found.slow_mib)
     )
-    default = turns(Side("idaa-straightforward", allocator=False), Side("idaa-ours"), 9)
+    default = pair(Side("idaa-straightforward", allocator=False), Side("idaa-ours"), 9)
     return [
         ratio("idaa_step_ratio", found),
         peak,
@@ -78,7 +78,7 @@ def idaa() -> Rows:
 
 
 def idaa_over_simclr() -> Rows:
-    return [ratio("idaa_over_simclr", turns(Side("idaa-ours"), Side("simclr-ours"), 9))]
+    return [ratio("idaa_over_simclr", pair(Side("idaa-ours"), Side("simclr-ours"), 9))]
 
 
 def vae() -> Rows:
@@ -152,26 +152,32 @@ def epochs() -> Rows:
     """On a GPU: an epoch of 50,000 images, and 300 of them with a validation every ten."""
     if not CUDA:
         return []
-    seconds = {name: _seconds(f"{name}-ours", 195) for name in ("simclr", "idaa")}
-    validation = _seconds("validation-ours", 3) / 3
-    whole = (300 * seconds["idaa"] + 30 * validation) / 60
-    rows = [
-        record.row(f"epoch_seconds_{name}", round(found, 3), "s", 195)
-        for name, found in seconds.items()
+    turns = 12
+    steps = turns * sides.TIMES
+    vae = EPOCH // (sides.VAE_BATCH * sides.VAE_STEPS) * _seconds("vae-ours", turns)
+    simclr, idaa = (
+        EPOCH // sides.BATCH * _seconds(f"{name}-ours", turns) for name in ("simclr", "idaa")
+    )
+    validation = _seconds("validation-ours", 3)
+    whole = (300 * idaa + 30 * validation) / 60
+    parts = [round(idaa, 3), round(validation, 3)]
+    return [
+        record.row("epoch_seconds_vae", round(vae, 3), "s", steps * sides.VAE_STEPS),
+        record.row("epoch_seconds_simclr", round(simclr, 3), "s", steps),
+        record.row("epoch_seconds_idaa", round(idaa, 3), "s", steps),
+        record.row("minutes_300_epochs_idaa", round(whole, 2), "min", steps, None, parts),
     ]
-    parts = [round(seconds["idaa"], 3), round(validation, 3)]
-    return [*rows, record.row("minutes_300_epochs_idaa", round(whole, 2), "min", 195, None, parts)]
 
 
-def _seconds(name: str, times: int) -> float:
-    """Of so many turns of one side, after a warm-up."""
+def _seconds(name: str, turns: int) -> float:
+    """Of one working of a side, the mean over so many turns after two that warm it up."""
     side = Side(name)
-    for _ in range(max(1, times // 20)):
+    for _ in range(2):
         side.work(count=False)
-    for _ in range(times):
+    for _ in range(turns):
         side.work()
     side.close()
-    return sum(side.seconds)
+    return fmean(side.seconds)
 
 
 def _python(code: str) -> str:
