@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 import subprocess
@@ -33,15 +34,11 @@ def write(name: str, protocol: str, rows: list[dict[str, Any]]) -> Path:
     today = datetime.date.today().isoformat()
     machine = hardware()
     slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=RESULTS.parent, capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
     path = RESULTS / f"{today}-{slug}-{name}.json"
     content = {
         "name": name,
         "date": today,
-        "commit": commit,
+        "commit": _commit(),
         "hardware": machine,
         "versions": versions(),
         "protocol": protocol,
@@ -50,3 +47,11 @@ def write(name: str, protocol: str, rows: list[dict[str, Any]]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return path
+
+
+@functools.cache  # a file that is written twice would make the second dirty
+def _commit() -> str:
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=RESULTS.parent, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip

@@ -206,15 +206,16 @@ def main(words: list[str]) -> int:
         return 2
     torch.set_num_threads(1)  # this process only waits; hardware() names the threads of the sides
     rows: Rows = []
+    name = "-".join(["speed", *words])  # parts have files of their own
     with tempfile.TemporaryDirectory() as folder:
         os.environ["IDAA_OUTPUTS"] = folder
-        for name in words or PARTS:
-            for row in PARTS[name]():
+        for part in words or PARTS:
+            for row in PARTS[part]():
                 print(f"{row['what']:<36} {row['value']:>10} {row['unit']}", flush=True)
                 rows.append(row)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    name = "-".join(["speed", *words])  # parts have files of their own
-    print(record.write(name, " ".join(PROTOCOL.split()), rows))
+            # After each, so that what stops the next loses nothing.
+            path = record.write(name, " ".join(PROTOCOL.split()), rows)
+    print(path)
     return 0
 
 

@@ -240,7 +240,14 @@ def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def to_device(params: Params, device: torch.device) -> Params:
-    return {name: value.to(device, non_blocking=True) for name, value in params.items()}
+    return {name: sent(value, device) for name, value in params.items()}
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """It on the device, without waiting for what that still computes: a GPU copies memory that is
+    not pinned only when it is done, from a certain size on."""
+    waits = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if waits else tensor).to(device, non_blocking=True)
 
 
 def compiled(recipe: Recipe) -> Callable[[Tensor, Tensor], Views]:
@@ -249,10 +256,10 @@ def compiled(recipe: Recipe) -> Callable[[Tensor, Tensor], Views]:
     A batch then costs the host its random numbers and one copy, where the parameters took it sixty
     small operations and six copies: more time than a GPU needs for the views themselves.
     """
-    made = torch.compile(recipe.made)
+    made = torch.compile(recipe.made, dynamic=False)
 
     def on_device(images: Tensor, numbers: Tensor) -> Views:
-        return made(images, numbers.to(images.device, non_blocking=True))
+        return made(images, sent(numbers, images.device))
 
     return on_device
 

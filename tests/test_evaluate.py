@@ -19,7 +19,13 @@ from idaa_lib import checkpoints, runs
 from idaa_lib.configs import EvalConfig
 from idaa_lib.evaluate.crops import TRUST, crop_probe, enlarged, scale_by_trust
 from idaa_lib.evaluate.encoders import Encoder, features, pixels
-from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
+from idaa_lib.evaluate.figures import (
+    accuracy,
+    alignment,
+    effective_rank,
+    embedding_std,
+    uniformity,
+)
 from idaa_lib.evaluate.knn import knn, official_bank
 from idaa_lib.evaluate.linear import linear_probe, logistic_regression, official_probe, predict
 from idaa_lib.images import load
@@ -306,6 +312,18 @@ def test_embedding_std_closed_forms():
     assert embedding_std(lengths * normal(1, 8)) == pytest.approx(0, abs=1e-6)
     assert embedding_std(normal(100_000, 8)) == pytest.approx(1, abs=5e-3)
     assert embedding_std(7 * normal(100_000, 8)) == pytest.approx(1, abs=5e-3)
+
+
+def test_alignment_and_uniformity_against_their_definitions_and_at_both_ends():
+    z1, z2 = (F.normalize(normal(40, 6), dim=1) for _ in range(2))
+    pairs = torch.tensor([torch.dist(a, b).square() for a, b in zip(z1, z2, strict=True)])
+    assert alignment(z1, z2) == pytest.approx(pairs.mean().item(), rel=1e-5)
+    assert alignment(z1, z1) == 0
+    kernel = torch.pdist(z1.double()).square().mul(-2).exp()
+    assert uniformity(z1) == pytest.approx(kernel.mean().log().item(), rel=1e-5)
+    assert uniformity(z1[:1].expand(30, -1)) == pytest.approx(0, abs=1e-5)
+    sphere = F.normalize(normal(3000, 64), dim=1)
+    assert uniformity(sphere) == pytest.approx(-4 + 8 / 64, abs=0.02)
 
 
 # --- features

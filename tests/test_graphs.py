@@ -160,14 +160,20 @@ def test_a_recorded_attack_that_is_not_finite_is_told(outputs, tapes, monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("adversary", ["none", "clae", "idaa"])
-def test_a_cuda_graph_trains_like_single_launches(outputs, adversary):
-    """In fp32 over twelve steps, of which nine are replayed."""
+def test_a_cuda_graph_trains_like_single_launches(outputs, adversary, monkeypatch):
+    """In fp32 over twelve steps, of which nine are replayed. The rate is small: an attack's signs
+    turn where a gradient is nearly 0, and Adam makes much of it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     train_vae(VAE)
-    losses = {}
-    for compiled in (False, True):
-        values = SSL | {"device": "cuda", "compile": compiled, "adversary": adversary}
-        config = SSLConfig(**values)
+    few = {"device": "cuda", "adversary": adversary, "learning_rate": 1e-5}
+
+    def losses(compile):
+        config = SSLConfig(**SSL | few, compile=compile)
         if locate(config).finished:  # `compile` is no part of a run's identity
             shutil.rmtree(locate(config).path)
-        losses[compiled] = [r["loss"] for r in train_ssl(config).metrics() if "loss" in r]
-    assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+        return [r["loss"] for r in train_ssl(config).metrics() if "loss" in r]
+
+    recorded, plain = losses(True), losses(False)
+    monkeypatch.setattr(Fit, "_recordable", lambda fit: False)
+    assert recorded == pytest.approx(losses(True), rel=1e-3)
+    assert recorded == pytest.approx(plain, rel=2e-2)

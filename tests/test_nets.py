@@ -389,9 +389,9 @@ def test_an_attack_computes_no_weight_gradient(monkeypatch):
     assert called and conv.weight.grad is not None
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("slope", [None, 0.0, 0.1])
 @pytest.mark.parametrize("adds", [False, True])
-def test_a_fused_batch_norm_is_torch_s(adds, relu, monkeypatch):
+def test_a_fused_batch_norm_is_torch_s(adds, slope, monkeypatch):
     """Output, all gradients and what it remembers, in fp64; as where it is compiled."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     found = []
@@ -404,10 +404,10 @@ def test_a_fused_batch_norm_is_torch_s(adds, relu, monkeypatch):
         x, residual = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in "xr")
         y = 3 * x + 2
         if fused:
-            y = batch_norm(norm, y, residual if adds else None, relu)
+            y = batch_norm(norm, y, residual if adds else None, slope)
         else:
             y = norm(y) + residual if adds else norm(y)
-            y = torch.relu(y) if relu else y
+            y = y if slope is None else F.leaky_relu(y, slope)
         inputs = (x, norm.weight, norm.bias, *[residual] * adds)
         found.append((y, *torch.autograd.grad(y, inputs, torch.randn_like(y)), *norm.buffers()))
     for ours, theirs in zip(*found, strict=True):
@@ -419,7 +419,7 @@ def test_a_fused_batch_norm_keeps_a_small_variance_beside_a_large_mean():
     generator = torch.Generator().manual_seed(0)
     x = 1000 + torch.randn(8, 3, 16, 16, generator=generator)
     gamma, beta = torch.ones(3), torch.zeros(3)
-    y, mean, var = Normalize.apply(x, gamma, beta, None, 1e-5, False)
+    y, mean, var = Normalize.apply(x, gamma, beta, None, 1e-5, None)
     exact = x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), exact.var(1, correction=0), rtol=1e-3, atol=0)

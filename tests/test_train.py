@@ -399,17 +399,29 @@ def test_compiled_views_are_the_same_views(outputs):
         torch.testing.assert_close(ours.images, theirs.images, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("adversary", ["vae", "clae", "idaa"])
+@pytest.mark.parametrize(
+    ("method", "adversary"),
+    [
+        ("vae", None), ("simclr", "clae"), ("simclr", "idaa"), ("moco", "none"), ("byol", "none"),
+        ("simsiam", "none"), ("fixmatch", "clae"),
+    ],
+)  # fmt: skip
 def test_a_compiled_network_trains_like_a_plain_one_and_is_the_same_run(
-    adversary, outputs, monkeypatch
+    method, adversary, outputs, monkeypatch
 ):
     short = {"precision": "fp32", "limit": 32, "epochs": 1, "log_every": 1}
-    if adversary == "vae":
+    if method == "vae":
         plain = VAEConfig(**TINY | short, dim=8)
     else:
-        train_vae(VAE)
+        if adversary == "idaa":
+            train_vae(VAE)
         # Its preset's ε; in small steps, as a δ of little gradient turns its sign with rounding.
-        plain = ssl(**short, adversary=adversary, learning_rate=1e-5)
+        short |= {"adversary": adversary, "learning_rate": 1e-5}
+        if method == "fixmatch":
+            few = {"limit": 64, "batch_size": 4, "mu": 2, "labels_per_class": 2}
+            plain = SemiConfig(**TINY | short | few)
+        else:
+            plain = ssl(**short, method=method, queue=32)
         # All but the C++ compiler, which works a minute on an encoder's graphs.
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     compiled = plain.model_copy(update={"compile": True})

@@ -45,8 +45,23 @@ def effective_rank(features: Tensor) -> float:
     return torch.exp(torch.special.entr(p).sum()).item()
 
 
-def embedding_std(features: Tensor) -> float:
+def embedding_std(features: Tensor) -> Tensor:
     """√D times the mean standard deviation of L2-normalised (N, D): 1 on a full sphere, 0 in a
-    collapse to a point (Chen & He 2021, arXiv:2011.10566, Fig. 2)."""
+    collapse to a point (Chen & He 2021, arXiv:2011.10566, Fig. 2). A scalar, where they are."""
     z = F.normalize(features.float(), dim=1)
-    return (z.std(0).mean() * z.shape[1] ** 0.5).item()
+    return z.std(0).mean() * z.shape[1] ** 0.5
+
+
+def alignment(z1: Tensor, z2: Tensor) -> Tensor:
+    """Mean ‖z₁ − z₂‖² of positive pairs (N, D), L2-normalised: 0 where they agree, 2 at chance
+    (Wang & Isola 2020, arXiv:2005.10242, with α = 2). A scalar, where they are."""
+    return (z1.float() - z2.float()).square().sum(1).mean()
+
+
+def uniformity(z: Tensor) -> Tensor:
+    """log of the mean exp(−2 ‖a − b‖²) over all pairs of (N, D), L2-normalised: 0 in a collapse to
+    a point, about −4 + 8/D on a full sphere (Wang & Isola 2020, with t = 2). A scalar, where they
+    are."""
+    z = z.float()
+    kernel = (-4 * (1 - z @ z.T)).exp()  # ‖a − b‖² = 2 − 2 a·b
+    return (kernel.triu(1).sum() / (len(z) * (len(z) - 1) / 2)).log()

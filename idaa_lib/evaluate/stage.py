@@ -91,7 +91,7 @@ def evaluate(config: EvalConfig) -> Run:
             kept |= {f"{subject}.{key}": value for key, value in predictions.items()}
             if subject == "encoder":
                 kept["features"] = layers["linear"]["test"]
-                summary["embedding_std"] = embedding_std(kept["features"])
+                summary["embedding_std"] = embedding_std(kept["features"]).item()
                 summary["effective_rank"] = effective_rank(kept["features"])
             print(
                 f"{subject}: kNN {rows['knn_top1']:.2f} %, linear {rows['linear_top1']:.2f} % "

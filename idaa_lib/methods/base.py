@@ -150,7 +150,7 @@ class Method(nn.Module):
         """Compile what gains by it (`compile=True`), which changes rounding and nothing else."""
         self.augment = compiled(self.recipe)
         convolution.prepare(self)
-        self.network.compile()
+        self.network.compile(dynamic=False)  # a few sizes, each with kernels of its own
 
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
         """Groups with `params`, `lr_scale`, `weight_decay`, `schedule` (global step → factor).

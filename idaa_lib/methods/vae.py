@@ -11,7 +11,7 @@ from idaa_lib.configs import VAEConfig
 from idaa_lib.methods.base import Batch, Method, Step
 from idaa_lib.nets import initial_weights
 from idaa_lib.nets.vae import VAE, vae_loss
-from idaa_lib.views import Recipe, Views
+from idaa_lib.views import Recipe, Views, sent
 
 
 class VAETraining(Method):
@@ -32,7 +32,7 @@ class VAETraining(Method):
         rank, processes = shard
         b = len(images)
         noise = torch.randn(processes * b, self.dim, generator=generator)
-        noise = noise[rank * b : (rank + 1) * b].to(images.device, non_blocking=True)
+        noise = sent(noise[rank * b : (rank + 1) * b], images.device)
         return Views(view.images, view.params | {"noise": noise})
 
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:

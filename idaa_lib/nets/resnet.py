@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from idaa_lib.nets import register_backbone
 from idaa_lib.nets.convolution import Conv3x3
-from idaa_lib.nets.normalization import batch_norm
+from idaa_lib.nets.normalization import RELU, batch_norm
 
 ADVERSARIAL_MOMENTUM = 0.01
 
@@ -41,11 +41,11 @@ class Normed(nn.Module):
         x: Tensor,
         adversarial: bool,
         residual: Tensor | None = None,
-        relu: bool = False,
+        slope: float | None = None,
     ) -> Tensor:
         """`batch_norm` by the norm of that name, or by its twin."""
         norm = getattr(self, f"{name}_adv" if adversarial else name)
-        return batch_norm(norm, x, residual, relu)
+        return batch_norm(norm, x, residual, slope)
 
 
 class _Block(Normed):
@@ -75,11 +75,11 @@ class _Block(Normed):
     def forward(self, x: Tensor, adversarial: bool = False) -> Tensor:
         y = x
         for i in range(1, self.depth):
-            y = self.norm(f"bn{i}", getattr(self, f"conv{i}")(y), adversarial, relu=True)
+            y = self.norm(f"bn{i}", getattr(self, f"conv{i}")(y), adversarial, slope=RELU)
         if self.projects:
             x = self.norm("shortcut_bn", self._project(x), adversarial)
         y = getattr(self, f"conv{self.depth}")(y)
-        return self.norm(f"bn{self.depth}", y, adversarial, residual=x, relu=True)
+        return self.norm(f"bn{self.depth}", y, adversarial, residual=x, slope=RELU)
 
     def _project(self, x: Tensor) -> Tensor:
         """The shortcut's 1×1 convolution."""
@@ -142,7 +142,7 @@ class ResNet(Normed):
     ) -> Tensor:
         """Images (B, 3, H, W), normalised → features (B, feature_dim); of the first `stages`
         stages alone, pooled, where that is given."""
-        x = self.maxpool(self.norm("bn1", self.conv1(images), adversarial, relu=True))
+        x = self.maxpool(self.norm("bn1", self.conv1(images), adversarial, slope=RELU))
         for stage in range(1, (stages or 4) + 1):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x, adversarial)

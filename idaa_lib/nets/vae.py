@@ -129,8 +129,9 @@ class VAE(nn.Module):
     def expand(self, h: Tensor) -> Tensor:
         """The decoder after its first, linear layer: h = fc21(z) (B, 2·width·f²) → G.
 
-        In eval mode the last layer keeps the parameters' precision under autocast too: x′ − x is a
-        difference of two G, and in bf16 their own rounding is as large as what a small δ changes.
+        In eval mode the last layer keeps the parameters' precision under autocast too (cuDNN's TF32
+        on a GPU, if allowed): x′ − x is a difference of two G, and in bf16 their own rounding is as
+        large as what a small δ changes.
         """
         h = h.reshape(-1, *self.inner).contiguous(memory_format=torch.channels_last)
         if self.training:

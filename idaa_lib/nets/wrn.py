@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from idaa_lib.nets import register_backbone
 from idaa_lib.nets.convolution import Conv3x3
@@ -42,10 +41,9 @@ class _Block(Normed):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
 
     def forward(self, x: Tensor, adversarial: bool) -> Tensor:
-        y = F.leaky_relu(self.norm("bn1", x, adversarial), SLOPE)
+        y = self.norm("bn1", x, adversarial, slope=SLOPE)
         x = y if self.activates_shortcut else x
-        y = self.norm("bn2", self.conv1(y), adversarial)
-        y = self.conv2(F.leaky_relu(y, SLOPE, inplace=True))
+        y = self.conv2(self.norm("bn2", self.conv1(y), adversarial, slope=SLOPE))
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -91,7 +89,7 @@ class WideResNet(Normed):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x, adversarial)
         if stages is None or stages >= 3:
-            x = F.leaky_relu(self.norm("bn", x, adversarial), SLOPE, inplace=True)
+            x = self.norm("bn", x, adversarial, slope=SLOPE)
         return x.mean((2, 3))
 
 

@@ -7,6 +7,7 @@ what it was recorded to compute: tensors that lie where they lay, and nothing th
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -48,8 +49,15 @@ class CudaGraph:
         return made
 
     def record(self, work: Callable[[], T]) -> T:
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            return work()
+        gc.collect()  # what an earlier recording left in a cycle holds its whole memory
+        here = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(
+                self.graph, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                return work()
+        finally:
+            torch.cuda.set_stream(here)  # torch leaves another one behind where `work` fails
 
     def replay(self) -> None:
         self.graph.replay()
@@ -89,10 +97,15 @@ class Recorded:
             try:
                 self.made = self.recorder.record(lambda: work(self.views, self.batch))
             except RuntimeError as error:
+                cause = error.__context__ or error  # CUDA's own end of a recording speaks last
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from error
+                why, _, _ = str(cause).partition("\n")
                 raise ConfigError(
                     f"compile=True records a step as a CUDA graph, and this one cannot be "
-                    f"({str(error).splitlines()[0]}). A method whose step reads values or draws "
-                    f"on the host says so by recordable = False; or take compile=False."
+                    f"({why}). A method whose step reads values or draws "
+                    f"on the host says so by recordable = False; or take compile=False. Either in "
+                    f"a new process: what a failed recording held stays held in this one."
                 ) from error
         for mine, given in zip(
             _tensors(self.views, self.batch), _tensors(views, batch), strict=True

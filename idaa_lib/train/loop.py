@@ -26,7 +26,7 @@ from idaa_lib.adversaries import AttackError, NoAdversary
 from idaa_lib.carried import CarriedIDAA
 from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.environment import torch_device, uses_bf16
-from idaa_lib.evaluate.figures import embedding_std
+from idaa_lib.evaluate.figures import alignment, embedding_std, uniformity
 from idaa_lib.methods import Method
 from idaa_lib.methods.base import Batch, Step
 from idaa_lib.processes import signals
@@ -320,18 +320,16 @@ class Fit:
     def _flush(self, progress: Progress, epoch: int) -> None:
         """Means over the log interval, and what would tell a collapse, to the log."""
         self._check_finite()
-        means = {k: (v / self.count).item() for k, v in self.sums.items()}
+        found = {k: v / self.count for k, v in self.sums.items()}
         self.sums, self.count = {}, 0
-        means["lr"] = self.optimizer.param_groups[0]["lr"]
         if self._embeddings is not None:
-            z1, z2 = (z.float() for z in self._embeddings)
-            # Wang & Isola 2020 (arXiv:2005.10242).
-            means["alignment"] = (z1 - z2).square().sum(1).mean().item()
-            above = torch.ones(len(z1), len(z1), device=z1.device).triu(1).bool()
-            squared = (2 - 2 * z1 @ z1.T)[above]  # ‖a − b‖² of unit vectors, each pair once
-            means["uniformity"] = squared.mul(-2).exp().mean().log().item()
-            means["embedding_std"] = embedding_std(z1)
-        self._log(progress, epoch, means)
+            found["alignment"] = alignment(*self._embeddings)
+            found["uniformity"] = uniformity(self._embeddings[0])
+            found["embedding_std"] = embedding_std(self._embeddings[0])
+        # One wait for the device, not one for each.
+        values = torch.stack(list(found.values())).tolist()
+        lr = self.optimizer.param_groups[0]["lr"]
+        self._log(progress, epoch, dict(zip(found, values, strict=True)) | {"lr": lr})
 
     def _sample(self, logged: bool) -> None:
         """A picture of the step's images, at the end of an epoch or where a line was logged some

@@ -118,7 +118,7 @@ def train_ssl(config: SSLConfig) -> Run:
             return features(encoder, split.images, config.size, *units, device=device, bf16=bf16)
 
         z = encode(val)
-        figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z)}
+        figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z).item()}
         if val.labelled:
             guess = knn(encode(bank), bank.labels, z, classes=len(bank.classes))
             top1, low, high, _ = accuracy(guess, val.labels)
@@ -393,7 +393,7 @@ def vae_figures(
     with evaluating(vae):
         for batch in data.split(500):
             x = transform.apply(batch.to(device), {})
-            _, G, mu, logvar = vae(x)
+            _, G, mu, logvar = vae.forward(x)  # a compiled one would be compiled anew, for these
             energy = x.square().flatten(1).sum(1)
             missed = (x - G).square().flatten(1).sum(1)
             error += missed.sum().item()
