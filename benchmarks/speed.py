@@ -214,7 +214,9 @@ def main(words: list[str]) -> int:
                 print(f"{row['what']:<36} {row['value']:>10} {row['unit']}", flush=True)
                 rows.append(row)
             # After each, so that what stops the next loses nothing.
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
             path = record.write(name, " ".join(PROTOCOL.split()), rows)
+            torch.set_num_threads(1)
     print(path)
     return 0
 
