@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import compare
 import profile_step
 import sides
+import speed
 
 from idaa_lib import environment
 from idaa_lib.nets import build_backbone
@@ -65,6 +66,29 @@ def test_a_row_has_moved_beyond_both_spreads(old, new, unit, spread, verdict):
         file(row("a", new, unit, spread), row("fresh", 1)),
     )
     assert found == [("a", old, new, verdict)]
+
+
+def test_what_stops_a_benchmark_loses_no_part_before_it(monkeypatch):
+    """And the file is of the threads that the sides have, though the waiting process keeps one."""
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    written, threads = [], torch.get_num_threads()
+    keep = lambda name, protocol, rows: written.append(  # noqa: E731
+        (name, [r["what"] for r in rows], torch.get_num_threads())
+    )
+    monkeypatch.setattr(speed.record, "write", keep)
+    monkeypatch.setattr(speed, "PARTS", {"a": lambda: [row("a", 1)], "b": stopped})
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            speed.main([])
+        assert speed.main(["a"]) == 0
+        assert speed.main(["c"]) == 2
+    finally:
+        torch.set_num_threads(threads)
+    cores = len(os.sched_getaffinity(0))
+    assert written == [("speed", ["a"], cores), ("speed-a", ["a"], cores)]
 
 
 def test_the_straightforward_nt_xent_is_the_loss_itself():
