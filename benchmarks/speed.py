@@ -19,7 +19,6 @@ from typing import Any
 
 import record
 import sides
-import torch
 from paired import ALLOCATOR, Pair, Side, pair
 
 Rows = list[dict[str, Any]]
@@ -204,7 +203,6 @@ def main(words: list[str]) -> int:
     if unknown := set(words) - PARTS.keys():
         print(f"There is no row {unknown.pop()!r}; there are {', '.join(PARTS)}.", file=sys.stderr)
         return 2
-    torch.set_num_threads(1)  # this process only waits; hardware() names the threads of the sides
     rows: Rows = []
     name = "-".join(["speed", *words])  # parts have files of their own
     with tempfile.TemporaryDirectory() as folder:
@@ -214,9 +212,7 @@ def main(words: list[str]) -> int:
                 print(f"{row['what']:<36} {row['value']:>10} {row['unit']}", flush=True)
                 rows.append(row)
             # After each, so that what stops the next loses nothing.
-            torch.set_num_threads(len(os.sched_getaffinity(0)))
             path = record.write(name, " ".join(PROTOCOL.split()), rows)
-            torch.set_num_threads(1)
     print(path)
     return 0
 

@@ -44,7 +44,7 @@ class Views(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One paper's augmentation: the ranges and probabilities that `draw` draws from.
+    """One paper's augmentation: the ranges and probabilities of what is drawn.
 
     Flip is applied together with the crop wherever a paper puts it: every later operation here
     commutes with a mirror, so the place makes no difference.
@@ -138,10 +138,6 @@ class Recipe:
             sigma = happens(self.blur) * (weakest + (strongest - weakest) * next(given))
         params = {"crop": crop, "flip": flip, "color": color, "gray": gray, "blur": sigma}
         return {name: value.float() for name, value in params.items()} | {"order": order}
-
-    def draw(self, n: int, generator: torch.Generator | None, image_size: Sequence[int]) -> Params:
-        """Parameters of n views of images of `image_size` (height, width), on the CPU."""
-        return self.parameters(self.numbers(n, generator), image_size)
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """The views (B, 3, size, size), normalised, of uint8 images (B, 3, H, W)."""

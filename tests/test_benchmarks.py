@@ -69,7 +69,7 @@ def test_a_row_has_moved_beyond_both_spreads(old, new, unit, spread, verdict):
 
 
 def test_what_stops_a_benchmark_loses_no_part_before_it(monkeypatch):
-    """And the file is of the threads that the sides have, though the waiting process keeps one."""
+    """And the file is of the threads that the sides have: those that this process was given."""
 
     def stopped():
         raise KeyboardInterrupt
@@ -80,6 +80,8 @@ def test_what_stops_a_benchmark_loses_no_part_before_it(monkeypatch):
     )
     monkeypatch.setattr(speed.record, "write", keep)
     monkeypatch.setattr(speed, "PARTS", {"a": lambda: [row("a", 1)], "b": stopped})
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
     try:
         with pytest.raises(KeyboardInterrupt):
             speed.main([])
@@ -87,7 +89,6 @@ def test_what_stops_a_benchmark_loses_no_part_before_it(monkeypatch):
         assert speed.main(["c"]) == 2
     finally:
         torch.set_num_threads(threads)
-    cores = len(os.sched_getaffinity(0))
     assert written == [("speed", ["a"], cores), ("speed-a", ["a"], cores)]
 
 

@@ -448,7 +448,7 @@ def test_the_classifier_on_crops_agrees_with_a_slow_loop(crops):
         return Colours()(TF.normalize(torch.stack(pictures), mean, std)).double()
 
     def cropped(pictures, generator):
-        drawn = recipe.draw(len(pictures), generator, pictures.shape[2:])
+        drawn = recipe.parameters(recipe.numbers(len(pictures), generator), pictures.shape[2:])
         made = []
         for picture, box, flip in zip(pictures, drawn["crop"], drawn["flip"], strict=True):
             box = [int(part) for part in box]

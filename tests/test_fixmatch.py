@@ -144,7 +144,7 @@ def strong(size=32):
 
 def test_a_strong_view_is_a_weak_one_its_operations_in_order_and_cutout():
     images, made = photographs(64, 32), strong()
-    params = made.draw(64, keyed_generator(0), (32, 32))
+    params = made.parameters(made.numbers(64, keyed_generator(0)), (32, 32))
     ours = made.apply(images, params)
     oracle = []
     for k, image in enumerate(images):
@@ -164,7 +164,7 @@ def test_a_strong_view_is_a_weak_one_its_operations_in_order_and_cutout():
 
 def test_strong_parameters_are_distributed_as_the_public_recipe_draws_them():
     n = 20_000
-    params = strong().draw(n, keyed_generator(1), (32, 32))
+    params = strong().parameters(strong().numbers(n, keyed_generator(1)), (32, 32))
     for operations in params["operations"].T:
         counts = operations.bincount(minlength=len(OPERATIONS)).double()
         share = torch.full_like(counts, 0.5 / len(OPERATIONS))

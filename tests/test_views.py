@@ -52,11 +52,14 @@ def photographs(n: int, height: int, width: int) -> Tensor:
 
 
 def make(name: str, size: int) -> views.Recipe:
+    if name == "strong":
+        return RandAugment(size, MEAN, STD, flip=0.5, shift=0.1)
     return recipe(name, size, MEAN, STD)
 
 
 def draw(name: str, n: int, image_size: tuple[int, int], size: int, *key: int) -> Params:
-    return make(name, size).draw(n, keyed_generator(*key), image_size)
+    drawn = make(name, size)
+    return drawn.parameters(drawn.numbers(n, keyed_generator(*key)), image_size)
 
 
 def largest_difference(ours: Tensor, oracle: Tensor) -> float:
@@ -254,7 +257,7 @@ def test_jitter_is_distributed_as_torchvision_draws_it(name: str) -> None:
     drawn = make("normal" if name == "strong" else name, 32)
     if name == "strong":
         drawn = dataclasses.replace(drawn, jitter=tuple(strengths))
-    params = drawn.draw(N, keyed_generator(3), (32, 32))
+    params = drawn.parameters(drawn.numbers(N, keyed_generator(3)), (32, 32))
     neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
     applied = (params["color"] != neutral).any(1)
     assert stats.binomtest(int(applied.sum()), N, probability).pvalue > P_VALUE
@@ -443,7 +446,7 @@ def test_flat_images_give_finite_pixels_in_range(name: str, fill: int) -> None:
 def test_what_is_made_of_numbers_reads_no_value_back_and_leaves_none_over(name: str) -> None:
     """Tensors of the meta device have no values: a shape or a branch that needs one raises, as does
     an operation with a tensor elsewhere."""
-    drawn = RandAugment(64, MEAN, STD, flip=0.5, shift=0.1) if name == "strong" else make(name, 64)
+    drawn = make(name, 64)
     numbers = drawn.numbers(8, keyed_generator(15)).to("meta")
     images = torch.empty(8, 3, 96, 80, dtype=torch.uint8, device="meta")
     found = drawn.made(images, numbers)
@@ -457,7 +460,7 @@ def test_what_is_made_of_numbers_reads_no_value_back_and_leaves_none_over(name: 
 # A strong view's pixels are whole levels: a few are rounded to a neighbour.
 @pytest.mark.parametrize(("name", "others"), [("simsiam", 0), ("strong", 1e-3)])
 def test_compiled_views_are_the_views(name: str, others: float) -> None:
-    drawn = RandAugment(40, MEAN, STD, flip=0.5, shift=0.1) if name == "strong" else make(name, 40)
+    drawn = make(name, 40)
     images, numbers = photographs(64, 48, 44), drawn.numbers(64, keyed_generator(18))
     plain, found = drawn.made(images, numbers), views.compiled(drawn)(images, numbers)
     for key, value in plain.params.items():

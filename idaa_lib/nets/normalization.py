@@ -34,6 +34,7 @@ def batch_norm(
 
 
 def rectified(y: Tensor, slope: float, inplace: bool = False) -> Tensor:
+    """y where it is above 0, slope · y elsewhere."""
     return F.leaky_relu(y, slope, inplace) if slope else F.relu(y, inplace=inplace)
 
 
@@ -87,7 +88,8 @@ class Normalize(torch.autograd.Function):
         x, weight, mean, inverse, y = ctx.saved_tensors
         received = _pixels(gradient)
         if y is not None:
-            received = torch.where(_pixels(y) > 0, received, ctx.slope and ctx.slope * received)
+            below = ctx.slope * received if ctx.slope else 0  # 0 · ∞ would be no number
+            received = torch.where(_pixels(y) > 0, received, below)
         g = received.to(mean.dtype)
         n = g.shape[0] * g.shape[1]
         centred = _pixels(x) - mean

@@ -103,9 +103,9 @@ class Recorded:
                 why, _, _ = str(cause).partition("\n")
                 raise ConfigError(
                     f"compile=True records a step as a CUDA graph, and this one cannot be "
-                    f"({why}). A method whose step reads values or draws "
-                    f"on the host says so by recordable = False; or take compile=False. Either in "
-                    f"a new process: what a failed recording held stays held in this one."
+                    f"({why}). A method whose step reads values or draws on the host says so by "
+                    f"recordable = False; or take compile=False. Either in a new process: what a "
+                    f"failed recording held stays held in this one."
                 ) from error
         for mine, given in zip(
             _tensors(self.views, self.batch), _tensors(views, batch), strict=True
