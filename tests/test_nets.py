@@ -18,7 +18,7 @@ from idaa_lib.nets import BACKBONES, build_backbone, convolution, evaluating, in
 from idaa_lib.nets.convolution import Conv3x3, weight_gradient
 from idaa_lib.nets.normalization import Normalize, batch_norm
 from idaa_lib.nets.resnet import zero_residuals
-from idaa_lib.nets.vae import VAE, Output, folded, rate, vae_loss
+from idaa_lib.nets.vae import VAE, Output, folded, rate, sub_pixel, vae_loss
 from idaa_lib.views import keyed_generator, recipe
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -474,3 +474,14 @@ def test_a_vae_without_its_batch_norms_is_the_same_map(size):
     left, were = (sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) for one in (whole, vae))
     assert 0 < left < were
     assert not changed(before, vae.state_dict().items())
+
+
+def test_a_sub_pixel_layer_is_the_transposed_convolution():
+    layer = nn.ConvTranspose2d(5, 2, 4, 2, 1, bias=False, dtype=torch.float64)
+    torch.manual_seed(1)
+    x = torch.randn(3, 5, 4, 7, dtype=torch.float64)
+    drawn = torch.get_rng_state()
+    found = sub_pixel(layer)
+    torch.testing.assert_close(found(x), layer(x))
+    assert torch.equal(torch.get_rng_state(), drawn)  # a compiled run draws what another does
+    assert not any(p.requires_grad for p in found.parameters())

@@ -327,7 +327,9 @@ at::Tensor convolve(const at::Tensor& maps, const at::Tensor& weight_, bool turn
 
   const Tiles from(x), to(y);
   const std::int64_t threads = at::get_num_threads();
-  const std::int64_t size = std::clamp<std::int64_t>(divide(from.count, threads), 1, FORWARD_TILES);
+  // Blocks of one size, as many for one thread as for another.
+  const std::int64_t turns = from.count / (threads * FORWARD_TILES) + 1;
+  const std::int64_t size = std::max<std::int64_t>(divide(from.count, threads * turns), 1);
   const std::int64_t blocks = divide(from.count, size), parts = std::min(threads, blocks);
   const std::int64_t point = size * inputs + SKEW, sums = size * PANEL + SKEW;
   const auto inner = at::empty({parts, POINTS * point}, x.options());
