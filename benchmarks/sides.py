@@ -41,7 +41,8 @@ from idaa_lib.methods import build_method
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import outputs_root
-from idaa_lib.train.loop import Fit, make_accelerator
+from idaa_lib.train.accelerator import make_accelerator
+from idaa_lib.train.loop import Fit
 from idaa_lib.views import compiled, keyed_generator, recipe, sent
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

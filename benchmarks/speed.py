@@ -124,7 +124,8 @@ from idaa_lib.configs import SSLConfig
 from idaa_lib.environment import open_images
 from idaa_lib.methods import build_method
 from idaa_lib.runs import outputs_root
-from idaa_lib.train.loop import Fit, make_accelerator
+from idaa_lib.train.accelerator import make_accelerator
+from idaa_lib.train.loop import Fit
 from idaa_lib.views import recipe
 import os, torch
 data = open_images(os.environ.get("IDAA_CIFAR10_ZIP", "photos"), "train", 32, None)

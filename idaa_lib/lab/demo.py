@@ -22,7 +22,8 @@ from idaa_lib.methods import Method, build_method
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, outputs_root
-from idaa_lib.train.loop import Fit, make_accelerator
+from idaa_lib.train.accelerator import make_accelerator
+from idaa_lib.train.loop import Fit
 from idaa_lib.views import recipe
 
 Adversary = Literal["none", "clae", "idaa"]

@@ -35,7 +35,8 @@ from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, evaluating
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import Run, RunError, Writer
-from idaa_lib.train.loop import Fit, make_accelerator, start_trackers
+from idaa_lib.train.accelerator import make_accelerator, start_trackers
+from idaa_lib.train.loop import Fit
 from idaa_lib.views import recipe
 
 

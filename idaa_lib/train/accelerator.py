@@ -1,0 +1,54 @@
+"""Where a run computes and who follows it: its Accelerator, and the trackers that it logs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from idaa_lib.configs import ConfigError, TrainingConfig
+from idaa_lib.environment import torch_device, uses_bf16
+from idaa_lib.runs import Run
+
+
+def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
+    """Devices, precision and tracker of a run, as `config` and the launcher have them.
+
+    Raises:
+        ConfigError: the device or the tracker is not there.
+    """
+    from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    device = torch_device(config.device)
+    tracker = None if config.tracker == "none" else config.tracker
+    if tracker and tracker not in (str(t) for t in get_available_trackers()):
+        raise ConfigError(f"tracker={tracker!r} is not installed: pip install {tracker}.")
+    # One kernel may train several runs, with settings of their own; Accelerate shares its state.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if uses_bf16(config.precision, device) else "no",
+        log_with=tracker,
+        project_dir=str(folder),
+        # A step runs the network several times before one backward pass: buffers broadcast in
+        # between would change what autograd saved.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def start_trackers(accelerator: Accelerator, config: TrainingConfig, run: Run) -> None:
+    """Name the run and its configuration to the tracker, and keep its files in the run directory.
+
+    Offline: WANDB_MODE=offline; MLflow writes below the run unless MLFLOW_TRACKING_URI says else.
+    """
+    if config.tracker == "none":
+        return
+    values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config}
+    own = {
+        "wandb": {"dir": str(run.path), "name": run.id},
+        "mlflow": {"logging_dir": str(run.path / "mlruns"), "run_name": run.id},
+    }
+    accelerator.init_trackers("idaa", values, {config.tracker: own.get(config.tracker, {})})
