@@ -173,9 +173,9 @@ def folded(vae: VAE) -> VAE:
 
 
 def sub_pixel(layer: nn.Module) -> nn.Module:
-    """A transposed convolution (kernel 4, stride 2, padding 1) to few channels, as a 3×3 one that
-    gives four pixels at a time (Shi et al. 2016, arXiv:1609.07009): more products, which libraries
-    do faster than so narrow a layer's."""
+    """A transposed convolution (kernel 4, stride 2, padding 1, no bias), (B, C, H, W) →
+    (B, K, 2H, 2W), as a 3×3 one that gives four pixels at a time (Shi et al. 2016,
+    arXiv:1609.07009): more products, which libraries do faster where K is small."""
     weight = layer.get_parameter("weight")  # (C, K, 4, 4)
     C, K = weight.shape[:2]
     # What pixel 2i + p gets from the input at i + t − 1: 3 + p − 2t of the kernel, if it is there.

@@ -23,7 +23,8 @@ using Vector = __m512;              // 16 channels in fp32
 
 constexpr std::int64_t POINTS = 16;  // at which the polynomials are multiplied: 4×4
 constexpr std::int64_t PANEL = 64;   // columns of a product at a time
-constexpr std::int64_t FORWARD_TILES = 96, GRADIENT_TILES = 256;  // of a block, by trial
+constexpr std::int64_t FORWARD_TILES = 96;    // of a block at most, by trial
+constexpr std::int64_t GRADIENT_TILES = 256;  // of a block, by trial
 constexpr std::int64_t SKEW = 64;  // so that a tile's points do not share a set of the cache
 
 // --- channels in and out ----------------------------------------------------------------------
@@ -197,12 +198,12 @@ class Tiles {
     const BFloat16* const nothing = nothing_.data_ptr<BFloat16>();
     const auto [image, top, left] = place(tile);
     for (int i = 0; i < 4; ++i) {
-      const std::int64_t y = top + i - 1, row = (image * height_ + y) * width_;
+      const std::int64_t y = top + i - 1;
       const bool exists = tile < count && 0 <= y && y < height_;
       for (int j = 0; j < 4; ++j) {
         const std::int64_t x = left + j - 1;
         const bool inside = exists && 0 <= x && x < width_;
-        patch[4 * i + j] = inside ? pixels_ + (row + x) * channels : nothing;
+        patch[4 * i + j] = inside ? pixel(image, y, x) : nothing;
       }
     }
   }

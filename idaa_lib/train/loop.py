@@ -39,6 +39,11 @@ from idaa_lib.views import Views, keyed_generator
 VIEWS, ATTACK, EPOCH = 1, 2, 3
 # Seconds between two pictures of what is trained on.
 SAMPLES_EVERY = 3.0
+# What a line of progress has room for.
+_SHOWN = {
+    "loss", "adversarial_loss", "reconstruction_val", "rate_nats_val", "knn_top1_val",
+    "ema_top1_val",
+}  # fmt: skip
 
 
 class Fit:
@@ -412,10 +417,3 @@ def _memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         held["cuda"] = torch.cuda.max_memory_allocated(device) / 2**20
     return held
-
-
-# What a line of progress has room for.
-_SHOWN = {
-    "loss", "adversarial_loss", "reconstruction_val", "rate_nats_val", "knn_top1_val",
-    "ema_top1_val",
-}  # fmt: skip
