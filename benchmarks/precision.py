@@ -25,10 +25,9 @@ from scipy.stats import t as student
 from idaa_lib import evaluate
 from idaa_lib.adversaries import IDAA
 from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
-from idaa_lib.environment import open_images
 from idaa_lib.evaluate.encoders import load_vae
-from idaa_lib.nets import winograd
 from idaa_lib.runs import Run
+from idaa_lib.runs.machine import open_images
 from idaa_lib.train import train_ssl, train_vae
 from idaa_lib.views import keyed_generator, normalise
 
@@ -68,7 +67,7 @@ def main(limit: int = 3000, epochs: int = 5, seeds: int = 3) -> None:
     protocol = f"""{Path(data["dataset"]).stem}, {limit:,} training images; VAE m=128, width
 {WIDTH}, fp32, {epochs} epochs; SimCLR + IDAA (ε = 0.1), ResNet-18 of width {WIDTH}, batch 128,
 {epochs} epochs, seeds 0 to {seeds - 1}; training and attack as the row names it, encoding in its
-precision; Winograd's convolutions in bf16_compiled: {"yes" if winograd.wins else "no"}; accuracy:
+precision; accuracy:
 top-1 on {limit:,} test images, clean protocol, mean over seeds, spread [least, most].
 *_difference_*: way − fp32, paired by seed, spread: Student's 95 % interval of the mean.
 perturbation_error_*: relative error of x′ − x in bf16 against fp32 at the same z

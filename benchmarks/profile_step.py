@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from idaa_lib.environment import hardware, versions
 from idaa_lib.runs import outputs_root
+from idaa_lib.runs.machine import hardware, versions
 from idaa_lib.train.loop import Fit
 
 STEPS = 5

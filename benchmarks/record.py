@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from idaa_lib.environment import hardware, versions
+from idaa_lib.runs.machine import hardware, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

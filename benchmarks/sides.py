@@ -33,7 +33,6 @@ from torchvision import transforms as T
 
 from idaa_lib.adversaries import IDAA, NoAdversary
 from idaa_lib.configs import SSLConfig, VAEConfig
-from idaa_lib.environment import open_images, torch_device
 from idaa_lib.evaluate.encoders import features
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.linear import linear_probe
@@ -41,6 +40,7 @@ from idaa_lib.methods import build_method
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import outputs_root
+from idaa_lib.runs.machine import open_images, torch_device
 from idaa_lib.train.accelerator import make_accelerator
 from idaa_lib.train.loop import Fit
 from idaa_lib.views import compiled, keyed_generator, recipe, sent

@@ -96,7 +96,7 @@ def linear() -> Rows:
 def knn() -> Rows:
     code = """
 import resource, time, torch
-from idaa_lib.environment import torch_device
+from idaa_lib.runs.machine import torch_device
 from idaa_lib.evaluate.knn import knn
 torch.manual_seed(0)
 device = torch_device("auto")
@@ -121,7 +121,7 @@ print(more, time.perf_counter() - began)
 def startup() -> Rows:
     code = """
 from idaa_lib.configs import SSLConfig
-from idaa_lib.environment import open_images
+from idaa_lib.runs.machine import open_images
 from idaa_lib.methods import build_method
 from idaa_lib.runs import outputs_root
 from idaa_lib.train.accelerator import make_accelerator

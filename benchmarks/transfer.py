@@ -16,9 +16,9 @@ import record
 import torch
 from torch import Tensor
 
-from idaa_lib.environment import torch_device
 from idaa_lib.evaluate.linear import top1
 from idaa_lib.evaluate.transfer import LAMBDAS, kornblith_probe
+from idaa_lib.runs.machine import torch_device
 
 DIM, CLASSES, RUNS = 512, 10, 3
 

@@ -6,9 +6,9 @@ module, size, mean, std = idaa_lib.load_encoder(run)
 """
 
 from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, SSLConfig, VAEConfig
+from idaa_lib.data.cached import load
 from idaa_lib.evaluate import load_encoder, load_vae
 from idaa_lib.evaluate.stage import evaluate
-from idaa_lib.images import load
 from idaa_lib.interop import export, import_run, load_official
 from idaa_lib.methods import register_method
 from idaa_lib.nets import register_backbone

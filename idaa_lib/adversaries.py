@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from idaa_lib.configs import UserError
-from idaa_lib.nets import convolution, evaluating
+from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import VAE, folded
 from idaa_lib.views import denormalise, normalise
 
@@ -77,8 +77,6 @@ class Turn(NamedTuple):
 
     generator: torch.Generator | None = None
     shard: tuple[int, int] = (0, 1)
-    samples: Tensor | None = None
-    step: int = 0
 
     def draw(self, sample: Any, like: Tensor) -> Tensor:
         """This rank's part of a draw for the global batch, made on the CPU whatever the device."""
@@ -95,15 +93,6 @@ class NoAdversary:
 
     def __call__(self, x: Tensor | None, attack_loss: AttackLoss | None, **_: Any) -> None:
         return None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
-
-    def after_backward(self) -> None:
-        pass
 
     def check(self) -> None:
         pass
@@ -151,16 +140,6 @@ class _Adversary:
         """Whether it does the same on the device at every call, without a draw on the host."""
         return not self.random_start
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What it carries from step to step; nothing as published."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state_dict` gave."""
-
-    def after_backward(self) -> None:
-        """Called when the training loss has been differentiated."""
-
     def compile_parts(self) -> None:
         """Make faster what gains by it (`compile=True`); changes rounding and nothing else."""
 
@@ -196,8 +175,6 @@ class _Adversary:
         attack_loss: AttackLoss,
         generator: torch.Generator | None = None,
         shard: tuple[int, int] = (0, 1),
-        samples: Tensor | None = None,
-        step: int = 0,
     ) -> Attack:
         """Attack images x (B, 3, H, W).
 
@@ -206,12 +183,10 @@ class _Adversary:
             generator: of random starts and random signs, on the CPU.
             shard: (rank, processes): with several, each draws for the global batch and keeps its
                 part, so that n processes draw what one would.
-            samples, step: which training images these are (B,), and which step of the training
-                this is, for attacks that carry something over.
         Raises:
             AttackError: the gradient is not finite.
         """
-        return self._perform(x, attack_loss, Turn(generator, shard, samples, step))
+        return self._perform(x, attack_loss, Turn(generator, shard))
 
     def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: Turn) -> Attack:
         anchor = self.anchor(x, graph=not self.random_start)
@@ -332,7 +307,6 @@ class IDAA(_Adversary):
 
     def compile_parts(self) -> None:
         self.vae = folded(self.vae)
-        convolution.prepare(self.vae)
 
     @torch.no_grad()
     def anchor(self, x: Tensor, graph: bool = False) -> Anchor:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from idaa_lib import train
-from idaa_lib.commands import asked
 from idaa_lib.configs import (
     CompareConfig,
     Config,
@@ -31,9 +30,10 @@ from idaa_lib.configs import (
     TrainingConfig,
     VAEConfig,
 )
-from idaa_lib.environment import settled
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, stop, write_json
+from idaa_lib.runs.commands import asked
+from idaa_lib.runs.machine import settled
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 # Two points may share a VAE: the second waits for the first to have trained it.

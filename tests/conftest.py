@@ -1,6 +1,7 @@
 """What all tests share: data and outputs of their own, and a list of what was skipped and why."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Small tensors gain nothing from threads, and tests run side by side (pytest -n): torch's threads
@@ -10,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-from idaa_lib import checkpoints
+from idaa_lib.runs import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 # Parts that CI names must be there: what would be skipped elsewhere is a failure then.
@@ -20,7 +21,9 @@ REQUIRED = set(filter(None, os.environ.get("IDAA_REQUIRE", "").split(",")))
 def pytest_configure(config):
     # The project's own cache of decoded images is left alone; one for the session is shared.
     if "IDAA_DATA" not in os.environ:
-        os.environ["IDAA_DATA"] = str(config.cache.mkdir("data"))
+        cache = getattr(config, "cache", None)  # there is none with -p no:cacheprovider
+        folder = str(cache.mkdir("data")) if cache else tempfile.mkdtemp(prefix="idaa-data-")
+        os.environ["IDAA_DATA"] = folder
 
 
 def pytest_collection_modifyitems(items):

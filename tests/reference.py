@@ -265,15 +265,6 @@ def knn(
     return predictions
 
 
-def official_bank(features: Tensor, batch_size: int = 256) -> Tensor:
-    """eval_knn.py's loop: a batch's offset is its index times its *own* size (spec §8.5)."""
-    columns = torch.zeros_like(features.T)
-    for index, batch in enumerate(features.split(batch_size)):
-        offset = index * len(batch)
-        columns[:, offset : offset + len(batch)] = batch.T
-    return columns.T
-
-
 def official_probe(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, epochs: int, seed: int
 ) -> list[float]:

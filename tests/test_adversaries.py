@@ -18,8 +18,6 @@ from idaa_lib.adversaries import (
     NoAdversary,
     RandomSign,
 )
-from idaa_lib.carried import CarriedIDAA, FreeIDAA
-from idaa_lib.configs import UserError
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.vae import VAE
 from idaa_lib.views import keyed_generator
@@ -506,72 +504,3 @@ def test_under_bf16_autocast_the_image_is_not_rounded_to_bf16():
         G = IDAA(vae, 0.1).anchor(x).reconstruction
         assert vae.fc21(torch.zeros(1, 8)).dtype == torch.bfloat16
     assert (G.bfloat16() == G).float().mean() < 0.1
-
-
-# --- attacks that carry δ over (ours) -----------------------------------------------------------
-
-
-def batches_of(n, size, seed):
-    return torch.randperm(n, generator=keyed_generator(seed)).split(size)
-
-
-def test_carried_attacks_every_other_step_and_gives_each_image_its_own_last_delta(vae):
-    vae.eval()
-    images = torch.randn(8, 3, SIZE, SIZE, dtype=torch.float64, generator=keyed_generator(3))
-    loss = lambda x: (x**3).mean()  # noqa: E731
-    carried, plain = CarriedIDAA(vae, 0.3, memory=8, every=2), IDAA(vae, 0.3)
-    last = torch.zeros(8, vae.dim, dtype=torch.float64)
-    epochs = [batches_of(8, 4, epoch) for epoch in range(3)]
-    for step, index in enumerate(index for epoch in epochs for index in epoch):
-        x = images[index] + 0.01 * step  # another view of the same images
-        attack = carried(x, loss, samples=index, step=step)
-        if step % 2 == 0:
-            last[index] = plain(x, loss).delta
-        G = vae.decode(vae.encode(x)[0])
-        expected = x - G + vae.decode(vae.encode(x)[0] + last[index])
-        torch.testing.assert_close(attack.delta, last[index], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(attack.images, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(carried.state_dict()["deltas"], last.float())
-    again = CarriedIDAA(vae, 0.3, memory=8)
-    again.load_state_dict(carried.state_dict())
-    assert torch.equal(again.deltas, carried.deltas)
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_free_takes_its_step_from_the_backward_pass_of_training(vae, norm):
-    vae.eval().requires_grad_(False)
-    x = torch.randn(4, 3, SIZE, SIZE, dtype=torch.float64, generator=keyed_generator(4))
-    weight = nn.Parameter(torch.randn(3, SIZE, SIZE, generator=keyed_generator(5)).double())
-    index = torch.tensor([5, 0, 2, 7])
-    free = FreeIDAA(vae, 0.3, memory=8, norm=norm)
-    training_loss = lambda images: ((images * weight) ** 2).mean()  # noqa: E731
-
-    first = free(x, None, samples=index)
-    torch.testing.assert_close(first.images, x, rtol=1e-4, atol=1e-5)  # δ = 0 at first
-    training_loss(first.images).backward()
-    free.after_backward()
-
-    # By the definition: one step of length ε along the gradient at δ = 0, found on its own.
-    delta = torch.zeros(4, vae.dim, dtype=torch.float64, requires_grad=True)
-    with torch.no_grad():
-        mu = vae.encode(x)[0]
-        R = x - vae.decode(mu)
-    (gradient,) = torch.autograd.grad(training_loss(R + vae.decode(mu + delta)), delta)
-    length = gradient.norm(dim=1, keepdim=True)
-    expected = 0.3 * (gradient.sign() if norm == "linf" else gradient / length)
-    torch.testing.assert_close(free.deltas[index], expected.float(), rtol=1e-3, atol=1e-4)
-    others = [i for i in range(8) if i not in index]
-    assert not free.deltas[others].any()
-    # The network's own gradient is what it would be with x′ given as a constant.
-    weight_gradient = weight.grad.clone()
-    weight.grad = None
-    training_loss(first.images.detach()).backward()
-    torch.testing.assert_close(weight_gradient, weight.grad)
-    assert all(p.grad is None for p in vae.parameters())
-    second = free(x, None, samples=index)
-    torch.testing.assert_close(second.delta, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_what_is_carried_needs_to_know_its_images(vae):
-    with pytest.raises(UserError, match=r"Step\.samples"):
-        FreeIDAA(vae, 0.3, memory=8)(torch.zeros(2, 3, SIZE, SIZE).double(), None)

@@ -15,9 +15,8 @@ import profile_step
 import sides
 import speed
 
-from idaa_lib import environment
 from idaa_lib.nets import build_backbone
-from idaa_lib.nets.convolution import Conv3x3
+from idaa_lib.runs import machine as environment
 
 
 def file(*rows):
@@ -132,12 +131,10 @@ def test_a_profile_s_parts_make_up_the_step_and_its_work_is_what_one_counts(
     name, gflop, monkeypatch, tmp_path
 ):
     """Per image: 6 units of an encoder's forward pass without an adversary; with IDAA, whose attack
-    is one forward and one input-only backward pass, 11 and the VAE's share. Of convolutions that
-    multiply the padding too: weight gradients by taps, on some processors, leave it out."""
+    is one forward and one input-only backward pass, 11 and the VAE's share."""
     written = {}
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
     monkeypatch.setattr(sides, "BATCH", 8)
-    monkeypatch.setattr(Conv3x3, "by_taps", False)
     monkeypatch.setattr(profile_step, "STEPS", 1)
     monkeypatch.setattr(profile_step, "ceilings", lambda: (1e12, 1e10))
     keep = lambda name, protocol, rows: written.update({r["what"]: r["value"] for r in rows})  # noqa: E731

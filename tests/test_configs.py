@@ -172,19 +172,3 @@ def test_the_configuration_cell_runs_again():
     with pytest.raises(ConfigError):
         SSLConfig.from_notebook(kernel(wrong))
     assert SSLConfig.from_notebook(kernel(wrong, PARAMETERS)).adversary == "idaa"
-
-
-def test_cheaper_attacks_are_idaa_s_and_their_knobs_name_no_other_run():
-    assert SSLConfig(adversary="none", attack="free") == SSLConfig(adversary="none")
-    same = SSLConfig(adversary="idaa", attack_every=5, attack_stages=3)
-    assert same == SSLConfig(adversary="idaa")
-    assert SSLConfig(adversary="idaa", attack="carried", attack_every=5).attack_every == 5
-    for values, words in (
-        (dict(adversary="clae", attack="free"), "IDAA's alone"),
-        (dict(adversary="idaa", attack="free", steps=2), "one step"),
-        (dict(adversary="idaa", attack="carried", random_start=True), "one step"),
-        (dict(adversary="idaa", attack="prefix", attack_stages=5), "attack_stages must be"),
-        (dict(adversary="idaa", attack_every=1), "attack_every must be"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            SSLConfig(**values)

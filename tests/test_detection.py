@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from idaa_lib import checkpoints, runs, sweeps
+from idaa_lib import runs, sweeps
 from idaa_lib.configs import ConfigError, DetectionConfig, SSLConfig
 from idaa_lib.evaluate import detection
 from idaa_lib.evaluate.coco import CocoSet, for_training, synthetic_shapes
@@ -27,7 +27,7 @@ from idaa_lib.evaluate.detection import average_precision, detect, load_detector
 from idaa_lib.evaluate.encoders import load_encoder
 from idaa_lib.evaluate.mask_rcnn import STRIDES, C4Heads, _layers, mask_rcnn
 from idaa_lib.nets import build_backbone, initial_weights
-from idaa_lib.runs import RunError, Stopped
+from idaa_lib.runs import RunError, Stopped, checkpoints
 from idaa_lib.train import train_ssl
 from idaa_lib.views import keyed_generator
 

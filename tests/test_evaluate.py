@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from idaa_lib import checkpoints, runs
+from idaa_lib import runs
 from idaa_lib.configs import EvalConfig
+from idaa_lib.data.cached import load
 from idaa_lib.evaluate.crops import TRUST, crop_probe, enlarged, scale_by_trust
 from idaa_lib.evaluate.encoders import Encoder, features, pixels
 from idaa_lib.evaluate.figures import (
@@ -26,10 +27,10 @@ from idaa_lib.evaluate.figures import (
     embedding_std,
     uniformity,
 )
-from idaa_lib.evaluate.knn import knn, official_bank
+from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.linear import linear_probe, logistic_regression, official_probe, predict
-from idaa_lib.images import load
 from idaa_lib.nets import build_backbone
+from idaa_lib.runs import checkpoints
 from idaa_lib.views import Recipe, keyed_generator
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -91,24 +92,6 @@ def test_knn_does_not_depend_on_chunks_lengths_or_order():
 def test_knn_survives_a_tiny_temperature():
     bank, labels = clusters(40)
     assert torch.equal(knn(bank, labels, bank, classes=4, k=10, temperature=1e-4), labels)
-
-
-def test_official_bank_loses_80_of_cifar_s_columns():
-    vectors = torch.stack([torch.arange(1.0, 50_001), -torch.arange(1.0, 50_001)], 1)
-    kept = vectors.clone()
-    bank = official_bank(vectors)
-    assert torch.equal(bank[15_600:15_680], vectors[-80:])
-    assert not bank[-80:].any()
-    assert torch.equal(bank[:15_600], vectors[:15_600])
-    assert torch.equal(bank[15_680:-80], vectors[15_680:-80])
-    assert torch.equal(vectors, kept)
-    assert torch.equal(bank, reference.official_bank(vectors))
-
-
-@pytest.mark.parametrize("n", [10, 255, 256, 257, 456, 511, 512, 1000])
-def test_official_bank_agrees_with_the_official_loop(n):
-    vectors = normal(n, 3)
-    assert torch.equal(official_bank(vectors), reference.official_bank(vectors))
 
 
 # --- linear probes

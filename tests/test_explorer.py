@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig, VAEConfig
-from idaa_lib.environment import open_images
 from idaa_lib.lab.background import Background
 from idaa_lib.lab.decompose import ADVERSARIES, UNTRAINED
 from idaa_lib.lab.engine import EPSILONS, GAIN, STRIP, Engine
@@ -23,6 +22,7 @@ from idaa_lib.lab.explorer import EQUAL_HARDNESS, Explorer
 from idaa_lib.lab.grid import Grid
 from idaa_lib.lab.walk import SHARES, Walk
 from idaa_lib.runs import find
+from idaa_lib.runs.machine import open_images
 from idaa_lib.train import train_ssl, train_vae
 from idaa_lib.train.samples import grid
 

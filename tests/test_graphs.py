@@ -94,7 +94,7 @@ CASES = [
     *(SSLConfig(**SSL, method=m, adversary="idaa", queue=32) for m in ("simclr", "moco", "byol")),
     SSLConfig(**SSL, method="simsiam", pairing="imagenet", adversary="idaa"),
     SSLConfig(**SSL, adversary="idaa", steps=3, norm="l2"),
-    SSLConfig(**SSL, adversary="idaa", attack="prefix", reuse_anchor=False),
+    SSLConfig(**SSL, adversary="idaa", reuse_anchor=False),
     SSLConfig(**SSL | {"precision": "bf16"}, adversary="idaa"),
     SemiConfig(**TINY | {"limit": 200, "batch_size": 4}, mu=2, adversary="idaa"),
 ]  # fmt: skip
@@ -117,7 +117,6 @@ def test_a_recorded_training_is_the_same_training(config, outputs, monkeypatch, 
     [
         {"adversary": "random_sign"},
         {"adversary": "idaa", "random_start": True},
-        {"adversary": "idaa", "attack": "free"},
     ],
 )
 def test_what_draws_on_the_host_is_not_recorded(outputs, tapes, values):

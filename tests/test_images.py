@@ -19,7 +19,8 @@ import torchvision
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from idaa_lib import images, photos, sources
+from idaa_lib.data import cached as images
+from idaa_lib.data import photos, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = {"train": 0, "val": 1, "test": 2}
@@ -480,7 +481,7 @@ def test_processes_that_start_at_once_decode_once(tmp_path, data):
     script = f"""
 import os, time
 from pathlib import Path
-from idaa_lib import images
+from idaa_lib.data import cached as images
 decode = images._decode
 def logged(listing, items, size):
     with open({str(tmp_path / "log")!r}, "a") as log:
@@ -635,7 +636,7 @@ def test_cifar10_is_decoded_once_in_little_memory(data, cifar10_zip):
     # VmHWM and not getrusage, whose peak a child inherits from the process that started it.
     script = f"""
 import json, re, time, torch
-from idaa_lib import images
+from idaa_lib.data import cached as images
 seconds, counts = [], []
 for split in ("trainval", "test"):  # the second finds the cache
     begin = time.perf_counter()

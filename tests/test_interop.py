@@ -18,11 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import idaa_lib
-from idaa_lib import ConfigError, commands, interop, runs
+from idaa_lib import ConfigError, interop, runs
 from idaa_lib.adversaries import IDAA
 from idaa_lib.evaluate.encoders import Encoder, features
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.resnet import torchvision_weights
+from idaa_lib.runs import commands
 
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

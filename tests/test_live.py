@@ -16,13 +16,13 @@ import torch
 from conftest import outcome
 from PIL import Image
 
-from idaa_lib import checkpoints, processes, runs
+from idaa_lib import runs
 from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.lab import kernel, live, process
 from idaa_lib.lab.live import Panel, Readings
 from idaa_lib.lab.process import look, start
 from idaa_lib.methods.simclr import SimCLR
-from idaa_lib.runs import RunError, Stopped
+from idaa_lib.runs import RunError, Stopped, checkpoints, processes
 from idaa_lib.train import locate, samples, train_vae
 from idaa_lib.train.loop import Fit
 from idaa_lib.views import denormalise

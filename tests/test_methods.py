@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.data.cached import load
 from idaa_lib.evaluate.encoders import features, load_encoder, random_encoder
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.stage import evaluate
-from idaa_lib.images import load
 from idaa_lib.methods import METHODS, Step, build_method
 from idaa_lib.methods.uel import spreading
 from idaa_lib.nets import BACKBONES
@@ -187,7 +187,6 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
     assert moved > 30
     if hasattr(method, "target"):
         assert all(p.grad is None for p in method.target.parameters())
-    assert torch.equal(step.samples, torch.arange(B))
     for z in step.embeddings:
         assert not z.requires_grad
         torch.testing.assert_close(z.norm(dim=1), torch.ones(B, dtype=torch.float64))
@@ -572,23 +571,6 @@ def test_fields_that_came_later_leave_simclr_s_identity_as_it_was():
     assert SSLConfig(method="simsiam", pairing="imagenet").identity()["pairing"] == "imagenet"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_prefix_attack_where_it_has_a_meaning(variant, vae):
-    if variant in ("moco", "simsiam", "simsiam/imagenet"):
-        with pytest.raises(ConfigError, match=r"attack='prefix' asks for .* method='"):
-            a_method(variant, attack="prefix")
-        return
-    method = a_method(variant, attack="prefix", attack_stages=2)
-    step = method.step(two_views(), {})
-    deep = method.network.backbone.layer3[0].conv1.weight.data
-    before = step.attack_loss(noise(6)).item()
-    deep.mul_(2)  # no deeper stage is looked at
-    assert step.attack_loss(noise(6)).item() == pytest.approx(before)
-    method.network.backbone.layer2[0].conv1.weight.data.zero_()
-    assert step.attack_loss(noise(6)).item() != pytest.approx(before)
-    assert (IDAA(vae, 0.4)(step.attacked, step.attack_loss).images - step.attacked).abs().max() > 0
-
-
 # --- runs
 
 TINY = dict(size=SIZE, width=4, limit=16, batch_size=8, epochs=2, device="cpu", log_every=1)
@@ -682,7 +664,7 @@ def test_training_lowers_the_loss_and_lifts_knn(
 @pytest.mark.parametrize(
     ("method", "knn_layer", "linear_layer", "of", "tau"),
     [
-        ("simclr", "projected z, official bank", "backbone features", "SimCLR", "0.5"),
+        ("simclr", "projected z", "backbone features", "SimCLR", "0.5"),
         ("uel", "projected z", "projected z", "Plain and UEL", "0.1"),
         ("simsiam", "backbone features", "backbone features", "SimSiam", "0.5"),
         ("byol", "backbone features", "backbone features", "SimSiam", "0.5"),

@@ -10,13 +10,10 @@ import torch
 import torchvision
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from torch.nn import functional as F
 
 from idaa_lib.configs import VAEConfig
 from idaa_lib.methods.vae import VAETraining
-from idaa_lib.nets import BACKBONES, build_backbone, convolution, evaluating, initial_weights
-from idaa_lib.nets.convolution import Conv3x3, weight_gradient
-from idaa_lib.nets.normalization import Normalize, batch_norm
+from idaa_lib.nets import BACKBONES, build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.nets.vae import VAE, Output, folded, rate, sub_pixel, vae_loss
 from idaa_lib.views import keyed_generator, recipe
@@ -343,94 +340,6 @@ def test_inference_uses_the_main_norms():
             tensor += 1
     assert torch.equal(net(x), main)
     assert not torch.allclose(net(x, adversarial=True), main)
-
-
-@pytest.mark.parametrize("shape", [(5, 7), (8, 8), (1, 2), (4, 1)])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_weight_gradient_by_taps_is_the_convolution_s(stride, shape):
-    x = torch.randn(3, 6, *shape, dtype=torch.float64)
-    weight = torch.randn(4, 6, 3, 3, dtype=torch.float64, requires_grad=True)
-    y = F.conv2d(x, weight, stride=stride, padding=1)
-    gradient = torch.randn_like(y)
-    (expected,) = torch.autograd.grad(y, weight, gradient)
-    torch.testing.assert_close(weight_gradient(gradient, x, stride), expected)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolution_learns_alike_with_either_weight_gradient(stride, monkeypatch):
-    """In bf16 under autocast, as it is trained; the sums are in fp32 either way."""
-    conv = Conv3x3(512, 512, stride).to(memory_format=torch.channels_last)
-    x = torch.randn(4, 512, 4, 4).to(torch.bfloat16, memory_format=torch.channels_last)
-    x.requires_grad_()
-    found = []
-    for by_taps in (True, False):
-        monkeypatch.setattr(Conv3x3, "by_taps", by_taps)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = conv(x)
-        found.append((y, *torch.autograd.grad(y, (x, conv.weight), torch.ones_like(y))))
-    for ours, theirs in zip(*found, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert (ours - theirs).float().norm() <= 2e-3 * theirs.float().norm()
-
-
-def test_an_attack_computes_no_weight_gradient(monkeypatch):
-    called, real = [], convolution.weight_gradient
-    monkeypatch.setattr(
-        convolution, "weight_gradient", lambda *given: called.append(1) or real(*given)
-    )
-    monkeypatch.setattr(Conv3x3, "by_taps", True)
-    conv = Conv3x3(512, 512)
-    x = torch.randn(2, 512, 4, 4, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = conv(x).float().sum()
-    torch.autograd.grad(y, x, retain_graph=True)
-    assert not called
-    y.backward()
-    assert called and conv.weight.grad is not None
-
-
-@pytest.mark.parametrize("slope", [None, 0.0, 0.1])
-@pytest.mark.parametrize("adds", [False, True])
-def test_a_fused_batch_norm_is_torch_s(adds, slope, monkeypatch):
-    """Output, all gradients and what it remembers, in fp64; as where it is compiled."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    found = []
-    for fused in (True, False):
-        torch.manual_seed(0)
-        norm = nn.BatchNorm2d(6, momentum=0.3).double()
-        nn.init.uniform_(norm.weight, -1, 2)
-        nn.init.normal_(norm.bias)
-        shape = (5, 6, 3, 4)
-        x, residual = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in "xr")
-        y = 3 * x + 2
-        if fused:
-            y = batch_norm(norm, y, residual if adds else None, slope)
-        else:
-            y = norm(y) + residual if adds else norm(y)
-            y = y if slope is None else F.leaky_relu(y, slope)
-        inputs = (x, norm.weight, norm.bias, *[residual] * adds)
-        found.append((y, *torch.autograd.grad(y, inputs, torch.randn_like(y)), *norm.buffers()))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_a_fused_batch_norm_keeps_a_small_variance_beside_a_large_mean():
-    """In fp32, where E[x²] − E[x]² would have lost it."""
-    generator = torch.Generator().manual_seed(0)
-    x = 1000 + torch.randn(8, 3, 16, 16, generator=generator)
-    gamma, beta = torch.ones(3), torch.zeros(3)
-    y, mean, var = Normalize.apply(x, gamma, beta, None, 1e-5, None)
-    exact = x.double().transpose(0, 1).flatten(1)
-    torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(var.double(), exact.var(1, correction=0), rtol=1e-3, atol=0)
-    expected = F.batch_norm(x.double(), None, None, training=True)
-    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-3)
-
-
-def test_a_compiled_batch_norm_refuses_one_value_as_torch_does(monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        batch_norm(nn.BatchNorm2d(3), torch.randn(1, 3, 1, 1))
 
 
 def test_unknown_backbone_is_refused():

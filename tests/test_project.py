@@ -37,30 +37,21 @@ CONFIGS = {
     "10_detection": DetectionConfig,
     "09_transfer": TransferConfig,
 }
-CORE = {"configs", "images", "views", "nets", "processes", "runs", "checkpoints", "environment"}
+CORE = {"configs", "data", "views", "nets", "runs"}
 ROOMS = {
     "configs": set(),
-    "photos": set(),
-    "sources": {"photos"},
-    "images": {"sources"},
+    "data": set(),
     "views": set(),
-    "randaugment": {"views"},
     "nets": set(),
-    "theory": {"nets", "images"},
-    "processes": set(),
-    "runs": {"configs", "processes"},
-    "commands": {"configs", "runs"},
-    "checkpoints": {"runs"},
-    "environment": {"configs", "images", "sources"},
+    "runs": {"configs", "data"},
     "adversaries": {"configs", "nets", "views"},
-    "carried": {"adversaries", "configs", "nets"},
-    "methods": {"configs", "nets", "views", "randaugment"},
-    "evaluate": CORE | {"methods", "photos"},
-    "train": CORE | {"methods", "adversaries", "carried", "evaluate"},
-    "sweeps": {"configs", "environment", "runs", "commands", "train", "evaluate"},
+    "methods": {"configs", "nets", "views"},
+    "evaluate": CORE | {"methods"},
+    "identity": CORE | {"methods", "adversaries", "evaluate"},
+    "train": CORE | {"methods", "adversaries", "evaluate"},
+    "sweeps": {"configs", "runs", "train", "evaluate"},
     "interop": CORE | {"methods", "evaluate", "train"},
-    "lab": CORE
-    | {"sources", "methods", "adversaries", "evaluate", "train", "sweeps", "theory", "commands"},
+    "lab": CORE | {"methods", "adversaries", "evaluate", "identity", "train", "sweeps"},
 }
 
 

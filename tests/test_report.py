@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from test_runs_page import judgement, made
 
-from idaa_lib import commands, runs
+from idaa_lib import runs
 from idaa_lib.configs import EvalConfig, SSLConfig, SweepConfig, VAEConfig
 from idaa_lib.lab import report
+from idaa_lib.runs import commands
 from idaa_lib.sweeps import folder_of
 
 PNG = b"\x89PNG\r\n\x1a\n not a real one"

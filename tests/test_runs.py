@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from idaa_lib import checkpoints, runs
+from idaa_lib import runs
 from idaa_lib.configs import SSLConfig, VAEConfig
-from idaa_lib.runs import Run, RunError
+from idaa_lib.runs import Run, RunError, checkpoints
 
 
 def run_of(outputs, config=None, **digests):

@@ -9,12 +9,12 @@ import time
 import nbformat
 import pytest
 
-from idaa_lib import commands, runs
+from idaa_lib import runs
 from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.lab import compare, notebook, process
 from idaa_lib.lab.guard import guarded
 from idaa_lib.lab.runs import RunsPage
-from idaa_lib.runs import Run, RunError
+from idaa_lib.runs import Run, RunError, commands
 from idaa_lib.train import train_vae
 
 TINY = {"limit": 64, "width": 4, "epochs": 1, "batch_size": 32, "device": "cpu"}

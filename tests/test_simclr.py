@@ -377,32 +377,3 @@ def test_two_processes_step_like_one(tmp_path):
 def test_one_process_gathers_nothing():
     z = torch.randn(3, 2)
     assert gathered(z) is z
-
-
-def test_a_prefix_attack_looks_through_the_first_stages_alone():
-    config = SSLConfig(
-        dataset="photos", width=4, adversary="idaa", attack="prefix", attack_stages=2
-    )
-    torch.manual_seed(0)
-    method = build_method(config, recipe("none", 32, (0.5,) * 3, (0.25,) * 3)).double().eval()
-    v1, v2, x = (
-        torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=keyed_generator(i))
-        for i in range(3)
-    )
-    step = method.step((Views(v1, {}), Views(v2, {})), {"images": torch.arange(4)})
-    assert torch.equal(step.samples, torch.arange(4))
-    net = method.network.backbone
-
-    def pooled(images):
-        h = F.relu(net.bn1_adv(net.conv1(images)))
-        for block in [*net.layer1, *net.layer2]:
-            h = block(h, True)
-        h = h.mean((2, 3))
-        return h / h.norm(dim=1, keepdim=True)
-
-    expected = reference.nt_xent(pooled(v1), pooled(x), config.temperature)
-    torch.testing.assert_close(step.attack_loss(x).double(), expected, rtol=1e-5, atol=1e-6)
-    # What is trained is the whole network all the same.
-    z1, z_adv = method.network(v1), method.network(x, adversarial=True)
-    whole = reference.nt_xent(z1, z_adv, config.temperature)
-    torch.testing.assert_close(step.adversarial_loss(x).double(), whole, rtol=1e-5, atol=1e-6)

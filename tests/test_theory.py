@@ -11,8 +11,10 @@ import torch
 from scipy import integrate, stats
 from torch.nn import functional as F
 
-from idaa_lib import runs, sweeps, theory
+from idaa_lib import runs, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig, TheoryConfig, VAEConfig
+from idaa_lib.identity import theory
+from idaa_lib.identity.theory import Bound
 from idaa_lib.lab import compare, findings, identity
 from idaa_lib.lab.attacks import Attacks, Loss
 from idaa_lib.lab.decompose import UNTRAINED, witness
@@ -20,7 +22,6 @@ from idaa_lib.lab.judge import Judge
 from idaa_lib.lab.rows import row_of
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import RunError
-from idaa_lib.theory import Bound
 from idaa_lib.train import train_ssl, train_vae
 from idaa_lib.views import keyed_generator
 

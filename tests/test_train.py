@@ -17,17 +17,17 @@ import torch
 from conftest import outcome
 from PIL import Image
 from reference import knn as naive_knn
-from torch.nn import functional as F
 
 import idaa_lib
-from idaa_lib import adversaries, checkpoints, images, runs
+from idaa_lib import adversaries, runs
 from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, SSLConfig, VAEConfig
+from idaa_lib.data import cached as images
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.evaluate.encoders import features, load_encoder, load_vae, random_encoder
-from idaa_lib.evaluate.knn import official_bank
 from idaa_lib.evaluate.stage import evaluate, results
+from idaa_lib.methods import build_method
 from idaa_lib.methods.simclr import SimCLR
-from idaa_lib.runs import RunError, Stopped
+from idaa_lib.runs import RunError, Stopped, checkpoints
 from idaa_lib.train import locate, loop, stages, train, train_semi, train_ssl, train_vae
 from idaa_lib.train.feed import Feed
 from idaa_lib.train.loop import Fit
@@ -63,18 +63,13 @@ def interrupt(fit):
     signal.raise_signal(signal.SIGINT)
 
 
-CHEAPER = ("prefix", "carried", "free")
-
-
-@pytest.mark.parametrize("adversary", ["vae", "none", "clae", "idaa", "random_sign", *CHEAPER])
+@pytest.mark.parametrize("adversary", ["vae", "none", "clae", "idaa", "random_sign"])
 @pytest.mark.parametrize("steps", [4, 6, 9])  # 6: exactly at the end of the first epoch
 def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
     outputs, vae, monkeypatch, adversary, steps
 ):
     if adversary == "vae":
         config = VAEConfig(**TINY, dim=8, seed=1)
-    elif adversary in CHEAPER:
-        config = ssl(adversary="idaa", attack=adversary)
     else:
         config = ssl(adversary=adversary, keep_every=1)
     whole = outcome(train(config))
@@ -592,10 +587,15 @@ def test_the_official_protocol_is_labelled(outputs):
 def test_the_official_protocol_takes_the_kept_epoch_that_is_best_on_test(
     outputs, method, of_linear
 ):
-    """Of three epochs the last is spoilt: its features are all the same."""
-    run = train_ssl(ssl(method=method, epochs=3, keep_every=1, learning_rate=3e-3))
+    """The kept weights are made, not trained, so that no rounding decides between them: those of
+    two seeds, which tell photographs apart; the last ones are spoilt: all features are the same."""
+    run = train_ssl(ssl(method=method, epochs=3, keep_every=1))
     assert list(checkpoints.kept(run)) == [1, 2]
     tensors, state = checkpoints.load(run)
+    for epoch in (1, 2):
+        config = run.config.model_copy(update={"seed": epoch})
+        made = build_method(config, recipe("none", 32, (0.5,) * 3, (0.25,) * 3)).state_dict()
+        checkpoints.keep(run, epoch, {f"method.{k}": v for k, v in made.items()})
     flat = {k: torch.zeros_like(v) if "conv1" in k else v for k, v in tensors.items()}
     checkpoints.save(run, state["step"], flat, state)
 
@@ -604,7 +604,7 @@ def test_the_official_protocol_takes_the_kept_epoch_that_is_best_on_test(
     judged = evaluate(asked)
     *bank, test = (images.load("photos", split, limit=120) for split in ("train", "val", "test"))
     labels = torch.cat([data.labels for data in bank])
-    tau, batch = (0.1, None) if method == "plain" else (0.5, 256)
+    tau = 0.1 if method == "plain" else 0.5
 
     def encoded(data, layer, epoch):
         module, *units = load_encoder(run, layer, epoch)
@@ -613,7 +613,6 @@ def test_the_official_protocol_takes_the_kept_epoch_that_is_best_on_test(
     found = {}
     for epoch in (1, 2):
         z = torch.cat([encoded(data, "projector", epoch) for data in bank])
-        z = z if batch is None else official_bank(F.normalize(z, dim=1), batch)
         queries = encoded(test, "projector", epoch)
         guess = naive_knn(z, labels, queries, len(test.classes), 200, tau)
         found[epoch] = 100 * (torch.tensor(guess) == test.labels).double().mean().item()

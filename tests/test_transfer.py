@@ -16,8 +16,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score
 from torch.nn import functional as F
 
-from idaa_lib import commands, images, runs, sources, sweeps
+from idaa_lib import runs, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig, TransferConfig
+from idaa_lib.data import cached as images
+from idaa_lib.data import sources
 from idaa_lib.evaluate import transfer as stage
 from idaa_lib.evaluate.encoders import features, load_encoder
 from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot, mean_interval
@@ -31,6 +33,7 @@ from idaa_lib.evaluate.transfer import (
 )
 from idaa_lib.lab import plots
 from idaa_lib.lab.rows import row_of
+from idaa_lib.runs import commands
 from idaa_lib.train import train_ssl
 from idaa_lib.train.__main__ import main
 from idaa_lib.views import keyed_generator

@@ -15,9 +15,9 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from idaa_lib import views
-from idaa_lib.randaugment import RandAugment
 from idaa_lib.views import RECIPES, Params, denormalise, keyed_generator, normalise, recipe
+from idaa_lib.views import recipes as views
+from idaa_lib.views.randaugment import RandAugment
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 RANDOM = [name for name in RECIPES if name != "none"]

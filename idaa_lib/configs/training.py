@@ -77,9 +77,8 @@ class TrainingConfig(Config):
         split: `train` (a validation part held out) or `trainval` (all, as the papers do).
         epochs, batch_size (global, over all processes), learning_rate (at its highest).
         precision: fp32, bf16, or auto (bf16 where the device computes it natively).
-        compile: views and networks; on CPUs with AVX-512 bf16 wide 3×3 convolutions by Winograd's
-            algorithm, on one GPU the step as a CUDA graph: a warm-up of a minute or two, then
-            shorter steps (README, Speed). Needs a C++ compiler on a CPU.
+        compile: views and networks by torch.compile, on one GPU the step as a CUDA graph: a
+            warm-up of a minute or two, then shorter steps. Needs a C++ compiler on a CPU.
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: epochs between two checkpoints (the last two are kept).
         tracker: none, tensorboard, wandb, mlflow.
@@ -261,10 +260,6 @@ class SSLConfig(EncoderConfig):
             `paper` a ResNet-50 at 224 px); but in `demo` its rate scales with batch_size/256.
         queue: keys that MoCo holds.
         momentum: of the moving average that MoCo's key encoder and BYOL's target are, in [0, 1].
-        attack: where IDAA's gradient comes from: `full` as published; cheaper ones of ours
-            (docs/cheaper-attacks.md): `prefix`, through the first `attack_stages` stages of the
-            backbone alone; `carried`, at every `attack_every`-th step, with each image's δ carried
-            over in between; `free`, from the training backward pass of the image's last visit.
         reuse_anchor: the attacked embedding serves as its own anchor where it equals it exactly;
             False lets the adversarial BatchNorm statistics see a step 3 times, as the official
             code does.
@@ -294,7 +289,7 @@ class SSLConfig(EncoderConfig):
     }  # fmt: skip
 
     knobs: ClassVar[tuple[str, ...]] = (
-        *EncoderConfig.knobs, "reuse_anchor", "attack", "attack_stages", "attack_every",
+        *EncoderConfig.knobs, "reuse_anchor",
     )  # fmt: skip
 
     method: str = "simclr"
@@ -306,9 +301,6 @@ class SSLConfig(EncoderConfig):
     pairing: Literal["cifar", "imagenet"] = "cifar"
     queue: Positive = 4096
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
-    attack: Literal["full", "prefix", "carried", "free"] = "full"
-    attack_stages: Annotated[int, Field(ge=1, le=4)] = 2
-    attack_every: Annotated[int, Field(ge=2)] = 2
     reuse_anchor: bool = True
     knn_every: Positive = 1
     keep_every: Positive | None = None
@@ -327,25 +319,7 @@ class SSLConfig(EncoderConfig):
             if method in [*RECIPES] and method not in owners:
                 cls._check_unused(values, (name,), method=owners[0])
                 values = {k: v for k, v in values.items() if k != name}
-        values = super()._derive(values, given)
-        if values.get("attack") != "prefix":
-            cls._check_unused(values, ("attack_stages",), attack="prefix")
-            values = {k: v for k, v in values.items() if k != "attack_stages"}
-        if values.get("attack") != "carried":
-            cls._check_unused(values, ("attack_every",), attack="carried")
-            values = {k: v for k, v in values.items() if k != "attack_every"}
-        adversary = values.get("adversary", "none")
-        if values.get("attack", "full") != "full" and adversary != "idaa":
-            raise ConfigError(
-                f"attack={values['attack']!r} is IDAA's alone, and adversary is {adversary!r}."
-            )
-        one = values.get("steps", 1) == 1 and not values.get("random_start")
-        if values.get("attack") in ("carried", "free") and not one:
-            raise ConfigError(
-                f"attack={values['attack']!r} is of one step from the image itself: leave out "
-                f"steps and random_start."
-            )
-        return values
+        return super()._derive(values, given)
 
     @classmethod
     def _recipe(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.functional import pil_to_tensor
 
-from idaa_lib import photos
 from idaa_lib.configs import ConfigError
+from idaa_lib.data import photos
 
 Target = dict[str, Tensor]
 """What an image shows, a row per object: `boxes` (N, 4) x1, y1, x2, y2 in pixels; `labels` (N,),

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from idaa_lib import checkpoints
+from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import Encoder, features
-from idaa_lib.images import ImageSet
 from idaa_lib.methods.base import epoch_cosine, momentum_sgd
-from idaa_lib.processes import signals
-from idaa_lib.runs import Stopped, Writer
+from idaa_lib.runs import Stopped, Writer, checkpoints
+from idaa_lib.runs.processes import signals
 from idaa_lib.views import Recipe, keyed_generator
 
 EPOCHS, TRUST = 90, 0.001

@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from idaa_lib import checkpoints, runs
+from idaa_lib import runs
 from idaa_lib.configs import ConfigError, DetectionConfig
-from idaa_lib.environment import settled, surroundings, torch_device
+from idaa_lib.data.cached import data_root
 from idaa_lib.evaluate.coco import CocoSet, Paths, Target, for_training, synthetic_shapes
 from idaa_lib.evaluate.encoders import load_encoder
 from idaa_lib.evaluate.mask_rcnn import STRIDE, STRIDES, mask_rcnn
-from idaa_lib.images import data_root
 from idaa_lib.nets import build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import ResNet
-from idaa_lib.processes import signals
-from idaa_lib.runs import Run, RunError, Stopped, Writer
+from idaa_lib.runs import Run, RunError, Stopped, Writer, checkpoints
+from idaa_lib.runs.machine import settled, surroundings, torch_device
+from idaa_lib.runs.processes import signals
 from idaa_lib.views import keyed_generator
 
 # Streams of random numbers (the last part of the key).

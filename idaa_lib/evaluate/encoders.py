@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from idaa_lib import checkpoints, runs
+from idaa_lib import runs
 from idaa_lib.methods import Method, build_method
 from idaa_lib.methods.fixmatch import build_fixmatch
 from idaa_lib.nets import evaluating, initial_weights
 from idaa_lib.nets.vae import VAE
-from idaa_lib.runs import Run, RunError
+from idaa_lib.runs import Run, RunError, checkpoints
 from idaa_lib.views import Recipe, recipe
 
 

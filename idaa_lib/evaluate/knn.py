@@ -36,20 +36,3 @@ def knn(
         scores.scatter_add_(1, bank_labels[nearest], weights)
         predictions.append(scores.argmax(1))
     return torch.cat(predictions)
-
-
-def official_bank(features: Tensor, batch_size: int = 256) -> Tensor:
-    """The bank (N, D) as the official eval_knn.py fills it, its fault included (spec §8.5).
-
-    The last, smaller batch is written at batch index · its own size, over earlier rows, and the
-    rows it belongs to stay zero: 80 of CIFAR's 50,000. Part of the published numbers. Which images
-    are lost hangs on the order of the bank, which is here train, then val, not CIFAR's own.
-    """
-    bank = features.clone()
-    rest = len(features) % batch_size
-    if rest:
-        whole = len(features) - rest
-        bank[whole:] = 0
-        at = (whole // batch_size) * rest
-        bank[at : at + rest] = features[whole:]
-    return bank

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from idaa_lib import checkpoints, runs
+from idaa_lib import runs
 from idaa_lib.configs import ConfigError, EvalConfig
-from idaa_lib.environment import describe, open_images, settled, torch_device, uses_bf16
+from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.crops import EPOCHS, CropProbe, crop_probe, enlarged
 from idaa_lib.evaluate.encoders import features, load_encoder, pixels, random_encoder
 from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
-from idaa_lib.evaluate.knn import knn, official_bank
+from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.linear import linear_probe, official_probe
-from idaa_lib.images import ImageSet
 from idaa_lib.methods import OfficialProtocol, method_class
-from idaa_lib.runs import Run
+from idaa_lib.runs import Run, checkpoints
+from idaa_lib.runs.machine import describe, open_images, settled, torch_device, uses_bf16
 
 # What stands in one table beside the run's own encoder.
 SUBJECTS = ("encoder", "random", "pixels")
@@ -238,9 +238,6 @@ def _nearest(
     bank = torch.cat([z["train"], z["val"]])
     temperature = official.temperature if official else config.temperature
     said = f"k={min(config.k, len(bank))}, τ={temperature:g}"
-    if official and official.bank:
-        bank = official_bank(torch.nn.functional.normalize(bank, dim=1), official.bank)
-        said = f"official bank, {said}"
     guess = knn(
         bank, torch.cat([labels["train"], labels["val"]]), z["test"],
         classes=classes, k=config.k, temperature=temperature,

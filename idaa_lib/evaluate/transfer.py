@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from idaa_lib import checkpoints, runs
+from idaa_lib import runs
 from idaa_lib.configs import ConfigError, TransferConfig
-from idaa_lib.environment import describe, open_images, settled, torch_device, uses_bf16
+from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import Encoder, features, load_encoder, random_encoder
 from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot, mean_interval
 from idaa_lib.evaluate.figures import accuracy
@@ -30,8 +30,8 @@ from idaa_lib.evaluate.linear import (
     principal_axes,
     top1,
 )
-from idaa_lib.images import ImageSet
-from idaa_lib.runs import Run, Stopped
+from idaa_lib.runs import Run, Stopped, checkpoints
+from idaa_lib.runs.machine import describe, open_images, settled, torch_device, uses_bf16
 from idaa_lib.views import keyed_generator
 
 LAMBDAS = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))

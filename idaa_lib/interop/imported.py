@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from idaa_lib import checkpoints, runs
+from idaa_lib import runs
 from idaa_lib.configs import ConfigError, SSLConfig, VAEConfig
-from idaa_lib.environment import describe, open_images, settled
 from idaa_lib.interop.official import Channels, Official, load_official
 from idaa_lib.methods import build_method
 from idaa_lib.nets.resnet import SHAPES
-from idaa_lib.runs import Run
+from idaa_lib.runs import Run, checkpoints
+from idaa_lib.runs.machine import describe, open_images, settled
 from idaa_lib.train.stages import vae_figures
 from idaa_lib.views import recipe
 

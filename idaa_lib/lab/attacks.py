@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from idaa_lib import theory
 from idaa_lib.configs import DecomposeConfig, TheoryConfig
+from idaa_lib.identity import theory
+from idaa_lib.identity.theory import Hardness, Retention, interval, retention
 from idaa_lib.lab.decompose import ADVERSARIES, Pictures, Scene
 from idaa_lib.lab.engine import radius
 from idaa_lib.lab.judge import BATCH, Judge, Plan, classify, counts, labels_of, row_of
 from idaa_lib.methods.simclr import against, nt_xent
-from idaa_lib.theory import Hardness, Retention, interval, retention
 from idaa_lib.views import normalise
 
 SEARCH = 12  # losses that are computed in search of an equal one

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from idaa_lib import runs
 from idaa_lib.adversaries import CLAE, IDAA, Anchor, Attack, Direction, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
-from idaa_lib.environment import open_images
+from idaa_lib.data.cached import ImageSet, decode
 from idaa_lib.evaluate.encoders import load_encoder, load_vae
-from idaa_lib.images import ImageSet, decode
 from idaa_lib.methods import build_method
 from idaa_lib.methods.simclr import against
 from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
+from idaa_lib.runs.machine import open_images
 from idaa_lib.views import denormalise, keyed_generator, normalise, recipe
 
 ADVERSARIES = ("idaa", "clae", "random_sign")

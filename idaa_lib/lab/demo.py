@@ -17,11 +17,11 @@ import torch
 
 from idaa_lib import adversaries, sweeps
 from idaa_lib.configs import EvalConfig, SSLConfig, SweepConfig, UserError, VAEConfig
-from idaa_lib.environment import hardware
 from idaa_lib.methods import Method, build_method
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, outputs_root
+from idaa_lib.runs.machine import hardware
 from idaa_lib.train.accelerator import make_accelerator
 from idaa_lib.train.loop import Fit
 from idaa_lib.views import recipe

@@ -24,6 +24,7 @@ from IPython.display import HTML, display
 
 from idaa_lib import runs
 from idaa_lib.configs import DecomposeConfig
+from idaa_lib.data.sources import NAMES as DATASETS
 from idaa_lib.lab import plots
 from idaa_lib.lab.background import Background
 from idaa_lib.lab.decompose import ADVERSARIES, UNTRAINED
@@ -33,7 +34,6 @@ from idaa_lib.lab.guard import guarded
 from idaa_lib.lab.style import COLOURS, NAMES, svg
 from idaa_lib.lab.walk import WalkPanel
 from idaa_lib.runs import Run, RunError
-from idaa_lib.sources import NAMES as DATASETS
 
 EQUAL_EPSILON, EQUAL_HARDNESS = "equal ε", "equal hardness"
 SPECTRA = 1  # the place of the spectra among what is folded away, after the strip

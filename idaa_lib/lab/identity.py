@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from idaa_lib import checkpoints, runs, theory
+from idaa_lib import runs
 from idaa_lib.configs import ConfigError, DecomposeConfig, TheoryConfig, UserError
-from idaa_lib.environment import describe, open_images, settled, torch_device
 from idaa_lib.evaluate.encoders import load_vae
+from idaa_lib.identity import theory
+from idaa_lib.identity.theory import Bound, interval
 from idaa_lib.lab.attacks import Attacks, adversaries
 from idaa_lib.lab.decompose import (
     UNTRAINED,
@@ -47,8 +48,8 @@ from idaa_lib.lab.judge import (
 )
 from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import VAE, rate
-from idaa_lib.runs import Run
-from idaa_lib.theory import Bound, interval
+from idaa_lib.runs import Run, checkpoints
+from idaa_lib.runs.machine import describe, open_images, settled, torch_device
 from idaa_lib.views import keyed_generator, normalise
 
 PARTS = ("x", "G", "R")

@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from idaa_lib import runs, sweeps
-from idaa_lib.commands import asked
 from idaa_lib.runs import Run
+from idaa_lib.runs.commands import asked
 
 
 def notebook_of(run: Run) -> Path:

@@ -19,9 +19,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from idaa_lib import processes, runs
+from idaa_lib import runs
 from idaa_lib.configs import TrainingConfig
-from idaa_lib.runs import Run
+from idaa_lib.runs import Run, processes
 from idaa_lib.train import stages
 
 # Seconds that a process which has saved its run may take to end.

@@ -21,11 +21,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from idaa_lib import commands, runs
+from idaa_lib import runs
 from idaa_lib.configs import SweepConfig, UserError
-from idaa_lib.environment import hardware, versions
 from idaa_lib.lab import compare, plots, style
-from idaa_lib.runs import Run, RunError
+from idaa_lib.runs import Run, RunError, commands
+from idaa_lib.runs.machine import hardware, versions
 
 # What notebook 02 draws, and what it shows.
 PICTURES = {

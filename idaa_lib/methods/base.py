@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from idaa_lib.configs import ConfigError, EncoderConfig, SSLConfig
-from idaa_lib.nets import build_backbone, convolution, initial_weights
+from idaa_lib.nets import build_backbone, initial_weights
 from idaa_lib.views import Recipe, Views, compiled, keyed_generator
 
 Batch = dict[str, Tensor]
@@ -32,8 +32,7 @@ class Step:
 
     Fields:
         loss: scalar with graph; parts: named scalars to be logged.
-        attacked: images (B, 3, H, W) that an adversary may change; samples: which training images
-            they are (B,).
+        attacked: images (B, 3, H, W) that an adversary may change.
         attack_loss(x, at_start=False): scalar to be ascended.
         adversarial_loss(x′): scalar with graph.
         embeddings: the positive pairs (B, D), (B, D), L2-normalised, for collapse diagnostics.
@@ -46,7 +45,6 @@ class Step:
     loss: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     attacked: Tensor | None = None
-    samples: Tensor | None = None
     attack_loss: Callable[..., Tensor] | None = None
     adversarial_loss: Callable[[Tensor], Tensor] | None = None
     embeddings: tuple[Tensor, Tensor] | None = None
@@ -62,7 +60,6 @@ class OfficialProtocol(NamedTuple):
         temperature: of kNN, which is that of the best epoch on test.
         linear_epoch: the epoch that the linear classifier is of, that one (`best`) or the `last`.
         batch_size: of the linear classifier.
-        bank: batch size of the kNN bank with the fault of spec §8.5; None: without it.
         crops: the linear classifier is trained on random crops, as on ImageNet.
     """
 
@@ -72,7 +69,6 @@ class OfficialProtocol(NamedTuple):
     linear: str
     linear_epoch: Literal["best", "last"]
     batch_size: int
-    bank: int | None = None
     crops: bool = False
 
 
@@ -83,15 +79,13 @@ class Method(nn.Module):
     must call `self.network(…)` as a whole: a call of an inner part would skip the gradient
     exchange between processes. All state that training needs is in `state_dict()`.
 
-    views: how many of each image `draw` makes. prefix: whether the attack loss can be computed from
-    the backbone's first stages alone (`attack="prefix"`). recordable: whether `step` does nothing
-    but launch work on the device, always the same, on tensors that stay where they are: then a CUDA
-    graph can stand for it (`compile=True`). official: the published evaluation;
-    SimSiam's, of backbone features, where nothing is published for a method with IDAA.
+    views: how many of each image `draw` makes. recordable: whether `step` does nothing but launch
+    work on the device, always the same, on tensors that stay where they are: then a CUDA graph can
+    stand for it (`compile=True`). official: the published evaluation; SimSiam's, of backbone
+    features, where nothing is published for a method with IDAA.
     """
 
     views = 2
-    prefix = False
     recordable = True
     official = OfficialProtocol("SimSiam", "backbone", 0.5, "backbone", "best", 256)
 
@@ -149,7 +143,6 @@ class Method(nn.Module):
     def compile_parts(self) -> None:
         """Compile what gains by it (`compile=True`), which changes rounding and nothing else."""
         self.augment = compiled(self.recipe)
-        convolution.prepare(self)
         self.network.compile(dynamic=False)  # a few sizes, each with kernels of its own
 
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
@@ -224,14 +217,9 @@ def build_method(config: SSLConfig, recipe: Recipe) -> Method:
     """The method that `config.method` names, with initial weights drawn from `config.seed`.
 
     Raises:
-        ConfigError: no method has this name, or it cannot be attacked as `config.attack` says.
+        ConfigError: no method has this name.
     """
     made: Any = method_class(config.method)
-    if config.attack == "prefix" and not made.prefix:
-        raise ConfigError(
-            f"attack='prefix' asks for a loss of the backbone's first stages, and "
-            f"method={config.method!r} has none: take 'full', 'carried' or 'free'."
-        )
     with initial_weights(config.seed):
         return made(config, recipe)
 
@@ -244,12 +232,6 @@ def backbone_of(config: EncoderConfig) -> Any:
         stem=config.stem,
         adversarial_norms=config.adversary != "none",
     )
-
-
-def attacked_by(config: SSLConfig) -> dict[str, Any]:
-    """How the attack looks at images; training itself always looks by the whole network."""
-    how: dict[str, Any] = {"adversarial": True}
-    return how | {"stages": config.attack_stages} if config.attack == "prefix" else how
 
 
 def anchored(embed: Callable[[], Tensor], reuse: bool = True) -> Callable[[Tensor, bool], Tensor]:
@@ -288,7 +270,6 @@ def two_view_step(
     return Step(
         loss,
         attacked=v1,
-        samples=batch.get("images"),
         embeddings=(embeddings[0].detach(), embeddings[1].detach()),
         shown={"view 1": v1, "view 2": v2},
         **attack,

@@ -24,7 +24,6 @@ from idaa_lib.methods.base import (
     Batch,
     Method,
     Step,
-    attacked_by,
     backbone_of,
     epoch_cosine,
     follow,
@@ -40,8 +39,6 @@ from idaa_lib.views import Recipe, Views
 
 @register_method("byol")
 class BYOL(Method):
-    prefix = True
-
     def __init__(self, config: SSLConfig, recipe: Recipe) -> None:
         backbone, dim = backbone_of(config), config.projection_dim
         hidden = 2 * backbone.feature_dim  # 4096 for a ResNet-50 in the paper, 1024 for CIFAR's
@@ -50,17 +47,15 @@ class BYOL(Method):
         super().__init__(network, recipe, config.weight_decay)
         self.target = frozen_copy(network.embedder)
         self.momentum = config.momentum
-        self.attacked_by = attacked_by(config)
 
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
         v1, v2 = (view.images for view in views)
         (z1, p1), (z2, p2) = self.network(v1), self.network(v2)  # (B, D)
         t1, t2 = self._aim(v1), self._aim(v2)
-        stages = self.attacked_by.get("stages")
 
         def attack_loss(x: Tensor) -> Tensor:
-            _, p = self.with_fixed_weights(x, **self.attacked_by)
-            return negative_cosine(p, t2 if stages is None else self._aim(v2, stages=stages))
+            _, p = self.with_fixed_weights(x, adversarial=True)
+            return negative_cosine(p, t2)
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:
             _, p = self.network(x_adv, adversarial=True)

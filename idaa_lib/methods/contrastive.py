@@ -13,7 +13,6 @@ from idaa_lib.methods.base import (
     Method,
     Step,
     anchored,
-    attacked_by,
     backbone_of,
     gathered,
     two_view_step,
@@ -25,14 +24,11 @@ from idaa_lib.views import Recipe, Views
 class Contrastive(Method):
     """A method that is its loss `contrast`, its head and its recipe."""
 
-    prefix = True
-
     def __init__(self, config: SSLConfig, recipe: Recipe) -> None:
         backbone = backbone_of(config)
         projector = self.projector(backbone.feature_dim, config.projection_dim)
         super().__init__(Embedder(backbone, projector), recipe, config.weight_decay)
         self.temperature, self.reuse_anchor = config.temperature, config.reuse_anchor
-        self.attacked_by = attacked_by(config)
 
     def projector(self, features: int, dim: int) -> nn.Module:
         """The head: (B, features) → (B, dim)."""
@@ -45,10 +41,10 @@ class Contrastive(Method):
     def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
         v1, v2 = (view.images for view in views)
         z1, z2 = self._embed(v1), self._embed(v2)  # (B, D) of all processes
-        anchor = anchored(lambda: self._embed(v1, **self.attacked_by), self.reuse_anchor)
+        anchor = anchored(lambda: self._embed(v1, adversarial=True), self.reuse_anchor)
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            z = gathered(self.with_fixed_weights(x, **self.attacked_by))
+            z = gathered(self.with_fixed_weights(x, adversarial=True))
             return self.contrast(anchor(z, at_start), z)
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:

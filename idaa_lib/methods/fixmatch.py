@@ -82,7 +82,6 @@ class FixMatch(SemiSupervised):
             supervised + config.lambda_u * unsupervised,
             parts=parts,
             attacked=weak,
-            samples=batch["images"],
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
             embeddings=(h_weak, h_strong),

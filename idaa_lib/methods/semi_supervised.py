@@ -20,8 +20,8 @@ from idaa_lib.methods.base import (
     share_of_numbers,
 )
 from idaa_lib.nets.heads import Classifier, Embedder
-from idaa_lib.randaugment import RandAugment
 from idaa_lib.views import Recipe, Views, compiled, keyed_generator
+from idaa_lib.views.randaugment import RandAugment
 
 # Streams of random numbers, the last part of the key, beside those of the training loop.
 LABELLED, UNLABELLED, SUBSET = 4, 5, 6

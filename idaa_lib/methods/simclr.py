@@ -32,7 +32,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 class SimCLR(Contrastive):
     """Adam at a rate that a cosine lowers from the 13th epoch on."""
 
-    official = OfficialProtocol("SimCLR", "projector", 0.5, "backbone", "last", 256, bank=256)
+    official = OfficialProtocol("SimCLR", "projector", 0.5, "backbone", "last", 256)
 
     def projector(self, features: int, dim: int) -> nn.Module:
         return simclr_projector(features, dim)

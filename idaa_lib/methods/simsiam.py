@@ -46,10 +46,8 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 
 @register_method("simsiam")
 class SimSiam(Method):
-    """The attack starts at its own anchor, but the predictor lies between: its gradient is not 0.
-
-    From the backbone's first stages alone, without a predictor, it would be: no prefix attack.
-    """
+    """The attack starts at its own anchor, but the predictor lies between: its gradient is not
+    0."""
 
     def __init__(self, config: SSLConfig, recipe: Recipe) -> None:
         backbone, dim = backbone_of(config), config.projection_dim

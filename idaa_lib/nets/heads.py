@@ -49,12 +49,7 @@ class Embedder(nn.Module):
         self.backbone = backbone
         self.projector = projector
 
-    def forward(
-        self, images: Tensor, adversarial: bool = False, stages: int | None = None
-    ) -> Tensor:
-        """With `stages` the pooled features of so many stages of the backbone instead of z."""
-        if stages is not None:
-            return F.normalize(self.backbone(images, adversarial, stages), dim=1)
+    def forward(self, images: Tensor, adversarial: bool = False) -> Tensor:
         return F.normalize(self.projector(self.backbone(images, adversarial=adversarial)), dim=1)
 
 
@@ -74,13 +69,7 @@ class Siamese(nn.Module):
         """What gives z alone, of the same modules."""
         return Embedder(self.backbone, self.projector)
 
-    def forward(
-        self, images: Tensor, adversarial: bool = False, stages: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """With `stages` the pooled features of so many stages of the backbone, as both."""
-        if stages is not None:
-            h = F.normalize(self.backbone(images, adversarial, stages), dim=1)
-            return h, h
+    def forward(self, images: Tensor, adversarial: bool = False) -> tuple[Tensor, Tensor]:
         z = self.projector(self.backbone(images, adversarial=adversarial))
         return F.normalize(z, dim=1), F.normalize(self.predictor(z), dim=1)
 

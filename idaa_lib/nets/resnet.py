@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idaa_lib.nets import register_backbone
-from idaa_lib.nets.convolution import Conv3x3
-from idaa_lib.nets.normalization import RELU, batch_norm
 
 ADVERSARIAL_MOMENTUM = 0.01
 
@@ -43,9 +41,14 @@ class Normed(nn.Module):
         residual: Tensor | None = None,
         slope: float | None = None,
     ) -> Tensor:
-        """`batch_norm` by the norm of that name, or by its twin."""
-        norm = getattr(self, f"{name}_adv" if adversarial else name)
-        return batch_norm(norm, x, residual, slope)
+        """The BatchNorm of that name (or its twin) of x, plus `residual`, then a ReLU whose slope
+        below 0 is `slope` (None: no ReLU)."""
+        y = getattr(self, f"{name}_adv" if adversarial else name)(x)
+        # In place: no backward pass needs what a BatchNorm gave.
+        y = y if residual is None else y.add_(residual)
+        if slope is None:
+            return y
+        return F.leaky_relu(y, slope, inplace=True) if slope else F.relu(y, inplace=True)
 
 
 class _Block(Normed):
@@ -61,10 +64,8 @@ class _Block(Normed):
         channels = inputs
         for i, (kernel, width) in enumerate(shapes):
             step = stride if i == first_3x3 else 1
-            if kernel == 3:
-                self.add_module(f"conv{i + 1}", Conv3x3(channels, width, step))
-            else:
-                self.add_module(f"conv{i + 1}", nn.Conv2d(channels, width, kernel, bias=False))
+            convolution = nn.Conv2d(channels, width, kernel, step, kernel // 2, bias=False)
+            self.add_module(f"conv{i + 1}", convolution)
             self.add_norm(f"bn{i + 1}", width)
             channels = width
         self.projects = stride != 1 or inputs != outputs
@@ -75,22 +76,11 @@ class _Block(Normed):
     def forward(self, x: Tensor, adversarial: bool = False) -> Tensor:
         y = x
         for i in range(1, self.depth):
-            y = self.norm(f"bn{i}", getattr(self, f"conv{i}")(y), adversarial, slope=RELU)
+            y = self.norm(f"bn{i}", getattr(self, f"conv{i}")(y), adversarial, slope=0.0)
         if self.projects:
-            x = self.norm("shortcut_bn", self._project(x), adversarial)
+            x = self.norm("shortcut_bn", self.shortcut(x), adversarial)
         y = getattr(self, f"conv{self.depth}")(y)
-        return self.norm(f"bn{self.depth}", y, adversarial, residual=x, slope=RELU)
-
-    def _project(self, x: Tensor) -> Tensor:
-        """The shortcut's 1×1 convolution."""
-        convolution = self.shortcut[0]
-        assert isinstance(convolution, nn.Conv2d)
-        if torch.compiler.is_compiling() and x.device.type == "cpu":
-            # Of the pixels it sees, without a stride, for which oneDNN's gradient of the input is
-            # slower (1 % of a step). Rounded otherwise than torchvision's.
-            step, _ = convolution.stride
-            return F.conv2d(x[:, :, ::step, ::step], convolution.weight)
-        return convolution(x)
+        return self.norm(f"bn{self.depth}", y, adversarial, residual=x, slope=0.0)
 
 
 class ResNet(Normed):
@@ -137,13 +127,10 @@ class ResNet(Normed):
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(
-        self, images: Tensor, adversarial: bool = False, stages: int | None = None
-    ) -> Tensor:
-        """Images (B, 3, H, W), normalised → features (B, feature_dim); of the first `stages`
-        stages alone, pooled, where that is given."""
-        x = self.maxpool(self.norm("bn1", self.conv1(images), adversarial, slope=RELU))
-        for stage in range(1, (stages or 4) + 1):
+    def forward(self, images: Tensor, adversarial: bool = False) -> Tensor:
+        """Images (B, 3, H, W), normalised → features (B, feature_dim)."""
+        x = self.maxpool(self.norm("bn1", self.conv1(images), adversarial, slope=0.0))
+        for stage in range(1, 5):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x, adversarial)
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from idaa_lib.nets import evaluating
-from idaa_lib.nets.convolution import Conv3x3
 
 
 class Decomposition(NamedTuple):
@@ -41,7 +40,7 @@ class _Residual(nn.Module):
         super().__init__()
         self.convs = nn.Sequential(
             nn.LeakyReLU(0.01),
-            Conv3x3(channels, channels, bias=True),
+            nn.Conv2d(channels, channels, 3, padding=1),
             nn.BatchNorm2d(channels),
             nn.LeakyReLU(0.01),
             nn.Conv2d(channels, channels, 1),

@@ -13,7 +13,6 @@ from functools import partial
 from torch import Tensor, nn
 
 from idaa_lib.nets import register_backbone
-from idaa_lib.nets.convolution import Conv3x3
 from idaa_lib.nets.resnet import Normed
 
 SLOPE = 0.1
@@ -34,9 +33,9 @@ class _Block(Normed):
         super().__init__(adversarial_norms)
         self.activates_shortcut = activates_shortcut
         self.add_norm("bn1", inputs)
-        self.conv1 = Conv3x3(inputs, outputs, stride)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.add_norm("bn2", outputs)
-        self.conv2 = Conv3x3(outputs, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         changes = inputs != outputs or stride != 1
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
 
@@ -79,18 +78,13 @@ class WideResNet(Normed):
             if isinstance(module, nn.Conv2d):  # normal, variance 2 / (k²·outputs)
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(
-        self, images: Tensor, adversarial: bool = False, stages: int | None = None
-    ) -> Tensor:
-        """Images (B, 3, H, W), normalised → features (B, 4·width); of the first `stages` stages
-        alone, pooled as they are, where that is less than all three."""
+    def forward(self, images: Tensor, adversarial: bool = False) -> Tensor:
+        """Images (B, 3, H, W), normalised → features (B, 4·width)."""
         x = self.conv1(images)
-        for stage in range(1, min(stages or 3, 3) + 1):
+        for stage in range(1, 4):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x, adversarial)
-        if stages is None or stages >= 3:
-            x = self.norm("bn", x, adversarial, slope=SLOPE)
-        return x.mean((2, 3))
+        return self.norm("bn", x, adversarial, slope=SLOPE).mean((2, 3))
 
 
 for _name, _blocks in (("wrn10", 1), ("wrn16", 2), ("wrn28", 4)):

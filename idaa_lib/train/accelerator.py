@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from idaa_lib.configs import ConfigError, TrainingConfig
-from idaa_lib.environment import torch_device, uses_bf16
 from idaa_lib.runs import Run
+from idaa_lib.runs.machine import torch_device, uses_bf16
 
 
 def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:

@@ -20,15 +20,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from idaa_lib import checkpoints
 from idaa_lib.adversaries import AttackError, NoAdversary
-from idaa_lib.carried import CarriedIDAA
 from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.evaluate.figures import alignment, embedding_std, uniformity
 from idaa_lib.methods import Method
 from idaa_lib.methods.base import Batch, Step
-from idaa_lib.processes import signals
-from idaa_lib.runs import RunError, Stopped, Writer
+from idaa_lib.runs import RunError, Stopped, Writer, checkpoints
+from idaa_lib.runs.processes import signals
 from idaa_lib.train import samples
 from idaa_lib.train.feed import Feed
 from idaa_lib.train.graphs import CudaGraph, Recorded
@@ -85,11 +83,6 @@ class Fit:
         self.adversary, self.alpha = adversary or NoAdversary(), alpha
         self.validate, self.validate_every = validate, validate_every
         self.keep_every = keep_every
-        if processes > 1 and isinstance(self.adversary, CarriedIDAA):
-            raise ConfigError(
-                "attack='carried' and 'free' keep a δ for each image in one process: with "
-                f"{processes} processes an image comes to another one at each epoch."
-            )
         self.steps_per_epoch = method.steps_per_epoch(labels, config.batch_size)
         self.total = config.epochs * self.steps_per_epoch
         self.step, self.seconds = 0, 0.0
@@ -135,7 +128,6 @@ class Fit:
         for index, slots in state["state"].items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in slots.items()}
         tensors |= {f"sums.{k}": v for k, v in self.sums.items()}
-        tensors |= {f"adversary.{k}": v for k, v in self.adversary.state_dict().items()}
         counters = {"step": self.step, "count": self.count, "seconds": self.seconds}
         checkpoints.save(
             self.writer.run, self.step, tensors, counters | {"groups": state["param_groups"]}
@@ -168,8 +160,6 @@ class Fit:
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if not anew:
             self.step, self.count, self.seconds = state["step"], state["count"], state["seconds"]
-            if carried := checkpoints.under("adversary.", tensors):
-                self.adversary.load_state_dict(carried)
             self.sums = {
                 k: v.to(self.accelerator.device)
                 for k, v in checkpoints.under("sums.", tensors).items()
@@ -268,7 +258,6 @@ class Fit:
         noise = keyed_generator(self.config.seed, epoch, self.step, ATTACK)
         work = partial(self._differentiate, noise)
         step, values = self.recorded(work, views, batch) if self.recorded else work(views, batch)
-        self.adversary.after_backward()
         self.optimizer.step()
         self.method.after_step(step, self.step / self.total)
         # Sums stay on the device: nothing waits for it between two lines of the log.
@@ -300,8 +289,6 @@ class Fit:
                     step.attack_loss,
                     generator=noise,
                     shard=self.shard,
-                    samples=step.samples,
-                    step=self.step,
                 )
         except AttackError as error:
             raise RunError(f"At step {self.step}: {error}") from error

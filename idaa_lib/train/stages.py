@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from idaa_lib import adversaries, carried, checkpoints, runs
+from idaa_lib import adversaries, runs
 from idaa_lib.configs import (
     ConfigError,
     EncoderConfig,
@@ -23,18 +23,18 @@ from idaa_lib.configs import (
     TrainingConfig,
     VAEConfig,
 )
-from idaa_lib.environment import describe, open_images, settled, uses_bf16
+from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import features, load_vae
 from idaa_lib.evaluate.figures import Accuracy, accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn
-from idaa_lib.images import ImageSet
 from idaa_lib.methods import METHODS, Method, build_method
 from idaa_lib.methods.fixmatch import CIFAR100, build_fixmatch
 from idaa_lib.methods.semi_supervised import labelled_subset
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, evaluating
 from idaa_lib.nets.vae import rate
-from idaa_lib.runs import Run, RunError, Writer
+from idaa_lib.runs import Run, RunError, Writer, checkpoints
+from idaa_lib.runs.machine import describe, open_images, settled, uses_bf16
 from idaa_lib.train.accelerator import make_accelerator, start_trackers
 from idaa_lib.train.loop import Fit
 from idaa_lib.views import recipe
@@ -198,9 +198,6 @@ def _adversary(config: EncoderConfig, plan: _Plan) -> Any:
     if plan.vae is None:
         return adversaries.NoAdversary()
     kind: Any = adversaries.RandomSign if config.adversary == "random_sign" else adversaries.IDAA
-    if isinstance(config, SSLConfig) and config.attack in ("carried", "free"):
-        kind = carried.CarriedIDAA if config.attack == "carried" else carried.FreeIDAA
-        attack |= {"memory": len(plan.data), "every": config.attack_every}
     mean, std = _units(plan.data)
     return kind(load_vae(plan.vae), **attack, mean=mean, std=std)
 

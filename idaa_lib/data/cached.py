@@ -30,7 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from idaa_lib.sources import Listing, Origin, find_source, sha256
+from idaa_lib.data.sources import Listing, Origin, find_source, sha256
 
 SPLITS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": ("train", "val")}
 VERSION = 1  # of the decoding below and of the files of the cache: another number, another entry
@@ -83,7 +83,7 @@ class ImageSet:
 
 def data_root() -> Path:
     """`IDAA_DATA`, else `data/` of the project."""
-    project = Path(__file__).resolve().parents[1]
+    project = Path(__file__).resolve().parents[2]
     return Path(os.environ.get("IDAA_DATA") or project / "data").expanduser()
 
 

@@ -35,7 +35,7 @@ from idaa_lib.configs import (
     UserError,
     VAEConfig,
 )
-from idaa_lib.processes import alive, born
+from idaa_lib.runs.processes import alive, born
 
 # Raised whenever the same configuration would give other numbers than before.
 RESULTS_VERSION = 4
@@ -78,7 +78,7 @@ class Stopped(UserError):
 def outputs_root() -> Path:
     """`IDAA_OUTPUTS`, else `outputs/` of the project; never the working directory."""
     given = os.environ.get("IDAA_OUTPUTS")
-    return Path(given).resolve() if given else Path(__file__).resolve().parent.parent / "outputs"
+    return Path(given).resolve() if given else Path(__file__).resolve().parents[2] / "outputs"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from idaa_lib.configs import ConfigError
-from idaa_lib.images import ImageSet, load
-from idaa_lib.sources import NAMES
+from idaa_lib.data.cached import ImageSet, load
+from idaa_lib.data.sources import NAMES
 
 PACKAGES = ("idaa_lib", "torch", "torchvision", "accelerate", "numpy", "scikit-learn", "pillow")
 

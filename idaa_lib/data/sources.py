@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from idaa_lib import photos
+from idaa_lib.data import photos
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
