@@ -70,6 +70,17 @@ def test_states_follow_what_happens(outputs):
     assert run.config == VAEConfig()
 
 
+def test_what_rebuilds_a_network_is_stored_beside_its_configuration(outputs):
+    run, model = run_of(outputs), {"size": 32, "mean": [0.5], "std": [0.2], "classes": 10}
+    with run.writing(VAEConfig(), {}, model) as writer:
+        assert run.model == model  # before work starts
+        writer.finish({})
+    assert run.model == model
+    (run.path / "model.json").unlink()
+    with pytest.raises(RunError, match=r"has no model\.json.*delete the folder and start it again"):
+        _ = run.model
+
+
 def test_a_failure_is_kept_with_its_reason(outputs):
     run = run_of(outputs)
     with pytest.raises(ZeroDivisionError), run.writing(VAEConfig(), {}):

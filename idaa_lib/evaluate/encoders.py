@@ -123,8 +123,7 @@ def _method(run: Run, tensors: dict[str, Tensor] | None = None) -> Method:
     config = run.config
     if run.stage == "semi":
         _, mean, std = _units(run)
-        classes = run.environment["dataset"]["classes"]
-        method: Method = build_fixmatch(config, mean, std, classes)
+        method: Method = build_fixmatch(config, mean, std, run.model["classes"])
     else:
         method = build_method(config, recipe(config.augmentation, *_units(run)))
     if tensors is not None:
@@ -139,8 +138,8 @@ def _method(run: Run, tensors: dict[str, Tensor] | None = None) -> Method:
 
 
 def _units(run: Run) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    data = run.environment["dataset"]
-    return run.config.size, tuple(data["mean"]), tuple(data["std"])
+    model = run.model
+    return model["size"], tuple(model["mean"]), tuple(model["std"])
 
 
 def _tensors(run: Run, prefix: str, epoch: int | None = None) -> dict[str, Tensor]:

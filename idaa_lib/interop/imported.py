@@ -76,7 +76,8 @@ def import_run(
         made = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
         method.network.load_state_dict(made.state_dict())
         tensors = method.state_dict()
-    with run.writing(config, about) as writer:
+    model = {"size": read.size, "mean": read.mean, "std": read.std, "classes": len(data.classes)}
+    with run.writing(config, about, model) as writer:
         counters = {"step": 0, "count": 0, "seconds": 0.0, "groups": []}
         checkpoints.save(run, 0, {f"method.{k}": v for k, v in tensors.items()}, counters)
         writer.finish(summary)

@@ -135,6 +135,22 @@ class Run:
         return read_json(self.path / "environment.json") or {}
 
     @property
+    def model(self) -> dict[str, Any]:
+        """What rebuilds the run's network beside `config` and weights: `size` in pixels, `mean` and
+        `std` per channel in [0, 1] units, `classes`, their number or names.
+
+        Raises:
+            RunError: the run stores none.
+        """
+        stored = read_json(self.path / "model.json")
+        if stored is None:
+            raise RunError(
+                f"{self.path} has no model.json, which says what its network expects: it holds no "
+                f"network, or an earlier version made it; delete the folder and start it again."
+            )
+        return stored
+
+    @property
     def summary(self) -> dict[str, Any] | None:
         """The final figures; None while there are none (written last, so present = finished)."""
         return read_json(self.path / "summary.json")
@@ -181,9 +197,16 @@ class Run:
         return folder / name
 
     @contextlib.contextmanager
-    def writing(self, config: Config, environment: Mapping[str, Any]) -> Iterator[Writer]:
+    def writing(
+        self,
+        config: Config,
+        environment: Mapping[str, Any],
+        model: Mapping[str, Any] | None = None,
+    ) -> Iterator[Writer]:
         """Hold the run's lock and keep its state true until the block ends, however it ends.
 
+        Args:
+            environment: for the record alone. model: what `Run.model` gives back.
         Raises:
             RunError: another process writes this run now.
         """
@@ -204,6 +227,8 @@ class Run:
             write_json(self.path / "config.json", config.model_dump(mode="json"))
             about = dict(environment) | {"results_version": RESULTS_VERSION}
             write_json(self.path / "environment.json", about)
+            if model is not None:
+                write_json(self.path / "model.json", dict(model))
             (self.path / "control.json").unlink(missing_ok=True)
             writer.state(state="going", started=time.time(), error=None)
             yield writer

@@ -338,7 +338,14 @@ def _writer(plan: _Plan, accelerator: Accelerator) -> Iterator[Writer | None]:
         yield None
         return
     about = describe(accelerator.device, accelerator.mixed_precision, plan.data)
-    with plan.run.writing(plan.config, about) as writer:
+    mean, std = _units(plan.data)
+    model = {
+        "size": plan.config.size,
+        "mean": list(mean),
+        "std": list(std),
+        "classes": len(plan.data.classes),
+    }
+    with plan.run.writing(plan.config, about, model) as writer:
         yield writer
 
 
