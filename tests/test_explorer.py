@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig, VAEConfig
+from idaa_lib.identity.scene import ADVERSARIES, UNTRAINED
 from idaa_lib.lab.background import Background
-from idaa_lib.lab.decompose import ADVERSARIES, UNTRAINED
 from idaa_lib.lab.engine import EPSILONS, GAIN, STRIP, Engine
 from idaa_lib.lab.explorer import EQUAL_HARDNESS, Explorer
 from idaa_lib.lab.grid import Grid

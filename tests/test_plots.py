@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from skimage.color import rgb2lab
 
-from idaa_lib.lab import plots, style, table
+from idaa_lib.lab import pictures, plots, style, table
 from idaa_lib.runs import Run
 
 R = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -61,15 +61,17 @@ def figures(run):
     ]
     return {
         "curves": plots.curves({"a": run, "b": run}, ["loss"]),
-        "energy_maps": plots.energy_maps({"R": R}),
-        "spectra": plots.spectra({"R": R, "x": 2 * R}),
+        "energy_maps": pictures.energy_maps({"R": R}),
+        "spectra": pictures.spectra({"R": R, "x": 2 * R}),
         "accuracy_bars": plots.accuracy_bars(summary),
         "confusion": plots.confusion(labels, labels, classes),
         "embedding_map": plots.embedding_map(features, labels, classes),
         "sensitivity": plots.sensitivity(rows),
         "methods": table.levels(compared),
-        "identity_curves": plots.identity_curves(CURVES),
-        "likeness": plots.likeness((0.0, 0.5, 1.0), {"z": torch.rand(3, 2), "R": torch.rand(3, 2)}),
+        "identity_curves": pictures.identity_curves(CURVES),
+        "likeness": pictures.likeness(
+            (0.0, 0.5, 1.0), {"z": torch.rand(3, 2), "R": torch.rand(3, 2)}
+        ),
     }
 
 
@@ -89,7 +91,7 @@ def test_no_axis_is_without_a_name(run):
 
 def test_image_rows_show_the_pixels_and_no_more_columns_than_asked():
     pixels = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(2))
-    figure = plots.image_rows({"a": pixels, "b": 2 * pixels}, "title", columns=3, names="xyz")
+    figure = pictures.image_rows({"a": pixels, "b": 2 * pixels}, "title", columns=3, names="xyz")
     assert len(figure.axes) == 6
     shown = figure.axes[4].images[0].get_array()
     assert np.allclose(shown, (2 * pixels[1]).clamp(0, 1).permute(1, 2, 0))
@@ -99,17 +101,17 @@ def test_image_rows_show_the_pixels_and_no_more_columns_than_asked():
 def test_power_of_one_wave_lies_in_its_ring():
     x = torch.arange(16) * (2 * math.pi / 16)
     wave = torch.cos(3 * x).expand(1, 3, 16, 16)
-    frequency, power = plots.radial_power(wave)
+    frequency, power = pictures.radial_power(wave)
     assert frequency[power.argmax()] == 3
     assert power.sum() == pytest.approx(power[3])
-    noise = plots.radial_power(R)[1]
+    noise = pictures.radial_power(R)[1]
     assert noise.mean() == pytest.approx(
         R.square().mean().item(), rel=0.3
     )  # white: flat (Parseval)
 
 
 def test_the_right_panel_compares_at_equal_loss():
-    right = plots.identity_curves(CURVES).axes[2]
+    right = pictures.identity_curves(CURVES).axes[2]
     assert len(right.lines) == 3
     for line, curve in zip(right.lines, CURVES.values(), strict=True):
         assert list(line.get_xdata()) == [point.loss_after for point in curve]
@@ -161,7 +163,7 @@ def test_any_two_colours_can_be_told_apart(deficiency):
 
 
 def test_an_svg_takes_the_page_s_colours_and_is_always_the_same():
-    drawn, again = (style.svg(plots.identity_curves(CURVES)) for _ in range(2))
+    drawn, again = (style.svg(pictures.identity_curves(CURVES)) for _ in range(2))
     assert drawn == again
     assert drawn.startswith("<svg") and drawn.rstrip().endswith("</svg>")
     assert style.INK not in drawn and style.GRID not in drawn and "fill: #ffffff" not in drawn
@@ -171,14 +173,14 @@ def test_an_svg_takes_the_page_s_colours_and_is_always_the_same():
 
 def test_a_place_in_an_svg_can_be_computed():
     """The explorer's marker: nothing is cropped, so shares of the figure are shares of the SVG."""
-    figure = plots.identity_curves(CURVES)
+    figure = pictures.identity_curves(CURVES)
     drawn = style.svg(figure)
     width = float(re.search(r'width="([\d.]+)pt"', drawn)[1])
     assert width == pytest.approx(72 * figure.get_figwidth())
 
 
 def test_a_saved_figure_is_what_the_notebook_shows_and_pdf_on_request(tmp_path, monkeypatch):
-    figure = plots.spectra({"R": R})
+    figure = pictures.spectra({"R": R})
     shown = style.save(figure, tmp_path / "a.png")
     assert shown.data == (tmp_path / "a.png").read_bytes()
     width = Image.open(tmp_path / "a.png").width

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from idaa_lib import runs, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig, TheoryConfig, VAEConfig
 from idaa_lib.identity import theory
+from idaa_lib.identity.scene import UNTRAINED, witness
 from idaa_lib.identity.theory import Bound
 from idaa_lib.lab import compare, findings, identity
 from idaa_lib.lab.attacks import Attacks, Loss
-from idaa_lib.lab.decompose import UNTRAINED, witness
 from idaa_lib.lab.judge import Judge
 from idaa_lib.lab.rows import row_of
 from idaa_lib.nets.vae import rate

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from idaa_lib.configs import DecomposeConfig, TheoryConfig
 from idaa_lib.identity import theory
+from idaa_lib.identity.scene import ADVERSARIES, Pictures, Scene
 from idaa_lib.identity.theory import Hardness, Retention, interval, retention
-from idaa_lib.lab.decompose import ADVERSARIES, Pictures, Scene
 from idaa_lib.lab.engine import radius
 from idaa_lib.lab.judge import BATCH, Judge, Plan, classify, counts, labels_of, row_of
 from idaa_lib.methods.simclr import against, nt_xent

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.configs import DecomposeConfig
-from idaa_lib.lab import plots
-from idaa_lib.lab.decompose import ADVERSARIES, Scene, scene, witness
+from idaa_lib.identity.scene import ADVERSARIES, Scene, open_scene, witness
+from idaa_lib.lab import pictures
 from idaa_lib.lab.style import NAMES, save
 from idaa_lib.train.samples import GAIN
 
@@ -93,7 +93,7 @@ class Engine:
     MOVING = ("G(z + δ)", "x′", f"x′ − x, × {GAIN:g}")
 
     def __init__(self, config: DecomposeConfig, candidates: int = 500) -> None:
-        self.scene: Scene = scene(config)
+        self.scene: Scene = open_scene(config)
         self.columns = min(COLUMNS, len(self.scene.x))
         pool = self.scene.pool[: max(0, candidates - len(self.scene.x))]
         self.candidates = torch.cat([self.scene.x, pool])  # x_i is candidate i
@@ -140,12 +140,12 @@ class Engine:
             pass
         names = [f"ε = {e:.2g}" for e in STRIP]
         figures = {
-            "picture": plots.image_rows(
+            "picture": pictures.image_rows(
                 rows, f"{NAMES[adversary]}, ε = {epsilon:.3g}", columns=self.columns
             ),
-            "strip": plots.image_rows(self.strip(index), columns=len(names), names=names),
-            "spectra": plots.spectra(self.parts(adversary, epsilon)),
-            "curves": plots.identity_curves(self.curves),
+            "strip": pictures.image_rows(self.strip(index), columns=len(names), names=names),
+            "spectra": pictures.spectra(self.parts(adversary, epsilon)),
+            "curves": pictures.identity_curves(self.curves),
         }
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():

@@ -25,9 +25,9 @@ from IPython.display import HTML, display
 from idaa_lib import runs
 from idaa_lib.configs import DecomposeConfig
 from idaa_lib.data.sources import NAMES as DATASETS
-from idaa_lib.lab import plots
+from idaa_lib.identity.scene import ADVERSARIES, UNTRAINED
+from idaa_lib.lab import pictures
 from idaa_lib.lab.background import Background
-from idaa_lib.lab.decompose import ADVERSARIES, UNTRAINED
 from idaa_lib.lab.engine import STRIP, Engine, Meters
 from idaa_lib.lab.grid import STYLE, Grid
 from idaa_lib.lab.guard import guarded
@@ -318,7 +318,7 @@ class Explorer:
             return False
         more = engine.advance()
         if not more or {len(curve) for curve in engine.curves.values()} in ({5}, {9}):
-            figure = plots.identity_curves(engine.curves)
+            figure = pictures.identity_curves(engine.curves)
             self.curves.value = svg(figure)
             self._panels = tuple((a.get_position(), a.get_xlim()) for a in figure.axes[:2])
             self._mark()
@@ -338,7 +338,7 @@ class Explorer:
             if which < SPECTRA:
                 self.strip.show(engine.strip(self.chosen.value).values())
             elif which == SPECTRA:
-                self.spectra.value = svg(plots.spectra(engine.parts(*self._shown)))
+                self.spectra.value = svg(pictures.spectra(engine.parts(*self._shown)))
             else:
                 self.walk.draw()
 

@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from idaa_lib.lab import plots, style
+from idaa_lib.identity.scene import UNTRAINED
+from idaa_lib.lab import pictures, style
 from idaa_lib.lab.attacks import Point
-from idaa_lib.lab.decompose import UNTRAINED
 from idaa_lib.lab.identity import LABELS, PARTS
 from idaa_lib.lab.style import COLOURS, INK, NAMES, PALETTE
 from idaa_lib.runs import Run
@@ -258,12 +258,14 @@ def parts_figure(run: Run) -> Figure:
 def exchange_figure(run: Run) -> Figure:
     """Mean likeness to a and to b as G, or R, goes over from a to b."""
     told = (run.summary or {})["exchange"]
-    return plots.likeness(told["shares"], {k: torch.tensor(v) for k, v in told["cosines"].items()})
+    return pictures.likeness(
+        told["shares"], {k: torch.tensor(v) for k, v in told["cosines"].items()}
+    )
 
 
 def curves_figure(run: Run) -> Figure:
     """Hardness and retrieval over ε, and retrieval over hardness."""
-    return plots.identity_curves(points(run))
+    return pictures.identity_curves(points(run))
 
 
 def points(run: Run) -> dict[str, list[Point]]:

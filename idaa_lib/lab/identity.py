@@ -23,15 +23,15 @@ from idaa_lib import runs
 from idaa_lib.configs import ConfigError, DecomposeConfig, TheoryConfig, UserError
 from idaa_lib.evaluate.encoders import load_vae
 from idaa_lib.identity import theory
-from idaa_lib.identity.theory import Bound, interval
-from idaa_lib.lab.attacks import Attacks, adversaries
-from idaa_lib.lab.decompose import (
+from idaa_lib.identity.scene import (
     UNTRAINED,
     Pictures,
     attacked_encoder,
-    pictures,
+    open_pictures,
     witness,
 )
+from idaa_lib.identity.theory import Bound, interval
+from idaa_lib.lab.attacks import Attacks, adversaries
 from idaa_lib.lab.judge import (
     BATCH,
     INSTANCE_VIEWS,
@@ -88,7 +88,7 @@ def study(config: TheoryConfig) -> Run:
 
 def _plan(config: TheoryConfig) -> Plan:
     n, device = config.images, torch_device(config.device)
-    shown = pictures(
+    shown = open_pictures(
         DecomposeConfig(
             vae=config.vae, dataset=config.dataset, split=config.split, seed=config.seed,
             images=min(n, BATCH),

@@ -16,8 +16,8 @@ from torch import Tensor
 from idaa_lib.configs import TheoryConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.linear import choose, predict
+from idaa_lib.identity.scene import Pictures
 from idaa_lib.identity.theory import Retention, interval, retention
-from idaa_lib.lab.decompose import Pictures
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
 from idaa_lib.views import Recipe, keyed_generator, recipe

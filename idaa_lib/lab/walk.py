@@ -14,7 +14,7 @@ import ipywidgets as widgets
 import torch
 from torch import Tensor
 
-from idaa_lib.lab import plots
+from idaa_lib.lab import pictures
 from idaa_lib.lab.background import Background
 from idaa_lib.lab.engine import Engine
 from idaa_lib.lab.grid import Grid
@@ -99,16 +99,16 @@ class Walk:
         shares = [f"{share:.0%} b" for share in SHARES]
         moved = dict(zip(MOVED, self.moved(kind, index, amount), strict=True))
         figures = {
-            "walk": plots.image_rows(
+            "walk": pictures.image_rows(
                 moved, f"{kind} {index}, {amount:+g} std", columns=self.engine.columns
             ),
-            "exchange": plots.image_rows(
+            "exchange": pictures.image_rows(
                 {name: self.scene.pixels(images) for name, images in pairs.items()},
                 f"a = {self.scene.names[a]}, b = {self.scene.names[b]}",
                 columns=len(SHARES),
                 names=shares,
             ),
-            "likeness": plots.likeness(
+            "likeness": pictures.likeness(
                 SHARES, {name: self.likeness(images, a, b) for name, images in pairs.items()}
             ),
         }
@@ -187,7 +187,7 @@ class WalkPanel:
             name: self.walk.likeness(images, self.a.value, self.b.value)
             for name, images in pairs.items()
         }
-        self.likeness.value = svg(plots.likeness(SHARES, like))
+        self.likeness.value = svg(pictures.likeness(SHARES, like))
 
     def _rekind(self) -> None:
         assert self.walk is not None

@@ -132,7 +132,7 @@ def _head(direction: Direction, n: int | None) -> Direction:
     return Direction(Anchor(anchor.images[:n], anchor.point[:n], G), direction.unit[:n])
 
 
-def pictures(config: DecomposeConfig) -> Pictures:
+def open_pictures(config: DecomposeConfig) -> Pictures:
     """The images that `config` chooses, and the VAE that splits them.
 
     Raises:
@@ -183,13 +183,13 @@ def _name(data: ImageSet, index: int) -> str:
     return f"{data.classes[label]} {index}" if label >= 0 else str(index)
 
 
-def scene(config: DecomposeConfig) -> Scene:
+def open_scene(config: DecomposeConfig) -> Scene:
     """The pictures, and the loss of the encoder that is attacked.
 
     Raises:
         RunError: there is no finished VAE run. ConfigError: the encoder is for another size.
     """
-    shown = pictures(config)
+    shown = open_pictures(config)
     attacked, embed = attacked_encoder(shown, config.run)
     settled = config.model_copy(update={"vae": shown.run.reference, "run": attacked})
     return Scene(**vars(shown), config=settled, loss=against(embed, shown.x))
