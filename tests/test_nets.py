@@ -95,7 +95,8 @@ def test_vae_state_dict_is_the_release_s(size, tensors, encoder, decoder):
 
 
 @pytest.mark.parametrize(
-    ("size", "inner"), [(16, 4), (32, 8), (48, 12), (60, 15), (64, 8), (84, 10), (224, 7)]
+    ("size", "inner"),
+    [(16, 4), (32, 8), (48, 12), (60, 15), (64, 8), (84, 10), (96, 12), (128, 16), (224, 7)],
 )
 def test_vae_shapes(size, inner):
     vae = VAE(5, size, width=8)
@@ -106,9 +107,20 @@ def test_vae_shapes(size, inner):
     assert vae.fc11.in_features == vae.fc21.out_features == 16 * inner**2
 
 
-@pytest.mark.parametrize("size", [0, -4, 30, 68, 128])
-def test_vae_of_other_sizes_is_refused(size):
-    with pytest.raises(ValueError, match=f"size={size}: it must be 64, 84, 224 or a multiple of 4"):
+def test_a_vae_of_every_size_gives_its_own_shape_back():
+    """Where halving meets odd sides too: 21 → 10 at 84 px, up to three times at 220 px."""
+    for size in [*range(4, 133, 4), 156, 188, 200, 220, 252, 256]:
+        vae = VAE(2, size, width=8).eval()
+        with torch.no_grad():
+            assert vae(torch.zeros(1, 3, size, size)).G.shape == (1, 3, size, size), size
+        assert vae.decoder[-1].padding == (1, 1)  # what `sub_pixel` needs
+
+
+@pytest.mark.parametrize(
+    ("size", "near"), [(0, "4 or more"), (-4, "4 or more"), (30, "28 or 32"), (98, "96 or 100")]
+)
+def test_vae_of_other_sizes_is_refused(size, near):
+    with pytest.raises(ValueError, match=f"multiple of 4 for the VAE, and is {size}: take {near}"):
         VAE(8, size)
 
 

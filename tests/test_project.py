@@ -39,7 +39,7 @@ CONFIGS = {
 }
 CORE = {"configs", "data", "views", "nets", "runs"}
 ROOMS = {
-    "configs": set(),
+    "configs": {"nets"},
     "data": set(),
     "views": set(),
     "nets": set(),

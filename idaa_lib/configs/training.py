@@ -17,6 +17,7 @@ from idaa_lib.configs.base import (
     Rate,
     Seed,
 )
+from idaa_lib.nets.vae import halvings
 
 # Recipes of random views (`views.RECIPES`).
 Augmentation = Literal["simclr", "simsiam", "normal", "byol", "none"]
@@ -156,14 +157,8 @@ class VAEConfig(TrainingConfig):
         if values["size"] == 224 and values.get("preset") == "paper":
             values = {**values, "dim": 3072, "augmentation": "simsiam", **given}  # spec §1
         size, dim = values["size"], values["dim"]
-        small = isinstance(size, int) and 0 < size <= 60 and size % 4 == 0
-        if isinstance(size, int) and not small and size not in (64, 84, 224):
-            raise ConfigError(
-                f"size must be 64, 84, 224 or a multiple of 4 up to 60 (the VAE halves it at "
-                f"least twice), and is {size}."
-            )
-        if size == 224 and isinstance(values["width"], int) and values["width"] < 8:
-            raise ConfigError(f"width must be at least 8 at size=224, and is {values['width']}.")
+        if isinstance(size, int) and isinstance(values["width"], int):
+            halvings(size, values["width"])  # raises where there is no such VAE
         ok = all(isinstance(value, int) and value > 0 for value in (size, dim))
         per_kappa = size * size / (2 * dim) if ok else math.nan
         kappa, beta = given.get("kappa"), given.get("beta")

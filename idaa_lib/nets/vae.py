@@ -50,12 +50,32 @@ class _Residual(nn.Module):
         return x + self.convs(x)
 
 
+def halvings(size: int, width: int) -> int:
+    """How often a VAE halves images of `size` pixels: twice up to 60, three times up to 128, else
+    five times, as the published ones of 32, 64, 84 and 224 px do.
+
+    Raises:
+        ValueError: there is no VAE of this size and width.
+    """
+    if size < 4 or size % 4:
+        below = size // 4 * 4
+        near = f"{below} or {below + 4}" if below > 0 else "4 or more"
+        raise ValueError(f"size must be a multiple of 4 for the VAE, and is {size}: take {near}.")
+    times = 2 if size <= 60 else 3 if size <= 128 else 5
+    if width < (least := 1 << max(0, times - 2)):
+        raise ValueError(
+            f"width must be at least {least} at size={size}, for the VAE's first layer to have a "
+            f"channel, and is {width}."
+        )
+    return times
+
+
 class VAE(nn.Module):
-    """The CIFAR (≤ 60 px), tiny (64 px), mini (84 px) and ImageNet (224 px) variants, by size.
+    """The CIFAR (up to 60 px), mini (up to 128 px) and ImageNet variants, by size.
 
     Args:
         dim: bottleneck dimension m.
-        size: image side, pixels: 64, 84, 224, or a multiple of 4 up to 60.
+        size: image side, pixels, a multiple of 4.
         width: half the channels of the innermost feature map (64 in the paper, so d = 128).
         mean, std: the normalisation of the images that it is trained on, per channel in [0, 1]
             units; an adversary that meets other units converts (None: units are never converted).
@@ -72,34 +92,26 @@ class VAE(nn.Module):
         std: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
-        halvings = {64: 3, 84: 3, 224: 5}.get(size, 2)
-        if halvings == 2 and (size % 4 or not 0 < size <= 60):
-            raise ValueError(
-                f"There is no VAE for size={size}: it must be 64, 84, 224 or a multiple of 4 "
-                f"up to 60."
-            )
-        if 2 * width < 1 << (halvings - 1):
-            raise ValueError(
-                f"width={width} is too small for size={size}: the first layer would have no "
-                f"channel; it must be at least {1 << max(0, halvings - 2)}."
-            )
+        times = halvings(size, width)
         self.dim, self.size, self.width, self.mean, self.std = dim, size, width, mean, std
-        d = 2 * width
-        self.inner = (d, size >> halvings, size >> halvings)
-        channels = [3, *(d >> k for k in reversed(range(halvings)))]
+        d, side = 2 * width, size >> times
+        self.inner = (d, side, side)
+        channels = [3, *(d >> k for k in reversed(range(times)))]
+        # What halving odd sides lost: a step of the decoder without padding gives two pixels more.
+        lost = size - (side << times)
 
         down: list[nn.Module] = []
         for c, c_next in pairwise(channels):
             down += [nn.Conv2d(c, c_next, 4, 2, 1, bias=False), nn.BatchNorm2d(c_next), nn.ReLU()]
         up: list[nn.Module] = []
         for i, (c, c_next) in enumerate(pairwise(channels[::-1])):
-            # 84 px: 10 → 20 → 42 → 84, the odd step without padding.
-            padding = 0 if size == 84 and i == 1 else 1
+            # 84 px: 84 → 42 → 21 → 10, and back 10 → 20 → 42 → 84.
+            padding = 0 if lost & (1 << (times - i)) else 1
             up += [nn.ConvTranspose2d(c, c_next, 4, 2, padding, bias=False)]
             up += [nn.BatchNorm2d(c_next), nn.LeakyReLU(0.01)]
         residuals = lambda: [_Residual(d), nn.BatchNorm2d(d), _Residual(d)]  # noqa: E731
         # Only the ImageNet variant has a BatchNorm on either side of the bottleneck.
-        edge = lambda: [nn.BatchNorm2d(d)] if size == 224 else []  # noqa: E731
+        edge = lambda: [nn.BatchNorm2d(d)] if times == 5 else []  # noqa: E731
         self.encoder = nn.Sequential(*down, *residuals(), *edge())
         self.decoder = nn.Sequential(*edge(), *residuals(), nn.BatchNorm2d(d), *up[:-2])
         flat = d * self.inner[1] ** 2
