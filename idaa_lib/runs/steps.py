@@ -1,0 +1,238 @@
+"""The one resumable loop: it counts, logs, keeps the heartbeat, hears requests, saves and resumes.
+
+SSL, FixMatch, the VAE, the probe on random crops and the detection example are bodies of it:
+
+    for step in steps:
+        steps.add(loss=train_step(step))
+
+Whoever iterates keys random numbers by (seed, epoch, step) and carries none along, so that a run
+which stopped anywhere continues bit for bit (on the CPU) from what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from idaa_lib.runs import checkpoints
+from idaa_lib.runs.directory import Run, RunError, Stopped, Writer
+from idaa_lib.runs.processes import signals
+from idaa_lib.runs.progress import Progress
+
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, JSON values
+
+
+class Steps:
+    """The steps of a run that are left, each as its number; iterate once.
+
+    Args:
+        run: whose checkpoints are read. writer: of it; None in all processes but the first.
+        total: steps of the whole run. per_epoch: steps of an epoch. images: seen in a step.
+        log_every, checkpoint_every: in steps. A checkpoint is also written at the end and before
+            `Stopped`; a line of the log also at the end.
+        state: what a checkpoint holds of the training (the counters here are added to it).
+        restore: takes that up again.
+        at_log: further values of a line of the log, read when one is due.
+        at_epoch_end: epoch → values to log after its last step (validation).
+        check: raises RunError where what would be saved is broken.
+        agree: whether any process wants to stop, from whether this one does.
+    Raises (while iterating):
+        Stopped: Ctrl-C, SIGTERM or a request, after the state of a whole step was saved.
+        RunError: `loss` is not finite.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        writer: Writer | None,
+        total: int,
+        *,
+        per_epoch: int,
+        images: int,
+        state: Callable[[], State],
+        restore: Callable[[dict[str, Tensor], dict[str, Any]], None],
+        log_every: int = 10,
+        checkpoint_every: int = 0,
+        at_log: Callable[[], Mapping[str, Any]] = dict,
+        at_epoch_end: Callable[[int], Mapping[str, float]] = lambda epoch: {},
+        check: Callable[[], None] = lambda: None,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        self.run, self.writer, self.total = run, writer, total
+        self.per_epoch, self.images = per_epoch, images
+        self.log_every, self.checkpoint_every = log_every, checkpoint_every or per_epoch
+        self._state, self._restore, self._check, self._agree = state, restore, check, agree
+        self._at_log, self._at_epoch_end = at_log, at_epoch_end
+        self.step, self.seconds = 0, 0.0  # done so far; spent in steps, without pauses
+        self.sums: dict[str, Tensor] = {}  # over the `count` steps of the log interval under way
+        self.count = 0
+        self._interval = (0, 0.0)  # steps and seconds at the last line of the log
+        self._signals: list[str] = []
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the step under way."""
+        return min(self.step, self.total - 1) // self.per_epoch
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, in [0, 1]."""
+        return self.step / self.total
+
+    def resume(self) -> bool:
+        """Continue after the run's last checkpoint; whether there is one."""
+        checkpoint = checkpoints.load(self.run)
+        if checkpoint is not None:
+            tensors, values = checkpoint
+            self._restore(tensors, values)
+            self.step, self.count, self.seconds = (values[k] for k in ("step", "count", "seconds"))
+            self.sums = checkpoints.under("sums.", tensors)
+            print(f"{self.run.id}: continues after step {self.step} of {self.total}.")
+        self._interval = self.step, self.seconds
+        if self.writer is not None:
+            # What a killed process logged after its last checkpoint is logged again.
+            self.writer.rewind(self.step)
+        return checkpoint is not None
+
+    def __iter__(self) -> Iterator[int]:
+        progress = Progress(self.run.stage, self.total, self.step)
+        try:
+            with signals() as self._signals:
+                while self.step < self.total:
+                    start = time.monotonic()
+                    yield self.step
+                    self.seconds += time.monotonic() - start
+                    self.step += 1
+                    progress.update(self.step)
+                    self._finish_step(progress)
+        finally:
+            progress.close()
+
+    def _finish_step(self, progress: Progress) -> None:
+        last = self.step == self.total
+        epoch = (self.step - 1) // self.per_epoch
+        if last or self.step % self.log_every == 0:
+            self.check()
+            means = {name: value / self.count for name, value in self.sums.items()}
+            means |= self._at_log()
+            self.sums, self.count = {}, 0
+            self._log(progress, epoch, read(means))
+        if self.step % self.per_epoch == 0:
+            self.check()
+            if figures := self._at_epoch_end(epoch):
+                self._log(progress, epoch, dict(figures))
+        request = None if last else self._request()
+        if last or request or self.step % self.checkpoint_every == 0:
+            self.save()
+        if request:
+            raise Stopped(
+                f"Stopped ({request}) after step {self.step} of {self.total} and saved: start the "
+                f"same run again to continue."
+            )
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add a step's scalars to the means of the log interval. They stay on their device: nothing
+        waits for it between two lines of the log."""
+        for name, value in values.items():
+            value = value.detach().float()
+            sum_ = self.sums.get(name)
+            self.sums[name] = value.clone() if sum_ is None else sum_.to(value.device) + value
+        self.count += 1
+
+    def pulse(self, message: str = "") -> None:
+        """Say that the process lives, in work that lasts long within a step, and hear requests.
+
+        Raises:
+            Stopped: asked to. Nothing is saved: the work starts again from the last checkpoint.
+        """
+        if self.writer is not None:
+            self.writer.state(state="going", message=message)
+        if request := self._request():
+            raise Stopped(
+                f"Stopped ({request}) before step {self.step} of {self.total}: start the same run "
+                f"again to continue from its last checkpoint."
+            )
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment (first process only)."""
+        if self.writer is None:
+            return
+        self.check()
+        tensors, values = self._state()
+        tensors |= {f"sums.{name}": value for name, value in self.sums.items()}
+        counters = {"step": self.step, "count": self.count, "seconds": self.seconds}
+        checkpoints.save(self.run, self.step, tensors, values | counters)
+
+    def check(self) -> None:
+        """Before weights are saved or read: a checkpoint of NaN would be resumed for ever.
+
+        Raises:
+            RunError: the loss was not finite in a step since the last line of the log, or as
+                the caller's own check says.
+        """
+        self._check()
+        total = self.sums["loss"].item() if "loss" in self.sums else 0.0
+        if not math.isfinite(total):
+            raise RunError(
+                f"The loss is {total} by step {self.step}: lower learning_rate or try "
+                f"precision='fp32'; the last checkpoint is intact."
+            )
+
+    def _log(self, progress: Progress, epoch: int, values: dict[str, float]) -> None:
+        if self.writer is None:
+            return
+        step, seconds = self._interval
+        if self.step > step:  # speed is of the last interval, without pauses and validation
+            pace = (self.seconds - seconds) / (self.step - step)
+            progress.pace = pace
+            values = values | {"images_per_second": self.images / max(pace, 1e-9)}
+            self._interval = self.step, self.seconds
+        self.writer.log(step=self.step, epoch=epoch, time=time.time(), **values)
+        self.writer.state(
+            state="going",
+            step=self.step,
+            steps=self.total,
+            epoch=epoch,
+            seconds_left=progress.seconds_left,
+            memory=memory(),
+        )
+        progress.show(f"{epoch + 1}/{-(-self.total // self.per_epoch)}", values)
+
+    def _request(self) -> str | None:
+        """Why to stop now, or None. A pause is waited out here; several processes decide alike."""
+        request = self._signals[0] if self._signals else None
+        if self.writer is not None and request is None:
+            request = self.writer.request()
+            if request == "pause":
+                self.writer.state(state="going", paused=True)
+                while request == "pause" and not self._signals:
+                    time.sleep(0.2)
+                    request = self.writer.request()
+                    self.writer.state(state="going")
+                self.writer.state(paused=False)
+                request = self._signals[0] if self._signals else request
+        return (request or "another process") if self._agree(request is not None) else None
+
+
+def read(values: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars, tensors among them, as numbers; with one wait for the device, not one for each."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = dict(values)
+    if tensors:
+        stacked = torch.stack([value.detach().float() for value in tensors.values()])
+        numbers |= dict(zip(tensors, stacked.tolist(), strict=True))
+    return numbers
+
+
+def memory() -> dict[str, float]:
+    """MiB that this process holds now, and the most it has held on a CUDA device."""
+    held = {"resident": psutil.Process().memory_info().rss / 2**20}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        held["cuda"] = torch.cuda.max_memory_allocated() / 2**20
+    return held
