@@ -16,7 +16,7 @@ import record
 import torch
 from torch import Tensor
 
-from idaa_lib.evaluate.linear import top1
+from idaa_lib.evaluate.metrics import top1
 from idaa_lib.evaluate.transfer import LAMBDAS, kornblith_probe
 from idaa_lib.runs.machine import torch_device
 

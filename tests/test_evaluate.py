@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 import reference
+import scipy.stats
 import torch
 import torchvision.transforms.v2.functional as TF
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn import functional as F
@@ -20,15 +22,19 @@ from idaa_lib.configs import EvalConfig
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate.crops import TRUST, crop_probe, enlarged, scale_by_trust
 from idaa_lib.evaluate.encoders import Encoder, features, pixels
-from idaa_lib.evaluate.figures import (
-    accuracy,
-    alignment,
-    effective_rank,
-    embedding_std,
-    uniformity,
-)
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.linear import linear_probe, logistic_regression, official_probe, predict
+from idaa_lib.evaluate.metrics import (
+    accuracy,
+    alignment,
+    bootstrap_interval,
+    effective_rank,
+    embedding_std,
+    mean_per_class,
+    mean_per_class_interval,
+    student_interval,
+    uniformity,
+)
 from idaa_lib.nets import build_backbone
 from idaa_lib.runs import checkpoints
 from idaa_lib.views import Recipe, keyed_generator
@@ -262,6 +268,44 @@ def test_accuracy_s_interval_is_the_bootstrap_s(right, n):
     assert found.n == n
     assert found.low == pytest.approx(low, abs=100.01 / n)
     assert found.high == pytest.approx(high, abs=100.01 / n)
+
+
+def test_the_interval_of_a_mean_is_the_bootstrap_s():
+    assert bootstrap_interval(torch.full((20,), 3.0)) == (3, 3, 3)
+    assert bootstrap_interval(torch.tensor([2.0])) == (2, 2, 2)
+    values = torch.from_numpy(np.random.default_rng(0).exponential(size=1000))
+    generator = torch.Generator().manual_seed(1)
+    resampled = values[torch.randint(1000, (9999, 1000), generator=generator)].mean(1)
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert bootstrap_interval(values) == pytest.approx((values.mean().item(), low, high), abs=0.01)
+
+
+def test_the_interval_of_seeds_is_student_s():
+    assert student_interval([1.0, 3.0]) == pytest.approx((2, 2 - 12.7062, 2 + 12.7062), abs=1e-3)
+    values = normal(600)
+    low, high = scipy.stats.t.interval(
+        0.95, 599, loc=values.mean().item(), scale=scipy.stats.sem(values.numpy())
+    )
+    assert student_interval(values)[1:] == pytest.approx((low, high))
+    assert student_interval([7.0, 7.0, 7.0]) == (7, 7, 7)
+
+
+def test_mean_per_class_agrees_with_sklearn_and_its_interval_with_resampling():
+    labels = torch.tensor([0] * 100 + [1] * 40 + [3] * 20)  # no image of class 2
+    wrong = torch.rand(160, generator=keyed_generator(0)) < 0.3
+    guess = torch.where(wrong, (labels + 1) % 4, labels)
+    guess[guess == 2] = 3  # scikit-learn warns of a class that no label has
+    expected = 100 * balanced_accuracy_score(labels, guess)
+    assert mean_per_class(guess, labels) == pytest.approx(expected)
+    value, low, high = mean_per_class_interval(guess, labels)
+    assert value == pytest.approx(expected)
+    rng = np.random.default_rng(0)
+    right = [(guess == labels)[labels == c].numpy() for c in (0, 1, 3)]
+    resampled = [
+        100 * np.mean([rng.choice(part, len(part)).mean() for part in right]) for _ in range(4000)
+    ]
+    assert (low, high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), abs=0.5)
+    assert mean_per_class_interval(labels, labels) == (100, 100, 100)
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -305,8 +305,7 @@ def test_fields_of_one_method_are_checked(fields, said):
 
 
 def test_several_seeds_give_student_s_interval():
-    low, high = table.interval([1.0, 2.0, 3.0])
-    assert (low, high) == pytest.approx(stats.t.interval(0.95, 2, loc=2, scale=3**-0.5))
+    low, high = stats.t.interval(0.95, 2, loc=2, scale=3**-0.5)
     assert table.said([1.0, 2.0, 3.0]) == f"2.00 [{low:.2f}, {high:.2f}]"
     assert table.said([]) == "–"
 

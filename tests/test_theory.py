@@ -253,15 +253,6 @@ def test_hardness():
     assert found == pytest.approx((2 * z.abs().sum().item(), -1, 0.5 * 48**0.5, 0.5), rel=1e-5)
 
 
-def test_an_interval_is_the_bootstrap_s():
-    assert theory.interval(torch.full((20,), 3.0)) == (3, 3, 3)
-    values = torch.from_numpy(np.random.default_rng(0).exponential(size=1000))
-    mean, low, high = theory.interval(values)
-    expected = stats.bootstrap((values.numpy(),), np.mean, method="percentile", rng=1)
-    assert mean == pytest.approx(values.mean().item())
-    assert (low, high) == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
-
-
 # --- the study ----------------------------------------------------------------------------------
 
 SMALL = dict(limit=200, width=4, batch_size=32, device="cpu", epochs=1)

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import balanced_accuracy_score
 from torch.nn import functional as F
 
 from idaa_lib import runs, sweeps
@@ -22,13 +20,12 @@ from idaa_lib.data import cached as images
 from idaa_lib.data import sources
 from idaa_lib.evaluate import transfer as stage
 from idaa_lib.evaluate.encoders import features, load_encoder
-from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot, mean_interval
+from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot
 from idaa_lib.evaluate.linear import Axes, choose, logistic_regression, predict, principal_axes
+from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.evaluate.transfer import (
     LAMBDAS,
     kornblith_probe,
-    mean_per_class,
-    mean_per_class_interval,
     transfer,
 )
 from idaa_lib.lab import plots
@@ -185,35 +182,7 @@ def test_what_float32_cannot_resolve_is_solved_in_float64(monkeypatch, tolerance
     assert used == [(dtype, dtype)] * 2
 
 
-def test_mean_per_class_agrees_with_sklearn_and_its_interval_with_resampling():
-    labels = torch.tensor([0] * 100 + [1] * 40 + [3] * 20)  # no image of class 2
-    wrong = torch.rand(160, generator=keyed_generator(0)) < 0.3
-    guess = torch.where(wrong, (labels + 1) % 4, labels)
-    guess[guess == 2] = 3  # scikit-learn warns of a class that no label has
-    assert mean_per_class(guess, labels) == pytest.approx(
-        100 * balanced_accuracy_score(labels, guess)
-    )
-    low, high = mean_per_class_interval(guess, labels)
-    rng = np.random.default_rng(0)
-    right = [(guess == labels)[labels == c].numpy() for c in (0, 1, 3)]
-    resampled = [
-        100 * np.mean([rng.choice(part, len(part)).mean() for part in right]) for _ in range(4000)
-    ]
-    assert (low, high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), abs=0.5)
-    assert mean_per_class_interval(labels, labels) == (100, 100)
-
-
 # --- few labels, few shots
-
-
-def test_the_interval_is_student_s():
-    assert mean_interval([1.0, 3.0]) == pytest.approx((2, 2 - 12.7062, 2 + 12.7062, 2), abs=1e-3)
-    values = torch.randn(600, generator=keyed_generator(0), dtype=DOUBLE)
-    low, high = scipy.stats.t.interval(
-        0.95, 599, loc=values.mean().item(), scale=scipy.stats.sem(values.numpy())
-    )
-    assert mean_interval(values)[1:3] == pytest.approx((low, high))
-    assert mean_interval([7.0, 7.0, 7.0])[:3] == (7, 7, 7)
 
 
 def test_few_labels_are_drawn_by_class():
@@ -282,8 +251,8 @@ def test_few_shot_on_one_hot_and_on_meaningless_features(classifier):
     episodes = draw_episodes(labels, 5, 1, 15, 300)
     assert few_shot(F.one_hot(labels).float(), episodes, 1, classifier).eq(100).all()
     noise = torch.randn(2000, 16, generator=keyed_generator(0))
-    value, low, high, n = mean_interval(few_shot(noise, episodes, 1, classifier))
-    assert n == 300 and high - low < 2
+    value, low, high = student_interval(few_shot(noise, episodes, 1, classifier))
+    assert high - low < 2
     assert value == pytest.approx(20, abs=1.5)
 
 

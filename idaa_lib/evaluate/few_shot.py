@@ -1,4 +1,4 @@
-"""Few labels: balanced draws of them, episodes of few classes and shots, intervals over both.
+"""Few labels: balanced draws of them, episodes of few classes and shots.
 
 An episode is a classification problem of its own: some classes (`ways`), some labelled images of
 each (`shots`), some to tell apart (`queries`). Its probe sees L2-normalised features and is solved
@@ -7,33 +7,11 @@ in closed form, all episodes at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.views import keyed_generator
-
-
-class Mean(NamedTuple):
-    """A mean over n draws or episodes, and its 95 % interval (Student's t)."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def mean_interval(values: Tensor | Sequence[float]) -> Mean:
-    """The mean of at least two independent values (n,), with its 95 % interval."""
-    from scipy.stats import t
-
-    found = torch.as_tensor(values, dtype=torch.float64)
-    n, mean, std = len(found), found.mean().item(), found.std().item()
-    half = float(t.ppf(0.975, n - 1)) * std / n**0.5
-    return Mean(mean, mean - half, mean + half, n)
 
 
 def balanced(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:

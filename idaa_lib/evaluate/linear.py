@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from idaa_lib.evaluate.metrics import top1
 from idaa_lib.views import keyed_generator
 
 # Of the standardised features' squared weights, per sample: from nearly none to nearly all.
@@ -81,11 +82,6 @@ def linear_probe(
     scores = logits(weights, x_test)
     likeliest = scores.topk(min(5, classes)).indices
     return Probe(scores.argmax(1), likeliest, best.penalty, best.score)
-
-
-def top1(predictions: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy in percent of predictions (Q,)."""
-    return 100 * (predictions == labels).sum().item() / len(labels)
 
 
 def choose(

@@ -16,9 +16,9 @@ from idaa_lib.configs import ConfigError, EvalConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.crops import EPOCHS, CropProbe, crop_probe, enlarged
 from idaa_lib.evaluate.encoders import features, load_encoder, pixels, random_encoder
-from idaa_lib.evaluate.figures import accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.linear import linear_probe, official_probe
+from idaa_lib.evaluate.metrics import accuracy, effective_rank, embedding_std
 from idaa_lib.methods import OfficialProtocol, method_class
 from idaa_lib.runs import Run, checkpoints
 from idaa_lib.runs.machine import describe, open_images, settled, torch_device, uses_bf16

@@ -20,14 +20,19 @@ from idaa_lib import runs
 from idaa_lib.configs import ConfigError, TransferConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import Encoder, features, load_encoder, random_encoder
-from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot, mean_interval
-from idaa_lib.evaluate.figures import accuracy
+from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot
 from idaa_lib.evaluate.linear import (
     Axes,
     choose,
     logistic_regression,
     predict,
     principal_axes,
+)
+from idaa_lib.evaluate.metrics import (
+    accuracy,
+    mean_per_class,
+    mean_per_class_interval,
+    student_interval,
     top1,
 )
 from idaa_lib.runs import Run, Stopped, checkpoints
@@ -137,33 +142,6 @@ def kornblith_probe(
         x, y = torch.cat([x, x_val]), torch.cat([y, y_val])
         weights = logistic_regression(x, y, classes, 2 * decay / len(y), start=weights, **solver)
     return Probe(predict(weights, test), decay, best.score)
-
-
-def recalls(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each class among labels (Q,): the share found, in [0, 1], and the number of images."""
-    predictions, labels = predictions.cpu(), labels.cpu()
-    present, place, counts = labels.unique(return_inverse=True, return_counts=True)
-    right = torch.zeros(len(present), dtype=torch.float64)
-    right.index_add_(0, place, (predictions == labels).double())
-    return right / counts, counts
-
-
-def mean_per_class(predictions: Tensor, labels: Tensor) -> float:
-    """The mean of the classes' accuracies, in percent; classes without an image do not count."""
-    return 100 * recalls(predictions, labels)[0].mean().item()
-
-
-def mean_per_class_interval(
-    predictions: Tensor, labels: Tensor, draws: int = 10_000
-) -> tuple[float, float]:
-    """Its 95 % percentile bootstrap, which resamples the images of each class among themselves."""
-    share, counts = (part.double() for part in recalls(predictions, labels))
-    generator = keyed_generator(0)
-    found = torch.zeros(draws, dtype=torch.float64)
-    for p, n in zip(share, counts, strict=True):
-        found += torch.binomial(n.expand(draws), p.expand(draws), generator=generator) / n
-    low, high = (100 * found / len(share)).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return low, high
 
 
 class _Plan(NamedTuple):
@@ -283,7 +261,7 @@ def _linear(target: _Target) -> dict[str, Any]:
     of_images = accuracy(found, labels)
     low, high = of_images.low, of_images.high
     if target.score is mean_per_class:
-        low, high = mean_per_class_interval(found, labels)
+        _, low, high = mean_per_class_interval(found, labels)
     return target.row(
         "linear", value=target.score(found, labels), low=low, high=high, n=len(labels),
         of="test images", labels=len(y["train"]) + len(y["val"]), top1=of_images.top1,
@@ -303,7 +281,7 @@ def _few_labels(target: _Target, fraction: float, config: TransferConfig) -> dic
         probe = kornblith_probe(few, (z["val"], y["val"]), z["test"], refit=False, **target.solver)
         found.append(target.score(probe.predictions, y["test"]))
     return target.row(
-        f"{100 * fraction:g} % of labels", **mean_interval(found)._asdict(),
+        f"{100 * fraction:g} % of labels", **student_interval(found)._asdict(), n=len(found),
         of="draws", labels=len(index),
         protocol=f"{target.protocol} (all of it), labels drawn by class, no refit",
     )  # fmt: skip
@@ -314,8 +292,8 @@ def _few_shots(
 ) -> dict[str, Any]:
     found = few_shot(target.z["test"], episodes, shots, config.few_shot).cpu()
     about = target.row(
-        f"{config.ways}-way {shots}-shot", **mean_interval(found)._asdict(), of="episodes",
-        labels=config.ways * shots,
+        f"{config.ways}-way {shots}-shot", **student_interval(found)._asdict(), n=len(found),
+        of="episodes", labels=config.ways * shots,
         protocol=f"{target.size} px, frozen features, L2-normalised; {config.few_shot}, "
         f"{config.queries} queries a class, all images from test",
     )  # fmt: skip

@@ -324,24 +324,6 @@ def hardness(
     )
 
 
-class Interval(NamedTuple):
-    """A mean over images and its bootstrap 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def interval(values: Tensor, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Mean of values (n,) with its percentile bootstrap over images; of differences, paired."""
-    values = values.double()
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    means = values[draws].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(values.mean().item(), low, high)
-
-
 def _log_choose(n: Tensor, k: int) -> Tensor:
     """log C(n, k), −∞ where k > n."""
     inside = (n - k + 1).clamp_min(1).lgamma()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from idaa_lib.configs import DecomposeConfig, TheoryConfig
+from idaa_lib.evaluate.metrics import bootstrap_interval
 from idaa_lib.identity import theory
 from idaa_lib.identity.scene import ADVERSARIES, Pictures, Scene
-from idaa_lib.identity.theory import Hardness, Retention, interval, retention
+from idaa_lib.identity.theory import Hardness, Retention, retention
 from idaa_lib.lab.engine import radius
 from idaa_lib.lab.judge import BATCH, Judge, Plan, classify, counts, labels_of, row_of
 from idaa_lib.methods.simclr import against, nt_xent
@@ -182,9 +183,9 @@ def _differences(mine: Read, other: Read) -> dict[str, Any]:
     return {
         "loss": (mine.loss_after, other.loss_after),
         "retrieved": (mine.kept.retrieved, other.kept.retrieved),
-        "retrieved_difference": interval(mine.kept.hits - other.kept.hits),
+        "retrieved_difference": bootstrap_interval(mine.kept.hits - other.kept.hits),
         "infonce": (mine.kept.infonce, other.kept.infonce),
-        "infonce_difference": interval(mine.kept.gains - other.kept.gains),
+        "infonce_difference": bootstrap_interval(mine.kept.gains - other.kept.gains),
     }
 
 

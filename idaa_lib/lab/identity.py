@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, DecomposeConfig, TheoryConfig, UserError
 from idaa_lib.evaluate.encoders import load_vae
+from idaa_lib.evaluate.metrics import bootstrap_interval
 from idaa_lib.identity import theory
 from idaa_lib.identity.scene import (
     UNTRAINED,
@@ -30,7 +31,7 @@ from idaa_lib.identity.scene import (
     open_pictures,
     witness,
 )
-from idaa_lib.identity.theory import Bound, interval
+from idaa_lib.identity.theory import Bound
 from idaa_lib.lab.attacks import Attacks, adversaries
 from idaa_lib.lab.judge import (
     BATCH,
@@ -240,8 +241,8 @@ def _parts(plan: Plan, judge: Judge) -> dict[str, Any]:
         "parts": {part: row_of(held) for part, held in kept.items()},
         "among": {"k": k} | {part: [held.among(i) for i in k] for part, held in kept.items()},
         "R_minus_G": {
-            "retrieved": interval(kept["R"].hits - kept["G"].hits),
-            "infonce": interval(kept["R"].gains - kept["G"].gains),
+            "retrieved": bootstrap_interval(kept["R"].hits - kept["G"].hits),
+            "infonce": bootstrap_interval(kept["R"].gains - kept["G"].gains),
         },
     }
     # a is each image, b the next: at the end G(a) + R(b), or G(b) + R(a).
@@ -255,7 +256,7 @@ def _parts(plan: Plan, judge: Judge) -> dict[str, Any]:
             to_a, to_b = (seen * own).sum(1), (seen * donors).sum(1)
             curve.append([to_a.mean().item(), to_b.mean().item()])
             if name.startswith("R"):  # at the last share, in whole
-                followed = interval(100 * (to_b > to_a).double())
+                followed = bootstrap_interval(100 * (to_b > to_a).double())
     found["exchange"] = {"shares": SHARES, "cosines": like, "follows_R": followed}
     found["probes"] = _probes(plan, judge, split)
     return found
@@ -300,8 +301,8 @@ def _instances(shown: Pictures, judge: Judge, seed: int) -> dict[str, Tensor]:
 
 
 def _probed(right: dict[str, Tensor]) -> dict[str, Any]:
-    rows: dict[str, Any] = {part: interval(values) for part, values in right.items()}
-    return rows | {"R_minus_G": interval(right["R"] - right["G"])}
+    rows: dict[str, Any] = {part: bootstrap_interval(values) for part, values in right.items()}
+    return rows | {"R_minus_G": bootstrap_interval(right["R"] - right["G"])}
 
 
 def _of_vae(run: Run, axis: str, plan: Plan, judge: Judge, epsilon: float) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from torch import Tensor
 from idaa_lib.configs import TheoryConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.linear import choose, predict
+from idaa_lib.evaluate.metrics import bootstrap_interval
 from idaa_lib.identity.scene import Pictures
-from idaa_lib.identity.theory import Retention, interval, retention
+from idaa_lib.identity.theory import Retention, retention
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
 from idaa_lib.views import Recipe, keyed_generator, recipe
@@ -73,8 +74,8 @@ def decomposed(vae: VAE, x: Tensor) -> dict[str, Tensor]:
 
 def row_of(kept: Retention) -> dict[str, float]:
     """A retention's figures, by the names that `Point` has for them."""
-    _, low, high = interval(kept.hits)
-    _, infonce_low, infonce_high = interval(kept.gains)
+    _, low, high = bootstrap_interval(kept.hits)
+    _, infonce_low, infonce_high = bootstrap_interval(kept.gains)
     return {
         "retrieved": kept.retrieved, "low": low, "high": high, "mrr": kept.mrr,
         "infonce": kept.infonce, "infonce_low": infonce_low, "infonce_high": infonce_high,

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.stats import t as student
 
+from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.lab import style
 from idaa_lib.lab.plots import SUBJECTS
 from idaa_lib.lab.style import COLOURS, INK, NAMES
@@ -151,15 +151,8 @@ def said(values: Sequence[float]) -> str:
     """`61.2`, or with several seeds `61.2 [60.1, 62.3]`, or – where there is none."""
     if len(values) < 2:
         return f"{values[0]:.2f}" if values else "–"
-    low, high = interval(values)
-    return f"{np.mean(values):.2f} [{low:.2f}, {high:.2f}]"
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of the mean of two values or more."""
-    n, mean = len(values), float(np.mean(values))
-    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
-    return mean - half, mean + half
+    mean, low, high = student_interval(values)
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def levels(rows: Sequence[dict[str, Any]]) -> Figure:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from idaa_lib.adversaries import AttackError, NoAdversary
 from idaa_lib.configs import ConfigError, TrainingConfig
-from idaa_lib.evaluate.figures import alignment, embedding_std, uniformity
+from idaa_lib.evaluate.metrics import alignment, embedding_std, uniformity
 from idaa_lib.methods import Method
 from idaa_lib.methods.base import Batch, Step
 from idaa_lib.runs import RunError, Stopped, Writer, checkpoints

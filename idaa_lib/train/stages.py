@@ -25,8 +25,8 @@ from idaa_lib.configs import (
 )
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import features, load_vae
-from idaa_lib.evaluate.figures import Accuracy, accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.knn import knn
+from idaa_lib.evaluate.metrics import Accuracy, accuracy, effective_rank, embedding_std
 from idaa_lib.methods import METHODS, Method, build_method
 from idaa_lib.methods.fixmatch import CIFAR100, build_fixmatch
 from idaa_lib.methods.semi_supervised import labelled_subset
