@@ -9,23 +9,25 @@ import math
 import os
 import signal
 
+import coco
+import detect as detection
 import numpy as np
 import pytest
 import torch
+from coco import CocoSet, average_precision, for_training
+from detect import DetectionConfig, detect, load_detector, predict, rate
+from mask_rcnn import STRIDES, C4Heads, _layers, mask_rcnn
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from shapes import synthetic_shapes
 from torch import nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from idaa_lib import runs, sweeps
-from idaa_lib.configs import ConfigError, DetectionConfig, SSLConfig
-from idaa_lib.evaluate import detection
-from idaa_lib.evaluate.coco import CocoSet, for_training, synthetic_shapes
-from idaa_lib.evaluate.detection import average_precision, detect, load_detector, predict, rate
+from idaa_lib.configs import ConfigError, SSLConfig
 from idaa_lib.evaluate.encoders import load_encoder
-from idaa_lib.evaluate.mask_rcnn import STRIDES, C4Heads, _layers, mask_rcnn
 from idaa_lib.nets import build_backbone, initial_weights
 from idaa_lib.runs import RunError, Stopped, checkpoints
 from idaa_lib.train import train_ssl
@@ -95,7 +97,7 @@ def rectangle(x1, y1, x2, y2):
     return mask
 
 
-def test_boxes_labels_and_masks_of_all_three_encodings(tmp_path):
+def test_boxes_labels_and_masks_of_all_three_encodings(tmp_path, monkeypatch):
     polygon = [[2, 1, 8, 1, 8, 5, 2, 5]]
     compressed = rle.encode(rectangle(10, 2, 15, 9))
     compressed["counts"] = compressed["counts"].decode()
@@ -119,8 +121,11 @@ def test_boxes_labels_and_masks_of_all_three_encodings(tmp_path):
     _, empty = data[1]
     assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 10, 20)
 
-    plain, kept = for_training(image, target, False)
-    mirrored, flipped = for_training(image, target, True)
+    flip = coco.AUGMENT.transforms[2]
+    monkeypatch.setattr(flip, "p", 0.0)
+    plain, kept = for_training(image, target)
+    monkeypatch.setattr(flip, "p", 1.0)
+    mirrored, flipped = for_training(image, target)
     assert torch.equal(mirrored.flip(-1), plain) and plain.max() == 1
     assert kept["labels"].tolist() == flipped["labels"].tolist() == [2, 1]  # the crowd is out
     assert flipped["boxes"].tolist() == [[12, 1, 18, 5], [5, 2, 10, 9]]
@@ -133,8 +138,10 @@ def test_boxes_are_cut_to_the_image_and_slivers_left_out(tmp_path):
         tmp_path / "set", [{"category_id": 3, "bbox": box} for box in boxes]), masks=False
     )  # fmt: skip
     assert data.unmasked == 3
-    _, target = for_training(*data[0], False)
-    assert target["boxes"].tolist() == [[15, 5, 20, 10]]
+    _, target = for_training(*data[0])
+    (box,) = target["boxes"].tolist()
+    assert box in ([15, 5, 20, 10], [0, 5, 5, 10])  # as annotated, or mirrored
+    assert len(target["labels"]) == len(target["area"]) == 1
 
 
 @pytest.mark.parametrize(

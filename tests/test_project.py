@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from detect import DetectionConfig
 
 from idaa_lib.configs import (
     CompareConfig,
     DecomposeConfig,
-    DetectionConfig,
     EvalConfig,
     SemiConfig,
     SSLConfig,

@@ -11,7 +11,6 @@ import pytest
 
 from idaa_lib import runs, sweeps
 from idaa_lib.configs import (
-    DetectionConfig,
     EvalConfig,
     SemiConfig,
     SSLConfig,
@@ -184,40 +183,6 @@ def test_the_transfer_table_has_trainings_and_data_sets(outputs):
     photos = published.transfer(moved(made["idaa", 0], {"photos": 30.0}))
     assert "not of photos: none stands here" in photos.protocols
     assert not any("paper" in row for row in photos.table.index)
-
-
-def detected(run, ap, masks=True, n=160, classes=("rectangle", "disc"), **values):
-    found = {key: ap for key in AP.values() if masks or key.startswith("box")}
-    about = {"protocol": "Mask R-CNN, …", "n": n, "masks": "present"}
-    config = DetectionConfig(run=run.reference, **values)
-    made = finished(config, found | about, ("synthetic shapes", "shapes"))
-    stored = made.environment
-    stored["dataset"] |= {"classes": list(classes), "n": n}
-    (made.path / "environment.json").write_text(json.dumps(stored))
-    return made
-
-
-def test_the_detection_table_has_trainings_and_ap(outputs):
-    made = trainings()
-    run = detected(made["idaa", 0], 30.0)
-    detected(made["idaa", 1], 32.0)
-    detected(made["none", 0], 25.0, masks=False)
-    detected(made["none", 1], 99.0, iterations=7)
-    shown, protocols = published.coco(run)
-    assert shown.T.to_dict("list") == {
-        "SimCLR": ["25.00"] * 3 + ["–"] * 3 + ["1"],
-        "SimCLR + IDAA": [table.said([30.0, 32.0])] * 6 + ["2"],
-    }
-    assert protocols == (
-        "This run: Mask R-CNN, …, n = 160.\n"
-        "The paper's figures are of COCO val2017, not of synthetic shapes: none stands here."
-    )
-    coco = detected(made["idaa", 0], 38.0, n=5000, classes=map(str, range(80)), size=800)
-    shown, protocols = published.coco(coco)
-    assert shown.loc["SimSiam + IDAA (paper)"].to_list() == [
-        "58.2", "38.7", "42.0", "55.1", "33.9", "35.9", "not stated",
-    ]  # fmt: skip
-    assert len(shown) == 5 and published.COCO_PROTOCOL in protocols
 
 
 def test_a_transfer_of_a_training_that_is_gone_keeps_its_name(outputs):

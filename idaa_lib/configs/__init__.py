@@ -7,11 +7,10 @@ the object itself, and the `config.json` made from it, hold resolved values only
 Constants: docs/architecture.md, docs/spec/idaa.md §1 (VAE), §2 (ε), §4 (SimCLR), §5 (evaluation).
 """
 
-from idaa_lib.configs.base import PRESETS, Config, ConfigError, UserError
+from idaa_lib.configs.base import PRESET, PRESETS, Config, ConfigError, UserError
 from idaa_lib.configs.stages import (
     CompareConfig,
     DecomposeConfig,
-    DetectionConfig,
     EvalConfig,
     SweepConfig,
     TheoryConfig,
@@ -26,12 +25,12 @@ from idaa_lib.configs.training import (
 )
 
 __all__ = [
+    "PRESET",
     "PRESETS",
     "CompareConfig",
     "Config",
     "ConfigError",
     "DecomposeConfig",
-    "DetectionConfig",
     "EncoderConfig",
     "EvalConfig",
     "SSLConfig",

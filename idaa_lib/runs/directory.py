@@ -26,7 +26,6 @@ from filelock import FileLock, Timeout
 
 from idaa_lib.configs import (
     Config,
-    DetectionConfig,
     EvalConfig,
     SemiConfig,
     SSLConfig,
@@ -50,7 +49,6 @@ CONFIGS: dict[str, type[Config]] = {
         SSLConfig,
         SemiConfig,
         EvalConfig,
-        DetectionConfig,
         TheoryConfig,
         TransferConfig,
     )
@@ -62,7 +60,6 @@ NOTEBOOKS = {
     "semi": "07_semi_supervised",
     "eval": "04_evaluate",
     "transfer": "09_transfer",
-    "detection": "10_detection",
     "theory": "08_identity_theory",
 }
 

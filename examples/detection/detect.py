@@ -1,4 +1,8 @@
-"""The detection stage: Mask R-CNN fine-tuned from an SSL run, and its AP (docs/spec/idaa.md §5).
+"""Mask R-CNN fine-tuned from an SSL run, and its AP (docs/spec/idaa.md §5).
+
+    python examples/detection/detect.py size=128 iterations=300
+
+The words are fields of `DetectionConfig`. Each run is a run directory, `outputs/detection/<id>/`.
 
 The protocol is SimSiam's and MoCo's, inferred to be the paper's: Detectron2's 1× schedule on R50-C4
 with all layers and BatchNorms tuned, statistics of the BatchNorms averaged anew over 200 batches
@@ -10,26 +14,31 @@ are.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
+from coco import CocoSet, Target, average_precision, for_training
+from mask_rcnn import STRIDE, STRIDES, mask_rcnn
+from pydantic import Field
+from scipy import stats
+from shapes import Paths, synthetic_shapes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from idaa_lib import runs
-from idaa_lib.configs import ConfigError, DetectionConfig
+from idaa_lib.configs import PRESET, Config, ConfigError, UserError
+from idaa_lib.configs.base import Positive, Rate, Seed
 from idaa_lib.data.cached import data_root
-from idaa_lib.evaluate.coco import CocoSet, Paths, Target, for_training, synthetic_shapes
 from idaa_lib.evaluate.encoders import load_encoder
-from idaa_lib.evaluate.mask_rcnn import STRIDE, STRIDES, mask_rcnn
 from idaa_lib.nets import build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import ResNet
 from idaa_lib.runs import Run, RunError, Stopped, Writer, checkpoints
@@ -38,11 +47,82 @@ from idaa_lib.runs.processes import signals
 from idaa_lib.views import keyed_generator
 
 # Streams of random numbers (the last part of the key).
-ORDER, FLIP, SAMPLE = 1, 2, 3
+ORDER, SAMPLE = 1, 2
 DROPS = (2 / 3, 8 / 9)  # of the schedule: 60,000 and 80,000 of 90,000
 PRECISE = 200  # batches that the BatchNorms' statistics are averaged over
 # Detectron2's defaults.
 MOMENTUM, WEIGHT_DECAY, WARMUP_FACTOR = 0.9, 1e-4, 1e-3
+
+
+class DetectionConfig(Config):
+    """Fine-tuning of Mask R-CNN from a run with an ImageNet stem, and its AP.
+
+    Fields:
+        run: id or path of an SSL run (None: the newest finished one with an ImageNet stem).
+        train_images, train_annotations, val_images, val_annotations: folders and COCO-format JSON
+            files of what is trained on and judged on; all four, or None for synthetic shapes.
+        architecture: `c4` as in the paper, or `fpn`, whose results do not compare with it.
+        size: pixels of the shorter side (paper: 800; of training images, four fifths of it and up).
+        iterations: steps; the rate drops tenfold at 2/3 and at 8/9 of them (paper: 1×, 90,000).
+        warmup: steps of linear warm-up. batch_size: images a step.
+        learning_rate: None for 0.02 · batch_size / 16 in `paper` (linear scaling), 0.02 in `demo`.
+        rois: regions sampled of each image (paper: 512).
+        log_every, checkpoint_every: steps. workers: processes that read images.
+        seed: of the heads' weights, batches, flips, sides and sampled regions.
+    """
+
+    stage = "detection"
+    principal = ("run", "architecture")
+    sets: ClassVar[tuple[str, ...]] = (
+        "train_images", "train_annotations", "val_images", "val_annotations",
+    )  # fmt: skip
+    pointers = Config.pointers | frozenset(sets)
+    circumstances = Config.circumstances | {"log_every", "checkpoint_every", "workers"}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "demo": dict(size=128, iterations=300, warmup=30, batch_size=4, rois=32,
+                     learning_rate=0.02),
+        "paper": dict(size=800, iterations=90_000, warmup=1000, batch_size=16, rois=512,
+                      log_every=20, checkpoint_every=1000, workers=8),
+    }  # fmt: skip
+
+    preset: Literal["demo", "paper"] = "demo"
+    run: str | None = None
+    train_images: str | None = None
+    train_annotations: str | None = None
+    val_images: str | None = None
+    val_annotations: str | None = None
+    architecture: Literal["c4", "fpn"] = "c4"
+    size: Annotated[int, Field(ge=32)] = PRESET
+    iterations: Positive = PRESET
+    warmup: Seed = PRESET
+    batch_size: Positive = PRESET
+    learning_rate: Rate = PRESET
+    rois: Positive = PRESET
+    log_every: Positive = 10
+    checkpoint_every: Positive = 100
+    workers: Seed = 0
+    seed: Seed = 0
+    device: str = "auto"
+
+    @property
+    def dataset(self) -> str:
+        """What its AP is of, as tables name it."""
+        return self.val_annotations or "synthetic shapes"
+
+    @classmethod
+    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in cls.sets if not given.get(name)]
+        if missing and len(missing) < len(cls.sets):
+            raise ConfigError(f"{missing[0]} is missing: give {', '.join(cls.sets)}, or none.")
+        batch = values.get("batch_size")
+        if isinstance(batch, int):  # linear scaling (Goyal et al. 2017)
+            values.setdefault("learning_rate", 0.02 * batch / 16)
+        return values
+
+
+# A stage of its own beside the library's: `runs.find("detection")` and `Run.config` know it.
+runs.CONFIGS["detection"] = DetectionConfig
+runs.NOTEBOOKS["detection"] = "10_detection"
 
 
 def locate(config: DetectionConfig) -> Run:
@@ -72,13 +152,13 @@ def detect(config: DetectionConfig) -> Run:
         training = Training(plan, device, writer)
         training.run()
         print(f"Judging on {len(plan.val):,} images …")
-        found = average_precision(
+        precision = average_precision(
             (predict(training.detector, image), target)
             for image, target in DataLoader(plan.val, None, num_workers=config.workers)
         )
         done = training.step * config.batch_size
         writer.finish({
-            **found, "masks": plan.masks, "n": len(plan.val), "n_objects": plan.val.objects,
+            **precision, "masks": plan.masks, "n": len(plan.val), "n_objects": plan.val.objects,
             "protocol": _protocol(plan), "seconds": training.seconds,
             "images_per_second": done / max(training.seconds, 1e-9),
         })  # fmt: skip
@@ -107,11 +187,11 @@ def sets(config: DetectionConfig) -> tuple[CocoSet, CocoSet]:
         ConfigError: a file or package is missing, a file is not in COCO's format, or the two sets
             differ in their classes.
     """
-    for needed in ("pycocotools", "torchmetrics"):
-        if find_spec(needed) is None:
-            raise ConfigError(f"{needed} is missing: pip install 'idaa_lib[detection]'.")
-    given = [Path(path) for name in config.sets if (path := getattr(config, name))]
-    paths = Paths(*given) if given else synthetic_shapes(data_root() / "synthetic-shapes")
+    for package in ("pycocotools", "torchmetrics"):
+        if find_spec(package) is None:
+            raise ConfigError(f"{package} is missing: pip install 'idaa_lib[detection]'.")
+    own = [Path(path) for name in config.sets if (path := getattr(config, name))]
+    paths = Paths(*own) if own else synthetic_shapes(data_root() / "synthetic-shapes")
     train = CocoSet(paths.train_images, paths.train_annotations)
     val = CocoSet(paths.val_images, paths.val_annotations)
     if train.classes != val.classes:
@@ -121,7 +201,8 @@ def sets(config: DetectionConfig) -> tuple[CocoSet, CocoSet]:
     if not train.useful:
         raise ConfigError(f"{paths.train_annotations} has no object to train on: all are crowds.")
     if train.unmasked or val.unmasked:
-        train.masks = val.masks = False
+        train.give_masks(False)
+        val.give_masks(False)
     return train, val
 
 
@@ -134,37 +215,61 @@ def predict(detector: GeneralizedRCNN, image: Tensor) -> Target:
     `labels`, `scores`, and `masks` (N, H, W) bool where the detector has them."""
     device = next(detector.parameters()).device
     with evaluating(detector):
-        (found,) = detector([image.to(device).float() / 255])
-    if "masks" in found:
-        found["masks"] = found["masks"][:, 0] >= 0.5
-    return {name: values.cpu() for name, values in found.items()}
+        (detections,) = detector([image.to(device).float() / 255])
+    if "masks" in detections:
+        detections["masks"] = detections["masks"][:, 0] >= 0.5
+    return {name: values.cpu() for name, values in detections.items()}
 
 
-def average_precision(pairs: Iterable[tuple[Target, Target]]) -> dict[str, float]:
-    """`box_ap`, `box_ap50`, `box_ap75` and, where there are masks, `mask_ap`, … in percent: COCO's
-    own evaluation (pycocotools) of (prediction, annotation) of each image, crowds ignored."""
-    from torchmetrics.detection import MeanAveragePrecision
+def compare(run: Run) -> list[dict[str, str]]:
+    """A row for each training that was judged as `run` was: mean AP in percent over its seeds with
+    Student's 95 % interval, and n, the seeds.
 
-    metric = None
-    for prediction, target in pairs:
-        if metric is None:
-            masks = "masks" in target
-            # COCO's own thresholds: torchmetrics rounds its to float32, and a recall that equals
-            # one falls on its other side.
-            metric = MeanAveragePrecision(
-                iou_type=("bbox", "segm") if masks else "bbox",
-                iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-                rec_thresholds=np.linspace(0, 1, 101).tolist(),
-            )
-        metric.update([prediction], [target])
-    assert metric is not None
-    found = metric.compute()
-    prefixes = {"box": "bbox_", "mask": "segm_"} if masks else {"box": ""}
-    return {
-        f"{name}_ap{strictness}": 100 * found[f"{prefix}map{key}"].item()
-        for name, prefix in prefixes.items()
-        for strictness, key in (("", ""), ("50", "_50"), ("75", "_75"))
-    }
+    Those are the finished detection runs on the same images, by content, and of the same
+    configuration and results version. A training is its configuration without the seed.
+    """
+    values: dict[str, list[Mapping[str, float]]] = {}
+    for other in runs.find("detection"):
+        if _judged_as(other) == _judged_as(run):
+            values.setdefault(_training(other), []).append(other.summary or {})
+    keys = [key for key in run.summary or {} if "_ap" in key]
+    rows = [
+        {"training": name}
+        | {key: _mean([each[key] for each in summaries if key in each]) for key in keys}
+        | {"n": str(len(summaries))}
+        for name, summaries in values.items()
+    ]
+    return sorted(rows, key=lambda row: row["training"])
+
+
+def _judged_as(run: Run) -> tuple[Any, ...]:
+    """What two runs must have in common to stand in one table."""
+    about = run.environment
+    settings = {k: v for k, v in run.config.identity().items() if k != "seed"}
+    return about["dataset"]["fingerprint"], about["results_version"], settings
+
+
+def _training(run: Run) -> str:
+    """Method, adversary and what else was set, but for the seed, of the SSL run; its id if gone."""
+    try:
+        config = runs.get("ssl", run.config.run).config
+    except RunError:
+        return run.config.run
+    hidden = {"method", "adversary", "seed", "vae", "preset", "kappa", *config.circumstances}
+    others = [f"{k}={v}" for k, v in config.changed().items() if k not in hidden]
+    attack = "" if config.adversary == "none" else f" + {config.adversary}"
+    return ", ".join([f"{config.method}{attack}", *others])
+
+
+def _mean(values: Sequence[float]) -> str:
+    """The mean, with Student's 95 % interval where there are several values; – where none."""
+    if not values:
+        return "–"
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.1f}"
+    low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -180,8 +285,8 @@ class Training:
         self.detector.to(device)
         self.norms = [m for m in self.detector.modules() if isinstance(m, nn.BatchNorm2d)]
         undecayed = [p for norm in self.norms for p in norm.parameters()]
-        known = {*map(id, undecayed)}
-        decayed = [p for p in self.detector.parameters() if id(p) not in known]
+        others = {*map(id, undecayed)}
+        decayed = [p for p in self.detector.parameters() if id(p) not in others]
         groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": WEIGHT_DECAY}]
         groups += [{"params": undecayed}]
         self.optimizer = torch.optim.SGD(groups, config.learning_rate, momentum=MOMENTUM)
@@ -225,13 +330,12 @@ class Training:
         order = _order(data.useful, config, range(first, last))
         loader = DataLoader(data, batch_sampler=order, num_workers=config.workers, collate_fn=list)
         for step, samples in zip(range(first, last), loader, strict=True):
-            draws = torch.rand(len(samples), generator=keyed_generator(config.seed, 0, step, FLIP))
-            pairs = [
-                for_training(image.to(self.device), _to(target, self.device), bool(draw < 0.5))
-                for (image, target), draw in zip(samples, draws, strict=True)
-            ]
-            # torchvision draws sides and regions from torch's own generators.
+            # torchvision draws flips, sides and regions from torch's own generators.
             torch.manual_seed(keyed_generator(config.seed, 0, step, SAMPLE).initial_seed())
+            pairs = [
+                for_training(image.to(self.device), _to(target, self.device))
+                for image, target in samples
+            ]
             yield [image for image, _ in pairs], [target for _, target in pairs]
 
     def train_step(self, images: list[Tensor], targets: list[Target]) -> None:
@@ -332,14 +436,14 @@ class Plan(NamedTuple):
 
 
 def _plan(config: DetectionConfig) -> Plan:
-    wanted = {} if config.run else {"stem": "imagenet"}
-    source = runs.get("ssl", config.run, **wanted)
+    stem = {} if config.run else {"stem": "imagenet"}
+    source = runs.get("ssl", config.run, **stem)
     if not isinstance(load_encoder(source).module, ResNet):
         raise ConfigError(f"run={source.id!r} has no ResNet as its encoder.")
-    if (stem := source.config.stem) != "imagenet":
+    if (trained := source.config.stem) != "imagenet":
         raise ConfigError(
-            f"run={source.id!r} was trained with stem={stem!r}: its layer 3 has stride "
-            f"{STRIDES[stem]}, and Mask R-CNN needs one of {STRIDE} to see objects whole; train "
+            f"run={source.id!r} was trained with stem={trained!r}: its layer 3 has stride "
+            f"{STRIDES[trained]}, and Mask R-CNN needs one of {STRIDE} to see objects whole; train "
             f'one with stem="imagenet".'
         )
     paths = {name: settled(path) for name in config.sets if (path := getattr(config, name))}
@@ -383,13 +487,29 @@ def _about(plan: Plan) -> dict[str, Any]:
 
 def _protocol(plan: Plan) -> str:
     config, trained = plan.config, plan.source.config
-    known = f"{trained.backbone}-{config.architecture.upper()}, width {trained.width}"
-    aside = "" if config.architecture == "c4" else "; not comparable with the paper's C4"
+    network = f"{trained.backbone}-{config.architecture.upper()}, width {trained.width}"
+    caveat = "" if config.architecture == "c4" else "; not comparable with the paper's C4"
     return (
-        f"Mask R-CNN, {known}, {config.iterations:,} iterations of {config.batch_size} images at "
-        f"{config.size} px, all layers and BatchNorms tuned, on {config.dataset}{aside}"
+        f"Mask R-CNN, {network}, {config.iterations:,} iterations of {config.batch_size} images at "
+        f"{config.size} px, all layers and BatchNorms tuned, on {config.dataset}{caveat}"
     )
 
 
 def _to(target: Target, device: torch.device) -> Target:
     return {name: values.to(device) for name, values in target.items()}
+
+
+def main(words: list[str]) -> int:
+    """Run with the fields that `words` (name=value) set; the exit status."""
+    try:
+        fields: dict[str, Any] = dict(word.split("=", 1) for word in words)
+        run = detect(DetectionConfig(**fields))
+    except (UserError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 130 if isinstance(error, Stopped) else 2
+    print(run.path, json.dumps(run.summary, indent=1, ensure_ascii=False), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
