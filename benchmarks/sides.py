@@ -43,7 +43,7 @@ from idaa_lib.runs import outputs_root
 from idaa_lib.runs.machine import open_images, torch_device
 from idaa_lib.train.accelerator import make_accelerator
 from idaa_lib.train.loop import Fit
-from idaa_lib.views import compiled, keyed_generator, recipe, sent
+from idaa_lib.views import compile_view, keyed_generator, recipe, send
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import reference
@@ -228,15 +228,15 @@ def linear_straightforward() -> Work:
 def _views(compile: bool) -> Work:
     data = images(8 * BATCH)
     transform = recipe("simclr", 32, data.mean, data.std)
-    made = compiled(transform) if compile else transform.made
+    view = compile_view(transform) if compile else transform.view
     resident, count = data.images.to(DEVICE), itertools.count()
 
     def epoch() -> None:
         generator = keyed_generator(next(count))
         for index in torch.randperm(len(resident), generator=generator).split(BATCH):
-            x = resident[sent(index, DEVICE)]
+            x = resident[send(index, DEVICE)]
             for _ in range(2):
-                made(x, transform.numbers(len(x), generator))
+                view(x, transform.numbers(len(x), generator))
 
     return epoch
 

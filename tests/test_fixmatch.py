@@ -35,7 +35,7 @@ from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Stopped, checkpoints
 from idaa_lib.train import locate, samples, train_semi, train_vae
 from idaa_lib.train.loop import Fit
-from idaa_lib.views import Recipe, Views, keyed_generator, normalise, randaugment
+from idaa_lib.views import Recipe, View, keyed_generator, normalise, randaugment
 from idaa_lib.views.randaugment import OPERATIONS, RandAugment, augment, cutout, strengths_of
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -143,9 +143,8 @@ def strong(size=32):
 
 
 def test_a_strong_view_is_a_weak_one_its_operations_in_order_and_cutout():
-    images, made = photographs(64, 32), strong()
-    params = made.parameters(made.numbers(64, keyed_generator(0)), (32, 32))
-    ours = made.apply(images, params)
+    images, augment_strongly = photographs(64, 32), strong()
+    ours, params = augment_strongly(images, keyed_generator(0))
     oracle = []
     for k, image in enumerate(images):
         top, left = (4 + int(c) for c in params["crop"][k, :2])
@@ -266,7 +265,7 @@ def fixmatch(**values):
 def three_views(seed=3):
     draw = functools.partial(torch.randn, generator=keyed_generator(seed), dtype=torch.float64)
     sizes = (B, MU * B, MU * B)
-    return tuple(Views(draw(n, 3, SIZE, SIZE), {}) for n in sizes)
+    return tuple(View(draw(n, 3, SIZE, SIZE), {}) for n in sizes)
 
 
 BATCH = {"labelled": torch.tensor([2, 0, 7, 4]), "images": torch.tensor([1, 2, 3, 5, 8, 9, 10, 11])}
@@ -561,7 +560,7 @@ def a_step(rank, processes, wrap, kind):
     plain = Plain().double()
     method = fixmatch(adversary="idaa", contrast=kind, threshold=0.4)
     method.network = wrap(plain)
-    views = [Views(view.images.chunk(processes)[rank], {}) for view in three_views()]
+    views = [View(view.images.chunk(processes)[rank], {}) for view in three_views()]
     batch = {k: index.chunk(processes)[rank] for k, index in BATCH.items()}
     step = method.step(tuple(views), batch)
     attack = IDAA(a_vae(), 0.5)(step.attacked, step.attack_loss)

@@ -30,7 +30,7 @@ from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Stopped
 from idaa_lib.train import locate, train_ssl, train_vae
 from idaa_lib.train.loop import Fit
-from idaa_lib.views import RECIPES, Views, keyed_generator, recipe
+from idaa_lib.views import RECIPES, View, keyed_generator, recipe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 B, SIZE, QUEUE = 5, 16, 16
@@ -63,7 +63,7 @@ def noise(seed, n=B):
 
 
 def two_views(n=B):
-    return Views(noise(3, n), {}), Views(noise(4, n), {})
+    return View(noise(3, n), {}), View(noise(4, n), {})
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def test_the_queue_keeps_the_newest_keys_and_the_key_encoder_follows():
     expected = list(method.queue.clone())
     targets = [p.clone() for p in method.target.parameters()]
     for i in range(4):  # of 5 keys each: round the end of 16 places
-        step = method.step((Views(noise(10 + i), {}), Views(noise(20 + i), {})), {})
+        step = method.step((View(noise(10 + i), {}), View(noise(20 + i), {})), {})
         for row, key in enumerate(step.carry["keys"]):
             expected[(5 * i + row) % QUEUE] = key
         method.after_step(step, i / 4)
@@ -352,7 +352,7 @@ def a_shared_step(variant, rank, processes, wrap):
     inner = method.network
     method.network = wrap(inner)
     part = slice(rank * 6 // processes, (rank + 1) * 6 // processes)
-    step = method.step(tuple(Views(view.images[part], {}) for view in two_views(6)), {})
+    step = method.step(tuple(View(view.images[part], {}) for view in two_views(6)), {})
     torch.manual_seed(2)
     attack = IDAA(VAE(8, SIZE, width=4).double(), 0.5)(step.attacked, step.attack_loss)
     loss = step.loss + 0.7 * step.adversarial_loss(attack.images)

@@ -19,7 +19,7 @@ from idaa_lib.methods import build_method
 from idaa_lib.methods.base import gathered
 from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.nets.vae import VAE
-from idaa_lib.views import Views, keyed_generator, recipe
+from idaa_lib.views import View, keyed_generator, recipe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 B, SIZE, TEMPERATURE = 6, 16, 0.5
@@ -46,7 +46,7 @@ def a_vae():
 def two_views(seed=3, n=B):
     generator = keyed_generator(seed)
     draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-    return tuple(Views(draw(n, 3, SIZE, SIZE), {}) for _ in range(2))
+    return tuple(View(draw(n, 3, SIZE, SIZE), {}) for _ in range(2))
 
 
 def sphere(n, dim, seed=0):
@@ -337,7 +337,7 @@ def a_step(rank, processes, wrap, reuse_anchor):
     method = simclr(reuse_anchor=reuse_anchor)
     method.network = wrap(plain)
     part = slice(rank * B // processes, (rank + 1) * B // processes)
-    views = tuple(Views(view.images[part], {}) for view in two_views())
+    views = tuple(View(view.images[part], {}) for view in two_views())
     step = method.step(views, {})
     attack = IDAA(a_vae(), 0.5)(step.attacked, step.attack_loss)
     loss = step.loss + 0.7 * step.adversarial_loss(attack.images)

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from idaa_lib.configs import ConfigError, EncoderConfig, SSLConfig
 from idaa_lib.nets import build_backbone, initial_weights
-from idaa_lib.views import Recipe, Views, compiled, keyed_generator
+from idaa_lib.views import Recipe, View, compile_view, keyed_generator
 
 Batch = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -94,7 +94,7 @@ class Method(nn.Module):
         self.network = network
         self.recipe = recipe
         self.weight_decay = weight_decay
-        self.augment: Callable[[Tensor, Tensor], Views] = recipe.made
+        self.augment: Callable[[Tensor, Tensor], View] = recipe.view
 
     @classmethod
     def official_protocol(cls, config: SSLConfig) -> OfficialProtocol:
@@ -121,15 +121,15 @@ class Method(nn.Module):
 
     def draw(
         self, images: Batch, generator: torch.Generator, shard: tuple[int, int] = (0, 1)
-    ) -> tuple[Views, ...]:
+    ) -> tuple[View, ...]:
         """Random views of uint8 images (B, 3, H, W); `shard` as in `view`."""
         return tuple(self.view(images["images"], generator, shard) for _ in range(self.views))
 
-    def view(self, images: Tensor, generator: torch.Generator, shard: tuple[int, int]) -> Views:
+    def view(self, images: Tensor, generator: torch.Generator, shard: tuple[int, int]) -> View:
         """One view of each image; shard is (rank, processes)."""
         return self.augment(images, share_of_numbers(self.recipe, images, generator, shard))
 
-    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
         raise NotImplementedError
 
     def with_fixed_weights(self, images: Tensor, **how: Any) -> Any:
@@ -142,7 +142,7 @@ class Method(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile what gains by it (`compile=True`), which changes rounding and nothing else."""
-        self.augment = compiled(self.recipe)
+        self.augment = compile_view(self.recipe)
         self.network.compile(dynamic=False)  # a few sizes, each with kernels of its own
 
     def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
@@ -257,7 +257,7 @@ def anchored(embed: Callable[[], Tensor], reuse: bool = True) -> Callable[[Tenso
 
 def two_view_step(
     loss: Tensor,
-    views: tuple[Views, ...],
+    views: tuple[View, ...],
     batch: Batch,
     embeddings: tuple[Tensor, Tensor],
     **attack: Any,

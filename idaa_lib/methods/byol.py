@@ -34,7 +34,7 @@ from idaa_lib.methods.base import (
 )
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.heads import Siamese, mlp
-from idaa_lib.views import Recipe, Views
+from idaa_lib.views import Recipe, View
 
 
 @register_method("byol")
@@ -48,7 +48,7 @@ class BYOL(Method):
         self.target = frozen_copy(network.embedder)
         self.momentum = config.momentum
 
-    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
         v1, v2 = (view.images for view in views)
         (z1, p1), (z2, p2) = self.network(v1), self.network(v2)  # (B, D)
         t1, t2 = self._aim(v1), self._aim(v2)

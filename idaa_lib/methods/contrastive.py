@@ -18,7 +18,7 @@ from idaa_lib.methods.base import (
     two_view_step,
 )
 from idaa_lib.nets.heads import Embedder
-from idaa_lib.views import Recipe, Views
+from idaa_lib.views import Recipe, View
 
 
 class Contrastive(Method):
@@ -38,7 +38,7 @@ class Contrastive(Method):
         """The loss of two views' embeddings (B, D), L2-normalised."""
         raise NotImplementedError
 
-    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
         v1, v2 = (view.images for view in views)
         z1, z2 = self._embed(v1), self._embed(v2)  # (B, D) of all processes
         anchor = anchored(lambda: self._embed(v1, adversarial=True), self.reuse_anchor)

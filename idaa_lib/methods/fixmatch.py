@@ -33,14 +33,14 @@ from idaa_lib.methods.base import Batch, Step, anchored, gathered
 from idaa_lib.methods.plain import one_way
 from idaa_lib.methods.semi_supervised import SemiSupervised
 from idaa_lib.nets import initial_weights
-from idaa_lib.views import Recipe, Views
+from idaa_lib.views import Recipe, View
 
 # What CIFAR-100 is normalised with here (spec §5); CIFAR-10 as everywhere.
 CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 
 class FixMatch(SemiSupervised):
-    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
         config = self.config
         labelled, weak, strong = (view.images for view in views)
         sizes = [len(labelled), len(weak), len(strong)]

@@ -36,7 +36,7 @@ from idaa_lib.methods.base import (
     two_view_step,
 )
 from idaa_lib.nets.heads import Embedder, simclr_projector
-from idaa_lib.views import Recipe, Views
+from idaa_lib.views import Recipe, View
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -70,7 +70,7 @@ class MoCo(Method):
         self.register_buffer("queue", F.normalize(queue, dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # its place in the queue
 
-    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
         v1, v2 = (view.images for view in views)
         q = self.network(v1)  # (B, D)
         with torch.no_grad():

@@ -20,7 +20,7 @@ from idaa_lib.methods.base import (
     share_of_numbers,
 )
 from idaa_lib.nets.heads import Classifier, Embedder
-from idaa_lib.views import Recipe, Views, compiled, keyed_generator
+from idaa_lib.views import Recipe, View, compile_view, keyed_generator
 from idaa_lib.views.randaugment import RandAugment
 
 # Streams of random numbers, the last part of the key, beside those of the training loop.
@@ -90,7 +90,7 @@ class SemiSupervised(Method):
         self.strong = RandAugment(
             recipe.size, recipe.mean, recipe.std, flip=recipe.flip, shift=recipe.shift
         )
-        self.augment_strongly: Callable[[Tensor, Tensor], Views] = self.strong.made
+        self.augment_strongly: Callable[[Tensor, Tensor], View] = self.strong.view
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long), persistent=False)
         self.all_labelled = False
 
@@ -119,7 +119,7 @@ class SemiSupervised(Method):
 
     def draw(
         self, images: Batch, generator: torch.Generator, shard: tuple[int, int] = (0, 1)
-    ) -> tuple[Views, ...]:
+    ) -> tuple[View, ...]:
         """A weak view of the labelled images, a weak and a strong one of the unlabelled."""
         labelled = self.view(images["labelled"], generator, shard)
         weak = self.view(images["images"], generator, shard)
@@ -128,7 +128,7 @@ class SemiSupervised(Method):
 
     def compile_parts(self) -> None:
         super().compile_parts()
-        self.augment_strongly = compiled(self.strong)
+        self.augment_strongly = compile_view(self.strong)
 
     def after_step(self, step: Step, progress: float) -> None:
         follow(self.ema, self.network, self.config.ema_decay)

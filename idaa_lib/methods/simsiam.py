@@ -33,7 +33,7 @@ from idaa_lib.methods.base import (
 )
 from idaa_lib.nets.heads import Siamese, mlp, simsiam_projector
 from idaa_lib.nets.resnet import zero_residuals
-from idaa_lib.views import Recipe, Views
+from idaa_lib.views import Recipe, View
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class SimSiam(Method):
             )
         return cls.official
 
-    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
         v1, v2 = (view.images for view in views)
         (z1, p1), (z2, p2) = self.network(v1), self.network(v2)  # (B, D)
         anchor = anchored(lambda: self.network(v1, adversarial=True)[0], self.reuse_anchor)

@@ -11,7 +11,7 @@ from idaa_lib.configs import VAEConfig
 from idaa_lib.methods.base import Batch, Method, Step
 from idaa_lib.nets import initial_weights
 from idaa_lib.nets.vae import VAE, vae_loss
-from idaa_lib.views import Recipe, Views, sent
+from idaa_lib.views import Recipe, View, send
 
 
 class VAETraining(Method):
@@ -27,15 +27,15 @@ class VAETraining(Method):
 
     def view(
         self, images: torch.Tensor, generator: torch.Generator, shard: tuple[int, int]
-    ) -> Views:
+    ) -> View:
         view = super().view(images, generator, shard)
         rank, processes = shard
         b = len(images)
         noise = torch.randn(processes * b, self.dim, generator=generator)
-        noise = sent(noise[rank * b : (rank + 1) * b], images.device)
-        return Views(view.images, view.params | {"noise": noise})
+        noise = send(noise[rank * b : (rank + 1) * b], images.device)
+        return View(view.images, view.params | {"noise": noise})
 
-    def step(self, views: tuple[Views, ...], batch: Batch) -> Step:
+    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
         (view,) = views
         output = self.network(view.images, view.params["noise"])
         loss, reconstruction, kl = vae_loss(view.images, output, self.kappa)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from idaa_lib.methods.base import Batch
-from idaa_lib.views import sent
+from idaa_lib.views import send
 
 WORKERS = 2
 
@@ -46,7 +46,7 @@ class Feed:
         """Named indices, and the images that they name, both on the device."""
         if self._order is None:
             for batch in batches:
-                here = {key: sent(index, self.device) for key, index in batch.items()}
+                here = {key: send(index, self.device) for key, index in batch.items()}
                 yield here, {key: self.images[index] for key, index in here.items()}
             return
         self._order.batches = batches

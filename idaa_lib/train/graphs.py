@@ -16,7 +16,7 @@ from torch import Tensor
 
 from idaa_lib.configs import ConfigError
 from idaa_lib.methods.base import Batch
-from idaa_lib.views import Views
+from idaa_lib.views import View
 
 WARM_UP = 3  # steps that are taken as they are, in which libraries choose their kernels
 T = TypeVar("T")
@@ -73,12 +73,12 @@ class Recorded:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder, self.calls = recorder, 0
-        self.views: tuple[Views, ...] = ()
+        self.views: tuple[View, ...] = ()
         self.batch: Batch = {}
         self.made: Any = None
 
     def __call__(
-        self, work: Callable[[tuple[Views, ...], Batch], T], views: tuple[Views, ...], batch: Batch
+        self, work: Callable[[tuple[View, ...], Batch], T], views: tuple[View, ...], batch: Batch
     ) -> T:
         """What `work` makes of views and the batch's indices, all on the device.
 
@@ -91,7 +91,7 @@ class Recorded:
         if self.made is None:
             # Copies that stay: the recording reads them at every replay.
             self.views = tuple(
-                Views(v.images.clone(), {k: p.clone() for k, p in v.params.items()}) for v in views
+                View(v.images.clone(), {k: p.clone() for k, p in v.params.items()}) for v in views
             )
             self.batch = {key: index.clone() for key, index in batch.items()}
             try:
@@ -115,6 +115,6 @@ class Recorded:
         return self.made
 
 
-def _tensors(views: tuple[Views, ...], batch: Batch) -> list[Tensor]:
+def _tensors(views: tuple[View, ...], batch: Batch) -> list[Tensor]:
     of_views = [tensor for view in views for tensor in (view.images, *view.params.values())]
     return of_views + list(batch.values())

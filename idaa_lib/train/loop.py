@@ -31,7 +31,7 @@ from idaa_lib.train import samples
 from idaa_lib.train.feed import Feed
 from idaa_lib.train.graphs import CudaGraph, Recorded
 from idaa_lib.train.progress import Progress
-from idaa_lib.views import Views, keyed_generator
+from idaa_lib.views import View, keyed_generator
 
 # Streams of random numbers that one step draws from (the last part of the key).
 VIEWS, ATTACK, EPOCH = 1, 2, 3
@@ -267,7 +267,7 @@ class Fit:
         self._embeddings, self._shown = step.embeddings, step.shown
 
     def _differentiate(
-        self, noise: torch.Generator, views: tuple[Views, ...], batch: Batch
+        self, noise: torch.Generator, views: tuple[View, ...], batch: Batch
     ) -> tuple[Step, dict[str, Tensor]]:
         """The step that the method makes of views, with gradients in `.grad`, and what is logged.
 

@@ -397,7 +397,7 @@ def vae_figures(
     error, nats, gx, rx = 0.0, 0.0, 0.0, 0.0
     with evaluating(vae):
         for batch in data.split(500):
-            x = transform.apply(batch.to(device), {})
+            x = transform(batch.to(device), None).images
             _, G, mu, logvar = vae.forward(x)  # a compiled one would be compiled anew, for these
             energy = x.square().flatten(1).sum(1)
             missed = (x - G).square().flatten(1).sum(1)

@@ -12,13 +12,13 @@ levels as float, and each operation ends with whole levels, as PIL's do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from idaa_lib.views import Params, Recipe, row
+from idaa_lib.views.operations import row
+from idaa_lib.views.recipes import Params, Recipe
 
 OPERATIONS = (
     "identity", "autocontrast", "equalize", "posterize", "solarize",
@@ -55,30 +55,30 @@ factor; rotate: degrees; shear: slope; translate: pixels | any |
     operations: int = 2
     magnitude: int = 10
 
-    def _columns(self) -> list[int]:
-        return [*super()._columns(), *[self.operations] * 4, 2]
+    @property
+    def columns(self) -> dict[str, int]:
+        names = ("operation", "happens", "magnitude", "sign")
+        return super().columns | dict.fromkeys(names, self.operations) | {"cutout": 2}
 
-    def _meaning(
-        self, numbers: Tensor, given: Iterator[Tensor], image_size: Sequence[int]
-    ) -> Params:
-        params = super()._meaning(numbers, given, image_size)
-        which, whether, how, sign, where = given
-        drawn = (which * len(OPERATIONS)).long()
-        operations = torch.where(whether < 0.5, drawn, IDENTITY)
-        v = 1 + (how * (self.magnitude - 1)).floor()
-        negative = sign < 0.5
-        square = self.size // 2
-        corner = (where * self.size).floor() - square // 2
-        box = torch.cat([corner, torch.full_like(corner, square)], 1)
-        strengths = strengths_of(operations, v, negative, self.size)
-        drawn_here = {"strengths": strengths.float(), "cutout": box.float()}
-        return params | {"operations": operations} | drawn_here
+    def _interpret(self, uniform: Params, source: Tensor) -> Params:
+        params = super()._interpret(uniform, source)
+        choice = (uniform["operation"] * len(OPERATIONS)).long()
+        operations = torch.where(uniform["happens"] < 0.5, choice, IDENTITY)
+        v = 1 + (uniform["magnitude"] * (self.magnitude - 1)).floor()
+        side = self.size // 2
+        corner = (uniform["cutout"] * self.size).floor() - side // 2
+        return params | {
+            "operations": operations,
+            "strengths": strengths_of(operations, v, uniform["sign"] < 0.5, self.size),
+            "cutout": torch.cat([corner, torch.full_like(corner, side)], 1),
+        }
 
-    def photometry(self, x: Tensor, params: Params) -> Tensor:
-        x = super().photometry(x, params).mul(255).round()
+    def photometry(self, x: Tensor, params: Params) -> tuple[Tensor, Params]:
+        x, params = super().photometry(x, params)
+        x = x.mul(255).round()
         for k in range(self.operations):
             x = augment(x, params["operations"][:, k], params["strengths"][:, k])
-        return cutout(x, params["cutout"]) / 255
+        return cutout(x, params["cutout"]) / 255, params
 
 
 def strengths_of(operations: Tensor, v: Tensor, negative: Tensor, size: int) -> Tensor:
