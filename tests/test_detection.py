@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from coco import CocoSet, average_precision, for_training
-from detect import DetectionConfig, detect, load_detector, predict, rate
+from detect import DetectionConfig, detect, load_detector, predict
 from mask_rcnn import STRIDES, C4Heads, _layers, mask_rcnn
 from PIL import Image
 from pycocotools import mask as rle
@@ -24,6 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from shapes import synthetic_shapes
 from torch import nn
 from torchvision.models.detection.roi_heads import RoIHeads
+from training import Training, batch_indices, rate
 
 from idaa_lib import runs, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig
@@ -66,6 +67,10 @@ def finished(tmp_path_factory, encoder, shapes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IDAA_OUTPUTS", str(tmp_path_factory.mktemp("finished")))
         yield detect(DetectionConfig(run=str(encoder.path), **paths, **TINY))
+
+
+def network(task):
+    return detection.build_detector(task.config, task.source, task.model)
 
 
 def changed(config, **values):
@@ -382,19 +387,19 @@ def test_the_schedule_is_the_1x_one():
 
 
 def test_batches_go_through_all_images_again_and_again(config):
-    order = list(detection._order([3, 5, 8, 9, 11], config, range(10)))
+    order = list(batch_indices([3, 5, 8, 9, 11], config, range(10)))
     seen = [*itertools.chain(*order)]
     for epoch in range(8):
         assert sorted(seen[5 * epoch : 5 * epoch + 5]) == [3, 5, 8, 9, 11]
     assert seen[:5] != seen[5:10] or seen[:5] != seen[10:15]
-    assert list(detection._order([3, 5, 8, 9, 11], config, range(4, 10))) == order[4:]
+    assert list(batch_indices([3, 5, 8, 9, 11], config, range(4, 10))) == order[4:]
 
 
 def test_a_step_s_batch_is_the_same_whoever_reads_it_and_wherever_it_begins(config, outputs):
     def batches(workers, first):
-        plan = detection._plan(changed(config, workers=workers))
-        with plan.run.writing(plan.config, {}) as writer:
-            return list(detection.Training(plan, torch.device("cpu"), writer).batches(first, 4))
+        task = detection.prepare(changed(config, workers=workers))
+        with task.run.writing(task.config, {}) as writer:
+            return list(Training(network(task), task.train, task.config, writer).batches(first, 4))
 
     whole = batches(0, 0)
     for other, first in ((batches(2, 0), 0), (batches(0, 2), 2)):
@@ -407,8 +412,8 @@ def test_a_step_s_batch_is_the_same_whoever_reads_it_and_wherever_it_begins(conf
 
 
 def test_training_starts_from_the_run_s_weights(config, outputs, encoder):
-    plan = detection._plan(config)
-    found = detection._detector(plan.config, plan.source, 2, True).state_dict()
+    detector = network(detection.prepare(config))
+    found = detector.state_dict()
     given = load_encoder(encoder).module.state_dict()
     assert any("_adv." in name for name in given)
     names = {"conv1": "backbone.stem.0", "bn1": "backbone.stem.1"}
@@ -420,7 +425,7 @@ def test_training_starts_from_the_run_s_weights(config, outputs, encoder):
         where = f"roi_heads.box_head.{part}" if part == "layer4" else where
         assert torch.equal(found[f"{where}.{rest}"], value), name
     data = encoder.environment["dataset"]
-    transform = detection._detector(plan.config, plan.source, 2, True).transform
+    transform = detector.transform
     assert list(transform.image_mean) == data["mean"] and list(transform.image_std) == data["std"]
 
 
@@ -433,7 +438,7 @@ def test_a_finished_run_says_what_it_reached(finished, config):
     assert losses == pytest.approx([line["loss"] for line in lines])
     assert summary["masks"] == "present" and summary["n"] == COUNTS["val"]
     assert "resnet18-C4, width 4, 24 iterations of 4 images at 64 px" in summary["protocol"]
-    assert finished.environment["dataset"]["classes"] == ["rectangle", "disc"]
+    assert finished.model["classes"] == ["rectangle", "disc"]
 
     detector = load_detector(finished)
     _, val = detection.sets(config)
@@ -449,24 +454,24 @@ def test_a_finished_run_says_what_it_reached(finished, config):
 
 @pytest.mark.parametrize("by", ["request", "SIGINT", "SIGTERM"])
 def test_resumed_is_uninterrupted(finished, config, outputs, monkeypatch, capsys, by):
-    step, asked = detection.Training.train_step, iter([None] * 9 + ["stop"])
+    train_step, requests = Training.train_step, iter([None] * 9 + ["stop"])
 
-    def signalled(training, *args):
-        step(training, *args)
-        if training.step == 10:
+    def signalled(training, step, *batch):
+        if step == 9:
             os.kill(os.getpid(), getattr(signal, by))
+        return train_step(training, step, *batch)
 
     with monkeypatch.context() as patch:
         if by == "request":
-            patch.setattr(runs.Writer, "request", lambda self: next(asked))
+            patch.setattr(runs.Writer, "request", lambda self: next(requests))
         else:
-            patch.setattr(detection.Training, "train_step", signalled)
+            patch.setattr(Training, "train_step", signalled)
         with pytest.raises(Stopped, match="after step 10 of 24"):
             detect(config)
     run = detection.locate(config)
     assert run.state["state"] == "interrupted" and run.id == finished.id
     assert detect(config) == run
-    assert "going on after step 10 of 24" in capsys.readouterr().out
+    assert "continues after step 10 of 24" in capsys.readouterr().out
     (ours, _), (theirs, _) = checkpoints.load(run), checkpoints.load(finished)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -482,9 +487,9 @@ def test_resumed_is_uninterrupted(finished, config, outputs, monkeypatch, capsys
 
 
 def test_statistics_are_plain_averages_over_batches(config, outputs):
-    plan = detection._plan(config)
-    with plan.run.writing(config, {}) as writer:
-        training = detection.Training(plan, torch.device("cpu"), writer)
+    task = detection.prepare(config)
+    with task.run.writing(config, {}) as writer:
+        training = Training(network(task), task.train, task.config, writer)
         training.detector.train()
         norm, means, variances = training.detector.backbone.stem[1], [], []
 
@@ -493,7 +498,7 @@ def test_statistics_are_plain_averages_over_batches(config, outputs):
             variances.append(given[0].transpose(0, 1).flatten(1).var(1))
 
         seen = norm.register_forward_pre_hook(note)
-        training._average_statistics()
+        training.average_statistics()
         seen.remove()
     assert len(means) == 3  # ten images, four at a time
     assert torch.allclose(norm.running_mean, torch.stack(means).mean(0), atol=1e-5)

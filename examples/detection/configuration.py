@@ -1,0 +1,83 @@
+"""What a detection run is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from idaa_lib import runs
+from idaa_lib.configs import PRESET, Config, ConfigError
+from idaa_lib.configs.base import Positive, Rate, Seed
+
+
+class DetectionConfig(Config):
+    """Fine-tuning of Mask R-CNN from a run with an ImageNet stem, and its AP.
+
+    Fields:
+        run: id or path of an SSL run (None: the newest finished one with an ImageNet stem).
+        train_images, train_annotations, val_images, val_annotations: folders and COCO-format JSON
+            files of what is trained on and judged on; all four, or None for synthetic shapes.
+        architecture: `c4` as in the paper, or `fpn`, whose results do not compare with it.
+        size: pixels of the shorter side (paper: 800; of training images, four fifths of it and up).
+        iterations: steps; the rate drops tenfold at 2/3 and at 8/9 of them (paper: 1×, 90,000).
+        warmup: steps of linear warm-up. batch_size: images a step.
+        learning_rate: None for 0.02 · batch_size / 16 in `paper` (linear scaling), 0.02 in `demo`.
+        rois: regions sampled of each image (paper: 512).
+        log_every, checkpoint_every: steps. workers: processes that read images.
+        seed: of the heads' weights, batches, flips, sides and sampled regions.
+    """
+
+    stage = "detection"
+    principal = ("run", "architecture")
+    sets: ClassVar[tuple[str, ...]] = (
+        "train_images", "train_annotations", "val_images", "val_annotations",
+    )  # fmt: skip
+    pointers = Config.pointers | frozenset(sets)
+    circumstances = Config.circumstances | {"log_every", "checkpoint_every", "workers"}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "demo": dict(size=128, iterations=300, warmup=30, batch_size=4, rois=32,
+                     learning_rate=0.02),
+        "paper": dict(size=800, iterations=90_000, warmup=1000, batch_size=16, rois=512,
+                      log_every=20, checkpoint_every=1000, workers=8),
+    }  # fmt: skip
+
+    preset: Literal["demo", "paper"] = "demo"
+    run: str | None = None
+    train_images: str | None = None
+    train_annotations: str | None = None
+    val_images: str | None = None
+    val_annotations: str | None = None
+    architecture: Literal["c4", "fpn"] = "c4"
+    size: Annotated[int, Field(ge=32)] = PRESET
+    iterations: Positive = PRESET
+    warmup: Seed = PRESET
+    batch_size: Positive = PRESET
+    learning_rate: Rate = PRESET
+    rois: Positive = PRESET
+    log_every: Positive = 10
+    checkpoint_every: Positive = 100
+    workers: Seed = 0
+    seed: Seed = 0
+    device: str = "auto"
+
+    @property
+    def dataset(self) -> str:
+        """What its AP is of, as tables name it."""
+        return self.val_annotations or "synthetic shapes"
+
+    @classmethod
+    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in cls.sets if not given.get(name)]
+        if missing and len(missing) < len(cls.sets):
+            raise ConfigError(f"{missing[0]} is missing: give {', '.join(cls.sets)}, or none.")
+        batch = values.get("batch_size")
+        if isinstance(batch, int):  # linear scaling (Goyal et al. 2017)
+            values.setdefault("learning_rate", 0.02 * batch / 16)
+        return values
+
+
+# A stage of its own beside the library's: `runs.find("detection")` and `Run.config` know it.
+runs.CONFIGS["detection"] = DetectionConfig
+runs.NOTEBOOKS["detection"] = "10_detection"
