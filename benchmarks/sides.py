@@ -35,7 +35,7 @@ from idaa_lib.adversaries import IDAA, NoAdversary
 from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.evaluate.encoders import features
 from idaa_lib.evaluate.knn import knn
-from idaa_lib.evaluate.linear import linear_probe
+from idaa_lib.evaluate.probe import linear_probe
 from idaa_lib.methods import build_method
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE

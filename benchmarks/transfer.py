@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from idaa_lib.evaluate.metrics import top1
-from idaa_lib.evaluate.transfer import LAMBDAS, kornblith_probe
+from idaa_lib.evaluate.probe import LAMBDAS, TRANSFER, linear_probe
 from idaa_lib.runs.machine import torch_device
 
 DIM, CLASSES, RUNS = 512, 10, 3
@@ -31,7 +31,7 @@ def main(rows: int = 50_000) -> None:
     seconds = []
     for _ in range(RUNS):
         began = time.perf_counter()
-        probe = kornblith_probe(*splits, classes=CLASSES)
+        probe = linear_probe(*splits, classes=CLASSES, protocol=TRANSFER)
         score = top1(probe.predictions, y[test:])  # which waits for the device
         seconds.append(time.perf_counter() - began)
         print(f"{seconds[-1]:.1f} s, λ = {probe.penalty:.3g}, {score:.1f} % of test", flush=True)

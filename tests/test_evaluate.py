@@ -23,7 +23,6 @@ from idaa_lib.data.cached import load
 from idaa_lib.evaluate.crops import TRUST, crop_probe, enlarged, scale_by_trust
 from idaa_lib.evaluate.encoders import Encoder, features, pixels
 from idaa_lib.evaluate.knn import knn
-from idaa_lib.evaluate.linear import linear_probe, logistic_regression, official_probe, predict
 from idaa_lib.evaluate.metrics import (
     accuracy,
     alignment,
@@ -35,6 +34,7 @@ from idaa_lib.evaluate.metrics import (
     student_interval,
     uniformity,
 )
+from idaa_lib.evaluate.probe import CLEAN, linear_probe, official_probe, predict
 from idaa_lib.nets import build_backbone
 from idaa_lib.runs import checkpoints
 from idaa_lib.views import Recipe, keyed_generator
@@ -103,6 +103,17 @@ def test_knn_survives_a_tiny_temperature():
 # --- linear probes
 
 
+def logistic_regression(x, y, classes, *penalties):
+    """Weights under the last of `penalties`, each fitted from those of the one before."""
+    rising = iter(range(len(penalties)))
+    fit = linear_probe(
+        (x, y), (x, y), x, classes=classes, score=lambda *_: next(rising),
+        protocol=CLEAN._replace(penalties=penalties, standardise=False, refit=False),
+    )  # fmt: skip
+    assert fit.penalty == penalties[-1]
+    return fit.weights
+
+
 def objective(weights, x, y, penalty):
     logits = x @ weights[:-1] + weights[-1]
     return (F.cross_entropy(logits, y) + penalty / 2 * weights[:-1].square().sum()).item()
@@ -128,13 +139,10 @@ def test_logistic_regression_agrees_with_sklearn(penalty):
 
 def test_logistic_regression_ends_at_the_same_place_from_any_start():
     x, y = clusters(200, spread=1.5)
-    start = normal(7, 4)
-    kept = start.clone()
-    warm, cold = logistic_regression(x, y, 4, 0.1, start=start), logistic_regression(x, y, 4, 0.1)
+    warm, cold = (logistic_regression(x, y, 4, *path) for path in ((1e-5, 0.1), (0.1,)))
     torch.testing.assert_close(warm[:-1], cold[:-1], rtol=0, atol=1e-3)
     assert objective(warm, x, y, 0.1) == pytest.approx(objective(cold, x, y, 0.1), rel=1e-7)
-    assert torch.equal(start, kept)
-    assert not warm.requires_grad
+    assert not torch.equal(warm, cold) and not warm.requires_grad
 
 
 def test_bias_alone_is_not_penalised():
@@ -187,7 +195,7 @@ def test_linear_probe_refits_on_train_and_val_with_the_train_set_s_scale():
     train, val, test = clusters(40), clusters(60, seed=1), clusters(400, spread=2, seed=2)
     scale = torch.tensor([1e-3, 1.0, 1e3, 5.0, 1.0, 1.0], dtype=torch.float64)
     train, val, test = ((scale * f + 7, y) for f, y in (train, val, test))
-    probe = linear_probe(train, val, test[0], classes=4, penalties=(0.03,))
+    probe = linear_probe(train, val, test[0], classes=4, protocol=CLEAN._replace(penalties=(0.03,)))
     mean, std = train[0].mean(0), train[0].std(0)
     both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
     oracle = sklearn_weights((both[0] - mean) / std, both[1], 0.03)

@@ -21,13 +21,18 @@ from idaa_lib.data import sources
 from idaa_lib.evaluate import transfer as stage
 from idaa_lib.evaluate.encoders import features, load_encoder
 from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot
-from idaa_lib.evaluate.linear import Axes, choose, logistic_regression, predict, principal_axes
 from idaa_lib.evaluate.metrics import student_interval
-from idaa_lib.evaluate.transfer import (
+from idaa_lib.evaluate.probe import (
+    FLOOR,
     LAMBDAS,
-    kornblith_probe,
-    transfer,
+    SIBLINGS,
+    TRANSFER,
+    Axes,
+    linear_probe,
+    predict,
+    principal_axes,
 )
+from idaa_lib.evaluate.transfer import transfer
 from idaa_lib.lab import plots
 from idaa_lib.lab.rows import row_of
 from idaa_lib.runs import commands
@@ -70,78 +75,110 @@ def sklearn_fit(x, y, decay):
 # --- the solver
 
 
+def fit(x, y, classes, *decays, axes=None, protocol=TRANSFER, **limits):
+    """Weights under the last of `decays`, each fitted from those of the one before."""
+    rising = iter(range(len(decays)))
+    return linear_probe(
+        (x, y), (x, y), x, classes=classes, axes=axes, score=lambda *_: next(rising),
+        protocol=protocol._replace(penalties=decays, refit=False, **limits),
+    ).weights  # fmt: skip
+
+
 @pytest.mark.parametrize("decay", [1e-2, 1.0, 100.0, 1e4])
 def test_the_solver_ends_at_sklearn_s_optimum(decay):
     (x, y), (queries, _) = problem(300), problem(400, seed=1)
-    weights = logistic_regression(x, y, 4, 2 * decay / len(x), 500, 1e-10)
-    classify, fit = sklearn_fit(x, y, decay)
-    oracle = torch.from_numpy(fit.coef_.T)
+    weights = fit(x, y, 4, decay, iterations=500, tolerance=1e-10)
+    classify, oracle = sklearn_fit(x, y, decay)
+    oracle = torch.from_numpy(oracle.coef_.T)
     torch.testing.assert_close(weights[:-1], oracle, rtol=1e-3, atol=1e-5 * oracle.abs().max())
     assert (predict(weights, queries) == classify(queries)).double().mean() > 0.995
 
 
+@pytest.mark.parametrize("protocol", [TRANSFER, SIBLINGS])
 @pytest.mark.parametrize("decay", [LAMBDAS[0], 1e-3, 1.0, LAMBDAS[-1]])
-def test_at_the_end_the_gradient_of_kornblith_s_objective_vanishes(decay):
+def test_at_the_end_the_gradient_of_the_protocol_s_objective_vanishes(decay, protocol):
     x, y = problem(300)
-    weights = logistic_regression(x, y, 4, 2 * decay / len(x), 2000, 1e-10).requires_grad_()
-    start = torch.zeros_like(weights, requires_grad=True)
-    at_end, at_start = (
-        torch.autograd.grad(objective(w, x, y, decay), w)[0].norm() for w in (weights, start)
-    )
-    assert at_end < 1e-6 * at_start
+    weights = fit(x, y, 4, decay, protocol=protocol, iterations=2000, tolerance=1e-10)
+    start = torch.zeros_like(weights)
+
+    def gradient(w):
+        w.requires_grad_()
+        loss = objective(w, x, y, decay)
+        if protocol.penalise_bias:
+            loss = loss + decay * w[-1].square().sum()
+        return torch.autograd.grad(loss, w)[0].norm()
+
+    assert gradient(weights) < 1e-6 * gradient(start)
 
 
 def test_fifty_iterations_in_float32_reach_the_optimum_all_along_the_path():
     x, y = problem(2000, dim=40, classes=10, dtype=torch.float32, signal=0.3)
-    start = None
-    for decay in reversed(LAMBDAS):
-        start = logistic_regression(x, y, 10, 2 * decay / len(x), 50, 1e-5, start=start)
-        found = objective(start.double(), x.double(), y, decay)
-        if decay in LAMBDAS[::22]:
-            best = logistic_regression(
-                x.double(), y, 10, 2 * decay / len(x), 1000, 1e-9, start=start.double()
-            )
-            assert (found - objective(best, x.double(), y, decay)) / len(x) < 3e-6
+    path = LAMBDAS[::-1]
+    for n in (1, 23, 45):
+        weights = fit(x, y, 10, *path[:n])
+        best = fit(x, y, 10, path[n - 1], iterations=2000, tolerance=1e-9)
+        ours, theirs = (objective(w.double(), x.double(), y, path[n - 1]) for w in (weights, best))
+        assert (ours - theirs) / len(x) < 3e-6
 
 
 def test_axes_decide_how_soon_it_ends_and_not_where():
     x, y = problem(200, decades=0.3)
     turned, _ = torch.linalg.qr(torch.randn(12, 12, generator=keyed_generator(3), dtype=DOUBLE))
-    other = Axes(x.mean(0) + 0.5, turned, torch.ones(12, dtype=DOUBLE))
+    axes = principal_axes(x)
+    turned = torch.block_diag(turned, torch.ones(1, 1))
+    other = Axes(x.mean(0) + 0.5, turned, torch.ones(13, dtype=DOUBLE), axes.shrinks)
     found, again = (
-        logistic_regression(x, y, 4, 0.1, 2000, 1e-9, axes=axes)
-        for axes in (principal_axes(x), other)
+        fit(x, y, 4, 10.0, axes=each, iterations=2000, tolerance=1e-9) for each in (axes, other)
     )
     torch.testing.assert_close(found[:-1], again[:-1], rtol=1e-4, atol=1e-5)
 
 
-def test_principal_axes_make_features_uncorrelated():
-    x, _ = problem(200)
-    axes = principal_axes(x)
-    turned = (x - axes.mean) @ axes.directions
-    covariance = turned.T @ turned / len(x)
-    torch.testing.assert_close(covariance, axes.variances.diag(), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("penalise_bias", [False, True])
+def test_principal_axes_make_features_uncorrelated(penalise_bias):
+    x, _ = problem(200, decades=0.3)
+    axes = principal_axes(x, penalise_bias)
+    turned = axes.turn(x)
+    moments = turned.T @ turned / len(x)
+    floor = FLOOR * axes.variances.max().item()
+    torch.testing.assert_close(moments, axes.variances.diag(), rtol=1e-6, atol=floor)
+    weights = torch.randn(13, 4, generator=keyed_generator(1), dtype=DOUBLE)
+    ours = axes.weights((axes.directions.T @ weights).T)
+    if penalise_bias:
+        torch.testing.assert_close(ours, weights)
+    torch.testing.assert_close(ours[:-1], weights[:-1])
 
 
-def test_of_equal_scores_the_largest_penalty_wins_and_any_score_decides():
+@pytest.mark.parametrize(("protocol", "wins"), [(TRANSFER, 1.0), (SIBLINGS, 0.01)])
+def test_of_equal_scores_the_first_fitted_wins_and_any_score_decides(protocol, wins):
+    """The largest where the path goes down, the smallest where it goes up."""
     train, val = problem(80), problem(60, seed=1)
-    assert choose(train, val, 4, (0.01, 1.0, 0.1), score=lambda p, y: 3.0).penalty == 1.0
+    path = sorted((0.01, 1.0, 0.1), reverse=protocol is TRANSFER)
+
+    def chosen(score):
+        return linear_probe(
+            train, val, val[0], classes=4, score=score,
+            protocol=protocol._replace(penalties=tuple(path), iterations=50),
+        ).penalty  # fmt: skip
+
+    assert chosen(lambda p, y: 3.0) == path[0] == wins
     rising = iter(range(9))
-    assert choose(train, val, 4, (0.01, 1.0, 0.1), score=lambda p, y: next(rising)).penalty == 0.01
+    assert chosen(lambda p, y: next(rising)) == path[-1]
 
 
-# --- the protocol
+# --- the protocols
 
 
 def test_the_penalties_are_the_protocol_s():
     assert np.allclose(LAMBDAS, np.logspace(-6, 5, 45), rtol=1e-12)
+    assert TRANSFER.penalties == tuple(sorted(LAMBDAS, reverse=True))
+    assert SIBLINGS.penalties == tuple(sorted(LAMBDAS))
 
 
-def test_the_penalty_is_chosen_on_val_and_refitted_on_both(monkeypatch):
+def test_the_penalty_is_chosen_on_val_and_refitted_on_both():
     train, val, test = problem(60), problem(300, seed=1), problem(500, seed=2)
-    decays = (1e-3, 10.0, 1e3, 1e5)
-    monkeypatch.setattr(stage, "LAMBDAS", decays)
-    probe = kornblith_probe(train, val, test[0], classes=4, iterations=500, tolerance=1e-6)
+    decays = (1e5, 1e3, 10.0, 1e-3)
+    protocol = TRANSFER._replace(penalties=decays, iterations=500, tolerance=1e-6)
+    probe = linear_probe(train, val, test[0], classes=4, protocol=protocol)
     right = {
         decay: (sklearn_fit(*train, decay)[0](val[0]) == val[1]).double().mean().item()
         for decay in decays
@@ -152,34 +189,56 @@ def test_the_penalty_is_chosen_on_val_and_refitted_on_both(monkeypatch):
     both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
     oracle, _ = sklearn_fit(*both, probe.penalty)
     assert (probe.predictions == oracle(test[0])).double().mean() > 0.995
-    kept = kornblith_probe(train, val, test[0], classes=4, refit=False, iterations=500)
+    protocol = protocol._replace(refit=False)
+    kept = linear_probe(train, val, test[0], classes=4, protocol=protocol)
     oracle, _ = sklearn_fit(*train, kept.penalty)
     assert (kept.predictions == oracle(test[0])).double().mean() > 0.99
     assert not torch.equal(kept.predictions, probe.predictions)
 
 
+def test_the_siblings_protocol_agrees_with_sklearn_s_on_a_constant_feature():
+    """Their penalty counts the bias: a column of ones without an intercept of its own."""
+    train, val, test = problem(60), problem(300, seed=1), problem(500, seed=2)
+    ones = lambda x: np.concatenate([x.numpy(), np.ones((len(x), 1))], 1)  # noqa: E731
+
+    def oracle(x, y, decay):
+        fit = LogisticRegression(
+            C=1 / (2 * decay), tol=1e-10, max_iter=10_000, solver="newton-cg", fit_intercept=False
+        )
+        return fit.fit(ones(x), y.numpy())
+
+    decays = (1e-3, 10.0, 1e3, 1e5)
+    protocol = SIBLINGS._replace(penalties=decays)
+    probe = linear_probe(train, val, test[0], classes=4, protocol=protocol)
+    right = {d: (oracle(*train, d).predict(ones(val[0])) == val[1].numpy()).mean() for d in decays}
+    best = max(decays, key=lambda decay: right[decay])
+    assert probe.penalty == best
+    assert probe.score_val == pytest.approx(100 * right[best])
+    both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
+    expected = oracle(*both, best)
+    weights = torch.from_numpy(expected.coef_.T)
+    torch.testing.assert_close(
+        probe.weights, weights, rtol=1e-3, atol=1e-4 * weights.abs().max().item()
+    )
+    assert probe.predictions.tolist() == expected.predict(ones(test[0])).tolist()
+
+
 def test_nothing_is_learned_from_test_features():
     train, val, (test, _) = problem(60), problem(60, seed=1), problem(50, seed=2)
-    probe = kornblith_probe(train, val, test, classes=4)
+    probe = linear_probe(train, val, test, classes=4, protocol=TRANSFER)
     order = torch.randperm(50, generator=keyed_generator(1))
-    shuffled = kornblith_probe(train, val, 1.0 * test[order], classes=4)
+    shuffled = linear_probe(train, val, 1.0 * test[order], classes=4, protocol=TRANSFER)
     assert torch.equal(shuffled.predictions, probe.predictions[order])
     assert shuffled.penalty == probe.penalty and shuffled.score_val == probe.score_val
 
 
 @pytest.mark.parametrize(("tolerance", "dtype"), [(1e-5, torch.float32), (1e-10, DOUBLE)])
-def test_what_float32_cannot_resolve_is_solved_in_float64(monkeypatch, tolerance, dtype):
-    used = []
-
-    def spy(train, *rest, **more):
-        used.append((train[0].dtype, more["axes"].directions.dtype))
-        return choose(train, *rest, **more)
-
-    monkeypatch.setattr(stage, "choose", spy)
+def test_what_float32_cannot_resolve_is_solved_in_float64(tolerance, dtype):
     train, val, (test, _) = (problem(40, dtype=torch.float32, seed=s) for s in (0, 1, 2))
+    protocol = TRANSFER._replace(iterations=5, tolerance=tolerance)
     for axes in (None, principal_axes(train[0])):
-        kornblith_probe(train, val, test, classes=4, iterations=5, tolerance=tolerance, axes=axes)
-    assert used == [(dtype, dtype)] * 2
+        probe = linear_probe(train, val, test, classes=4, protocol=protocol, axes=axes)
+        assert probe.weights.dtype == dtype
 
 
 # --- few labels, few shots

@@ -17,8 +17,8 @@ from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.crops import EPOCHS, CropProbe, crop_probe, enlarged
 from idaa_lib.evaluate.encoders import features, load_encoder, pixels, random_encoder
 from idaa_lib.evaluate.knn import knn
-from idaa_lib.evaluate.linear import linear_probe, official_probe
 from idaa_lib.evaluate.metrics import accuracy, effective_rank, embedding_std
+from idaa_lib.evaluate.probe import linear_probe, official_probe
 from idaa_lib.methods import OfficialProtocol, method_class
 from idaa_lib.runs import Run, checkpoints
 from idaa_lib.runs.machine import describe, open_images, settled, torch_device, uses_bf16
@@ -290,7 +290,7 @@ def _judge(
             classes=classes,
         )
         found, likeliest = fit.predictions, fit.likeliest
-        rows["linear_penalty"], rows["linear_top1_val"] = fit.penalty, fit.top1_val
+        rows["linear_penalty"], rows["linear_top1_val"] = fit.penalty, fit.score_val
         rows["linear_protocol"] = "clean: L-BFGS, penalty chosen on val, refit, test read once"
     if likeliest is not None and classes > 5:
         hit = (likeliest == labels["test"][:, None]).any(1)

@@ -10,7 +10,7 @@ so the refit on more images is penalised less.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +21,6 @@ from idaa_lib.configs import ConfigError, TransferConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import Encoder, features, load_encoder, random_encoder
 from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot
-from idaa_lib.evaluate.linear import (
-    Axes,
-    choose,
-    logistic_regression,
-    predict,
-    principal_axes,
-)
 from idaa_lib.evaluate.metrics import (
     accuracy,
     mean_per_class,
@@ -35,24 +28,23 @@ from idaa_lib.evaluate.metrics import (
     student_interval,
     top1,
 )
+from idaa_lib.evaluate.probe import (
+    LAMBDAS,
+    TRANSFER,
+    Probe,
+    Protocol,
+    linear_probe,
+    principal_axes,
+)
 from idaa_lib.runs import Run, Stopped, checkpoints
 from idaa_lib.runs.machine import describe, open_images, settled, torch_device, uses_bf16
 from idaa_lib.views import keyed_generator
 
-LAMBDAS = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))
 IMAGENET_SIZE = 224
 # By convention judged by the mean of the classes' accuracies, since their classes differ in size.
 PER_CLASS = frozenset({"fgvcaircraft", "oxfordiiitpet", "flowers102", "caltech101"})
 # The encoders of the rows: the run's own, and the same before training.
 ENCODERS: dict[str, Callable[[Run], Encoder]] = {"encoder": load_encoder, "random": random_encoder}
-
-
-class Probe(NamedTuple):
-    """Predictions (Q,) int64 on the device; the λ that validation chose, and its score there."""
-
-    predictions: Tensor
-    penalty: float
-    score_val: float
 
 
 def transfer(config: TransferConfig) -> Run:
@@ -106,42 +98,6 @@ def transfer(config: TransferConfig) -> Run:
         result = {"rows": rows, "left_out": left_out, "size": plan.size}
         writer.finish(result | {"seconds": seconds + time.monotonic() - began})
     return run
-
-
-def kornblith_probe(
-    train: tuple[Tensor, Tensor],
-    val: tuple[Tensor, Tensor],
-    test: Tensor,
-    *,
-    classes: int,
-    score: Callable[[Tensor, Tensor], float] = top1,
-    refit: bool = True,
-    iterations: int = 50,
-    tolerance: float = 1e-5,
-    axes: Axes | None = None,
-) -> Probe:
-    """Multinomial logistic regression: one of 45 λ by validation, refit on both, predict once.
-
-    Args:
-        train, val: (features (N, D), labels (N,)). test: features (Q, D).
-        score: of predictions and labels, by which λ is chosen.
-        refit: on train and val together; else the chosen weights of `train` are kept.
-        iterations, tolerance, axes: as in `linear.logistic_regression`, for each λ. Below 1e-7 it
-            works in float64: in float32 such a gradient is rounding.
-    """
-    (x, y), (x_val, y_val) = train, val
-    if tolerance < 1e-7:
-        x, x_val, test = x.double(), x_val.double(), test.double()
-        axes = None if axes is None else Axes(*(part.double() for part in axes))
-    axes = axes or principal_axes(x)
-    solver: dict[str, Any] = dict(iterations=iterations, tolerance=tolerance, axes=axes)
-    of_mean = {2 * decay / len(y): decay for decay in LAMBDAS}
-    best = choose((x, y), (x_val, y_val), classes, tuple(of_mean), score=score, **solver)
-    decay, weights = of_mean[best.penalty], best.weights
-    if refit:
-        x, y = torch.cat([x, x_val]), torch.cat([y, y_val])
-        weights = logistic_regression(x, y, classes, 2 * decay / len(y), start=weights, **solver)
-    return Probe(predict(weights, test), decay, best.score)
 
 
 class _Plan(NamedTuple):
@@ -207,94 +163,70 @@ def _episodes(
     return found
 
 
-class _Target(NamedTuple):
-    """One encoder on one data set: features and labels by split on the device, and how to judge."""
-
-    z: dict[str, Tensor]
-    y: dict[str, Tensor]
-    name: str
-    size: int
-    score: Callable[[Tensor, Tensor], float]
-    solver: dict[str, Any]
-
-    def row(self, probe: str, **figures: Any) -> dict[str, Any]:
-        metric = "mean per class" if self.score is mean_per_class else "top-1"
-        return {"dataset": self.name, "probe": probe, "metric": metric, **figures}
-
-    @property
-    def protocol(self) -> str:
-        return (
-            f"{self.size} px, frozen features as they are; L-BFGS on Σ cross-entropy + λ‖W‖², one "
-            f"of {len(LAMBDAS)} λ chosen on val"
-        )
-
-
 def _judge(
-    z: dict[str, Tensor],
+    z: Mapping[str, Tensor],
     splits: Mapping[str, ImageSet],
     episodes: Mapping[int, Tensor],
     config: TransferConfig,
     size: int,
 ) -> list[dict[str, Any]]:
-    """The rows of one encoder on one data set."""
+    """The rows of one encoder on one data set: all labels, few labels, few shots."""
     test = splits["test"]
-    score = mean_per_class if test.name in PER_CLASS else top1
-    solver: dict[str, Any] = dict(
-        classes=len(test.classes), score=score, iterations=config.iterations,
-        tolerance=config.tolerance, axes=principal_axes(z["train"]),
-    )  # fmt: skip
     y = {name: split.labels.to(z[name].device) for name, split in splits.items()}
-    target = _Target(z, y, test.name, size, score, solver)
-    return [
-        _linear(target),
-        *(_few_labels(target, fraction, config) for fraction in dict.fromkeys(config.fractions)),
-        *(_few_shots(target, part, shots, config) for shots, part in episodes.items()),
-    ]
-
-
-def _linear(target: _Target) -> dict[str, Any]:
-    (z, y) = target.z, target.y
-    probe = kornblith_probe(
-        (z["train"], y["train"]), (z["val"], y["val"]), z["test"], **target.solver
+    by_class = test.name in PER_CLASS
+    score, metric = (mean_per_class, "mean per class") if by_class else (top1, "top-1")
+    axes = principal_axes(z["train"])
+    protocol = TRANSFER._replace(iterations=config.iterations, tolerance=config.tolerance)
+    words = (
+        f"{size} px, frozen features as they are; L-BFGS on Σ cross-entropy + λ‖W‖², one of "
+        f"{len(LAMBDAS)} λ chosen on val"
     )
-    found, labels = probe.predictions.cpu(), y["test"].cpu()
-    of_images = accuracy(found, labels)
-    low, high = of_images.low, of_images.high
-    if target.score is mean_per_class:
-        _, low, high = mean_per_class_interval(found, labels)
-    return target.row(
-        "linear", value=target.score(found, labels), low=low, high=high, n=len(labels),
-        of="test images", labels=len(y["train"]) + len(y["val"]), top1=of_images.top1,
-        mean_per_class=mean_per_class(found, labels), penalty=probe.penalty,
-        score_val=probe.score_val,
-        protocol=f"{target.protocol}, refit on train + val, test read once",
-    )  # fmt: skip
 
+    def probe(index: Tensor | slice, protocol: Protocol) -> Probe:
+        train, val = (z["train"][index], y["train"][index]), (z["val"], y["val"])
+        classes = len(test.classes)
+        return linear_probe(
+            train, val, z["test"], classes=classes, protocol=protocol, score=score, axes=axes
+        )
 
-def _few_labels(target: _Target, fraction: float, config: TransferConfig) -> dict[str, Any]:
-    z, y = target.z, target.y
-    labels = y["train"].cpu()
-    found = []
-    for draw in range(config.draws):
-        index = balanced(labels, fraction, keyed_generator(config.seed, draw)).to(y["train"].device)
-        few = z["train"][index], y["train"][index]
-        probe = kornblith_probe(few, (z["val"], y["val"]), z["test"], refit=False, **target.solver)
-        found.append(target.score(probe.predictions, y["test"]))
-    return target.row(
-        f"{100 * fraction:g} % of labels", **student_interval(found)._asdict(), n=len(found),
-        of="draws", labels=len(index),
-        protocol=f"{target.protocol} (all of it), labels drawn by class, no refit",
-    )  # fmt: skip
+    def row(probe: str, interval: Sequence[float], **values: Any) -> dict[str, Any]:
+        value, low, high = interval
+        about = {"dataset": test.name, "probe": probe, "metric": metric}
+        return about | {"value": value, "low": low, "high": high} | values
 
-
-def _few_shots(
-    target: _Target, episodes: Tensor, shots: int, config: TransferConfig
-) -> dict[str, Any]:
-    found = few_shot(target.z["test"], episodes, shots, config.few_shot).cpu()
-    about = target.row(
-        f"{config.ways}-way {shots}-shot", **student_interval(found)._asdict(), n=len(found),
-        of="episodes", labels=config.ways * shots,
-        protocol=f"{target.size} px, frozen features, L2-normalised; {config.few_shot}, "
-        f"{config.queries} queries a class, all images from test",
-    )  # fmt: skip
-    return about | {"metric": "top-1"}
+    whole = probe(slice(None), protocol)
+    labels = y["test"].cpu()
+    of_images = accuracy(whole.predictions.cpu(), labels)
+    of_classes = mean_per_class_interval(whole.predictions.cpu(), labels)
+    rows = [
+        row(
+            "linear", of_classes if by_class else of_images[:3], n=len(labels), of="test images",
+            labels=len(y["train"]) + len(y["val"]), top1=of_images.top1,
+            mean_per_class=of_classes.value, penalty=whole.penalty, score_val=whole.score_val,
+            protocol=f"{words}, refit on train + val, test read once",
+        )
+    ]  # fmt: skip
+    for fraction in dict.fromkeys(config.fractions):
+        values = []
+        for draw in range(config.draws):
+            index = balanced(y["train"].cpu(), fraction, keyed_generator(config.seed, draw))
+            few = probe(index.to(z["train"].device), protocol._replace(refit=False))
+            values.append(score(few.predictions, y["test"]))
+        rows.append(
+            row(
+                f"{100 * fraction:g} % of labels", student_interval(values), n=len(values),
+                of="draws", labels=len(index),
+                protocol=f"{words} (all of it), labels drawn by class, no refit",
+            )
+        )  # fmt: skip
+    for shots, part in episodes.items():
+        accuracies = few_shot(z["test"], part, shots, config.few_shot)
+        rows.append(
+            row(
+                f"{config.ways}-way {shots}-shot", student_interval(accuracies.cpu()), n=len(part),
+                of="episodes", labels=config.ways * shots, metric="top-1",
+                protocol=f"{size} px, frozen features, L2-normalised; {config.few_shot}, "
+                f"{config.queries} queries a class, all images from test",
+            )
+        )  # fmt: skip
+    return rows

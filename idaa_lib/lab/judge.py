@@ -15,8 +15,8 @@ from torch import Tensor
 
 from idaa_lib.configs import TheoryConfig
 from idaa_lib.data.cached import ImageSet
-from idaa_lib.evaluate.linear import choose, predict
 from idaa_lib.evaluate.metrics import bootstrap_interval
+from idaa_lib.evaluate.probe import CLEAN, linear_probe
 from idaa_lib.identity.scene import Pictures
 from idaa_lib.identity.theory import Retention, retention
 from idaa_lib.nets.vae import VAE
@@ -25,7 +25,9 @@ from idaa_lib.views import Recipe, keyed_generator, recipe
 
 BATCH = 256  # images that are attacked together, as in training: they are each other's negatives
 # Linear probes on pixels: a coarse grid, which is enough to compare parts.
-PENALTIES, ITERATIONS = (1e-3, 1e-2, 1e-1, 1.0, 10.0), 50
+PROTOCOL = CLEAN._replace(
+    penalties=(10.0, 1.0, 1e-1, 1e-2, 1e-3), standardise=False, refit=False, iterations=50
+)
 # Streams of random numbers beside the images' own order.
 CANDIDATES, NOISE, HALVES, INSTANCE_VIEWS = 1, 2, 3, 4
 
@@ -119,5 +121,6 @@ def probe(
     # of it they are the same, and N numbers are fewer than the pixels of an image.
     basis = torch.linalg.qr(((x - mean) / std).T).Q  # (D, min(D, N))
     x, x_held, x_asked = ((part - mean) / std @ basis for part in (x, held[0], asked))
-    found = choose((x, y), (x_held, held[1]), classes, PENALTIES, iterations=ITERATIONS)
-    return predict(found.weights, x_asked)
+    return linear_probe(
+        (x, y), (x_held, held[1]), x_asked, classes=classes, protocol=PROTOCOL
+    ).predictions
