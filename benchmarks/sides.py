@@ -35,7 +35,7 @@ from idaa_lib.adversaries import IDAA, NoAdversary
 from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.evaluate.encoders import features
 from idaa_lib.evaluate.knn import knn
-from idaa_lib.evaluate.probe import linear_probe
+from idaa_lib.evaluate.probe import TRANSFER, linear_probe
 from idaa_lib.methods import build_method
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE
@@ -50,6 +50,7 @@ import reference
 
 BATCH, VAE_BATCH, VAE_STEPS = 256, 128, 4
 TRAIN, TEST = 2000, 1000  # images of the linear evaluation
+PROBED = 50_000  # features of the transfer's probe
 BANK, QUERIES = 45_000, 5_000  # of a validation by kNN: CIFAR-10's splits
 DEVICE = torch_device("auto")
 COMPILE = True  # our steps (on a GPU then recorded too)
@@ -315,6 +316,29 @@ def linear_ours() -> Work:
     return whole
 
 
+def transfer_ours() -> Work:
+    """The probe of the transfer protocol on features that are made: ReLU of correlated normals
+    around a centre for each of 10 classes, with a decaying spectrum, half of them predictable."""
+    generator, rows, dim = torch.Generator().manual_seed(0), PROBED + PROBED // 5, 512
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    labels = torch.randint(10, (rows,), generator=generator)
+    latent = normal(rows, dim) + 0.13 * normal(10, dim)[labels]
+    x = (latent * torch.arange(1, dim + 1) ** -0.7 @ normal(dim, dim)).relu().to(DEVICE)
+    y = labels.to(DEVICE)
+    val, test = PROBED * 9 // 10, PROBED
+    splits = (x[:val], y[:val]), (x[val:test], y[val:test]), x[test:]
+
+    def whole() -> None:
+        linear_probe(
+            *splits, classes=10, protocol=TRANSFER
+        ).predictions.cpu()  # which waits for the device
+
+    return whole
+
+
 def validation_ours() -> Work:
     """kNN on the validation split, as the training stage does it every few epochs."""
     encoder = _network("idaa").get_submodule("backbone")
@@ -362,7 +386,7 @@ PARTS: dict[str, Callable[[], Work]] = {
     for part in (
         views_pil, views_eager, views_compiled, simclr_straightforward, simclr_ours,
         idaa_straightforward, idaa_ours, vae_straightforward, vae_ours, linear_straightforward,
-        linear_ours, validation_ours,
+        linear_ours, transfer_ours, validation_ours,
     )
 }  # fmt: skip
 

@@ -21,6 +21,8 @@ import record
 import sides
 from paired import ALLOCATOR, Pair, Side, pair
 
+from idaa_lib.evaluate.probe import LAMBDAS
+
 Rows = list[dict[str, Any]]
 CUDA = sides.DEVICE.type == "cuda"
 EPOCH = 50_000  # images
@@ -39,22 +41,25 @@ included, ours with compile=True. linear_eval: straightforward: one epoch that e
 peak beyond the features of 10,000 queries against 50,000 × 512 (random; resident, on a GPU
 allocated; baseline: seconds). step_peak_mib: peak resident (on a GPU: allocated) memory of an IDAA
 step's process; baseline: the straightforward one's. startup_seconds: a new process imports, loads
-the cached images and takes a first SimCLR step of 64. On a GPU a turn of ours is {sides.TIMES}
-steps, epochs of the VAE or of views, of which the seconds of one count; also epoch_seconds_*: of
+the cached images and takes a first SimCLR step of 64; spread: smallest and largest.
+transfer_probe_seconds: {len(LAMBDAS)} penalties of the transfer protocol on {sides.PROBED:,} × 512
+features of 10 classes (made), a tenth of them for validation; spread: smallest and largest. On a
+GPU a turn of ours is {sides.TIMES} steps, epochs of the VAE or of views, of which the seconds of
+one count; also epoch_seconds_*: of
 {EPOCH:,} images, from n steps in turns of {sides.TIMES} (of the VAE, times {sides.VAE_STEPS});
 minutes_300_epochs_idaa: 300 such epochs and 30 validations (kNN, {sides.QUERIES} against
 {sides.BANK}), added up; baseline: seconds of [an epoch, a validation]."""
 
 
-def ratio(what: str, found: Pair) -> dict[str, Any]:
-    baseline = [round(found.slow_s, 4), round(found.fast_s, 4)]
-    return record.row(what, round(found.ratio, 3), "ratio", found.n, found.quartiles, baseline)
+def ratio(what: str, timed: Pair) -> dict[str, Any]:
+    baseline = [round(timed.slow_s, 4), round(timed.fast_s, 4)]
+    return record.row(what, round(timed.ratio, 3), "ratio", timed.n, timed.quartiles, baseline)
 
 
 def views() -> Rows:
-    found = pair(Side("views-pil"), Side("views-eager"), 9)
-    again = pair(Side("views-pil"), Side("views-compiled"), 9)
-    return [ratio("views_ratio_eager", found), ratio("views_ratio_compiled", again)]
+    eager = pair(Side("views-pil"), Side("views-eager"), 9)
+    compiled = pair(Side("views-pil"), Side("views-compiled"), 9)
+    return [ratio("views_ratio_eager", eager), ratio("views_ratio_compiled", compiled)]
 
 
 def simclr() -> Rows:
@@ -64,13 +69,13 @@ def simclr() -> Rows:
 
 
 def idaa() -> Rows:
-    found = pair(Side("idaa-straightforward"), Side("idaa-ours"), 7)
+    step = pair(Side("idaa-straightforward"), Side("idaa-ours"), 7)
     peak = record.row(
-        "step_peak_mib", round(found.fast_mib), "MiB", found.n, None, round(found.slow_mib)
+        "step_peak_mib", round(step.fast_mib), "MiB", step.n, None, round(step.slow_mib)
     )
     default = pair(Side("idaa-straightforward", allocator=False), Side("idaa-ours"), 9)
     return [
-        ratio("idaa_step_ratio", found),
+        ratio("idaa_step_ratio", step),
         peak,
         ratio("idaa_step_ratio_default_allocator", default),
     ]
@@ -85,10 +90,10 @@ def vae() -> Rows:
 
 
 def linear() -> Rows:
-    found = pair(Side("linear-straightforward"), Side("linear-ours"), 3, warm_up=1)
-    low, high = (1000 * edge for edge in found.quartiles)
-    thousand = found._replace(
-        ratio=1000 * found.ratio, quartiles=[low, high], slow_s=1000 * found.slow_s
+    once = pair(Side("linear-straightforward"), Side("linear-ours"), 3, warm_up=1)
+    low, high = (1000 * edge for edge in once.quartiles)
+    thousand = once._replace(
+        ratio=1000 * once.ratio, quartiles=[low, high], slow_s=1000 * once.slow_s
     )
     return [ratio("linear_eval_ratio", thousand)]
 
@@ -116,6 +121,16 @@ print(more, time.perf_counter() - began)
     runs = [tuple(map(float, _python(code).split())) for _ in range(3)]
     mib, seconds = (median(column) for column in zip(*runs, strict=True))
     return [record.row("knn_extra_mib", round(mib), "MiB", len(runs), None, round(seconds, 2))]
+
+
+def transfer() -> Rows:
+    side = Side("transfer-ours")
+    for _ in range(3):
+        side.work()
+    side.close()
+    spread = [round(min(side.seconds), 2), round(max(side.seconds), 2)]
+    seconds = round(median(side.seconds), 2)
+    return [record.row("transfer_probe_seconds", seconds, "s", len(side.seconds), spread)]
 
 
 def startup() -> Rows:
@@ -196,6 +211,7 @@ PARTS: dict[str, Callable[[], Rows]] = {
     "idaa_step_ratio": idaa,
     "linear_eval_ratio": linear,
     "knn_extra_mib": knn,
+    "transfer_probe_seconds": transfer,
     "epoch_seconds": epochs,
 }
 
@@ -210,7 +226,8 @@ def main(words: list[str]) -> int:
         os.environ["IDAA_OUTPUTS"] = folder
         for part in words or PARTS:
             for row in PARTS[part]():
-                print(f"{row['what']:<36} {row['value']:>10} {row['unit']}", flush=True)
+                _, target = record.ROWS.get(row["what"], ("", ""))
+                print(f"{row['what']:<36} {row['value']:>10} {row['unit']:<6} {target}", flush=True)
                 rows.append(row)
             # After each, so that what stops the next loses nothing.
             path = record.write(name, " ".join(PROTOCOL.split()), rows)

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import compare
 import profile_step
+import record
 import sides
 import speed
 
@@ -60,11 +60,41 @@ def test_hardware_tells_processors_of_one_name_apart(cpuinfo, named, monkeypatch
     ],
 )
 def test_a_row_has_moved_beyond_both_spreads(old, new, unit, spread, verdict):
-    found = compare.moves(
+    found = record.moves(
         file(row("a", old, unit, spread), row("gone", 1)),
         file(row("a", new, unit, spread), row("fresh", 1)),
     )
     assert found == [("a", old, new, verdict)]
+
+
+def test_less_is_better_of_idaa_over_simclr():
+    old, new = (file(row("idaa_over_simclr", v, "ratio", [v, v])) for v in (1.9, 1.8))
+    assert record.moves(old, new) == [("idaa_over_simclr", 1.9, 1.8, "better")]
+
+
+def test_the_page_of_speed_has_the_newest_figure_of_each_machine():
+    def of(hardware, *rows):
+        versions = {"python": "3.11", "torch": "2.14"}
+        return file(*rows) | {"hardware": hardware, "versions": versions, "commit": "c"}
+
+    def measured(what, value, spread=None):
+        return row(what, value, "ratio", spread) | {"n": 7}
+
+    old = of("CPU", measured("simclr_step_ratio", 2.0), measured("idaa_step_ratio", 2.5))
+    new = of("CPU", measured("simclr_step_ratio", 2.25, [2.1, 2.3]))
+    lines = record.table(
+        {
+            "2026-11-26-cpu-speed.json": old,
+            "2026-11-27-cpu-speed.json": new,
+            "2026-11-25-gpu-speed.json": of("GPU", measured("startup_seconds", 8.0)),
+        }
+    ).split("\n")
+    assert lines[0].endswith("| target | CPU | GPU |")
+    (simclr,) = (line for line in lines if line.startswith("| SimCLR step"))
+    assert simclr.endswith("| ≥ 2 | 2.25 × [2.1, 2.3], n = 7 | – |")
+    (idaa,) = (line for line in lines if line.startswith("| SimCLR + IDAA step"))
+    assert idaa.endswith("| ≥ 2.6 | 2.5 ×, n = 7 | – |")
+    assert sum("../benchmarks/results/" in line for line in lines) == 3
 
 
 def test_what_stops_a_benchmark_loses_no_part_before_it(monkeypatch):
@@ -112,7 +142,7 @@ def test_the_straightforward_network_rectifies_out_of_place_and_computes_the_sam
 
 
 @pytest.mark.parametrize(
-    "name", ["views-eager", "vae-ours", "idaa-straightforward", "validation-ours"]
+    "name", ["views-eager", "vae-ours", "idaa-straightforward", "transfer-ours", "validation-ours"]
 )
 def test_a_side_works(name, monkeypatch, tmp_path):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
@@ -122,6 +152,7 @@ def test_a_side_works(name, monkeypatch, tmp_path):
     monkeypatch.setattr(sides, "BANK", 32)
     monkeypatch.setattr(sides, "COMPILE", False)  # which is tested in test_train
     monkeypatch.setattr(sides, "QUERIES", 8)
+    monkeypatch.setattr(sides, "PROBED", 100)
     work = sides.PARTS[name]()
     work(), work()
 
