@@ -137,7 +137,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> int:
 
 def table(files: dict[str, dict[str, Any]]) -> str:
     """The table of docs/speed.md: a line for each of ROWS, a column for each machine, with the
-    newest figure of each; below it the files (by name), hardware, versions and n.
+    newest figure of each; below it the files.
 
     Args:
         files: name → content of result files of speed.py.
@@ -151,25 +151,30 @@ def table(files: dict[str, dict[str, Any]]) -> str:
     lines += ["|---|---|" + "---|" * len(machines)]
     for what, (words, target) in ROWS.items():
         cells = [_cell(newest[machine].get(what)) for machine in machines]
-        lines.append(f"| {words} | {target} | {' | '.join(cells)} |")
-    used = {name for figures in newest.values() for name, _ in figures.values()}
-    for name in sorted(used):
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {words} | {target} | {' | '.join(cells)} |")
+    links: dict[str, list[str]] = {}  # by what they were measured with
+    for name in sorted({name for figures in newest.values() for name, _ in figures.values()}):
         file = files[name]
         software = ", ".join(f"{k} {file['versions'][k]}" for k in ("python", "torch"))
-        lines.append(f"\n[{name}](../benchmarks/results/{name}): {file['hardware']}; {software}; "
-                     f"commit {file['commit']}")  # fmt: skip
+        link = f"[{file['date']} {file['name']}](../benchmarks/results/{name})"
+        links.setdefault(f"{file['hardware']}; {software}", []).append(link)
+    lines += ["", "Files, with the protocol, versions and commit of each:", ""]
+    lines += [f"- {machine}: {', '.join(own)}" for machine, own in links.items()]
     return "\n".join(lines)
 
 
 def _cell(figure: tuple[str, dict[str, Any]] | None) -> str:
-    """`4.11 × [3.96, 4.21], n = 7`, or – where nothing was measured."""
+    """`4.11 × [3.96, 4.21], n = 7`; – where nothing was measured."""
     if figure is None:
         return "–"
     _, row = figure
     unit = {"ratio": "×"}.get(row["unit"], row["unit"])
     spread = row["spread"]
     interval = f" [{spread[0]:g}, {spread[1]:g}]" if isinstance(spread, list) else ""
-    return f"{row['value']:,.4g} {unit}{interval}, n = {row['n']}"
+    value = row["value"]
+    digits = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{digits} {unit}{interval}, n = {row['n']}"
 
 
 def page() -> int:

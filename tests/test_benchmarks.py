@@ -74,8 +74,8 @@ def test_less_is_better_of_idaa_over_simclr():
 
 def test_the_page_of_speed_has_the_newest_figure_of_each_machine():
     def of(hardware, *rows):
-        versions = {"python": "3.11", "torch": "2.14"}
-        return file(*rows) | {"hardware": hardware, "versions": versions, "commit": "c"}
+        about = {"name": "speed", "date": "d", "versions": {"python": "3.11", "torch": "2.14"}}
+        return file(*rows) | about | {"hardware": hardware}
 
     def measured(what, value, spread=None):
         return row(what, value, "ratio", spread) | {"n": 7}
@@ -94,7 +94,8 @@ def test_the_page_of_speed_has_the_newest_figure_of_each_machine():
     assert simclr.endswith("| ≥ 2 | 2.25 × [2.1, 2.3], n = 7 | – |")
     (idaa,) = (line for line in lines if line.startswith("| SimCLR + IDAA step"))
     assert idaa.endswith("| ≥ 2.6 | 2.5 ×, n = 7 | – |")
-    assert sum("../benchmarks/results/" in line for line in lines) == 3
+    files = [line.count("../benchmarks/results/") for line in lines]
+    assert (max(files), sum(files)) == (2, 3)
 
 
 def test_what_stops_a_benchmark_loses_no_part_before_it(monkeypatch):
