@@ -46,8 +46,9 @@ def main() -> None:
             sweeps.execute(name, {}, Path(folder) / "notebooks" / f"{name}.ipynb")
         seconds: dict[str, list[float]] = {}
         for path in Path(folder).rglob("*.ipynb"):
-            told = json.loads(path.read_text())["metadata"]["papermill"]
-            seconds.setdefault(Path(told["input_path"]).stem, []).append(told["duration"])
+            papermill = json.loads(path.read_text())["metadata"]["papermill"]
+            notebook = Path(papermill["input_path"]).stem
+            seconds.setdefault(notebook, []).append(papermill["duration"])
         rows = [record.row("demo_minutes", round(minutes, 2), "minutes", 1)]
         for name, values in sorted(seconds.items()):
             spread = [round(min(values), 1), round(max(values), 1)]

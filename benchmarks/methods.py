@@ -61,15 +61,15 @@ def main(
             elsewhere = simclr | {"adversaries": ("idaa",), "elsewhere": "photos"}
             grid += sweeps.cells(CompareConfig(preset="demo", **elsewhere))[1:]
         grid += sweeps.cells(CompareConfig(preset="demo", **simclr, seeds=(1, 2)))
-    there, began = any(outputs_root().glob("*/*/config.json")), time.monotonic()
+    resumed, start = any(outputs_root().glob("*/*/config.json")), time.monotonic()
     rows = sweeps.run_all(grid, once.jobs)
-    minutes = (time.monotonic() - began) / 60
+    minutes = (time.monotonic() - start) / 60
     print(table.frame(grid, rows).to_string(index=False))
-    asked = fields | {"seeds": "0, 1, 2" if "simclr" in methods else "0"}
-    asked |= {"methods": ", ".join(methods), "adversaries": ", ".join(adversaries)}
-    asked |= {key: json.dumps(asked[key]) for key in ("vae", "ssl", "ssl_of", "eval")}
+    parameters = fields | {"seeds": "0, 1, 2" if "simclr" in methods else "0"}
+    parameters |= {"methods": ", ".join(methods), "adversaries": ", ".join(adversaries)}
+    parameters |= {key: json.dumps(parameters[key]) for key in ("vae", "ssl", "ssl_of", "eval")}
     notebook = outputs_root() / "notebooks" / "06_compare_methods.ipynb"
-    sweeps.execute("06_compare_methods", asked, notebook)
+    sweeps.execute("06_compare_methods", parameters, notebook)
     lengths = f"{epochs} epochs"
     if slow:
         lengths += f", {' and '.join(slow)} {longer} in batches of {SMALLER}"
@@ -78,7 +78,7 @@ preset (batch 128, learning rates for a short training), {lengths}; one VAE for 
 16, 12 epochs). Mean over n seeds, spread [least, most] where n > 1. It shows that each pair trains,
 not which is best: with so short a training differences of some percent are noise. minutes: all of
 it, two notebooks at a time."""
-    found = [
+    results = [
         row
         for key in table.PROBES
         for row in (_row(key, rows, *pair) for pair in dict.fromkeys(map(_pair, rows)))
@@ -86,11 +86,11 @@ it, two notebooks at a time."""
     for name, level in table.references(rows).items():
         for key in table.PROBES:
             what = f"{key.removesuffix('_top1')}_{name.replace(' ', '_')}"
-            found.append(record.row(what, round(level[key], 2), "% top-1", 1))
-    if not there:  # else it is the time of a part
-        found.append(record.row("minutes", round(minutes, 1), "min", 1))
+            results.append(record.row(what, round(level[key], 2), "% top-1", 1))
+    if not resumed:  # else it is the time of a part
+        results.append(record.row("minutes", round(minutes, 1), "min", 1))
     name = "methods" if whole else "-".join(["methods", *methods])
-    print(record.write(name, " ".join(protocol.split()), found))
+    print(record.write(name, " ".join(protocol.split()), results))
 
 
 def _pair(row: dict[str, Any]) -> tuple[str, str]:

@@ -3,14 +3,17 @@
     python benchmarks/profile_step.py [simclr|idaa]      # idaa without an argument
 
 Writes `outputs/profile/<method>-trace.json` (chrome://tracing, ui.perfetto.dev) and
-`<method>.txt`: the parts of a step; what was computed and moved, counted operation by operation,
-against what this machine was measured to do at best. The figures are a result file too.
+`<method>.txt`: the parts of a step that is not recorded; what was computed and moved, counted
+operation by operation, against what this machine was measured to do at best; on a GPU also the
+step as training runs it, recorded as a CUDA graph: its time, the host's, waits for the device, and
+its kernels by kind. The figures are a result file too.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,14 +29,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from idaa_lib.runs import outputs_root
 from idaa_lib.runs.machine import hardware, versions
+from idaa_lib.train.graphs import WARM_UP
 from idaa_lib.train.loop import Fit
 
-STEPS = 5
+STEPS, RECORDED_STEPS, TRACED_STEPS = 5, 30, 3
 PROTOCOL = f"""One step, ResNet-18 of the paper, batch {sides.BATCH}, after a warm-up: the median of
-{STEPS}, and the mean of each part, without compile=True. computed, moved: counted operation by
-operation (moved as if nothing were fused or cached); baseline: what the machine did at best, a
-large product of matrices and a large copy."""
+{STEPS}, and the mean of each part, neither compiled nor recorded. computed, moved: counted
+operation by operation (moved as if nothing were fused or cached); baseline: what the machine did at
+best, a large product of matrices and a large copy. On a GPU recorded_*: the step as a CUDA graph,
+the mean of {RECORDED_STEPS} in a row; host: until the last was launched; waits: calls that waited
+for the device meanwhile; kernels_*: milliseconds of a step by the profiler, mean of {TRACED_STEPS}
+steps; baseline: how many kernels."""
 CUDA = sides.DEVICE.type == "cuda"
+# Parts of the names of CUDA kernels, by kind; the first kind that fits counts.
+KINDS = {
+    "normalisation": ("batch_norm", "batchnorm", "bn_fw", "bn_bw"),
+    "layout": ("nchwtonhwc", "nhwctonchw"),
+    "convolution": ("conv", "cudnn", "fprop", "dgrad", "wgrad"),
+    "matrix product": ("gemm", "gemv", "cublas"),
+    "optimiser": ("multi_tensor", "adam"),
+    "copy": ("memcpy", "memset", "copy"),
+    "reduction": ("reduce", "softmax", "triton_red", "triton_per"),
+    "elementwise": ("elementwise", "triton_poi", "fill"),
+    "indexing": ("index", "gather", "scatter"),
+}
 
 
 class Moved(TorchDispatchMode):
@@ -47,12 +66,12 @@ class Moved(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        made = function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         if not function.is_view:
-            seen = torch.utils._pytree.tree_leaves((args, kwargs, made))
-            tensors = {id(t): t for t in seen if isinstance(t, Tensor)}
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
+            tensors = {id(t): t for t in leaves if isinstance(t, Tensor)}
             self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
-        return made
+        return result
 
 
 def main(words: list[str]) -> int:
@@ -60,7 +79,7 @@ def main(words: list[str]) -> int:
     if name not in ("simclr", "idaa"):
         print(f"The method must be simclr or idaa, and is {name!r}.", file=sys.stderr)
         return 2
-    sides.COMPILE = False  # a compiled step has no parts
+    sides.COMPILE = sides.RECORD = False  # such a step has no parts
     spent: dict[str, list[float]] = defaultdict(list)
     with _watched(spent):
         step = sides.PARTS[f"{name}-ours"]()
@@ -78,6 +97,10 @@ def main(words: list[str]) -> int:
         step()
     trace.export_chrome_trace(str(folder / f"{name}-trace.json"))
     page, rows = _page(name, median(seconds), parts, flops.get_total_flops(), moved.bytes)
+    if CUDA:
+        more = recorded_rows(name)
+        rows += more
+        page += "\n" + "\n".join(f"{r['what']:<28}{r['value']:>10,.2f} {r['unit']}" for r in more)
     (folder / f"{name}.txt").write_text(page)
     print(f"{page}\n{folder / f'{name}-trace.json'}")
     print(record.write(f"profile-{name}", " ".join(PROTOCOL.split()), rows))
@@ -96,11 +119,11 @@ def _watched(spent: dict[str, list[float]]) -> Iterator[None]:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             inside.append(0.0)
-            seconds, made = _clocked(lambda: call(*args, **kwargs))
+            seconds, result = _clocked(lambda: call(*args, **kwargs))
             spent[part].append(seconds - inside.pop())
             if inside:
                 inside[-1] += seconds
-            return made
+            return result
 
         setattr(owner, attribute, timed)
 
@@ -125,11 +148,11 @@ def _watched(spent: dict[str, list[float]]) -> Iterator[None]:
         fit.adversary = Watched(fit.adversary)
         make = fit.method.step
 
-        def step(*given: Any) -> Any:
-            made = make(*given)
-            if made.adversarial_loss is not None:
-                watch(made, "adversarial_loss", "adversarial forward")
-            return made
+        def step(*args: Any) -> Any:
+            result = make(*args)
+            if result.adversarial_loss is not None:
+                watch(result, "adversarial_loss", "adversarial forward")
+            return result
 
         fit.method.step = step
         watch(fit.method, "step", "forward")
@@ -146,15 +169,77 @@ def _watched(spent: dict[str, list[float]]) -> Iterator[None]:
 def _clocked(call: Callable[[], Any]) -> tuple[float, Any]:
     if CUDA:
         torch.cuda.synchronize()
-    began = time.perf_counter()
-    made = call()
+    start = time.perf_counter()
+    result = call()
     if CUDA:
         torch.cuda.synchronize()
-    return time.perf_counter() - began, made
+    return time.perf_counter() - start, result
 
 
 def _timed(call: Callable[[], Any]) -> float:
     return _clocked(call)[0]
+
+
+def recorded_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of the step as training runs it on a GPU, recorded where it can be."""
+    sides.RECORD = True
+    step = sides.PARTS[f"{name}-ours"]()
+    for _ in range(WARM_UP + 2):  # as they are, the recording, and one replay
+        step()
+    torch.cuda.synchronize()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        start = time.perf_counter()
+        first.record()
+        for _ in range(RECORDED_STEPS):
+            step()
+        last.record()
+        host = 1000 * (time.perf_counter() - start) / RECORDED_STEPS
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    elapsed = first.elapsed_time(last) / RECORDED_STEPS
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(TRACED_STEPS):
+            step()
+        torch.cuda.synchronize()
+    kernels = [
+        (event.name, event.time_range.elapsed_us())
+        for event in trace.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return [
+        record.row("recorded_step", round(elapsed, 3), "ms", RECORDED_STEPS),
+        record.row("recorded_host", round(host, 3), "ms", RECORDED_STEPS),
+        record.row("recorded_waits", len(waits) / RECORDED_STEPS, "a step", RECORDED_STEPS),
+        *kernel_rows(kernels, TRACED_STEPS),
+    ]
+
+
+def kernel_rows(kernels: list[tuple[str, float]], steps: int) -> list[dict[str, Any]]:
+    """Milliseconds a step of each kind of kernel, the longest first, and of all.
+
+    Args:
+        kernels: name and microseconds of each that ran in `steps` steps.
+    """
+    times: dict[str, list[float]] = defaultdict(list)
+    for name, microseconds in kernels:
+        times[kind(name)].append(microseconds)
+        times["all"].append(microseconds)
+    return [
+        record.row(
+            f"kernels_{kind}", round(sum(each) / 1000 / steps, 3), "ms", steps, None,
+            round(len(each) / steps),
+        )
+        for kind, each in sorted(times.items(), key=lambda item: -sum(item[1]))
+    ]  # fmt: skip
+
+
+def kind(kernel: str) -> str:
+    """The kind of a CUDA kernel by its name, `other` where no part of it tells."""
+    name = kernel.lower()
+    return next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other")
 
 
 def ceilings() -> tuple[float, float]:
@@ -187,10 +272,9 @@ def _page(
             "byte_rate", round(moved / seconds / 1e9, 1), "GB/s", STEPS, None, round(wide / 1e9, 1)
         ),
     ]
-    found = versions()
     lines = [
         f"One {name} step, batch {sides.BATCH}, ResNet-18 of the paper",
-        f"{hardware()}; torch {found['torch']}; {'bf16' if sides.bf16() else 'fp32'}",
+        f"{hardware()}; torch {versions()['torch']}; {'bf16' if sides.bf16() else 'fp32'}",
         f"median of {STEPS} steps after a warm-up: {1000 * seconds:,.1f} ms, "
         f"{sides.BATCH / seconds:,.0f} images/s",
         "",

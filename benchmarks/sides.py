@@ -53,7 +53,8 @@ TRAIN, TEST = 2000, 1000  # images of the linear evaluation
 PROBED = 50_000  # features of the transfer's probe
 BANK, QUERIES = 45_000, 5_000  # of a validation by kNN: CIFAR-10's splits
 DEVICE = torch_device("auto")
-COMPILE = True  # our steps (on a GPU then recorded too)
+COMPILE = True  # our steps
+RECORD = True  # and on a GPU record them as a CUDA graph
 # A straightforward step waits for its loss.
 AHEAD = ("views-eager", "views-compiled", "simclr-ours", "idaa-ours", "vae-ours")
 TIMES = 16 if DEVICE.type == "cuda" else 1
@@ -281,6 +282,8 @@ def vae_ours() -> Work:
 
 
 def _steps(fit: Fit, accelerator: Any, batch: int, steps: int) -> Work:
+    if not RECORD:
+        fit.recorded = None
     fit.method.network = accelerator.prepare_model(fit.method.network)
     fit.optimizer = accelerator.prepare_optimizer(fit.optimizer)
     fit.method.train()

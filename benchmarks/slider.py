@@ -84,11 +84,11 @@ def in_kernel() -> dict[str, Any]:
     from jupyter_client.manager import start_new_kernel
 
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(Path(__file__).parent))
-    told: list[str] = []
+    texts: list[str] = []
 
     def listen(message: dict[str, Any]) -> None:
         if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
-            told.append(message["content"]["text"])
+            texts.append(message["content"]["text"])
         elif message["msg_type"] == "error":
             sys.exit("\n".join(message["content"]["traceback"]))
 
@@ -98,7 +98,7 @@ def in_kernel() -> dict[str, Any]:
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    return json.loads("".join(told))
+    return json.loads("".join(texts))
 
 
 def moves() -> dict[str, Any]:
@@ -116,25 +116,25 @@ def moves() -> dict[str, Any]:
     def move() -> float:
         before, step = picture.value, random.choice((-0.02, 0.02))
         # Back and forth within the slider's range, never to the value that it has.
-        asked = min(max(explorer.epsilon.value * 10**step, 1e-2), 1.0)
-        if abs(asked / explorer.epsilon.value - 1) < 1e-6:
-            asked = 0.1
-        began = time.perf_counter()
-        explorer.epsilon.value = asked
-        took = time.perf_counter() - began
+        target = min(max(explorer.epsilon.value * 10**step, 1e-2), 1.0)
+        if abs(target / explorer.epsilon.value - 1) < 1e-6:
+            target = 0.1
+        start = time.perf_counter()
+        explorer.epsilon.value = target
+        seconds = time.perf_counter() - start
         if picture.value == before:
-            raise RuntimeError(f"ε = {asked:g} brought no new picture: {explorer.status.value}")
-        return 1e3 * took
+            raise RuntimeError(f"ε = {target:g} brought no new picture: {explorer.status.value}")
+        return 1e3 * seconds
 
     random.seed(0)
     if not background.settle(timeout=600):  # the curves over ε
         raise RuntimeError("the curves over ε were not drawn within 10 minutes")
-    took: dict[str, Any] = {"threads": torch.get_num_threads(), "idle": [], "busy": []}
+    times: dict[str, Any] = {"threads": torch.get_num_threads(), "idle": [], "busy": []}
     for n in range(WARM_UP + KERNEL_MOVES):
         value = move()
         background.settle()
         if n >= WARM_UP:
-            took["idle"].append(value)
+            times["idle"].append(value)
     engine = explorer.engine
     assert engine is not None
     # A unit of work as the curves are made of, again and again.
@@ -143,9 +143,9 @@ def moves() -> dict[str, Any]:
         time.sleep(random.uniform(0.09, 0.3))  # within, or after, the rest that moves ask for
         value = move()
         if n >= WARM_UP:
-            took["busy"].append(value)
+            times["busy"].append(value)
     background.ask("curves", lambda: False)  # in its place
-    return took
+    return times
 
 
 def in_page() -> list[dict[str, float]]:
@@ -161,14 +161,14 @@ def in_page() -> list[dict[str, float]]:
             page = notebook.page
             browser.show(page, ".idaa-explorer")
             browser.meters_follow(page)
-            drawn = {"curves": "", "since": time.monotonic()}
+            latest = {"curves": "", "since": time.monotonic()}
 
             def rested() -> bool:
                 """The curves have been the same for so long that they are whole."""
                 now = page.locator(".idaa-curves").inner_html()
-                if now != drawn["curves"]:
-                    drawn.update(curves=now, since=time.monotonic())
-                return time.monotonic() - drawn["since"] > 20
+                if now != latest["curves"]:
+                    latest.update(curves=now, since=time.monotonic())
+                return time.monotonic() - latest["since"] > 20
 
             browser.until(page, rested, "curves over ε that are whole", 600)
             return browser.moves(page, WARM_UP + PAGE_MOVES)[WARM_UP:]

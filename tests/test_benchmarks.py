@@ -180,3 +180,31 @@ def test_a_profile_s_parts_make_up_the_step_and_its_work_is_what_one_counts(
     whole, step = sum(written[part] for part in parts), written["step_seconds"]
     assert step / 2 < whole < 1.01 * step
     assert (tmp_path / "profile" / f"{name}-trace.json").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolution"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix product"),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<__nv_bfloat16, float>", "normalisation"),
+        ("void at::native::batch_norm_backward_elemt_channels_last_kernel<4>", "normalisation"),
+        ("void cudnn::ops::nchwToNhwcKernel<__half>", "layout"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
+        ("triton_red_fused_native_batch_norm_backward_3", "normalisation"),
+        ("void at::native::reduce_kernel<512, 1>", "reduction"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel", "optimiser"),
+        ("Memcpy HtoD (Pinned -> Device)", "copy"),
+        ("void grid_sampler_2d_kernel", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(kernel, kind):
+    assert profile_step.kind(kernel) == kind
+
+
+def test_kernels_are_summed_by_kind_and_step():
+    kernels = [("gemm", 1000.0), ("gemm", 2000.0), ("Memset", 500.0), ("gemm", 3000.0)]
+    rows = profile_step.kernel_rows(kernels, 2)
+    assert [(r["what"], r["value"], r["baseline"]) for r in rows] == [
+        ("kernels_all", 3.25, 2), ("kernels_matrix product", 3.0, 2), ("kernels_copy", 0.25, 0),
+    ]  # fmt: skip

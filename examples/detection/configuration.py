@@ -1,4 +1,4 @@
-"""What a detection run is asked to do."""
+"""The configuration of a detection run."""
 
 from __future__ import annotations
 

@@ -133,11 +133,13 @@ class C4Heads(RoIHeads):
         evaluation."""
         if self.training:
             assert targets is not None
-            proposals, matched, labels, wanted = self.select_training_samples(proposals, targets)
+            proposals, matched, labels, moves_true = self.select_training_samples(
+                proposals, targets
+            )
             pooled = self.regions(features, proposals)
             logits, moves = self.box_predictor(pooled.mean((2, 3)))
             names = ("loss_classifier", "loss_box_reg")
-            losses = dict(zip(names, fastrcnn_loss(logits, moves, labels, wanted), strict=True))
+            losses = dict(zip(names, fastrcnn_loss(logits, moves, labels, moves_true), strict=True))
             if self.mask_predictor is not None:
                 is_object = [of_image > 0 for of_image in labels]
                 losses["loss_mask"] = maskrcnn_loss(
@@ -150,12 +152,12 @@ class C4Heads(RoIHeads):
             return [], losses
         logits, moves = self.box_predictor(self.regions(features, proposals).mean((2, 3)))
         boxes, scores, classes = self.postprocess_detections(logits, moves, proposals, image_shapes)
-        found = [
+        detections = [
             {"boxes": b, "scores": s, "labels": c}
             for b, s, c in zip(boxes, scores, classes, strict=True)
         ]
         if self.mask_predictor is not None:
             logits = self.mask_predictor(self.regions(features, boxes))
-            for detections, masks in zip(found, maskrcnn_inference(logits, classes), strict=True):
-                detections["masks"] = masks
-        return found, {}
+            for each, masks in zip(detections, maskrcnn_inference(logits, classes), strict=True):
+                each["masks"] = masks
+        return detections, {}

@@ -1,4 +1,4 @@
-"""What a detector finds, drawn on images."""
+"""Figures of images with annotated or detected objects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pictures(
     classes: Sequence[str],
     threshold: float = 0.5,
 ) -> Figure:
-    """Images with boxes, names and masks drawn on, a line a row.
+    """A figure of images with boxes, names and masks on them, a line for each row.
 
     Args:
         images: uint8 (3, H, W). rows: label → objects of each image; those with a score below
@@ -29,9 +29,9 @@ def pictures(
     """
     figure = Figure(figsize=(2.6 * len(images), 2.3 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(images), squeeze=False)
-    for line, (label, found) in zip(grid, rows.items(), strict=True):
+    for line, (label, targets) in zip(grid, rows.items(), strict=True):
         line[0].set_ylabel(label)
-        for axis, image, objects in zip(line, images, found, strict=True):
+        for axis, image, objects in zip(line, images, targets, strict=True):
             pixels = image.permute(1, 2, 0).numpy().copy()
             axis.grid(False)
             axis.set(xticks=[], yticks=[])
