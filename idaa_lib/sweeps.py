@@ -31,7 +31,7 @@ from idaa_lib.configs import (
     VAEConfig,
 )
 from idaa_lib.evaluate import stage as evaluation
-from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, stop, write_json
+from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, write_json
 from idaa_lib.runs.commands import asked
 from idaa_lib.runs.machine import settled
 
@@ -217,7 +217,7 @@ def together(tasks: Sequence[Callable[[], Any]], jobs: int) -> list[Any]:
         # Again and again: a kernel that is still starting forgets what was asked before its run.
         while _going:
             for run in set(_going):
-                stop(run)
+                run.ask("stop")
             time.sleep(0.5)
         raise
 

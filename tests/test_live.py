@@ -22,7 +22,7 @@ from idaa_lib.lab import kernel, live, process
 from idaa_lib.lab.live import Panel, Readings
 from idaa_lib.lab.process import look, start
 from idaa_lib.methods.simclr import SimCLR
-from idaa_lib.runs import RunError, Stopped, checkpoints, processes
+from idaa_lib.runs import RunError, Stopped, checkpoints, machine
 from idaa_lib.train import locate, samples, train_vae
 from idaa_lib.train.loop import Fit
 from idaa_lib.views import denormalise
@@ -38,7 +38,7 @@ def outputs(outputs):
     yield outputs
     for path in outputs.rglob("process.json"):
         about = json.loads(path.read_text())
-        if processes.alive(about["pid"], about["born"]):
+        if machine.is_alive(about["pid"], about["born"]):
             os.kill(about["pid"], signal.SIGKILL)
         if child := process._children.pop(about["pid"], None):
             child.wait(30)
@@ -91,13 +91,13 @@ def test_a_killed_process_leaves_a_run_that_ends_like_one_that_was_not(outputs):
 
 def test_a_zombie_and_a_later_process_of_the_same_number_are_not_alive():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    since = processes.born(child.pid)
-    assert processes.alive(child.pid, since)
-    assert not processes.alive(child.pid, since - 3600)
+    since = machine.birth(child.pid)
+    assert machine.is_alive(child.pid, since)
+    assert not machine.is_alive(child.pid, since - 3600)
     child.kill()
-    until(lambda: not processes.alive(child.pid, since), 30)  # nobody has waited for it yet
+    until(lambda: not machine.is_alive(child.pid, since), 30)  # nobody has waited for it yet
     child.communicate()
-    assert processes.born(child.pid) is None
+    assert machine.birth(child.pid) is None
 
 
 def test_two_starts_make_one_process(outputs):

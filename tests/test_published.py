@@ -93,7 +93,7 @@ def test_the_fixmatch_table_has_labels_adversaries_and_seeds(outputs):
         semi(6.0, continue_from="semi-x"), semi(7.0, adversary="clae", alpha=0.5),
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:  # of a library that computed something else
-        patch.setattr(runs, "RESULTS_VERSION", 0)
+        patch.setattr(runs.directory, "RESULTS_VERSION", 0)
         out.insert(0, semi(9.0, seed=7))
     damaged = semi(8.0, seed=9)
     (damaged.path / "config.json").write_text("{")

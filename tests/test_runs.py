@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from idaa_lib import runs
-from idaa_lib.configs import SSLConfig, VAEConfig
+from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.runs import Run, RunError, checkpoints
 
 
@@ -34,7 +34,7 @@ def test_an_id_is_readable_and_the_same_again(outputs):
     [
         ({"epsilon": 0.2}, False),
         ({"epochs": 7}, False),
-        ({"precision": "fp32"}, False),
+        ({"compile": True}, False),
         ({"device": "cpu"}, True),
         ({"tracker": "tensorboard"}, True),
         ({"log_every": 3}, True),
@@ -46,6 +46,29 @@ def test_identity_is_what_decides_the_result(outputs, change, same):
     first = run_of(outputs, SSLConfig(**base), vae="w").id.rsplit("-", 1)[1]
     second = run_of(outputs, SSLConfig(**(base | change)), vae="w").id.rsplit("-", 1)[1]
     assert (first == second) is same
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("stage", [VAEConfig, SSLConfig, EvalConfig])
+def test_identity_has_the_precision_that_is_meant_here(outputs, monkeypatch, native, stage):
+    """fp32 of one machine and bf16 of another are no run of one id."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    fields = {"run": "r"} if stage is EvalConfig else {}
+    auto, fp32, bf16 = (
+        run_of(outputs, stage(precision=precision, device="cpu", **fields)).id.rsplit("-", 1)[1]
+        for precision in ("auto", "fp32", "bf16")
+    )
+    assert fp32 != bf16 and auto == (bf16 if native else fp32)
+
+
+def test_a_field_that_is_added_later_changes_no_id(outputs):
+    class Later(SSLConfig):
+        further: float = 0.0
+
+    for values in ({}, {"adversary": "idaa", "epsilon": 0.3, "preset": "paper"}):
+        assert run_of(outputs, Later(**values)) == run_of(outputs, SSLConfig(**values))
+    assert run_of(outputs, Later(further=1.0)).id != run_of(outputs, SSLConfig()).id
 
 
 def test_identity_covers_data_and_vae(outputs):
@@ -159,6 +182,36 @@ def test_runs_are_found_newest_first_by_their_values(outputs):
     assert runs.get("vae", str(first.path)) == first
 
 
+def test_a_run_of_another_version_is_refused_in_one_sentence_and_hides_no_other(outputs):
+    run, old, strange = (finished(VAEConfig(dim=dim)) for dim in (32, 64, 16))
+    (old.path / "environment.json").write_text('{"results_version": 4}')
+    (strange.path / "config.json").write_text('{"dim": 8, "field_of_before": 1}')
+    again = r"made by another version .*: delete .* and make it again with notebooks/01_pretrain"
+    for each in (old, strange):
+        with pytest.raises(RunError, match=again):
+            _ = each.config
+    assert runs.find("vae") == runs.find("vae", finished=False) == [run]
+    assert runs.get("vae", None) == run
+    assert set(runs.every()) == {run, old, strange}  # for whoever shows or deletes them
+
+
+def test_outputs_can_be_moved(outputs, monkeypatch):
+    """What a configuration says of a run below outputs/ is its id, however it was named."""
+    vae = finished(VAEConfig())
+    link = outputs.parent / "link"
+    link.symlink_to(outputs)
+    for name in (vae.id, str(vae.path), str(link / "vae" / vae.id), vae):
+        assert runs.get("vae", name).reference == vae.id
+        assert Run(link / "vae" / vae.id).reference == vae.id
+    config = SSLConfig(adversary="idaa", vae=runs.get("vae", str(vae.path)).reference)
+    run = finished(config)
+    moved = outputs.rename(outputs.parent / "moved")
+    monkeypatch.setenv("IDAA_OUTPUTS", str(moved))
+    again = runs.get("ssl", run.id)
+    assert again == runs.run_for(config, "pixels") and again.path.parent.parent == moved
+    assert runs.get("vae", again.config.vae).users() == [again]
+
+
 def test_a_missing_or_unfinished_run_is_one_sentence(outputs):
     with pytest.raises(RunError, match=r"no finished vae run with dim=3 .*01_pretrain_vae"):
         runs.get("vae", None, dim=3)
@@ -229,7 +282,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(run, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(RunError, match=r"No space left .* earlier checkpoints are intact"):
+    with (
+        pytest.raises(RunError, match=r"No space left .* what was saved is intact"),
+        run.writing(VAEConfig(), {}),
+    ):
         checkpoints.save(run, 2, some(2), {"step": 2})
     assert checkpoints.load(run)[1] == {"step": 1}
     assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["1"]

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shlex
+import shutil
 import time
 
 import nbformat
@@ -111,7 +112,7 @@ def test_all_runs_are_listed_newest_first_damaged_ones_too(outputs):
     (damaged.path / "config.json").write_text("{")
     last = made(EvalConfig(run="r"))
     assert set(runs.every()) == {first, damaged, last}
-    times = [runs.began(run) for run in runs.every()]
+    times = [run.last_start for run in runs.every()]
     assert times == sorted(times, reverse=True)
 
 
@@ -122,9 +123,9 @@ def test_users_name_a_run_by_id_or_path(outputs):
     more = made(VAEConfig(continue_from=vae.id, seed=5))
     made(SSLConfig())
     judging = made(EvalConfig(run=by_id.id))
-    assert set(runs.users_of(vae)) == {by_id, by_path, more}
-    assert runs.users_of(by_id) == [judging]
-    assert runs.users_of(judging) == []
+    assert set(vae.users()) == {by_id, by_path, more}
+    assert by_id.users() == [judging]
+    assert judging.users() == []
 
 
 def test_deletion_frees_what_the_size_says(outputs):
@@ -132,35 +133,34 @@ def test_deletion_frees_what_the_size_says(outputs):
     (run.path / "checkpoints" / "1").mkdir(parents=True)
     (run.path / "checkpoints" / "1" / "t").write_bytes(b"x" * 100_000)
     files = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
-    before = runs.size_of(run)
+    before = run.size
     assert files <= before < files + 50_000  # folders have a size too
-    assert runs.delete(run) == before
+    assert run.delete() == before
     assert runs.every() == [other]
     assert [path.name for path in run.path.parent.iterdir()] == [other.id]
     with pytest.raises(RunError, match="no run directory"):
-        runs.delete(run)
+        run.delete()
 
 
 def test_what_is_written_or_no_run_is_not_deleted(going, tmp_path):
     with pytest.raises(RunError, match="is going: stop it"):
-        runs.delete(going)
+        going.delete()
     assert (going.path / "config.json").exists()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RunError, match="no run directory"):
-        runs.delete(Run(tmp_path))
+        Run(tmp_path).delete()
     assert (tmp_path / "config.json").exists()
 
 
 def test_a_deletion_that_broke_off_leaves_no_run(outputs, monkeypatch):
     run = made(VAEConfig(), {})
     with monkeypatch.context() as patch:
-        patch.setattr(runs.shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(OSError("cut")))
+        patch.setattr(shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(OSError("cut")))
         with pytest.raises(RunError, match="could not be deleted: cut"):
-            runs.delete(run)
+            run.delete()
     assert runs.every() == []
     assert not run.finished
-    runs.delete(made(VAEConfig(seed=1), {}))
-    assert list(run.path.parent.iterdir()) == []  # and what was left went with it
+    assert made(VAEConfig(), {}) == run and run.finished  # what is left hinders nothing
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -296,7 +296,7 @@ def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
     assert "is finished: showing its result" in capsys.readouterr().out
     json.loads((made.path / "summary.json").read_text(), parse_constant=pytest.fail)
     vae = runs.get("vae", config.vae)
-    assert made in runs.users_of(oldest) and made in runs.users_of(vae)
+    assert made in oldest.users() and made in vae.users()
     assert row_of(made).state == "finished"
     assert compare.name_of(made) == "identity of 20 images"
 

@@ -164,10 +164,10 @@ def test_continuing_from_other_weights_is_told_before_work(outputs, vae):
 
 def test_request_to_stop_and_to_pause(outputs, monkeypatch):
     def pause(fit):
-        runs.stop(fit.writer.run, "pause")
+        fit.writer.run.ask("pause")
         later = [(0.6, "go"), (1.2, "stop")]
         for delay, request in later:
-            threading.Timer(delay, runs.stop, (fit.writer.run, request)).start()
+            threading.Timer(delay, fit.writer.run.ask, (request,)).start()
 
     stop_after(monkeypatch, 2, pause)
     slow = VAE.model_copy(update={"epochs": 400})

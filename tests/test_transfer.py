@@ -360,7 +360,7 @@ def test_rows_of_both_encoders_with_their_intervals(made, photos):
     assert len(table) == 10 and set(table["features"]) == {"this run", "untrained encoder"}
     assert len(plots.transfer_bars(summary).axes) == 1
     assert "on photos, test" in row_of(photos).told[-1]
-    assert photos in runs.users_of(made["cifar"])
+    assert photos in made["cifar"].users()
 
 
 @pytest.mark.xdist_group("photos")

@@ -153,8 +153,11 @@ class Config(BaseModel):
         )
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the result, as JSON values (device and pointers left out)."""
-        return self.model_dump(mode="json", exclude=set(self.circumstances | self.pointers))
+        """The fields that decide the result and differ from their defaults, as JSON values: a field
+        that is added later changes no id where it says what was done before."""
+        values = self.model_dump(mode="json", exclude=set(self.circumstances | self.pointers))
+        defaults = type(self).model_fields
+        return {k: v for k, v in values.items() if getattr(self, k) != defaults[k].default}
 
 
 def _kinds(config: type[Config], name: str) -> set[type]:

@@ -266,7 +266,6 @@ class SSLConfig(EncoderConfig):
 
     stage = "ssl"
     principal = ("dataset", "method", "adversary")
-    later: ClassVar[tuple[str, ...]] = ("weight_decay", "pairing", "queue", "momentum")
     circumstances = TrainingConfig.circumstances | {"knn_every", "keep_every"}
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "demo": dict(dataset="photos", limit=2000, size=32, width=16, epochs=3, batch_size=128,
@@ -299,12 +298,6 @@ class SSLConfig(EncoderConfig):
     reuse_anchor: bool = True
     knn_every: Positive = 1
     keep_every: Positive | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """Without the fields that came after SimCLR's first runs, where they say what was then."""
-        later = {name: type(self).model_fields[name].default for name in self.later}
-        identity = super().identity()
-        return {k: v for k, v in identity.items() if k not in later or v != later[k]}
 
     @classmethod
     def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import Encoder, features
 from idaa_lib.methods.base import epoch_cosine, momentum_sgd
 from idaa_lib.runs import Stopped, Writer, checkpoints
-from idaa_lib.runs.processes import signals
+from idaa_lib.runs.machine import signals
 from idaa_lib.views import Recipe, keyed_generator
 
 EPOCHS, TRUST = 90, 0.001

@@ -177,7 +177,7 @@ def _figures(told: Mapping[str, Any], prefix: str) -> dict[str, str]:
 
 def judgements(trainings: Sequence[Run], evaluations: Sequence[Run]) -> str:
     """Accuracies of evaluations, those of these trainings included."""
-    users = [run for training in trainings for run in runs.users_of(training)]
+    users = [run for training in trainings for run in training.users()]
     judging = [run for run in dict.fromkeys([*evaluations, *users]) if run.stage == "eval"]
     return "".join(
         f"<h4>{html.escape(group.title)}</h4>{table(group.rows)}"

@@ -205,7 +205,7 @@ class Panel:
             if name == "start":
                 launch(self.run, self.run.config)
             else:
-                runs.stop(self.run, {"resume": "go on"}.get(name, name))
+                self.run.ask({"resume": "go on"}.get(name, name))
         except (UserError, OSError) as error:
             self._shown["complaint"] = str(error)
         # The thread shows it: what it changes, the next press will be answered for (`apart`).
@@ -271,7 +271,7 @@ class Panel:
         for kind, mib in state.get("memory", {}).items():
             names = {"resident": "memory", "cuda": "GPU memory, at most"}
             cells[names[kind]] = f"{mib:,.0f} MiB"
-        used, free = runs.size_of(self.run), shutil.disk_usage(self.run.path).free
+        used, free = self.run.size, shutil.disk_usage(self.run.path).free
         cells["disk"] = f"{used / 2**20:.1f} MiB used, {free / 2**30:.1f} GiB free"
         cells["log"] = f"{len(self._readings.lines):,} readings"
         tiles = "".join(

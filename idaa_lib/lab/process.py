@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from idaa_lib import runs
 from idaa_lib.configs import TrainingConfig
-from idaa_lib.runs import Run, processes
+from idaa_lib.runs import Run, machine
 from idaa_lib.train import stages
 
 # Seconds that a process which has saved its run may take to end.
@@ -62,7 +62,7 @@ def launch(run: Run, config: TrainingConfig) -> None:
         _children[process.pid] = process
         about = {
             "pid": process.pid,
-            "born": processes.born(process.pid),
+            "born": machine.birth(process.pid),
             "host": socket.gethostname(),
             "started": time.time(),
             "log": said,
@@ -111,7 +111,7 @@ def _lives(started: dict[str, Any]) -> bool:
     if child := _children.get(started["pid"]):
         return child.poll() is None
     here = started["host"] == socket.gethostname()
-    return here and processes.alive(started["pid"], started["born"])
+    return here and machine.is_alive(started["pid"], started["born"])
 
 
 def _last_words(run: Run, started: dict[str, Any]) -> str:

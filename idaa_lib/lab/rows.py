@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from idaa_lib import runs
 from idaa_lib.lab import compare, process
 from idaa_lib.runs import Run, RunError
 
@@ -49,7 +48,7 @@ class Row(NamedTuple):
 
 def row_of(run: Run) -> Row:
     """What the table says of a run, whatever the state of its files."""
-    size, began = runs.size_of(run), runs.began(run)
+    size, began = run.size, run.last_start
     try:
         config, found, summary = run.config, process.look(run), run.summary or {}
         method = adversary = "–"

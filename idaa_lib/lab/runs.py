@@ -229,7 +229,7 @@ class RunsPage:
         self._panel, self.live.children = None, ()
 
     def _ask(self) -> None:
-        users = {user for run in self.picked for user in runs.users_of(run)} - set(self.picked)
+        users = {user for run in self.picked for user in run.users()} - set(self.picked)
         size = mebibytes(sum(self._rows[run].size for run in self.picked))
         told = f"Delete {_many(len(self.picked), 'run')}, {size}?"
         if users:
@@ -246,7 +246,7 @@ class RunsPage:
         freed, kept = 0, []
         for run in self.picked:
             try:
-                freed += runs.delete(run)
+                freed += run.delete()
                 self._lines.pop(run, None)
             except RunError as error:
                 kept.append(html.escape(str(error)))

@@ -1,6 +1,6 @@
 """Self-supervised methods by name, one file each; the contract is in `base`."""
 
-from idaa_lib.methods import byol, moco, plain, simclr, simsiam, uel, vae  # noqa: F401 - they register themselves
+from idaa_lib.methods import byol, moco, plain, simclr, simsiam, uel, vae
 from idaa_lib.methods.base import (
     METHODS,
     Method,

@@ -69,5 +69,5 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
             part.training = mode
 
 
-from idaa_lib.nets import resnet as _resnet  # noqa: E402, F401 - registers its backbones
-from idaa_lib.nets import wrn as _wrn  # noqa: E402, F401
+from idaa_lib.nets import resnet as _resnet  # noqa: E402 - registers its backbones
+from idaa_lib.nets import wrn as _wrn  # noqa: E402

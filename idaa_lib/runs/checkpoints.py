@@ -1,132 +1,57 @@
-"""Checkpoints of a run: written in full, then `latest.json` replaced; the last two are kept.
+"""Checkpoints of a run, and the snapshots of its weights that it keeps.
 
-A checkpoint is a folder with `tensors.safetensors`, `state.json` and their checksums in
-`checksums.json`; nothing in it unpickles. Reading checks the checksums, and falls back to the
-checkpoint before if the newest is damaged.
+A checkpoint is a folder `checkpoints/<step>/` with `tensors.safetensors`, `state.json` and their
+checksums in `checksums.json`, written in full before `latest.json` names it; nothing in it
+unpickles. The last two stay: reading falls back to the one before if the newest is damaged.
 
-Snapshots are the weights alone at the end of chosen epochs, `snapshots/<epoch>/`, all of them kept:
-what the official protocol chooses among.
+A snapshot is a folder `snapshots/<epoch>/` of the weights alone; all stay, and the official
+protocol chooses among them.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from idaa_lib.runs import Run, RunError, read_json, write_json
+from idaa_lib.runs.directory import Run, RunError, read_json, write_json
 
 KEEP = 2
+Tensors = dict[str, torch.Tensor]
 
 
-def save(run: Run, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+def save(run: Run, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
     """Write checkpoint `step`, make it the latest, and drop all but the last two.
 
     Args:
         tensors: by name, any dtype, device and memory format.
         state: JSON values (counters, optimiser groups).
-    Raises:
-        RunError: the disk is full; earlier checkpoints are intact.
     """
-    with _told_if_full(run, tensors):
-        _write(run.path / "checkpoints" / str(step), tensors, state)
-        write_json(run.path / "latest.json", {"step": step})
-    for old in _numbered(run.path / "checkpoints")[:-KEEP]:
+    _write(run.path / "checkpoints" / str(step), tensors, state)
+    write_json(run.path / "latest.json", {"step": step})
+    for old in _numbers(run.path / "checkpoints")[:-KEEP]:
         shutil.rmtree(run.path / "checkpoints" / str(old), ignore_errors=True)
 
 
-def keep(run: Run, epoch: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Write the snapshot of the weights after `epoch` epochs.
-
-    Raises:
-        RunError: the disk is full.
-    """
-    with _told_if_full(run, tensors):
-        _write(run.path / "snapshots" / str(epoch), tensors, {"epoch": epoch})
-
-
-def kept(run: Run) -> dict[int, str]:
-    """Epoch → hash of the tensors, of each snapshot of a run, the earliest first.
-
-    Raises:
-        RunError: one is damaged.
-    """
-    root = run.path / "snapshots"
-    return {epoch: _digest(root / str(epoch)) for epoch in snapshots(run)}
-
-
-def snapshots(run: Run) -> list[int]:
-    """The epochs of a run's snapshots, damaged ones too."""
-    return _numbered(run.path / "snapshots")
-
-
-def snapshot(run: Run, epoch: int) -> dict[str, torch.Tensor]:
-    """The weights that were kept after `epoch` epochs.
-
-    Raises:
-        RunError: none were, or they are damaged.
-    """
-    folder = run.path / "snapshots" / str(epoch)
-    if not _undamaged(folder):
-        raise RunError(f"There is no undamaged snapshot of epoch {epoch} in {run.path}.")
-    return load_file(folder / "tensors.safetensors")
-
-
-@contextmanager
-def _told_if_full(run: Run, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    try:
-        yield
-    # safetensors reports a failed write as its own error, with the system's words in it.
-    except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            size = sum(t.numel() * t.element_size() for t in tensors.values())
-            raise RunError(
-                f"No space left on the disk of {run.path} for a checkpoint of {size / 2**20:.0f} "
-                f"MiB; earlier checkpoints are intact: free some space and start the run again."
-            ) from error
-        raise
-
-
-def _write(final: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-    """The folder `final` of tensors, state and checksums, whole or not at all."""
-    draft = final.with_name(f".{final.name}.{os.getpid()}")
-    try:
-        draft.mkdir(parents=True, exist_ok=True)
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        # Tied tensors would be refused by safetensors: each name gets storage of its own.
-        plain = {name: t.clone() if t is tensors[name] else t for name, t in plain.items()}
-        save_file(plain, draft / "tensors.safetensors")
-        (draft / "state.json").write_text(json.dumps(state))
-        sums = {name: _sha256(draft / name) for name in ("tensors.safetensors", "state.json")}
-        (draft / "checksums.json").write_text(json.dumps(sums))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(draft, final)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def load(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+def load(run: Run) -> tuple[Tensors, dict[str, Any]] | None:
     """The latest undamaged checkpoint as (tensors on the CPU, state); None if there is none.
 
-    A run that is not finished may go on from the one before; a finished one is its last checkpoint
-    and nothing else, since its results and `digest` speak of that.
+    A run that is not finished may continue from the one before; a finished one is its last
+    checkpoint and nothing else, since its results and `digest` speak of that.
 
     Raises:
         RunError: there are checkpoints, and none that may be used is undamaged.
     """
     latest = (read_json(run.path / "latest.json") or {}).get("step")
     root = run.path / "checkpoints"
-    steps = [step for step in reversed(_numbered(root)) if latest is None or step <= latest]
+    steps = [step for step in reversed(_numbers(root)) if latest is None or step <= latest]
     if latest is not None and not steps:
         raise RunError(
             f"The checkpoints of {run.path} are gone, though it had one at step {latest}: delete "
@@ -134,7 +59,7 @@ def load(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         )
     for step in steps[:1] if run.finished else steps:
         folder = root / str(step)
-        if _undamaged(folder):
+        if _is_whole(folder):
             state = json.loads((folder / "state.json").read_text())
             return load_file(folder / "tensors.safetensors"), state
         if not run.finished:
@@ -145,17 +70,69 @@ def load(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     return None
 
 
-def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with `prefix`, by the rest of their names."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
 def digest(run: Run) -> str:
     """Hash of the latest checkpoint's tensors: what another run that starts from it names."""
     latest = read_json(run.path / "latest.json")
     if latest is None:
         raise RunError(f"Run {run.id} has no checkpoint.")
     return _digest(run.path / "checkpoints" / str(latest["step"]))
+
+
+def under(prefix: str, tensors: Tensors) -> Tensors:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def keep(run: Run, epoch: int, tensors: Tensors) -> None:
+    """Write the snapshot of the weights after `epoch` epochs."""
+    _write(run.path / "snapshots" / str(epoch), tensors, {"epoch": epoch})
+
+
+def snapshots(run: Run) -> list[int]:
+    """The epochs of a run's snapshots, the earliest first, damaged ones too."""
+    return _numbers(run.path / "snapshots")
+
+
+def snapshot(run: Run, epoch: int) -> Tensors:
+    """The weights after `epoch` epochs.
+
+    Raises:
+        RunError: there is no snapshot of them, or it is damaged.
+    """
+    folder = run.path / "snapshots" / str(epoch)
+    if not _is_whole(folder):
+        raise RunError(f"There is no undamaged snapshot of epoch {epoch} in {run.path}.")
+    return load_file(folder / "tensors.safetensors")
+
+
+def snapshot_digests(run: Run) -> dict[int, str]:
+    """Epoch → hash of the tensors, of each snapshot of a run, the earliest first.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    return {epoch: _digest(run.path / "snapshots" / str(epoch)) for epoch in snapshots(run)}
+
+
+kept = snapshot_digests  # the name that it had
+
+
+def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
+    """The folder `final` of tensors, state and checksums, whole or not at all."""
+    draft = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+        # Tied tensors would be refused by safetensors: each name gets storage of its own.
+        plain = torch.contiguous_format
+        copies = {k: v.detach().cpu().clone(memory_format=plain) for k, v in tensors.items()}
+        save_file(copies, draft / "tensors.safetensors")
+        (draft / "state.json").write_text(json.dumps(state))
+        sums = {name: _sha256(draft / name) for name in ("tensors.safetensors", "state.json")}
+        (draft / "checksums.json").write_text(json.dumps(sums))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(draft, final)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _digest(folder: Path) -> str:
@@ -165,19 +142,18 @@ def _digest(folder: Path) -> str:
     return sums["tensors.safetensors"]
 
 
-def _undamaged(folder: Path) -> bool:
+def _is_whole(folder: Path) -> bool:
     sums = read_json(folder / "checksums.json") or {}
     return bool(sums) and all(_sha256(folder / name) == digest for name, digest in sums.items())
 
 
-def _numbered(root: Path) -> list[int]:
+def _sha256(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _numbers(root: Path) -> list[int]:
     """The steps or epochs that `root` has folders of."""
     return sorted(int(p.name) for p in root.glob("[0-9]*") if p.is_dir())
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return ""

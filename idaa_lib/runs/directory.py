@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from idaa_lib.configs import (
     Config,
+    ConfigError,
     EvalConfig,
     SemiConfig,
     SSLConfig,
@@ -34,26 +35,18 @@ from idaa_lib.configs import (
     UserError,
     VAEConfig,
 )
-from idaa_lib.runs.processes import alive, born
+from idaa_lib.runs.machine import birth, is_alive, torch_device, uses_bf16
 
 # Raised whenever the same configuration would give other numbers than before.
-RESULTS_VERSION = 4
+RESULTS_VERSION = 5
 
 # Seconds without a heartbeat after which a run on another machine counts as interrupted.
 SILENCE = 600
 
+# Stage → its configuration; and the notebook that makes its runs. Others may add theirs.
 CONFIGS: dict[str, type[Config]] = {
-    c.stage: c
-    for c in (
-        VAEConfig,
-        SSLConfig,
-        SemiConfig,
-        EvalConfig,
-        TheoryConfig,
-        TransferConfig,
-    )
+    c.stage: c for c in (VAEConfig, SSLConfig, SemiConfig, EvalConfig, TransferConfig, TheoryConfig)
 }
-# The notebook that makes the runs of a stage.
 NOTEBOOKS = {
     "vae": "01_pretrain_vae",
     "ssl": "03_train_ssl",
@@ -65,17 +58,17 @@ NOTEBOOKS = {
 
 
 class RunError(UserError, RuntimeError):
-    """A run that cannot start, go on or be found."""
+    """A run that cannot start, continue or be found."""
 
 
 class Stopped(UserError):
-    """Raised inside a run that was asked to stop, after its state was saved."""
+    """Raised inside a run that a person stopped, after its state was saved."""
 
 
 def outputs_root() -> Path:
     """`IDAA_OUTPUTS`, else `outputs/` of the project; never the working directory."""
-    given = os.environ.get("IDAA_OUTPUTS")
-    return Path(given).resolve() if given else Path(__file__).resolve().parents[2] / "outputs"
+    default = Path(__file__).resolve().parents[2] / "outputs"
+    return Path(os.environ.get("IDAA_OUTPUTS") or default).resolve()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -118,17 +111,32 @@ class Run:
 
     @property
     def config(self) -> Any:
-        """The resolved configuration, as the dataclass of its stage."""
-        stored = read_json(self.path / "config.json")
-        if stored is None or self.stage not in CONFIGS:
+        """The resolved configuration, as the class of its stage.
+
+        Raises:
+            RunError: this is no run directory, or another version of the library made it.
+        """
+        values = read_json(self.path / "config.json")
+        if values is None or self.stage not in CONFIGS:
             raise RunError(
                 f"{self.path} is no run directory: it needs a config.json, and to lie in a folder "
                 f"named by its stage ({', '.join(CONFIGS)})."
             )
-        return CONFIGS[self.stage](**stored)
+        version = self.environment.get("results_version", RESULTS_VERSION)
+        try:
+            if version < RESULTS_VERSION:
+                raise ConfigError(f"its results are of version {version}, not {RESULTS_VERSION}")
+            return CONFIGS[self.stage](**values)
+        except ConfigError as error:
+            raise RunError(
+                f"Run {self.id} was made by another version of this library "
+                f"({str(error).rstrip('.')}): delete {self.path} and make it again with "
+                f"notebooks/{NOTEBOOKS[self.stage]}.ipynb."
+            ) from error
 
     @property
     def environment(self) -> dict[str, Any]:
+        """What made the run, for the record alone."""
         return read_json(self.path / "environment.json") or {}
 
     @property
@@ -139,13 +147,13 @@ class Run:
         Raises:
             RunError: the run stores none.
         """
-        stored = read_json(self.path / "model.json")
-        if stored is None:
+        values = read_json(self.path / "model.json")
+        if values is None:
             raise RunError(
                 f"{self.path} has no model.json, which says what its network expects: it holds no "
                 f"network, or an earlier version made it; delete the folder and start it again."
             )
-        return stored
+        return values
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -163,21 +171,39 @@ class Run:
         A run that says it is going while its process is gone was killed: interrupted. On another
         machine a heartbeat that is older than `SILENCE` tells. Readers take no lock.
         """
-        stored = read_json(self.path / "state.json") or {"state": "new"}
+        values = read_json(self.path / "state.json") or {"state": "new"}
         if self.finished:
-            stored["state"] = "finished"
-        elif stored["state"] == "going":
-            here = stored["host"] == socket.gethostname()
-            recent = time.time() - stored["heartbeat"] < SILENCE
-            if not (alive(stored["pid"], stored.get("born")) if here else recent):
-                stored["state"] = "interrupted"
-        return stored
+            values["state"] = "finished"
+        elif values["state"] == "going":
+            here = values["host"] == socket.gethostname()
+            recent = time.time() - values["heartbeat"] < SILENCE
+            if not (is_alive(values["pid"], values.get("born")) if here else recent):
+                values["state"] = "interrupted"
+        return values
 
     @property
     def reference(self) -> str:
-        """What a configuration calls this run: its id, or its path where that lies elsewhere."""
-        usual = self.path.parent.parent == outputs_root()
+        """What a configuration calls this run: its id under `outputs_root`, which may be moved
+        then, else its path."""
+        usual = outputs_root() in (self.path.parent.parent, self.path.resolve().parent.parent)
         return self.id if usual else str(self.path)
+
+    @property
+    def last_start(self) -> float:
+        """In seconds since 1970: every start replaces config.json. 0 once the run is gone."""
+        try:
+            return (self.path / "config.json").stat().st_mtime
+        except OSError:
+            return 0.0
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files (of those that are there: one may vanish meanwhile)."""
+        total = 0
+        for path in self.path.rglob("*"):
+            with contextlib.suppress(OSError):
+                total += path.lstat().st_size
+        return total
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl (a line still being written is left out)."""
@@ -193,6 +219,11 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name
 
+    def ask(self, request: str) -> None:
+        """Ask the process that writes this run to `stop` or `pause` after its present step;
+        anything else ends a pause."""
+        write_json(self.path / "control.json", {"request": request})
+
     @contextlib.contextmanager
     def writing(
         self,
@@ -205,17 +236,17 @@ class Run:
         Args:
             environment: for the record alone. model: what `Run.model` gives back.
         Raises:
-            RunError: another process writes this run now.
+            RunError: another process writes this run now; the disk is full.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
             lock.acquire(timeout=0)
         except Timeout:
-            who = read_json(self.path / "state.json") or {}
+            other = read_json(self.path / "state.json") or {}
             raise RunError(
-                f"Run {self.id} is being written by process {who.get('pid', '?')} on "
-                f"{who.get('host', '?')} already; wait for it, or stop it, and start again."
+                f"Run {self.id} is being written by process {other.get('pid', '?')} on "
+                f"{other.get('host', '?')} already; wait for it, or stop it, and start again."
             ) from None
         except OSError as error:
             raise RunError(f"The run directory {self.path} cannot be made: {error}.") from error
@@ -234,7 +265,8 @@ class Run:
             raise
         except BaseException as error:
             writer.state(state="failed", error=f"{type(error).__name__}: {error}")
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            # safetensors reports a failed write as its own error, with the system's words in it.
+            if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in str(error):
                 raise RunError(
                     f"No space left on the disk of {self.path}; what was saved is intact: free "
                     f"some and start the run again."
@@ -243,15 +275,53 @@ class Run:
         finally:
             lock.release()
 
+    def users(self) -> list[Run]:
+        """Runs whose configuration names this one: trained with it, continued from it, judging
+        it."""
+        names = {self.reference, str(self.path)}
+
+        def uses(other: Run) -> bool:
+            with contextlib.suppress(RunError):  # a damaged configuration names nothing
+                values = read_json(other.path / "config.json") or {}
+                pointers = ("vae", "run", "witness", "continue_from")
+                return any(values.get(pointer) in names for pointer in pointers)
+            return False
+
+        return [other for other in every() if uses(other)]
+
+    def delete(self) -> int:
+        """Remove the directory; the bytes that this freed.
+
+        Raises:
+            RunError: another process writes it now, or it is no run directory.
+        """
+        if self.stage not in CONFIGS or not (self.path / "config.json").exists():
+            raise RunError(f"{self.path} is no run directory; nothing was deleted.")
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                freed = self.size
+                # These first: what a crash half-way leaves is no run.
+                for name in ("summary.json", "config.json"):
+                    (self.path / name).unlink(missing_ok=True)
+                shutil.rmtree(self.path)
+        except Timeout:
+            raise RunError(f"Run {self.id} is going: stop it before you delete it.") from None
+        except OSError as error:
+            raise RunError(f"Run {self.id} could not be deleted: {error}.") from error
+        return freed
+
 
 class Writer:
     """What the one process that holds a run's lock may do to it."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        pid = os.getpid()
         self._state: dict[str, Any] = {
-            "pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname()
-        }  # fmt: skip
+            "pid": pid,
+            "born": birth(pid),
+            "host": socket.gethostname(),
+        }
 
     def state(self, **news: Any) -> None:
         """Merge `news` into state.json; also the heartbeat."""
@@ -268,15 +338,15 @@ class Writer:
     def rewind(self, step: int) -> None:
         """Drop metrics after `step`: what a killed process logged beyond its last checkpoint."""
         path = self.run.path / "metrics.jsonl"
-        kept = [line for line in self.run.metrics() if line["step"] <= step]
+        lines = [json.dumps(line) for line in self.run.metrics() if line["step"] <= step]
         draft = path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        draft.write_text("".join(f"{line}\n" for line in lines))
         os.replace(draft, path)
 
     def request(self) -> str | None:
         """What control.json asks for: `pause`, `stop` or nothing."""
-        asked = (read_json(self.run.path / "control.json") or {}).get("request")
-        return asked if asked in ("pause", "stop") else None
+        request = (read_json(self.run.path / "control.json") or {}).get("request")
+        return request if request in ("pause", "stop") else None
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         write_json(self.run.path / "summary.json", dict(summary))
@@ -286,12 +356,19 @@ class Writer:
 def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
     """The run directory that `config` leads to, whether it exists yet or not.
 
+    Its id ends in a hash over the fields that differ from their defaults, the precision and the
+    compilation that they mean on this machine, and what else the run starts from, by content.
+
     Args:
         dataset: fingerprint of the images.
-        digests: what else the run starts from, by content (the VAE's weights, say).
+        digests: of the VAE's weights (`vae`), of sources of registered classes, and so on.
     """
-    identity = {"config": config.identity(), "dataset": dataset, "version": RESULTS_VERSION}
-    identity |= {name: digest for name, digest in digests.items() if digest}
+    fields = {k: v for k, v in config.identity().items() if k != "precision"}
+    identity = {"config": fields, "dataset": dataset, "version": RESULTS_VERSION}
+    if (precision := getattr(config, "precision", "fp32")) != "fp32":
+        identity["bf16"] = uses_bf16(precision, torch_device(getattr(config, "device", "auto")))
+    identity["compile"] = getattr(config, "compile", False)  # which rounds otherwise
+    identity = {name: value for name, value in (identity | digests).items() if value}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     # Of a path, the last part; of a run's id, all but its stage.
     words = [Path(str(getattr(config, name))).name for name in config.principal]
@@ -311,34 +388,26 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
     return Run(outputs_root() / config.stage / f"{text}-s{getattr(config, 'seed', 0)}-{digest}")
 
 
+def every() -> list[Run]:
+    """All runs of all stages, whatever their state, damaged ones too, newest first."""
+    folders = (path for stage in CONFIGS for path in (outputs_root() / stage).glob("*/config.json"))
+    return sorted((Run(path.parent) for path in folders), key=lambda run: -run.last_start)
+
+
 def find(stage: str, *, finished: bool = True, **values: Any) -> list[Run]:
-    """Runs of a stage, newest first, whose configuration has these values."""
+    """Runs of a stage, newest first, whose configuration has these values. Those that are damaged
+    or of another version of the library are left out."""
     if stage not in CONFIGS:
         raise RunError(f"There is no stage {stage!r}; there are {', '.join(CONFIGS)}.")
-    folders = (path.parent for path in (outputs_root() / stage).glob("*/config.json"))
-    runs = [run for run in map(Run, folders) if run.finished or not finished]
 
     def fits(run: Run) -> bool:
-        # Where nothing is asked of it, a damaged config.json hides no other run.
-        stored = values and (read_json(run.path / "config.json") or {})
-        return all(stored.get(name) == value for name, value in values.items())
+        with contextlib.suppress(RunError):
+            config = run.config
+            return all(getattr(config, name, None) == value for name, value in values.items())
+        return False
 
-    return sorted(filter(fits, runs), key=began, reverse=True)
-
-
-def every() -> list[Run]:
-    """All runs of all stages, whatever their state, newest first."""
-    found = (run for stage in CONFIGS for run in find(stage, finished=False))
-    return sorted(found, key=began, reverse=True)
-
-
-def began(run: Run) -> float:
-    """When the run was last started, in seconds since 1970: every start replaces its config.json.
-    0 once it is gone."""
-    try:
-        return (run.path / "config.json").stat().st_mtime
-    except OSError:
-        return 0.0
+    runs = [run for run in every() if run.stage == stage and (run.finished or not finished)]
+    return [run for run in runs if fits(run)]
 
 
 def get(stage: str, name: Run | str | None, **values: Any) -> Run:
@@ -351,9 +420,9 @@ def get(stage: str, name: Run | str | None, **values: Any) -> Run:
     if name is None:
         candidates = find(stage, **values)
         if not candidates:
-            wanted = " and ".join(f"{key}={value}" for key, value in values.items())
+            wish = " and ".join(f"{key}={value}" for key, value in values.items())
             raise RunError(
-                f"There is no finished {stage} run{' with ' + wanted if wanted else ''} under "
+                f"There is no finished {stage} run{' with ' + wish if wish else ''} under "
                 f"{outputs_root() / stage}: make one with notebooks/{notebook}.ipynb."
             )
         return candidates[0]
@@ -383,58 +452,3 @@ def encoder(name: Run | str | None) -> Run:
     """
     stage = name.stage if isinstance(name, Run) else Path(name or "").name.partition("-")[0]
     return get("semi" if stage == "semi" else "ssl", name)
-
-
-def stop(run: Run, request: str = "stop") -> None:
-    """Ask the process that writes `run` to `stop` or `pause` after its present step; anything else
-    ends a pause."""
-    write_json(run.path / "control.json", {"request": request})
-
-
-def size_of(run: Run) -> int:
-    """Bytes of all files of the run (of those that are there: one may vanish meanwhile)."""
-    total = 0
-    for path in run.path.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.lstat().st_size
-    return total
-
-
-def users_of(run: Run) -> list[Run]:
-    """Runs whose configuration names this one: trained with it, continued from it, judging it."""
-    names = {run.reference, str(run.path)}
-
-    def uses(other: Run) -> bool:
-        with contextlib.suppress(RunError):  # a damaged configuration names nothing
-            stored = read_json(other.path / "config.json") or {}
-            pointers = ("vae", "run", "witness", "continue_from")
-            return any(stored.get(pointer) in names for pointer in pointers)
-        return False
-
-    return [other for other in every() if uses(other)]
-
-
-def delete(run: Run) -> int:
-    """Remove the run's directory; the bytes that this freed.
-
-    Raises:
-        RunError: another process writes it now, or it is no run directory.
-    """
-    if run.stage not in CONFIGS or not (run.path / "config.json").exists():
-        raise RunError(f"{run.path} is no run directory; nothing was deleted.")
-    # Moved away first, at once: a crash half-way leaves no run that looks finished, and what it
-    # leaves goes with the next one.
-    away = run.path.parent / ".deleted"
-    moved = away / f"{run.id}.{os.getpid()}.{time.time_ns()}"
-    try:
-        with FileLock(run.path / ".lock", timeout=0):
-            freed = size_of(run)
-            away.mkdir(exist_ok=True)
-            run.path.rename(moved)
-            shutil.rmtree(moved)
-        shutil.rmtree(away, ignore_errors=True)
-    except Timeout:
-        raise RunError(f"Run {run.id} is going: stop it before you delete it.") from None
-    except OSError as error:
-        raise RunError(f"Run {run.id} could not be deleted: {error}.") from error
-    return freed

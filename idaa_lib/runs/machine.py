@@ -1,14 +1,19 @@
-"""What a result was made with: versions, device, commit, data (a run's environment.json)."""
+"""The machine that makes a run: its device, versions and data, its processes and their signals."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import signal
 import subprocess
+import threading
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from idaa_lib.configs import ConfigError
@@ -19,7 +24,7 @@ PACKAGES = ("idaa_lib", "torch", "torchvision", "accelerate", "numpy", "scikit-l
 
 
 def open_images(dataset: str, split: str, size: int, limit: int | None) -> ImageSet:
-    """`images.load`, with what a user can mend as a ConfigError: one sentence, no traceback.
+    """The images of a source.
 
     Raises:
         ConfigError: the source is missing, unreadable, or lacks the split.
@@ -37,10 +42,10 @@ def settled(dataset: str) -> str:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device a configuration names; `auto` is a CUDA GPU where there is one, else the CPU.
+    """The device that a configuration names; `auto` is a CUDA GPU where there is one, else the CPU.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: this machine lacks it.
     """
     available = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
     available += ["mps"] * torch.backends.mps.is_available()
@@ -62,10 +67,20 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and bool(native)
 
 
-def describe(device: torch.device, precision: str, images: ImageSet) -> dict[str, Any]:
-    """JSON values; `dataset` has the normalisation that the trained network expects."""
-    return surroundings(device, precision) | {
-        "dataset": {
+def describe(
+    device: torch.device, precision: str, images: ImageSet | None = None
+) -> dict[str, Any]:
+    """What a run is made with, as JSON values for the record: versions, hardware, commit, data."""
+    about: dict[str, Any] = {
+        "versions": versions(),
+        "hardware": hardware(device),
+        "device": str(device),
+        "precision": precision,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "commit": _commit(),
+    }
+    if images is not None:
+        about["dataset"] = {
             "name": images.name,
             "split": images.split,
             "n": len(images),
@@ -75,34 +90,23 @@ def describe(device: torch.device, precision: str, images: ImageSet) -> dict[str
             "mean": list(images.mean),
             "std": list(images.std),
             "skipped": images.skipped,
-        },
-    }
-
-
-def surroundings(device: torch.device, precision: str) -> dict[str, Any]:
-    """What a run was made with, whatever its data."""
-    return {
-        "versions": versions(),
-        "hardware": hardware(device),
-        "device": str(device),
-        "precision": precision,
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "commit": _commit(),
-    }
+        }
+    return about
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Python's version and those of the packages that results depend on, by name."""
+    by_name = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            by_name[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            by_name[name] = "not installed"
+    return by_name
 
 
 def hardware(device: torch.device | None = None) -> str:
-    """The accelerator in use, else the processor and the cores this process may use.
+    """The GPU in use, else the processor and the cores that this process may use.
 
     With family and model where Linux tells: virtual machines of one name can differ in them.
     """
@@ -111,23 +115,57 @@ def hardware(device: torch.device | None = None) -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        first = info.read_text().partition("\n\n")[0]  # a paragraph for each processor
-        told = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in first.splitlines())}
-        name = told.get("model name", name)
-        if "cpu family" in told:
-            name += f" (family {told['cpu family']}, model {told['model']})"
+        first, _, _ = info.read_text().partition("\n\n")  # a paragraph for each processor
+        lines = (line.partition(":") for line in first.splitlines())
+        facts = {key.strip(): value.strip() for key, _, value in lines}
+        name = facts.get("model name", name)
+        if "cpu family" in facts:
+            name += f" (family {facts['cpu family']}, model {facts['model']})"
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(
+            command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL, timeout=10
+        ).strip()
+    return None
+
+
+def birth(pid: int) -> float | None:
+    """When the process began, in seconds since 1970; None where there is none, or a zombie."""
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
         return None
+
+
+def is_alive(pid: int, since: float | None) -> bool:
+    """Whether the process `pid` that began at `since` lives: a later one may have its number."""
+    start = birth(pid)
+    # The system's clock may have been set meanwhile, which moves these times a little.
+    return start is not None and (since is None or abs(start - since) < 5)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[str]]:
+    """Names of the signals that came: Ctrl-C and SIGTERM are collected instead of raised; a second
+    Ctrl-C raises at once."""
+    names: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        if names and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        names.append(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield names  # Python delivers signals to the main thread only
+        return
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield names
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from idaa_lib.runs import checkpoints
 from idaa_lib.runs.directory import Run, RunError, Stopped, Writer
-from idaa_lib.runs.processes import signals
+from idaa_lib.runs.machine import signals
 from idaa_lib.runs.progress import Progress
 
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, JSON values

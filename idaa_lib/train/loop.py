@@ -26,7 +26,7 @@ from idaa_lib.evaluate.metrics import alignment, embedding_std, uniformity
 from idaa_lib.methods import Method
 from idaa_lib.methods.base import Batch, Step
 from idaa_lib.runs import RunError, Stopped, Writer, checkpoints
-from idaa_lib.runs.processes import signals
+from idaa_lib.runs.machine import signals
 from idaa_lib.train import samples
 from idaa_lib.train.feed import Feed
 from idaa_lib.train.graphs import CudaGraph, Recorded
