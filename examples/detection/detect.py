@@ -38,7 +38,7 @@ from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.nets import build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import ResNet
 from idaa_lib.runs import Run, RunError, Stopped, Writer, checkpoints
-from idaa_lib.runs.machine import settled, surroundings, torch_device
+from idaa_lib.runs.machine import describe, settled, torch_device
 from idaa_lib.runs.stage import Plan, perform
 
 __all__ = ["DetectionConfig", "compare", "detect", "load_detector", "locate", "predict", "sets"]
@@ -86,7 +86,7 @@ def detect(config: DetectionConfig) -> Run:
             "images_per_second": training.steps.step * config.batch_size / max(seconds, 1e-9),
         }
 
-    environment = surroundings(device, "no") | {"dataset": task.about}
+    environment = describe(device, "no") | {"dataset": task.about}
     return perform(Plan(config, task.run, environment=environment, model=task.model), body)
 
 
