@@ -138,13 +138,13 @@ def moves() -> dict[str, Any]:
     engine = explorer.engine
     assert engine is not None
     # A unit of work as the curves are made of, again and again.
-    background.ask("curves", lambda: engine.meters("idaa", 0.5) is not None)
+    background.request("curves", lambda: engine.meters("idaa", 0.5) is not None)
     for n in range(WARM_UP + KERNEL_MOVES):
         time.sleep(random.uniform(0.09, 0.3))  # within, or after, the rest that moves ask for
         value = move()
         if n >= WARM_UP:
             times["busy"].append(value)
-    background.ask("curves", lambda: False)  # in its place
+    background.request("curves", lambda: False)  # in its place
     return times
 
 

@@ -17,10 +17,9 @@ from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig, VAEConfig
 from idaa_lib.identity.scene import ADVERSARIES, UNTRAINED
 from idaa_lib.lab.background import Background
-from idaa_lib.lab.engine import EPSILONS, GAIN, STRIP, Engine
+from idaa_lib.lab.engine import EPSILONS, GAIN, SHARES, STRIP, Engine
 from idaa_lib.lab.explorer import EQUAL_HARDNESS, Explorer
 from idaa_lib.lab.grid import Grid
-from idaa_lib.lab.walk import SHARES, Walk
 from idaa_lib.runs import find
 from idaa_lib.runs.machine import open_images
 from idaa_lib.train import train_ssl, train_vae
@@ -81,7 +80,7 @@ def test_a_grid_is_the_pixels_themselves(form):
     for drawn, pixels in zip(picture, rows, strict=True):
         assert np.abs(drawn - cells(pixels)).max() <= HALF
     shown = Grid(["a", "b"], "idaa-x")
-    shown.shape(3, 8)
+    shown.resize(3, 8)
     assert (shown.image.layout.width, shown.image.layout.height) == ("54px", "36px")
 
 
@@ -92,12 +91,12 @@ def test_the_picture_is_the_attack(outputs, epsilon, norm):
     shown = engine.scene
     attack = IDAA(shown.vae, epsilon, norm=norm)(shown.x, shown.loss)
     G, R = shown.vae.decompose(shown.x)
-    x_, G_, R_ = decoded(grid(engine.still()), 3, 4)
+    x_, G_, R_ = decoded(grid([*engine.still().values()]), 3, 4)
     assert np.abs(x_ - cells(shown.pixels(shown.x))).max() <= HALF
     assert np.abs(G_ - cells(shown.pixels(G))).max() <= HALF
     std = torch.tensor(shown.std).view(3, 1, 1)
     assert np.abs(R_ - cells(0.5 + GAIN * std * R)).max() <= HALF
-    moved, x_adv, change = decoded(grid(engine.moving("idaa", epsilon)), 3, 4)
+    moved, x_adv, change = decoded(grid([*engine.moving("idaa", epsilon).values()]), 3, 4)
     assert np.abs(moved - cells(shown.pixels(shown.vae.decode(attack.z)))).max() <= 2 * HALF
     assert np.abs(x_adv - cells(shown.pixels(attack.images))).max() <= HALF
     assert np.abs(change - cells(0.5 + GAIN * std * (attack.images - shown.x))).max() <= HALF
@@ -106,9 +105,9 @@ def test_the_picture_is_the_attack(outputs, epsilon, norm):
 def test_clae_moves_pixels_and_leaves_the_latent(engine):
     shown = engine.scene
     attack = CLAE(0.05)(shown.x, shown.loss)
-    moved, x_adv, _ = decoded(grid(engine.moving("clae", 0.05)), 3, 4)
+    moved, x_adv, _ = decoded(grid([*engine.moving("clae", 0.05).values()]), 3, 4)
     assert np.abs(x_adv - cells(shown.pixels(attack.images))).max() <= HALF
-    assert np.array_equal(moved, decoded(grid(engine.still()), 3, 4)[1])
+    assert np.array_equal(moved, decoded(grid([*engine.still().values()]), 3, 4)[1])
 
 
 def test_several_steps_are_the_adversary_s_own(outputs):
@@ -118,36 +117,40 @@ def test_several_steps_are_the_adversary_s_own(outputs):
     assert shown.live("random_sign")
     for name, kind in (("idaa", lambda: IDAA(shown.vae, 0.3, 3)), ("clae", lambda: CLAE(0.3, 3))):
         expected = kind()(shown.x, shown.loss).images
-        assert torch.equal(shown.attack(name, 0.3).images, expected)
-        assert torch.equal(shown.attack(name, 0.3, first=2).images, expected[:2])
-    signs = shown.attack("random_sign", 0.3).delta
-    assert torch.allclose(signs.abs(), torch.tensor(0.3))
+        assert torch.equal(shown.attack(name, 0.3), expected)
+        assert torch.equal(shown.attack(name, 0.3, first=2), expected[:2])
+    (signs,) = (direction.unit for direction in shown.directions("random_sign"))
+    assert torch.equal(signs.abs(), torch.ones_like(signs))
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 def test_the_first_images_are_attacked_among_all(engine, adversary):
-    whole = engine.scene.attack(adversary, 0.3).images
-    few = engine.scene.attack(adversary, 0.3, first=2).images
+    whole = engine.scene.attack(adversary, 0.3)
+    few = engine.scene.attack(adversary, 0.3, first=2)
     assert torch.allclose(few, whole[:2], atol=1e-5)
     strip = engine.strip(1)
     row = list(strip)[ADVERSARIES.index(adversary)]
     for image, e in zip(strip[row], STRIP, strict=True):
-        expected = engine.scene.pixels(engine.scene.attack(adversary, e).images[1])
+        expected = engine.scene.pixels(engine.scene.attack(adversary, e)[1])
         assert torch.allclose(image, expected, atol=1e-5)
 
 
 def test_random_signs_are_the_same_at_every_epsilon(engine):
-    a, b = (engine.scene.attack("random_sign", e).delta for e in (0.1, 0.4))
-    assert torch.allclose(4 * a, b)
-    assert a.abs().unique().numel() == 1
-    assert isinstance(engine.scene._adversary("random_sign", 0.1), RandomSign)
+    scene = engine.scene
+    (direction,) = scene.directions("random_sign")
+    assert direction.unit.abs().unique().tolist() == [1.0]
+    for e in (0.1, 0.4):
+        with torch.no_grad():
+            moved = scene.vae.decode(scene.vae.mean_latent(scene.x) + e * direction.unit)
+        expected = scene.parts["R"] + moved
+        assert torch.allclose(scene.attack("random_sign", e), expected, atol=1e-5)
+    assert isinstance(scene._adversary("random_sign", 0.1), RandomSign)
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 def test_meters_agree_with_loops(engine, adversary):
     shown, measured = engine.scene, engine.meters(adversary, 0.3)
-    x_adv = shown.attack(adversary, 0.3).images
-    _, witness = engine.witness
+    x_adv, witness = shown.attack(adversary, 0.3), engine.witness.embed
     with torch.no_grad():
         of = lambda x: witness(x[None])[0].double()  # noqa: E731
         pool = [of(x) for x in engine.candidates]
@@ -158,23 +161,23 @@ def test_meters_agree_with_loops(engine, adversary):
             ranks.append(1 + sum(c > cosines[i] + 1e-9 for c in cosines))
             own.append(cosines.pop(i))
             other.append(max(cosines))
-    assert measured.n == 60
-    assert measured.rank == pytest.approx(np.mean(ranks), abs=0.26)  # a tie in fp32 is one rank
-    assert measured.cos_self == pytest.approx(np.mean(own), abs=1e-4)
-    assert measured.cos_other == pytest.approx(np.mean(other), abs=1e-4)
+    assert measured["n"] == 60
+    assert measured["rank"] == pytest.approx(np.mean(ranks), abs=0.26)  # a tie in fp32 is one rank
+    assert measured["own"] == pytest.approx(np.mean(own), abs=1e-4)
+    assert measured["nearest"] == pytest.approx(np.mean(other), abs=1e-4)
     change = (x_adv - shown.x).flatten(1)
-    assert measured.l2 == pytest.approx(np.mean([c.norm().item() for c in change]))
-    assert measured.linf == pytest.approx(change.abs().max().item())
-    assert measured.loss_after == pytest.approx(shown.loss(x_adv).item())
+    assert measured["l2"] == pytest.approx(np.mean([c.norm().item() for c in change]))
+    assert measured["linf"] == pytest.approx(change.abs().amax(1).mean().item())
+    assert measured["loss_after"] == pytest.approx(shown.loss(x_adv).item())
 
 
 def test_without_a_change_identity_is_whole(engine):
     for adversary in ADVERSARIES:
         measured = engine.meters(adversary, 1e-9)
-        assert measured.retrieved == 100
-        assert measured.rank == 1
-        assert measured.cos_self == pytest.approx(1, abs=1e-5)
-        assert measured.loss_after == pytest.approx(measured.loss_before, abs=1e-5)
+        assert measured["retrieved"] == 100
+        assert measured["rank"] == 1
+        assert measured["own"] == pytest.approx(1, abs=1e-5)
+        assert measured["loss_after"] == pytest.approx(measured["loss_before"], abs=1e-5)
 
 
 def test_curves_are_the_meters_and_equal_hardness_reads_them(outputs):
@@ -182,16 +185,18 @@ def test_curves_are_the_meters_and_equal_hardness_reads_them(outputs):
     read = 0
     while engine.advance():
         read += 1
-        assert all(c == sorted(c) for c in engine.curves.values())
+        for curve in engine.curves.values():
+            epsilons = [row["epsilon"] for row in curve]
+            assert epsilons == sorted(epsilons)
     assert read == 3 * len(EPSILONS)
     assert engine.complete
     for adversary, curve in engine.curves.items():
-        assert [point.epsilon for point in curve] == list(EPSILONS)
+        assert [row["epsilon"] for row in curve] == list(EPSILONS)
         assert curve[8] == engine.meters(adversary, EPSILONS[8])
     for e in (0.1, 0.4):
         matched = engine.as_hard("clae", e)
         assert 0 < matched < 10
-        wanted, got = (engine.meters(*a).loss_after for a in (("idaa", e), ("clae", matched)))
+        wanted, got = (engine.meters(*a)["loss_after"] for a in (("idaa", e), ("clae", matched)))
         # Between two points of the curves the loss is interpolated.
         assert got == pytest.approx(wanted, abs=0.05)
     # IDAA is as hard as itself at its own ε, wherever its loss grows.
@@ -200,33 +205,32 @@ def test_curves_are_the_meters_and_equal_hardness_reads_them(outputs):
 
 
 def test_where_no_epsilon_is_as_hard_it_says_so(engine, monkeypatch):
-    class Reading:
-        def __init__(self, epsilon, loss_after):
-            self.epsilon, self.loss_after = epsilon, loss_after
+    def point(epsilon, loss_after):
+        return {"epsilon": epsilon, "loss_after": loss_after}
 
     curves = {
-        "idaa": [Reading(0.1, 2.0), Reading(1.0, 4.0)],
-        "clae": [Reading(0.1, 1.5), Reading(1.0, 3.0)],
+        "idaa": [point(0.1, 2.0), point(1.0, 4.0)],
+        "clae": [point(0.1, 1.5), point(1.0, 3.0)],
     }
     monkeypatch.setattr(engine, "curves", curves)
-    monkeypatch.setitem(engine.__dict__, "_loss_before", 1.0)
+    monkeypatch.setitem(engine.scene.__dict__, "loss_before", 1.0)
     assert engine.as_hard("clae", 1.0) is None
     assert engine.as_hard("clae", 0.1) == pytest.approx(10 ** (-1 + 1 / 3))  # a third from 1.5 to 3
     assert engine.as_hard("clae", 0.025) == pytest.approx(0.05)  # loss 1.25, below the first point
-    curves["idaa"][0].loss_after = 0.9
+    curves["idaa"][0]["loss_after"] = 0.9
     assert engine.as_hard("clae", 0.1) == 0
 
 
 def test_the_witness_is_not_the_attacked_encoder(engine):
-    name, witness = engine.witness
-    assert (name, engine.scene.attacked) == (UNTRAINED, UNTRAINED)
+    witness = engine.witness.embed
+    assert (engine.witness.name, engine.scene.attacked) == (UNTRAINED, UNTRAINED)
     x = engine.scene.x
     with torch.no_grad():
         a, b = witness(x), engine.scene.loss(x)
     assert a.shape[0] == 4 and b.dim() == 0
     another = Engine(CONFIG.model_copy(update={"run": UNTRAINED}))
     with torch.no_grad():
-        assert torch.equal(another.witness[1](x), a)
+        assert torch.equal(another.witness.embed(x), a)
 
 
 def test_a_trained_encoder_is_attacked_and_another_one_judges(tmp_path, monkeypatch):
@@ -234,9 +238,9 @@ def test_a_trained_encoder_is_attacked_and_another_one_judges(tmp_path, monkeypa
     train_vae(VAEConfig(**SMALL, epochs=1, dim=8))
     first, second = (train_ssl(SSLConfig(**SMALL, epochs=1, seed=seed)) for seed in (0, 1))
     engine = Engine(CONFIG)
-    assert (engine.scene.attacked, engine.witness[0]) == (second.id, first.id)
+    assert (engine.scene.attacked, engine.witness.name) == (second.id, first.id)
     chosen = Engine(CONFIG.model_copy(update={"run": first.id}))
-    assert (chosen.scene.attacked, chosen.witness[0]) == (first.id, second.id)
+    assert (chosen.scene.attacked, chosen.witness.name) == (first.id, second.id)
 
 
 # --- which images ------------------------------------------------------------------------------
@@ -283,35 +287,35 @@ def test_images_that_are_not_there_are_one_sentence(outputs, asked, sentence):
 
 
 def test_walks_in_the_latent(engine):
-    walk, shown = Walk(engine), engine.scene
+    shown = engine.scene
     G, _ = shown.vae.decompose(shown.x)
     for kind in ("coordinate", "principal direction"):
-        still, back = walk.moved(kind, 0, 0.0)
+        still, back = engine.stepped(kind, 0, 0.0).values()
         assert torch.allclose(still, shown.pixels(G), atol=1e-5)
         assert torch.allclose(back, shown.pixels(shown.x), atol=1e-5)
     latents = shown.vae.encode(engine.candidates)[0].double().numpy()
     values, vectors = np.linalg.eigh(np.cov(latents.T))
-    step = walk.step("principal direction", 0).double().numpy()
+    step = engine.steps["principal direction"][0].double().numpy()
     assert np.linalg.norm(step) == pytest.approx(values[-1] ** 0.5, rel=1e-3)
     assert abs(step @ vectors[:, -1]) == pytest.approx(np.linalg.norm(step), rel=1e-3)
-    along = walk.step("coordinate", 5)
+    along = engine.steps["coordinate"][5]
     assert along.nonzero().flatten().tolist() == [5]
     assert along[5] == pytest.approx(latents[:, 5].std(ddof=1), rel=1e-3)
 
 
 def test_a_residual_exchanged(engine):
-    walk, shown = Walk(engine), engine.scene
+    shown = engine.scene
     G, R = shown.vae.decompose(shown.x)
-    z_moves, r_moves = walk.between(0, 2).values()
+    z_moves, r_moves = engine.between(0, 2).values()
     assert len(z_moves) == len(r_moves) == len(SHARES)
     for first in (z_moves[0], r_moves[0]):
         assert torch.allclose(first, shown.x[0], atol=1e-5)
     assert torch.allclose(z_moves[-1], R[0] + G[2], atol=1e-5)
     assert torch.allclose(r_moves[-1], G[0] + R[2], atol=1e-5)
-    like = walk.likeness(torch.cat([z_moves[:1], shown.x[2:3]]), 0, 2)
+    like = engine.likeness(torch.cat([z_moves[:1], shown.x[2:3]]), 0, 2)
     assert torch.allclose(like.diagonal(), torch.ones(2), atol=1e-5)
     with torch.no_grad():
-        z = F.normalize(engine.witness[1](shown.x[[0, 2]]), dim=1)
+        z = F.normalize(engine.witness.embed(shown.x[[0, 2]]), dim=1)
     assert like[0, 1] == pytest.approx((z[0] @ z[1]).item(), abs=1e-5)
 
 
@@ -350,13 +354,13 @@ def test_equal_hardness_sets_the_other_s_epsilon(explorer):
     assert explorer._background.settle()
     matched = explorer.engine.as_hard("clae", 0.3)
     assert f"CLAE, ε = {matched:.3g}: as hard as IDAA at 0.3" in explorer.meters.value
-    expected = sent(explorer.engine.moving("clae", matched))
+    expected = sent(explorer.engine.moving("clae", matched).values())
     assert explorer.picture.image.value == expected
 
 
 def settled(explorer):
     """All but the curves over ε, which take their time."""
-    return explorer._background.settle("load", "paint", "meters", "aside")
+    return explorer._background.settle("load", "paint", "meters", "fold")
 
 
 def test_other_choices_make_another_engine(explorer):
@@ -406,7 +410,7 @@ def test_an_image_of_one_s_own(explorer):
 
 def test_what_is_saved_can_be_made_again(explorer, outputs):
     explorer.adversary.value = "clae"
-    explorer.asides.selected_index = 2  # the walk, which is saved once it was looked at
+    explorer.folds.selected_index = 2  # the walk, which is saved once it was looked at
     assert explorer._background.settle()
     explorer.walk.amount.value = 2.0
     explorer.walk.b.value = 3
@@ -426,19 +430,19 @@ def test_what_is_saved_can_be_made_again(explorer, outputs):
 def test_folded_pictures_are_made_when_they_are_opened(explorer):
     assert explorer._background.settle()
     assert not explorer.strip.image.value and not explorer.spectra.value
-    explorer.asides.selected_index = 0
+    explorer.folds.selected_index = 0
     assert explorer._background.settle()
     expected = sent(explorer.engine.strip(0).values())
     assert explorer.strip.image.value == expected
-    explorer.asides.selected_index = 1
+    explorer.folds.selected_index = 1
     assert explorer._background.settle()
     assert "<svg" in explorer.spectra.value
-    explorer.asides.selected_index = 2
+    explorer.folds.selected_index = 2
     assert explorer._background.settle()
-    before = explorer.walk.moved.image.value
+    before = explorer.walk.stepped.image.value
     assert before and "<svg" in explorer.walk.likeness.value
     explorer.walk.amount.value = 3.0
-    assert explorer.walk.moved.image.value != before
+    assert explorer.walk.stepped.image.value != before
     assert explorer.status.value == ""
 
 
@@ -455,12 +459,12 @@ def test_without_a_vae_it_says_what_to_run_first(tmp_path, monkeypatch):
 
 def test_the_newest_request_of_a_kind_is_done_and_the_urgent_one_first():
     background, done, gate = Background("urgent", "slow", rest=0.0), [], threading.Event()
-    background.ask("slow", lambda: gate.wait(10) and None)
-    while not background._doing:
+    background.request("slow", lambda: gate.wait(10) and None)
+    while not background._current:
         time.sleep(0.001)
     for i in range(5):
-        background.ask("slow", lambda i=i: done.append(f"slow {i}"))
-        background.ask("urgent", lambda i=i: done.append(f"urgent {i}"))
+        background.request("slow", lambda i=i: done.append(f"slow {i}"))
+        background.request("urgent", lambda i=i: done.append(f"urgent {i}"))
     gate.set()
     assert background.settle()
     assert done == ["urgent 4", "slow 4"]
@@ -472,10 +476,10 @@ def test_work_that_has_more_to_do_gives_way():
     def slow():
         done.append("slow")
         if len(done) == 2:
-            background.ask("urgent", lambda: done.append("urgent"))
+            background.request("urgent", lambda: done.append("urgent"))
         return done.count("slow") < 4
 
-    background.ask("slow", slow)
+    background.request("slow", slow)
     assert background.settle()
     assert done == ["slow", "slow", "urgent", "slow", "slow"]
 
@@ -484,6 +488,6 @@ def test_nothing_starts_while_a_person_moves():
     background, began = Background("work", rest=0.3), []
     background.disturb()
     disturbed = time.monotonic()
-    background.ask("work", lambda: began.append(time.monotonic()))
+    background.request("work", lambda: began.append(time.monotonic()))
     assert background.settle()
     assert began[0] - disturbed >= 0.29

@@ -3,7 +3,6 @@
 import math
 import re
 from itertools import combinations, product
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,7 @@ R = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def reading(epsilon, share):
-    return SimpleNamespace(
+    return dict(
         epsilon=epsilon, loss_after=1 + share, loss_before=1.0, retrieved=100 * (1 - share), n=50
     )
 
@@ -114,8 +113,8 @@ def test_the_right_panel_compares_at_equal_loss():
     right = pictures.identity_curves(CURVES).axes[2]
     assert len(right.lines) == 3
     for line, curve in zip(right.lines, CURVES.values(), strict=True):
-        assert list(line.get_xdata()) == [point.loss_after for point in curve]
-        assert list(line.get_ydata()) == [point.retrieved for point in curve]
+        assert list(line.get_xdata()) == [row["loss_after"] for row in curve]
+        assert list(line.get_ydata()) == [row["retrieved"] for row in curve]
 
 
 # --- the look ------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ ROOMS = {
     "methods": {"configs", "nets", "views"},
     "evaluate": CORE | {"methods"},
     "identity": CORE | {"methods", "adversaries", "evaluate"},
-    "train": CORE | {"methods", "adversaries", "evaluate"},
+    "train": CORE | {"methods", "adversaries", "evaluate", "identity"},
     "sweeps": {"configs", "runs", "train", "evaluate"},
     "interop": CORE | {"methods", "evaluate", "train"},
     "lab": CORE | {"methods", "adversaries", "evaluate", "identity", "train", "sweeps"},

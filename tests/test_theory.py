@@ -1,8 +1,10 @@
 """Information, bounds and identity: closed forms, naive loops, quadrature; and the study of 08."""
 
+import dataclasses
 import itertools
 import json
 import math
+import shlex
 import statistics
 
 import numpy as np
@@ -13,16 +15,16 @@ from torch.nn import functional as F
 
 from idaa_lib import runs, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig, TheoryConfig, VAEConfig
-from idaa_lib.identity import theory
-from idaa_lib.identity.scene import UNTRAINED, witness
+from idaa_lib.identity import scene, stage, study, theory
+from idaa_lib.identity.scene import UNTRAINED
 from idaa_lib.identity.theory import Bound
-from idaa_lib.lab import compare, findings, identity
-from idaa_lib.lab.attacks import Attacks, Loss
-from idaa_lib.lab.judge import Judge
+from idaa_lib.identity.verdicts import verdicts
+from idaa_lib.lab import compare, pictures
 from idaa_lib.lab.rows import row_of
 from idaa_lib.nets.vae import rate
-from idaa_lib.runs import RunError
+from idaa_lib.runs import RunError, commands
 from idaa_lib.train import train_ssl, train_vae
+from idaa_lib.train.__main__ import main
 from idaa_lib.views import keyed_generator
 
 
@@ -153,7 +155,6 @@ def test_the_bound_is_the_theorem_s_arithmetic():
     loss = 3.0 + 2.0 * 1.5
     assert bound.nats == pytest.approx(math.log(100) - (loss + 1.2) / 2.0)
     assert not bound.vacuous
-    assert "at least 1.01 of log N = 4.61 nats" in bound.statement
     assert bound.limit == pytest.approx(Bound(100, 3.0, 1.5, 1.2, 1e12).nats)
 
 
@@ -162,8 +163,7 @@ def test_a_vacuous_bound_says_so(beta):
     bound = Bound(n=100, distortion=3.0, rate=80.0, information=4.6, beta=beta)
     assert bound.nats < 0
     assert bound.vacuous
-    assert "vacuous" in bound.statement
-    assert "could not exceed log N − rate = -75.4 nats" in bound.statement
+    assert bound.limit == pytest.approx(math.log(100) - 80)
 
 
 def test_a_bound_of_continuous_pixels_is_refused():
@@ -188,11 +188,14 @@ def test_an_observer_that_sees_all_and_one_that_sees_nothing():
 
 def test_retention_is_the_naive_loop():
     queries, candidates = torch.randn(9, 3), torch.randn(14, 3)
-    found = theory.retention(queries, candidates, chunk=4)
+    found = theory.retention(queries, candidates)
     a, b = F.normalize(queries.double(), dim=1), F.normalize(candidates.double(), dim=1)
     cosine = [[(p @ q).item() for q in b] for p in a]
     ranks = [1 + sum(c > row[i] for c in row) for i, row in enumerate(cosine)]
     assert found.ranks.tolist() == ranks
+    assert found.own.tolist() == pytest.approx([row[i] for i, row in enumerate(cosine)])
+    nearest = [max(c for j, c in enumerate(row) if j != i) for i, row in enumerate(cosine)]
+    assert found.nearest.tolist() == pytest.approx(nearest)
     assert found.retrieved == pytest.approx(100 * ranks.count(1) / 9)
     assert found.mrr == pytest.approx(statistics.mean(1 / r for r in ranks))
 
@@ -283,7 +286,12 @@ def middle(outputs):
 
 @pytest.fixture(scope="module")
 def made(middle):
-    return identity.study(CONFIG.model_copy(update={"vae": middle.id}))
+    return study(CONFIG.model_copy(update={"vae": middle.id}))
+
+
+@pytest.fixture(scope="module")
+def plan(made):
+    return stage.plan_study(made.config)
 
 
 def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
@@ -291,9 +299,10 @@ def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
     config = made.config
     newest, _, oldest = runs.find("ssl")
     assert (config.run, config.witness) == (newest.id, oldest.id)
-    monkeypatch.setattr(identity, "_measure", lambda plan: pytest.fail("measured again"))
-    assert identity.study(CONFIG.model_copy(update={"vae": config.vae})) == made
-    assert "is finished: showing its result" in capsys.readouterr().out
+    monkeypatch.setattr(stage, "_measure", lambda plan: pytest.fail("measured again"))
+    words = shlex.split(commands.command(made))
+    assert main(words[words.index("theory") :]) == 0
+    assert f"{made.id} is finished: showing its result" in capsys.readouterr().out
     json.loads((made.path / "summary.json").read_text(), parse_constant=pytest.fail)
     vae = runs.get("vae", config.vae)
     assert made in oldest.users() and made in vae.users()
@@ -301,23 +310,22 @@ def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
     assert compare.name_of(made) == "identity of 20 images"
 
 
-def test_its_figures_are_the_theory_s_of_these_networks(made):
+def test_its_figures_are_the_theory_s_of_these_networks(made, plan):
     """Retrieval of x, G, R and the latent's information, from the networks by another way."""
-    plan, told = identity._plan(made.config), made.summary
-    judge = Judge(plan)
-    x, vae = plan.shown.x, plan.shown.vae
+    witness, told = stage.make_witness(plan), made.summary
+    x, vae = plan.scene.x, plan.scene.vae
     G, R = vae.decompose(x)
     for part, images in (("x", x), ("G", G), ("R", R)):
-        z = F.normalize(plan.witness(images), dim=1)
-        cosine = z @ F.normalize(judge.candidates, dim=1).T
+        z = F.normalize(witness.embed(images), dim=1)
+        cosine = z @ F.normalize(witness.candidates, dim=1).T
         found = 100 * (cosine.argmax(1) == torch.arange(20)).float().mean().item()
         assert told["parts"][part]["retrieved"] == pytest.approx(found)
     latent = told["latent"]
     assert latent["information"] <= min(math.log(20), latent["rate"]) + 1e-9
     # The decoder's s², of both terms of L_VAE, with the noise of a pixel's cell (Δ²/12).
-    steps = [1 / (255 * std) for std in plan.shown.std]
+    steps = [1 / (255 * std) for std in plan.scene.std]
     s2 = latent["mse"] + statistics.mean(step**2 / 12 for step in steps)
-    area, config = x[0, 0].numel(), plan.shown.run.config
+    area, config = x[0, 0].numel(), plan.scene.run.config
     nats = 3 * stats.norm.entropy(scale=s2**0.5) - sum(map(math.log, steps))
     assert latent["distortion"] == pytest.approx(area * nats)
     assert latent["beta"] == pytest.approx(config.kappa * area / (2 * s2 * config.dim))  # spec §1
@@ -327,151 +335,189 @@ def test_its_figures_are_the_theory_s_of_these_networks(made):
     assert [k for k, *_ in latent["batches"]] == [2, 4, 8, 16, 20]
 
 
-def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made):
-    plan, told = identity._plan(made.config), made.summary
-    judge = Judge(plan)
-    attacks = Attacks(plan.shown, plan.embed, judge, made.config)
-    (scene,) = attacks.scenes
-    for name, curve in findings.points(made).items():
-        assert [p.epsilon for p in curve] == sorted(p.epsilon for p in curve)
-        point = curve[-1]
-        x_adv = scene.attack(name, point.epsilon).images
-        assert point.loss_after == pytest.approx(scene.loss(x_adv).item(), rel=1e-4)
+def test_an_exchange_is_the_naive_loop(made, plan):
+    witness, x = stage.make_witness(plan), plan.scene.x
+    G, R = plan.scene.vae.decompose(x)
+    seen = []
+    for a in range(20):
+        b = (a + 1) % 20
+        z = witness.embed((G[a] + R[b])[None])
+        like_a, like_b = (F.cosine_similarity(z, witness.embed(x[[i]])).item() for i in (a, b))
+        seen.append((like_a, like_b))
+    to_a, to_b = np.array(seen).T
+    found = made.summary["exchange"]
+    assert found["cosines"]["R: a → b, G of a"][-1] == pytest.approx([to_a.mean(), to_b.mean()])
+    assert found["follows_R"][0] == pytest.approx(100 * (to_b > to_a).mean())
+    assert found["cosines"]["G: a → b, R of a"][0][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made, plan):
+    told, scene = made.summary, plan.scene
+    for name, curve in told["curves"].items():
+        assert [row["epsilon"] for row in curve] == sorted(row["epsilon"] for row in curve)
+        row = curve[-1]
+        x_adv = scene.attack(name, row["epsilon"])
+        assert row["loss_after"] == pytest.approx(scene.loss(x_adv).item(), rel=1e-4)
         moved = (x_adv - scene.x).flatten(1).norm(dim=1).mean().item()
-        assert point.l2 == pytest.approx(moved, rel=1e-4)
+        assert row["l2"] == pytest.approx(moved, rel=1e-4)
+        assert 0 <= row["consistency"] <= 100
     pairs = [row for row in told["equal"] if row["at_equal_hardness"]]
     assert pairs
     for row in pairs:
-        mine, other = row["at_equal_hardness"]["loss"]
+        pair = row["at_equal_hardness"]
+        mine, other = pair["loss"]
         assert other == pytest.approx(mine, abs=0.01 * (mine - told["loss_before"]))
-        a, b = row["at_equal_hardness"]["retrieved"]
-        mean, low, high = row["at_equal_hardness"]["retrieved_difference"]
+        curve = told["curves"]
+        a, b = (
+            next(r["retrieved"] for r in curve[name] if r["epsilon"] == epsilon)
+            for name, epsilon in (("idaa", row["epsilon"]), (row["adversary"], row["matched"]))
+        )
+        mean, low, high = pair["retrieved"]
         assert mean == pytest.approx(a - b)
         assert low <= mean <= high
 
 
-def test_attacks_in_batches_are_averaged_over_all_images(made, monkeypatch):
-    plan = identity._plan(made.config)
-    judge = Judge(plan)
-    monkeypatch.setattr("idaa_lib.lab.attacks.BATCH", 8)
-    attacks = Attacks(plan.shown, plan.embed, judge, made.config)
-    assert [len(scene.x) for scene in attacks.scenes] == [7, 7, 6]
-    read = attacks.read("clae", 0.3)
-    losses = [s.loss(s.attack("clae", 0.3).images).item() for s in attacks.scenes]
-    expected = sum(len(s.x) * loss for s, loss in zip(attacks.scenes, losses, strict=True)) / 20
-    assert read.loss_after == pytest.approx(expected, rel=1e-5)
+def test_attacks_in_batches_are_averaged_over_all_images(made, plan, monkeypatch):
+    monkeypatch.setattr(scene, "BATCH", 8)
+    again = dataclasses.replace(plan.scene)
+    assert [len(x) for x, _ in again.batches] == [7, 7, 6]
+    x_adv, parts = [], []
+    for x, z in again.batches:
+        alone = dataclasses.replace(again, x=x)
+        x_adv.append(alone.attack("clae", 0.3))
+        parts.append(len(x) / 20 * scene.loss(z, again.embed(x_adv[-1])).item())
+    assert torch.allclose(again.attack("clae", 0.3), torch.cat(x_adv), atol=1e-6)
+    read = scene.read(again, stage.make_witness(plan), "clae", 0.3)
+    assert read.loss_after == pytest.approx(sum(parts), rel=1e-5)
 
 
 def test_vaes_that_differ_in_one_thing_alone_are_siblings(middle):
-    found = identity.siblings(middle)
+    found = stage.siblings(middle)
     assert [run.config.beta for run in found["beta"]] == [1.0, 4.0]
     assert [run.config.dim for run in found["dim"]] == [4, 8]
     (other,) = runs.find("vae", beta=16.0)
-    assert identity.siblings(other) == {"beta": [other], "dim": [other]}
+    assert stage.siblings(other) == {"beta": [other], "dim": [other]}
 
 
 def test_every_axis_of_a_figure_has_a_label(made):
-    for name in FIGURES:
-        figure = getattr(findings, f"{name}_figure")(made)
+    told = made.summary
+    drawn = [getattr(pictures, name)(told) for name in FIGURES if name != "curves"]
+    for figure in (*drawn, pictures.identity_curves(told["curves"])):
         # What is shared between panels is said at the first.
         assert figure.axes[0].get_ylabel()
         assert all(axis.get_xlabel() for axis in figure.axes)
-    table = findings.hardness_table(made)
+    table = pictures.hardness_table(told)
     assert set(table[""]) == {"IDAA", "CLAE", "random sign"}
-
-
-def test_without_encoders_or_other_vaes_it_says_what_to_make(made, tmp_path, monkeypatch):
-    told = made.summary | {"witness": UNTRAINED, "vaes": {"epsilon": 0.3}}
-    monkeypatch.setattr(runs.Run, "summary", property(lambda run: told))
-    said = findings.sentences(made)
-    assert "untrained encoder" in said["attacks"][-1]
-    assert all("05_sensitivity" in sentence for sentence in said["vaes"])
-    assert findings.vaes_figure(made) is None
+    assert pictures.vaes(told | {"vaes": {"epsilon": 0.3}}) is None
+    unlabelled = {n: [{**row} for row in curve] for n, curve in told["curves"].items()}
+    for row in itertools.chain(*unlabelled.values()):
+        del row["consistency"]
+    assert len(pictures.equal_hardness(told | {"curves": unlabelled}).axes) == 2
 
 
 def test_attacked_and_witness_may_both_be_untrained(middle):
     config = CONFIG.model_copy(
         update={"vae": middle.id, "run": UNTRAINED, "witness": UNTRAINED, "images": 10}
     )
-    plan = identity._plan(config)
+    plan = stage.plan_study(config)
     with torch.no_grad():
-        assert not torch.allclose(
-            plan.embed(plan.shown.x)[:, :8], plan.witness(plan.shown.x)[:, :8]
+        embedded, seen = (
+            plan.scene.embed(plan.scene.x),
+            stage.make_witness(plan).embed(plan.scene.x),
         )
-    assert identity.locate(config) == plan.run
-    assert plan.run != identity.locate(CONFIG)
+    assert not torch.allclose(embedded[:, :8], seen[:, :8])
+    assert plan.run != stage.plan_study(CONFIG).run
+    (caveat,) = stage.caveats(plan.config)
+    assert "untrained" in caveat
 
 
 @pytest.mark.parametrize(
-    ("difference", "claim", "expected"),
+    ("difference", "verdict"),
     [
-        ((5.0, 1.0, 9.0), "holds where a difference is seen", "IDAA keeps more than CLAE"),
-        ((-5.0, -9.0, -1.0), "does not hold", "IDAA keeps less than CLAE"),
-        ((1.0, -3.0, 5.0), "cannot be told", "IDAA and CLAE cannot be told apart with 20 images"),
+        ((5.0, 1.0, 9.0), "more"), ((-5.0, -9.0, -1.0), "less"),
+        ((1.0, -3.0, 5.0), "cannot be told"),
     ],
-)
-def test_the_words_follow_the_numbers(made, monkeypatch, difference, claim, expected):
+)  # fmt: skip
+def test_the_verdicts_follow_the_numbers(made, difference, verdict):
     told = json.loads(json.dumps(made.summary))
-    pair = {"loss": (3.0, 3.0), "retrieved": (50.0, 45.0), "infonce": (1.0, 1.0)}
-    pair |= {"retrieved_difference": difference, "infonce_difference": difference}
+    pair = {"loss": (3.0, 3.0), "retrieved": difference, "infonce": difference}
     for row in told["equal"]:
-        row |= {"matched": 0.1, "at_equal_hardness": pair}
-    told["R_minus_G"]["retrieved"] = difference
-    told["latent"] |= {"statement": Bound(20, 3.0, 900.0, 2.0, 1.0).statement}
-    monkeypatch.setattr(runs.Run, "summary", property(lambda run: told))
-    said = findings.sentences(made)
-    assert expected in said["attacks"][0]
-    assert f"by retrieval@1 it {claim}" in " ".join(said["attacks"])
-    doubt = "which is not seen here" in said["parts"][0]
-    assert doubt == (difference[1] <= 0)
-    assert "vacuous" in " ".join(said["latent"])
+        row |= {"matched": 0.1, "at_equal_hardness": pair, "at_equal_epsilon": pair}
+    told |= {"R_minus_G": pair, "caveats": ["the witness is blind"]}
+    for probe in ("instance", "class"):
+        told["probes"][probe]["R_minus_G"] = difference
+    told["exchange"]["follows_R"] = [50 + 10 * value for value in difference]
+    rows = verdicts(told)
+    judged = [row for row in rows if row["section"] != "latent"]
+    assert {row["verdict"] for row in judged} == {verdict}
+    assert all("blind" in row["note"] for row in judged if "probe" not in row["claim"])
+    attacks = [row["claim"] for row in judged if row["section"] == "attacks"]
+    assert len(attacks) == len(told["equal"]) * 2 * 2  # equal ε and hardness, two measures
+    assert "IDAA ε = 1 keeps more than CLAE ε = 0.1, equally hard: InfoNCE" in attacks
+    assert "IDAA ε = 0.3 keeps more than random sign of equal ε: retrieval@1" in attacks
+    table = pictures.verdict_table(told)
+    assert len(table) == len(rows) and set(table["verdict"]) >= {verdict}
+
+
+def test_a_radius_that_is_left_out_says_why(made):
+    told = json.loads(json.dumps(made.summary))
     for row in told["equal"]:
-        row["at_equal_hardness"] = None
-    last = " ".join(findings.sentences(made)["attacks"])
-    assert "cannot be seen here" in last
-    clae = [row for row in told["equal"] if row["adversary"] == "clae"]
-    assert f"Of {len(clae)} radii at {len(clae)} no ε of CLAE up to" in last
-    # The other reason: IDAA that does not raise the loss at all.
-    clae[0]["at_equal_epsilon"]["loss"] = [told["loss_before"], 9.0]
-    clae[1] |= {"matched": 0.1, "at_equal_hardness": pair}
-    last = " ".join(findings.sentences(made)["attacks"])
-    assert f"by retrieval@1 it {claim}" in last
-    assert f"Of {len(clae)} radii at 1 IDAA does not make x harder" in last
+        row |= {"matched": None, "at_equal_hardness": None}
+        row["at_equal_epsilon"]["loss"] = [told["loss_before"] + 1, 9.0]
+    soft = next(row for row in told["equal"] if row["adversary"] == "clae")
+    soft["at_equal_epsilon"]["loss"] = [told["loss_before"], 9.0]
+    rows = [row for row in verdicts(told) if row["verdict"] == "left out"]
+    assert len(rows) == len(told["equal"])
+    assert [row["note"] for row in rows] == [
+        "IDAA does not make x harder", "no ε of CLAE up to 1 is as hard as IDAA",
+        *2 * ["no ε of random sign up to 1 is as hard as IDAA"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bound", "verdict", "note"),
+    [(-900.0, "less", "vacuous"), (None, "less", "vacuous"), (2.0, "more", "small enough δ")],
+)
+def test_a_vacuous_bound_and_a_bottleneck_that_hides(made, bound, verdict, note):
+    latent = made.summary["latent"] | {"bound": bound, "information": 1.0, "error": 0.1}
+    first, second = verdicts(made.summary | {"latent": latent})[:2]
+    assert first["verdict"] == "less"
+    assert (first["low"], first["high"]) == pytest.approx((1 - 0.196, 1 + 0.196))
+    assert second["verdict"] == verdict
+    assert note in second["note"]
 
 
 @pytest.mark.parametrize("bend", [lambda e: e**3, lambda e: e**0.3, lambda e: math.exp(5 * e) - 1])
-def test_an_equal_loss_is_found_on_bent_curves(bend, monkeypatch):
-    attacks = object.__new__(Attacks)
-    attacks.before = 2.0
-    monkeypatch.setattr(attacks, "_loss_at", lambda _, e: 2.0 + bend(e), raising=False)
-    monkeypatch.setattr(attacks, "read", lambda _, e: e, raising=False)
-    curve = [Loss(e, 2.0 + bend(e)) for e in (0.03, 0.1, 0.3, 1.0, 3.0)]
+def test_an_equal_loss_is_found_on_bent_curves(bend):
+    curve = [(e, 2.0 + bend(e)) for e in (0.03, 0.1, 0.3, 1.0, 3.0)]
     for wanted in (0.01, 0.05, 0.2, 0.7, 2.9):
-        rise = bend(attacks.as_hard("clae", curve, 2.0 + bend(wanted)))
-        assert rise == pytest.approx(bend(wanted), rel=0.01)
+        loss = 2.0 + bend(wanted)
+        epsilon = stage.equal_hardness(lambda e: 2.0 + bend(e), curve, loss, 2.0)
+        assert bend(epsilon) == pytest.approx(bend(wanted), rel=0.01)
 
 
-def test_an_equal_loss_that_is_jumped_over_is_not_made_up(monkeypatch):
-    attacks = object.__new__(Attacks)
-    attacks.before = 2.0
+def test_an_equal_loss_that_is_jumped_over_is_not_made_up():
     jump = lambda e: 2.0 if e < 0.2 else 4.0  # noqa: E731
-    monkeypatch.setattr(attacks, "_loss_at", lambda _, e: jump(e), raising=False)
-    curve = [Loss(e, jump(e)) for e in (0.1, 1.0)]
-    assert attacks.as_hard("clae", curve, 3.0) is None
+    curve = [(e, jump(e)) for e in (0.1, 1.0)]
+    assert stage.equal_hardness(jump, curve, 3.0, 2.0) is None
+    assert stage.equal_hardness(jump, curve, 2.0, 2.0) is None  # no harder than x
+    assert stage.equal_hardness(jump, curve, 5.0, 2.0) is None  # harder than all
 
 
-def test_a_witness_of_another_seed_comes_first_and_one_of_the_same_is_told(made, monkeypatch):
-    fair, _, same = runs.find("ssl")  # seeds 1, 0 (CLAE's), 0
-    shown = identity._plan(made.config).shown
-    clae = runs.find("ssl", adversary="clae")[0]
-    assert witness(shown, clae.reference)[0] == fair.reference
-    told = made.summary
-    assert not told["witness_began_alike"]
-    assert identity._began_alike(clae, same) and not identity._began_alike(fair, same)
-    monkeypatch.setattr(
-        runs.Run, "summary", property(lambda run: told | {"witness_began_alike": True})
-    )
-    assert "the same seed" in findings.sentences(made)["attacks"][-1]
+def test_a_witness_of_another_seed_comes_first_and_one_of_the_same_is_told(made, plan):
+    fair, clae, same = runs.find("ssl")  # seeds 1, 0 (CLAE's), 0
+    config = plan.scene.config.model_copy(update={"run": clae.reference})
+    assert dataclasses.replace(plan.scene, config=config).witness() == fair.reference
+    assert made.summary["caveats"] == []
+
+    def about(run, witness):
+        update = {"run": run.reference, "witness": witness.reference}
+        return stage.caveats(made.config.model_copy(update=update))
+
+    assert about(clae, fair) == []
+    assert ["the same seed" in caveat for caveat in about(clae, same)] == [True]
+    trained, began = about(same, clae)
+    assert "trained with clae" in trained and "the same seed" in began
 
 
 @pytest.mark.parametrize(
@@ -485,13 +531,13 @@ def test_a_witness_of_another_seed_comes_first_and_one_of_the_same_is_told(made,
 )
 def test_what_is_not_there_is_one_sentence(outputs, asked, sentence):
     with pytest.raises((ConfigError, RunError), match=sentence):
-        identity.study(CONFIG.model_copy(update=asked))
+        study(CONFIG.model_copy(update=asked))
 
 
 def test_the_attacked_encoder_is_no_witness(made):
     config = made.config.model_copy(update={"witness": made.config.run})
     with pytest.raises(ConfigError, match="is the encoder that is attacked: name another"):
-        identity.study(config)
+        study(config)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
-"""What notebook 02 looks at: a VAE's split of some images, and attacks on them at any ε."""
+"""Images with the VAE that splits them, attacks on them at any ε, and a witness of their identity.
+
+Explored in notebook 02 and measured in notebook 08.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,65 +15,78 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib import runs
-from idaa_lib.adversaries import CLAE, IDAA, Anchor, Attack, Direction, RandomSign
+from idaa_lib.adversaries import CLAE, IDAA, Anchor, Direction, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
 from idaa_lib.data.cached import ImageSet, decode
 from idaa_lib.evaluate.encoders import load_encoder, load_vae
+from idaa_lib.identity.theory import Hardness, Retention, hardness, retention
 from idaa_lib.methods import build_method
-from idaa_lib.methods.simclr import against
-from idaa_lib.nets import evaluating
+from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
 from idaa_lib.runs.machine import open_images
 from idaa_lib.views import denormalise, keyed_generator, normalise, recipe
 
+Embed = Callable[[Tensor], Tensor]  # normalised images (N, 3, size, size) → features (N, D)
+
 ADVERSARIES = ("idaa", "clae", "random_sign")
 UNTRAINED = "untrained"  # in place of a run
+BATCH = 256  # images that are attacked together: as in training they are each other's negatives
+POOL = 1000  # further images at most
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Images x (N, 3, size, size), normalised as the VAE expects them, the VAE, and its run.
+def loss(z: Tensor, z_adv: Tensor) -> Tensor:
+    """What an attack ascends: SimCLR's loss, at its τ, between embeddings of x and of x′ (B, D)."""
+    return nt_xent(z, z_adv, 0.5)
 
-    `names` says which image each is, `classes` what there is; `pool` (M, 3, size, size) holds
-    other images of the same split. `labels` (N + M,) int64 are the classes of x and then of the
-    pool, -1 where there is none.
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Images under attack: x (N, 3, size, size), normalised as the VAE expects them.
+
+    names says which image each is, classes what there is. pool (M, 3, size, size) holds other
+    images of the same split. labels (N + M,) int64 are the classes of x and then of the pool, -1
+    where there is none. config has the norm, steps and seed of the attack, and names the VAE and
+    the attacked encoder.
     """
 
+    config: DecomposeConfig
+    run: Run
+    vae: VAE
     x: Tensor
-    names: tuple[str, ...]
-    classes: tuple[str, ...]
     pool: Tensor
     labels: Tensor
-    vae: VAE
-    run: Run
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    _directions: dict[str, list[Direction]] = field(default_factory=dict, init=False)
+
+    # --- images -------------------------------------------------------------------------------
 
     def pixels(self, x: Tensor) -> Tensor:
         """Normalised images as pixels in [0, 1] (not clipped)."""
         return denormalise(x, self.mean, self.std)
 
     def contrast(self, part: Tensor, gain: float | None = None) -> tuple[Tensor, float]:
-        """A part around 0 (R, x′ − x) as pixels around mid-gray, and the gain that was used: by
-        default what takes all but 1 % of its values, in [0, 1] units, within full contrast."""
+        """A part around 0 (R, x′ − x) as pixels around mid-gray, and its gain: by default the one
+        that takes all but 1 % of the values, in [0, 1] units, within full contrast."""
         shift = part * torch.tensor(self.std).view(3, 1, 1)
         gain = gain or 0.5 / max(shift.abs().flatten().quantile(0.99).item(), 1e-6)
         return 0.5 + gain * shift, gain
 
+    def split(self, x: Tensor) -> dict[str, Tensor]:
+        """x, G(x) and R(x) of normalised images (N, 3, size, size)."""
+        parts = [self.vae.decompose(part) for part in x.split(BATCH)]
+        G, R = (torch.cat(part) for part in zip(*parts, strict=True))
+        return {"x": x, "G": G, "R": R}
 
-@dataclass(frozen=True)
-class Scene(Pictures):
-    """Pictures under attack.
+    @cached_property
+    def parts(self) -> dict[str, Tensor]:
+        """x, G(x) and R(x) of the scene's images."""
+        return self.split(self.x)
 
-    `config` has the norm, steps and seed of the attack, and names the VAE and the encoder that
-    were chosen; `loss`, images (N, 3, size, size) → scalar, is what the attack ascends.
-    """
-
-    config: DecomposeConfig
-    loss: Callable[[Tensor], Tensor]
-    _directions: dict[str, Direction] = field(default_factory=dict)
-    _lines: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # --- attacks ------------------------------------------------------------------------------
 
     @property
     def attacked(self) -> str:
@@ -77,44 +94,64 @@ class Scene(Pictures):
         assert self.config.run is not None
         return self.config.run
 
-    def direction(self, adversary: str) -> Direction:
-        """The one-step direction at x, computed once."""
-        if adversary not in self._directions:
-            made = self._adversary(adversary, 1.0)
-            generator = keyed_generator(self.config.seed)
-            self._directions[adversary] = made.direction(self.x, self.loss, generator)
-        return self._directions[adversary]
+    @cached_property
+    def embed(self) -> Embed:
+        """The attacked encoder with its projector."""
+        return self.encoder(self.attacked, "projector")
+
+    @cached_property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """The images that are attacked together, at most `BATCH`, and their embeddings."""
+        with torch.no_grad():
+            return [(x, self.embed(x)) for x in self.x.chunk(-(-len(self.x) // BATCH))]
+
+    def loss(self, images: Tensor) -> Tensor:
+        """The attack's loss with these images (N, 3, size, size) in the place of x: a scalar."""
+        parts = zip(self.batches, images.chunk(len(self.batches)), strict=True)
+        return sum(len(x) / len(self.x) * loss(z, self.embed(part)) for (x, z), part in parts)  # type: ignore[return-value]
+
+    @cached_property
+    def loss_before(self) -> float:
+        with torch.no_grad():
+            return self.loss(self.x).item()
+
+    def hardness(self, images: Tensor) -> Hardness:
+        """How far these images (N, 3, size, size) are from x."""
+        parts = zip(self.batches, images.chunk(len(self.batches)), strict=True)
+        with torch.no_grad():
+            measured = [hardness(x, part, z, self.embed(part), loss) for (x, z), part in parts]
+        weights = [len(x) / len(self.x) for x, _ in self.batches]
+        columns = zip(*measured, strict=True)
+        return Hardness(*(sum(w * v for w, v in zip(weights, c, strict=True)) for c in columns))
 
     def live(self, adversary: str) -> bool:
         """Whether another ε costs one decode alone: one step, or signs that no gradient guides."""
         return self.config.steps == 1 or adversary == "random_sign"
 
-    @torch.no_grad()
-    def attack(self, adversary: str, epsilon: float, first: int | None = None) -> Attack:
-        """x′ of all images, or of the first so many (which are attacked among all the same)."""
-        made = self._adversary(adversary, epsilon)
-        if self.live(adversary):
-            direction = _head(self.direction(adversary), first)
-            if adversary == "clae":
-                return made.apply(direction, epsilon)
-            return self._along(direction, (adversary, first), epsilon)
-        whole = made(self.x, self.loss, keyed_generator(self.config.seed))
-        parts = (whole.images, whole.delta, whole.z, whole.reconstruction)
-        return Attack(*(None if part is None else part[:first] for part in parts))  # type: ignore[arg-type]
+    def directions(self, adversary: str) -> list[Direction]:
+        """The one-step directions at x, batch by batch, computed once."""
+        if adversary not in self._directions:
+            attack, generator = self._adversary(adversary, 1.0), keyed_generator(self.config.seed)
+            self._directions[adversary] = [
+                attack.direction(x, self._loss_of(z), generator) for x, z in self.batches
+            ]
+        return self._directions[adversary]
 
-    def _along(self, direction: Direction, key: tuple[str, int | None], epsilon: float) -> Attack:
-        """`IDAA.apply` without the decoder's first layer, whose output is linear in ε and known:
-        its weights, most of the VAE's, are what a decode of few images waits for."""
-        anchor, vae = direction.anchor, self.vae
-        assert anchor.reconstruction is not None
-        if key not in self._lines:
-            self._lines[key] = vae.fc21(anchor.point), F.linear(direction.unit, vae.fc21.weight)
-        start, step = self._lines[key]
-        with evaluating(vae):
-            decoded = vae.expand(start + epsilon * step)
-        delta = epsilon * direction.unit
-        images = anchor.images - anchor.reconstruction + decoded
-        return Attack(images, delta, anchor.point + delta, anchor.reconstruction)
+    @torch.no_grad()
+    def attack(self, adversary: str, epsilon: float, first: int | None = None) -> Tensor:
+        """x′ of all images, or of the first so many (which are attacked among all the same)."""
+        attack, generator = self._adversary(adversary, epsilon), keyed_generator(self.config.seed)
+        if self.live(adversary):
+            directions = self.directions(adversary)
+            if first and first <= BATCH:
+                directions = [_head(directions[0], first)]
+            parts = [attack.apply(direction, epsilon) for direction in directions]
+        else:
+            parts = [attack(x, self._loss_of(z), generator) for x, z in self.batches]
+        return torch.cat([part.images for part in parts])[:first]
+
+    def _loss_of(self, z: Tensor) -> Embed:
+        return lambda images: loss(z, self.embed(images))
 
     def _adversary(self, name: str, epsilon: float) -> Any:
         if name == "clae":
@@ -124,58 +161,158 @@ class Scene(Pictures):
         kind = IDAA if name == "idaa" else RandomSign
         return kind(self.vae, epsilon, self.config.steps, norm=self.config.norm)
 
+    # --- encoders -----------------------------------------------------------------------------
 
-def _head(direction: Direction, n: int | None) -> Direction:
-    """The direction of the first n images."""
-    anchor = direction.anchor
-    G = None if anchor.reconstruction is None else anchor.reconstruction[:n]
-    return Direction(Anchor(anchor.images[:n], anchor.point[:n], G), direction.unit[:n])
+    def encoder(self, name: str, layer: str, seed: int = 0) -> Embed:
+        """A run's frozen encoder, or with `UNTRAINED` a narrow ResNet-18 as it is before training.
+
+        Raises:
+            RunError: there is no such run. ConfigError: the encoder is for another size.
+        """
+        size, device = self.run.config.size, self.x.device
+        if name == UNTRAINED:
+            transform = recipe("none", size, self.mean, self.std)
+            method = build_method(SSLConfig(size=size, width=16, seed=seed), transform)
+            return method.encoder(layer).eval().requires_grad_(False).to(device)
+        module, expected, mean, std = load_encoder(name, layer)
+        if expected != size:
+            raise ConfigError(f"run={name!r} is for {expected} px, its images {size} px.")
+        module.to(device)
+        if (mean, std) == (self.mean, self.std):
+            return module
+        return lambda x: module(normalise(self.pixels(x), mean, std))
+
+    def witness(self, name: str | None = None) -> str:
+        """The run that judges identity, never the attacked one: `name`, else the newest other.
+
+        Those come first that no adversary taught to see past its changes, then those of another
+        seed (the same one begins with the same weights). `untrained` where there is no other.
+
+        Raises:
+            RunError: there is no such run. ConfigError: it is the attacked encoder.
+        """
+        if name is None:
+            others = [run for run in _encoders(self.run) if run.reference != self.attacked]
+            untrained = self.attacked == UNTRAINED
+            seed = None if untrained else runs.get("ssl", self.attacked).config.seed
+            others.sort(key=lambda run: (run.config.adversary != "none", run.config.seed == seed))
+            return others[0].reference if others else UNTRAINED
+        if name != UNTRAINED:
+            reference = runs.get("ssl", name).reference
+            if reference == self.attacked:
+                raise ConfigError(
+                    f"witness={name!r} is the encoder that is attacked: name another."
+                )
+            return reference
+        return name
 
 
-def open_pictures(config: DecomposeConfig) -> Pictures:
-    """The images that `config` chooses, and the VAE that splits them.
+class Witness:
+    """A frozen encoder that was not attacked and looks for each image of a scene.
+
+    Args:
+        name: as `Scene.witness` gives it.
+        candidates: (M, 3, size, size) that it looks among, the i-th of the scene's i-th image.
+    """
+
+    def __init__(self, scene: Scene, name: str, candidates: Tensor) -> None:
+        self.name, self.embed = name, scene.encoder(name, "backbone", seed=1)
+        self.candidates = self.features(candidates)
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """(N, D) on the CPU, of normalised images."""
+        return torch.cat([self.embed(part).float().cpu() for part in x.split(BATCH)])
+
+    def retention(self, x: Tensor) -> Retention:
+        """How well it finds the scene's images from x (N, 3, size, size), made from them."""
+        return retention(self.features(x), self.candidates)
+
+    def cosines(self, x: Tensor, features: Tensor) -> Tensor:
+        """Cosines (N, M) between images x (N, 3, size, size) and features (M, D)."""
+        return F.normalize(self.features(x), dim=1) @ F.normalize(features, dim=1).T
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An attack at one ε: the loss in nats, how far x′ is from x, and what identity is left.
+
+    features: (N, D) of the x′ by the witness.
+    """
+
+    epsilon: float
+    loss_before: float
+    loss_after: float
+    hardness: Hardness
+    kept: Retention
+    features: Tensor
+
+    @cached_property
+    def row(self) -> dict[str, float]:
+        """All numbers by name."""
+        losses = {"loss_before": self.loss_before, "loss_after": self.loss_after}
+        return {"epsilon": self.epsilon, **losses, **self.hardness._asdict(), **self.kept.row()}
+
+
+def read(scene: Scene, witness: Witness, adversary: str, epsilon: float) -> Reading:
+    """The reading of an attack on all images."""
+    images = scene.attack(adversary, epsilon)
+    change, features = scene.hardness(images), witness.features(images)
+    kept = retention(features, witness.candidates)
+    before = scene.loss_before
+    return Reading(epsilon, before, before + change.rise, change, kept, features)
+
+
+def open_scene(
+    config: DecomposeConfig, images: int | None = None, device: torch.device | str = "cpu"
+) -> Scene:
+    """The images that `config` chooses (so many, if `images` is given), the VAE, the encoder.
 
     Raises:
         RunError: there is no finished VAE run. ConfigError: the images are not there.
     """
-    run = runs.get("vae", config.vae)
-    trained, vae = run.config, load_vae(run)
-    assert vae.mean is not None
-    assert vae.std is not None
-    source = config.dataset or trained.dataset
-    data = open_images(source, config.split, trained.size, None)
-    order = _order(config, data)
-    chosen, names = data.images[order], [_name(data, i) for i in order.tolist()]
-    labels = data.labels[order]
+    run, n = runs.get("vae", config.vae), images or config.images
+    size, vae = run.config.size, load_vae(run).to(device)
+    assert vae.mean is not None and vae.std is not None
+    data = open_images(config.dataset or run.config.dataset, config.split, size, None)
+    order = _order(config, data, n)
+    pixels, labels = data.images[order], data.labels[order]
+    names = [_name(data, i) for i in order.tolist()]
     if config.own is not None:
         try:
-            first = decode(config.own, trained.size)
+            own = decode(config.own, size)
         except (OSError, ValueError) as error:
             raise ConfigError(f"own={config.own!r} cannot be read as an image: {error}.") from error
-        chosen, names = torch.cat([first[None], chosen]), ["your own", *names]
+        pixels, names = torch.cat([own[None], pixels]), ["your own", *names]
         labels = torch.cat([torch.tensor([-1]), labels])
-    x = normalise(chosen, vae.mean, vae.std)
-    n, classes = config.images, tuple(data.classes)
-    some = x[:n], tuple(names[:n]), classes, x[n:], labels
-    return Pictures(*some, vae, run, vae.mean, vae.std)
+    x = normalise(pixels, vae.mean, vae.std).to(device)
+    attacked = config.run
+    if attacked is None:
+        fits = _encoders(run)
+        attacked = fits[0].reference if fits else UNTRAINED
+    elif attacked != UNTRAINED:
+        attacked = runs.get("ssl", attacked).reference
+    config = config.model_copy(update={"vae": run.reference, "run": attacked})
+    about = labels, tuple(names[:n]), tuple(data.classes), vae.mean, vae.std
+    return Scene(config, run, vae, x[:n], x[n:], *about)
 
 
-def _order(config: DecomposeConfig, data: ImageSet) -> Tensor:
-    """Indices of the chosen images first, then up to 1,000 others as they come by chance."""
+def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:
+    """Indices of the n chosen images first, then of further ones as they come by chance."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
     if config.only is not None:
         if config.only not in data.classes:
             known = ", ".join(data.classes) or "none"
             raise ConfigError(f"only must be a class of {data.name} ({known}): {config.only!r}.")
-        wanted = data.labels[order] == data.classes.index(config.only)
-        order = torch.cat([order[wanted], order[~wanted]])
+        fits = data.labels[order] == data.classes.index(config.only)
+        order = torch.cat([order[fits], order[~fits]])
     for index in reversed(config.indices):
         if index >= len(data):
             raise ConfigError(f"indices: {index} is beyond the {len(data)} {config.split} images.")
         order = torch.cat([torch.tensor([index]), order[order != index]])
-    if len(order) < config.images:
-        raise ConfigError(f"images={config.images} is more than the {len(order)} of the split.")
-    return order[: config.images + 1000]
+    if len(order) < n:
+        raise ConfigError(f"images={n} is more than the {len(order)} of split={config.split!r}.")
+    return order[: n + POOL]
 
 
 def _name(data: ImageSet, index: int) -> str:
@@ -183,70 +320,13 @@ def _name(data: ImageSet, index: int) -> str:
     return f"{data.classes[label]} {index}" if label >= 0 else str(index)
 
 
-def open_scene(config: DecomposeConfig) -> Scene:
-    """The pictures, and the loss of the encoder that is attacked.
-
-    Raises:
-        RunError: there is no finished VAE run. ConfigError: the encoder is for another size.
-    """
-    shown = open_pictures(config)
-    attacked, embed = attacked_encoder(shown, config.run)
-    settled = config.model_copy(update={"vae": shown.run.reference, "run": attacked})
-    return Scene(**vars(shown), config=settled, loss=against(embed, shown.x))
+def _encoders(vae: Run) -> list[Run]:
+    """Finished SSL runs on the images and of the size of a VAE, newest first."""
+    return runs.find("ssl", dataset=vae.config.dataset, size=vae.config.size)
 
 
-def attacked_encoder(shown: Pictures, run: str | None) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """The encoder that is attacked, as `encoder` gives it: `run`, else the newest on the same
-    images and size, else an untrained one."""
-    found = [] if run else _encoders(shown)
-    return encoder(shown, run or (found[0] if found else UNTRAINED), "projector")
-
-
-def witness(
-    shown: Pictures, attacked: str, run: str | None = None
-) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """The encoder that judges identity, never the attacked one: `run`, else the newest other, those
-    first that no adversary taught to see past its changes, then those of another seed (the same
-    one begins with the same weights), else an untrained one of another seed.
-
-    Raises:
-        ConfigError: `run` is the attacked encoder.
-    """
-    others = [other for other in _encoders(shown) if other.reference != attacked]
-    seed = None if attacked == UNTRAINED else runs.get("ssl", attacked).config.seed
-    others.sort(key=lambda other: (other.config.adversary != "none", other.config.seed == seed))
-    made = encoder(shown, run or (others[0] if others else UNTRAINED), "backbone", seed=1)
-    if made[0] == attacked != UNTRAINED:
-        raise ConfigError(f"witness={run!r} is the encoder that is attacked: name another.")
-    return made
-
-
-def _encoders(shown: Pictures) -> list[Run]:
-    trained = shown.run.config
-    return runs.find("ssl", dataset=trained.dataset, size=trained.size)
-
-
-def encoder(
-    shown: Pictures, run: Run | str, layer: str, seed: int = 0
-) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """A run's frozen encoder, or with `UNTRAINED` a narrow ResNet-18 as it is before training.
-
-    What a configuration calls it, and a function from images in the units of the pictures, on
-    their device, to features (N, D).
-
-    Raises:
-        RunError: there is no such run. ConfigError: the encoder is for another size.
-    """
-    size = shown.run.config.size
-    if run == UNTRAINED:
-        transform = recipe("none", size, shown.mean, shown.std)
-        method = build_method(SSLConfig(size=size, width=16, seed=seed), transform)
-        return UNTRAINED, method.encoder(layer).eval().requires_grad_(False).to(shown.x.device)
-    source = runs.get("ssl", run)
-    module, expected, mean, std = load_encoder(source, layer)
-    if expected != size:
-        raise ConfigError(f"run={source.id!r} is for {expected} px, its images {size} px.")
-    module.to(shown.x.device)
-    if (mean, std) == (shown.mean, shown.std):
-        return source.reference, module
-    return source.reference, lambda x: module(normalise(shown.pixels(x), mean, std))
+def _head(direction: Direction, n: int) -> Direction:
+    """The direction of the first n images."""
+    anchor = direction.anchor
+    G = None if anchor.reconstruction is None else anchor.reconstruction[:n]
+    return Direction(Anchor(anchor.images[:n], anchor.point[:n], G), direction.unit[:n])

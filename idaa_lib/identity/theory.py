@@ -1,7 +1,8 @@
 """How much of an image's identity something still holds, in nats (docs/spec/idaa.md §6).
 
 y says which of N images it is, each as likely: log N nats. Yang et al., ICML 2022, bound I(x′; y)
-by the VAE's loss (Lemma 3.2, Theorem 3.5); here are its terms, and what can be measured instead.
+by the VAE's loss (Lemma 3.2, Theorem 3.5). Here are the terms of that bound, and what can be
+measured instead.
 
 Of a latent z ~ q(z|x_i) the information I(z; y) follows from the posteriors alone. Images determine
 y as soon as no two are alike, so of x, G(x), R(x) and x′ the question is another: how much can an
@@ -16,8 +17,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
+
+from idaa_lib.evaluate.metrics import bootstrap_interval
 
 # --- information in the latent ------------------------------------------------------------------
 
@@ -46,7 +50,7 @@ def log_densities(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def sample(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One z ~ N(μ_i, σ_i²) of each posterior, (N, m), the noise drawn on the CPU."""
+    """One z ~ N(μ_i, σ_i²) of each posterior, (N, m); the noise comes from the CPU."""
     noise = torch.randn(mu.shape, generator=generator, dtype=torch.float64)
     return mu + (0.5 * logvar).exp() * noise.to(mu)
 
@@ -64,25 +68,18 @@ def information(
     p(j|z) ∝ q_j(z): the same expectation, a smaller variance, and never outside [0, log N].
 
     Args:
-        draws: samples of each posterior. chunk: at most chunk² densities are held at a time.
+        draws: samples of each posterior. chunk: how many z are looked at together.
     """
     mu, logvar = mu.double(), logvar.double()
-    n, found = len(mu), []
+    n, values = len(mu), []
     for _ in range(draws):
         for z in sample(mu, logvar, generator).split(chunk):
-            total = z.new_full((len(z),), -math.inf)  # log Σ_j q_j(z) so far
-            mean = z.new_zeros(len(z))  # of log q_j(z) under p(j|z) so far
-            for mu_j, logvar_j in zip(mu.split(chunk), logvar.split(chunk), strict=True):
-                log_q = log_densities(z, mu_j, logvar_j)
-                part = log_q.logsumexp(1)
-                whole = torch.logaddexp(total, part)
-                mean_part = (log_q.softmax(1) * log_q).sum(1)
-                mean = (total - whole).exp() * mean + (part - whole).exp() * mean_part
-                total = whole
-            found.append(mean - total + math.log(n))
-    values = torch.cat(found).clamp(0, math.log(n))  # beyond by rounding alone
-    error = values.std(unbiased=False).item() / math.sqrt(len(values))
-    return Information(values.mean().item(), error)
+            log_q = log_densities(z, mu, logvar)  # (chunk, N)
+            mean = (log_q.softmax(1) * log_q).sum(1)
+            values.append(mean - log_q.logsumexp(1) + math.log(n))
+    gains = torch.cat(values).clamp(0, math.log(n))  # beyond by rounding alone
+    error = gains.std(unbiased=False).item() / math.sqrt(len(gains))
+    return Information(gains.mean().item(), error)
 
 
 def batch_bounds(
@@ -90,9 +87,9 @@ def batch_bounds(
 ) -> BatchBounds:
     """Bounds on I(z; y) from random batches of K = `size` posteriors (spec §6.3).
 
-    Lower: mean log q_i(z_i) / ((1/K) Σ_j q_j(z_i)), at most log K; upper: its own q_i left out of
-    the mean (Poole et al. 2019, arXiv:1905.06922, §2). Images beyond the last full batch are not
-    used.
+    Lower: mean log q_i(z_i) / ((1/K) Σ_j q_j(z_i)), at most log K. Upper: the same, its own q_i
+    left out of the mean (Poole et al. 2019, arXiv:1905.06922, §2). Images beyond the last full
+    batch are not used.
 
     Raises:
         ValueError: K is not within 2…N.
@@ -122,9 +119,9 @@ def distortion(mse: float, size: int, step: Sequence[float] | None = None) -> fl
     z. Of continuous pixels it may be negative, and only differences between VAEs mean something.
 
     Args:
-        step: width of a pixel's values per channel, in units of x (1/(255·std)). Then it is of the
-            discrete pixels: their code length with uniform noise within their cells, which is at
-            least −E log of the cells' probability, and never negative.
+        step: width of a pixel's values per channel, in units of x (1/(255·std)). With it the result
+            is of the discrete pixels: their code length with uniform noise within their cells. It
+            is at least −E log of the cells' probability, and never negative.
     """
     if step is None:
         return 1.5 * size**2 * (1 + math.log(2 * math.pi * mse))
@@ -180,20 +177,6 @@ class Bound:
         """No information is negative: a bound of 0 or less says nothing."""
         return self.nats <= 0
 
-    @property
-    def statement(self) -> str:
-        most = f"log N = {math.log(self.n):.2f} nats"
-        if not self.vacuous:
-            return (
-                f"Theorem 3.5 leaves x′ at least {self.nats:.2f} of {most}, for a small enough δ "
-                f"(how small, it does not say)."
-            )
-        return (
-            f"Theorem 3.5 is vacuous here: it says I(x′; y) ≥ {self.nats:,.0f} nats, which holds "
-            f"of anything (the most is {most}); whatever β were, it could not exceed "
-            f"log N − rate = {self.limit:,.1f} nats."
-        )
-
 
 # --- identity that an observer can use ----------------------------------------------------------
 
@@ -208,10 +191,13 @@ class Retention:
     ranks: (n,) int64, place of the own image among N candidates, 1 is first; of equals it counts
     as the last, so an encoder that sees nothing finds nothing. gains: (n,) nats, each query's
     log N + log softmax_j(cos/τ) of its own image, τ being the best of the queries' other half.
+    own, nearest: (n,) cosines to the own image and to the nearest other.
     """
 
     ranks: Tensor
     gains: Tensor
+    own: Tensor
+    nearest: Tensor
     n: int
 
     @property
@@ -239,27 +225,36 @@ class Retention:
         """Fano's lower bound on I(v; y) in nats, from retrieval@1 alone."""
         return fano(1 - self.retrieved / 100, self.n)
 
+    def row(self) -> dict[str, float]:
+        """All figures by name, those over images with their 95 % intervals."""
+        _, low, high = bootstrap_interval(self.hits)
+        _, infonce_low, infonce_high = bootstrap_interval(self.gains)
+        return {
+            "retrieved": self.retrieved, "low": low, "high": high, "mrr": self.mrr,
+            "infonce": self.infonce, "infonce_low": infonce_low, "infonce_high": infonce_high,
+            "fano": self.fano, "rank": self.ranks.double().mean().item(),
+            "own": self.own.mean().item(), "nearest": self.nearest.mean().item(), "n": self.n,
+        }  # fmt: skip
+
     def among(self, k: int) -> float:
         """retrieval@1 in percent among k candidates: the own image and k − 1 random others.
 
-        Exact, without a draw: the own image comes first if none of the rank − 1 better ones is
-        among them, C(N − rank, k − 1) / C(N − 1, k − 1).
+        Exact, without a draw: the own image comes first if none of the rank − 1 better ones of the
+        N − 1 others is among the k − 1.
 
         Raises:
             ValueError: k is not within 1…N.
         """
         if not 1 <= k <= self.n:
             raise ValueError(f"k must be from 1 to {self.n} candidates, and is {k}.")
-        n, r = float(self.n), self.ranks.double()
-        log = _log_choose(n - r, k - 1) - _log_choose(torch.full_like(r, n - 1), k - 1)
-        return 100 * log.exp().mean().item()
+        better = (self.ranks - 1).numpy()
+        return 100 * float(stats.hypergeom.pmf(0, self.n - 1, better, k - 1).mean())
 
 
-def retention(queries: Tensor, candidates: Tensor, chunk: int = 1000) -> Retention:
+def retention(queries: Tensor, candidates: Tensor) -> Retention:
     """How well features (n, D) of images v_i find those of x_i, the i-th of (N, D), by cosine.
 
-    I(v; y) ≥ log N + E log p(y|v) for any p (Barber & Agakov); here it is a softmax of cosines, and
-    candidates are other views of the same images, so that pixels alone do not tell.
+    I(v; y) ≥ log N + E log p(y|v) for any p (Barber & Agakov); here it is a softmax of cosines.
 
     Raises:
         ValueError: there are fewer candidates than queries, or fewer than 2.
@@ -267,26 +262,21 @@ def retention(queries: Tensor, candidates: Tensor, chunk: int = 1000) -> Retenti
     n, count = len(queries), len(candidates)
     if not 1 <= n <= count or count < 2:
         raise ValueError(f"{n} queries need as many candidates, 2 at least, not {count}.")
-    taus = torch.tensor(TEMPERATURES, dtype=torch.float64, device=queries.device)
-    pool = F.normalize(candidates.double(), dim=1)
-    ranks, gains, done = [], [], 0
-    for part in F.normalize(queries.double(), dim=1).split(chunk):
-        cosine = part @ pool.T  # (chunk, N)
-        own = cosine[torch.arange(len(part)), done + torch.arange(len(part))]
-        done += len(part)
-        # Equal features may differ in the last bits of a matrix product.
-        ranks.append((cosine >= own[:, None] - 1e-9).sum(1))
-        gains.append(
-            torch.stack([own / tau - (cosine / tau).logsumexp(1) for tau in taus]) + math.log(count)
-        )
-    at = torch.cat(gains, 1)  # (temperatures, n)
-    halves = torch.arange(n, device=at.device) % 2 == 0
-    chosen = torch.empty_like(at[0])
+    a, b = (F.normalize(part.double().cpu(), dim=1) for part in (queries, candidates))
+    cosine = a @ b.T  # (n, N)
+    own = cosine.diagonal().clone()
+    # Equal features may differ in the last bits of a matrix product.
+    ranks = (cosine >= own[:, None] - 1e-9).sum(1)
+    gains = torch.stack([own / tau - (cosine / tau).logsumexp(1) for tau in TEMPERATURES])
+    gains += math.log(count)  # (temperatures, n)
+    halves = torch.arange(n) % 2 == 0
+    chosen = torch.empty_like(own)
     for half, other in ((halves, ~halves), (~halves, halves)):
         # A single query has no other half: it is judged at the τ that says nothing.
-        best = at[:, other].mean(1).argmax() if other.any() else len(taus) - 1
-        chosen[half] = at[best, half]
-    return Retention(torch.cat(ranks).cpu(), chosen.cpu(), count)
+        best = gains[:, other].mean(1).argmax() if other.any() else -1
+        chosen[half] = gains[best, half]
+    nearest = cosine.fill_diagonal_(-torch.inf).amax(1)
+    return Retention(ranks, chosen, own, nearest, count)
 
 
 def fano(error: float, n: int) -> float:
@@ -294,8 +284,7 @@ def fano(error: float, n: int) -> float:
 
     (1 − e) log n − h(e), h the binary entropy; 0 where that is negative.
     """
-    e = torch.tensor([error, 1 - error], dtype=torch.float64)
-    return max(0.0, (1 - error) * math.log(n) - torch.special.entr(e).sum().item())
+    return max(0.0, (1 - error) * math.log(n) - float(stats.entropy([error, 1 - error])))
 
 
 class Hardness(NamedTuple):
@@ -322,10 +311,3 @@ def hardness(
         change.norm(dim=1).mean().item(),
         change.abs().amax(1).mean().item(),
     )
-
-
-def _log_choose(n: Tensor, k: int) -> Tensor:
-    """log C(n, k), −∞ where k > n."""
-    inside = (n - k + 1).clamp_min(1).lgamma()
-    value = (n + 1).lgamma() - math.lgamma(k + 1) - inside
-    return value.where(n >= k, torch.full_like(value, -math.inf))

@@ -2,19 +2,17 @@
 
 Where another ε costs one decode, the picture is drawn in the slider's own callback, and moves that
 arrive meanwhile collapse into the latest, as ipywidgets coalesces them. All else happens in the
-background, most urgent first: other images or networks, attacks of several steps, the meters, the
-curves over ε; each gives way to the next move.
+background, most urgent first: other images or networks, attacks of several steps, the meters, what
+is folded away, the curves over ε; each gives way to the next move.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import html
 import math
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from idaa_lib.data.sources import NAMES as DATASETS
 from idaa_lib.identity.scene import ADVERSARIES, UNTRAINED
 from idaa_lib.lab import pictures
 from idaa_lib.lab.background import Background
-from idaa_lib.lab.engine import STRIP, Engine, Meters
+from idaa_lib.lab.engine import MOVING, STILL, STRIP, STRIP_NAMES, Engine
 from idaa_lib.lab.grid import STYLE, Grid
 from idaa_lib.lab.guard import guarded
 from idaa_lib.lab.style import COLOURS, NAMES, svg
@@ -36,12 +34,35 @@ from idaa_lib.lab.walk import WalkPanel
 from idaa_lib.runs import Run, RunError
 
 EQUAL_EPSILON, EQUAL_HARDNESS = "equal ε", "equal hardness"
-SPECTRA = 1  # the place of the spectra among what is folded away, after the strip
+FAIRNESS = {
+    EQUAL_EPSILON: "each attack at the slider's ε",
+    EQUAL_HARDNESS: "CLAE and random sign at the ε that makes them as hard as IDAA's",
+}
+FOLDS = ("One image over ε", "Spectra", "Walk in the latent: what is identity?")
+METERS = {
+    "x′ still finds its x": "{retrieved:.0f} % of {images} images, mean rank {rank:.1f} of {n} "
+    "candidates",
+    "cosine to its x · to the nearest other": "{own:.3f} · {nearest:.3f}",
+    "‖x′ − x‖₂ · ‖x′ − x‖∞ (normalised)": "{l2:.2f} · {linf:.2f}",
+    "contrastive loss at x → at x′ (nats)": "{loss_before:.3f} → {loss_after:.3f}",
+    "judged by": "{witness}",
+    "attacked": "{attacked}",
+}
 _OVER = """<style>
 .idaa-over { position: relative; width: fit-content; margin-left: 20px }
 .idaa-over .widget-html { margin: 0 }
 .idaa-marker { position: absolute; inset: 0; pointer-events: none }
 </style>"""
+
+
+def _control(name: str, kind: type[widgets.Widget], width: int = 0, **options: Any) -> Any:
+    """A widget of CSS class `idaa-<name>`; with a width (pixels), its label has a column."""
+    if width:
+        style = {"description_width": "80px"}
+        options |= {"layout": widgets.Layout(width=f"{width}px"), "style": style}
+    control = kind(**options)
+    control.add_class(f"idaa-{name}")
+    return control
 
 
 class Explorer:
@@ -54,13 +75,13 @@ class Explorer:
     def __init__(self, config: DecomposeConfig) -> None:
         self.config = config
         self.engine: Engine | None = None  # None until a VAE was found
-        self.status = widgets.HTML()
-        self.status.add_class("idaa-status")
+        self.own = config.own
+        self.status = _control("status", widgets.HTML)
         self._guard = guarded(self.status)
         self._offering = 0  # the thread that sets choices now: those are no requests
-        self._shown = (ADVERSARIES[0], config.epsilon)
+        self._attack = (ADVERSARIES[0], config.epsilon)  # what the picture shows
         self._panels: tuple[Any, ...] = ()  # of the curves over ε: box in the figure, limits of ε
-        self._background = Background("load", "paint", "meters", "aside", "curves")
+        self._background = Background("load", "paint", "meters", "fold", "curves")
         self._make_controls()
         self._make_displays()
         self._guard(self._load)()
@@ -73,68 +94,62 @@ class Explorer:
     # --- widgets ------------------------------------------------------------------------------
 
     def _make_controls(self) -> None:
-        config, wide = self.config, widgets.Layout(width="440px")
-        narrow = widgets.Layout(width="215px")
-        label = {"description_width": "80px"}
-        self.epsilon = widgets.FloatLogSlider(
-            value=config.epsilon, min=-3, max=1, step=0.02, description="ε", readout_format=".3g",
-            layout=wide, style=label,
+        config, number = self.config, widgets.BoundedIntText
+        late = {"continuous_update": False}
+        self.epsilon = _control(
+            "epsilon", widgets.FloatLogSlider, 440, description="ε", value=config.epsilon,
+            min=-3, max=1, step=0.02, readout_format=".3g",
         )  # fmt: skip
-        self.adversary = widgets.ToggleButtons(
-            options=[(NAMES[a], a) for a in ADVERSARIES], style={"button_width": "104px"}
+        names = [(NAMES[adversary], adversary) for adversary in ADVERSARIES]
+        self.adversary = _control(
+            "adversary", widgets.ToggleButtons, options=names, style={"button_width": "104px"}
         )
-        self.fairness = widgets.ToggleButtons(
-            options=[EQUAL_EPSILON, EQUAL_HARDNESS], style={"button_width": "126px"},
-            tooltips=["each attack at the slider's ε",
-                      "CLAE and random sign at the ε that makes them as hard as IDAA's"],
+        self.fairness = _control(
+            "fairness", widgets.ToggleButtons, options=list(FAIRNESS),
+            tooltips=list(FAIRNESS.values()), style={"button_width": "126px"},
         )  # fmt: skip
-        self.vae = widgets.Dropdown(description="VAE", layout=wide, style=label)
-        self.encoder = widgets.Dropdown(description="attacked", layout=wide, style=label)
-        self.dataset = widgets.Combobox(
-            value=config.dataset or "", placeholder="the VAE's own", options=DATASETS,
-            description="images of", continuous_update=False, layout=narrow, style=label,
+        self.vae = _control("vae", widgets.Dropdown, 440, description="VAE")
+        self.encoder = _control("encoder", widgets.Dropdown, 440, description="attacked")
+        self.dataset = _control(
+            "dataset", widgets.Combobox, 215, description="images of", options=DATASETS,
+            value=config.dataset or "", placeholder="the VAE's own", **late,
         )  # fmt: skip
-        self.only = widgets.Dropdown(description="class", layout=narrow, style=label)
-        self.indices = widgets.Text(
-            value=", ".join(map(str, config.indices)), placeholder="such as 3, 17",
-            description="indices", continuous_update=False, layout=narrow, style=label,
+        self.only = _control("only", widgets.Dropdown, 215, description="class")
+        self.indices = _control(
+            "indices", widgets.Text, 215, description="indices", placeholder="such as 3, 17",
+            value=", ".join(map(str, config.indices)), **late,
         )  # fmt: skip
-        number = dict(layout=widgets.Layout(width="160px"), style=label, continuous_update=False)
-        self.seed = widgets.BoundedIntText(config.seed, 0, 10**6, description="seed", **number)
-        self.images = widgets.BoundedIntText(config.images, 2, 256, description="images", **number)
-        self.steps = widgets.BoundedIntText(config.steps, 1, 100, description="steps", **number)
-        self.norm = widgets.Dropdown(
-            options=[("ℓ∞", "linf"), ("ℓ2", "l2")], value=config.norm, description="norm",
-            layout=widgets.Layout(width="160px"), style=label,
+        self.seed, self.images, self.steps = (
+            _control(
+                name, number, 160, description=name, min=low, max=high,
+                value=getattr(config, name), **late,
+            )
+            for name, low, high in (("seed", 0, 10**6), ("images", 2, 256), ("steps", 1, 100))
         )  # fmt: skip
-        self.upload = widgets.FileUpload(accept="image/*", description="your image")
-        self.forget = widgets.Button(description="remove your image")
-        self.keep = widgets.Button(description="Save", icon="save", tooltip="figures and code")
-        for name in ("epsilon", "adversary", "fairness", "vae", "encoder", "dataset", "only",
-                     "indices", "seed", "images", "steps", "norm", "upload", "forget",
-                     "keep"):  # fmt: skip
-            getattr(self, name).add_class(f"idaa-{name}")
-        self.own = config.own
+        self.norm = _control(
+            "norm", widgets.Dropdown, 160, description="norm", value=config.norm,
+            options=[("ℓ∞", "linf"), ("ℓ2", "l2")],
+        )  # fmt: skip
+        self.upload = _control(
+            "upload", widgets.FileUpload, accept="image/*", description="your image"
+        )
+        self.forget = _control("forget", widgets.Button, description="remove your image")
+        tip = "figures and code"
+        self.keep = _control("keep", widgets.Button, description="Save", icon="save", tooltip=tip)
+        self.chosen = _control("chosen", number, value=0, min=0, max=0, description="image")
 
     def _make_displays(self) -> None:
-        self.still = Grid(Engine.STILL, "idaa-still")
-        self.picture = Grid(Engine.MOVING, "idaa-picture")
-        self.meters = widgets.HTML()
-        self.curves, self.marker = widgets.HTML(), widgets.HTML()
+        self.still, self.picture = Grid(STILL, "idaa-still"), Grid(MOVING, "idaa-picture")
         self.strip = Grid([f"{NAMES[a]} x′" for a in ADVERSARIES], "idaa-strip")
-        self.chosen = widgets.BoundedIntText(0, 0, 0, description="image")
-        self.spectra = widgets.HTML()
-        for name in ("meters", "curves", "marker", "spectra", "chosen"):
-            getattr(self, name).add_class(f"idaa-{name}")
+        self.meters, self.curves, self.marker, self.spectra = (
+            _control(name, widgets.HTML) for name in ("meters", "curves", "marker", "spectra")
+        )
         self.walk = WalkPanel(self._background, self._guard)
         # The marker lies over the curves: moving it redraws nothing.
         over = widgets.Box([self.curves, self.marker], layout=widgets.Layout(overflow="visible"))
         over.add_class("idaa-over")
-        self.asides = widgets.Accordion(
-            [widgets.VBox([self.chosen, self.strip]), self.spectra, self.walk.ui],
-            titles=("One image over ε", "Spectra", "Walk in the latent: what is identity?"),
-            selected_index=None,
-        )
+        folded = widgets.VBox([self.chosen, self.strip]), self.spectra, self.walk.ui
+        self.folds = widgets.Accordion(folded, titles=FOLDS, selected_index=None)
         lines = (
             [self.vae, self.encoder],
             [self.dataset, self.only, self.indices, self.seed],
@@ -142,31 +157,25 @@ class Explorer:
             [self.epsilon, self.adversary, self.fairness],
         )
         wrapped = widgets.Layout(flex_flow="row wrap")
-        self.ui = widgets.VBox(
-            [
-                *(widgets.HBox(line, layout=wrapped) for line in lines),
-                self.status,
-                widgets.VBox([self.still, self.picture]),
-                self.meters,
-                over,
-                self.asides,
-            ]
-        )
-        self.ui.add_class("idaa-explorer")
+        controls = [widgets.HBox(line, layout=wrapped) for line in lines]
+        shown = self.status, self.still, self.picture, self.meters, over, self.folds
+        self.ui = _control("explorer", widgets.VBox, children=[*controls, *shown])
 
     def _listen(self) -> None:
         """From now on controls act: what the first load set in them was no request."""
-        redraw = self._guard(lambda _: self._draw())
-        for control in (self.epsilon, self.adversary, self.fairness):
-            control.observe(redraw, "value")
-        for control in (self.vae, self.encoder, self.dataset, self.only, self.indices, self.seed,
-                        self.images, self.steps, self.norm):  # fmt: skip
-            control.observe(self._guard(lambda _: self._reload()), "value")
-        self.upload.observe(self._guard(self._uploaded), "value")
+        reload = (self.vae, self.encoder, self.dataset, self.only, self.indices, self.seed,
+                  self.images, self.steps, self.norm)  # fmt: skip
+        for controls, trait, act in (
+            ((self.epsilon, self.adversary, self.fairness), "value", lambda _: self._draw()),
+            (reload, "value", lambda _: self._reload()),
+            ((self.upload,), "value", self._upload),
+            ((self.folds,), "selected_index", lambda _: self._unfold()),
+            ((self.chosen,), "value", lambda _: self._unfold()),
+        ):
+            for control in controls:
+                control.observe(self._guard(act), trait)
         self.forget.on_click(self._guard(lambda _: self._take(None)))
         self.keep.on_click(self._guard(lambda _: self._save()))
-        for control, trait in ((self.asides, "selected_index"), (self.chosen, "value")):
-            control.observe(self._guard(lambda _: self._ask_aside()), trait)
 
     def show(self) -> None:
         display(HTML(STYLE + _OVER), self.ui)
@@ -178,67 +187,65 @@ class Explorer:
             return
         self.status.value = "recomputing …"
         self._background.disturb()
-        self._background.ask("load", self._guard(self._load))
+        self._background.request("load", self._guard(self._load))
 
-    def _wanted(self) -> DecomposeConfig:
-        """What the controls ask for.
+    def _request(self) -> DecomposeConfig:
+        """The configuration that the controls describe.
 
         Raises:
             ConfigError: indices that are no numbers, …
         """
-        asked = dict(
-            vae=self.vae.value, run=self.encoder.value, dataset=self.dataset.value.strip() or None,
-            only=self.only.value or None, indices=self.indices.value, own=self.own,
-            seed=self.seed.value, images=self.images.value, steps=self.steps.value,
-            norm=self.norm.value,
-        )  # fmt: skip
-        return DecomposeConfig(**dict(self.config) | asked)
+        fields = {name: getattr(self, name).value for name in
+                  ("vae", "indices", "seed", "images", "steps", "norm")}  # fmt: skip
+        fields |= dict(run=self.encoder.value, own=self.own, only=self.only.value or None)
+        fields["dataset"] = self.dataset.value.strip() or None
+        return DecomposeConfig(**dict(self.config) | fields)
 
     def _load(self) -> None:
         """Another engine: the direction of its attack is computed once."""
-        engine = Engine(self.config if self.engine is None else self._wanted())
+        engine = Engine(self.config if self.engine is None else self._request())
         still = engine.still()
-        engine.scene.direction("idaa")
+        engine.scene.directions("idaa")
         columns, size = engine.columns, engine.scene.x.shape[-1]
         self.engine = engine
         self._offer(engine)
-        self.still.shape(columns, size, engine.scene.names)
-        self.picture.shape(columns, size)
-        self.strip.shape(len(STRIP), size, [f"ε = {e:.2g}" for e in STRIP])
+        self.still.resize(columns, size, engine.scene.names)
+        self.picture.resize(columns, size)
+        self.strip.resize(len(STRIP), size, STRIP_NAMES)
         self.chosen.max = columns - 1
         self.forget.layout.display = None if self.own else "none"
-        self.still.show(still)
+        self.still.show(still.values())
         self.walk.open(engine)
         self.curves.value, self._panels = "<i>The curves over ε are being read …</i>", ()
         self._draw()
-        self._ask_aside()
-        self._background.ask("curves", self._guard(lambda: self._advance(engine)))
+        self._unfold()
+        self._background.request("curves", self._guard(lambda: self._advance(engine)))
 
     def _offer(self, engine: Engine) -> None:
         """The choices that fit, with the engine's own chosen."""
-        shown = engine.scene
-        vaes = {run.reference: _vae_name(run) for run in (*runs.find("vae"), shown.run)}
-        size = shown.run.config.size
-        encoders = {run.reference: _ssl_name(run) for run in runs.find("ssl", size=size)}
+        scene = engine.scene
+        vaes = {run.reference: _vae_name(run) for run in (*runs.find("vae"), scene.run)}
+        fits = runs.find("ssl", size=scene.run.config.size)
+        encoders = {scene.attacked: scene.attacked} | {r.reference: _ssl_name(r) for r in fits}
         encoders |= {UNTRAINED: "a ResNet-18 before training"}
-        classes = {"": "all classes"} | {name: name for name in shown.classes}
+        classes = {"": "all classes"} | {name: name for name in scene.classes}
         self._offering = threading.get_ident()
         try:
             for control, choices, value in (
-                (self.vae, vaes, shown.run.reference),
-                (self.encoder, {shown.attacked: shown.attacked} | encoders, shown.attacked),
-                (self.only, classes, shown.config.only or ""),
+                (self.vae, vaes, scene.run.reference),
+                (self.encoder, encoders, scene.attacked),
+                (self.only, classes, scene.config.only or ""),
             ):
                 control.options = [(name, key) for key, name in choices.items()]
                 control.value = value
         finally:
             self._offering = 0
 
-    def _uploaded(self, change: Any) -> None:
+    def _upload(self, change: Any) -> None:
         """An image of the user's own becomes the first; kept, so that code can find it again."""
-        (file,) = change["new"][:1] or [None]
-        if file is None:
+        if not change["new"]:
             return
+        file = change["new"][0]
         content = bytes(file["content"])
         name = hashlib.sha256(content).hexdigest()[:12] + Path(file["name"]).suffix
         folder = runs.outputs_root() / "explorer" / "uploads"
@@ -254,63 +261,68 @@ class Explorer:
     # --- a move -------------------------------------------------------------------------------
 
     def _draw(self) -> None:
-        engine, adversary = self.engine, self.adversary.value
-        if engine is None:
+        if (engine := self.engine) is None:
             return
+        adversary = self.adversary.value
         self._background.disturb()
-        epsilon, told = self._strength(engine, adversary, self.epsilon.value)
+        epsilon, title = self._strength(engine, adversary, self.epsilon.value)
         if epsilon is None:
-            self.status.value = told
+            self.status.value = title
             return  # the last point of the curves draws
-        self._shown = adversary, epsilon
+        self._attack = adversary, epsilon
         self.status.value = ""
         self._mark()
 
         def paint() -> None:
-            with _few_threads(engine.scene.x.shape[-1]):
-                self.picture.show(engine.moving(adversary, epsilon))
+            # A decode of small images takes some 10 ms. A team of threads that slept, or shares its
+            # cores with the background's, is woken late: on 2 cores the median of a move is the
+            # same with one thread, and its 95th percentile half.
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1 if engine.scene.x.shape[-1] <= 48 else threads)
+            try:
+                self.picture.show(engine.moving(adversary, epsilon).values())
+            finally:
+                torch.set_num_threads(threads)
             self.status.value = ""
 
         def measure() -> None:
-            measured = engine.meters(adversary, epsilon)
+            row = engine.meters(adversary, epsilon)
             if engine is self.engine:
-                self.meters.value = table(measured, engine, adversary, told)
+                self.meters.value = table(row, engine, adversary, title)
 
         if engine.scene.live(adversary):
             paint()
         else:
             self.status.value = f"attacking in {self.steps.value} steps …"
-            self._background.ask("paint", self._guard(paint))
-        self._background.ask("meters", self._guard(measure))
-        if self.asides.selected_index == SPECTRA:
-            self._ask_aside()
+            self._background.request("paint", self._guard(paint))
+        self._background.request("meters", self._guard(measure))
+        if self.folds.selected_index == 1:  # the spectra
+            self._unfold()
 
-    def _strength(self, engine: Engine, adversary: str, asked: float) -> tuple[float | None, str]:
-        """The ε to attack with, and how it is told; None while that is not known."""
+    def _strength(self, engine: Engine, adversary: str, idaa: float) -> tuple[float | None, str]:
+        """The ε to attack with where IDAA has ε = `idaa`, and a title; None: it is not read yet."""
         name = NAMES[adversary]
         if self.fairness.value == EQUAL_EPSILON or adversary == "idaa":
-            return asked, f"{name}, ε = {asked:.3g}"
+            return idaa, f"{name}, ε = {idaa:.3g}"
         if not engine.complete:
             return None, "reading how hard each attack is over ε …"
-        epsilon = engine.as_hard(adversary, asked)
-        if epsilon is not None:
-            return epsilon, f"{name}, ε = {epsilon:.3g}: as hard as IDAA at {asked:.3g}"
-        hardest = max(engine.curves[adversary], key=lambda point: point.loss_after).epsilon
-        told = f"{name}, ε = {hardest:.3g}: its hardest, not as hard as IDAA at {asked:.3g}"
-        return hardest, told
+        if (epsilon := engine.as_hard(adversary, idaa)) is not None:
+            return epsilon, f"{name}, ε = {epsilon:.3g}: as hard as IDAA at {idaa:.3g}"
+        hardest = max(engine.curves[adversary], key=lambda row: row["loss_after"])["epsilon"]
+        return hardest, f"{name}, ε = {hardest:.3g}: its hardest, not as hard as IDAA at {idaa:.3g}"
 
     def _mark(self) -> None:
-        """A line at the present ε over the curves."""
-        adversary, epsilon = self._shown
+        """Draw a line at the present ε over the curves."""
+        adversary, epsilon = self._attack
         lines = []
-        for box, (low, high) in self._panels:
-            share = (math.log(epsilon) - math.log(low)) / (math.log(high) - math.log(low))
+        for box, (low, high) in self._panels if epsilon > 0 else ():
+            share = math.log(epsilon / low) / math.log(high / low)
             lines.append(
                 f'<div style="position:absolute;left:{100 * (box.x0 + share * box.width):.2f}%;'
                 f"bottom:{100 * box.y0:.2f}%;height:{100 * box.height:.2f}%;"
                 f'border-left:2px solid {COLOURS[adversary]}"></div>'
             )
-        self.marker.value = "".join(lines) if epsilon > 0 else ""
+        self.marker.value = "".join(lines)
 
     def _advance(self, engine: Engine) -> bool:
         """One further point of the curves; drawn when they are coarse, finer, whole."""
@@ -328,86 +340,53 @@ class Explorer:
             self._draw()
         return more
 
-    def _ask_aside(self) -> None:
-        """What is folded away costs nothing until it is opened."""
-        engine, which = self.engine, self.asides.selected_index
-        if engine is None or which is None:
+    def _unfold(self) -> None:
+        """Draw what is open below; what is folded away costs nothing."""
+        engine, fold = self.engine, self.folds.selected_index
+        if engine is None or fold is None:
             return
 
         def work() -> None:
-            if which < SPECTRA:
+            if fold == 0:
                 self.strip.show(engine.strip(self.chosen.value).values())
-            elif which == SPECTRA:
-                self.spectra.value = svg(pictures.spectra(engine.parts(*self._shown)))
+            elif fold == 1:
+                self.spectra.value = svg(pictures.spectra(engine.parts(*self._attack)))
             else:
                 self.walk.draw()
 
-        self._background.ask("aside", self._guard(work))
-
-    # --- keeping ------------------------------------------------------------------------------
+        self._background.request("fold", self._guard(work))
 
     def _save(self) -> None:
         """Figures, and the code that makes them again, in a folder of their own."""
-        engine = self.engine
-        if engine is None:
+        if (engine := self.engine) is None:
             raise RunError("There is nothing to save yet.")
-        (adversary, epsilon), index = self._shown, self.chosen.value
+        (adversary, epsilon), index, walk = self._attack, self.chosen.value, self.walk.state
         now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
         folder = runs.outputs_root() / "explorer" / f"{now}-{adversary}-epsilon={epsilon:.3g}"
 
         def work() -> None:
-            engine.save(folder, adversary, epsilon, index)
-            code = engine.code(adversary, epsilon, index)
-            if (walk := self.walk.walk) is not None and self.walk.moved.image.value:
-                walk.save(folder, *self.walk.shown)
-                given = ", ".join(map(repr, self.walk.shown))
-                code += (
-                    f"\nfrom idaa_lib.lab.walk import Walk\n\nWalk(engine).save(folder, {given})\n"
-                )
-            (folder / "again.py").write_text(code)
+            engine.save(folder, adversary, epsilon, index, walk)
             self.status.value = f"Saved, with the code that makes it again: {folder}"
 
         self.status.value = "saving …"
-        self._background.ask("aside", self._guard(work))
+        self._background.request("fold", self._guard(work))
 
 
-@contextlib.contextmanager
-def _few_threads(size: int) -> Iterator[None]:
-    """One thread for a decode of small images, which takes some 10 ms.
-
-    A team of threads that slept, or shares its cores with the background's, is woken late: on 2
-    cores the median of a move is the same with one thread, and its 95th percentile half.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if size <= 48 else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def table(measured: Meters, engine: Engine, adversary: str, told: str) -> str:
+def table(row: dict[str, float], engine: Engine, adversary: str, title: str) -> str:
     """The meters as HTML, with who is attacked and who judges."""
-    shown = engine.scene
-    witness, _ = engine.witness
-    nobody = adversary == "random_sign"
-    rows = {
-        "x′ still finds its x": f"{measured.retrieved:.0f} % of {len(shown.x)} images, mean rank "
-        f"{measured.rank:.1f} of {measured.n} candidates",
-        "cosine to its x · to the nearest other": f"{measured.cos_self:.3f} · "
-        f"{measured.cos_other:.3f}",
-        "‖x′ − x‖₂ · ‖x′ − x‖∞ (normalised)": f"{measured.l2:.2f} · {measured.linf:.2f}",
-        "contrastive loss at x → at x′ (nats)": f"{measured.loss_before:.3f} → "
-        f"{measured.loss_after:.3f}",
-        "judged by": "an untrained ResNet-18 of another seed" if witness == UNTRAINED else witness,
-        "attacked": "nobody" if nobody else shown.attacked,
+    judge = engine.witness.name
+    values = row | {
+        "images": len(engine.scene.x),
+        "witness": "an untrained ResNet-18 of another seed" if judge == UNTRAINED else judge,
+        "attacked": "nobody" if adversary == "random_sign" else engine.scene.attacked,
     }
     cells = "".join(
-        f'<tr><td style="padding-right:14px">{k}</td><td>{html.escape(v)}</td></tr>'
-        for k, v in rows.items()
+        f'<tr><td style="padding-right:14px">{name}</td>'
+        f"<td>{html.escape(text.format_map(values))}</td></tr>"
+        for name, text in METERS.items()
     )
     style = "margin:6px 0 0 112px;line-height:1.6"
-    return f'<div style="{style}"><b>{html.escape(told)}</b><table>{cells}</table></div>'
+    return f'<div style="{style}"><b>{html.escape(title)}</b><table>{cells}</table></div>'
 
 
 def _vae_name(run: Run) -> str:

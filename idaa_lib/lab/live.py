@@ -307,7 +307,7 @@ class Panel:
         shape = (rows, width // (size + 1), size)
         if self._shown.get("shape") != shape:
             self._grid = grid.Grid(rows, "idaa-live-samples", form="png")
-            self._grid.shape(*shape[1:])
+            self._grid.resize(*shape[1:])
             self.samples.children = (self._grid,)
         self._grid.image.value = png
         self._shown |= {"png": made, "shape": shape}

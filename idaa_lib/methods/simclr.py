@@ -42,16 +42,3 @@ class SimCLR(Contrastive):
 
     def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
         return epoch_cosine(epochs, steps_per_epoch, delay=11)
-
-
-def against(
-    embed: Callable[[Tensor], Tensor], x: Tensor, temperature: float = 0.5
-) -> Callable[[Tensor], Tensor]:
-    """The loss that an attack on images x (B, 3, H, W) ascends outside training.
-
-    NT-Xent between the embeddings of x, held fixed, and of what stands in its place: SimCLR's own
-    attack loss with the encoder `embed` (images → z (B, D), L2-normalised) as it is.
-    """
-    with torch.no_grad():
-        anchor = embed(x)
-    return lambda candidate: nt_xent(anchor, embed(candidate), temperature)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from idaa_lib.configs import Config, UserError
-from idaa_lib.runs import NOTEBOOKS, Run
+from idaa_lib.runs import Run
 
 
 def asked(config: Config) -> dict[str, Any]:
@@ -30,8 +30,6 @@ def command(run: Run) -> str:
         arguments = ", ".join([repr(imported["path"]), repr(run.config.dataset), *given])
         return shlex.join(["python", "-c", f"import idaa_lib; idaa_lib.import_run({arguments})"])
     fields = asked(run.config)
-    if run.stage == "theory":  # a study of the lab's, which has no command of its own
-        return papermill(NOTEBOOKS[run.stage], fields)
     words = [f"{name}={value}" for name, value in fields.items()]
     return shlex.join(["python", "-m", "idaa_lib.train", run.stage, *words])
 

@@ -17,12 +17,13 @@ from typing import Any
 from idaa_lib.configs import ConfigError, UserError
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
+from idaa_lib.identity import study
 from idaa_lib.runs import CONFIGS, Run, read_json
 from idaa_lib.train import train
 
-# Theory's study is notebook 08's alone: it needs what the lab draws with.
 STAGES: dict[str, Callable[[Any], Run]] = {
     "vae": train, "ssl": train, "semi": train, "eval": evaluate, "transfer": transfer,
+    "theory": study,
 }  # fmt: skip
 
 
