@@ -5,6 +5,7 @@ run = idaa_lib.train_ssl(idaa_lib.SSLConfig(adversary="idaa", epsilon=0.1))
 module, size, mean, std = idaa_lib.load_encoder(run)
 """
 
+from idaa_lib.adversaries import register_adversary
 from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, SSLConfig, VAEConfig
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate import load_encoder, load_vae
@@ -32,6 +33,7 @@ __all__ = [
     "load_encoder",
     "load_official",
     "load_vae",
+    "register_adversary",
     "register_backbone",
     "register_method",
     "train_semi",

@@ -9,32 +9,27 @@ RandomSign: IDAA's perturbation with random signs, the control that no gradient 
 from __future__ import annotations
 
 import inspect
-import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from idaa_lib.configs import UserError
+from idaa_lib import configs
+from idaa_lib.configs.base import NonNegative, Positive, Rate, UserError, register
 from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import VAE, folded
 from idaa_lib.views import denormalise, normalise
 
-_Units = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
+# What is ascended: images (B, 3, H, W) → scalar. One that takes the keyword `at_start` learns from
+# it whether the images are the attacked ones themselves.
+AttackLoss = Callable[..., Tensor]
+Numbers = Mapping[str, Tensor]
 
 
 class AttackError(UserError, ArithmeticError):
     """An attack whose gradient is not finite."""
-
-
-class AttackLoss(Protocol):
-    """What is ascended: images (B, 3, H, W) → scalar.
-
-    One that takes the keyword `at_start` is told when the images are the attacked ones themselves.
-    """
-
-    def __call__(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -47,8 +42,8 @@ class Attack:
 
     images: Tensor
     delta: Tensor
-    z: Tensor | None
-    reconstruction: Tensor | None
+    z: Tensor | None = None
+    reconstruction: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class Anchor:
 
     images: Tensor
     point: Tensor
-    reconstruction: Tensor | None
+    reconstruction: Tensor | None = None
     start: tuple[Tensor, Tensor] | None = None
 
 
@@ -72,94 +67,110 @@ class Direction:
     unit: Tensor
 
 
-class Turn(NamedTuple):
-    """What the call of an attack says besides images and loss: see `_Adversary.__call__`."""
+def register_adversary(name: str) -> Callable[[Any], Any]:
+    """A decorator that makes an adversary available as `adversary=name`.
 
-    generator: torch.Generator | None = None
-    shard: tuple[int, int] = (0, 1)
-
-    def draw(self, sample: Any, like: Tensor) -> Tensor:
-        """This rank's part of a draw for the global batch, made on the CPU whatever the device."""
-        rank, processes = self.shard
-        n = len(like)
-        drawn = sample((processes * n, *like.shape[1:]), generator=self.generator)
-        return drawn[rank * n : (rank + 1) * n].to(like)
+    The class is an `Adversary`; it is built as `cls(**knobs)`, or where it `needs_vae` as
+    `cls(vae, mean=…, std=…, **knobs)`, knobs being the fields of its `Options`.
+    """
+    return register("adversary", name)
 
 
-class NoAdversary:
+class Adversary:
+    """Base of all adversaries: x and an attack loss in, an `Attack` out.
+
+    needs_vae: whether it is given a frozen VAE. recordable: whether a call does nothing but launch
+    work on the device, always the same, so that a CUDA graph can stand for it; a subclass says so
+    itself.
+    """
+
+    class Options(configs.Options):
+        """alpha: weight of the adversarial loss."""
+
+        alpha: NonNegative = 1.0
+
+    needs_vae = False
+    recordable = False
+
+    def __init__(self, **knobs: Any) -> None:
+        self.options: Any = self.Options(**knobs)
+
+    def numbers(self, shape: torch.Size, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """The random numbers of an attack on images (n, 3, H, W), by name, n rows each, on the CPU.
+
+        The loop draws them for the global batch and keeps the rows of its process.
+        """
+        return {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        attack_loss: AttackLoss,
+        generator: torch.Generator | None = None,
+        numbers: Numbers | None = None,
+    ) -> Attack:
+        """Attack images x (B, 3, H, W).
+
+        Args:
+            attack_loss: ascended; differentiated with respect to δ alone, no `.grad` is written.
+            numbers: as `numbers` draws them; None: drawn here, by `generator`.
+        Raises:
+            AttackError: the gradient is not finite.
+        """
+        raise NotImplementedError
+
+    def prepare(self, device: torch.device, compile: bool) -> None:
+        """Move what it holds to the device; with `compile` also what gains by it, which changes
+        rounding and nothing else."""
+
+    def check(self) -> None:
+        """Raise AttackError if a gradient since the last check was not finite (waits for a GPU)."""
+
+
+@register_adversary("none")
+class NoAdversary(Adversary):
     """The baseline without an adversarial term."""
+
+    class Options(configs.Options):
+        pass
 
     recordable = True
 
-    def __call__(self, x: Tensor | None, attack_loss: AttackLoss | None, **_: Any) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return None
 
-    def check(self) -> None:
-        pass
 
-    def compile_parts(self) -> None:
-        pass
-
-
-class _Adversary:
-    """Projected gradient ascent of `steps` steps within ‖δ‖ ≤ ε, shared by all attacks.
+class GradientAscent(Adversary):
+    """Projected gradient ascent within ‖δ‖ ≤ ε, on whatever `anchor` and `render` say.
 
     Args:
-        epsilon: radius, in units of the point that is perturbed. norm: `linf` or `l2` (per sample).
-        steps, step_size: one step of ε by default, as published; several default to 2.5·ε/steps
-            each (Madry et al. 2018, arXiv:1706.06083, §5).
-        random_start: start from a uniform draw of the ball instead of x.
-    Raises:
-        ValueError: a value out of range.
+        epsilon, steps and further knobs: see `Options`.
     """
 
-    def __init__(
-        self,
-        epsilon: float,
-        steps: int = 1,
-        step_size: float | None = None,
-        norm: str = "linf",
-        random_start: bool = False,
-    ) -> None:
-        for name, value, ok in (
-            ("epsilon", epsilon, 0 <= epsilon < math.inf),
-            ("steps", steps, steps >= 1),
-            ("step_size", step_size, step_size is None or step_size > 0),
-        ):
-            if not ok:
-                raise ValueError(f"{name} of an attack cannot be {value}.")
-        if norm not in ("linf", "l2"):
-            raise ValueError(f"norm must be linf or l2, and is {norm!r}.")
-        self.epsilon, self.steps, self.norm, self.random_start = epsilon, steps, norm, random_start
-        default = epsilon if steps == 1 else 2.5 * epsilon / steps
-        self.step_size = default if step_size is None else step_size
-        self._finite: Tensor | None = None
+    class Options(Adversary.Options):
+        """epsilon: radius, in units of the point that is perturbed. norm: per sample.
 
-    @property
-    def recordable(self) -> bool:
-        """Whether it does the same on the device at every call, without a draw on the host."""
-        return not self.random_start
-
-    def compile_parts(self) -> None:
-        """Make faster what gains by it (`compile=True`); changes rounding and nothing else."""
-
-    def check(self) -> None:
-        """Wait for the device, and see whether the gradients since the last check were finite.
-
-        Only the CPU is asked at every attack: a GPU would have to be waited for each time.
-
-        Raises:
-            AttackError: one was not.
+        steps, step_size: one step of ε as published; several default to 2.5·ε/steps each (Madry et
+        al. 2018, arXiv:1706.06083, §5). random_start: from a uniform draw of the ball, not from x.
+        reuse_anchor: the attacked embedding serves as its own anchor where it equals it exactly;
+        False lets the adversarial BatchNorm statistics see a step 3 times, as the official code.
         """
-        if self._finite is None:
-            return
-        finite = bool(self._finite)
-        self._finite.fill_(True)
-        if not finite:
-            raise AttackError(
-                "An attack's gradient was not finite since the last line of the log: the encoder "
-                "diverged, τ is too small, or the VAE is broken."
-            )
+
+        epsilon: NonNegative = 0.1
+        norm: Literal["linf", "l2"] = "linf"
+        steps: Positive = 1
+        step_size: Rate | None = None
+        random_start: bool = False
+        reuse_anchor: bool = True
+
+    def __init__(self, epsilon: float | None = None, steps: int = 1, **knobs: Any) -> None:
+        knobs |= {} if epsilon is None else {"epsilon": epsilon}
+        super().__init__(**knobs | ({} if steps == 1 else {"steps": steps}))
+        self.epsilon, self.norm = self.options.epsilon, self.options.norm
+        self.steps = getattr(self.options, "steps", 1)
+        default = self.epsilon if self.steps == 1 else 2.5 * self.epsilon / self.steps
+        self.step_size = getattr(self.options, "step_size", None) or default
+        self._finite: Tensor | None = None
 
     def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
         """What an attack on x starts from; with `graph` ready for its first gradient."""
@@ -169,46 +180,39 @@ class _Adversary:
         """x′ (B, 3, H, W) at δ, with a graph back to δ where one is recorded."""
         raise NotImplementedError
 
+    def point_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of the point that is perturbed, of images (n, 3, H, W)."""
+        return tuple(shape)
+
+    def numbers(self, shape: torch.Size, generator: torch.Generator | None) -> dict[str, Tensor]:
+        if not self.options.random_start:
+            return {}
+        point = self.point_shape(shape)
+        if self.norm == "linf":
+            return {"start": torch.rand(point, generator=generator)}
+        normal = torch.randn(point, generator=generator)
+        return {"start": normal, "radius": torch.rand(point[0], generator=generator)}
+
     def __call__(
         self,
         x: Tensor,
         attack_loss: AttackLoss,
         generator: torch.Generator | None = None,
-        shard: tuple[int, int] = (0, 1),
+        numbers: Numbers | None = None,
     ) -> Attack:
-        """Attack images x (B, 3, H, W).
-
-        Args:
-            attack_loss: ascended; differentiated with respect to δ alone, no `.grad` is written.
-            generator: of random starts and random signs, on the CPU.
-            shard: (rank, processes): with several, each draws for the global batch and keeps its
-                part, so that n processes draw what one would.
-        Raises:
-            AttackError: the gradient is not finite.
-        """
-        return self._perform(x, attack_loss, Turn(generator, shard))
-
-    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: Turn) -> Attack:
-        anchor = self.anchor(x, graph=not self.random_start)
-        delta = torch.zeros_like(anchor.point)
-        if self.random_start:
-            delta = self._uniform(anchor.point, turn)
+        numbers = self.numbers(x.shape, generator) if numbers is None else numbers
+        anchor = self.anchor(x, graph="start" not in numbers)
+        delta = self._start(anchor.point, numbers)
         for step in range(self.steps):
-            at_start = step == 0 and not self.random_start
-            unit = self._unit(anchor, delta, attack_loss, at_start, turn)
+            at_start = step == 0 and "start" not in numbers
+            unit = self._unit(anchor, delta, attack_loss, at_start)
             delta = self._project(delta + self.step_size * unit)
         return self._attack(anchor, delta)
 
-    def direction(
-        self,
-        x: Tensor,
-        attack_loss: AttackLoss,
-        generator: torch.Generator | None = None,
-    ) -> Direction:
+    def direction(self, x: Tensor, attack_loss: AttackLoss, **random: Any) -> Direction:
         """The first step's direction at x. With one step and no random start it is the attack."""
         anchor = self.anchor(x, graph=True)
-        zero = torch.zeros_like(anchor.point)
-        unit = self._unit(anchor, zero, attack_loss, True, Turn(generator))
+        unit = self._unit(anchor, torch.zeros_like(anchor.point), attack_loss, True)
         self.check()
         return Direction(replace(anchor, start=None), unit)
 
@@ -223,12 +227,7 @@ class _Adversary:
         return Attack(images, delta, z, anchor.reconstruction)
 
     def _unit(
-        self,
-        anchor: Anchor,
-        delta: Tensor,
-        attack_loss: AttackLoss,
-        at_start: bool,
-        turn: Turn,
+        self, anchor: Anchor, delta: Tensor, attack_loss: AttackLoss, at_start: bool
     ) -> Tensor:
         with torch.enable_grad():
             if at_start and anchor.start is not None:
@@ -236,28 +235,37 @@ class _Adversary:
             else:
                 delta = delta.detach().requires_grad_()
                 images = self.render(anchor, delta)
-            start = {"at_start": at_start} if _knows_start(attack_loss) else {}
+            start = {}
+            if "at_start" in inspect.signature(attack_loss).parameters:
+                start = {"at_start": at_start and self.options.reuse_anchor}
             loss = attack_loss(images, **start)
             (gradient,) = torch.autograd.grad(loss, delta)
         finite = torch.isfinite(gradient).all()
-        if _waits(gradient.device):
+        if waits(gradient.device):
             if self._finite is None:
                 self._finite = torch.ones_like(finite)
             self._finite.logical_and_(finite)  # in place: a recorded step finds it there
         elif not finite:
             raise AttackError(_cause(anchor, loss, gradient))
-        return self._direction(gradient)
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        """The step of length 1 in the attack's norm that a gradient asks for."""
         if self.norm == "linf":
             return gradient.sign()
-        # Its largest entry made 1 first: the squares of a tiny (small τ) or huge gradient would
+        # Its largest entry is made 1 first: the squares of a tiny (small τ) or huge gradient would
         # leave the range of floats, and the length be 0 or infinite.
         smallest = torch.finfo(gradient.dtype).tiny
         largest = gradient.flatten(1).abs().amax(1).view(-1, *[1] * (gradient.dim() - 1))
         gradient = gradient / largest.clamp_min(smallest)
         return gradient / _length(gradient).clamp_min(smallest)
+
+    def check(self) -> None:
+        if self._finite is None:
+            return
+        finite = bool(self._finite)
+        self._finite.fill_(True)
+        if not finite:
+            raise AttackError(
+                "An attack's gradient was not finite since the last line of the log: the encoder "
+                "diverged, τ is too small, or the VAE is broken."
+            )
 
     def _project(self, delta: Tensor) -> Tensor:
         if self.norm == "linf":
@@ -266,57 +274,88 @@ class _Adversary:
         factor = self.epsilon / _length(delta).clamp_min(torch.finfo(delta.dtype).tiny)
         return delta * factor.clamp_max(1)
 
-    def _uniform(self, like: Tensor, turn: Turn) -> Tensor:
-        """A uniform draw of the ε-ball for each sample."""
+    def _start(self, point: Tensor, numbers: Numbers) -> Tensor:
+        """δ at the start: 0, or a uniform draw of the ε-ball for each sample."""
+        if "start" not in numbers:
+            return torch.zeros_like(point)
+        start = numbers["start"].to(point)
         if self.norm == "linf":
-            return self.epsilon * (2 * turn.draw(torch.rand, like) - 1)
-        normal = turn.draw(torch.randn, like)
-        radius = turn.draw(torch.rand, like.flatten(1)[:, :1])
-        radius = radius.reshape(-1, *[1] * (like.dim() - 1)) ** (1 / like[0].numel())
-        return self.epsilon * radius * normal / _length(normal)
+            return self.epsilon * (2 * start - 1)
+        radius = numbers["radius"].to(point) ** (1 / point[0].numel())
+        return self.epsilon * radius.view(-1, *[1] * (point.dim() - 1)) * start / _length(start)
 
 
-class IDAA(_Adversary):
+@register_adversary("clae")
+class CLAE(GradientAscent):
+    """Attack on the pixels: x′ = x + δ, ‖δ‖ ≤ ε in the units of x (normalised)."""
+
+    class Options(GradientAscent.Options):
+        epsilon: NonNegative = 0.03  # CLAE's own (spec §3)
+
+    recordable = True
+
+    def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
+        return Anchor(x.detach(), x.detach())
+
+    def render(self, anchor: Anchor, delta: Tensor) -> Tensor:
+        return anchor.images + delta
+
+
+@register_adversary("idaa")
+class IDAA(GradientAscent):
     """Attack on the bottleneck of a VAE: x′ = R(x) + D(E(x) + δ), ‖δ‖ ≤ ε in raw units of z.
 
     Args:
         vae: run in eval mode whatever its mode, its buffers, mode and gradients left alone.
         mean, std: normalisation of the images that will come, where it is not the VAE's own.
-        The others: see `_Adversary`.
     """
+
+    class Options(GradientAscent.Options):
+        """vae: id or path of a VAE run (None: the newest that fits); dim: its bottleneck dimension
+        (None: any). ε is .1 in the official README; for MoCo and BYOL nothing is published."""
+
+        vae: str | None = None
+        dim: Positive | None = None
+
+    needs_vae = True
+    recordable = True
 
     def __init__(
         self,
         vae: VAE,
-        epsilon: float,
+        epsilon: float | None = None,
         steps: int = 1,
-        step_size: float | None = None,
-        norm: str = "linf",
-        random_start: bool = False,
+        *,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        **knobs: Any,
     ) -> None:
-        super().__init__(epsilon, steps, step_size, norm, random_start)
+        super().__init__(epsilon, steps, **knobs)
         self.vae = vae
-        self.units: tuple[_Units, _Units] | None = None  # of the images, of the VAE
+        # (mean, std) of the images and of the VAE, where they differ.
+        self.units: tuple[Any, Any] | None = None
         if mean is not None and std is not None:
             if vae.mean is None or vae.std is None:
                 raise ValueError("mean and std were given, but the VAE does not know its own.")
             own = (vae.mean, vae.std)
             self.units = None if (mean, std) == own else ((mean, std), own)
 
-    def compile_parts(self) -> None:
-        self.vae = folded(self.vae)
+    def prepare(self, device: torch.device, compile: bool) -> None:
+        self.vae = folded(self.vae) if compile else self.vae
+        self.vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def point_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        return shape[0], self.vae.dim
 
     @torch.no_grad()
     def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
         with evaluating(self.vae):
             # In the precision of x under autocast too: bf16 would round μ, δ and ε themselves.
-            point = self.vae.mean_latent(self._to_vae(x)).to(x.dtype)
+            point = self.vae.mean_latent(self._convert(x, 0, 1)).to(x.dtype)
             # One decode serves G(x) and the first gradient.
             with torch.set_grad_enabled(graph):
                 zero = torch.zeros_like(point, requires_grad=graph)
-                decoded = self._from_vae(self.vae.decode(point + zero).to(x.dtype))
+                decoded = self._convert(self.vae.decode(point + zero).to(x.dtype), 1, 0)
                 G = decoded.detach()
                 return Anchor(x, point, G, (zero, (x - G) + decoded) if graph else None)
 
@@ -324,55 +363,66 @@ class IDAA(_Adversary):
         assert anchor.reconstruction is not None
         with evaluating(self.vae):
             decoded = self.vae.decode(anchor.point + delta).to(anchor.images.dtype)
-        return (anchor.images - anchor.reconstruction) + self._from_vae(decoded)
+        return (anchor.images - anchor.reconstruction) + self._convert(decoded, 1, 0)
 
-    def _to_vae(self, x: Tensor) -> Tensor:
+    def _convert(self, x: Tensor, source: int, target: int) -> Tensor:
+        """Between the normalisations of the images (0) and of the VAE (1)."""
         if self.units is None:
             return x
-        data, own = self.units
-        return normalise(denormalise(x, *data), *own)
-
-    def _from_vae(self, x: Tensor) -> Tensor:
-        if self.units is None:
-            return x
-        data, own = self.units
-        return normalise(denormalise(x, *own), *data)
+        return normalise(denormalise(x, *self.units[source]), *self.units[target])
 
 
-class CLAE(_Adversary):
-    """Attack on the pixels: x′ = x + δ, ‖δ‖ ≤ ε in the units of x (normalised)."""
-
-    def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
-        return Anchor(x.detach(), x.detach(), None)
-
-    def render(self, anchor: Anchor, delta: Tensor) -> Tensor:
-        return anchor.images + delta
-
-
+@register_adversary("random_sign")
 class RandomSign(IDAA):
     """IDAA's control: every coordinate of δ is ±ε (l2: equally large, ‖δ‖ = ε) with random sign.
 
-    One draw whatever `steps` and `random_start` say (several would average out); the loss is not
-    looked at.
+    One draw, and the loss is not looked at.
     """
 
-    recordable = False
+    class Options(Adversary.Options):
+        """As IDAA's, without those that speak of a gradient."""
 
-    def _perform(self, x: Tensor, attack_loss: AttackLoss, turn: Turn) -> Attack:
-        anchor = self.anchor(x)
-        unit = self._unit(anchor, anchor.point, attack_loss, True, turn)
-        return self._attack(anchor, self.epsilon * unit)
+        epsilon: NonNegative = 0.1
+        norm: Literal["linf", "l2"] = "linf"
+        vae: str | None = None
+        dim: Positive | None = None
 
-    def _unit(
+    recordable = True
+
+    def numbers(self, shape: torch.Size, generator: torch.Generator | None) -> dict[str, Tensor]:
+        return {"signs": torch.rand(self.point_shape(shape), generator=generator)}
+
+    def __call__(
         self,
-        anchor: Anchor,
-        delta: Tensor,
+        x: Tensor,
         attack_loss: AttackLoss,
-        at_start: bool,
-        turn: Turn,
-    ) -> Tensor:
-        signs = turn.draw(torch.rand, anchor.point).sub(0.5).sign()
-        return signs if self.norm == "linf" else signs / _length(signs)
+        generator: torch.Generator | None = None,
+        numbers: Numbers | None = None,
+    ) -> Attack:
+        direction = self.direction(x, attack_loss, generator=generator, numbers=numbers)
+        return self.apply(direction, self.epsilon)
+
+    def direction(self, x: Tensor, attack_loss: AttackLoss, **random: Any) -> Direction:
+        anchor = self.anchor(x)
+        numbers = random.get("numbers") or self.numbers(x.shape, random.get("generator"))
+        signs = numbers["signs"].to(anchor.point).sub(0.5).sign()
+        return Direction(anchor, signs if self.norm == "linf" else signs / _length(signs))
+
+
+def build_adversary(config: Any, vae: VAE | None = None, **units: Any) -> Adversary:
+    """The adversary that a configuration names, with its knobs.
+
+    Args:
+        vae: where it needs one. units: `mean`, `std` of the images, for a VAE with other ones.
+    """
+    kind = config.chosen("adversary")
+    knobs = {k: v for k, v in config.options("adversary") if k not in ("vae", "dim")}
+    return kind(vae, **units, **knobs) if kind.needs_vae else kind(**knobs)
+
+
+def waits(device: torch.device) -> bool:
+    """Whether reading a value means waiting for all that was launched before."""
+    return device.type != "cpu"
 
 
 def _length(x: Tensor) -> Tensor:
@@ -380,25 +430,20 @@ def _length(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
 
 
-def _waits(device: torch.device) -> bool:
-    """Whether reading a value means waiting for all that was launched before."""
-    return device.type != "cpu"
-
-
-def _knows_start(attack_loss: AttackLoss) -> bool:
-    return "at_start" in inspect.signature(attack_loss).parameters
-
-
 def _cause(anchor: Anchor, loss: Tensor, gradient: Tensor) -> str:
     """Where a gradient that is not finite comes from, followed from the input onwards."""
     bad = (~torch.isfinite(gradient)).flatten(1).any(1)
     head = f"The attack's gradient is not finite for {int(bad.sum())} of {len(bad)} images: "
-    if not torch.isfinite(anchor.images).all():
-        return head + "the images themselves are not finite."
-    if not torch.isfinite(anchor.point).all():
-        return head + "the VAE's encoder gives latents that are not finite (a broken VAE)."
-    if anchor.reconstruction is not None and not torch.isfinite(anchor.reconstruction).all():
-        return head + "the VAE's decoder gives images that are not finite (a broken VAE)."
-    if not torch.isfinite(loss):
-        return head + f"the attack loss is {loss.item()} (the encoder diverged, or τ is too small)."
+    broken = "that are not finite (a broken VAE)."
+    for values, reason in (
+        (anchor.images, "the images themselves are not finite."),
+        (anchor.point, f"the VAE's encoder gives latents {broken}"),
+        (
+            anchor.reconstruction,
+            f"the VAE's decoder gives images {broken}",
+        ),
+        (loss, f"the attack loss is {loss.item()} (the encoder diverged, or τ is too small)."),
+    ):
+        if values is not None and not torch.isfinite(values).all():
+            return head + reason
     return head + f"the loss is {loss.item():.4g}, but its derivative overflows."

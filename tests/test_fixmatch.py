@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from conftest import outcome
+from idaa_lib.methods.semi_supervised import labelled_subset
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import stats
 from test_methods import ADVERSARIES, knn_top1
@@ -29,7 +30,6 @@ from idaa_lib.evaluate.encoders import features, load_encoder, load_vae, random_
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.methods.fixmatch import build_fixmatch
 from idaa_lib.methods.plain import one_way
-from idaa_lib.methods.semi_supervised import labelled_subset
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Stopped, checkpoints

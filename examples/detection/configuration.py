@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from idaa_lib import runs
-from idaa_lib.configs import PRESET, Config, ConfigError
-from idaa_lib.configs.base import Positive, Rate, Seed
+from idaa_lib.configs import Config, ConfigError
+from idaa_lib.configs.base import RECIPE, Positive, Rate, Seed
 
 
 class DetectionConfig(Config):
@@ -36,26 +37,20 @@ class DetectionConfig(Config):
     )  # fmt: skip
     pointers = Config.pointers | frozenset(sets)
     circumstances = Config.circumstances | {"log_every", "checkpoint_every", "workers"}
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "demo": dict(size=128, iterations=300, warmup=30, batch_size=4, rois=32,
-                     learning_rate=0.02),
-        "paper": dict(size=800, iterations=90_000, warmup=1000, batch_size=16, rois=512,
-                      log_every=20, checkpoint_every=1000, workers=8),
-    }  # fmt: skip
+    recipes = Path(__file__).resolve().parent / "recipes"
 
-    preset: Literal["demo", "paper"] = "demo"
     run: str | None = None
     train_images: str | None = None
     train_annotations: str | None = None
     val_images: str | None = None
     val_annotations: str | None = None
     architecture: Literal["c4", "fpn"] = "c4"
-    size: Annotated[int, Field(ge=32)] = PRESET
-    iterations: Positive = PRESET
-    warmup: Seed = PRESET
-    batch_size: Positive = PRESET
-    learning_rate: Rate = PRESET
-    rois: Positive = PRESET
+    size: Annotated[int, Field(ge=32)] = RECIPE
+    iterations: Positive = RECIPE
+    warmup: Seed = RECIPE
+    batch_size: Positive = RECIPE
+    learning_rate: Rate = RECIPE
+    rois: Positive = RECIPE
     log_every: Positive = 10
     checkpoint_every: Positive = 100
     workers: Seed = 0
@@ -68,13 +63,10 @@ class DetectionConfig(Config):
         return self.val_annotations or "synthetic shapes"
 
     @classmethod
-    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        missing = [name for name in cls.sets if not given.get(name)]
+    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in cls.sets if not explicit.get(name)]
         if missing and len(missing) < len(cls.sets):
             raise ConfigError(f"{missing[0]} is missing: give {', '.join(cls.sets)}, or none.")
-        batch = values.get("batch_size")
-        if isinstance(batch, int):  # linear scaling (Goyal et al. 2017)
-            values.setdefault("learning_rate", 0.02 * batch / 16)
         return values
 
 

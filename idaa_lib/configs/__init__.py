@@ -1,13 +1,12 @@
 """What a run is asked to do: one frozen, validated configuration per stage.
 
 A notebook's `parameters` cell has exactly these names, so `papermill -p epsilon 0.1` sets
-`SSLConfig.epsilon`. Fields that a preset governs may be left out or None ("the preset's value");
-the object itself, and the `config.json` made from it, hold resolved values only.
-
-Constants: docs/architecture.md, docs/spec/idaa.md §1 (VAE), §2 (ε), §4 (SimCLR), §5 (evaluation).
+`SSLConfig.epsilon`. Fields that a recipe governs may be left out or None ("the recipe's value");
+the object itself, and the `config.json` written from it, hold resolved values only.
 """
 
-from idaa_lib.configs.base import PRESET, PRESETS, Config, ConfigError, UserError
+from idaa_lib.configs.base import Config, ConfigError, Options, UserError
+from idaa_lib.configs.recipes import PRESETS
 from idaa_lib.configs.stages import (
     CompareConfig,
     DecomposeConfig,
@@ -25,7 +24,6 @@ from idaa_lib.configs.training import (
 )
 
 __all__ = [
-    "PRESET",
     "PRESETS",
     "CompareConfig",
     "Config",
@@ -33,6 +31,7 @@ __all__ = [
     "DecomposeConfig",
     "EncoderConfig",
     "EvalConfig",
+    "Options",
     "SSLConfig",
     "SemiConfig",
     "SweepConfig",

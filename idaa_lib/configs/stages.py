@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from idaa_lib.configs.base import (
-    PRESET,
+    RECIPE,
     Config,
     ConfigError,
     NonNegative,
@@ -17,13 +17,13 @@ from idaa_lib.configs.base import (
     Rate,
     Seed,
 )
-from idaa_lib.configs.training import Adversary, SSLConfig, ask_for_images
 
-# Fields of SSLConfig that a study does not vary along a further axis: they have an axis of their
-# own, or another data set or VAE would change more than themselves.
-_FIXED = {"preset", "dataset", "seed", "device", "tracker", "vae", "dim", "epsilon", "size"}
-_FIXED |= {"continue_from"}
-_RESNETS = ["resnet18", "resnet34", "resnet50"]
+# Fields that a sensitivity study does not vary along a further axis: they have an axis of their
+# own, or would change more than themselves.
+FIXED = frozenset(
+    {"preset", "dataset", "seed", "device", "tracker", "vae", "dim", "epsilon", "size"}
+    | {"continue_from", "adversary"}
+)
 
 
 class EvalConfig(Config):
@@ -45,11 +45,6 @@ class EvalConfig(Config):
 
     stage = "eval"
     principal = ("run",)
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "demo": dict(limit=2000),
-        "cifar10": {},
-        "paper": dict(protocol="official"),
-    }
 
     run: str | None = None
     dataset: str | None = None
@@ -63,7 +58,7 @@ class EvalConfig(Config):
     device: str = "auto"
 
     @classmethod
-    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
         if values.get("protocol") == "official" and "temperature" in values:
             # The protocol has its own; a value that is dropped is validated all the same.
             cls(temperature=values["temperature"])
@@ -120,19 +115,14 @@ class TheoryConfig(Config):
     stage = "theory"
     principal = ("dataset",)
     pointers = Config.pointers | {"witness"}
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "demo": dict(images=250, limit=1000),
-        "cifar10": dict(images=1000, limit=5000),
-        "paper": dict(images=1000, limit=20_000),
-    }
 
     vae: str | None = None
     run: str | None = None
     witness: str | None = None
     dataset: str | None = None
     split: Literal["val", "test"] = "val"
-    images: Annotated[int, Field(ge=10, le=1000)] = PRESET
-    limit: Positive = PRESET
+    images: Annotated[int, Field(ge=10, le=1000)] = RECIPE
+    limit: Positive = RECIPE
     augmentation: Literal["mild", "simclr", "simsiam", "normal"] = "mild"
     epsilons: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.03, 0.1, 0.3, 1.0, 3.0)
     seed: Seed = 0
@@ -161,11 +151,6 @@ class TransferConfig(Config):
     stage = "transfer"
     principal = ("run",)
     pointers = Config.pointers | {"datasets"}
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "demo": dict(limit=2000),
-        "paper": dict(datasets=("cifar10", "cifar100", "birdsnap", "fgvcaircraft", "dtd",
-                                "oxfordiiitpet", "flowers102", "cub200")),
-    }  # fmt: skip
 
     run: str | None = None
     datasets: tuple[str, ...] = ()
@@ -211,18 +196,18 @@ class _Study(Config):
 
     sets: ClassVar[frozenset[str]]  # fields of SSLConfig that the study sets itself
 
-    dataset: str = PRESET
+    dataset: str = RECIPE
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
-    jobs: Positive = PRESET
+    jobs: Positive = RECIPE
     device: str = "auto"
     vae: dict[str, Any] = Field(default_factory=dict)
     ssl: dict[str, Any] = Field(default_factory=dict)
     eval: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
         for stage in ("vae", "ssl", "eval"):
-            if isinstance(fields := given.get(stage), dict):
+            if isinstance(fields := explicit.get(stage), dict):
                 cls._check_free(stage, fields, stage)
         return values
 
@@ -238,7 +223,7 @@ class SweepConfig(_Study):
     """A sensitivity study: one field at a time around the middle (notebook 05).
 
     Fields (besides those of every study):
-        figure: of the paper, whose axes the preset gives values of: 6, ε, β and dim; 5, batch size,
+        figure: of the paper, whose axes the recipe gives values of: 6, ε, β and dim; 5, batch size,
             backbone and epochs. Its own values were not to be had: these are ours.
         adversary: of every run of the study.
         epsilons, betas, dims: values of each axis (an empty one is left out). A run that differs
@@ -249,44 +234,27 @@ class SweepConfig(_Study):
 
     stage = "sweep"
     sets = frozenset({"adversary"})
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "demo": dict(dataset="photos", epsilons=(0.03, 0.1, 0.3), betas=(0.04, 0.4, 4.0),
-                     dims=(32, 128, 512), jobs=2,
-                     axes=dict(batch_size=[64, 128], backbone=["resnet18", "resnet34"],
-                               epochs=[3, 6])),
-        "cifar10": dict(dataset="cifar10", epsilons=(0.03, 0.1, 0.3, 1.0),
-                        betas=(0.01, 0.1, 1.0), dims=(128, 512, 1024), jobs=1,
-                        axes=dict(batch_size=[64, 128, 256, 512], backbone=_RESNETS,
-                                  epochs=[100, 200, 300])),
-        "paper": dict(dataset="cifar10", epsilons=(0.03, 0.1, 0.3, 1.0),
-                      betas=(0.01, 0.1, 1.0), dims=(128, 512, 1024), jobs=1,
-                      axes=dict(batch_size=[64, 128, 256, 512], backbone=_RESNETS,
-                                epochs=[100, 200, 300, 400, 500])),
-    }  # fmt: skip
 
     figure: Literal[6, 5] = 6
     adversary: Literal["idaa", "random_sign"] = "idaa"
-    epsilons: tuple[NonNegative, ...] = PRESET
-    betas: tuple[NonNegative, ...] = PRESET
-    dims: tuple[Positive, ...] = PRESET
-    axes: dict[str, list[Any]] = PRESET
+    epsilons: tuple[NonNegative, ...] = RECIPE
+    betas: tuple[NonNegative, ...] = RECIPE
+    dims: tuple[Positive, ...] = RECIPE
+    axes: dict[str, list[Any]] = RECIPE
 
     @classmethod
-    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        # Of the preset's axes those of the figure; whatever is given has its own beside them.
+    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
+        # Of the recipe's axes those of the figure; the user's own stand beside them.
         of_6: dict[str, Any] = {"epsilons": (), "betas": (), "dims": ()}
         others = of_6 if values.get("figure") == 5 else {"axes": {}}
-        values = values | others | dict(given)
-        axes = given.get("axes")
+        values = values | others | dict(explicit)
+        axes = explicit.get("axes")
         for name, along in axes.items() if isinstance(axes, dict) else ():
-            if name not in SSLConfig.model_fields.keys() - {*_FIXED, *cls.sets}:
-                raise ConfigError(
-                    f"axes cannot vary {name!r}: it must be a field of SSLConfig, and not one that "
-                    f"the study sets itself."
-                )
+            if name in FIXED:
+                raise ConfigError(f"axes cannot vary {name!r}: the study sets it itself.")
             if not isinstance(along, list) or not along:
                 raise ConfigError(f"axes[{name!r}] must be a list of values, not {along!r}.")
-        return super()._derive(values, given)
+        return super()._derive(values, explicit)
 
 
 class CompareConfig(_Study):
@@ -303,32 +271,23 @@ class CompareConfig(_Study):
 
     stage = "compare"
     sets = frozenset({"method", "adversary"})
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "demo": dict(dataset="photos", jobs=2),
-        "cifar10": dict(dataset="cifar10", jobs=1),
-        "paper": dict(dataset="cifar10", jobs=1),
-    }
 
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "plain", "uel", "simsiam", "simclr", "moco", "byol",
     )  # fmt: skip
-    adversaries: Annotated[tuple[Adversary, ...], Field(min_length=1)] = ("none", "clae", "idaa")
+    adversaries: Annotated[tuple[str, ...], Field(min_length=1)] = ("none", "clae", "idaa")
     elsewhere: str | None = None
     launch: bool = False
     ssl_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @classmethod
-    def _derive(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
         alone = values.get("ssl_of")
-        alone = alone if isinstance(alone, dict) else {}  # else the type is told
+        alone = alone if isinstance(alone, dict) else {}  # else its type is refused
         methods = values.get("methods", cls.model_fields["methods"].default)
         for method, fields in alone.items():
             if method not in methods:
                 raise ConfigError(f"ssl_of has fields of {method!r}, which methods does not name.")
             if isinstance(fields, dict):
                 cls._check_free(f"ssl_of[{method!r}]", fields, "ssl")
-        for fields in (values.get("vae"), values.get("ssl"), *alone.values()):
-            if isinstance(fields, dict):
-                large = fields.get("size") == 224 or fields.get("pairing") == "imagenet"
-                ask_for_images(values | {"size": 224 if large else 32}, given)
-        return super()._derive(values, given)
+        return super()._derive(values, explicit)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import Encoder, features
-from idaa_lib.methods.base import epoch_cosine, momentum_sgd
+from idaa_lib.methods.schedules import build_optimizer, build_schedule
 from idaa_lib.runs import Stopped, Writer, checkpoints
 from idaa_lib.runs.machine import signals
 from idaa_lib.views import Recipe, keyed_generator
@@ -75,8 +75,8 @@ def crop_probe(
     layer.to(device)
     batch_size = min(batch_size, len(train))
     per_epoch = math.ceil(len(train) / batch_size)
-    rate, factor = RATE * batch_size / 256, epoch_cosine(epochs, per_epoch)
-    optimizer = momentum_sgd([{"params": [*layer.parameters()]}], rate)
+    rate, factor = RATE * batch_size / 256, build_schedule("cosine", epochs, per_epoch)
+    optimizer = build_optimizer("sgd", [{"params": [*layer.parameters()]}], rate)
     first, steps = _load(writer, layer, optimizer), epochs * per_epoch
     writer.rewind(first)
     order, began = torch.empty(0), time.monotonic()

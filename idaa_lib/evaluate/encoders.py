@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from idaa_lib import runs
-from idaa_lib.methods import Method, build_method
-from idaa_lib.methods.fixmatch import build_fixmatch
+from idaa_lib.methods import About, Method, build_method
 from idaa_lib.nets import evaluating, initial_weights
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, RunError, checkpoints
@@ -121,11 +120,8 @@ def _layer(method: Method, layer: str) -> nn.Module:
 def _method(run: Run, tensors: dict[str, Tensor] | None = None) -> Method:
     """The method of `run` with these weights, or with those it had before training."""
     config = run.config
-    if run.stage == "semi":
-        _, mean, std = _units(run)
-        method: Method = build_fixmatch(config, mean, std, run.model["classes"])
-    else:
-        method = build_method(config, recipe(config.augmentation, *_units(run)))
+    about = About(recipe(config.augmentation, *_units(run)), classes=run.model["classes"])
+    method = build_method(config, about)
     if tensors is not None:
         try:
             method.load_state_dict(tensors)

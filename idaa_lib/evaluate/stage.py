@@ -19,7 +19,7 @@ from idaa_lib.evaluate.encoders import features, load_encoder, pixels, random_en
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.metrics import accuracy, effective_rank, embedding_std
 from idaa_lib.evaluate.probe import linear_probe, official_probe
-from idaa_lib.methods import OfficialProtocol, method_class
+from idaa_lib.methods import OfficialProtocol
 from idaa_lib.runs import Run, checkpoints
 from idaa_lib.runs.machine import describe, open_images, settled, torch_device, uses_bf16
 
@@ -129,7 +129,7 @@ def _plan(config: EvalConfig) -> _Plan:
                 f"protocol='official' is of self-supervised runs, and run={source.id!r} is "
                 f"semi-supervised: take 'clean'."
             )
-        official = method_class(trained.method).official_protocol(trained)
+        official = trained.chosen("method").official_protocol(trained)
         snapshots = {} if official.crops else checkpoints.kept(source)
     dataset = settled(config.dataset or trained.dataset)
     config = config.model_copy(update={"run": source.reference, "dataset": dataset})

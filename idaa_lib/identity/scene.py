@@ -20,7 +20,7 @@ from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
 from idaa_lib.data.cached import ImageSet, decode
 from idaa_lib.evaluate.encoders import load_encoder, load_vae
 from idaa_lib.identity.theory import Hardness, Retention, hardness, retention
-from idaa_lib.methods import build_method
+from idaa_lib.methods import About, build_method
 from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
@@ -172,7 +172,7 @@ class Scene:
         size, device = self.run.config.size, self.x.device
         if name == UNTRAINED:
             transform = recipe("none", size, self.mean, self.std)
-            method = build_method(SSLConfig(size=size, width=16, seed=seed), transform)
+            method = build_method(SSLConfig(size=size, width=16, seed=seed), About(transform))
             return method.encoder(layer).eval().requires_grad_(False).to(device)
         module, expected, mean, std = load_encoder(name, layer)
         if expected != size:

@@ -13,7 +13,7 @@ from torch import nn
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, SSLConfig, VAEConfig
 from idaa_lib.interop.official import Channels, Official, load_official
-from idaa_lib.methods import build_method
+from idaa_lib.methods import About, build_method
 from idaa_lib.nets.resnet import SHAPES
 from idaa_lib.runs import Run, checkpoints
 from idaa_lib.runs.machine import describe, open_images, settled
@@ -71,7 +71,7 @@ def import_run(
         summary |= {name.removesuffix("_val"): value for name, value in figures.items()}
         summary |= {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
     else:
-        method = build_method(config, units)
+        method = build_method(config, About(units))
         parts = {"backbone": read.module, "projector": read.projector, "predictor": read.predictor}
         made = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
         method.network.load_state_dict(made.state_dict())

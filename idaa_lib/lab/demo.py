@@ -17,7 +17,7 @@ import torch
 
 from idaa_lib import adversaries, sweeps
 from idaa_lib.configs import EvalConfig, SSLConfig, SweepConfig, UserError, VAEConfig
-from idaa_lib.methods import Method, build_method
+from idaa_lib.methods import About, Method, build_method
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, outputs_root
@@ -63,7 +63,8 @@ def run(say: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Path]]:
     vae = sweeps.ensure(VAEConfig())
 
     def pipeline(adversary: Adversary) -> dict[str, Any]:
-        ssl = sweeps.ensure(SSLConfig(adversary=adversary, vae=vae.id))
+        named: dict[str, Any] = {"vae": vae.id} if adversary == "idaa" else {}
+        ssl = sweeps.ensure(SSLConfig(adversary=adversary, **named))
         say(f"     trained    {ssl.id}")
         judged = sweeps.ensure(EvalConfig(run=ssl.id))
         say(f"     evaluated  {ssl.id}")
@@ -149,16 +150,17 @@ def _seconds(config: SSLConfig | VAEConfig) -> float:
     """One training step of `config` here, after a warm-up."""
     accelerator = make_accelerator(config, outputs_root())
     transform = recipe(config.augmentation, config.size, (0.5,) * 3, (0.25,) * 3)
+    about = About(transform, torch.zeros(config.batch_size).long(), 1, 1, config.batch_size)
     method: Method
     adversary: Any = adversaries.NoAdversary()
     if isinstance(config, SSLConfig):
-        method = build_method(config, transform)
+        method = build_method(config, about)
         adversary = adversaries.IDAA(VAE(128, config.size, 16).to(accelerator.device), 0.1)
     else:
-        method = VAETraining(config, transform)
+        method = VAETraining(config, about)
     shape = (config.batch_size, 3, config.size, config.size)
     images = torch.zeros(shape, dtype=torch.uint8, device=accelerator.device)
-    fit = Fit(accelerator, method, images, torch.zeros(len(images)), config, adversary)
+    fit = Fit(accelerator, method, images, config, adversary)
     method.network = accelerator.prepare_model(method.network)
     for index in range(4):
         start = time.monotonic()

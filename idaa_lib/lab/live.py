@@ -25,8 +25,8 @@ from idaa_lib.lab import grid, plots, style
 from idaa_lib.lab.kernel import apart, attended, newcomer
 from idaa_lib.lab.process import Look, launch, look, start
 from idaa_lib.runs import Run, RunError, Stopped
+from idaa_lib.runs.progress import clock
 from idaa_lib.train import stages
-from idaa_lib.train.progress import clock
 
 CURVES = {
     "vae": ("loss", "reconstruction_val", "rate_nats_val", "lr", "images_per_second"),

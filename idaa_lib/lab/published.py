@@ -78,7 +78,7 @@ def fixmatch(run: Run) -> Compared:
     varied = {"adversary", "epsilon", "dim", "labels_per_class", "seed"}
     members = comparable(run, varied)
     # The data are the same, wherever they lie, and so is the attack of all that attack.
-    told = frozenset({"labels_per_class", "seed", "dataset", *config.knobs})
+    told = frozenset({"labels_per_class", "seed", "dataset", *dict(config.options("adversary"))})
     readings = [
         (name, each.config.labels_per_class, each.config.seed, (each.summary or {})["ema_top1"])
         for name, each in zip(compare.apart(members, told), members, strict=True)
@@ -157,7 +157,7 @@ def comparable(run: Run, varied: Collection[str] = ()) -> list[Run]:
     for other in runs.find(run.stage):
         with contextlib.suppress(UserError, KeyError):  # one that is damaged
             alone = getattr(other.config, "adversary", None) == "none"
-            silent = {*varied, *(other.config.knobs if alone else ())}
+            silent = {*varied, *(dict(run.config.options("adversary")) if alone else ())}
             same = settings(run, silent) == settings(other, silent)
             same &= _version(run) == _version(other)
             if other != run and same and data & _fingerprints(other):

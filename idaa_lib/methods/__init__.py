@@ -1,22 +1,24 @@
-"""Self-supervised methods by name, one file each; the contract is in `base`."""
+"""Methods by name, one file each; the contract is in `base`."""
 
-from idaa_lib.methods import byol, moco, plain, simclr, simsiam, uel, vae
+from idaa_lib.methods import byol, fixmatch, moco, plain, simclr, simsiam, uel
 from idaa_lib.methods.base import (
     METHODS,
+    About,
     Method,
+    Moment,
     OfficialProtocol,
     Step,
     build_method,
-    method_class,
     register_method,
 )
 
 __all__ = [
     "METHODS",
+    "About",
     "Method",
+    "Moment",
     "OfficialProtocol",
     "Step",
     "build_method",
-    "method_class",
     "register_method",
 ]

@@ -1,29 +1,87 @@
 """What a method is to the training loop (contract: docs/architecture.md, "A method").
 
-The loop draws `batches`, asks `draw` for views and `step` for a `Step`, lets the adversary change
-`step.attacked` against `step.attack_loss`, adds α · `step.adversarial_loss(x′)`, and steps. It
-never asks which method it runs.
+The loop draws `batches` and random numbers, asks `draw` for views and `step` for a `Step`, lets the
+adversary change `step.attacked` against `step.attack_loss`, adds α · `step.adversarial_loss(x′)`,
+and steps. It never asks which method it runs.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from idaa_lib.configs import ConfigError, EncoderConfig, SSLConfig
+from idaa_lib import configs
+from idaa_lib.configs import EncoderConfig
+from idaa_lib.configs.base import CHOICES, register
 from idaa_lib.nets import build_backbone, initial_weights
+from idaa_lib.nets.heads import Embedder
+from idaa_lib.nets.network import Embedding, Network
 from idaa_lib.views import Recipe, View, compile_view, keyed_generator
 
 Batch = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
+METHODS = CHOICES["method"]
+
+
+@dataclass(frozen=True)
+class About:
+    """What a method may know of its training beside its options.
+
+    Fields:
+        recipe: of the views, with their size and normalisation.
+        labels: (N,) int64 of all training images, −1 where unknown. classes: how many there are.
+        epochs, batch_size (global), seed: as configured.
+    """
+
+    recipe: Recipe
+    labels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    classes: int = 0
+    epochs: int = 1
+    batch_size: int = 2
+    seed: int = 0
+
+    @property
+    def n(self) -> int:
+        """How many training images there are."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A place in the training.
+
+    Fields:
+        epoch, step, steps: the present ones, from 0, and all steps: for the host (`after_step`).
+        progress: the share that is done, () in [0, 1), on the device: for `step`, which when it is
+            compiled or recorded sees a tensor move and keeps a number for ever.
+        numbers: the step's random numbers by name, a row an image of this process, on the device.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    steps: int = 1
+    progress: Tensor = field(default_factory=lambda: torch.zeros(()))
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Work:
+    """What a long `before_epoch` may ask of the loop."""
+
+    def __init__(
+        self, images: Tensor, embed: Callable[..., Tensor], pulse: Callable[[str], None]
+    ) -> None:
+        self.images, self._embed, self.pulse = images, embed, pulse
+
+    def embed(self, layer: str = "backbone") -> Tensor:
+        """Features (N, D) of all training images by the present encoder, without augmentation."""
+        return self._embed(layer)
 
 
 @dataclass
@@ -31,24 +89,25 @@ class Step:
     """One training step's parts, which share their embeddings by closure.
 
     Fields:
-        loss: scalar with graph; parts: named scalars to be logged.
-        attacked: images (B, 3, H, W) that an adversary may change.
-        attack_loss(x, at_start=False): scalar to be ascended.
+        loss: scalar with graph, or closures that each give one and are differentiated one after
+            another. parts: named scalars to be logged.
+        attacked: the view that an adversary may change.
+        attack_loss(x, at_start=False): scalar to be ascended, of images x (B, 3, H, W).
         adversarial_loss(x′): scalar with graph.
         embeddings: the positive pairs (B, D), (B, D), L2-normalised, for collapse diagnostics.
-        shown: label → normalised images (B, 3, H, W), detached, for who watches; a pair of them
+        pictures: label → normalised images (B, 3, H, W), detached, for who watches; a pair of them
             stands for its difference. References only: nothing is computed for a picture that
             nobody may ever see.
         carry: what `after_step` needs.
     """
 
-    loss: Tensor
+    loss: Tensor | Iterable[Callable[[], Tensor]]
     parts: dict[str, Tensor] = field(default_factory=dict)
-    attacked: Tensor | None = None
+    attacked: View | None = None
     attack_loss: Callable[..., Tensor] | None = None
     adversarial_loss: Callable[[Tensor], Tensor] | None = None
     embeddings: tuple[Tensor, Tensor] | None = None
-    shown: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pictures: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
     carry: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,205 +132,190 @@ class OfficialProtocol(NamedTuple):
 
 
 class Method(nn.Module):
-    """Base of all methods.
+    """Base of all methods: built as cls(options, backbone, about).
 
     `network` holds what is trained; the loop replaces it by what Accelerate prepares, so a method
-    must call `self.network(…)` as a whole: a call of an inner part would skip the gradient
-    exchange between processes. All state that training needs is in `state_dict()`.
+    must call it as a whole (`embed`): a call of an inner part would skip the gradient exchange
+    between processes. All state that training needs is in `state_dict()`, with fixed shapes.
 
-    views: how many of each image `draw` makes. recordable: whether `step` does nothing but launch
-    work on the device, always the same, on tensors that stay where they are: then a CUDA graph can
-    stand for it (`compile=True`). official: the published evaluation; SimSiam's, of backbone
-    features, where nothing is published for a method with IDAA.
+    stage: whose configurations may name it. views: how many of each image `draw` makes.
+    recordable: whether `draw` and `step` do nothing but launch work on the device, always the same,
+    on tensors that stay where they are: then a CUDA graph can stand for them; a subclass says so
+    itself. official: the published evaluation; SimSiam's, of backbone features, where nothing is
+    published for a method with IDAA.
     """
 
+    class Options(configs.Options):
+        """The knobs of the method; none."""
+
+    stage = "ssl"
     views = 2
-    recordable = True
+    recordable = False
     official = OfficialProtocol("SimSiam", "backbone", 0.5, "backbone", "best", 256)
 
-    def __init__(self, network: nn.Module, recipe: Recipe, weight_decay: float = 0.0) -> None:
+    network: nn.Module
+
+    def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__()
-        self.network = network
-        self.recipe = recipe
-        self.weight_decay = weight_decay
-        self.augment: Callable[[Tensor, Tensor], View] = recipe.view
+        self.options, self.about, self.recipe = options, about, about.recipe
+        self._makers: dict[Recipe, Callable[[Tensor, Tensor], View]] = {}
 
     @classmethod
-    def official_protocol(cls, config: SSLConfig) -> OfficialProtocol:
+    def official_protocol(cls, config: Any) -> OfficialProtocol:
         """The published evaluation of a run with this configuration."""
         return cls.official
 
-    def steps_per_epoch(self, labels: Tensor, batch_size: int) -> int:
+    # --- what a step sees -------------------------------------------------------------------------
+
+    def steps_per_epoch(self) -> int:
         """How many batches `batches` yields."""
-        return len(labels) // batch_size
+        return self.about.n // self.about.batch_size
 
-    def images_per_step(self, batch_size: int) -> int:
+    def images_per_step(self) -> int:
         """How many images a batch of `batches` names, for images/s."""
-        return batch_size
+        return self.about.batch_size
 
-    def batches(self, labels: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """Global batches of an epoch as named index tensors (int64): one permutation, drop last.
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Global batches of an epoch as named index tensors (int64): one permutation, drop last."""
+        n, size = self.about.n, self.about.batch_size
+        order = torch.randperm(n, generator=keyed_generator(self.about.seed, epoch, 0, 0))
+        for start in range(0, n - size + 1, size):
+            yield {"images": order[start : start + size]}
 
-        labels: (N,) of all training images, −1 where unknown, for methods that choose by them.
-        """
-        n = len(labels)
-        order = torch.randperm(n, generator=keyed_generator(seed, epoch, 0, 0))
-        for start in range(0, n - batch_size + 1, batch_size):
-            yield {"images": order[start : start + batch_size]}
+    def recipes(self) -> list[tuple[str, Recipe]]:
+        """Of each view in turn: which of the batch's images it is of, and its recipe."""
+        return [("images", self.recipe)] * self.views
 
-    def draw(
-        self, images: Batch, generator: torch.Generator, shard: tuple[int, int] = (0, 1)
-    ) -> tuple[View, ...]:
-        """Random views of uint8 images (B, 3, H, W); `shard` as in `view`."""
-        return tuple(self.view(images["images"], generator, shard) for _ in range(self.views))
+    def numbers(self, sizes: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
+        """The random numbers of a global batch with `sizes[name]` images, by name, on the CPU."""
+        return {
+            f"view {i}": recipe.numbers(sizes[images], generator)
+            for i, (images, recipe) in enumerate(self.recipes())
+        }
 
-    def view(self, images: Tensor, generator: torch.Generator, shard: tuple[int, int]) -> View:
-        """One view of each image; shard is (rank, processes)."""
-        return self.augment(images, share_of_numbers(self.recipe, images, generator, shard))
+    def draw(self, images: Batch, batch: Batch, moment: Moment) -> tuple[View, ...]:
+        """Random views of uint8 images (B, 3, H, W): what `moment.numbers` mean for them."""
+        return tuple(
+            self._makers.get(recipe, recipe.view)(images[name], moment.numbers[f"view {i}"])
+            for i, (name, recipe) in enumerate(self.recipes())
+        )
 
-    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
+    # --- what it learns ---------------------------------------------------------------------------
+
+    def describe(self, view: View) -> Tensor | None:
+        """The projector's condition (B, ·) of a view; None by default."""
+        return None
+
+    def embed(self, view: View, adversarial: bool = False) -> Embedding:
+        """The network's embedding of a view, by the main norms or the adversarial ones."""
+        return self.network(view.images, self.describe(view), adversarial)
+
+    def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         raise NotImplementedError
 
-    def with_fixed_weights(self, images: Tensor, **how: Any) -> Any:
-        """What the network gives, with a gradient back to the images alone: for an attack's loss.
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """For an attack's loss: a gradient flows to the images alone, not to the weights.
 
         A compiled network computes the gradients of all that asks for one, whoever is interested.
         """
-        fixed = {name: value.detach() for name, value in self.network.named_parameters()}
-        return functional_call(self.network, fixed, (images,), how)
+        learning = [p for p in self.network.parameters() if p.requires_grad]
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
 
     def compile_parts(self) -> None:
-        """Compile what gains by it (`compile=True`), which changes rounding and nothing else."""
-        self.augment = compile_view(self.recipe)
+        """Compile views and network (`compile=True`), which changes rounding and nothing else."""
+        self._makers = {recipe: compile_view(recipe) for _, recipe in self.recipes()}
         self.network.compile(dynamic=False)  # a few sizes, each with kernels of its own
 
-    def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
-        """Groups with `params`, `lr_scale`, `weight_decay`, `schedule` (global step → factor).
-
-        By default one group of all parameters.
-        """
-        schedule = self.schedule(epochs, steps_per_epoch)
-        params = list(self.network.parameters())
-        group = dict(params=params, lr_scale=1.0, weight_decay=self.weight_decay)
-        return [group | {"schedule": schedule}]
-
-    def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-        """Factor of the learning rate by global step; constant by default."""
-        return lambda step: 1.0
-
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        # Fused: one kernel for all parameters, on the CPU too; the arithmetic is Adam's.
-        return torch.optim.Adam(groups, lr=lr, fused=True)
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups with `params` and, where they are not the run's, `weight_decay`, `schedule`."""
+        return [{"params": list(self.network.parameters())}]
 
     def encoder(self, layer: str) -> nn.Module:
         """What is evaluated: images (B, 3, H, W) → features (B, D).
 
-        `backbone` gives h; `projector` the embedding z that the loss compares. The default suits a
-        network with an attribute `backbone` whose own output is z, or that has an `embedder` which
-        gives z; others override it.
+        `backbone` gives h; `projector` the embedding z that the loss compares, L2-normalised.
         """
         if layer not in ("backbone", "projector"):
             raise ValueError(f"layer must be backbone or projector, and is {layer!r}.")
+        backbone = self.network.get_submodule("backbone")
         if layer == "backbone":
-            return self.network.get_submodule("backbone")
-        return getattr(self.network, "embedder", self.network)
+            return backbone
+        return Embedder(backbone, self.network.get_submodule("projector"))
 
-    def on_epoch_start(self, epoch: int, images: Tensor, generator: torch.Generator) -> None:
-        """Before an epoch's first step (not again when resuming inside the epoch)."""
+    def before_epoch(self, epoch: int, work: Work) -> None:
+        """Before an epoch's first step. A long one calls `work.pulse(message)` now and then: it is
+        how it hears that it shall stop, and then starts again from what it started from."""
 
-    def after_step(self, step: Step, progress: float) -> None:
-        """After the optimiser has stepped: queues, moving averages.
-
-        progress: the share of the training that was done before this step, in [0, 1).
-        """
+    def after_step(self, step: Step, moment: Moment) -> None:
+        """After the optimiser has stepped: queues, moving averages."""
 
 
-METHODS: dict[str, type[Method]] = {}
+def register_method(name: str) -> Callable[[Any], Any]:
+    """A decorator that makes a method available as `method=name`."""
+    return register("method", name)
 
 
-def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Make a method available as `method=name`; it is built as cls(config, recipe)."""
-
-    def register(cls: type[Method]) -> type[Method]:
-        METHODS[name] = cls
-        return cls
-
-    return register
-
-
-def method_class(name: str) -> type[Method]:
-    """The registered method `name`.
-
-    Raises:
-        ConfigError: no method has this name.
-    """
-    if name not in METHODS:
-        raise ConfigError(
-            f"method must be one of {', '.join(METHODS)}, and is {name!r} (your own: import the "
-            f"module that registers it first)."
-        )
-    return METHODS[name]
-
-
-def build_method(config: SSLConfig, recipe: Recipe) -> Method:
+def build_method(config: EncoderConfig, about: About) -> Method:
     """The method that `config.method` names, with initial weights drawn from `config.seed`.
 
     Raises:
-        ConfigError: no method has this name.
+        ConfigError: no method has this name, or it cannot be as its options say.
     """
-    made: Any = method_class(config.method)
+    kind = config.chosen("method")
     with initial_weights(config.seed):
-        return made(config, recipe)
+        backbone = build_backbone(
+            config.backbone,
+            width=config.width,
+            stem=config.stem,
+            adversarial_norms=config.adversary != "none",
+        )
+        return kind(config.options("method"), backbone, about)
 
 
-def backbone_of(config: EncoderConfig) -> Any:
-    """The backbone that `config` names, with adversarial norms where it names an adversary."""
-    return build_backbone(
-        config.backbone,
-        width=config.width,
-        stem=config.stem,
-        adversarial_norms=config.adversary != "none",
-    )
+# --- what methods share ---------------------------------------------------------------------------
 
 
-def anchored(embed: Callable[[], Tensor], reuse: bool = True) -> Callable[[Tensor, bool], Tensor]:
+def anchored(embed: Callable[[], Tensor]) -> Callable[[Tensor, bool], Tensor]:
     """What an attack loss compares with: the attacked view's own embedding, stopped.
 
-    Gives a function of the embedding z at hand and of whether this is the attack's start. There the
-    images are the view itself, so z is it: exact, a pass saved. `embed()` makes it elsewhere, or
-    where nothing is to be reused. It stays the same through all steps of the attack.
+    Gives a function of the embedding z at hand and of whether the images are the view itself: then
+    z is its embedding, exactly, and a pass is saved. Else `embed()` makes it. It stays the same
+    through all steps of the attack.
     """
     anchor: Tensor | None = None
 
-    def of(z: Tensor, at_start: bool) -> Tensor:
+    def find(z: Tensor, at_start: bool) -> Tensor:
         nonlocal anchor
-        if anchor is None and at_start and reuse:
+        if anchor is None and at_start:
             anchor = z.detach()
         elif anchor is None:
             with torch.no_grad():
                 anchor = embed()
         return anchor
 
-    return of
+    return find
 
 
 def two_view_step(
-    loss: Tensor,
-    views: tuple[View, ...],
-    batch: Batch,
-    embeddings: tuple[Tensor, Tensor],
-    **attack: Any,
+    loss: Tensor, views: tuple[View, ...], embeddings: tuple[Tensor, Tensor], **attack: Any
 ) -> Step:
     """The `Step` of a loss of two views whose first is attacked.
 
     embeddings: of both (B, D). attack: `attack_loss`, `adversarial_loss`, and other fields.
     """
-    v1, v2 = (view.images for view in views)
+    v1, v2 = views
     return Step(
         loss,
         attacked=v1,
         embeddings=(embeddings[0].detach(), embeddings[1].detach()),
-        shown={"view 1": v1, "view 2": v2},
+        pictures={"view 1": v1.images, "view 2": v2.images},
         **attack,
     )
 
@@ -299,22 +343,9 @@ def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     The target's parameters are the first of `online`'s, in its order, whatever wraps that one;
     BatchNorm statistics are each network's own.
     """
-    theirs: list[Tensor] = [*target.parameters()]
-    ours: list[Tensor] = [p for p, _ in zip(online.parameters(), theirs, strict=False)]
-    torch._foreach_lerp_(theirs, ours, 1 - momentum)
-
-
-def share_of_numbers(
-    recipe: Recipe, images: Tensor, generator: torch.Generator, shard: tuple[int, int]
-) -> Tensor:
-    """Random numbers of one view of each of the B images of this process, shard (rank, processes).
-
-    They are drawn for the global batch of processes · B images and the part of this rank is kept,
-    so that n processes draw what one would.
-    """
-    rank, processes = shard
-    b = len(images)
-    return recipe.numbers(processes * b, generator)[rank * b : (rank + 1) * b]
+    slow: list[Tensor] = [*target.parameters()]
+    fast: list[Tensor] = [p for p, _ in zip(online.parameters(), slow, strict=False)]
+    torch._foreach_lerp_(slow, fast, 1 - momentum)
 
 
 class _Gather(torch.autograd.Function):
@@ -333,7 +364,7 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gathered(z: Tensor) -> Tensor:
+def gather(z: Tensor) -> Tensor:
     """Embeddings (B, D) of all processes (processes · B, D), with gradient; z itself for one.
 
     Every process then has the whole loss, and the mean of gradients that DistributedDataParallel
@@ -343,19 +374,4 @@ def gathered(z: Tensor) -> Tensor:
     return z if alone else _Gather.apply(z)
 
 
-def momentum_sgd(
-    groups: list[dict[str, Any]], lr: float, momentum: float = 0.9
-) -> torch.optim.Optimizer:
-    """SGD as all methods but SimCLR have it: heavy-ball momentum, decay of every parameter."""
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
-
-
-def epoch_cosine(epochs: int, steps_per_epoch: int, delay: int = 0) -> Callable[[int], float]:
-    """A cosine over `epochs`, stepped per epoch: constant through epoch `delay`, then one step of
-    the cosine an epoch."""
-
-    def factor(step: int) -> float:
-        steps = max(0, step // steps_per_epoch - delay)
-        return 0.5 * (1 + math.cos(math.pi * steps / epochs))
-
-    return factor
+__all__ = ["METHODS", "About", "Batch", "Method", "Moment", "Network", "Step", "View", "Work"]

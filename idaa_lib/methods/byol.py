@@ -13,76 +13,79 @@ factor and a constant) are those of lightly's CIFAR-10 benchmark, where the mome
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from idaa_lib.configs import SSLConfig
+from idaa_lib import configs
+from idaa_lib.configs.base import Positive
 from idaa_lib.methods.base import (
+    About,
     Batch,
     Method,
+    Moment,
     Step,
-    backbone_of,
-    epoch_cosine,
     follow,
     frozen_copy,
-    momentum_sgd,
     register_method,
     two_view_step,
 )
 from idaa_lib.methods.simsiam import negative_cosine
-from idaa_lib.nets.heads import Siamese, mlp
-from idaa_lib.views import Recipe, View
+from idaa_lib.nets.heads import mlp
+from idaa_lib.nets.network import Network
+from idaa_lib.views import View
 
 
 @register_method("byol")
 class BYOL(Method):
-    def __init__(self, config: SSLConfig, recipe: Recipe) -> None:
-        backbone, dim = backbone_of(config), config.projection_dim
-        hidden = 2 * backbone.feature_dim  # 4096 for a ResNet-50 in the paper, 1024 for CIFAR's
-        projector, predictor = mlp(backbone.feature_dim, hidden, dim), mlp(dim, hidden, dim)
-        network = Siamese(backbone, projector, predictor)
-        super().__init__(network, recipe, config.weight_decay)
-        self.target = frozen_copy(network.embedder)
-        self.momentum = config.momentum
+    class Options(configs.Options):
+        """momentum: τ of the moving average at the start, in [0, 1]."""
 
-    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
-        v1, v2 = (view.images for view in views)
-        (z1, p1), (z2, p2) = self.network(v1), self.network(v2)  # (B, D)
+        projection_dim: Positive = 256
+        momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
+
+    recordable = True
+
+    def __init__(self, options: Any, backbone: Any, about: About) -> None:
+        super().__init__(options, backbone, about)
+        features, dim = backbone.feature_dim, options.projection_dim
+        hidden = 2 * features  # 4096 for a ResNet-50 in the paper, 1024 for CIFAR's
+        projector, predictor = mlp(features, hidden, dim), mlp(dim, hidden, dim)
+        self.network = Network(backbone, projector=projector, predictor=predictor)
+        self.target = frozen_copy(Network(backbone, projector=projector))
+
+    def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
+        v1, v2 = views
+        online1, online2 = self.embed(v1), self.embed(v2)  # z, p (B, D)
         t1, t2 = self._aim(v1), self._aim(v2)
 
         def attack_loss(x: Tensor) -> Tensor:
-            _, p = self.with_fixed_weights(x, adversarial=True)
+            with self.fixed_weights():
+                p = self.embed(v1._replace(images=x), adversarial=True).p
             return negative_cosine(p, t2)
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:
-            _, p = self.network(x_adv, adversarial=True)
-            t = self._aim(x_adv, adversarial=True)
-            return (negative_cosine(p, t2) + negative_cosine(p2, t)) / 2
+            v_adv = v1._replace(images=x_adv)
+            p = self.embed(v_adv, adversarial=True).p
+            t = self._aim(v_adv, adversarial=True)
+            return (negative_cosine(p, t2) + negative_cosine(online2.p, t)) / 2
 
         return two_view_step(
-            (negative_cosine(p1, t2) + negative_cosine(p2, t1)) / 2,
+            (negative_cosine(online1.p, t2) + negative_cosine(online2.p, t1)) / 2,
             views,
-            batch,
-            (z1, z2),
+            (online1.z, online2.z),
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
         )
 
     @torch.no_grad()
-    def _aim(self, images: Tensor, **how: Any) -> Tensor:
+    def _aim(self, view: View, adversarial: bool = False) -> Tensor:
         """The target's z (B, D)."""
-        return self.target(images, **how)
+        return self.target(view.images, self.describe(view), adversarial).z
 
-    def after_step(self, step: Step, progress: float) -> None:
+    def after_step(self, step: Step, moment: Moment) -> None:
         """τ = 1 − (1 − τ_base)·(cos πk/K + 1)/2 (the paper, §3.3): the target slows to a halt."""
-        momentum = 1 - (1 - self.momentum) * (math.cos(math.pi * progress) + 1) / 2
-        follow(self.target, self.network, momentum)
-
-    def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-        return epoch_cosine(epochs, steps_per_epoch)
-
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        return momentum_sgd(groups, lr)
+        share = (math.cos(math.pi * moment.step / moment.steps) + 1) / 2
+        follow(self.target, self.network, 1 - (1 - self.options.momentum) * share)

@@ -7,28 +7,36 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from idaa_lib.configs import SSLConfig
+from idaa_lib import configs
+from idaa_lib.configs.base import Positive, Rate
 from idaa_lib.methods.base import (
+    About,
     Batch,
     Method,
+    Moment,
     Step,
     anchored,
-    backbone_of,
-    gathered,
+    gather,
     two_view_step,
 )
-from idaa_lib.nets.heads import Embedder
-from idaa_lib.views import Recipe, View
+from idaa_lib.nets.network import Network
+from idaa_lib.views import View
 
 
 class Contrastive(Method):
-    """A method that is its loss `contrast`, its head and its recipe."""
+    """A method that is its loss `contrast`, its head `projector` and its recipe."""
 
-    def __init__(self, config: SSLConfig, recipe: Recipe) -> None:
-        backbone = backbone_of(config)
-        projector = self.projector(backbone.feature_dim, config.projection_dim)
-        super().__init__(Embedder(backbone, projector), recipe, config.weight_decay)
-        self.temperature, self.reuse_anchor = config.temperature, config.reuse_anchor
+    class Options(configs.Options):
+        """projection_dim: D of the embeddings; temperature: τ of the loss."""
+
+        projection_dim: Positive = 64
+        temperature: Rate = 0.5
+
+    def __init__(self, options: Any, backbone: Any, about: About) -> None:
+        super().__init__(options, backbone, about)
+        projector = self.projector(backbone.feature_dim, options.projection_dim)
+        self.network = Network(backbone, projector=projector)
+        self.temperature = options.temperature
 
     def projector(self, features: int, dim: int) -> nn.Module:
         """The head: (B, features) → (B, dim)."""
@@ -38,26 +46,24 @@ class Contrastive(Method):
         """The loss of two views' embeddings (B, D), L2-normalised."""
         raise NotImplementedError
 
-    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
-        v1, v2 = (view.images for view in views)
-        z1, z2 = self._embed(v1), self._embed(v2)  # (B, D) of all processes
-        anchor = anchored(lambda: self._embed(v1, adversarial=True), self.reuse_anchor)
+    def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
+        v1, v2 = views
+        z1, z2 = gather(self.embed(v1).z), gather(self.embed(v2).z)  # (B, D) of all processes
+        anchor = anchored(lambda: gather(self.embed(v1, adversarial=True).z))
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            z = gathered(self.with_fixed_weights(x, adversarial=True))
+            with self.fixed_weights():
+                z = gather(self.embed(v1._replace(images=x), adversarial=True).z)
             return self.contrast(anchor(z, at_start), z)
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:
-            return self.contrast(z1, self._embed(x_adv, adversarial=True))
+            z_adv = gather(self.embed(v1._replace(images=x_adv), adversarial=True).z)
+            return self.contrast(z1, z_adv)
 
         return two_view_step(
             self.contrast(z1, z2),
             views,
-            batch,
             (z1, z2),
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
         )
-
-    def _embed(self, images: Tensor, **how: Any) -> Tensor:
-        return gathered(self.network(images, **how))

@@ -20,97 +20,227 @@ are not averaged but copied; in both they move by 1 − decay a step (.001 there
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from idaa_lib.configs import SemiConfig
-from idaa_lib.methods.base import Batch, Step, anchored, gathered
+from idaa_lib import configs
+from idaa_lib.configs import ConfigError
+from idaa_lib.configs.base import NonNegative, Positive, Rate
+from idaa_lib.methods.base import (
+    About,
+    Batch,
+    Method,
+    Moment,
+    Step,
+    anchored,
+    follow,
+    frozen_copy,
+    gather,
+    register_method,
+)
 from idaa_lib.methods.plain import one_way
-from idaa_lib.methods.semi_supervised import SemiSupervised
-from idaa_lib.nets import initial_weights
-from idaa_lib.views import Recipe, View
+from idaa_lib.nets.heads import Embedder
+from idaa_lib.nets.network import Network
+from idaa_lib.views import Recipe, View, keyed_generator
+from idaa_lib.views.randaugment import RandAugment
 
-# What CIFAR-100 is normalised with here (spec §5); CIFAR-10 as everywhere.
-CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+# Streams of random numbers, the last part of the key, beside those of the training loop.
+LABELLED, UNLABELLED, SUBSET = 4, 5, 6
 
 
-class FixMatch(SemiSupervised):
-    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
-        config = self.config
-        labelled, weak, strong = (view.images for view in views)
-        sizes = [len(labelled), len(weak), len(strong)]
+def labelled_subset(labels: Tensor, per_class: int, classes: int, seed: int) -> Tensor:
+    """Indices (classes · per_class,), sorted, of the images whose labels (N,) are used.
+
+    Raises:
+        ConfigError: a class has fewer images.
+    """
+    order = torch.randperm(len(labels), generator=keyed_generator(seed, 0, 0, SUBSET))
+    chosen = []
+    for label in range(classes):
+        members = order[labels[order] == label]
+        if len(members) < per_class:
+            raise ConfigError(
+                f"labels_per_class={per_class} is more than the {len(members)} training images of "
+                f"class {label} (of 0 … {classes - 1})."
+            )
+        chosen.append(members[:per_class])
+    return torch.cat(chosen).sort().values
+
+
+def stream(items: Tensor, size: int, first: int, key: tuple[int, int]) -> Iterator[Tensor]:
+    """Batches of `size` from an endless row of permutations of `items`, from batch `first` on.
+
+    Any batch is known without those before it, and all items come up equally often.
+    """
+    seed, stream = key
+
+    @functools.lru_cache(2)
+    def permutation(turn: int) -> Tensor:
+        return items[torch.randperm(len(items), generator=keyed_generator(seed, turn, 0, stream))]
+
+    place = first * size
+    while True:
+        parts, end = [], place + size
+        while place < end:
+            turn, offset = divmod(place, len(items))
+            parts.append(permutation(turn)[offset : offset + end - place])
+            place += len(parts[-1])
+        yield torch.cat(parts)
+
+
+@register_method("fixmatch")
+class FixMatch(Method):
+    """Sees B labelled and μ·B unlabelled images a step; averaged weights are what is judged.
+
+    A weak view is a mirror image by chance, shifted by at most 4 pixels of 32 and continued by
+    reflection; a strong one has RandAugment and cutout besides.
+    """
+
+    class Options(configs.Options):
+        """What FixMatch is asked to do beside the training of an encoder.
+
+        labels_per_class: so many training images of each class keep their label, drawn by `seed`;
+            every image, these too, is trained on without it.
+        mu: unlabelled images for each labelled one. steps_per_epoch: None for one pass over them.
+        threshold: probability from which a pseudo-label is believed. lambda_u: weight of the loss
+            of strong views; 0 is training on the labels alone.
+        ema_decay: of the averaged weights; BatchNorm's statistics move by 1 − ema_decay a step.
+        contrast: what x′ of a weak view is held to: `infonce`, the features of its view among those
+            of the batch, at `temperature`; `ce`, its pseudo-label.
+        """
+
+        labels_per_class: Positive = 25
+        mu: Positive = 7
+        steps_per_epoch: Positive | None = None
+        threshold: Annotated[float, Field(ge=0, le=1)] = 0.95
+        lambda_u: NonNegative = 1.0
+        ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+        contrast: Literal["infonce", "ce"] = "infonce"
+        temperature: Rate = 0.1
+
+    stage = "semi"
+    recordable = True
+    labels: Tensor
+
+    def __init__(self, options: Any, backbone: Any, about: About) -> None:
+        super().__init__(options, backbone, about)
+        head = nn.Linear(backbone.feature_dim, about.classes)
+        nn.init.xavier_normal_(head.weight)
+        nn.init.zeros_(head.bias)
+        self.network = Network(backbone, head=head)
+        for name, module in self.network.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and not name.endswith("_adv"):
+                module.momentum = 1 - options.ema_decay
+        self.ema = frozen_copy(self.network)
+        self.weak = replace(about.recipe, flip=0.5, shift=1 / 8)
+        self.strong = RandAugment(
+            self.weak.size, self.weak.mean, self.weak.std, flip=0.5, shift=1 / 8
+        )
+        self.register_buffer("labels", about.labels, persistent=False)
+        self.all_labelled = bool((about.labels >= 0).all())
+
+    def steps_per_epoch(self) -> int:
+        one_pass = self.about.n // (self.options.mu * self.about.batch_size)
+        return self.options.steps_per_epoch or max(1, one_pass)
+
+    def images_per_step(self) -> int:
+        return (1 + self.options.mu) * self.about.batch_size
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """`labelled` (B,) and, of all images, `images` (μ·B,)."""
+        about, options, steps = self.about, self.options, self.steps_per_epoch()
+        known = labelled_subset(about.labels, options.labels_per_class, about.classes, about.seed)
+        first = epoch * steps
+        labelled = stream(known, about.batch_size, first, (about.seed, LABELLED))
+        size = options.mu * about.batch_size
+        images = stream(torch.arange(about.n), size, first, (about.seed, UNLABELLED))
+        for _ in range(steps):
+            yield {"labelled": next(labelled), "images": next(images)}
+
+    def recipes(self) -> list[tuple[str, Recipe]]:
+        """A weak view of the labelled images, a weak and a strong one of the unlabelled."""
+        return [("labelled", self.weak), ("images", self.weak), ("images", self.strong)]
+
+    def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
+        options, (_, weak, strong) = self.options, views
+        sizes = [len(view.images) for view in views]
         # One pass, so that BatchNorm sees all three kinds of view together.
-        logits, h = self.network(torch.cat([labelled, weak, strong]))
-        of_labelled, of_weak, of_strong = logits.split(sizes)
-        _, h_weak, h_strong = h.detach().split(sizes)
+        whole = self.network(torch.cat([view.images for view in views]))
+        of_labelled, of_weak, of_strong = whole.logits.split(sizes)
+        _, h_weak, h_strong = F.normalize(whole.h, dim=1).detach().split(sizes)
         confidence, pseudo = of_weak.detach().softmax(1).max(1)  # (μB,)
-        believed = (confidence >= config.threshold).float()
+        believed = (confidence >= options.threshold).float()
 
         supervised = F.cross_entropy(of_labelled, self.labels[batch["labelled"]])
         rows = F.cross_entropy(of_strong, pseudo, reduction="none")
         unsupervised = (rows * believed).mean()
         parts = {"supervised_loss": supervised, "unsupervised_loss": unsupervised}
         parts["believed"] = 100 * believed.mean()
-        truth = self.labels[batch["images"]]
         if self.all_labelled:  # how good pseudo-labels are: nothing is trained with it
-            right = (pseudo == truth).float()
+            right = (pseudo == self.labels[batch["images"]]).float()
             parts["pseudo_top1"] = 100 * right.mean()
             parts["believed_right"] = 100 * (right * believed).mean()
 
-        start = anchored(lambda: gathered(self.network(weak, adversarial=True)[1]))
+        def look(x: Tensor) -> tuple[Tensor, Tensor]:
+            """Logits (μB, C) and L2-normalised features (μB, D) by the adversarial norms."""
+            e = self.embed(weak._replace(images=x), adversarial=True)
+            return e.logits, F.normalize(e.h, dim=1)
+
+        anchor = anchored(lambda: gather(look(weak.images)[1]))
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            logits, h = self.with_fixed_weights(x, adversarial=True)
-            if config.contrast == "ce":
+            with self.fixed_weights():
+                logits, h = look(x)
+            if options.contrast == "ce":
                 return F.cross_entropy(logits, pseudo)
-            h = gathered(h)
-            return one_way(start(h, at_start), h, config.temperature)
+            h = gather(h)
+            return one_way(anchor(h, at_start), h, options.temperature)
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:
-            logits, h = self.network(x_adv, adversarial=True)
-            if config.contrast == "ce":
+            logits, h = look(x_adv)
+            if options.contrast == "ce":
                 return (F.cross_entropy(logits, pseudo, reduction="none") * believed).mean()
-            rows = one_way(gathered(h_weak), gathered(h), config.temperature, "none")
-            return (rows * gathered(believed)).mean()
+            rows = one_way(gather(h_weak), gather(h), options.temperature, "none")
+            return (rows * gather(believed)).mean()
 
         return Step(
-            supervised + config.lambda_u * unsupervised,
+            supervised + options.lambda_u * unsupervised,
             parts=parts,
             attacked=weak,
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
             embeddings=(h_weak, h_strong),
-            shown={"weak view": weak, "strong view": strong},
+            pictures={"weak view": weak.images, "strong view": strong.images},
         )
 
-    def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
+    def after_step(self, step: Step, moment: Moment) -> None:
+        follow(self.ema, self.network, self.options.ema_decay)
+        for average, present in zip(self.ema.buffers(), self.network.buffers(), strict=True):
+            average.copy_(present)
+
+    def param_groups(self) -> list[dict[str, Any]]:
         """Biases and BatchNorms (all that is a vector) do not decay."""
-        (group,) = super().param_groups(epochs, steps_per_epoch)
+        (group,) = super().param_groups()
         vectors = [p for p in group["params"] if p.ndim == 1]
         others = [p for p in group["params"] if p.ndim > 1]
-        return [group | {"params": others}, group | {"params": vectors, "weight_decay": 0.0}]
+        return [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
 
-    def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-        """cos(7πk / 16K) at step k of K."""
-        return lambda step: math.cos(7 * math.pi * step / (16 * epochs * steps_per_epoch))
-
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
-
-
-def build_fixmatch(
-    config: SemiConfig, mean: tuple[float, ...], std: tuple[float, ...], classes: int
-) -> FixMatch:
-    """FixMatch on images normalised with `mean` and `std`, initial weights from `config.seed`.
-
-    A weak view is a mirror image by chance, shifted by at most 4 pixels of 32 and continued by
-    reflection.
-    """
-    weak = Recipe(config.size, mean, std, flip=0.5, shift=1 / 8)
-    with initial_weights(config.seed):
-        return FixMatch(config, weak, classes)
+    def encoder(self, layer: str) -> nn.Module:
+        """Of the averaged weights: `backbone` gives the pooled features, `projector` the same,
+        L2-normalised, which InfoNCE compares; `classifier` the logits (B, C)."""
+        backbone, head = (self.ema.get_submodule(name) for name in ("backbone", "head"))
+        parts: dict[str, nn.Module] = {
+            "backbone": backbone,
+            "projector": Embedder(backbone, nn.Identity()),
+            "classifier": nn.Sequential(backbone, head),
+        }
+        if layer not in parts:
+            raise ValueError(f"layer must be one of {', '.join(parts)}, and is {layer!r}.")
+        return parts[layer]

@@ -13,30 +13,32 @@ CUDA devices the statistics are of all processes (SyncBatchNorm).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from idaa_lib.configs import ConfigError, SSLConfig
+from idaa_lib import configs
+from idaa_lib.configs import ConfigError
+from idaa_lib.configs.base import Positive, Rate
 from idaa_lib.methods.base import (
+    About,
     Batch,
     Method,
+    Moment,
     Step,
-    backbone_of,
-    epoch_cosine,
     follow,
     frozen_copy,
-    gathered,
-    momentum_sgd,
+    gather,
     register_method,
     similarity,
     two_view_step,
 )
-from idaa_lib.nets.heads import Embedder, simclr_projector
-from idaa_lib.views import Recipe, View
+from idaa_lib.nets.heads import simclr_projector
+from idaa_lib.nets.network import Network
+from idaa_lib.views import View
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -53,58 +55,60 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 class MoCo(Method):
     """First view: query; second view: key, of an encoder that follows the query's."""
 
+    class Options(configs.Options):
+        """queue: keys that are held. momentum: of the moving average, in [0, 1]."""
+
+        projection_dim: Positive = 128
+        temperature: Rate = 0.1
+        queue: Positive = 4096
+        momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
+
+    recordable = True
     queue: Tensor
     oldest: Tensor
 
-    def __init__(self, config: SSLConfig, recipe: Recipe) -> None:
-        if config.queue < config.batch_size:
+    def __init__(self, options: Any, backbone: Any, about: About) -> None:
+        super().__init__(options, backbone, about)
+        if options.queue < about.batch_size:
             raise ConfigError(
-                f"queue must hold a batch of {config.batch_size} keys, and is {config.queue}."
+                f"queue must hold a batch of {about.batch_size} keys, and is {options.queue}."
             )
-        backbone = backbone_of(config)
-        projector = simclr_projector(backbone.feature_dim, config.projection_dim)
-        super().__init__(Embedder(backbone, projector), recipe, config.weight_decay)
-        self.temperature, self.momentum = config.temperature, config.momentum
+        projector = simclr_projector(backbone.feature_dim, options.projection_dim)
+        self.network = Network(backbone, projector=projector)
         self.target = frozen_copy(self.network)
-        queue = torch.randn(config.queue, config.projection_dim)
+        queue = torch.randn(options.queue, options.projection_dim)
         self.register_buffer("queue", F.normalize(queue, dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # its place in the queue
 
-    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
-        v1, v2 = (view.images for view in views)
-        q = self.network(v1)  # (B, D)
+    def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
+        v1, v2 = views
+        q = self.embed(v1).z  # (B, D)
         with torch.no_grad():
-            k = self.target(v2)
+            k = self.target(v2.images, self.describe(v2)).z
 
         def loss_of(query: Tensor) -> Tensor:
-            return info_nce(query, k, self.queue, self.temperature)
+            return info_nce(query, k, self.queue, self.options.temperature)
 
         def attack_loss(x: Tensor) -> Tensor:
-            return loss_of(self.with_fixed_weights(x, adversarial=True))
+            with self.fixed_weights():
+                return loss_of(self.embed(v1._replace(images=x), adversarial=True).z)
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:
-            return loss_of(self.network(x_adv, adversarial=True))
+            return loss_of(self.embed(v1._replace(images=x_adv), adversarial=True).z)
 
         return two_view_step(
             loss_of(q),
             views,
-            batch,
             (q, k),
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
-            carry={"keys": gathered(k)},
+            carry={"keys": gather(k)},
         )
 
     @torch.no_grad()
-    def after_step(self, step: Step, progress: float) -> None:
-        follow(self.target, self.network, self.momentum)
+    def after_step(self, step: Step, moment: Moment) -> None:
+        follow(self.target, self.network, self.options.momentum)
         keys = step.carry["keys"]
         places = torch.arange(len(keys), device=keys.device)
         self.queue[(self.oldest + places) % len(self.queue)] = keys.to(self.queue.dtype)
         self.oldest.add_(len(keys)).remainder_(len(self.queue))
-
-    def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-        return epoch_cosine(epochs, steps_per_epoch)
-
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        return momentum_sgd(groups, lr)

@@ -5,13 +5,11 @@ The recipe is the official IDAA release's (docs/spec/idaa.md §2 and §4).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from idaa_lib.methods.base import OfficialProtocol, epoch_cosine, register_method, similarity
+from idaa_lib.methods.base import OfficialProtocol, register_method, similarity
 from idaa_lib.methods.contrastive import Contrastive
 from idaa_lib.nets.heads import simclr_projector
 
@@ -30,8 +28,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 @register_method("simclr")
 class SimCLR(Contrastive):
-    """Adam at a rate that a cosine lowers from the 13th epoch on."""
-
+    recordable = True
     official = OfficialProtocol("SimCLR", "projector", 0.5, "backbone", "last", 256)
 
     def projector(self, features: int, dim: int) -> nn.Module:
@@ -39,6 +36,3 @@ class SimCLR(Contrastive):
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
         return nt_xent(z1, z2, self.temperature)
-
-    def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-        return epoch_cosine(epochs, steps_per_epoch, delay=11)

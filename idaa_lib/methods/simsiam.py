@@ -11,29 +11,27 @@ official release has no SimSiam, and the final settings are not known (docs/spec
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from idaa_lib.configs import SSLConfig
+from idaa_lib import configs
+from idaa_lib.configs.base import Positive
 from idaa_lib.methods.base import (
+    About,
     Batch,
     Method,
+    Moment,
     OfficialProtocol,
     Step,
     anchored,
-    backbone_of,
-    epoch_cosine,
-    momentum_sgd,
     register_method,
     two_view_step,
 )
-from idaa_lib.nets.heads import Siamese, mlp, simsiam_projector
+from idaa_lib.nets.heads import mlp, simsiam_projector
+from idaa_lib.nets.network import Embedding, Network
 from idaa_lib.nets.resnet import zero_residuals
-from idaa_lib.views import Recipe, View
+from idaa_lib.views import View
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
@@ -49,72 +47,62 @@ class SimSiam(Method):
     """The attack starts at its own anchor, but the predictor lies between: its gradient is not
     0."""
 
-    def __init__(self, config: SSLConfig, recipe: Recipe) -> None:
-        backbone, dim = backbone_of(config), config.projection_dim
-        self.cifar = config.pairing == "cifar"
+    class Options(configs.Options):
+        """pairing: as IDAA's authors developed it for CIFAR, or for ImageNet."""
+
+        projection_dim: Positive = 2048
+        pairing: Literal["cifar", "imagenet"] = "cifar"
+
+    recordable = True
+
+    def __init__(self, options: Any, backbone: Any, about: About) -> None:
+        super().__init__(options, backbone, about)
+        self.cifar, dim = options.pairing == "cifar", options.projection_dim
         if not self.cifar:
             zero_residuals(backbone)
         projector = simsiam_projector(backbone.feature_dim, dim, layers=2 if self.cifar else 3)
-        network = Siamese(backbone, projector, mlp(dim, max(1, dim // 4), dim))
-        super().__init__(network, recipe, config.weight_decay)
-        self.reuse_anchor = config.reuse_anchor
+        predictor = mlp(dim, max(1, dim // 4), dim)
+        self.network = Network(backbone, projector=projector, predictor=predictor)
 
     @classmethod
-    def official_protocol(cls, config: SSLConfig) -> OfficialProtocol:
+    def official_protocol(cls, config: Any) -> OfficialProtocol:
         if config.pairing == "imagenet":
             return cls.official._replace(
                 of="SimSiam on ImageNet", linear_epoch="last", batch_size=4096, crops=True
             )
         return cls.official
 
-    def step(self, views: tuple[View, ...], batch: Batch) -> Step:
-        v1, v2 = (view.images for view in views)
-        (z1, p1), (z2, p2) = self.network(v1), self.network(v2)  # (B, D)
-        anchor = anchored(lambda: self.network(v1, adversarial=True)[0], self.reuse_anchor)
+    def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
+        v1, v2 = views
+        e1, e2 = self.embed(v1), self.embed(v2)
+        anchor = anchored(lambda: self.embed(v1, adversarial=True).z)
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            z, p = self.with_fixed_weights(x, adversarial=True)
-            return negative_cosine(p, anchor(z, at_start))
+            with self.fixed_weights():
+                e = self.embed(v1._replace(images=x), adversarial=True)
+            return negative_cosine(e.p, anchor(e.z, at_start))
 
         def adversarial_loss(x_adv: Tensor) -> Tensor:
-            z, p = self.network(x_adv, adversarial=True)
-            return self._both(p1, z1, p, z) if self.cifar else self._both(p2, z2, p, z)
+            e_adv = self.embed(v1._replace(images=x_adv), adversarial=True)
+            return self._both(e1 if self.cifar else e2, e_adv)
 
         return two_view_step(
-            self._both(p1, z1, p2, z2),
+            self._both(e1, e2),
             views,
-            batch,
-            (z1, z2),
+            (e1.z, e2.z),
             attack_loss=attack_loss,
             adversarial_loss=adversarial_loss,
         )
 
-    def _both(self, p1: Tensor, z1: Tensor, p2: Tensor, z2: Tensor) -> Tensor:
-        both = negative_cosine(p1, z2) + negative_cosine(p2, z1)
+    def _both(self, a: Embedding, b: Embedding) -> Tensor:
+        both = negative_cosine(a.p, b.z) + negative_cosine(b.p, a.z)
         return both if self.cifar else both / 2
 
-    def schedule(self, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-        """On CIFAR 10 epochs of warm-up (a tenth of the training, if that is less) and a cosine."""
-        if not self.cifar:
-            return epoch_cosine(epochs, steps_per_epoch)
-        warm = min(10, epochs // 10) * steps_per_epoch
-        rest = epochs * steps_per_epoch - warm
-
-        def factor(step: int) -> float:
-            if step < warm:
-                return step / warm
-            return 0.5 * (1 + math.cos(math.pi * (step - warm) / rest))
-
-        return factor
-
-    def param_groups(self, epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
-        (group,) = super().param_groups(epochs, steps_per_epoch)
+    def param_groups(self) -> list[dict[str, Any]]:
+        """On CIFAR the predictor learns at a constant rate."""
+        (group,) = super().param_groups()
         if not self.cifar:
             return [group]
         predictor = list(self.network.get_submodule("predictor").parameters())
         body = group["params"][: -len(predictor)]
-        constant = {"params": predictor, "schedule": lambda step: 1.0}
-        return [group | {"params": body}, group | constant]
-
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        return momentum_sgd(groups, lr)
+        return [{"params": body}, {"params": predictor, "schedule": "constant"}]

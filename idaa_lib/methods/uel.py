@@ -35,5 +35,7 @@ def spreading(f1: Tensor, f2: Tensor, temperature: float) -> Tensor:
 
 @register_method("uel")
 class UEL(Plain):
+    recordable = True
+
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
         return spreading(z1, z2, self.temperature)

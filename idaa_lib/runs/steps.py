@@ -42,6 +42,7 @@ class Steps:
         at_epoch_end: epoch → values to log after its last step (validation).
         check: raises RunError where what would be saved is broken.
         agree: whether any process wants to stop, from whether this one does.
+        track: given each line of the log and its step (experiment trackers).
     Raises (while iterating):
         Stopped: Ctrl-C, SIGTERM or a request, after the state of a whole step was saved.
         RunError: `loss` is not finite.
@@ -63,12 +64,13 @@ class Steps:
         at_epoch_end: Callable[[int], Mapping[str, float]] = lambda epoch: {},
         check: Callable[[], None] = lambda: None,
         agree: Callable[[bool], bool] = bool,
+        track: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
     ) -> None:
         self.run, self.writer, self.total = run, writer, total
         self.per_epoch, self.images = per_epoch, images
         self.log_every, self.checkpoint_every = log_every, checkpoint_every or per_epoch
         self._state, self._restore, self._check, self._agree = state, restore, check, agree
-        self._at_log, self._at_epoch_end = at_log, at_epoch_end
+        self._at_log, self._at_epoch_end, self._track = at_log, at_epoch_end, track
         self.step, self.seconds = 0, 0.0  # done so far; spent in steps, without pauses
         self.sums: dict[str, Tensor] = {}  # over the `count` steps of the log interval under way
         self.count = 0
@@ -194,6 +196,7 @@ class Steps:
             values = values | {"images_per_second": self.images / max(pace, 1e-9)}
             self._interval = self.step, self.seconds
         self.writer.log(step=self.step, epoch=epoch, time=time.time(), **values)
+        self._track(values, self.step)
         self.writer.state(
             state="going",
             step=self.step,

@@ -13,19 +13,18 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from idaa_lib.configs import ConfigError
-from idaa_lib.methods.base import Batch
-from idaa_lib.views import View
 
-WARM_UP = 3  # steps that are taken as they are, in which libraries choose their kernels
+WARM_UP = 3  # steps that are launched one by one, in which libraries choose their kernels
 T = TypeVar("T")
 
 
 class Recorder(Protocol):
     """What a device offers for it."""
 
-    def aside(self, work: Callable[[], T]) -> T:
+    def warm_up(self, work: Callable[[], T]) -> T:
         """Do it as it is, but where it will be recorded."""
 
     def record(self, work: Callable[[], T]) -> T:
@@ -41,19 +40,21 @@ class CudaGraph:
     def __init__(self) -> None:
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
-    def aside(self, work: Callable[[], T]) -> T:
+    def warm_up(self, work: Callable[[], T]) -> T:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            made = work()
+            results = work()
         torch.cuda.current_stream().wait_stream(self.stream)
-        return made
+        return results
 
     def record(self, work: Callable[[], T]) -> T:
         gc.collect()  # what an earlier recording left in a cycle holds its whole memory
         here = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(
-                self.graph, stream=self.stream, capture_error_mode="thread_local"
+            with (
+                # A network that is compiled anew while it is recorded would be recorded compiling.
+                torch.compiler.set_stance("fail_on_recompile"),
+                torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"),
             ):
                 return work()
         finally:
@@ -64,7 +65,7 @@ class CudaGraph:
 
 
 class Recorded:
-    """`work` on views and batches of equal shapes: a few times as it is, then from a recording.
+    """`work` on inputs of equal shapes: a few times as it is, then from a recording.
 
     What a recording gives is the same object at every call: its tensors hold the values of the last
     one and are overwritten by the next. The gradients that it leaves are overwritten likewise, so
@@ -73,48 +74,44 @@ class Recorded:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder, self.calls = recorder, 0
-        self.views: tuple[View, ...] = ()
-        self.batch: Batch = {}
-        self.made: Any = None
+        self.inputs: Any = None
+        self.results: Any = None
 
-    def __call__(
-        self, work: Callable[[tuple[View, ...], Batch], T], views: tuple[View, ...], batch: Batch
-    ) -> T:
-        """What `work` makes of views and the batch's indices, all on the device.
+    def __call__(self, work: Callable[..., T], *inputs: Any) -> T:
+        """What `work(*inputs)` gives; inputs are nested dicts of tensors on the device.
 
         Raises:
             ConfigError: `work` does what cannot be recorded.
         """
         self.calls += 1
         if self.calls <= WARM_UP:
-            return self.recorder.aside(lambda: work(views, batch))
-        if self.made is None:
+            return self.recorder.warm_up(lambda: work(*inputs))
+        if self.inputs is None:
             # Copies that stay: the recording reads them at every replay.
-            self.views = tuple(
-                View(v.images.clone(), {k: p.clone() for k, p in v.params.items()}) for v in views
-            )
-            self.batch = {key: index.clone() for key, index in batch.items()}
+            self.inputs = tree_map(Tensor.clone, inputs)
             try:
-                self.made = self.recorder.record(lambda: work(self.views, self.batch))
+                self.results = self.recorder.record(lambda: work(*self.inputs))
             except RuntimeError as error:
-                cause = error.__context__ or error  # CUDA's own end of a recording speaks last
-                if isinstance(cause, torch.OutOfMemoryError):
-                    raise cause from error
-                why, _, _ = str(cause).partition("\n")
-                raise ConfigError(
-                    f"compile=True records a step as a CUDA graph, and this one cannot be "
-                    f"({why}). A method whose step reads values or draws on the host says so by "
-                    f"recordable = False; or take compile=False. Either in a new process: what a "
-                    f"failed recording held stays held in this one."
-                ) from error
-        for mine, given in zip(
-            _tensors(self.views, self.batch), _tensors(views, batch), strict=True
-        ):
-            mine.copy_(given, non_blocking=True)
+                raise _explain(error) from error
+        for held, new in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
+            held.copy_(new, non_blocking=True)
         self.recorder.replay()
-        return self.made
+        return self.results
 
 
-def _tensors(views: tuple[View, ...], batch: Batch) -> list[Tensor]:
-    of_views = [tensor for view in views for tensor in (view.images, *view.params.values())]
-    return of_views + list(batch.values())
+def _explain(error: RuntimeError) -> Exception:
+    """Why a step could not be recorded, as a sentence that says what to do."""
+    cause = error.__context__ or error  # CUDA's own end of a recording speaks last
+    if isinstance(cause, torch.OutOfMemoryError):
+        return cause
+    reason, _, _ = str(cause).partition("\n")
+    if "recompil" in reason:
+        return ConfigError(
+            f"A step is recorded as a CUDA graph, and this one compiled its network anew while it "
+            f"was recorded ({reason}): take compile=False, in a new process."
+        )
+    return ConfigError(
+        f"A step is recorded as a CUDA graph, and this one cannot be ({reason}). A method or "
+        f"adversary that reads values or draws on the host says so by recordable = False; start "
+        f"again in a new process, since what a failed recording held stays held in this one."
+    )

@@ -30,19 +30,19 @@ def grid(rows: Sequence[Tensor], labels: Sequence[str] = (), form: str = "png") 
 
     form: `png`, or `webp` (lossless too), which is encoded three times as fast.
     """
-    drawn = []
+    lines = []
     for pixels in rows:
         framed = F.pad(pixels.clamp(0, 1), (0, 1, 0, 1), value=1.0)
-        drawn.append(framed.mul(255).round().byte().permute(2, 0, 3, 1).flatten(1, 2))
-    picture, encoded = Image.fromarray(torch.cat(drawn).numpy()), io.BytesIO()
+        lines.append(framed.mul(255).round().byte().permute(2, 0, 3, 1).flatten(1, 2))
+    picture, encoded = Image.fromarray(torch.cat(lines).numpy()), io.BytesIO()
     if form == "webp":
         picture.save(encoded, form, lossless=True, method=0)
         return encoded.getvalue()
-    told = PngImagePlugin.PngInfo()
+    text = PngImagePlugin.PngInfo()
     if labels:
-        told.add_text("rows", json.dumps(list(labels)))
+        text.add_text("rows", json.dumps(list(labels)))
     # Level 1: four times as fast to encode as the default.
-    picture.save(encoded, form, pnginfo=told, compress_level=1)
+    picture.save(encoded, form, pnginfo=text, compress_level=1)
     return encoded.getvalue()
 
 
@@ -63,19 +63,19 @@ def write(run: Run, rows: Mapping[str, Row], mean: Sequence[float], std: Sequenc
         rows: label → normalised images (B, 3, H, W), of which the first are shown, or two of them,
             which are shown as `GAIN` times their difference around mid-gray.
     """
-    shown = {}
+    drawing = {}
     for label, images in rows.items():
         pair = images if isinstance(images, tuple) else (images,)
         n = min(COLUMNS, max(1, WIDTH // pair[0].shape[-1]))
         first, *second = (denormalise(i[:n].detach().float().cpu(), mean, std) for i in pair)
         if second:
-            shown[f"{label}, × {GAIN:g}"] = 0.5 + GAIN * (first - second[0])
+            drawing[f"{label}, × {GAIN:g}"] = 0.5 + GAIN * (first - second[0])
         else:
-            shown[label] = first
+            drawing[label] = first
     path = run.path / "samples" / "latest.png"
     draft = path.with_name(f".latest.{os.getpid()}.png")
     # A disk that is full stops the run at its next checkpoint, and with a better sentence.
     with contextlib.suppress(OSError):
         path.parent.mkdir(exist_ok=True)
-        draft.write_bytes(grid(list(shown.values()), list(shown)))
+        draft.write_bytes(grid(list(drawing.values()), list(drawing)))
         os.replace(draft, path)

@@ -6,15 +6,15 @@ import contextlib
 import hashlib
 import inspect
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from idaa_lib import adversaries, runs
+from idaa_lib import runs
+from idaa_lib.adversaries import Adversary, build_adversary
 from idaa_lib.configs import (
     ConfigError,
     EncoderConfig,
@@ -27,28 +27,44 @@ from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import features, load_vae
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.metrics import Accuracy, accuracy, effective_rank, embedding_std
-from idaa_lib.methods import METHODS, Method, build_method
-from idaa_lib.methods.fixmatch import CIFAR100, build_fixmatch
-from idaa_lib.methods.semi_supervised import labelled_subset
+from idaa_lib.methods import About, Method, build_method
+from idaa_lib.methods.fixmatch import labelled_subset
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, evaluating
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
 from idaa_lib.runs.machine import describe, open_images, settled, uses_bf16
+from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train.accelerator import make_accelerator, start_trackers
 from idaa_lib.train.loop import Fit
-from idaa_lib.views import recipe
+from idaa_lib.views import Recipe, recipe
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """All that a run depends on, found before any work starts."""
+class TrainingPlan(Plan):
+    """A `Plan` with what a training reads: its images, and the runs that it starts from."""
 
-    config: Any
-    run: Run
     data: ImageSet
     vae: Run | None
     start: Run | None
+
+    @property
+    def units(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """mean and std that images are normalised with."""
+        return self.config.mean or self.data.mean, self.config.std or self.data.std
+
+    @property
+    def about(self) -> About:
+        """What a method may know."""
+        config = self.config
+        return About(
+            recipe(config.augmentation, config.size, *self.units),
+            self.data.labels,
+            len(self.data.classes),
+            config.epochs,
+            config.batch_size,
+            config.seed,
+        )
 
 
 def settle(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
@@ -68,10 +84,7 @@ def locate(config: TrainingConfig) -> Run:
 
 def train(config: TrainingConfig) -> Run:
     """Train what `config` describes: see `train_vae`, `train_ssl` and `train_semi`."""
-    by_kind: dict[type, Callable[[Any], Run]] = {
-        VAEConfig: train_vae, SSLConfig: train_ssl, SemiConfig: train_semi,
-    }  # fmt: skip
-    return by_kind[type(config)](config)
+    return {"vae": train_vae, "ssl": train_ssl, "semi": train_semi}[config.stage](config)  # type: ignore[operator]
 
 
 def train_vae(config: VAEConfig) -> Run:
@@ -81,12 +94,9 @@ def train_vae(config: VAEConfig) -> Run:
         ConfigError, RunError: one sentence, before work starts where it can be known then.
         Stopped: on Ctrl-C or a stop request, after the state was saved.
     """
-    if not isinstance(config, VAEConfig):
-        raise ConfigError(f"train_vae takes a VAEConfig, not a {type(config).__name__}.")
-    plan = _plan(config)
-    method = VAETraining(config, recipe(config.augmentation, config.size, *_units(plan.data)))
-
-    val = _validation(config)
+    _require(config, VAEConfig)
+    plan, val = _plan(config), _validation(config)
+    method = VAETraining(plan.config, plan.about)
 
     def validate(method: Method, device: torch.device) -> dict[str, float]:
         return vae_figures(method.network, method.recipe, val.images, device)
@@ -95,7 +105,7 @@ def train_vae(config: VAEConfig) -> Run:
         final = {name.removesuffix("_val"): value for name, value in figures.items()}
         return final | {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
 
-    return _train(plan, method, None, validate, 1, summarise)
+    return _train(plan, method, validate, summarise)
 
 
 def train_ssl(config: SSLConfig) -> Run:
@@ -103,25 +113,19 @@ def train_ssl(config: SSLConfig) -> Run:
 
     Raises: as `train_vae`.
     """
-    if not isinstance(config, SSLConfig):
-        raise ConfigError(f"train_ssl takes an SSLConfig, not a {type(config).__name__}.")
-    plan = _plan(config)
-    units = _units(plan.data)
-    method = build_method(config, recipe(config.augmentation, config.size, *units))
-    val, bank = _validation(config), plan.data
+    _require(config, SSLConfig)
+    plan, val = _plan(config), _validation(config)
+    method, bank = build_method(plan.config, plan.about), plan.data
     if config.split == "trainval":  # which holds `val` itself: an image would find itself
         bank = open_images(config.dataset, "train", config.size, config.limit)
 
     def validate(method: Method, device: torch.device) -> dict[str, float]:
-        def encode(split: ImageSet) -> Tensor:
-            encoder = method.encoder("backbone")
-            bf16 = uses_bf16(config.precision, device)
-            return features(encoder, split.images, config.size, *units, device=device, bf16=bf16)
-
-        z = encode(val)
+        z = _features(plan, method, "backbone", val, device)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z).item()}
         if val.labelled:
-            guess = knn(encode(bank), bank.labels, z, classes=len(bank.classes))
+            neighbours = _features(plan, method, "backbone", bank, device)
+            labels = bank.labels.to(neighbours.device)
+            guess = knn(neighbours, labels, z, classes=len(bank.classes)).cpu()
             top1, low, high, _ = accuracy(guess, val.labels)
             figures |= {"knn_top1_val": top1, "knn_low_val": low, "knn_high_val": high}
         return figures
@@ -135,7 +139,7 @@ def train_ssl(config: SSLConfig) -> Run:
             protocol += ", whose images were trained on without their labels"
         return figures | {"knn_protocol": protocol, "n_val": len(val)}
 
-    return _train(plan, method, _adversary(config, plan), validate, config.knn_every, summarise)
+    return _train(plan, method, validate, summarise, config.knn_every)
 
 
 def train_semi(config: SemiConfig) -> Run:
@@ -147,71 +151,63 @@ def train_semi(config: SemiConfig) -> Run:
 
     Raises: as `train_vae`.
     """
-    if not isinstance(config, SemiConfig):
-        raise ConfigError(f"train_semi takes a SemiConfig, not a {type(config).__name__}.")
-    plan = _plan(config)
-    if config.dataset == "cifar100":
-        plan = replace(plan, data=replace(plan.data, mean=CIFAR100[0], std=CIFAR100[1]))
-    units, classes = _units(plan.data), len(plan.data.classes)
+    _require(config, SemiConfig)
+    plan, val = _plan(config), _validation(config)
+    classes, per_class = len(plan.data.classes), config.labels_per_class
     if not classes:
         raise ConfigError(f"dataset={config.dataset!r} has no labels to learn from.")
-    labelled_subset(plan.data.labels, config.labels_per_class, classes, config.seed)  # if it can
-    method = build_fixmatch(config, *units, classes)
-    val, test = _validation(config), open_images(config.dataset, "test", config.size, None)
+    labelled_subset(plan.data.labels, per_class, classes, config.seed)  # raises if it cannot
+    method = build_method(plan.config, plan.about)
+    test = open_images(config.dataset, "test", config.size, None)
     if not (val.labelled and test.labelled):
         raise ConfigError(f"dataset={config.dataset!r} has no labels to validate and test against.")
 
     def judge(method: Method, split: ImageSet, device: torch.device) -> Accuracy:
-        classifier, bf16 = method.encoder("classifier"), uses_bf16(config.precision, device)
-        logits = features(classifier, split.images, config.size, *units, device=device, bf16=bf16)
-        return accuracy(logits.argmax(1), split.labels)
+        logits = _features(plan, method, "classifier", split, device)
+        return accuracy(logits.argmax(1).cpu(), split.labels)
 
     def validate(method: Method, device: torch.device) -> dict[str, float]:
         top1, low, high, _ = judge(method, val, device)
         return {"ema_top1_val": top1, "ema_low_val": low, "ema_high_val": high}
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
-        judged = judge(method, test, next(method.parameters()).device)._asdict()
+        values = judge(method, test, next(method.parameters()).device)._asdict()
         protocol = (
-            f"clean: averaged weights, last epoch, all test images; {config.labels_per_class} "
-            f"labels a class of {len(plan.data):,} training images"
+            f"clean: averaged weights, last epoch, all test images; {per_class} labels a class of "
+            f"{len(plan.data):,} training images"
         )
         if config.split == "trainval":
             protocol += ", those of validation among them"
-        figures |= {f"ema_{name}": value for name, value in judged.items()}
+        figures |= {f"ema_{name}": value for name, value in values.items()}
         return figures | {"ema_protocol": protocol, "n_val": len(val)}
 
-    return _train(plan, method, _adversary(config, plan), validate, 1, summarise)
+    return _train(plan, method, validate, summarise)
 
 
-def _adversary(config: EncoderConfig, plan: _Plan) -> Any:
-    """The adversary that `config` names, for images normalised as those of the plan."""
-    attack: dict[str, Any] = dict(
-        epsilon=config.epsilon,
-        steps=config.steps,
-        step_size=config.step_size,
-        norm=config.norm,
-        random_start=config.random_start,
-    )
-    if config.adversary == "clae":
-        return adversaries.CLAE(**attack)
-    if plan.vae is None:
-        return adversaries.NoAdversary()
-    kind: Any = adversaries.RandomSign if config.adversary == "random_sign" else adversaries.IDAA
-    mean, std = _units(plan.data)
-    return kind(load_vae(plan.vae), **attack, mean=mean, std=std)
+def _require(config: Any, kind: type[TrainingConfig]) -> None:
+    if not isinstance(config, kind):
+        name = type(config).__name__
+        raise ConfigError(f"train_{kind.stage} takes a {kind.__name__}, not a {name}.")
 
 
-def _plan(config: TrainingConfig) -> _Plan:
-    config = config.model_copy(update={"dataset": settled(config.dataset)})
+def _features(
+    plan: TrainingPlan, method: Method, layer: str, split: ImageSet, device: torch.device
+) -> Tensor:
+    encoder, bf16 = method.encoder(layer), uses_bf16(plan.config.precision, device)
+    size = plan.config.size
+    return features(encoder, split.images, size, *plan.units, device=device, bf16=bf16)
+
+
+def _plan(config: TrainingConfig) -> TrainingPlan:
+    config = config.replace(dataset=settled(config.dataset))
     data = open_images(config.dataset, config.split, config.size, config.limit)
     vae = start = None
     if isinstance(config, EncoderConfig) and config.needs_vae:
         vae = _choose_vae(config)
-        config = config.model_copy(update={"vae": vae.reference})
+        config = config.replace(vae=vae.reference)
     if config.continue_from:
         start = runs.get(config.stage, config.continue_from)
-        config = config.model_copy(update={"continue_from": start.reference})
+        config = config.replace(continue_from=start.reference)
     run = runs.run_for(
         config,
         data.fingerprint,
@@ -219,52 +215,54 @@ def _plan(config: TrainingConfig) -> _Plan:
         start=checkpoints.digest(start) if start else None,
         code=_own_code(config),
     )
-    return _Plan(config, run, data, vae, start)
+    mean, std = config.mean or data.mean, config.std or data.std
+    model = {"size": config.size, "mean": list(mean), "std": list(std)}
+    model["classes"] = len(data.classes)
+    return TrainingPlan(config, run, data, vae, start, model=model)
 
 
 def _own_code(config: TrainingConfig) -> str | None:
-    """Digest of the source of a method or backbone that is not ours: edited, it is another run.
+    """Digest of the sources of registered classes that are not ours: edited, it is another run.
 
-    Our own is covered by `runs.RESULTS_VERSION`.
+    Our own are covered by `runs.RESULTS_VERSION`.
     """
     sources = []
-    for made in foreign(config).values():
+    for kind in foreign(config).values():
         with contextlib.suppress(OSError, TypeError):  # typed at a prompt: no source to read
-            sources.append(inspect.getsource(made))
+            sources.append(inspect.getsource(kind))
     return hashlib.sha256("".join(sources).encode()).hexdigest() if sources else None
 
 
 def foreign(config: TrainingConfig) -> dict[str, Any]:
-    """The method and backbone of `config` that are not ours, by name: only a process that imports
-    the module that registers them knows them."""
+    """The method, adversary and backbone of `config` that are not ours, by name: only a process
+    that imports the module that registers them knows them."""
     if not isinstance(config, EncoderConfig):
         return {}
-    known: dict[str, Any] = {config.backbone: BACKBONES.get(config.backbone)}
-    if isinstance(config, SSLConfig):
-        known[config.method] = METHODS.get(config.method)
+    kinds: dict[str, Any] = {config.backbone: BACKBONES.get(config.backbone)}
+    kinds |= {getattr(config, choice): config.chosen(choice) for choice in config.choices}
     ours = ("idaa_lib", "functools")
     return {
-        name: made
-        for name, made in known.items()
-        if not getattr(made, "__module__", "idaa_lib").startswith(ours)
+        name: kind
+        for name, kind in kinds.items()
+        if not getattr(kind, "__module__", "idaa_lib").startswith(ours)
     }
 
 
 def _choose_vae(config: EncoderConfig) -> Run:
     """The VAE run asked for, or the newest that fits the data and size; which one is printed."""
-    wanted: dict[str, Any] = {"size": config.size}
+    needs: dict[str, Any] = {"size": config.size}
     if config.dim is not None:
-        wanted["dim"] = config.dim
+        needs["dim"] = config.dim
     if config.vae is None:
-        run = runs.get("vae", None, dataset=config.dataset, **wanted)
+        run = runs.get("vae", None, dataset=config.dataset, **needs)
         print(f"vae: {run.id} (the newest that fits)")
         return run
     run = runs.get("vae", config.vae)
     if run.config.dataset != config.dataset:
         print(f"vae: {run.id} was trained on {run.config.dataset}, not on {config.dataset}.")
-    for name, value in wanted.items():
-        if (found := getattr(run.config, name)) != value:
-            raise ConfigError(f"vae={run.id!r} has {name}={found}, and this run needs {value}.")
+    for name, value in needs.items():
+        if (other := getattr(run.config, name)) != value:
+            raise ConfigError(f"vae={run.id!r} has {name}={other}, and this run needs {value}.")
     return run
 
 
@@ -274,86 +272,59 @@ def _validation(config: TrainingConfig) -> ImageSet:
     return open_images(config.dataset, "val", config.size, limit)
 
 
-def _units(data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return data.mean, data.std
-
-
 def _train(
-    plan: _Plan,
+    plan: TrainingPlan,
     method: Method,
-    adversary: Any,
     validate: Callable[[Method, torch.device], dict[str, float]],
-    validate_every: int,
     summarise: Callable[[dict[str, float]], dict[str, Any]],
+    validate_every: int = 1,
 ) -> Run:
-    """What the stages share: lock, room on the disk, resume, loop, summary."""
+    """What the stages share: room on the disk, the loop, the summary."""
     config, run = plan.config, plan.run
     if run.finished:
-        print(f"{run.id} is finished: showing its result.")
-        return run
-    begun = _begun(plan, method)
+        return perform(plan, lambda writer: {})
+    weights = _weights_of(plan, method)
     accelerator = make_accelerator(config, run.path)
     _check_disk(config, run, method)
-    if isinstance(adversary, adversaries.IDAA):
-        adversary.vae.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    adversary: Adversary | None = None
+    if isinstance(config, EncoderConfig):
+        mean, std = plan.units
+        vae = load_vae(plan.vae) if plan.vae else None
+        adversary = build_adversary(config, vae, mean=mean, std=std)
     fit = Fit(
         accelerator,
         method,
         plan.data.images,
-        plan.data.labels,
         config,
         adversary,
-        getattr(config, "alpha", 1.0),
         lambda method: validate(method, accelerator.device),
         validate_every,
-        getattr(config, "keep_every", None),
     )
-    with _writer(plan, accelerator) as fit.writer:
-        if run.finished:  # another process was faster between the look and the lock
-            return run
-        resumed = checkpoints.load(run)
-        if resumed is not None:
-            fit.load(*resumed, anew=False)
-            print(f"{run.id}: going on after step {fit.step} of {fit.total}.")
-        elif begun is not None:
-            fit.load(*begun, anew=True)
-        if fit.writer is not None:
-            fit.writer.rewind(fit.step)
+    if weights is not None and checkpoints.load(run) is None:
+        fit.restore(weights, None)
+
+    def body(writer: Writer | None) -> dict[str, Any]:
         start_trackers(accelerator, config, run)
         try:
-            figures = fit.run()
+            figures = fit.run(run, writer)
         finally:
             accelerator.end_training()
-        if fit.writer is not None:
-            done = fit.step * method.images_per_step(config.batch_size)
-            speed = {"seconds": fit.seconds, "images_per_second": done / max(fit.seconds, 1e-9)}
-            fit.writer.finish(summarise(figures) | speed)
-    return run
+        images, seconds = fit.total * method.images_per_step(), fit.steps.seconds
+        speed = {"seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
+        return summarise(figures) | speed if writer else {}
 
-
-@contextlib.contextmanager
-def _writer(plan: _Plan, accelerator: Accelerator) -> Iterator[Writer | None]:
-    """The writer in the first process, None in the others."""
     if not accelerator.is_main_process:
-        yield None
-        return
+        body(None)
+        return run
     about = describe(accelerator.device, accelerator.mixed_precision, plan.data)
-    mean, std = _units(plan.data)
-    model = {
-        "size": plan.config.size,
-        "mean": list(mean),
-        "std": list(std),
-        "classes": len(plan.data.classes),
-    }
-    with plan.run.writing(plan.config, about, model) as writer:
-        yield writer
+    return perform(Plan(config, run, environment=about, model=plan.model), body)
 
 
-def _begun(plan: _Plan, method: Method) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The checkpoint that `continue_from` names, if its weights are this method's."""
-    if plan.start is None or (found := checkpoints.load(plan.start)) is None:
+def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
+    """The tensors of the checkpoint that `continue_from` names, if they are this method's."""
+    if plan.start is None or (checkpoint := checkpoints.load(plan.start)) is None:
         return None
-    theirs = {k.removeprefix("method."): v.shape for k, v in found[0].items() if "method." in k}
+    theirs = {k: v.shape for k, v in checkpoints.under("method.", checkpoint[0]).items()}
     ours = {k: v.shape for k, v in method.state_dict().items()}
     if theirs != ours:
         names = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
@@ -361,7 +332,7 @@ def _begun(plan: _Plan, method: Method) -> tuple[dict[str, Tensor], dict[str, An
             f"continue_from={plan.start.id!r} has other weights: {len(names)} differ in name or "
             f"shape, the first {names[0]} (other width, dim, method, or norms of an adversary)."
         )
-    return found
+    return checkpoint[0]
 
 
 def _check_disk(config: TrainingConfig, run: Run, method: nn.Module) -> None:
@@ -389,28 +360,27 @@ def _check_disk(config: TrainingConfig, run: Run, method: nn.Module) -> None:
 
 @torch.no_grad()
 def vae_figures(
-    vae: nn.Module, recipe_: Any, data: Tensor, device: torch.device
+    vae: nn.Module, recipe_: Recipe, data: Tensor, device: torch.device
 ) -> dict[str, float]:
     """On un-augmented validation images: reconstruction (MSE), kl (the loss's term), rate in nats,
     and the official acc_gx = 1 − mean ‖x−G‖²/‖x‖², acc_rx = 1 − mean ‖G‖²/‖x‖² (spec §1)."""
     transform = recipe("none", recipe_.size, recipe_.mean, recipe_.std)
-    error, nats, gx, rx = 0.0, 0.0, 0.0, 0.0
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
     with evaluating(vae):
         for batch in data.split(500):
             x = transform(batch.to(device), None).images
             _, G, mu, logvar = vae.forward(x)  # a compiled one would be compiled anew, for these
             energy = x.square().flatten(1).sum(1)
-            missed = (x - G).square().flatten(1).sum(1)
-            error += missed.sum().item()
-            nats += rate(mu.float(), logvar.float()).sum().item()
-            gx += (missed / energy).sum().item()
-            rx += (G.float().square().flatten(1).sum(1) / energy).sum().item()
+            error = (x - G).square().flatten(1).sum(1)
+            share = G.float().square().flatten(1).sum(1) / energy
+            nats = rate(mu.float(), logvar.float())
+            totals += torch.stack([v.sum() for v in (error, nats, error / energy, share)])
+    error_sum, nats_sum, gx, rx = totals.tolist()
     n = len(data)
-    rate_nats = nats / n
     return {
-        "reconstruction_val": error / (n * 3 * recipe_.size**2),
-        "kl_val": rate_nats / (3 * mu.shape[1]),
-        "rate_nats_val": rate_nats,
+        "reconstruction_val": error_sum / (n * 3 * recipe_.size**2),
+        "kl_val": nats_sum / n / (3 * mu.shape[1]),
+        "rate_nats_val": nats_sum / n,
         "acc_gx_val": 1 - gx / n,
         "acc_rx_val": 1 - rx / n,
     }

@@ -1,0 +1,85 @@
+"""Recipes: published and demo settings as data, one TOML file a paper and data set.
+
+A file has a table for each stage: `[ssl]` with its fields and knobs. A table `where` below
+it holds where a field has a value: `[ssl.where.method.simsiam]`, also inside one another. What
+comes later wins, and what the user gives wins over all. `extends` names another recipe that is
+read first. `base_rate` is the learning rate of 256 images a step, scaled to the batch (Goyal et al.
+2017, arXiv:1706.02677).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from idaa_lib.configs.base import Config, ConfigError
+
+PRESETS = tuple(sorted(path.stem for path in Config.recipes.glob("*.toml")))
+
+
+def recipe_values(stage: type[Config], preset: str, explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that the recipe `preset` gives to a configuration of `stage`.
+
+    Args:
+        explicit: what the user gives, which decides which tables hold.
+    Raises:
+        ConfigError: there is no such recipe, it is no TOML, or a name in it is unknown.
+    """
+    documents, values = list(_documents(preset, stage.recipes)), dict(explicit)
+    while True:  # a condition is of the final value, whichever table sets it
+        merged: dict[str, Any] = {}
+        for path, document in documents:
+            _apply(stage, document.get(stage.stage, {}), merged, values, path)
+        if values == {**merged, **explicit}:
+            break
+        values = {**merged, **explicit}
+    base, batch = merged.pop("base_rate", None), ({**merged, **explicit}).get("batch_size")
+    if base is not None and isinstance(batch, int):
+        merged["learning_rate"] = base * batch / 256
+    return merged
+
+
+def _documents(preset: str, folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The recipe and those that it extends, the most basic one first."""
+    path = folder / f"{preset}.toml"
+    if not path.exists():
+        path = Path(preset).expanduser()
+    if path.suffix != ".toml":
+        names = ", ".join(sorted(other.stem for other in folder.glob("*.toml")))
+        raise ConfigError(
+            f"preset must be one of {names} or the path of a .toml file, and is {preset!r}."
+        )
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"preset={preset!r} cannot be read: {error}.") from error
+    if base := document.pop("extends", None):
+        yield from _documents(base, folder)
+    yield path, document
+
+
+def _apply(
+    stage: type[Config],
+    table: Mapping[str, Any],
+    merged: dict[str, Any],
+    values: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Add a table's values to `merged`, then those of the tables below it that hold."""
+    for name, value in table.items():
+        if name == "where":
+            continue
+        if name not in (*stage.model_fields, "base_rate") and not stage._knobs(name):
+            raise ConfigError(f"The recipe {path} has {name!r}, which no {stage.stage} run knows.")
+        merged.pop({"base_rate": "learning_rate", "learning_rate": "base_rate"}.get(name, ""), None)
+        value = stage._read(name, value)
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = value
+    for name, cases in table.get("where", {}).items():
+        field = stage.model_fields.get(name)
+        value = values.get(name, field.default if field else None)
+        _apply(stage, cases.get(str(value), {}), merged, values, path)
