@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 import torchvision
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
+from torchvision.transforms.v2 import functional as F
 
 from idaa_lib.data import cached as images
 from idaa_lib.data import photos, sources
@@ -405,7 +407,7 @@ def test_second_load_decodes_nothing_and_writing_stays_private(tmp_path, monkeyp
     first = images.load(tmp_path / "pets", "train")
     kept = first.images.clone()
     first.images.zero_()
-    monkeypatch.setattr(images, "_decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(images, "_decode", lambda *_, **__: pytest.fail("decoded again"))
     assert torch.equal(images.load(tmp_path / "pets", "train").images, kept)
     assert len(images.load(tmp_path / "pets", "test", limit=3)) == 3
 
@@ -460,7 +462,7 @@ def test_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, data):
 def test_a_disk_known_to_be_too_small_is_refused_before_decoding(tmp_path, data, monkeypatch):
     class_folders(tmp_path / "pets")
     monkeypatch.setattr(images.shutil, "disk_usage", lambda _: SimpleNamespace(free=24 * 3072 - 1))
-    monkeypatch.setattr(images, "_decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "_decode", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(OSError, match="No space left on device"):
         images.load(tmp_path / "pets", "train")
     assert not nothing_left(data)
@@ -483,11 +485,11 @@ import os, time
 from pathlib import Path
 from idaa_lib.data import cached as images
 decode = images._decode
-def logged(listing, items, size):
+def logged(listing, size, i):
     with open({str(tmp_path / "log")!r}, "a") as log:
-        log.write("\\n".join(listing.names[i] for i in items) + "\\n")
-    time.sleep(0.2)
-    return decode(listing, items, size)
+        log.write(listing.names[i] + "\\n")
+    time.sleep(0.001)
+    return decode(listing, size, i)
 images._decode = logged
 Path({str(tmp_path)!r}, f"ready{{os.getpid()}}").touch()
 while not Path({str(tmp_path / "go")!r}).exists():
@@ -664,12 +666,269 @@ print(json.dumps([seconds, peak, counts]))
             assert loaded.images[i].numpy().tobytes() == chw(np.asarray(decoded))
 
 
-@pytest.mark.parametrize(
-    ("name", "right"), [("Train", "train"), ("TEST", "test"), ("valid", "val")]
-)
-def test_a_part_by_another_name_is_no_class(tmp_path, name, right):
+# --- What lies in folders of other people
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "TEST"), ("training", "testing")])
+def test_a_part_by_another_name_is_no_class(tmp_path, train, test):
     """Train/ and Test/ would otherwise be two classes, and nobody would notice."""
-    for folder in ("train/cat", f"{name}/cat") if name != "Train" else ("Train/cat", "test/cat"):
-        save(tmp_path / "pets" / folder / "0.png", noise(0))
-    with pytest.raises(ValueError, match=f"folder '{name}': rename it to '{right}'"):
-        images.load(tmp_path / "pets", "train", data_dir=tmp_path)
+    files = class_folders(tmp_path / "pets", parts=(f"{train}/", "Validation/", f"{test}/"))
+    for split, part in (("train", train), ("val", "Validation"), ("test", test)):
+        loaded = images.load(tmp_path / "pets", split)
+        assert rows(loaded) == {chw(p) for name, p in files.items() if name.startswith(part)}
+        assert loaded.classes == ("cat", "dog")
+
+
+def test_what_systems_and_tools_leave_behind_is_no_image_and_no_class(tmp_path):
+    files = class_folders(tmp_path / "pets", parts=("",), n=10)
+    root = tmp_path / "pets"
+    for name in (".ipynb_checkpoints", "__MACOSX/cat", "@eaDir", "#recycle", "cat/@eaDir/0.png"):
+        save(root / name / "x.png", noise(1))
+    save(root / "cat/._0.png", noise(1))
+    (root / ".DS_Store").write_bytes(b"x")
+    (root / "cat/Thumbs.db").write_bytes(b"x")
+    (root / "cat/.#notes.txt").symlink_to("user@host.123:456")
+    (root / "gone.txt").symlink_to("/nowhere/x.txt")
+    (root / "scripts").mkdir()
+    (root / "scripts/run.py").write_text("")
+    os.mkfifo(root / "cat/pipe")
+    with pytest.warns(UserWarning, match=r"not read as images: 1 \.py, 1 \.txt, 1 without"):
+        sets = [images.load(root, split) for split in ROW]
+    assert set().union(*map(rows, sets)) == set(map(chw, files.values()))
+    assert sets[0].classes == ("cat", "dog")
+    (root / "cat/gone.png").symlink_to("/nowhere/x.png")
+    with pytest.raises(ValueError, match=r"gone\.png cannot be read \(FileNotFoundError"):
+        images.load(root, "train")
+
+
+def test_formats_by_other_extensions_are_read_and_the_rest_is_counted(tmp_path):
+    class_folders(tmp_path / "pets", parts=("",), n=36)
+    for i, file in enumerate(sorted((tmp_path / "pets").rglob("*.png"))):
+        image = Image.open(file)
+        ending = (".jpg", ".JPG", ".jfif", ".jpe", "", ".heic")[i % 6]
+        image.save(file.with_suffix(ending or ".x"), format="JPEG")
+        if not ending:
+            file.with_suffix(".x").rename(file.with_suffix(""))
+        file.unlink()
+    with pytest.warns(UserWarning, match=r"not read as images: 12 \.heic, 12 without extension"):
+        sets = [images.load(tmp_path / "pets", split) for split in ROW]
+    assert sum(map(len, sets)) == 48
+
+
+def test_all_broken_images_are_named_at_once(damaged):
+    with pytest.raises(ValueError, match=r"cat/0\.png cannot .*dog/1\.png cannot .*skip"):
+        images.load(damaged, "train")
+
+
+@pytest.mark.parametrize("colour", [(0, 1, 0), (0, 0, 0)])
+def test_a_channel_without_spread_is_normalised_to_finite_numbers(tmp_path, colour):
+    for i in range(20):
+        save(tmp_path / f"cells/{i}.png", noise(i) * np.array(colour, np.uint8))
+    loaded = images.load(tmp_path / "cells", "train")
+    for channel, lit in enumerate(colour):
+        assert loaded.std[channel] > 0.2 if lit else loaded.std[channel] == 1 / 255
+        assert loaded.mean[channel] > 0.4 if lit else loaded.mean[channel] == 0
+
+
+def test_a_zip_with_backslashes_has_the_folders_they_mean(tmp_path):
+    files = class_folders(tmp_path / "pets")
+    with zipfile.ZipFile(tmp_path / "win.zip", "w") as archive:
+        for name in files:
+            info = zipfile.ZipInfo("x")
+            info.filename = name.replace("/", "\\")
+            archive.writestr(info, (tmp_path / "pets" / name).read_bytes())
+    whole, win = (images.load(tmp_path / name, "trainval") for name in ("pets", "win.zip"))
+    assert win.classes == ("cat", "dog") and win.fingerprint == whole.fingerprint
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    class_folders(tmp_path / "vehicles", parts=("",), classes=("bus", "train"), n=30)
+    assert images.load(tmp_path / "vehicles", "train").classes == ("bus", "train")
+    class_folders(tmp_path / "both", classes=("train", "truck"))
+    assert images.load(tmp_path / "both", "test").classes == ("train", "truck")
+
+
+def test_folders_of_annotations_are_neither_classes_nor_in_the_way(tmp_path):
+    class_folders(tmp_path / "pets/data", classes=("images",))
+    for name in ("readme.md", "annotations/a.json", "data/train/labels/0.txt"):
+        (tmp_path / "pets" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "pets" / name).write_text("")
+    with pytest.warns(UserWarning, match=r"1 \.json, 1 \.md, 1 \.txt"):
+        loaded = images.load(tmp_path / "pets", "test")
+    assert len(loaded) == 6 and loaded.classes == ("images",)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("test/0.png", r"'test/0.png'.*beside class folders: .* away if its class is unknown"),
+        ("unlabeled/0.png", r"'unlabeled/0.png' beside train/: move it inside, or away"),
+    ],
+)
+def test_a_part_without_labels_is_refused_with_what_to_do(tmp_path, extra, message):
+    class_folders(tmp_path / "pets", parts=("train/",))
+    save(tmp_path / "pets" / extra, noise(0))
+    with pytest.raises(ValueError, match=message):
+        images.load(tmp_path / "pets", "train")
+
+
+def test_a_set_without_test_says_how_val_becomes_one(tmp_path):
+    class_folders(tmp_path / "pets", parts=("train/", "val/"))
+    with pytest.raises(ValueError, match=r"split='test' \(train 12, val 12, test 0\).*rename val/"):
+        images.load(tmp_path / "pets", "test")
+
+
+@pytest.mark.parametrize("names", [("$5 note", "100%"), ("R&D <b>", "a_b^c"), ("猫", "tab\tname")])
+def test_classes_keep_their_names(tmp_path, names):
+    class_folders(tmp_path / "odd", classes=names)
+    assert images.load(tmp_path / "odd", "test").classes == tuple(sorted(names))
+
+
+def test_a_relative_data_folder_is_one_place_wherever_a_process_runs(tmp_path, monkeypatch):
+    for value in ("own/data", "data", ""):
+        monkeypatch.setenv("IDAA_DATA", value)
+        roots = set()
+        for folder in (tmp_path, ROOT / "notebooks"):
+            monkeypatch.chdir(folder)
+            roots.add(images.data_root())
+        assert roots == {ROOT / (value or "data")}
+    monkeypatch.setenv("IDAA_DATA", "~/own")
+    assert images.data_root() == Path.home() / "own"
+    with pytest.raises(
+        FileNotFoundError, match=rf"{ROOT}/notebooks/absent nor {Path.home()}/own/ab"
+    ):
+        images.load("absent", "train")
+
+
+# --- Units
+
+CIFAR10 = re.findall(r"\S+", "airplane automobile bird cat deer dog frog horse ship truck")
+CIFAR100 = re.findall(
+    r"\S+",
+    """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
+road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+wardrobe whale willow_tree wolf woman worm""",
+)
+
+
+@pytest.mark.parametrize("classes", [CIFAR10, CIFAR100])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_cifar_by_content_has_the_published_units(tmp_path, classes, zipped):
+    root = tmp_path / "own"
+    for n, name in enumerate(classes):
+        for part in ("train", "test"):
+            save(root / part / name.replace("_", " ") / "0.png", noise(n))
+    source = pack(root, tmp_path / "own.zip") if zipped else root
+    for split, size in (("trainval", 32), ("test", 40)):
+        for given in (images.load(source, split, size), images.describe(source, split, size)):
+            assert given.mean == (0.4914, 0.4822, 0.4465) and given.std == (0.2023, 0.1994, 0.2010)
+
+
+@pytest.mark.parametrize(("classes", "side"), [(CIFAR10, 33), (CIFAR10[1:], 32), (["cat"], 32)])
+def test_other_sets_have_their_own_units(tmp_path, classes, side):
+    for n, name in enumerate(classes):
+        for part, i in itertools.product(("train", "test"), range(4)):
+            save(tmp_path / "own" / part / name / f"{i}.png", noise(10 * n + i, side, 32))
+    loaded = images.load(tmp_path / "own", "trainval")
+    pool = loaded.images.double() / 255
+    np.testing.assert_allclose(loaded.mean, pool.mean((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(loaded.std, pool.std((0, 2, 3), correction=0), rtol=1e-9)
+
+
+# --- The index
+
+
+def refuse_to_open(monkeypatch):
+    """Whatever opens or lists anything but the index fails from now on."""
+    real = open
+
+    def only_index(file, *args, **kwargs):
+        assert str(file).endswith(".json") and "/cache/" in str(file), file
+        return real(file, *args, **kwargs)
+
+    refuse = lambda *_, **__: pytest.fail("opened")  # noqa: E731
+    for place in ("builtins.open", "io.open"):
+        monkeypatch.setattr(place, only_index)
+    for place in ("os.walk", "os.listdir", "os.scandir", "os.open", "zipfile.ZipFile",
+                  "zipfile.is_zipfile", "PIL.Image.open", "numpy.memmap"):  # fmt: skip
+        monkeypatch.setattr(place, refuse)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "photos"])
+def test_what_a_set_is_costs_no_opening(tmp_path, monkeypatch, kind):
+    class_folders(tmp_path / "pets", n=20)
+    source = {
+        "folder": tmp_path / "pets", "photos": "photos",
+        "zip": pack(tmp_path / "pets", tmp_path / "pets.zip"),
+    }[kind]  # fmt: skip
+    requests = [("train", 8, None), ("train", 8, 10), ("trainval", 8, 7), ("test", 8, None)]
+    loaded = [images.load(source, *request) for request in requests]
+    with monkeypatch.context() as patch:
+        refuse_to_open(patch)
+        described = [images.describe(source, *request) for request in requests]
+    for about, whole in zip(described, loaded, strict=True):
+        assert len(about) == len(whole)
+        for name in images.Description.__dataclass_fields__:
+            assert getattr(about, name) == getattr(whole, name)
+
+
+def test_a_set_that_was_never_opened_is_opened_once(tmp_path, monkeypatch):
+    class_folders(tmp_path / "pets")
+    first = images.describe(tmp_path / "pets", "train")
+    refuse_to_open(monkeypatch)
+    assert images.describe(tmp_path / "pets", "train") == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: save(root / "train/cat/new.png", noise(99)),
+        lambda root: (root / "train/cat/0.png").unlink(),
+        lambda root: (root / "train/cat/0.png").rename(root / "train/dog/00.png"),
+        lambda root: save(root / "train/cat/0.png", noise(99)),
+        lambda root: save(root / "train/emu/0.png", noise(99)),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_changed_set_is_described_anew(tmp_path, change, zipped):
+    class_folders(tmp_path / "pets")
+    source = tmp_path / ("pets.zip" if zipped else "pets")
+    zipped and pack(tmp_path / "pets", source)
+    before = images.describe(source, "trainval")
+    time.sleep(0.02)
+    change(tmp_path / "pets")
+    zipped and pack(tmp_path / "pets", source)
+    after = images.describe(source, "trainval")
+    assert after.fingerprint != before.fingerprint
+    assert after.fingerprint == images.load(source, "trainval").fingerprint
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"stamps": {}}'])
+def test_a_broken_index_is_written_anew(tmp_path, data, content):
+    class_folders(tmp_path / "pets")
+    about = images.describe(tmp_path / "pets", "train")
+    [index] = (data / "cache").glob("*.json")
+    index.write_text(content)
+    assert images.describe(tmp_path / "pets", "train") == about
+    assert json.loads(index.read_text())["about"]["counts"][0] == len(about)
+
+
+# --- A source's crops
+
+
+def test_gather_cuts_and_resizes_as_torchvision(tmp_path):
+    loaded = images.load("photos", "test", 48, 12)
+    assert loaded.sizes.tolist() == [[48, 48]] * 12
+    index = torch.tensor([3, 0, 3, 11])
+    boxes = torch.tensor([[0, 0, 48, 48], [4, 7, 20, 31], [47, 0, 1, 48], [10, 11, 36, 12]])
+    crops = loaded.gather(index, boxes, 24)
+    assert crops.dtype == torch.uint8 and crops.shape == (4, 3, 24, 24)
+    for crop, i, box in zip(crops, index, boxes.tolist(), strict=True):
+        oracle = F.resized_crop(loaded.images[i] / 255, *box, [24, 24], antialias=True)
+        assert (crop / 255 - oracle).abs().max() < 1.1 / 255

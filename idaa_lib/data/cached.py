@@ -7,7 +7,6 @@ as raw bytes that later calls map into memory. A split and a limit only select r
 
 import errno
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -16,75 +15,113 @@ import shutil
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from idaa_lib.data.sources import Listing, Origin, find_source, sha256
+from idaa_lib.data.sources import Listing, Source, Torchvision, find_source, read_stamp, sha256
 
-SPLITS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": ("train", "val")}
-VERSION = 1  # of the decoding below and of the files of the cache: another number, another entry
+PARTS = ("train", "val", "test")
+SPLITS = {"train": slice(0, 1), "val": slice(1, 2), "test": slice(2, 3), "trainval": slice(0, 2)}
+VERSION = 2  # of the decoding below and of the files of the cache: another number, another entry
 
 PUBLISHED = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # what papers normalise CIFAR with
+CIFAR = (  # start of the sha256 of the class names of CIFAR-10 and of CIFAR-100, sorted, one a line
+    "bb3914949cecedee",
+    "fbe8ad23bbaf2496",
+)
 
 
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """One split of a source, in memory.
+@dataclass(frozen=True)
+class Description:
+    """One split of a source without its images: what names, ids and configurations need.
 
-    `images` uint8 (N, 3, size, size), a private map of the cache (writing to it changes no file)
-    or a copy where a limit picked rows; `labels` int64 (N,), -1 where an image has none; `mean` and
-    `std` per channel of pixels in [0, 1], over train and val, the same for every split and limit;
-    `fingerprint` tells apart any other pixels, labels or selection, alike on every machine;
-    `skipped` counts the source's files that `on_error="skip"` left out.
+    `n` images of `size` pixels a side; `mean` and `std` per channel of pixels in [0, 1], the same
+    for every split and limit: those that papers use where the source is CIFAR-10 or CIFAR-100 (by
+    name, or by its class names and 32 px), else those of train and val. `fingerprint` tells apart
+    any other pixels, labels or selection, alike on every machine; `labelled` is whether every image
+    has a class; `skipped` counts the source's files that `on_error="skip"` left out.
     """
 
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     name: str
     split: str
+    n: int
+    size: int
+    classes: tuple[str, ...]
+    labelled: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     fingerprint: str
     skipped: int
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.n
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet(Description):
+    """One split of a source, in memory: the source of training.
+
+    `images` uint8 (N, 3, size, size), a private map of the cache (writing to it changes no file)
+    or a copy where a limit picked rows; `labels` int64 (N,), -1 where an image has none.
+    """
+
+    images: Tensor
+    labels: Tensor
 
     @property
-    def size(self) -> int:
-        """Pixels a side."""
-        return self.images.shape[-1]
+    def sizes(self) -> Tensor:
+        """Height and width of each image in pixels: int64 (N, 2)."""
+        return torch.full((self.n, 2), self.size)
 
-    @property
-    def labelled(self) -> bool:
-        """Whether every image has a class."""
-        return bool((self.labels >= 0).all())
+    def gather(self, index: Tensor, boxes: Tensor, size: int) -> Tensor:
+        """Crops of the images at `index` (B,), resized: uint8 (B, 3, size, size), antialiased.
+
+        boxes: (B, 4) top, left, height, width in pixels of each image, whole numbers.
+        """
+        crops = []
+        for i, (top, left, height, width) in zip(index.tolist(), boxes.int().tolist(), strict=True):
+            crop = self.images[i, :, top : top + height, left : left + width]
+            crops.append(interpolate(crop[None], (size, size), mode="bilinear", antialias=True))
+        return torch.cat(crops)
 
     def subset(self, indices: Tensor | Sequence[int] | slice) -> "ImageSet":
         """The images at `indices` (or where a boolean mask holds), in that order, copied."""
-        index = torch.arange(len(self))[indices]
-        fingerprint = _selection(self.fingerprint, index.numpy())
-        return replace(
-            self, images=self.images[index], labels=self.labels[index], fingerprint=fingerprint
-        )
+        index = torch.arange(self.n)[indices]
+        images, labels = self.images[index], self.labels[index]
+        fingerprint = _fingerprint(self.fingerprint, index.numpy())
+        return replace(self, n=len(index), images=images, labels=labels, fingerprint=fingerprint)
 
 
 def data_root() -> Path:
-    """`IDAA_DATA`, else `data/` of the project."""
+    """`IDAA_DATA`, taken from the project's folder where it is relative, else `data/` there."""
     project = Path(__file__).resolve().parents[2]
-    return Path(os.environ.get("IDAA_DATA") or project / "data").expanduser()
+    return project / Path(os.environ.get("IDAA_DATA") or "data").expanduser()
+
+
+def describe(
+    source: str | Path, split: str, size: int = 32, limit: int | None = None, **options: Any
+) -> Description:
+    """What `load` with the same arguments gives but for the images, opening no data where it can.
+
+    It is read from an index beside the cache, which holds as long as nothing that `Source.watch`
+    names has another size or time of change: the zip, or the folders and up to 4,096 of the files.
+    Otherwise everything is opened, as by `load`, and the index is written anew. `load` itself looks
+    at every file: it notices where one of very many was written anew under its own name.
+    """
+    pool = _find_pool(source, split, size, limit, **options)
+    return pool.select(pool.read_index() or pool.open()[0], split, limit)[0]
 
 
 def load(
@@ -110,39 +147,15 @@ def load(
     content, OSError where the cache cannot be written; each is one sentence, and no half-written
     cache stays behind.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is no split: use one of {', '.join(SPLITS)}")
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error={on_error!r} is not allowed: use "raise" or "skip"')
-    if not _positive(size):
-        raise ValueError(f"size={size!r} is not allowed: use a positive number of pixels")
-    if limit is not None and not _positive(limit):
-        raise ValueError(f"limit={limit!r} is not allowed: use None or a positive integer")
-    data = Path(data_dir).expanduser() if data_dir else data_root()
-    origin = find_source(source, data, download)
-    pool = _pool(origin, data / "cache", size, on_error)
-
-    first, last = SPLITS[split][0], SPLITS[split][-1]
-    index = np.arange(pool.bounds[first][0], pool.bounds[last][1])
-    if not len(index):
-        counts = ", ".join(f"{part} {stop - start}" for part, (start, stop) in pool.bounds.items())
-        raise ValueError(f"{origin.name} has no image in split={split!r} ({counts}): use another")
-    if limit is not None and limit < len(index):
-        index = np.sort(np.random.default_rng(0).permutation(index)[:limit])
-        images = pool.images[index]
-    else:
-        images = pool.images[index[0] : index[-1] + 1]  # a view: nothing is read yet
-    mean, std = PUBLISHED if source in ("cifar10", "cifar100") else (pool.mean, pool.std)
+    pool = _find_pool(source, split, size, limit, on_error, download, data_dir)
+    about, labels, pixels = pool.open()
+    description, index = pool.select(about, split, limit)
+    whole = len(index) == index[-1] + 1 - index[0]
+    images = pixels[index[0] : index[-1] + 1] if whole else pixels[index]  # whole: nothing is read
     return ImageSet(
+        **vars(description),
         images=torch.from_numpy(images),
-        labels=torch.from_numpy(pool.labels[index]),
-        classes=pool.classes,
-        mean=mean,
-        std=std,
-        name=origin.name,
-        split=split,
-        fingerprint=_selection(pool.digest, index),
-        skipped=pool.skipped,
+        labels=torch.from_numpy(labels[index]),
     )
 
 
@@ -155,12 +168,35 @@ def decode(path: str | Path, size: int) -> Tensor:
         return torch.tensor(_square(image, size))
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _selection(digest: str, index: np.ndarray) -> str:
+def _fingerprint(digest: str, index: np.ndarray) -> str:
     return sha256(digest, index.astype("<i8").tobytes())
+
+
+def _find_pool(
+    source: str | Path,
+    split: str,
+    size: int,
+    limit: int | None,
+    on_error: str = "raise",
+    download: bool = True,
+    data_dir: str | Path | None = None,
+) -> "_Pool":
+    """The pool of a source, not opened; ValueError or FileNotFoundError for what cannot be."""
+    rules = {
+        "split": (split, split in SPLITS, f"one of {', '.join(SPLITS)}"),
+        "on_error": (on_error, on_error in ("raise", "skip"), '"raise" or "skip"'),
+        "size": (size, type(size) is int and size > 0, "a positive number of pixels"),
+        "limit": (
+            limit,
+            limit is None or (type(limit) is int and limit > 0),
+            "None or more",
+        ),
+    }
+    for name, (value, right, use) in rules.items():
+        if not right:
+            raise ValueError(f"{name}={value!r} is not allowed: use {use}")
+    data = Path(data_dir).expanduser() if data_dir else data_root()
+    return _Pool(find_source(source, data, download), data / "cache", size, on_error)
 
 
 # --- Decoding: from any file that Pillow opens to an RGB square.
@@ -189,53 +225,43 @@ def _square(image: Image.Image, size: int) -> np.ndarray:
     adversary with a budget of 8/255 should find no such halo in the data.
     """
     image = ImageOps.fit(_rgb(image), (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    items: list[int]
-    pixels: np.ndarray  # uint8 (n, 3, size, size)
-    labels: list[int]
-    broken: list[str]  # a phrase for each item that could not be read, and is in none of the above
+class _Item(NamedTuple):
+    """One decoded image, or the sentence that says why it cannot be read."""
+
+    place: int  # in the listing
+    pixels: Any = None  # uint8 (3, size, size)
+    label: int = -1
+    sides: tuple[int, int] = (0, 0)  # of the file
+    error: str = ""
 
 
-def _decode(listing: Listing, items: list[int], size: int) -> _Chunk:
-    kept: list[int] = []
-    labels: list[int] = []
-    broken: list[str] = []
-    pixels = np.empty((len(items), 3, size, size), np.uint8)
-    for i in items:
-        try:
-            image, label = listing.read(i)
-            pixels[len(kept)] = _square(image, size)
-        except UnidentifiedImageError:  # whose own text names an address in memory
-            broken.append(f"{listing.names[i]} cannot be read (no image format that Pillow knows)")
-        except Exception as error:  # Pillow's plugins raise whatever a broken file trips them with
-            broken.append(f"{listing.names[i]} cannot be read ({type(error).__name__}: {error})")
-        else:
-            kept.append(i)
-            labels.append(label)
-    return _Chunk(kept, pixels[: len(kept)], labels, broken)
+def _decode(listing: Listing, size: int, i: int) -> _Item:
+    try:
+        image, label = listing.read(i)
+        return _Item(i, _square(image, size), label, image.size)
+    except UnidentifiedImageError:  # whose own text names an address in memory
+        why = "no image format that Pillow knows"
+    except Exception as error:  # Pillow's plugins raise whatever a broken file trips them with
+        why = f"{type(error).__name__}: {error}"
+    return _Item(i, error=f"{listing.names[i]} cannot be read ({why})")
 
 
-def _chunks(listing: Listing, order: list[int], size: int) -> Iterator[_Chunk]:
-    """Decoded chunks in order, a few at a time in memory."""
+def _decode_all(listing: Listing, order: list[int], size: int) -> Iterator[list[_Item]]:
+    """Decoded items in order, a list at a time so that memory holds a few."""
     rows = max(1, min(256, 2**24 // (3 * size**2)))
-    chunks = [order[start : start + rows] for start in range(0, len(order), rows)]
-    begin = time.perf_counter()
-    yield _decode(listing, chunks[0], size)
-    # Threads fight for the interpreter where images are small: on 2 cores CIFAR-10's JPEGs took
-    # 8 s with one and 12 s with two. At 500 x 400 pixels two are 1.9 times as fast as one.
-    slow = (time.perf_counter() - begin) / len(chunks[0]) > 1e-3
-    workers = min(8, os.cpu_count() or 1) if slow else 1
-    with ThreadPoolExecutor(workers) as executor:
-        waiting = deque(executor.submit(_decode, listing, c, size) for c in chunks[1 : 2 * workers])
-        for chunk in chunks[2 * workers :]:
-            yield waiting.popleft().result()
-            waiting.append(executor.submit(_decode, listing, chunk, size))
-        while waiting:
-            yield waiting.popleft().result()
+    run: Any = map
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
+        for start in range(0, len(order), rows):
+            begin = time.perf_counter()
+            items = list(run(partial(_decode, listing, size), order[start : start + rows]))
+            # Threads fight for the interpreter where images are small: on 2 cores CIFAR-10's JPEGs
+            # took 8 s with one and 12 s with two. At 500 x 400 pixels two are 1.9 times as fast.
+            if (time.perf_counter() - begin) / len(items) > 1e-3:
+                run = executor.map
+            yield items
 
 
 # --- The cache: a folder a pool, with its pixels and, written last, what describes them.
@@ -243,145 +269,205 @@ def _chunks(listing: Listing, order: list[int], size: int) -> Iterator[_Chunk]:
 
 @dataclass(frozen=True)
 class _Pool:
-    """All images of a source: train, then val, then test, between the rows of `bounds`."""
+    """All images of a source, train, then val, then test, in the cache."""
 
-    images: np.ndarray  # uint8 (N, 3, size, size)
-    labels: np.ndarray  # int64 (N,)
-    bounds: dict[str, tuple[int, int]]
-    classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    digest: str
-    skipped: int
+    origin: Source
+    cache: Path
+    size: int
+    on_error: str
 
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^\w.-]", "_", self.origin.name)
 
-def _pool(origin: Origin, cache: Path, size: int, on_error: str) -> _Pool:
-    slug = re.sub(r"[^\w.-]", "_", origin.name)
+    def path(self, key: str, end: str = "") -> Path:
+        key = sha256(f"{key} {self.size} {self.on_error} {VERSION}")
+        return self.cache / f"{self.slug}-{self.size}-{key[:16]}{end}"
 
-    def entry() -> Path:
-        key = sha256(f"{origin.key()} {size} {on_error} {VERSION}")
-        return cache / f"{slug}-{size}-{key[:16]}"
-
-    pool = _open(entry(), size)
-    if pool is not None:
-        return pool
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        held = FileLock(cache / f"{slug}.lock").acquire()
-    except OSError as error:
-        raise OSError(f"{cache} cannot be written ({error}): set IDAA_DATA elsewhere") from error
-    with held:
-        pool = _open(entry(), size)  # another process may have made it while this one waited
+    def open(self) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+        """What describes the pool, labels (N,), pixels (N, 3, size, size); decoded if need be."""
+        entry, stamps = self._scan()
+        pool = _read(entry, self.size)
         if pool is None:
-            listing = origin.listing()  # may download, which changes the key
-            path = entry()
-            _build(path, origin.name, listing, size, on_error)
-            pool = _open(path, size)
+            try:
+                self.cache.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(self.cache / f"{self.slug}.lock").acquire()
+            except OSError as error:
+                raise OSError(
+                    f"{self.cache} cannot be written ({error}): set IDAA_DATA elsewhere"
+                ) from error
+            with lock:
+                entry, stamps = self._scan()
+                pool = _read(entry, self.size)  # another process may have made it meanwhile
+                if pool is None:
+                    listing = self.origin.listing()  # may download, which changes the key
+                    entry, stamps = self._scan()
+                    self._build(entry, listing)
+                    pool = _read(entry, self.size)
             if pool is None:
-                raise OSError(f"{path} changed while it was written: load {origin.name} again")
-    return pool
+                raise OSError(f"{entry} changed while it was written: load {self.slug} again")
+        about = pool[0]
+        if self.read_index() != about:
+            draft = self.path(str(self.origin.path), f".{os.getpid()}")
+            draft.write_text(json.dumps({"stamps": stamps, "about": about}), encoding="utf-8")
+            draft.replace(self.path(str(self.origin.path), ".json"))
+        return pool
+
+    def _scan(self) -> tuple[Path, dict[str, list[int]]]:
+        """Where the pool of what is there now lies, and the stamps by which `read_index` knows."""
+        members = self.origin.members()
+        stamps = {path: list(read_stamp(path)) for path in self.origin.watch(members)}
+        return self.path(repr(sorted(members))), stamps
+
+    def read_index(self) -> dict[str, Any] | None:
+        """What describes the pool where nothing that is watched changed since, else None."""
+        try:
+            index = json.loads(self.path(str(self.origin.path), ".json").read_text("utf-8"))
+            fresh = all(list(read_stamp(p)) == stamp for p, stamp in index["stamps"].items())
+            return index["about"] if fresh else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def select(
+        self, about: dict[str, Any], split: str, limit: int | None
+    ) -> tuple[Description, np.ndarray]:
+        """A split's description and the rows of the pool that it has."""
+        counts = dict(zip(PARTS, about["counts"], strict=True))
+        parts = PARTS[SPLITS[split]]
+        start = sum(about["counts"][: PARTS.index(parts[0])])
+        index = np.arange(start, start + sum(counts[part] for part in parts))
+        if not len(index):
+            hint = ": rename val/ if you mean it" if split == "test" and counts["val"] else ""
+            there = ", ".join(f"{part} {n}" for part, n in counts.items())
+            raise ValueError(
+                f"{self.origin.name} has no image in split={split!r} ({there}): use another{hint}"
+            )
+        if limit is not None and limit < len(index):
+            index = np.sort(np.random.default_rng(0).permutation(index)[:limit])
+        return Description(
+            name=self.origin.name,
+            split=split,
+            n=len(index),
+            size=self.size,
+            classes=tuple(about["classes"]),
+            labelled=all(about["labelled"][part] for part in parts),
+            mean=tuple(about["mean"]),
+            std=tuple(about["std"]),
+            fingerprint=_fingerprint(about["digest"], index),
+            skipped=about["skipped"],
+        ), index
+
+    def _build(self, entry: Path, listing: Listing) -> None:
+        """Decode a source into `entry`, which appears in full or not at all; the lock is held."""
+        partial_entry = entry.with_name(f"{entry.name}.partial")
+        shutil.rmtree(partial_entry, ignore_errors=True)  # of a process that was killed
+        need = len(listing.names) * 3 * self.size**2
+        try:
+            partial_entry.mkdir()
+            if shutil.disk_usage(partial_entry).free < need:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with open(partial_entry / "images.u8", "wb") as file:
+                about, labels = self._fill(file, listing)
+            # A later change of the pixels shows in the time; any file system has even seconds.
+            seconds = int(time.time()) // 2 * 2
+            os.utime(partial_entry / "images.u8", (seconds, seconds))
+            body = json.dumps({"about": about, "labels": labels, "time": seconds})
+            (partial_entry / "about.json").write_text(f"{sha256(body)}\n{body}", encoding="utf-8")
+            shutil.rmtree(entry, ignore_errors=True)  # one that `_read` refused
+            partial_entry.rename(entry)
+        except OSError as error:
+            raise OSError(
+                f"the decoded images of {self.origin.name} could not be written to {self.cache} "
+                f"({error}): they take {need / 2**20:.0f} MiB; make room, or set IDAA_DATA to a "
+                f"folder that has it"
+            ) from error
+        finally:
+            shutil.rmtree(partial_entry, ignore_errors=True)
+
+    def _fill(self, file: BinaryIO, listing: Listing) -> tuple[dict[str, Any], list[int]]:
+        """Decode a source into an open file: what describes the pool, and the labels."""
+        order = sorted(range(len(listing.names)), key=lambda i: PARTS.index(listing.splits[i]))
+        digest, sums = hashlib.sha256(), np.zeros((2, 3), np.int64)  # of values, of their squares
+        items: list[_Item] = []
+        errors: list[str] = []
+        pace = 0.1 if sys.stderr.isatty() else 5.0  # in a log, each refresh is another line
+        with tqdm(
+            desc=f"decoding {self.origin.name}",
+            total=len(order),
+            unit="image",
+            delay=2,
+            mininterval=pace,
+        ) as bar:
+            for chunk in _decode_all(listing, order, self.size):
+                bar.update(len(chunk))
+                errors += [item.error for item in chunk if item.error]
+                chunk = [item for item in chunk if item.pixels is not None]
+                if not chunk:
+                    continue
+                pixels = np.stack([item.pixels for item in chunk])
+                # Not through a map of the file: a disk that fills up would kill the process there.
+                file.write(pixels.data)
+                digest.update(pixels.data)
+                pixels = pixels[: sum(listing.splits[item.place] != "test" for item in chunk)]
+                sums[0] += pixels.sum((0, 2, 3), dtype=np.int64)
+                sums[1] += np.square(pixels, dtype=np.uint16).sum((0, 2, 3), dtype=np.int64)
+                items += [item._replace(pixels=None) for item in chunk]
+        file.flush()
+        os.fsync(file.fileno())
+
+        labels = [item.label for item in items]
+        of_parts = {p: [i.label for i in items if listing.splits[i.place] == p] for p in PARTS}
+        counts = [len(part) for part in of_parts.values()]
+        if errors:
+            self._weigh(errors, listing, labels)
+        if not counts[0]:
+            raise ValueError(f"{self.origin.name} has no image for train: add images")
+        mean, square = sums / ((counts[0] + counts[1]) * self.size**2)
+        # A channel that is the same everywhere has no spread to divide by: at least one level.
+        mean, std = mean / 255, (np.sqrt(square - mean**2) / 255).clip(1 / 255)
+        names = "\n".join(sorted(name.lower().replace(" ", "_") for name in listing.classes))
+        alike = sha256(names)[:16] in CIFAR and {item.sides for item in items} == {(32, 32)}
+        if alike or (isinstance(self.origin, Torchvision) and self.origin.name.startswith("cifar")):
+            mean, std = PUBLISHED
+        described = json.dumps([self.size, listing.classes, labels, counts])
+        return {
+            "classes": listing.classes,
+            "counts": counts,
+            "labelled": {part: min(of, default=0) >= 0 for part, of in of_parts.items()},
+            "mean": list(mean),
+            "std": list(std),
+            "digest": sha256(f"{digest.hexdigest()} {described}"),
+            "skipped": len(errors),
+        }, labels
+
+    def _weigh(self, errors: list[str], listing: Listing, labels: list[int]) -> None:
+        """A warning that images are left out; ValueError where they may not, or a class is lost."""
+        if self.on_error == "raise":
+            more = f"; and {len(errors) - 50} more" if len(errors) > 50 else ""
+            raise ValueError(
+                f'{"; ".join(sorted(errors)[:50])}{more}: replace what is broken, or pass on_error="skip"'
+            )
+        what = f"{len(errors)} of {len(listing.names)} images could not be read, first {errors[0]}"
+        lost = [name for n, name in enumerate(listing.classes) if n not in set(labels)]
+        if lost or not labels:
+            place = f"class {lost[0]!r}" if lost else "train"
+            raise ValueError(f"{self.origin.name} has no image for {place}: {what}; add images")
+        warnings.warn(f"{self.origin.name} goes without some images: {what}", stacklevel=5)
 
 
-def _build(entry: Path, name: str, listing: Listing, size: int, on_error: str) -> None:
-    """Decode a source into `entry`, which appears in full or not at all; the lock is held."""
-    partial = entry.with_name(f"{entry.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    need = len(listing.names) * 3 * size**2
-    try:
-        partial.mkdir()
-        if shutil.disk_usage(partial).free < need:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with open(partial / "images.u8", "wb") as file:
-            about = _fill(file, name, listing, size, on_error)
-        # A change of the pixels later on shows in the time; whole even seconds fit any file system.
-        about["time"] = int(time.time()) // 2 * 2
-        os.utime(partial / "images.u8", (about["time"], about["time"]))
-        body = json.dumps(about)
-        (partial / "about.json").write_text(f"{sha256(body)}\n{body}", encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)  # one that `_open` refused
-        partial.rename(entry)
-    except OSError as error:
-        raise OSError(
-            f"the decoded images of {name} could not be written to {entry.parent} ({error}): they "
-            f"take {need / 2**20:.0f} MiB; make room, or set IDAA_DATA to a folder that has it"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fill(file: BinaryIO, name: str, listing: Listing, size: int, on_error: str) -> dict[str, Any]:
-    """Decode a source into an open file; what `_open` wants to know of it."""
-    parts = ["train", "val", "test"]
-    order = sorted(range(len(listing.names)), key=lambda i: parts.index(listing.splits[i]))
-    digest = hashlib.sha256()
-    items: list[int] = []
-    labels: list[int] = []
-    broken: list[str] = []
-    sums = np.zeros((2, 3), np.int64)  # of values, of their squares: exact on every machine
-    pace = 0.1 if sys.stderr.isatty() else 5.0  # in a log, each refresh is another line
-    with tqdm(
-        desc=f"decoding {name}", total=len(order), unit="image", delay=2, mininterval=pace
-    ) as bar:
-        for chunk in _chunks(listing, order, size):
-            if chunk.broken and on_error == "raise":
-                raise ValueError(f'{chunk.broken[0]}: replace it, or pass on_error="skip"')
-            # Not through a map of the file: a disk that fills up would kill the process there.
-            pixels = chunk.pixels.data
-            file.write(pixels)
-            digest.update(pixels)
-            items += chunk.items
-            labels += chunk.labels
-            broken += chunk.broken
-            pooled = chunk.pixels[: sum(listing.splits[i] != "test" for i in chunk.items)]
-            sums[0] += pooled.sum((0, 2, 3), dtype=np.int64)
-            sums[1] += np.square(pooled, dtype=np.uint16).sum((0, 2, 3), dtype=np.int64)
-            bar.update(len(chunk.items) + len(chunk.broken))
-    file.flush()
-    os.fsync(file.fileno())
-
-    counts = [sum(listing.splits[i] == part for i in items) for part in parts]
-    lost = sorted(set(range(len(listing.classes))) - set(labels)) if broken else []
-    left_out = f"{len(broken)} of {len(order)} images could not be read"
-    left_out += f", first {broken[0]}" if broken else ""
-    if lost or not counts[0]:
-        place = f"class {listing.classes[lost[0]]!r}" if lost else "train"
-        raise ValueError(f"{name} has no image for {place}: {left_out}; add images")
-    if broken:
-        warnings.warn(f"{name} goes without some images: {left_out}", stacklevel=5)
-    mean, square = sums / ((counts[0] + counts[1]) * size**2)
-    described = [size, listing.classes, labels, counts]
-    return {
-        "classes": listing.classes,
-        "labels": labels,
-        "counts": counts,
-        "mean": list(mean / 255),
-        "std": list(np.sqrt(square - mean**2) / 255),
-        "digest": sha256(f"{digest.hexdigest()} {json.dumps(described)}"),
-        "skipped": len(broken),
-    }
-
-
-def _open(entry: Path, size: int) -> _Pool | None:
-    """The pool of a finished entry; None where there is none, or it is not what was written."""
+def _read(entry: Path, size: int) -> tuple[dict[str, Any], np.ndarray, np.ndarray] | None:
+    """What describes a finished entry of the cache, its labels and its pixels; None where there is
+    none, or it is not what was written."""
     try:
         seal, body = (entry / "about.json").read_text(encoding="utf-8").split("\n", 1)
-        about = json.loads(body)
-        shape = (len(about["labels"]), 3, size, size)
+        content = json.loads(body)
+        labels = np.array(content["labels"], np.int64)
+        shape = (len(labels), 3, size, size)
         status = (entry / "images.u8").stat()
-        whole = (status.st_size, status.st_mtime) == (math.prod(shape), about["time"])
+        whole = (status.st_size, status.st_mtime) == (math.prod(shape), content["time"])
         if seal != sha256(body) or not whole:
             return None
         images = np.memmap(entry / "images.u8", np.uint8, mode="c", shape=shape)
+        return content["about"], labels, images
     except (OSError, ValueError, KeyError):
         return None
-    stops = [0, *itertools.accumulate(about["counts"])]
-    return _Pool(
-        images=images,
-        labels=np.array(about["labels"], np.int64),
-        bounds=dict(zip(("train", "val", "test"), itertools.pairwise(stops), strict=True)),
-        classes=tuple(about["classes"]),
-        mean=tuple(about["mean"]),
-        std=tuple(about["std"]),
-        digest=about["digest"],
-        skipped=about["skipped"],
-    )

@@ -1,7 +1,7 @@
 """Where images come from: the embedded photographs, torchvision's data sets, folders and zips.
 
-Each source knows a key of its content, cheap enough to be asked on every call, and how to list its
-items with their splits and labels; `images` decodes them.
+Each source says what it consists of, cheap enough to be asked on every call, and lists its items
+with their splits and labels; `cached` decodes them.
 """
 
 import hashlib
@@ -12,14 +12,14 @@ import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from idaa_lib.data import photos
+from idaa_lib.data.layout import HIDDEN, arrange, split_by_name
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
 _THREE = {**_TWO, "val": {"split": "val"}}
 TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {  # name: class, part: arguments
@@ -41,6 +41,9 @@ FOLDERS = ("birdsnap", "cub200")
 LAYOUT = "docs/transfer-data.md"
 
 
+Member = tuple[str, int, int]  # name (a folder's ends in "/"), size, time of change in ns or CRC
+
+
 @dataclass(frozen=True)
 class Listing:
     """What a source holds, before any decoding; `read(i)` gives item i in any mode, and its label.
@@ -54,54 +57,94 @@ class Listing:
     read: Callable[[int], tuple[Image.Image, int]]
 
 
-class Origin(Protocol):
-    name: str
+class Source:
+    """A folder of images; below, what else gives images, by the same three methods."""
 
-    def key(self) -> str: ...
+    def __init__(self, path: Path, name: str = "") -> None:
+        self.path, self.name = path.absolute(), name or path.resolve().name
 
-    def listing(self) -> Listing: ...
+    def members(self) -> list[Member]:
+        """What the source consists of: other content has other members."""
+        return _walk(self.path)
 
+    def watch(self, members: list[Member]) -> list[str]:
+        """Paths whose size or time of change tells that the content changed.
 
-def find_source(source: str | Path, data: Path, download: bool) -> Origin:
-    if source == "photos":
-        return _Photos()
-    if isinstance(source, str) and source in TORCHVISION:
-        return _Torchvision(source, data, download)
-    for path in (Path(source).expanduser(), data / source):
-        if path.is_dir() or zipfile.is_zipfile(path):
-            return _Files(path)
-        if path.exists():
-            raise ValueError(f"{path} is neither a folder nor a readable zip: give one of the two")
-    if source in FOLDERS:
-        raise FileNotFoundError(
-            f"{source} is not in {data / source}: put it there as {LAYOUT} says"
-        )
-    raise FileNotFoundError(
-        f"source={str(source)!r} is no existing path and no known data set: give the path of a "
-        f"folder or zip of images, or one of {', '.join(NAMES)}"
-    )
+        All folders, whose time changes when an entry is added, removed or renamed, and of the files
+        up to 4,096, evenly spaced: where there are more, one that is written anew under its own
+        name can go unseen.
+        """
+        folders = [name for name, _, _ in members if name.endswith("/")]
+        files = [name for name, _, _ in members if not name.endswith("/")]
+        watched = ["", *folders, *files[:: len(files) // 4096 + 1]]
+        return [str(self.path / name) for name in watched]
 
+    def listing(self) -> Listing:
+        """Its items; may download them. ValueError where it is unclear what belongs where."""
+        names = [name for name, _, _ in self.members()]
+        return self._list(names, lambda name: (self.path / name).read_bytes())
 
-def _split(part: str, official: set[str], name: str) -> str:
-    """The split of an item that its source files under `part` ("all" where it knows no splits).
+    def _list(self, members: list[str], read_bytes: Callable[[str], bytes]) -> Listing:
+        names, splits, folders = arrange(str(self.path), members)
+        classes = tuple(sorted({folder for folder in folders if folder}))
+        labels = {"": -1} | {folder: n for n, folder in enumerate(classes)}
 
-    Where the source has no val (or no test) of its own, a hash of the name decides: adding a file
-    moves no other, and every machine agrees.
-    """
-    bucket = int(sha256(f"idaa:{name}"), 16) % 10
-    if bucket == 0 and part in ("all", "train") and "val" not in official:
-        return "val"
-    if part == "all":
-        return "test" if bucket == 1 else "train"
-    return part
+        def read(i: int) -> tuple[Image.Image, int]:
+            return Image.open(io.BytesIO(read_bytes(names[i]))), labels[folders[i]]
+
+        return Listing(classes, [f"{self.path}/{name}" for name in names], splits, read)
 
 
-class _Photos:
-    name = "photos"
+class Zip(Source):
+    """A zip of images, read in place."""
 
-    def key(self) -> str:
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, path.stem)
+
+    def members(self) -> list[Member]:
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError(f"{self.path} is neither a folder nor a readable zip: give either")
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                members = [(i.filename, i.file_size, i.CRC) for i in archive.infolist()]
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{self.path} is no whole zip ({error}): copy it again") from error
+        leaves = re.compile(r"([A-Za-z]:|[/\\])|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
+        for name, _, _ in members:
+            if leaves.match(name):
+                raise ValueError(f"{self.path} has a member {name!r} that leaves it: repack it")
+        return members
+
+    def watch(self, members: list[Member]) -> list[str]:
+        return [str(self.path)]
+
+    def listing(self) -> Listing:
+        names = [name for name, _, _ in self.members()]
+        # Some programs for Windows separate folders by backslashes: then no name has a slash.
+        mend = (lambda n: n.replace("\\", "/")) if "/" not in "".join(names) else str
+        inside = {mend(name): name for name in names}
+        # One handle for all threads: each more would hold its own 60,000 entries of CIFAR-10. The
+        # lock is needed, as ZipFile counts its open members without one.
+        archive, lock = zipfile.ZipFile(self.path), threading.Lock()
+
+        def read_bytes(name: str) -> bytes:
+            with lock:
+                return archive.read(inside[name])
+
+        return self._list(list(inside), read_bytes)
+
+
+class Photos(Source):
+    def __init__(self) -> None:
+        super().__init__(Path(photos.__file__), "photos")
+
+    def members(self) -> list[Member]:
         rules = (photos.COUNTS, photos.STRIPS, photos.SIDES)
-        return _key([(photo, *_stamp(path)) for photo, path in photos.paths().items()], rules)
+        files = [(str(path), *read_stamp(path)) for path in photos.paths().values()]
+        return [*files, (repr(rules), 0, 0)]
+
+    def watch(self, members: list[Member]) -> list[str]:
+        return [str(path) for path in (self.path, *photos.paths().values())]
 
     def listing(self) -> Listing:
         whole = {photo: Image.open(path).convert("RGB") for photo, path in photos.paths().items()}
@@ -114,15 +157,12 @@ class _Photos:
         )
 
 
-class _Torchvision:
+class Torchvision(Source):
     """A data set that torchvision downloads and parses, in a folder of its own: data/<name>/."""
 
     def __init__(self, name: str, data: Path, download: bool) -> None:
-        self.name, self.download = name, download
-        self.folder = data / name.removesuffix("-unlabeled")
-
-    def key(self) -> str:
-        return _key(_walk(self.folder), self.name)
+        super().__init__(data / name.removesuffix("-unlabeled"), name)
+        self.download = download
 
     def listing(self) -> Listing:
         from torchvision import datasets  # a second to import, and a cached set does without
@@ -130,18 +170,18 @@ class _Torchvision:
         kind, parts = TORCHVISION[self.name]
         try:
             sets = {
-                part: getattr(datasets, kind)(self.folder, download=self.download, **arguments)
+                part: getattr(datasets, kind)(self.path, download=self.download, **arguments)
                 for part, arguments in parts.items()
             }
-        except (OSError, RuntimeError) as error:  # torchvision says "not found" as RuntimeError
+        except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for "not found"
             why = "could not be downloaded" if self.download else "may not be with download=False"
             raise FileNotFoundError(
-                f"{self.name} is not complete in {self.folder} and {why} ({error}): put there what "
+                f"{self.name} is not complete in {self.path} and {why} ({error}): put there what "
                 f"torchvision.datasets.{kind}(root) reads, or use 'photos', which needs no network"
             ) from error
         items = [(part, n) for part, images in sets.items() for n in range(len(images))]
-        some = next(iter(sets.values()))
-        names = getattr(some, "classes", None) or getattr(some, "categories", None)  # Caltech101
+        first = next(iter(sets.values()))
+        names = getattr(first, "classes", None) or getattr(first, "categories", None)  # Caltech101
 
         def read(i: int) -> tuple[Image.Image, int]:
             part, n = items[i]
@@ -151,125 +191,48 @@ class _Torchvision:
         return Listing(
             tuple(names or "0123456789"),  # SVHN's digits have no names
             [f"image {n} of {self.name}'s {part} part" for part, n in items],
-            [_split(part, set(parts), str(n)) for part, n in items],
+            [split_by_name(part, set(parts), str(n)) for part, n in items],
             read,
         )
 
 
-class _Files:
-    """A folder, or a zip read in place, of images in class folders or in none."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.zipped = path, not path.is_dir()
-        self.name = path.stem if self.zipped else path.resolve().name
-
-    def members(self) -> list[tuple[str, int, int]]:
-        """Name (a folder's ends in "/"), size and CRC or time of change of everything inside."""
-        if not self.zipped:
-            return _walk(self.path)
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                members = [(i.filename, i.file_size, i.CRC) for i in archive.infolist()]
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{self.path} is no whole zip ({error}): copy it again") from error
-        leaves = re.compile(r"([A-Za-z]:|[/\\])|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
-        for member, _, _ in members:
-            if leaves.match(member):
-                raise ValueError(f"{self.path} has a member {member!r} that leaves it: repack it")
-        return members
-
-    def key(self) -> str:
-        return _key(self.members())
-
-    def listing(self) -> Listing:
-        names, splits, folders = _arrange(str(self.path), [name for name, _, _ in self.members()])
-        classes = tuple(sorted({folder for folder in folders if folder}))
-        numbers = {folder: n for n, folder in enumerate(classes)}
-        labels = [numbers.get(folder, -1) for folder in folders]
-        # One handle for all threads: each more would hold its own 60,000 entries of CIFAR-10. The
-        # lock is needed, as ZipFile counts its open members without one.
-        archive, lock = zipfile.ZipFile(self.path) if self.zipped else None, threading.Lock()
-
-        def read(i: int) -> tuple[Image.Image, int]:
-            if archive is None:
-                content = (self.path / names[i]).read_bytes()
-            else:
-                with lock:
-                    content = archive.read(names[i])
-            return Image.open(io.BytesIO(content)), labels[i]
-
-        return Listing(classes, [f"{self.path}/{name}" for name in names], splits, read)
+def find_source(source: str | Path, data: Path, download: bool) -> Source:
+    """The source that a name or a path stands for. FileNotFoundError where there is none."""
+    if source == "photos":
+        return Photos()
+    if isinstance(source, str) and source in TORCHVISION:
+        return Torchvision(source, data, download)
+    places = [Path(source).expanduser().absolute(), data / source]
+    for path in places:
+        if path.exists():
+            return Source(path) if path.is_dir() else Zip(path)
+    if source in FOLDERS:
+        raise FileNotFoundError(f"{source} is not in {places[1]}: put it there as {LAYOUT} says")
+    raise FileNotFoundError(
+        f"source={str(source)!r} is no known data set, and neither {places[0]} nor {places[1]} is "
+        f"there: give the path of a folder or zip of images, or one of {', '.join(NAMES)}"
+    )
 
 
-def _arrange(where: str, members: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """From the names inside a folder or zip: its images, and each one's split and class ("": none).
-
-    ValueError where there is no image, a class folder is empty, only test/ has a class, or it is
-    unclear what belongs where.
-    """
-    hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
-    seen = sorted(name for name in members if not hidden.search(name))
-    images = [name for name in seen if PurePosixPath(name).suffix.lower() in EXTENSIONS]
-    if not images:
-        raise ValueError(f"{where} holds no image: looked for {', '.join(EXTENSIONS)}")
-    entries = images + [name for name in seen if name.endswith("/")]
-    top = ""  # a folder that holds everything else is a wrapping, no class
-    while True:
-        inside = {name[len(top) :].split("/")[0] for name in entries if not top.startswith(name)}
-        parts, single = inside & {"train", "val", "test"}, f"{top}{min(inside)}"
-        if len(inside) > 1 or parts or single in images:
-            break
-        top = f"{single}/"
-    for name in sorted(inside - parts):
-        meant = {"validation": "val", "valid": "val", "testing": "test", "training": "train"}
-        right = meant.get(name.lower(), name.lower())
-        if right in ("train", "val", "test") and name != right:
-            raise ValueError(f"{where} has a folder {name!r}: rename it to {right!r}")
-    if parts and "train" not in parts:
-        raise ValueError(f"{where} has {min(parts)}/ but no train/: add train/, or rename it")
-
-    places = {}  # of every image and folder: part, class, and the name that the hash sees
-    holding: dict[str, set[str]] = {"train": set(), "val": set(), "test": set(), "all": set()}
-    for name in entries:
-        part, rest = "all", name[len(top) :]
-        if parts and rest:
-            part, _, rest = rest.partition("/")
-            if part not in parts:
-                raise ValueError(f"{where} has {name!r} beside train/: move it inside")
-        part = "all" if parts == {"train"} else part
-        places[name] = part, rest.rpartition("/")[0].split("/")[0], rest
-        if not name.endswith("/"):
-            holding[part].add(places[name][1])
-    trained = holding["train"] | holding["all"]
-    labelled = any(set().union(*holding.values()))
-    for name, (part, folder, _) in places.items():
-        if folder and folder not in holding[part]:
-            raise ValueError(f"class folder {name!r} of {where} holds no image: fill or remove it")
-        if folder and folder not in trained:
-            raise ValueError(f"{where} has class {folder!r} in {part}/ but not in train/: add it")
-        if labelled and not folder and not name.endswith("/"):
-            raise ValueError(f"{name!r} of {where} lies beside class folders: move it into one")
-    splits = [_split(places[name][0], parts, places[name][2]) for name in images]
-    return images, splits, [places[name][1] for name in images]
-
-
-def _stamp(path: str | Path) -> tuple[int, int]:
-    status = os.stat(path)
+def read_stamp(path: str | Path) -> tuple[int, int]:
+    """Size and time of change in ns; (-1, -1) where there is nothing, as behind a broken link."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
     return status.st_size, status.st_mtime_ns
 
 
-def _walk(root: Path) -> list[tuple[str, int, int]]:
-    """Everything below a folder as (name, size, mtime in ns); folders as (name + "/", 0, 0)."""
-    found: list[tuple[str, int, int]] = []
+def _walk(root: Path) -> list[Member]:
+    """Everything below a folder but what is hidden."""
+    members: list[Member] = []
     for folder, folders, files in os.walk(root, followlinks=True):
-        base = Path(folder).relative_to(root).as_posix() + "/" if Path(folder) != root else ""
-        found += [(f"{base}{name}/", 0, 0) for name in folders]
-        found += [(f"{base}{name}", *_stamp(f"{folder}/{name}")) for name in files]
-    return found
-
-
-def _key(members: list[tuple[str, int, int]], *more: object) -> str:
-    return sha256(repr((sorted(members), *more)))
+        base = "" if Path(folder) == root else Path(folder).relative_to(root).as_posix() + "/"
+        folders[:] = [name for name in folders if not HIDDEN.search(name)]
+        members += [(f"{base}{name}/", 0, 0) for name in folders]
+        files = [name for name in files if not HIDDEN.search(name)]
+        members += [(f"{base}{name}", *read_stamp(f"{folder}/{name}")) for name in files]
+    return members
 
 
 def sha256(text: str, more: bytes = b"") -> str:
