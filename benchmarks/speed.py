@@ -32,11 +32,11 @@ quartiles of the ratio; baseline: median seconds of [straightforward, ours]. Ima
 px. The straightforward formulation (benchmarks/sides.py) is the specification's, in fp32 and the
 published order of work; its ResNet rectifies out of place, as the published one does.
 views: two SimCLR views of {8 * sides.BATCH} images in batches of {sides.BATCH}, against PIL in 2
-workers. steps: ResNet-18 of the paper, batch {sides.BATCH}; views included (straightforward: 2
-workers that work ahead; ours with compile={sides.COMPILE}). Both sides run with the allocator settings of
-`make lab`, but for idaa_step_ratio_default_allocator, whose straightforward side has glibc's.
-idaa_over_simclr: ours both. vae_epoch: {sides.VAE_STEPS} steps of {sides.VAE_BATCH}, views
-included, ours with compile={sides.COMPILE}. linear_eval: straightforward: one epoch that encodes {sides.TRAIN}
+workers. steps: ResNet-18 of the paper, batch {sides.BATCH}, views included (straightforward: 2
+workers that work ahead). Ours, the VAE too, with compile={sides.COMPILE}. Both sides run with the
+allocator settings of `make lab`, but for idaa_step_ratio_default_allocator, whose straightforward
+side has glibc's. idaa_over_simclr: ours both. vae_epoch: {sides.VAE_STEPS} steps of
+{sides.VAE_BATCH}, views included. linear_eval: straightforward: an epoch that encodes {sides.TRAIN}
 + {sides.TEST} images anew, times 1000 (extrapolated), against our whole evaluation. knn_extra_mib:
 peak beyond the features of 10,000 queries against 50,000 × 512 (random; resident, on a GPU
 allocated; baseline: seconds). step_peak_mib: peak resident (on a GPU: allocated) memory of an IDAA
