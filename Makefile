@@ -21,7 +21,7 @@ setup:  ## Make the environment (.venv, or the active one) and install everythin
 	@$(PYTHON) bootstrap.py $(ENV)
 
 demo: setup  ## From nothing to results: VAE, SimCLR x 3, evaluation, sensitivity (about 8 minutes)
-	@$(ALLOCATOR) $(PY) -m idaa_lib.lab.demo
+	@$(ALLOCATOR) $(PY) -m idaa_lib.sweeps demo
 
 test: setup  ## Lint, types and all tests
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

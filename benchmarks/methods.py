@@ -23,7 +23,8 @@ import record
 
 from idaa_lib import sweeps
 from idaa_lib.configs import CompareConfig
-from idaa_lib.lab import table
+from idaa_lib.results import ADVERSARIES as NAMES
+from idaa_lib.results import groups
 from idaa_lib.runs import outputs_root
 
 METHODS = CompareConfig.model_fields["methods"].default
@@ -62,9 +63,12 @@ def main(
             grid += sweeps.cells(CompareConfig(preset="demo", **elsewhere))[1:]
         grid += sweeps.cells(CompareConfig(preset="demo", **simclr, seeds=(1, 2)))
     resumed, start = any(outputs_root().glob("*/*/config.json")), time.monotonic()
-    rows = sweeps.run_all(grid, once.jobs)
+    outcomes = sweeps.perform_all(sweeps.plan(grid), once.jobs, print)
     minutes = (time.monotonic() - start) / 60
-    print(table.frame(grid, rows).to_string(index=False))
+    sweeps.check(outcomes)
+    frame = sweeps.table(grid)
+    for group in groups(frame):
+        print(group.title, group.table.to_string(), group.protocols, sep="\n")
     parameters = fields | {"seeds": "0, 1, 2" if "simclr" in methods else "0"}
     parameters |= {"methods": ", ".join(methods), "adversaries": ", ".join(adversaries)}
     parameters |= {key: json.dumps(parameters[key]) for key in ("vae", "ssl", "ssl_of", "eval")}
@@ -73,35 +77,31 @@ def main(
     lengths = f"{epochs} epochs"
     if slow:
         lengths += f", {' and '.join(slow)} {longer} in batches of {SMALLER}"
-    protocol = f"""{table.budget(rows)} CIFAR-10 as JPEG class folders where the zip is used; demo
-preset (batch 128, learning rates for a short training), {lengths}; one VAE for all (m=128, width
-16, 12 epochs). Mean over n seeds, spread [least, most] where n > 1. It shows that each pair trains,
-not which is best: with so short a training differences of some percent are noise. minutes: all of
-it, two notebooks at a time."""
-    results = [
-        row
-        for key in table.PROBES
-        for row in (_row(key, rows, *pair) for pair in dict.fromkeys(map(_pair, rows)))
-    ]
-    for name, level in table.references(rows).items():
-        for key in table.PROBES:
-            what = f"{key.removesuffix('_top1')}_{name.replace(' ', '_')}"
-            results.append(record.row(what, round(level[key], 2), "% top-1", 1))
+    protocol = f"""{limit:,} training images, ResNet of width 16, clean protocol. CIFAR-10 as JPEG
+class folders where the zip is used; demo preset (batch 128, learning rates for a short training),
+{lengths}; one VAE for all (m=128, width 16, 12 epochs). Mean over n seeds, spread [least, most]
+where n > 1. It shows that each pair trains, not which is best: with so short a training differences
+of some percent are noise. minutes: all of it, two notebooks at a time."""
+    frame = frame[(frame["split"] == "test") & frame["metric"].isin(("kNN", "linear"))]
+    encoders = frame[frame["features"] == "encoder"].fillna({"vae_of": ""})
+    by = encoders.groupby(["metric", "method", "adversary", "vae_of"], sort=False)
+    results = [_row(*names, [*rows["value"]]) for names, rows in by]
+    for (metric, of), rows in frame.groupby(["metric", "features"], sort=False):
+        if of != "encoder":
+            what = f"{metric.lower()}_{of.replace(' ', '_')}"
+            results.append(record.row(what, round(rows["value"].iloc[0], 2), "% top-1", 1))
     if not resumed:  # else it is the time of a part
         results.append(record.row("minutes", round(minutes, 1), "min", 1))
     name = "methods" if whole else "-".join(["methods", *methods])
     print(record.write(name, " ".join(protocol.split()), results))
 
 
-def _pair(row: dict[str, Any]) -> tuple[str, str]:
-    elsewhere = f"_vae_of_{row['vae_of']}" if row["vae_of"] else ""
-    return row["method"], row["adversary"] + elsewhere
-
-
-def _row(key: str, rows: list[dict[str, Any]], method: str, adversary: str) -> dict[str, Any]:
-    values = [row[key] for row in rows if _pair(row) == (method, adversary)]
+def _row(
+    metric: str, method: str, adversary: str, vae_of: str, values: list[float]
+) -> dict[str, Any]:
+    names = {name: key for key, name in NAMES.items()}
+    what = f"{metric}_{method}_{names[adversary]}".lower() + (f"_vae_of_{vae_of}" if vae_of else "")
     spread = [round(min(values), 2), round(max(values), 2)] if len(values) > 1 else None
-    what = f"{key.removesuffix('_top1')}_{method}_{adversary}"
     return record.row(what, round(fmean(values), 2), "% top-1", len(values), spread)
 
 

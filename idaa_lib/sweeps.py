@@ -1,26 +1,30 @@
-"""Grids of papermill runs: finished ones are skipped, interrupted ones resumed, results collected.
+"""Many runs: a grid is data, a plan is the runs that it takes, `perform` makes one of them.
 
-A point of a grid is three notebooks in a row, 01 (VAE), 03 (SSL), 04 (evaluation), each of which
-makes one run directory; the executed notebook is kept there as `notebook.ipynb`. "Finished" is what
-the run directory says, never what papermill's cell states say: a killed kernel leaves every cell
-marked "completed". Points run in threads, one kernel each.
+    python -m idaa_lib.sweeps demo            # a file of idaa_lib/recipes/sweeps, or a path
+
+A run is made by its notebook under papermill (01 a VAE, 03 an encoder, 04 its evaluation), which is
+kept in the run directory. Only that directory says whether the run is finished: a killed kernel
+leaves every cell marked "completed". So what is finished costs nothing, and what was interrupted
+goes on. `perform` can be pickled: joblib runs it in threads, on Dask, on SLURM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+import json
 import os
-import threading
+import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from idaa_lib import train
+from filelock import FileLock, Timeout
+
+from idaa_lib import results, train
 from idaa_lib.configs import (
     CompareConfig,
     Config,
@@ -28,27 +32,29 @@ from idaa_lib.configs import (
     SSLConfig,
     SweepConfig,
     TrainingConfig,
+    UserError,
     VAEConfig,
 )
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, write_json
 from idaa_lib.runs.commands import asked
-from idaa_lib.runs.machine import settled
+from idaa_lib.runs.machine import hardware, settled
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-# Two points may share a VAE: the second waits for the first to have trained it.
-_making: dict[str, threading.Lock] = defaultdict(threading.Lock)
-# Runs that notebooks are making now, and whether no further one may start.
+RECIPES = Path(__file__).resolve().parent / "recipes" / "sweeps"
+STAGES = ("vae", "ssl", "eval")
+# Runs that notebooks of this process are making now, and whether no further one may start.
 _going: set[Run] = set()
-_cancelled = threading.Event()
+_cancelled = False
 
-
-# What stands beside a table of encoders, where an evaluation has it.
-REFERENCES = ("random_knn_top1", "random_linear_top1", "pixels_knn_top1", "pixels_linear_top1")
+# --- grids ----------------------------------------------------------------------------------------
 
 
 class Point(NamedTuple):
-    """One place of a grid: what names it in a row (axis and value, …), and the runs' fields."""
+    """One place of a grid: what names it in a table, and the fields of its runs."""
 
     labels: dict[str, Any]
     vae: dict[str, Any]
@@ -56,221 +62,316 @@ class Point(NamedTuple):
     eval: dict[str, Any]
 
 
-def points(config: SweepConfig) -> list[Point]:
+def points(grid: Mapping[str, Any]) -> list[Point]:
+    """The points of a grid: every combination of the crossed values, for each seed.
+
+    `fixed` and `cross` are stage → field → value, or values; `all` means every stage. `seeds` are
+    of the encoder, and of the VAE unless `fixed` has another. `labels` name all points alike.
+    """
+    fixed, shared = grid.get("fixed", {}), grid.get("fixed", {}).get("all", {})
+    axes = [
+        (stage, name, values)
+        for stage, fields in grid.get("cross", {}).items()
+        for name, values in fields.items()
+    ]
+    found = []
+    for *values, seed in itertools.product(*(a[2] for a in axes), grid.get("seeds", [0])):
+        fields = {stage: {**shared, "seed": seed, **fixed.get(stage, {})} for stage in STAGES}
+        fields["eval"] = shared | fixed.get("eval", {})
+        labels = dict(grid.get("labels", {}))
+        for (stage, name, _), value in zip(axes, values, strict=True):
+            labels[name] = value
+            for each in STAGES if stage == "all" else (stage,):
+                fields[each][name] = value
+        found.append(Point(labels, **fields))
+    return found
+
+
+def sensitivity(config: SweepConfig) -> list[Point]:
     """The points of a sensitivity study: each axis around the middle, for each seed.
 
-    The middle is what the stage presets give for what is not varied. It is a point of every axis
-    whose values contain it. Along the further axes there is each value without an adversary too.
+    The middle is what the presets give for what is not varied; it is a point of every axis whose
+    values contain it. Along the further axes there is each value without an adversary too.
     """
-    made = []
-    axes = (("epsilon", config.epsilons), ("beta", config.betas), ("dim", config.dims))
-    data, evaluated = _shared(config)
-    for axis, values in axes:
-        for value in values:
-            for seed in config.seeds:
-                vae = data | config.vae | {"seed": seed}
-                ssl = data | {"adversary": config.adversary} | config.ssl | {"seed": seed}
-                if axis == "epsilon":
-                    ssl["epsilon"] = value
-                else:
-                    # At a fixed κ another dim is another β: hold β, or two things change at once.
-                    beta = value if axis == "beta" else VAEConfig(**vae).beta
-                    vae = {k: v for k, v in vae.items() if k != "kappa"} | {"beta": beta}
-                    vae |= {"dim": value} if axis == "dim" else {}
-                labels = {"axis": axis, "value": value, "adversary": config.adversary}
-                made.append(Point(labels, vae, ssl, evaluated))
-    for axis, further in config.axes.items():
-        for value, seed, adversary in itertools.product(
-            further, config.seeds, (config.adversary, "none")
-        ):
-            vae = data | config.vae | {"seed": seed}
-            ssl = data | config.ssl | {"seed": seed, "adversary": adversary, axis: value}
-            labels = {"axis": axis, "value": value, "adversary": adversary}
-            made.append(Point(labels, vae, ssl, evaluated))
-    return made
+    shared = _shared(config)
+    # At a fixed κ another dim is another β: β is held, or two things would change at once.
+    held = {k: v for k, v in config.vae.items() if k != "kappa"}
+    held["beta"] = VAEConfig(**shared["all"] | config.vae).beta
+    own: list[tuple[str, str, Sequence[Any]]] = [
+        ("ssl", "epsilon", config.epsilons), ("vae", "beta", config.betas),
+        ("vae", "dim", config.dims),
+    ]  # fmt: skip
+    found = []
+    for stage, axis, values in own + [("ssl", axis, along) for axis, along in config.axes.items()]:
+        attacks = [config.adversary] if axis not in config.axes else [config.adversary, "none"]
+        fixed = shared | {"vae": held if stage == "vae" else config.vae, "ssl": config.ssl}
+        cross: dict[str, dict[str, Any]] = {stage: {axis: values}}
+        cross.setdefault("ssl", {})["adversary"] = attacks
+        for point in points({"fixed": fixed, "cross": cross, "seeds": config.seeds}):
+            labels = {"axis": axis, "at": point.labels[axis]}
+            found.append(point._replace(labels=labels | {"adversary": point.ssl["adversary"]}))
+    return found
 
 
 def cells(config: CompareConfig) -> list[Point]:
-    """The cells of the main table: method × adversary, for each seed.
+    """The cells of the main table: method × adversary, for each seed; one VAE for all.
 
     `vae_of` is the data set of a VAE that was trained elsewhere, else None. The first cell is
     judged with its references, the encoder before training and raw pixels: the same for all where
     all are judged alike (`clean`), and left out where the pixels are more than a probe can take.
     """
-    data, evaluated = _shared(config)
-    pairs: list[tuple[str, str | None]] = [(adversary, None) for adversary in config.adversaries]
-    pairs += [("idaa", config.elsewhere)] if config.elsewhere else []
-    made = [
-        Point(
-            {"method": method, "adversary": adversary, "vae_of": elsewhere},
-            # One VAE for all: seeds are of the encoders.
-            data | config.vae | ({"dataset": elsewhere} if elsewhere else {}),
-            data
-            | config.ssl
-            | config.ssl_of.get(method, {})
-            | {"method": method, "adversary": adversary, "seed": seed},
-            evaluated,
-        )
-        for method in config.methods
-        for adversary, elsewhere in pairs
-        for seed in config.seeds
-    ]
-    alike = EvalConfig(**evaluated).protocol == "clean"
-    if alike and SSLConfig(**made[0].ssl).size <= 32:
-        made[0] = made[0]._replace(eval=evaluated | {"references": True} | config.eval)
-    return made
+    found = []
+    for method in config.methods:
+        pairs: list[tuple[list[Any], str | None]] = [([*config.adversaries], None)]
+        pairs += [(["idaa"], config.elsewhere)] if config.elsewhere else []
+        for attacks, elsewhere in pairs:
+            fixed = _shared(config)
+            fixed["vae"] = {"seed": 0} | config.vae | ({"dataset": elsewhere} if elsewhere else {})
+            fixed["ssl"] = config.ssl | config.ssl_of.get(method, {}) | {"method": method}
+            cross = {"ssl": {"adversary": attacks}}
+            labels = {"method": method, "vae_of": elsewhere}
+            found += points(
+                {"labels": labels, "fixed": fixed, "cross": cross, "seeds": config.seeds}
+            )
+    first = found[0]
+    if EvalConfig(**first.eval).protocol == "clean" and SSLConfig(**first.ssl).size <= 32:
+        found[0] = first._replace(eval=first.eval | {"references": True} | config.eval)
+    return found
 
 
-def _shared(config: SweepConfig | CompareConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields that all trainings have in common, and all evaluations."""
-    shared: dict[str, Any] = {"preset": config.preset, "device": config.device}
-    return shared | {"dataset": config.dataset}, shared | {"references": False} | config.eval
+def _shared(config: SweepConfig | CompareConfig) -> dict[str, dict[str, Any]]:
+    data = {"preset": config.preset, "device": config.device}
+    # Judged on the encoder's own images.
+    training = data | {"dataset": config.dataset}
+    return {"all": training, "eval": {"references": False} | config.eval}
 
 
-def run_point(point: Point, make: bool = True) -> dict[str, Any] | None:
-    """Make the runs of a point, or find them: a row with its figures and the runs' ids.
-
-    A point whose adversary needs no VAE makes none. With `make=False` None where a run is missing.
-    """
-    finished = ensure if make else _finished
-    vae = None
-    if SSLConfig(**point.ssl).needs_vae:
-        if (vae := finished(VAEConfig(**point.vae))) is None:
-            return None
-        point = point._replace(ssl=point.ssl | {"vae": vae.reference})
-    if (ssl := finished(SSLConfig(**point.ssl))) is None:
-        return None
-    asked = EvalConfig(**point.eval | {"run": ssl.reference})
-    # An evaluation with references serves where none are asked for.
-    judged = _finished(asked.model_copy(update={"references": True})) or finished(asked)
-    if judged is None:
-        return None
-    trained, tested = ssl.summary or {}, judged.summary or {}
-    return {
-        **point.labels,
-        "seed": ssl.config.seed,
-        **{k: vae and getattr(vae.config, k) for k in ("kappa", "beta", "dim")},
-        **{k: trained.get(k) for k in ("knn_top1_val", "knn_low_val", "knn_high_val", "n_val")},
-        "linear_top1_val": tested.get("linear_top1_val"),
-        "knn_top1": tested.get("knn_top1"),
-        "linear_top1": tested.get("linear_top1"),
-        "linear_top5": tested.get("linear_top5"),
-        **{k: tested.get(k) for k in REFERENCES},
-        "n_test": tested.get("knn_n"),
-        "protocol": tested.get("protocol"),
-        "seconds": trained.get("seconds"),
-        "epochs": ssl.config.epochs,
-        "width": ssl.config.width,
-        "dataset": Path(ssl.config.dataset).stem,
-        "images": ssl.environment["dataset"]["n"],
-        "vae": vae and vae.id,
-        "ssl": ssl.id,
-        "eval": judged.id,
-    }
+# --- plans ----------------------------------------------------------------------------------------
 
 
-def run_all(made: list[Point], jobs: int = 1) -> list[dict[str, Any]]:
-    """Rows of all points, `jobs` at a time; every configuration is checked before the first runs.
+class Task(NamedTuple):
+    """A run to be: its configuration, and what it needs: field → the key of another task, whose
+    run the field will name."""
+
+    config: Config
+    needs: dict[str, str]
+
+
+class Outcome(NamedTuple):
+    """What became of a task: the run's id, `finished`, `failed` or `left out`, a sentence why."""
+
+    id: str
+    state: str
+    error: str | None = None
+
+
+def plan(grid: Sequence[Point]) -> dict[str, Task]:
+    """Key → task, each after those that it needs; what two points share is there once.
+
+    A key names a configuration. A run's id cannot: an encoder's depends on the weights of its VAE,
+    which are not there before it is trained.
 
     Raises:
-        ConfigError: a point cannot be run. RunError: a notebook failed (finished runs are kept).
+        ConfigError: a point cannot be run.
     """
-    _check(made)
-    return together([partial(run_point, point) for point in made], jobs)
+    return {key: task for point in grid for key, task in _chain(point)}
 
 
-def collect(made: list[Point]) -> list[dict[str, Any]]:
-    """Rows of the points whose runs are all finished; nothing is started.
-
-    Raises:
-        ConfigError: as `run_all`.
-    """
-    _check(made)
-    return [row for point in made if (row := run_point(point, make=False)) is not None]
-
-
-def _check(made: list[Point]) -> None:
-    for point in made:
-        VAEConfig(**point.vae), SSLConfig(**point.ssl), EvalConfig(**point.eval)
+def _chain(point: Point) -> Iterator[tuple[str, Task]]:
+    """The tasks of a point, the evaluation last. An adversary without a VAE needs none."""
+    ssl, needs = SSLConfig(**point.ssl), {}
+    if ssl.needs_vae:
+        yield (vae := _task(VAEConfig(**point.vae)))
+        needs = {"vae": vae[0]}
+    yield (trained := _task(ssl, **needs))
+    yield _task(EvalConfig(**point.eval), run=trained[0])
 
 
-def _finished(config: Config) -> Run | None:
-    """The finished run of `config`, None if there is none."""
-    run = locate(config)
-    return run if run.finished else None
+def _task(config: Config, **needs: str) -> tuple[str, Task]:
+    text = json.dumps([config.model_dump(mode="json"), needs], sort_keys=True)
+    return f"{config.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}", Task(config, needs)
 
 
-def together(tasks: Sequence[Callable[[], Any]], jobs: int) -> list[Any]:
-    """Results of tasks that make runs, `jobs` at a time.
+def perform_all(
+    tasks: Mapping[str, Task], jobs: int = 1, say: Callable[[str], None] | None = None
+) -> dict[str, Outcome]:
+    """Key → outcome of all tasks, `jobs` at a time; one that fails stops only those that need it.
 
     An interrupt stops the runs under way after their step, waits until they are saved, and starts
     no more.
     """
     from joblib import Parallel, delayed
 
-    _cancelled.clear()
+    global _cancelled
+    _cancelled, began = False, time.monotonic()
+    outcomes: dict[str, Outcome] = {}
     try:
         with _shared_threads(jobs):
-            return Parallel(n_jobs=jobs, prefer="threads")(delayed(task)() for task in tasks)
+            while ready := {
+                key: task
+                for key, task in tasks.items()
+                if key not in outcomes and outcomes.keys() >= set(task.needs.values())
+            }:
+                calls = [delayed(_perform)(key, task, outcomes) for key, task in ready.items()]
+                work = Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")
+                for key, outcome in work(calls):
+                    outcomes[key] = outcome
+                    if say:
+                        left = (time.monotonic() - began) / len(outcomes)
+                        left *= len(tasks) - len(outcomes)
+                        say(
+                            f"{len(outcomes)} of {len(tasks)}, about {left / 60:.0f} min left: "
+                            f"{outcome.id} {outcome.state}"
+                        )
     except BaseException:
-        _cancelled.set()
+        _cancelled = True
         # Again and again: a kernel that is still starting forgets what was asked before its run.
         while _going:
             for run in set(_going):
                 run.ask("stop")
             time.sleep(0.5)
         raise
+    return outcomes
+
+
+def _perform(key: str, task: Task, outcomes: Mapping[str, Outcome]) -> tuple[str, Outcome]:
+    needs = {field: outcomes[other] for field, other in task.needs.items()}
+    for need in needs.values():
+        if need.state != "finished":
+            return key, Outcome(key, "left out", f"It needs {need.id}, which {need.state}.")
+    return key, perform(task.config.model_copy(update={f: need.id for f, need in needs.items()}))
+
+
+def perform(config: Config) -> Outcome:
+    """What became of the run of `config`, which is made if it is not there. Raises nothing that a
+    further attempt, or another configuration, could mend."""
+    name = config.stage
+    try:
+        name = locate(config).id
+        return Outcome(ensure(config).reference, "finished")
+    except Exception as error:
+        sentence = (
+            str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        )
+        return Outcome(name, "failed", sentence)
+
+
+def check(outcomes: Mapping[str, Outcome]) -> None:
+    """Nothing, where all is finished.
+
+    Raises:
+        RunError: names each run that is not, and says why.
+    """
+    failures = [f"{o.id} {o.state}: {o.error}" for o in outcomes.values() if o.error]
+    if failures:
+        raise RunError(
+            f"{len(failures)} of {len(outcomes)} runs are missing (what is finished is kept):\n"
+            + "\n".join(failures)
+        )
+
+
+def finished(grid: Sequence[Point]) -> list[tuple[Point, Run]]:
+    """The points whose runs are all there, with the evaluation; nothing is started.
+
+    Raises:
+        ConfigError: as `plan`.
+    """
+    there: dict[str, Run] = {}
+    for key, (config, needs) in plan(grid).items():
+        if there.keys() >= set(needs.values()):
+            names = {field: there[other].reference for field, other in needs.items()}
+            if run := _finished(config.model_copy(update=names)):
+                there[key] = run
+    ends = {i: [*_chain(point)][-1][0] for i, point in enumerate(grid)}
+    return [(grid[i], there[key]) for i, key in ends.items() if key in there]
+
+
+def table(grid: Sequence[Point]) -> pd.DataFrame:
+    """The tidy results of all points that are finished: their labels, then `results.results`."""
+    import pandas as pd
+
+    found = [(point.labels, run, results.judged(run) or run) for point, run in finished(grid)]
+    runs = list(dict.fromkeys([run for _, run, _ in found] + [run for *_, run in found]))
+    figures = results.results(runs)
+    labels = pd.DataFrame([{**labels, "training": run.id} for labels, _, run in found])
+    beside = [name for name in labels if name not in figures]
+    return labels[["training", *beside]].merge(figures, on="training") if found else figures
+
+
+def missing(grid: Sequence[Point]) -> str:
+    """Which points have no finished evaluation, and how they come about, in a sentence."""
+    there = [point for point, _ in finished(grid)]
+    texts = [" × ".join(str(v) for v in point.labels.values() if v) for point in grid]
+    lacking = [
+        f"{text} (seed {point.ssl['seed']})"
+        for text, point in zip(texts, grid, strict=True)
+        if point not in there
+    ]
+    if not lacking:
+        return "Every point has its runs."
+    return (
+        f"{len(lacking)} of {len(grid)} points are missing: {', '.join(lacking)}. They are made "
+        f"with launch = True."
+    )
+
+
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def locate(config: Config) -> Run:
-    """The run directory that a configuration of any stage leads to."""
+    """The run directory that a configuration of a VAE, an encoder or an evaluation leads to."""
     if isinstance(config, EvalConfig):
         return evaluation.locate(config)
     assert isinstance(config, TrainingConfig)
     return train.locate(config)
 
 
+def _finished(config: Config) -> Run | None:
+    """The finished run of `config`. An evaluation with references serves where none are asked."""
+    kinds = [config]
+    if isinstance(config, EvalConfig) and not config.references:
+        kinds.insert(0, config.model_copy(update={"references": True}))
+    return next((run for run in map(locate, kinds) if run.finished), None)
+
+
 def ensure(config: Config) -> Run:
     """The finished run of `config`, made by its notebook under papermill if it is not there yet.
+
+    A file lock beside the run holds over processes and machines: of two that want the same run the
+    second waits, and finds it finished.
 
     Raises:
         RunError: the notebook failed; its executed copy lies in the run directory.
     """
     if isinstance(config, TrainingConfig):  # the notebook runs in another folder
         config = config.model_copy(update={"dataset": settled(config.dataset)})
+    if run := _finished(config):
+        return run
     run = locate(config)
-    with _making[run.id]:
-        while run.state["state"] == "going":  # another process is at it
-            time.sleep(1)
-        if not run.finished:
-            if _cancelled.is_set():
-                raise RunError(f"Run {run.id} was not started: the sweep was stopped.")
-            _going.add(run)
-            try:
-                execute(NOTEBOOKS[config.stage], asked(config), run.path / "notebook.ipynb")
-            finally:
-                _going.discard(run)
-        if not run.finished:
-            raise RunError(f"{NOTEBOOKS[config.stage]} ended without finishing run {run.id}.")
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.path / ".sweep")
+    while not _cancelled:
+        with contextlib.suppress(Timeout), lock.acquire(timeout=1):
+            return _make(run, config)
+    raise RunError(f"Run {run.id} was not started: the sweep was stopped.")
+
+
+def _make(run: Run, config: Config) -> Run:
+    """The run, which nobody else starts meanwhile."""
+    while run.state["state"] == "going":  # a panel or a command trains it
+        time.sleep(1)
+    if not run.finished:
+        _going.add(run)
+        try:
+            execute(NOTEBOOKS[config.stage], asked(config), run.path / "notebook.ipynb")
+        finally:
+            _going.discard(run)
+    if not run.finished:
+        raise RunError(f"{NOTEBOOKS[config.stage]} ended without finishing run {run.id}.")
     return run
 
 
-def folder_of(config: SweepConfig | CompareConfig) -> Path:
-    """Where a study's table and figure belong, `outputs/<stage>/<id>/` (made).
-
-    Named by its axes, whichever of the paper's figures they are of.
-    """
-    told = config.model_dump_json(exclude={"jobs", "device", "launch", "figure"})
-    digest = hashlib.sha256(told.encode()).hexdigest()
-    words = [config.stage, Path(config.dataset).name]
-    words += [config.adversary] if isinstance(config, SweepConfig) else []
-    folder = outputs_root() / config.stage / "-".join([*words, digest[:8]])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config.model_dump(mode="json"))
-    return folder
-
-
-def execute(notebook: str, parameters: dict[str, Any], output: Path, tries: int = 2) -> Path:
+def execute(notebook: str, parameters: Mapping[str, Any], output: Path, tries: int = 2) -> Path:
     """Run `notebooks/<notebook>.ipynb` under papermill; `output` appears when it has succeeded.
 
     Args:
@@ -291,16 +392,12 @@ def execute(notebook: str, parameters: dict[str, Any], output: Path, tries: int 
     for attempt in range(1, tries + 1):
         try:
             papermill.execute_notebook(
-                str(source),
-                str(running),
-                parameters,
-                kernel_name="python3",
-                progress_bar=False,
-                cwd=str(FOLDER),
+                str(source), str(running), dict(parameters), kernel_name="python3",
+                progress_bar=False, cwd=str(FOLDER),
                 # ipykernel warns of unencrypted TCP at every start (the port is this machine's) and
                 # reports the interrupt that ends it; an error in a cell is raised all the same.
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-            )
+            )  # fmt: skip
         except PapermillExecutionError as error:
             failed = output.with_name(f"{output.stem}.failed.ipynb")
             running.replace(failed)
@@ -318,17 +415,84 @@ def execute(notebook: str, parameters: dict[str, Any], output: Path, tries: int 
     return output
 
 
-@contextmanager
+@contextlib.contextmanager
 def _shared_threads(jobs: int) -> Iterator[None]:
     """Kernels started inside share the processor: N kernels with all threads each fight for it."""
-    old = os.environ.get("OMP_NUM_THREADS")
+    before = os.environ.get("OMP_NUM_THREADS")
     if jobs > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         os.environ["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // jobs))
     try:
         yield
     finally:
-        if jobs > 1:
-            os.environ.pop("OMP_NUM_THREADS")
-            if old is not None:
-                os.environ["OMP_NUM_THREADS"] = old
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+        elif jobs > 1:
+            del os.environ["OMP_NUM_THREADS"]
+
+
+def folder_of(config: SweepConfig | CompareConfig) -> Path:
+    """Where a study's table and figure belong, `outputs/<stage>/<id>/` (made).
+
+    Named by its axes, whichever of the paper's figures they are of.
+    """
+    text = config.model_dump_json(exclude={"jobs", "device", "launch", "figure"})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    words = [config.stage, Path(config.dataset).name]
+    words += [config.adversary] if isinstance(config, SweepConfig) else []
+    folder = outputs_root() / config.stage / "-".join([*words, digest[:8]])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config.model_dump(mode="json"))
+    return folder
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def main(words: Sequence[str]) -> int:
+    """Perform the sweep file that is named; 1 if a run failed."""
+    if len(words) != 1:
+        print(__doc__, file=sys.stderr)
+        return 2
+    path, began = RECIPES / f"{words[0]}.toml", time.monotonic()
+
+    def say(text: str) -> None:
+        minutes, seconds = divmod(round(time.monotonic() - began), 60)
+        print(f"[{minutes}:{seconds:02}] {text}", flush=True)
+
+    try:
+        sweep = tomllib.loads((path if path.exists() else Path(words[0])).read_text())
+        print(f"{sweep.get('about', words[0])}\nOn {hardware()}.\n", flush=True)
+        grid = [point for each in sweep.get("grids", []) for point in points(each)]
+        studies = [SweepConfig(**fields) for fields in sweep.get("studies", [])]
+        varied = [point for study in studies for point in sensitivity(study)]
+        outcomes = perform_all(plan(grid + varied), sweep.get("jobs", 1), say)
+        own = {key: outcomes[key] for key in plan(grid)}
+        folders = [outputs_root() / key.partition("-")[0] / o.id for key, o in own.items()]
+        notebooks = [folder / "notebook.ipynb" for folder in folders]
+        # "@vae" is the run of that stage of the last point of the grids.
+        last = {f"@{key.partition('-')[0]}": outcome.id for key, outcome in own.items()}
+        for name, fields in sweep.get("notebooks", {}).items():
+            say(f"{name}.ipynb")
+            values = {field: last.get(str(value), value) for field, value in fields.items()}
+            notebooks.append(execute(name, values, outputs_root() / "notebooks" / f"{name}.ipynb"))
+        for group in results.groups(table(grid)):
+            print(f"\n{group.title}\n{group.table.to_string()}\n{group.protocols}")
+        folders = [folder / "figures" for folder in folders] + [*map(folder_of, studies)]
+        figures = [path for folder in folders for path in sorted(folder.glob("*.png"))]
+        for title, paths in (("Figures", figures), ("Executed notebooks", notebooks)):
+            lines = [f"  {os.path.relpath(path)}" for path in paths if path.exists()]
+            print(f"\n{title}:", *lines, sep="\n")
+        check(outcomes)
+    except KeyboardInterrupt:
+        print("\nStopped. What is finished is kept: the same command goes on from there.")
+        return 130
+    except (UserError, OSError, tomllib.TOMLDecodeError) as error:
+        print(f"\n{words[0]}: {error}", file=sys.stderr)
+        return 1
+    say("Done. To open the notebooks:  make lab")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

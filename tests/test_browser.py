@@ -21,9 +21,8 @@ import pytest
 from conftest import REQUIRED
 from PIL import Image
 
-from idaa_lib import runs
+from idaa_lib import results, runs
 from idaa_lib.configs import DecomposeConfig, SSLConfig, VAEConfig
-from idaa_lib.lab import compare
 from idaa_lib.train import train_ssl, train_vae
 
 # One server and one browser serve the module; on two workers each has its own, on ports of its own.
@@ -253,7 +252,7 @@ def test_the_start_page_lists_the_runs_and_overlays_two(context, lab, outputs):
         for run in runs.find("vae"):
             row = page.locator(f'.idaa-runs-row:has([title="{run.id}"])')
             row.locator('.idaa-runs-pick input[type="checkbox"]').check()
-        names = compare.labels(runs.find("vae"))
+        names = results.labels(runs.find("vae"))
         assert len(names) == 2
 
         def overlaid():

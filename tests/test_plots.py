@@ -10,9 +10,10 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
+from scipy import stats
 from skimage.color import rgb2lab
 
-from idaa_lib.lab import pictures, plots, style, table
+from idaa_lib.lab import pictures, plots, style
 from idaa_lib.runs import Run
 
 R = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -43,30 +44,30 @@ def figures(run):
     labels = torch.arange(20) % 3
     features = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
     classes = ("cat", "dog", "ship")
-    summary = {f"{p}{k}_{end}": 50 + d for p in ("", "random_") for k in ("knn", "linear")
-               for end, d in (("top1", 0), ("low", -2), ("high", 3))}  # fmt: skip
-    summary |= {"knn_n": 100}
     rows = pd.DataFrame([
-        {"axis": axis, "value": v, "seed": s, "knn_top1_val": 40 + v, "linear_top1_val": 50 + s}
+        {"axis": axis, "at": v, "seed": s, "metric": m, "value": 40 + v, "low": 35.0, "high": 47.0}
         for axis in ("epsilon", "beta") for v in (0.1, 1.0) for s in (0, 1)
-    ]).assign(adversary="idaa")  # fmt: skip
-    further = rows[rows["axis"] == "beta"].assign(axis="backbone", adversary="none", knn_top1_val=8)
-    further["value"] = further["value"].map({0.1: "resnet18", 1.0: "resnet34"})
-    rows = pd.concat([rows, further, further.assign(adversary="idaa", knn_top1_val=9)])
-    cells = product(("simclr", "moco"), ("none", "idaa"), (0, 1))
-    compared = [
-        {"method": m, "adversary": a, "vae_of": None, "knn_top1": 40 + s, "linear_top1": 50 - s}
-        for m, a, s in cells
-    ]
+        for m in ("kNN", "linear")
+    ]).assign(adversary="IDAA", split="validation")  # fmt: skip
+    further = rows[rows["axis"] == "beta"].assign(axis="backbone", adversary="no adversary")
+    further["at"] = further["at"].map({0.1: "resnet18", 1.0: "resnet34"})
+    rows = pd.concat([rows, further, further.assign(adversary="IDAA")])
+    cells = product(("SimCLR", "MoCo"), ("no adversary", "IDAA"), (0, 1), ("kNN", "linear"))
+    compared = pd.DataFrame([
+        {"method": m, "adversary": a, "metric": probe, "value": 40.0 + s, "low": 38, "high": 42}
+        for m, a, s, probe in cells
+    ]).assign(features="encoder", dataset="photos")  # fmt: skip
+    untrained = compared[:2].assign(features="untrained encoder", low=math.nan, high=math.nan)
+    compared = pd.concat([compared, untrained])
     return {
         "curves": plots.curves({"a": run, "b": run}, ["loss"]),
         "energy_maps": pictures.energy_maps({"R": R}),
         "spectra": pictures.spectra({"R": R, "x": 2 * R}),
-        "accuracy_bars": plots.accuracy_bars(summary),
+        "evaluation": plots.accuracies(compared, "dataset", "features", "metric"),
         "confusion": plots.confusion(labels, labels, classes),
         "embedding_map": plots.embedding_map(features, labels, classes),
         "sensitivity": plots.sensitivity(rows),
-        "methods": table.levels(compared),
+        "methods": plots.accuracies(compared, "metric", "method", "adversary"),
         "identity_curves": pictures.identity_curves(CURVES),
         "likeness": pictures.likeness(
             (0.0, 0.5, 1.0), {"z": torch.rand(3, 2), "R": torch.rand(3, 2)}
@@ -86,6 +87,22 @@ def test_no_axis_is_without_a_name(run):
                 assert axis.get_xlabel(), f"{name}: x"
             if left:
                 assert axis.get_ylabel(), f"{name}: y"
+
+
+def test_accuracies_are_means_with_their_intervals_and_references_are_lines():
+    rows = [("encoder", "A", 40.0, 35, 44), ("encoder", "B", 50.0, 45, 54)]
+    rows += [("encoder", "B", 52.0, 47, 56), ("raw pixels", "B", 30.0, math.nan, math.nan)]
+    frame = pd.DataFrame(rows, columns=["features", "method", "value", "low", "high"])
+    frame = frame.assign(adversary="IDAA", metric="kNN")
+    (axis,) = plots.accuracies(frame, "metric", "method", "adversary").axes
+    one, several = axis.containers
+    assert [line.get_ydata()[0] for line in (one[0], several[0])] == [40.0, 51.0]
+    (bar,) = one[2][0].get_segments()
+    assert [y for _, y in bar] == [35, 44]
+    (bar,) = several[2][0].get_segments()  # Student's of two seeds
+    assert [y for _, y in bar] == pytest.approx(stats.t.interval(0.95, 1, loc=51, scale=1))
+    (line,) = [line for line in axis.lines if line.get_label() == "raw pixels"]
+    assert set(line.get_ydata()) == {30.0}
 
 
 def test_image_rows_show_the_pixels_and_no_more_columns_than_asked():
@@ -157,7 +174,7 @@ def test_any_two_colours_can_be_told_apart(deficiency):
             rgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
         return rgb2lab(rgb[None, None])[0, 0]
 
-    for a, b in combinations(style.COLOURS.values(), 2):
+    for a, b in combinations(set(style.COLOURS.values()), 2):
         assert np.linalg.norm(seen(a) - seen(b)) > 15, (a, b)  # 2.3 is a just noticeable difference
 
 

@@ -49,9 +49,10 @@ ROOMS = {
     "evaluate": CORE | {"methods"},
     "identity": CORE | {"methods", "adversaries", "evaluate"},
     "train": CORE | {"methods", "adversaries", "evaluate", "identity"},
-    "sweeps": {"configs", "runs", "train", "evaluate"},
+    "results": {"configs", "runs", "methods", "evaluate"},
+    "sweeps": {"configs", "runs", "train", "evaluate", "results"},
     "interop": CORE | {"methods", "evaluate", "train"},
-    "lab": CORE | {"methods", "adversaries", "evaluate", "identity", "train", "sweeps"},
+    "lab": CORE | {"methods", "adversaries", "evaluate", "identity", "train", "sweeps", "results"},
 }
 
 

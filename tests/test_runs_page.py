@@ -10,9 +10,9 @@ import time
 import nbformat
 import pytest
 
-from idaa_lib import runs
+from idaa_lib import results, runs
 from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
-from idaa_lib.lab import compare, notebook, process
+from idaa_lib.lab import notebook, process
 from idaa_lib.lab.guard import guarded
 from idaa_lib.lab.runs import RunsPage
 from idaa_lib.runs import Run, RunError, commands
@@ -260,9 +260,10 @@ def test_the_difference_is_exactly_the_fields_that_differ(outputs):
     a, b = one.config.model_dump(), two.config.model_dump()
     expected = {k: {str(a[k]), str(b[k])} for k in a if a[k] != b[k]}
     assert set(expected) == {"epsilon", "width", "alpha"}
-    rows = re.findall(r"<tr><td>(\w+)</td><td>(.*?)</td><td>(.*?)</td></tr>", page.diff.value)
+    cell = r"\s*<td>(.*?)</td>"
+    rows = re.findall(rf"<tr>{3 * cell}\s*</tr>", page.diff.value)
     assert {name: set(values) for name, *values in rows} == expected
-    assert set(compare.labels([one, two])) == {
+    assert set(results.labels([one, two])) == {
         "SimCLR + IDAA, width = 16, ε = 0.3, alpha = 1",
         "SimCLR + IDAA, width = 8, ε = 0.1, alpha = 2",
     }
@@ -283,10 +284,12 @@ def test_curves_and_accuracies_of_the_chosen(outputs):
     tables = page.accuracy.value.split("<h4>")[1:]
     (clean,) = [t for t in tables if "clean: backbone" in t]
     (official,) = [t for t in tables if "official: z" in t]
-    for text in ("40.0 [36.0, 44.0]", "50.1 [46.1, 54.1]", "100 test images", "untrained encoder",
-                 "20.0 [16.0, 24.0]"):  # fmt: skip
+    for text in (
+        "40.04 [36.04, 44.04]", "50.06 [46.06, 54.06]", "20.00 [16.00, 24.00]", "100 test images",
+        "untrained encoder",
+    ):  # fmt: skip
         assert text in clean and text not in official
-    assert "60.0 [56.0, 64.0]" in official and "60.0" not in clean
+    assert "60.00 [56.00, 64.00]" in official and "60.00" not in clean
 
 
 def test_deleting_asks_first_and_says_who_uses_it(outputs):

@@ -13,13 +13,13 @@ import torch
 from scipy import integrate, stats
 from torch.nn import functional as F
 
-from idaa_lib import runs, sweeps
+from idaa_lib import results, runs, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig, TheoryConfig, VAEConfig
 from idaa_lib.identity import scene, stage, study, theory
 from idaa_lib.identity.scene import UNTRAINED
 from idaa_lib.identity.theory import Bound
 from idaa_lib.identity.verdicts import verdicts
-from idaa_lib.lab import compare, pictures
+from idaa_lib.lab import pictures
 from idaa_lib.lab.rows import row_of
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import RunError, commands
@@ -307,7 +307,7 @@ def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
     vae = runs.get("vae", config.vae)
     assert made in oldest.users() and made in vae.users()
     assert row_of(made).state == "finished"
-    assert compare.name_of(made) == "identity of 20 images"
+    assert results.name_of(made) == "identity of 20 images"
 
 
 def test_its_figures_are_the_theory_s_of_these_networks(made, plan):

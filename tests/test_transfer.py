@@ -35,6 +35,7 @@ from idaa_lib.evaluate.probe import (
 from idaa_lib.evaluate.transfer import transfer
 from idaa_lib.lab import plots
 from idaa_lib.lab.rows import row_of
+from idaa_lib.results import results
 from idaa_lib.runs import commands
 from idaa_lib.train import train_ssl
 from idaa_lib.train.__main__ import main
@@ -356,10 +357,10 @@ def test_rows_of_both_encoders_with_their_intervals(made, photos):
         assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
         assert rows[0]["penalty"] in LAMBDAS and "refit" in rows[0]["protocol"]
     assert photos.environment["datasets"][0]["name"] == "photos"
-    table = plots.transfer_table(summary)
-    assert len(table) == 10 and set(table["features"]) == {"this run", "untrained encoder"}
-    assert len(plots.transfer_bars(summary).axes) == 1
-    assert "on photos, test" in row_of(photos).told[-1]
+    frame = results([photos])
+    assert len(frame) == 10 and set(frame["features"]) == {"encoder", "untrained encoder"}
+    assert len(plots.accuracies(frame, "dataset", "metric", "features").axes) == 1
+    assert "on photos, test" in row_of(photos).texts[-1]
     assert photos in made["cifar"].users()
 
 

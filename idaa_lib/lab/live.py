@@ -23,19 +23,13 @@ from idaa_lib import runs
 from idaa_lib.configs import TrainingConfig, UserError
 from idaa_lib.lab import grid, plots, style
 from idaa_lib.lab.kernel import apart, attended, newcomer
-from idaa_lib.lab.process import Look, launch, look, start
+from idaa_lib.lab.process import UNDER_WAY, Look, launch, look, start
 from idaa_lib.runs import Run, RunError, Stopped
 from idaa_lib.runs.progress import clock
 from idaa_lib.train import stages
 
-CURVES = {
-    "vae": ("loss", "reconstruction_val", "rate_nats_val", "lr", "images_per_second"),
-    "ssl": ("loss", "adversarial_loss", "knn_top1_val", "lr", "images_per_second"),
-    "semi": ("loss", "adversarial_loss", "believed", "pseudo_top1", "ema_top1_val", "lr"),
-}
 # Seconds between two looks at a run that goes and at one that stands, and between two drawings.
 GOING, STANDING, DRAWING = 1.0, 3.0, 2.0
-UNDER_WAY = ("starting", "going", "paused", "ending")  # words of `Look`
 STYLE = "<style>.idaa-live-curves svg { max-width: 100%; height: auto; }</style>"
 
 
@@ -290,7 +284,7 @@ class Panel:
         began = time.monotonic()
         if not self._shown["undrawn"] or (began < self._draw_after and not over):
             return
-        figure = plots.curves_of({"": self._readings.lines}, CURVES[self.run.stage])
+        figure = plots.curves({"": self._readings.lines}, plots.CURVES[self.run.stage])
         self._set(self.curves, "value", style.svg(figure) if self._readings.lines else "")
         self._shown["undrawn"] = False
         self._draw_after = time.monotonic() + max(DRAWING, 4 * (time.monotonic() - began))

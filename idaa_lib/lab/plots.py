@@ -1,11 +1,11 @@
-"""The figures of the notebooks: each takes tensors or runs and gives back a matplotlib Figure.
+"""The figures of runs and results: each takes runs, tidy results or tensors and returns a Figure.
 
 No axis is without a label and a unit; how they look is `style`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from idaa_lib.lab import style
-from idaa_lib.lab.style import COLOURS, INK, NAMES, PALETTE
+from idaa_lib.lab.style import COLOURS, INK, PALETTE
 from idaa_lib.lab.style import save as save  # what notebooks call beside the figures
+from idaa_lib.results import interval
 from idaa_lib.runs import Run
 
 LABELS = {
@@ -48,19 +49,27 @@ LABELS = {
     "lr": "learning rate",
     "images_per_second": "speed (images/s)",
 }
-# The prefixes of a summary's accuracies, and what they are of.
-SUBJECTS = {"": "this run", "random_": "untrained encoder", "pixels_": "raw pixels"}
-_PREFIX = {"encoder": "", "random": "random_"}  # of a transfer's rows
+# What is drawn of a run of each stage, where it was logged.
+CURVES = {
+    "vae": ("loss", "reconstruction_val", "rate_nats_val", "lr", "images_per_second"),
+    "ssl": (
+        "loss",
+        "adversarial_loss",
+        "knn_top1_val",
+        "effective_rank",
+        "lr",
+        "images_per_second",
+    ),
+    "semi": ("loss", "adversarial_loss", "believed", "pseudo_top1", "ema_top1_val", "lr"),
+}
 
 
-def curves(runs: Mapping[str, Run], keys: Sequence[str]) -> Figure:
-    """Training curves from metrics.jsonl, one panel a key, one line a run (label → run)."""
-    return curves_of({label: run.metrics() for label, run in runs.items()}, keys)
+def curves(runs: Mapping[str, Run | Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> Figure:
+    """Training curves, a panel a key, a line a run: label → run, or the lines of its metrics.jsonl.
 
-
-def curves_of(readings: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> Figure:
-    """The same from lines of metrics.jsonl (label → lines). In an SVG a line is a group whose id is
-    its key."""
+    In an SVG a line is a group whose id is its key.
+    """
+    readings = {name: run.metrics() if isinstance(run, Run) else run for name, run in runs.items()}
     keys = [k for k in keys if any(k in line for lines in readings.values() for line in lines)]
     if not keys:
         return Figure()
@@ -74,107 +83,62 @@ def curves_of(readings: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequenc
                 axis.plot(*zip(*points, strict=True), **look)
         axis.set(xlabel="step", ylabel=LABELS.get(key, key))
         axis.xaxis.get_major_locator().set_params(integer=True)
-    if len(readings) > 1:
-        # One for all panels, below them: names of runs are long, and would hide the curves.
-        drawn = {str(line.get_label()): line for axis in axes for line in axis.lines}
-        figure.legend(
-            drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(3, len(drawn))
-        )
+    _legend(figure, axes, least=2)
     return figure
 
 
-def accuracy_table(summary: Mapping[str, Any]) -> pd.DataFrame:
-    """An evaluation's accuracies with n, 95 % interval and protocol, reference rows below."""
-    rows = []
-    for prefix, name in SUBJECTS.items():
-        for probe in ("knn", "linear"):
-            key = f"{prefix}{probe}"
-            if f"{key}_top1" in summary:
-                low, high = summary[f"{key}_low"], summary[f"{key}_high"]
-                rows.append(
-                    {
-                        "features": name,
-                        "probe": "kNN" if probe == "knn" else "linear",
-                        "top-1 (%)": round(summary[f"{key}_top1"], 2),
-                        "95 % interval": f"{low:.1f} – {high:.1f}",
-                        "n": summary[f"{key}_n"],
-                        "protocol": summary[f"{key}_protocol"],
-                    }
-                )
-    return pd.DataFrame(rows)
+def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> Figure:
+    """Means of tidy results with their 95 % intervals, and a dot a seed where there are several.
 
-
-def accuracy_bars(summary: Mapping[str, Any]) -> Figure:
-    """The same as bars with their 95 % intervals."""
-    names = {p: name for p, name in SUBJECTS.items() if f"{p}knn_top1" in summary}
-    figure, axis = style.axes(figsize=(6.4, 3.6))
-    for shift, probe, label in ((-0.2, "knn", "kNN"), (0.2, "linear", "linear")):
-        top, low, high = (
-            np.array([summary[f"{p}{probe}_{end}"] for p in names])
-            for end in ("top1", "low", "high")
-        )
-        at = np.arange(len(names)) + shift
-        axis.bar(at, top, 0.38, label=label, yerr=np.abs([top - low, high - top]), capsize=4)
-    axis.set_xticks(range(len(names)), list(names.values()))
-    axis.set(xlabel="features of", ylabel="top-1 (%)", ylim=(0, 100))
-    axis.set_title(f"Accuracy on {summary['knn_n']:,} test images, with 95 % intervals")
-    axis.legend(title="probe", loc="upper right")
-    return figure
-
-
-def transfer_table(summary: Mapping[str, Any]) -> pd.DataFrame:
-    """A transfer's accuracies with their 95 % intervals, a line each."""
-    rows = [
-        {
-            "data set": row["dataset"],
-            "features": SUBJECTS[_PREFIX[row["features"]]],
-            "probe": row["probe"],
-            "metric": row["metric"],
-            "accuracy (%)": round(row["value"], 2),
-            "95 % interval": f"{row['low']:.1f} – {row['high']:.1f}",
-            "over": f"{row['n']:,} {row['of']}",
-            "labels": row["labels"],
-        }
-        for row in summary["rows"]
-    ]
-    return pd.DataFrame(rows)
-
-
-def transfer_bars(summary: Mapping[str, Any]) -> Figure:
-    """The same as bars with their intervals: a panel for each data set, a group for each probe."""
-    rows = pd.DataFrame(summary["rows"])
-    names = list(rows["dataset"].unique())
-    figure, axes = style.panels(len(names), 2, (6.4, 3.4))
-    subjects = [key for key in _PREFIX if key in set(rows["features"])]
+    Args:
+        frame: of `results.results`, of one split. panels, groups, colours: its columns, such as
+            metric, method and adversary; where none of them is `features`, what an untrained
+            encoder and raw pixels have are lines.
+    """
+    names, palette = list(dict.fromkeys(frame[panels])), PALETTE
+    lines = frame[frame["features"] != "encoder"] if "features" not in (groups, colours) else None
+    if lines is not None:
+        frame = frame[frame["features"] == "encoder"]
+    places, members = list(dict.fromkeys(frame[groups])), list(dict.fromkeys(frame[colours]))
+    most = 2 if len(names) > 1 else 1
+    figure, axes = style.panels(len(names), most, (max(4.8, 1.2 + 0.9 * len(places)), 3.6))
     for name, axis in zip(names, axes, strict=True):
-        mine = rows[rows["dataset"] == name]
-        probes = list(mine["probe"].unique())
-        for place, subject in enumerate(subjects):
-            found = mine[mine["features"] == subject].set_index("probe").loc[probes]
-            at = np.arange(len(probes)) + (place - (len(subjects) - 1) / 2) * 0.4
-            spread = np.abs([found["value"] - found["low"], found["high"] - found["value"]])
-            label = SUBJECTS[_PREFIX[subject]]
-            axis.bar(at, found["value"], 0.38, label=label, yerr=spread, capsize=4)
-        axis.set_xticks(range(len(probes)), probes)
-        axis.set(ylabel=f"{mine['metric'].iloc[0]} (%)", ylim=(0, 100), title=name)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(subjects)
-    )
+        for i, member in enumerate(members):
+            shift = (i - (len(members) - 1) / 2) * 0.8 / len(members)
+            colour = COLOURS.get(member, palette[i % len(palette)])
+            for at, place in enumerate(places):
+                chosen = (frame[panels] == name) & (frame[groups] == place)
+                rows = frame[chosen & (frame[colours] == member)]
+                if rows.empty:
+                    continue
+                mean, low, high = interval(rows)
+                spread = None if np.isnan(low) else [[mean - low], [high - mean]]
+                look = dict(fmt="D", color=colour, markersize=6, capsize=4)
+                axis.errorbar(at + shift, mean, spread, label=member, **look)
+                if len(rows) > 1:
+                    axis.plot([at + shift] * len(rows), rows["value"], ".", color=INK, markersize=4)
+        if lines is not None:
+            known = lines[lines[panels] == name].drop_duplicates("features")
+            for (what, level), dash in zip(known[["features", "value"]].values, "-:", strict=False):
+                axis.axhline(level, color=INK, lw=1, ls=dash, alpha=0.6, label=what)
+        axis.set(title=str(name), xlabel=groups, ylabel="accuracy (%)")
+        axis.set_xticks(range(len(places)), [str(place).replace(", ", ",\n") for place in places])
+        axis.grid(axis="x", visible=False)
+        axis.margins(x=0.2 / len(places), y=0.15)
+    _legend(figure, axes)
     return figure
 
 
-def classifier_bars(runs: Mapping[str, Run]) -> Figure:
-    """Test accuracy of semi-supervised runs (label → run) with 95 % intervals."""
-    told = [run.summary or {} for run in runs.values()]
-    ends = ("top1", "low", "high")
-    top, low, high = (np.array([one[f"ema_{end}"] for one in told]) for end in ends)
-    figure, axis = style.axes(figsize=(1.6 + 1.4 * len(runs), 3.4))
-    names = [name.replace(": ", ":\n") for name in runs]
-    bars = axis.bar(names, top, 0.6, yerr=np.abs([top - low, high - top]), capsize=4)
-    axis.bar_label(bars, [f"{value:.1f}" for value in top], label_type="center", color="white")
-    axis.set(ylabel="top-1 (%)", ylim=(0, 100))
-    axis.set_title(f"{told[0]['ema_n']:,} test images, 95 % intervals")
-    return figure
+def _legend(figure: Figure, axes: Iterable[Any], least: int = 1) -> None:
+    """One for all panels, below them: names of runs are long, and would hide the curves."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if len(handles) >= least:
+        columns = min(4, len(handles)) if max(map(len, handles)) < 24 else min(2, len(handles))
+        lines, labels = [*handles.values()], [*handles]
+        figure.legend(lines, labels, loc="outside lower center", ncols=columns)
 
 
 def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
@@ -258,50 +222,48 @@ def neighbours(
     return figure
 
 
-def sensitivity(rows: pd.DataFrame) -> Figure:
+def sensitivity(frame: pd.DataFrame) -> Figure:
     """Validation accuracy over ε, β, dim and further axes: a column each, kNN above, linear below.
 
-    Several seeds give their mean and ±1 std. Values that are not numbers stand side by side.
+    Args:
+        frame: of `sweeps.table`, with the columns `axis` and `at`. Intervals are over images, or
+            over several seeds. Values that are not numbers stand side by side.
     """
     names = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
-    columns = list(dict.fromkeys(rows["axis"]))
-    probes = {"knn_top1_val": "kNN", "linear_top1_val": "linear"}
+    frame = frame[frame["split"] == "validation"]
+    columns, probes = list(dict.fromkeys(frame["axis"])), ("kNN", "linear")
+    size = (4.1 * len(columns), 5.4)
     figure, panels = style.axes(
-        2, len(columns), figsize=(4.1 * len(columns), 5.4), sharey="row", sharex="col",
-        squeeze=False,
-    )  # fmt: skip
-    adversaries = list(dict.fromkeys(rows["adversary"]))
+        2, len(columns), figsize=size, sharey="row", sharex="col", squeeze=False
+    )
     for column, axis in enumerate(columns):
-        mine = rows[rows["axis"] == axis]
-        numbers = pd.to_numeric(mine["value"], errors="coerce")  # a table from a file has text
+        mine = frame[frame["axis"] == axis]
+        numbers = pd.to_numeric(mine["at"], errors="coerce")  # a table from a file has text
         if numeric := bool(numbers.notna().all()):
-            mine = mine.assign(value=numbers)
-        values = list(dict.fromkeys(mine["value"]))
-        at = {value: value if numeric else i for i, value in enumerate(values)}
-        for line, (key, probe) in enumerate(probes.items()):
+            mine = mine.assign(at=numbers)
+        values = sorted(set(mine["at"])) if numeric else list(dict.fromkeys(mine["at"]))
+        places = {value: value if numeric else i for i, value in enumerate(values)}
+        for line, probe in enumerate(probes):
             panel = panels[line, column]
-            for adversary, group in mine.groupby("adversary", sort=False):
-                grouped = group.groupby("value", sort=numeric)[key]
-                mean, several = grouped.mean(), grouped.size().max() > 1
+            for adversary, group in mine[mine["metric"] == probe].groupby("adversary", sort=False):
+                points = {at: interval(rows) for at, rows in group.groupby("at", sort=numeric)}
+                mean, low, high = np.array([*points.values()]).T
                 panel.errorbar(
-                    [at[value] for value in mean.index], mean,
-                    yerr=grouped.std() if several else None, marker="o", capsize=4,
-                    color=COLOURS[adversary], label=NAMES[adversary],
+                    [places[at] for at in points], mean, np.nan_to_num([mean - low, high - mean]),
+                    marker="o", capsize=4, color=COLOURS[adversary], label=adversary,
                 )  # fmt: skip
             if not numeric:
                 panel.set_xlim(-0.5, len(values) - 0.5)  # names are wide
             elif axis != "epochs":  # which are tried in steps, all else in factors
                 panel.set(xscale="log")
-            told = [f"{value:g}" if numeric else str(value) for value in values]
-            panel.set_xticks(list(at.values()), told)
+            panel.set_xticks(
+                list(places.values()), [f"{v:g}" if numeric else str(v) for v in values]
+            )
             panel.minorticks_off()
             panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
         panels[-1, column].set(xlabel=names.get(axis, axis.replace("_", " ")))
-    if len(adversaries) > 1:
-        whole = max(panels[0], key=lambda panel: len(panel.get_legend_handles_labels()[1]))
-        handles, told = whole.get_legend_handles_labels()
-        figure.legend(handles, told, loc="outside lower center", ncols=len(told))
-    seeds = rows["seed"].nunique()
-    of = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed a point"
-    figure.suptitle(f"Sensitivity, {of}")
+    _legend(figure, panels.flat, least=2)
+    seeds = frame["seed"].nunique()
+    of = f"{seeds} trainings a point" if seeds > 1 else "the images of 1 training a point"
+    figure.suptitle(f"Sensitivity, with 95 % intervals over {of}")
     return figure

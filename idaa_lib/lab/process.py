@@ -24,6 +24,8 @@ from idaa_lib.configs import TrainingConfig
 from idaa_lib.runs import Run, machine
 from idaa_lib.train import stages
 
+# Words of `look` for a run that a process is at.
+UNDER_WAY = ("starting", "going", "paused", "ending")
 # Seconds that a process which has saved its run may take to end.
 ENDING = 60.0
 # Processes that this kernel started: their parent must ask after them, or they stay as zombies.

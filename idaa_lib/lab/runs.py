@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+import pandas as pd
 from IPython.display import display
 
-from idaa_lib import runs
-from idaa_lib.lab import compare, process
+from idaa_lib import results, runs
+from idaa_lib.lab import plots, process, style
 from idaa_lib.lab.guard import guarded
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import link, notebook_of
@@ -35,7 +36,7 @@ class RunsPage:
     def __init__(self) -> None:
         self.picked: list[Run] = []
         self._rows: dict[Run, Row] = {}
-        self._stamps: dict[Run, tuple[int, ...]] = {}
+        self._stamps: dict[Run, list[int]] = {}
         self._lines: dict[Run, tuple[widgets.HTML, widgets.HBox]] = {}
         self._page = 0
         self._panel: Panel | None = None
@@ -191,9 +192,9 @@ class RunsPage:
         self._buttons()
         sound = [run for run in self.picked if self._rows[run].state != DAMAGED]
         stages = {s: [run for run in sound if run.stage == s] for s in runs.CONFIGS}
-        self.accuracy.value = compare.judgements(stages["ssl"], stages["eval"])
-        self.diff.value = "".join(map(compare.differences, stages.values()))
-        self.curves.value = "".join(map(compare.curves, stages.values()))
+        self.accuracy.value = accuracies(stages["ssl"], stages["eval"])
+        self.diff.value = "".join(map(differences, stages.values()))
+        self.curves.value = "".join(map(curves, stages.values()))
 
     def _buttons(self) -> None:
         states = [self._rows[run].state for run in self.picked]
@@ -266,6 +267,46 @@ class RunsPage:
         made.add_class(f"idaa-runs-{name}")
         made.on_click(self._safe(lambda _: act()))
         return made
+
+
+# --- the chosen runs as HTML: nothing where there is nothing to compare ---------------------------
+
+
+def accuracies(trainings: Sequence[Run], evaluations: Sequence[Run]) -> str:
+    """Accuracies of evaluations, those of these trainings included."""
+    users = [run for training in trainings for run in training.users()]
+    judging = [run for run in dict.fromkeys([*evaluations, *users]) if run.stage == "eval"]
+    frame, text = results.results([run for run in judging if run.finished]), ""
+    frame["label"] += ", seed " + frame["seed"].astype(str)  # each run has a row of its own
+    for group in results.groups(frame):
+        lines = html.escape(group.protocols).replace("\n", "<br>")
+        text += f"<h4>{html.escape(group.title)}</h4>{style.table(group.table)}<p>{lines}</p>"
+    return text
+
+
+def differences(chosen: Sequence[Run]) -> str:
+    """Each field that differs between runs of one stage, and its value in each run."""
+    fields = results.differing(chosen)
+    if not fields:
+        return ""
+    texts = {field: [*map(str, values)] for field, values in fields.items()}
+    frame = pd.DataFrame.from_dict(texts, "index", columns=list(results.labels(chosen)))
+    frame = frame.rename_axis("field").reset_index()
+    heading = f"<h4>What differs between the {chosen[0].stage} runs</h4>"
+    return heading + style.table(frame, index=False)
+
+
+def curves(chosen: Sequence[Run]) -> str:
+    """Training curves of runs of one stage, overlaid."""
+    keys = plots.CURVES.get(chosen[0].stage, ()) if chosen else ()
+    figure = plots.curves(results.labels(chosen), keys)
+    if not figure.axes:
+        return ""
+    plural = "s" * (len(chosen) > 1)
+    return f"<h4>Curves of the {chosen[0].stage} run{plural}</h4>{style.svg(figure)}"
+
+
+# --- widgets --------------------------------------------------------------------------------------
 
 
 def _html(name: str, value: str = "") -> widgets.HTML:

@@ -10,16 +10,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import PIL.Image
 import seaborn as sns
 from IPython.display import Image
 from matplotlib.figure import Figure
 
+from idaa_lib.results import ADVERSARIES as NAMES
+
 # Okabe & Ito's colours, of which colour-blind readers can tell any two apart.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"]
 # An adversary has the same colour in every figure.
 COLOURS = {"none": PALETTE[3], "idaa": PALETTE[0], "clae": PALETTE[1], "random_sign": PALETTE[2]}
-NAMES = {"none": "no adversary", "idaa": "IDAA", "clae": "CLAE", "random_sign": "random sign"}
+COLOURS |= {NAMES[name]: colour for name, colour in COLOURS.items()}  # by either of its names
 INK, GRID = "#1f2328", "#dfe3e8"
 
 RC = {
@@ -114,3 +117,9 @@ def svg(figure: Figure) -> str:
     ):
         text = text.replace(colour, page)
     return text
+
+
+def table(frame: pd.DataFrame, index: bool = True) -> str:
+    """A frame as an HTML table of class `idaa-table`, in full; its texts are escaped."""
+    with pd.option_context("display.max_colwidth", None):
+        return frame.to_html(classes="idaa-table", border=0, index=index, justify="left")

@@ -1,0 +1,386 @@
+"""All results in one tidy table, and the one rule for what may stand together.
+
+`results` makes a row of each figure of each run. The runs page, the notebooks, the report and CSV
+files are views of it: `groups` of evaluations, what stands `beside` one run, a `table` for people.
+The paper's figures are docs/paper.csv; they stand only where data, size and classes are theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from idaa_lib import runs
+from idaa_lib.configs import UserError
+from idaa_lib.evaluate.metrics import student_interval
+from idaa_lib.methods import METHODS
+from idaa_lib.runs import Run, RunError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PAPER = Path(__file__).resolve().parent.parent / "docs" / "paper.csv"
+ADVERSARIES = {"none": "no adversary", "idaa": "IDAA", "clae": "CLAE", "random_sign": "random sign"}
+# What a figure is of: by the prefix of its key in a summary.
+FEATURES = {"": "encoder", "random_": "untrained encoder", "pixels_": "raw pixels"}
+REFERENCES = tuple(FEATURES.values())[1:]
+# Stages that judge a training, which their field `run` names.
+JUDGING = ("eval", "transfer")
+COLUMNS = (
+    "run", "stage", "training", "label", "method", "adversary", "seed", "epochs", "images",
+    "dataset", "size", "classes", "features", "metric", "value", "low", "high", "unit", "n",
+    "split", "labels", "protocol", "limit", "fingerprint", "version", "alike",
+)  # fmt: skip
+# What a notebook shows of tidy results.
+SHOWN = ["dataset", "features", "metric", "value", "low", "high", "unit", "n", "labels", "protocol"]
+OWN_COLUMNS = {"seed", "dataset", "labels_per_class"}  # fields that a label need not say
+OF_TRAINING = ("seed", "epochs", "images")  # what a table says of trainings beside their labels
+DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, OSError)
+
+
+def results(chosen: Sequence[Run], damage: list[str] | None = None) -> pd.DataFrame:
+    """A row for each figure of finished runs: COLUMNS, then the fields in which trainings differ.
+
+    `value`, `low` and `high` (the 95 % interval over the n test images) are in `unit`. Two figures
+    may stand in one column of a table where `alike` is the same. `label` says what a training is,
+    and how it differs from the others but for seed, data and number of labels.
+
+    Args:
+        damage: takes a sentence for each run that cannot be read, which is left out then.
+    Raises:
+        RunError, ValueError: a run cannot be read.
+    """
+    import pandas as pd
+
+    records, trainings = [], {}
+    for run in chosen:
+        try:
+            found = [_about(run) | figure for figure in _figures(run)]
+            trainings[run] = judged(run)
+        except DAMAGE as error:
+            if damage is None:
+                raise
+            damage.append(f"{run.path}: {error}" if run.id not in str(error) else str(error))
+        else:
+            records += found
+    unique = list(dict.fromkeys(run for run in trainings.values() if run))
+    labels = {run.id: text for run, text in zip(unique, apart(unique, OWN_COLUMNS), strict=True)}
+    fields = differing(unique)
+    own = {run.id: {f: values[i] for f, values in fields.items()} for i, run in enumerate(unique)}
+    records = [
+        own.get(each["training"], {})
+        | each
+        | {"label": labels.get(each["training"], each["training"])}
+        for each in records
+    ]
+    columns = [*COLUMNS, *(field for field in fields if field not in COLUMNS)]
+    frame = pd.DataFrame(records, columns=columns, dtype=object)  # a seed stays a whole number
+    return frame.astype(dict.fromkeys(("value", "low", "high"), float))
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """What a run is: the columns that all its figures share."""
+    training, data = judged(run), run.environment.get("dataset", {})
+    about = {
+        "run": run.id, "stage": run.stage, "training": run.config.run if not training else "",
+        "method": "", "adversary": "", "seed": None, "epochs": None, "images": None,
+        "dataset": data.get("name", str(run.config.dataset)), "size": data.get("size"),
+        "classes": data.get("classes"), "fingerprint": data.get("fingerprint"),
+        "limit": getattr(run.config, "limit", None),
+        "version": run.environment.get("results_version"),
+    }  # fmt: skip
+    if training:
+        config = training.config
+        method, adversary = title(config)
+        about |= {
+            "training": training.id, "method": method, "adversary": adversary,
+            "seed": config.seed, "epochs": getattr(config, "epochs", None),
+            "images": training.environment.get("dataset", {}).get("n"),
+        }  # fmt: skip
+    return about
+
+
+def _figures(run: Run) -> Iterator[dict[str, Any]]:
+    """The figures of a summary, the encoder's own first."""
+    summary, about = run.summary or {}, _about(run)
+
+    def figure(**values: Any) -> dict[str, Any]:
+        figure = {"features": "encoder", "split": "test", "unit": "%"} | values
+        of = [{**about, **figure}.get(k) for k in ("fingerprint", "limit", "version")]
+        figure["alike"] = " ".join(map(str, [*of, figure.get("n"), figure.get("protocol")]))
+        return figure
+
+    datasets = {data["name"]: data for data in run.environment.get("datasets", ())}
+    for row in summary.get("rows", ()):  # of a transfer
+        data = datasets.get(row["dataset"], {})
+        mean = "" if row["metric"] == "top-1" else f", {row['metric']}"
+        names = ("value", "low", "high", "n", "labels", "protocol", "dataset")
+        yield figure(
+            **{name: row.get(name) for name in names}, metric=f"{row['probe']}{mean}",
+            features="encoder" if row["features"] == "encoder" else REFERENCES[0],
+            **{name: data.get(name) for name in ("fingerprint", "size", "classes")},
+        )  # fmt: skip
+    probes = {"knn": "kNN", "linear": "linear", "ema": "top-1"}
+    pattern = re.compile(r"(random_|pixels_|)(knn|linear|ema)_top([15])(|_val)")
+    matches = [match for key in summary if (match := pattern.fullmatch(key))]
+    for match in sorted(matches, key=lambda m: (len(m[1]), m[4], m[3])):
+        prefix, probe, top, val = match.groups()
+        stem, metric = f"{prefix}{probe}", probes[probe]
+        if run.stage == "semi":
+            metric = f"{run.config.labels_per_class} labels a class"
+        ends = {end: summary.get(f"{stem}_{end}{val}") for end in ("low", "high") if top == "1"}
+        # How many labels and images there were say the metric and the fingerprint.
+        protocol = str(summary.get(f"{stem}_protocol", "")).partition(";")[0] or None
+        yield figure(
+            metric=metric + " top-5" * (top == "5"), value=summary[match[0]], **ends,
+            features=FEATURES[prefix], n=summary.get("n_val" if val else f"{stem}_n"),
+            split="validation" if val else "test", protocol=protocol,
+        )  # fmt: skip
+    for key, unit in (("rate_nats", "nats"), ("reconstruction", "MSE")):
+        if key in summary:
+            yield figure(
+                metric=key.partition("_")[0], value=summary[key], unit=unit, split="validation"
+            )
+    for part in ("R", "G"):  # of a study of identity
+        if found := summary.get("parts", {}).get(part):
+            yield figure(metric=f"x found from {part}", value=found["retrieved"], split=None)
+
+
+def headline(run: Run) -> str:
+    """The key figures of a run in a line, such as `kNN 41.3 %, linear 44.0 %, test`."""
+    own = [figure for figure in _figures(run) if figure["features"] == "encoder"]
+    own = [figure for figure in own if figure["split"] == "test"] or own
+    if run.stage == "transfer":
+        linear = [figure for figure in own if figure["metric"].startswith("linear")]
+        own, more = linear[:1], len(linear) - 1
+        where = f" on {own[0]['dataset']}, test" + (f"; {more} more data sets" if more else "")
+    else:
+        where = f", {own[0]['split']}" if own and own[0]["split"] else ""
+        where += f", {run.config.protocol}" if run.stage == "eval" else ""
+    return ", ".join(f"{f['metric']} {f['value']:.1f} {f['unit']}" for f in own[:2]) + where
+
+
+# --- views ----------------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """Results that may stand together: a table, what it is of, by which protocols, and its runs."""
+
+    title: str
+    table: pd.DataFrame
+    protocols: str
+    runs: list[str]
+
+
+def groups(frame: pd.DataFrame) -> list[Group]:
+    """Evaluations in tables that mix neither images, nor limits, n, protocols or versions."""
+    frame = frame[(frame["stage"] == "eval") & (frame["split"] == "test")]
+    members: dict[frozenset[str], list[str]] = {}
+    for run, rows in frame[frame["features"] == "encoder"].groupby("run", sort=False):
+        members.setdefault(frozenset(rows["metric"] + rows["alike"]), []).append(str(run))
+    return [_group(frame[frame["run"].isin(found)], "metric") for found in members.values()]
+
+
+def beside(run: Run) -> Group:
+    """The test figures of a run with those of all finished runs that may stand beside them."""
+    others = [other for other in runs.find(run.stage) if other != run]
+    frame = results([run, *others], damage=[])
+    frame = frame[(frame["split"] == "test") & (frame["features"] == "encoder")]
+    by = "metric"
+    if run.stage == "transfer":
+        frame = frame[frame["metric"].str.startswith("linear")]
+        by = "dataset"
+    alike = frame["alike"].isin(frame[frame["run"] == run.id]["alike"])
+    return _group(frame[alike].sort_values("label", kind="stable"), by)
+
+
+def _group(frame: pd.DataFrame, by: str) -> Group:
+    own = frame[frame["features"] == "encoder"]
+    first = own.iloc[0]
+    n = " or ".join(f"{value:,}" for value in dict.fromkeys(own["n"].dropna()))
+    limit = "" if first["limit"] is None else f", at most {first['limit']:,} images of a split"
+    protocols = [f"{p}." for p in dict.fromkeys((own["metric"] + ": " + own["protocol"]).dropna())]
+    theirs = paper(own)
+    protocols += [f"Paper: {note}." for note in dict.fromkeys(theirs["note"])]
+    if theirs.empty:
+        protocols.append("The paper's figures are of other data: none stands here.")
+    datasets = ", ".join(dict.fromkeys(own["dataset"]))
+    return Group(
+        f"{datasets}: {n} test images{limit}", table(frame, by), "\n".join(protocols),
+        list(dict.fromkeys(own["run"])),
+    )  # fmt: skip
+
+
+def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
+    """For people: a row each label, then references, then the paper's; a column each value of `by`.
+
+    Of one seed the interval is over test images; of several it is the mean with Student's interval
+    over trainings, and `seed` says which. Of two runs with one seed the first counts.
+    """
+    import pandas as pd
+
+    theirs = paper(frame)
+    theirs = theirs.assign(heading=_heading(theirs, by))
+    of_encoder = frame["features"] == "encoder"
+    frame = frame.assign(
+        heading=_heading(frame, by), label=frame["label"].where(of_encoder, frame["features"])
+    )
+    columns = sorted({*frame["heading"], *theirs["heading"]}, key=_natural)
+    rows: dict[str, dict[str, Any]] = {}
+    for label in [*dict.fromkeys(frame["label"][of_encoder]), *REFERENCES]:
+        mine = frame[frame["label"] == label].drop_duplicates(["heading", "seed"])
+        if label in REFERENCES:  # the same for all, whatever the seed of the training
+            mine = mine.drop_duplicates("heading").assign(**dict.fromkeys(OF_TRAINING))
+        if len(mine):
+            cells = {name: _interval_text(group) for name, group in mine.groupby("heading")}
+            about = {name: _values(mine[name]) for name in OF_TRAINING}
+            rows[label] = cells | about
+    for label, mine in theirs.groupby("label", sort=False):
+        cells = dict(zip(mine["heading"], mine["text"], strict=True))
+        about = {"seed": "not stated", "epochs": mine["epochs"].iloc[0] or "not stated"}
+        rows[f"{label} (paper)"] = cells | about
+    shown = pd.DataFrame.from_dict(rows, "index")
+    return shown.reindex(columns=[*columns, *OF_TRAINING]).fillna("–")
+
+
+def _heading(frame: pd.DataFrame, by: str) -> pd.Series:
+    """The columns of a table by metric, or of the linear accuracies on several data sets."""
+    metric = frame["metric"]
+    return (metric if by == "metric" else frame["dataset"] + metric.str[len("linear") :]) + " (%)"
+
+
+def _natural(text: str) -> list[Any]:
+    """A key that sorts 4, 25 and 100 by size."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def _values(column: pd.Series) -> str:
+    return ", ".join(f"{value:,}" for value in sorted(set(column.dropna()))) or "–"
+
+
+def interval(mine: pd.DataFrame) -> tuple[float, float, float]:
+    """Value, low and high of results that differ in the seed alone; NaN where no interval is known.
+
+    Of one the interval is over its test images, of several Student's of their mean.
+    """
+    if len(mine) > 1:
+        return student_interval(list(mine["value"]))
+    return tuple(mine[["value", "low", "high"]].iloc[0])
+
+
+def _interval_text(mine: pd.DataFrame) -> str:
+    value, low, high = interval(mine)
+    return f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def paper(frame: pd.DataFrame) -> pd.DataFrame:
+    """The paper's figures that may stand beside these: same table, data, size and classes.
+
+    Of its main table those of the same methods. The columns of docs/paper.csv, `label` and `text`.
+    """
+    import pandas as pd
+
+    theirs = pd.read_csv(PAPER, dtype=str, keep_default_na=False)
+    own = frame.drop_duplicates(["stage", "dataset", "size", "classes"])
+    fits = pd.Series(False, theirs.index)
+    for _, row in own.iterrows():
+        fit = (theirs["stage"] == row["stage"]) & (theirs["dataset"] == known(row["dataset"]))
+        for name in ("size", "classes"):
+            value = len(row[name]) if isinstance(row[name], list) else row[name]
+            fit &= (theirs[name] == "") | (theirs[name] == str(value))
+        if row["stage"] == "eval":
+            fit &= theirs["method"].isin(set(frame["method"]))
+        fits |= fit
+    theirs = theirs[fits]
+    names = {known(name): name for name in own["dataset"]}
+    theirs = theirs.assign(dataset=theirs["dataset"].map(names))
+    attack = (" + " + theirs["adversary"]).where(theirs["adversary"] != "", "")
+    epochs = (", " + theirs["epochs"] + " epochs").where(theirs["size"] == "224", "")
+    spread = ("±" + theirs["spread"]).where(theirs["spread"] != "", "")
+    label = theirs["method"] + attack + epochs
+    return theirs.assign(label=label, text=theirs["value"] + spread)
+
+
+def known(dataset: str) -> str:
+    """How the paper calls a data set, if it is one of its: `/data/cifar100-images.zip` is cifar100,
+    but `imagenet-100` and `cifar10-c` are data of their own."""
+    name = Path(dataset).name.lower().replace("_", "-").replace("miniimagenet", "mini-imagenet")
+    return name.removesuffix(".zip").removesuffix("-images")
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def judged(run: Run) -> Run | None:
+    """The training that a run is of: itself, or of an evaluation what it judges, None once gone."""
+    if run.stage not in JUDGING:
+        return run
+    try:
+        return runs.encoder(run.config.run)
+    except RunError:
+        return None
+
+
+def title(config: Any) -> tuple[str, str]:
+    """Method and adversary by the names that people know them by; of a VAE or a study its own."""
+    if config.stage == "vae":
+        return f"VAE, dim {config.dim}", ""
+    if config.stage == "theory":
+        return f"identity of {config.images} images", ""
+    adversary = ADVERSARIES.get(config.adversary, config.adversary)
+    return getattr(METHODS.get(config.method), "__name__", config.method), adversary
+
+
+def name_of(run: Run) -> str:
+    """`SimCLR + IDAA`, `VAE, dim 128`; of an evaluation, what it judges."""
+    training = judged(run)
+    if training is None:
+        return run.config.run
+    method, adversary = title(training.config)
+    return method if adversary in ("", ADVERSARIES["none"]) else f"{method} + {adversary}"
+
+
+def differing(chosen: Sequence[Run]) -> dict[str, list[Any]]:
+    """Field → its value in each run, for the fields that all have and that differ between them."""
+    dumps = [dict(run.config) for run in chosen]
+    shared = [name for name in (dumps[0] if dumps else ()) if all(name in dump for dump in dumps)]
+    values = {name: [dump[name] for dump in dumps] for name in shared}
+    return {name: row for name, row in values.items() if any(v != row[0] for v in row)}
+
+
+def apart(chosen: Sequence[Run], hidden: Collection[str] = ()) -> list[str]:
+    """What each run is and what tells it from the others, but for the `hidden` fields."""
+    names = [name_of(run) for run in chosen]
+    texts = list(names)
+    # β says what κ says; the name has the method, the adversary, of a VAE dim; circumstances change
+    # nothing.
+    silent = {*hidden, "method", "adversary", "run", "kappa"}
+    silent |= chosen[0].config.circumstances if chosen else set()
+    silent |= {"dim"} if chosen and chosen[0].stage == "vae" else set()
+    for field, values in differing(chosen).items():
+        for i, value in enumerate(values):
+            # Another adversary has another ε by itself: only within one does it tell runs apart.
+            within = {str(v) for v, name in zip(values, names, strict=True) if name == names[i]}
+            alike = field in ("epsilon", "vae") and len(within) == 1
+            if not (alike or field in silent or value is None):
+                texts[i] += f", {field_text(field, value)}"
+    return texts
+
+
+def labels(chosen: Sequence[Run]) -> dict[str, Run]:
+    """Short label → run, for runs of one stage: what they are, and what differs between them."""
+    texts = apart(chosen)
+    return {
+        text if texts.count(text) == 1 else f"{text} ({run.id[-8:]})": run
+        for text, run in zip(texts, chosen, strict=True)
+    }
+
+
+def field_text(field: str, value: Any, equals: str = " = ") -> str:
+    """`ε = 0.3`: a field and its value, short."""
+    symbol = {"epsilon": "ε", "beta": "β"}.get(field, field)
+    if field in ("vae", "continue_from", "dataset"):  # of an id its hash, of a path its last part
+        value = str(value).rsplit("/", 1)[-1].rsplit("-", 1)[-1]
+    return f"{symbol}{equals}{value:g}" if isinstance(value, float) else f"{symbol}{equals}{value}"

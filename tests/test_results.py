@@ -1,0 +1,391 @@
+"""The tidy results, what stands beside what, the paper's numbers, and what makes its tables."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from idaa_lib import runs, sweeps
+from idaa_lib.configs import (
+    EvalConfig,
+    SemiConfig,
+    SSLConfig,
+    SweepConfig,
+    TransferConfig,
+    VAEConfig,
+)
+from idaa_lib.evaluate.stage import evaluate
+from idaa_lib.results import (
+    COLUMNS,
+    PAPER,
+    beside,
+    differing,
+    groups,
+    interval,
+    known,
+    results,
+)
+from idaa_lib.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = (ROOT / "docs/spec/idaa.md").read_text()
+CLASSES = {"cifar10": 10, "cifar100": 100, "mini-imagenet": 100, "imagenet": 1000}
+THEIRS = pd.read_csv(PAPER, dtype=str, keep_default_na=False)
+
+
+def finished(config, summary, *data, size=32):
+    """A finished run written by hand, on data sets (name, fingerprint)."""
+    pointers = {name: getattr(config, name, None) for name in ("vae", "run", "continue_from")}
+    run = runs.run_for(config, " ".join(f"{each}" for each in data), **pointers)
+    sets = [
+        {"name": name, "fingerprint": pixels, "n": 640, "size": size}
+        | {"classes": CLASSES.get(known(name), 2)}
+        for name, pixels in data
+    ]
+    environment = {"dataset": sets[0], **({"datasets": sets} if run.stage == "transfer" else {})}
+    with run.writing(config, environment) as writer:
+        writer.finish(summary)
+    return run
+
+
+def mean(values):
+    low, high = stats.t.interval(
+        0.95, len(values) - 1, loc=stats.tmean(values), scale=stats.sem(values)
+    )
+    return f"{stats.tmean(values):.2f} [{low:.2f}, {high:.2f}]"
+
+
+# --- the paper's figures -------------------------------------------------------------------------
+
+
+def figures(beginning):
+    """The numbers with a point of each part of a line of the specification's section 7."""
+    section = SPEC.partition("## 7. ")[2].partition("## 8. ")[0]
+    (line,) = (line for line in section.split("\n") if line.startswith(beginning))
+    return [tuple(map(float, re.findall(r"\d+\.\d+", part))) for part in line.split(";")], line
+
+
+def of_paper(stage, columns="metric"):
+    """The rows of a table of docs/paper.csv: method and adversary → figures in order."""
+    mine = THEIRS[THEIRS["stage"] == stage]
+    return {
+        who: (tuple(map(float, rows["value"])), tuple(rows[columns]))
+        for who, rows in mine.groupby(["method", "adversary"], sort=False)
+    }
+
+
+def test_the_paper_s_figures_are_those_of_the_specification():
+    numbers, line = figures("FixMatch CIFAR-100 (400/2500/10000): ")
+    rows = of_paper("semi")
+    assert [values for values, _ in rows.values()] == numbers
+    labels = tuple(f"{n // 100} labels a class" for n in (400, 2500, 10000))
+    assert {columns for _, columns in rows.values()} == {labels}
+    assert [adversary for _, adversary in rows] == ["", *re.findall(r"\+(\w+)", line)]
+    (note,) = set(THEIRS[THEIRS["stage"] == "semi"]["note"])
+    assert "reports 57.5/72.9/78.1" in SPEC and "57.5/72.9/78.1" in note
+
+    numbers, line = figures("Transfer (")
+    rows = of_paper("transfer", "dataset")
+    assert [values for values, _ in rows.values()] == numbers
+    assert line.startswith(
+        "Transfer (C10, C100, Birdsnap, Aircraft, DTD, Pets, Flower, CUB): SimCLR"
+    )
+    assert {columns for _, columns in rows.values()} == {TransferConfig(preset="paper").datasets}
+
+    numbers, line = figures("COCO AP50/AP/AP75, mask likewise: ")
+    rows = of_paper("detection")
+    assert [values for values, _ in rows.values()] == numbers
+    (columns,) = {columns for _, columns in rows.values()}
+    assert columns == ("box AP50", "box AP", "box AP75", "mask AP50", "mask AP", "mask AP75")
+
+    (line,) = (x for x in SPEC.split("\n") if x.startswith("ImageNet (epochs/batch"))
+    pairs = re.findall(r"(\d+\.\d)/(\d+\.\d)", line[line.index("SimSiam§") :])
+    large = THEIRS[THEIRS["dataset"] == "imagenet"]
+    order = large.groupby(["epochs", "adversary"], sort=True)["value"].apply(tuple)
+    assert list(order) == pairs
+
+
+@pytest.mark.parametrize(
+    ("column", "dataset"), [(0, "cifar10"), (1, "cifar100"), (2, "mini-imagenet")]
+)
+def test_every_cell_of_the_main_table_is_that_of_the_specification(column, dataset):
+    name = r"(Plain|UEL|SimSiam|SimCLR|\+CLAE|\+IDAA)"
+    lines = re.findall(rf"^\| {name} \| ([\d.,± ]+) \| ([\d.,± ]+) \|$", SPEC, re.M)
+    assert len(lines) == 12
+    mine = THEIRS[(THEIRS["stage"] == "eval") & (THEIRS["dataset"] == dataset)]
+    for probe, part in (("kNN", 1), ("linear", 2)):
+        rows = mine[mine["metric"] == probe]
+        texts = rows["value"] + "±" + rows["spread"]
+        assert list(texts) == [line[part].split(", ")[column] for line in lines]
+        methods = [line[0] for line in lines]
+        assert [a or m for m, a in zip(rows["method"], rows["adversary"], strict=True)] == [
+            text.removeprefix("+") for text in methods
+        ]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "size", "first"),
+    [("cifar10", 32, "82.78±.20"), ("cifar100-images", 32, "54.73±.20"),
+     ("Mini-ImageNet", 84, "46.96±.32"), ("stl10", 32, None), ("cifar10", 64, None),
+     ("imagenet-100", 224, None), ("cifar10-c", 32, None), ("cifar1000", 32, None)],
+)  # fmt: skip
+def test_the_paper_s_rows_stand_beside_their_own_data_size_and_classes(
+    outputs, dataset, size, first
+):
+    run = finished(SSLConfig(method="plain"), {}, (dataset, "pixels"), size=size)
+    judgement = {f"{p}_{k}": 1.0 for p in ("knn", "linear") for k in ("top1", "low", "high", "n")}
+    judged = finished(EvalConfig(run=run.id), judgement, (dataset, "pixels"), size=size)
+    (group,) = groups(results([judged]))
+    theirs = [name for name in group.table.index if "paper" in name]
+    assert theirs == (first is not None) * [
+        "Plain (paper)",
+        "Plain + CLAE (paper)",
+        "Plain + IDAA (paper)",
+    ]
+    if first:
+        assert group.table.loc["Plain (paper)", "kNN (%)"] == first
+        assert "official protocol" in group.protocols
+    else:
+        assert "none stands here" in group.protocols
+
+
+def test_imagenet_s_rows_say_their_epochs(outputs):
+    run = finished(SSLConfig(method="simsiam"), {}, ("imagenet", "pixels"), size=224)
+    judgement = {"linear_top1": 2.0, "linear_top5": 3.0, "linear_n": 5}
+    judged = finished(EvalConfig(run=run.id), judgement, ("imagenet", "pixels"), size=224)
+    (group,) = groups(results([judged]))
+    assert [*group.table.columns[:2]] == ["linear (%)", "linear top-5 (%)"]
+    assert group.table.loc["SimSiam + IDAA, 200 epochs (paper)"].to_list()[:2] == ["70.6", "89.7"]
+    assert group.table.loc["SimSiam"].to_list()[:2] == ["2.00", "3.00"]
+
+
+# --- which runs stand in one table ---------------------------------------------------------------
+
+
+def semi(top1, data=("cifar100", "pixels"), **values):
+    summary = {"ema_top1": top1, "ema_n": 1000}
+    config = SemiConfig(**{"preset": "paper", "labels_per_class": 4, **values})
+    return finished(config, summary, data)
+
+
+def test_results_are_tidy(outputs):
+    run = semi(50.0, adversary="clae", seed=3)
+    other = semi(40.0, labels_per_class=25)
+    frame = results([run, other])
+    assert tuple(frame.columns[: len(COLUMNS)]) == COLUMNS
+    assert {"labels_per_class", "adversary"} <= {*frame.columns}
+    first = frame.iloc[0]
+    assert (first["run"], first["training"], first["method"]) == (run.id, run.id, "FixMatch")
+    assert (first["value"], first["n"], first["seed"], first["metric"]) == (
+        50.0, 1000, 3, "4 labels a class",
+    )  # fmt: skip
+    (other.path / "config.json").write_text("{")
+    with pytest.raises(runs.RunError):
+        results([run, other])
+    damage = []
+    assert len(results([run, other], damage)) == 1
+    assert other.id in damage[0]
+
+
+def test_the_fixmatch_table_has_labels_adversaries_and_seeds(outputs):
+    run = semi(50.0, adversary="idaa", vae="vae-a")
+    for seed, top1 in enumerate((41.0, 42.0, 44.0)):
+        semi(top1, seed=seed)
+    semi(61.0, labels_per_class=25)
+    semi(43.0, adversary="clae", dataset="/moved/cifar100")
+    # Other data, other images of that name, fewer of them: none of these stands beside it.
+    out = [
+        semi(2.0, ("photos", "photos"), dataset="photos"), semi(3.0, limit=99),
+        semi(4.0, ("cifar100", "others"), dataset="/some/cifar100"),
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:  # nor of a library that computed something else
+        patch.setattr(runs.directory, "RESULTS_VERSION", 0)
+        out.insert(0, semi(9.0, seed=7))
+    damaged = semi(8.0, seed=9)
+    (damaged.path / "config.json").write_text("{")
+    shown = beside(run)
+    assert len(shown.runs) == 6 and not {*shown.runs} & {each.id for each in [*out, damaged]}
+    table = shown.table
+    assert [*table] == [
+        *(f"{n} labels a class (%)" for n in (4, 25, 100)), "seed", "epochs", "images",
+    ]  # fmt: skip
+    assert table.iloc[:, :4].T.to_dict("list") == {
+        "FixMatch": [mean([44.0, 42.0, 41.0]), "61.00", "–", "0, 1, 2"],
+        "FixMatch + CLAE": ["43.00", "–", "–", "0"],
+        "FixMatch + IDAA": ["50.00", "–", "–", "0"],
+        "FixMatch (paper)": ["47.76", "66.30", "74.13", "not stated"],
+        "FixMatch + CLAE (paper)": ["50.34", "68.58", "74.54", "not stated"],
+        "FixMatch + IDAA (paper)": ["52.88", "68.96", "75.28", "not stated"],
+    }
+    assert "57.5/72.9/78.1" in shown.protocols
+    # ε and VAE are rows of their own.
+    semi(51.0, adversary="idaa", vae="vae-b", epsilon=0.1)
+    rows = beside(run).table.index
+    assert {"FixMatch + IDAA, ε = 0.5, vae = a", "FixMatch + IDAA, ε = 0.1, vae = b"} <= {*rows}
+
+
+def test_another_budget_is_a_row_that_says_so(outputs):
+    run = semi(50.0)
+    for values in ({"epochs": 3}, {"lambda_u": 0.0}, {"adversary": "clae", "alpha": 0.5}):
+        semi(1.0, **values)
+    rows = [name for name in beside(run).table.index if "paper" not in name]
+    assert len(rows) == 4
+    for text in ("epochs = 3", "lambda_u = 0", "alpha = 0.5"):
+        assert any(text in row for row in rows), rows
+
+
+def test_the_paper_s_figures_stand_beside_their_own_data_alone(outputs):
+    shown = beside(semi(50.0, ("photos", "photos"), dataset="photos"))
+    assert next(iter(shown.table)) == "4 labels a class (%)" and [*shown.table.index] == [
+        "FixMatch"
+    ]
+    assert "The paper's figures are of other data: none stands here." in shown.protocols
+    for name, same in (("cifar100", 1), ("cifar100-images", 1), ("cifar10", 0), ("cifar1000", 0)):
+        assert ("FixMatch (paper)" in beside(semi(1.0, (name, name))).table.index) == same
+
+
+def test_several_seeds_give_student_s_interval():
+    frame = pd.DataFrame({"value": [1.0, 2.0, 3.0], "low": 0.0, "high": 9.0})
+    assert interval(frame)[1:] == pytest.approx(stats.t.interval(0.95, 2, loc=2, scale=3**-0.5))
+    assert interval(frame[:1]) == (1.0, 0.0, 9.0)
+
+
+def trainings():
+    """SimCLR with and without IDAA, of two seeds; and one of another length."""
+    made = {}
+    for adversary in ("none", "idaa"):
+        for seed in (0, 1):
+            config = SSLConfig(adversary=adversary, seed=seed, vae="vae-a")
+            made[adversary, seed] = finished(config, {}, ("photos", "pixels"))
+    made["short", 0] = finished(SSLConfig(epochs=1), {}, ("photos", "pixels"))
+    return made
+
+
+def moved(run, values, size=32, **fields):
+    """A transfer to data sets: name → accuracy."""
+    about = {"features": "encoder", "protocol": f"{size} px, frozen"}
+    rows = [
+        about | {"dataset": name, "probe": probe, "metric": metric, "value": value}
+        for name, value in values.items()
+        for metric in ("mean per class" if name == "oxfordiiitpet" else "top-1",)
+        for probe in ("linear", "10 % of labels")
+    ]
+    rows += [rows[0] | {"features": "random", "value": 1.0}]
+    config = TransferConfig(run=run.reference, datasets=tuple(values), **fields)
+    return finished(config, {"rows": rows}, *((name, name) for name in values))
+
+
+def test_the_transfer_table_has_trainings_and_data_sets(outputs):
+    made = trainings()
+    run = moved(made["idaa", 0], {"cifar10": 60.0, "oxfordiiitpet": 40.0, "photos": 30.0})
+    moved(made["idaa", 1], {"cifar10": 61.0, "photos": 31.0}, shots=(1,), references=False)
+    moved(made["none", 0], {"cifar10": 55.0, "dtd": 20.0})
+    moved(made["short", 0], {"cifar10": 33.0})
+    moved(made["none", 1], {"cifar10": 1.0}, limit=7)  # fewer images
+    moved(made["none", 1], {"cifar10": 2.0}, size=224, seed=1)  # another protocol
+    moved(made["none", 1], {"dtd": 3.0})  # other data
+    shown = beside(run)
+    columns = ["cifar10 (%)", "oxfordiiitpet, mean per class (%)", "photos (%)"]
+    assert [*shown.table][:3] == columns
+    rows = shown.table.iloc[:3]
+    assert rows[columns].T.to_dict("list") == {
+        "SimCLR + IDAA, epochs = 3": [mean([60.0, 61.0]), "40.00", mean([30.0, 31.0])],
+        "SimCLR, epochs = 1": ["33.00", "–", "–"],
+        "SimCLR, epochs = 3": ["55.00", "–", "–"],
+    }
+    theirs = shown.table.loc["SimCLR + IDAA (paper)"]
+    assert theirs.to_list()[:4] == ["64.49", "46.76", "–", "not stated"]
+    assert "at most 2,000 images of a split" in shown.title
+    assert "linear: 32 px, frozen." in shown.protocols and "Kornblith" in shown.protocols
+    photos = beside(moved(made["idaa", 0], {"photos": 30.0}))
+    assert "none stands here" in photos.protocols
+    assert not any("paper" in row for row in photos.table.index)
+
+
+def test_a_transfer_of_a_training_that_is_gone_keeps_its_name(outputs):
+    made = trainings()
+    run = moved(made["idaa", 0], {"cifar10": 60.0})
+    gone = made["none", 0]
+    moved(gone, {"cifar10": 55.0})
+    (gone.path / "config.json").unlink()
+    assert [*beside(run).table.index[:2]] == ["SimCLR + IDAA", gone.id]
+
+
+# --- what makes them -----------------------------------------------------------------------------
+
+
+def test_notebook_07_s_loop_makes_the_paper_s_nine_runs():
+    *_, cell = json.loads((ROOT / "notebooks/07_semi_supervised.ipynb").read_text())["cells"]
+    loop = "".join(line[6:] for line in cell["source"] if line.startswith(" " * 6))
+    spoken = 'python() { echo "$@"; }\n' + loop
+    done = subprocess.run(["bash", "-euc", spoken], capture_output=True, text=True, check=True)
+    module = ["-m", "idaa_lib.train"]
+    asked = [line.split(" ") for line in done.stdout.splitlines()]
+    assert all(words[:2] == module for words in asked)
+    (_, _, first, *fields), *others = asked
+    vae = VAEConfig(**dict(field.split("=") for field in fields))
+    assert (first, vae.dataset, vae.preset) == ("vae", "cifar100", "paper")
+    made = [SemiConfig(**dict(field.split("=") for field in words[3:])) for words in others]
+    assert {words[2] for words in others} == {"semi"} and {c.dataset for c in made} == {"cifar100"}
+    # The last is what the notebook itself, with nothing but the preset, stands beside FixMatch.
+    alone = made.pop()
+    assert alone == SemiConfig(preset="paper", lambda_u=0.0)
+    names = {"none": "FixMatch", "clae": "FixMatch + CLAE", "idaa": "FixMatch + IDAA"}
+    told = [(names[config.adversary], config.labels_per_class) for config in made]
+    assert len(told) == 9
+    theirs = THEIRS[THEIRS["stage"] == "semi"]
+    labels = theirs["metric"].str.partition(" ")[0].astype(int)
+    who = theirs["method"] + (" + " + theirs["adversary"]).where(theirs["adversary"] != "", "")
+    assert {*told} == {*zip(who, labels, strict=True)}
+
+
+@pytest.mark.xdist_group("photos")
+def test_figure_5_is_made_from_its_sweep(outputs, tmp_path, monkeypatch):
+    """Of the preset's values; the runs in this process, which the notebook then finds."""
+    few = {"limit": 128, "width": 4}
+    given = {"figure": 5, "device": "cpu", "eval": json.dumps({"limit": 100})}
+    given |= {"ssl": json.dumps(few), "vae": json.dumps(few | {"dim": 8, "epochs": 1})}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sweeps, "ensure", lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)
+        )
+        grid = sweeps.sensitivity(SweepConfig(**given))
+        outcomes = sweeps.perform_all(sweeps.plan(grid))
+    assert {outcome.state for outcome in outcomes.values()} == {"finished"}
+    axes = {"batch_size": (64, 128), "backbone": ("resnet18", "resnet34"), "epochs": (3, 6)}
+    attacks = {"idaa": "IDAA", "none": "no adversary"}
+    assert [(*point.labels.values(),) for point in grid] == [
+        (axis, value, adversary)
+        for axis, values in axes.items()
+        for value in values
+        for adversary in attacks
+    ]
+    made = {run.id: run.config for run in runs.find("ssl")}
+    assert len(made) == 8  # the middle is a point of each axis
+    frame = sweeps.table(grid)
+    validation = frame[(frame["split"] == "validation") & (frame["metric"] == "kNN")]
+    assert [*zip(validation["axis"], validation["at"], validation["adversary"], strict=True)] == [
+        (axis, value, attacks[adversary]) for axis, value, adversary in
+        (point.labels.values() for point in grid)
+    ]  # fmt: skip
+    for _, row in validation.iterrows():
+        assert getattr(made[row["training"]], row["axis"]) == row["at"]
+    sweeps.execute("05_sensitivity", given, tmp_path / "05.ipynb")
+    assert len(runs.find("ssl")) == 8
+    (folder,) = (outputs / "sweep").iterdir()
+    kept = pd.read_csv(folder / "sensitivity.csv")
+    assert kept["value"].to_list() == pytest.approx(frame["value"].to_list())
+    assert (folder / "sensitivity.png").exists()
+
+
+def test_an_ssl_run_and_a_semi_supervised_one_differ_by_the_fields_that_both_have():
+    """Evaluations of both may stand in one table of the runs page and of the report."""
+    chosen = [SimpleNamespace(config=config) for config in (SSLConfig(), SemiConfig())]
+    found = differing(chosen)
+    assert found["backbone"] == ["resnet18", "wrn10"] and "size" not in found
+    assert not {"pairing", "mu"} & found.keys()
