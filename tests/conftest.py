@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 # Small tensors gain nothing from threads, and tests run side by side (pytest -n): torch's threads
 # would fight for the cores. Set before torch is imported, and inherited by kernels and processes.
@@ -11,7 +12,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from idaa_lib.configs import SSLConfig
+from idaa_lib.methods import Moment
 from idaa_lib.runs import checkpoints
+from idaa_lib.train.loop import Fit
 
 ROOT = Path(__file__).resolve().parent.parent
 # Parts that CI names must be there: what would be skipped elsewhere is a failure then.
@@ -41,6 +45,17 @@ def outcome(run):
     summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "images_per_second")}
     state.pop("seconds")
     return tensors, state, lines, summary, checkpoints.kept(run)
+
+
+def views_of(method, rank, processes, images):
+    """Views that this rank of so many processes draws in a training's first step of its uint8
+    images (name → (B, 3, H, W)), by the loop's own random numbers."""
+    place = dict(process_index=rank, num_processes=processes, device=torch.device("cpu"))
+    batch = len(images["images"]) * processes
+    config = SSLConfig(batch_size=batch)
+    fit = Fit(SimpleNamespace(**place), method, torch.zeros(batch, 3, 4, 4), config)
+    numbers = fit._numbers(0, {name: len(part) for name, part in images.items()})
+    return method.draw(images, {}, Moment(numbers=numbers))
 
 
 @pytest.fixture

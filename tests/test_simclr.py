@@ -10,14 +10,17 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from conftest import views_of
 from torch import nn
 from torch.nn import functional as F
 
 from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, SSLConfig
-from idaa_lib.methods import build_method
-from idaa_lib.methods.base import gathered
+from idaa_lib.methods import About, Moment, build_method
+from idaa_lib.methods.base import gather
+from idaa_lib.methods.schedules import build_optimizer, build_schedule
 from idaa_lib.methods.simclr import nt_xent
+from idaa_lib.nets.network import Embedding
 from idaa_lib.nets.vae import VAE
 from idaa_lib.views import View, keyed_generator, recipe
 
@@ -25,10 +28,24 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 B, SIZE, TEMPERATURE = 6, 16, 0.5
 
 
-def simclr(**values):
+def simclr(n=0, batch_size=B, **values):
     options = dict(adversary="idaa", width=4, projection_dim=8, temperature=TEMPERATURE)
     config = SSLConfig(**options | values)
-    return build_method(config, recipe("simclr", SIZE, MEAN, STD)).double().train()
+    about = About(
+        recipe("simclr", SIZE, MEAN, STD), torch.zeros(n), batch_size=batch_size, seed=config.seed
+    )
+    return build_method(config, about).double().train()
+
+
+class Projected(nn.Module):
+    """A network as the oracles call one: images → z."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images, adversarial=False):
+        return self.network(images, adversarial=adversarial).z
 
 
 def a_vae():
@@ -101,33 +118,34 @@ def test_nt_xent_is_fp32_inside_autocast(dtype):
 # --- the step
 
 
-def steps(adversary, alpha, epsilon, network, vae):
+def steps(adversary, epsilon, network, vae, **knobs):
     """The library's adversary and the oracle's attack, bound to copies of their own."""
     if adversary == "clae":
         attack = functools.partial(
             reference.clae, network, epsilon=epsilon, temperature=TEMPERATURE
         )
-        return CLAE(epsilon), attack
+        return CLAE(epsilon, **knobs), attack
     twin = copy.deepcopy(vae)
     attack = functools.partial(
         reference.idaa, network, twin, epsilon=epsilon, temperature=TEMPERATURE
     )
-    return IDAA(vae, epsilon), attack
+    return IDAA(vae, epsilon, **knobs), attack
 
 
 @pytest.mark.parametrize("reuse_anchor", [True, False])
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 @pytest.mark.parametrize("kind", ["idaa", "clae"])
 def test_a_step_agrees_with_the_official_order_of_work(kind, alpha, reuse_anchor):
-    method, views, vae = simclr(adversary=kind, reuse_anchor=reuse_anchor), two_views(), a_vae()
+    method, views, vae = simclr(adversary=kind), two_views(), a_vae()
     network = copy.deepcopy(method.network)
-    adversary, attack = steps(kind, alpha, 0.5, network, vae)
+    slow = Projected(network)
+    adversary, attack = steps(kind, 0.5, slow, vae, reuse_anchor=reuse_anchor)
     oracle, x_adv = reference.simclr_step(
-        network, views[0].images, views[1].images, attack, alpha, TEMPERATURE
+        slow, views[0].images, views[1].images, attack, alpha, TEMPERATURE
     )
 
-    step = method.step(views, {})
-    attacked = adversary(step.attacked, step.attack_loss)
+    step = method.step(views, {}, Moment())
+    attacked = adversary(step.attacked.images, step.attack_loss)
     loss = step.loss + alpha * step.adversarial_loss(attacked.images)
     loss.backward()
     torch.testing.assert_close(attacked.images, x_adv, rtol=0, atol=1e-10)
@@ -145,18 +163,19 @@ def test_a_step_agrees_with_the_official_order_of_work(kind, alpha, reuse_anchor
 def test_without_adversary_the_loss_is_nt_xent_of_the_views():
     method, views = simclr(adversary="none"), two_views()
     assert not any("_adv" in name for name in method.state_dict())
-    twin = copy.deepcopy(method.network)
+    twin = Projected(copy.deepcopy(method.network))
     oracle = reference.nt_xent(twin(views[0].images), twin(views[1].images), TEMPERATURE)
-    torch.testing.assert_close(method.step(views, {}).loss, oracle)
+    torch.testing.assert_close(method.step(views, {}, Moment()).loss, oracle)
 
 
 @pytest.mark.parametrize("kind", [IDAA, CLAE])
 def test_reusing_the_anchor_changes_no_direction(kind):
     views, vae, units = two_views(), a_vae(), []
     for reuse_anchor in (True, False):
-        step = simclr(reuse_anchor=reuse_anchor).step(views, {})
-        adversary = CLAE(0.1) if kind is CLAE else IDAA(vae, 0.1)
-        units.append(adversary.direction(step.attacked, step.attack_loss).unit)
+        step = simclr().step(views, {}, Moment())
+        adversary = CLAE if kind is CLAE else functools.partial(IDAA, vae)
+        adversary = adversary(0.1, reuse_anchor=reuse_anchor)
+        units.append(adversary.direction(step.attacked.images, step.attack_loss).unit)
     assert torch.equal(*units)
     assert units[0].any()
 
@@ -165,21 +184,22 @@ def test_reusing_the_anchor_changes_no_direction(kind):
 def test_reusing_the_anchor_changes_no_attack_of_several_steps(random_start):
     views, vae, found = two_views(), a_vae(), []
     for reuse_anchor in (True, False):
-        step = simclr(reuse_anchor=reuse_anchor).step(views, {})
-        adversary = IDAA(vae, 0.5, steps=3, random_start=random_start)
-        found.append(adversary(step.attacked, step.attack_loss, generator=keyed_generator(1)))
+        step = simclr().step(views, {}, Moment())
+        adversary = IDAA(vae, 0.5, steps=3, random_start=random_start, reuse_anchor=reuse_anchor)
+        x = step.attacked.images
+        found.append(adversary(x, step.attack_loss, generator=keyed_generator(1)))
     torch.testing.assert_close(found[0].images, found[1].images, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("reuse_anchor", [True, False])
 def test_positive_pair_gives_no_gradient_at_the_start(reuse_anchor):
     """Anchor and start are the same view, so only the negatives move x′ (spec §2)."""
-    method, views = simclr(reuse_anchor=reuse_anchor), two_views()
-    step = method.step(views, {})
-    x = step.attacked.clone().requires_grad_()
-    (whole,) = torch.autograd.grad(step.attack_loss(x, at_start=True), x)
-    network = copy.deepcopy(method.network)
-    anchor = network(step.attacked, adversarial=True).detach()
+    method, views = simclr(), two_views()
+    step = method.step(views, {}, Moment())
+    x = step.attacked.images.clone().requires_grad_()
+    (whole,) = torch.autograd.grad(step.attack_loss(x, at_start=reuse_anchor), x)
+    network = Projected(copy.deepcopy(method.network))
+    anchor = network(step.attacked.images, adversarial=True).detach()
     z = network(x, adversarial=True)
     (positive,) = torch.autograd.grad((anchor * z).sum(), x, retain_graph=True)
     assert positive.abs().max() < 1e-10 < 1e-6 < whole.abs().max()
@@ -194,10 +214,11 @@ def test_positive_pair_gives_no_gradient_at_the_start(reuse_anchor):
     [(IDAA, False, 3), (IDAA, True, 2), (CLAE, False, 3), (CLAE, True, 2), (RandomSign, True, 1)],
 )
 def test_statistics_updates_per_step(adversary, reuse_anchor, adversarial):
-    method = simclr(reuse_anchor=reuse_anchor)
-    step = method.step(two_views(), {})
-    attack = CLAE(0.1) if adversary is CLAE else adversary(a_vae(), 0.1)
-    step.adversarial_loss(attack(step.attacked, step.attack_loss).images).backward()
+    method = simclr()
+    step = method.step(two_views(), {}, Moment())
+    anchor = {} if adversary is RandomSign else {"reuse_anchor": reuse_anchor}
+    attack = adversary(*[] if adversary is CLAE else [a_vae()], epsilon=0.1, **anchor)
+    step.adversarial_loss(attack(step.attacked.images, step.attack_loss).images).backward()
     counts = {
         name: tensor.item()
         for name, tensor in method.named_buffers()
@@ -209,10 +230,10 @@ def test_statistics_updates_per_step(adversary, reuse_anchor, adversarial):
 def test_the_attack_moves_nothing_but_x():
     """No gradient reaches the anchor, the second view, or the weights through the attack."""
     method, views = simclr(), two_views()
-    step = method.step(views, {})
-    IDAA(a_vae(), 0.1)(step.attacked, step.attack_loss)
+    step = method.step(views, {}, Moment())
+    IDAA(a_vae(), 0.1)(step.attacked.images, step.attack_loss)
     assert all(p.grad is None for p in method.parameters())
-    assert step.attacked is views[0].images
+    assert step.attacked is views[0]
     assert not any(z.requires_grad for z in step.embeddings)
     for z in step.embeddings:
         torch.testing.assert_close(z.norm(dim=1), torch.ones(B, dtype=torch.float64))
@@ -226,78 +247,82 @@ def test_projector_is_the_paper_s():
     weights = network.projector.state_dict()
     z = (h @ weights["0.weight"].T + weights["0.bias"]).relu()
     z = z @ weights["2.weight"].T + weights["2.bias"]
-    torch.testing.assert_close(network(x), z / z.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(network(x).z, z / z.norm(dim=1, keepdim=True))
 
 
 # --- schedule, optimiser, batches, views
 
 
+def paper_schedule(epochs, steps_per_epoch):
+    """The factor of the learning rate by step, as the loop makes it of what the recipe says."""
+    config = SSLConfig(preset="paper")
+    assert config.learning_rate == 3e-4
+    (group,) = simclr().param_groups()
+    name = group.get("schedule", config.schedule)
+    return build_schedule(name, epochs, steps_per_epoch, config.warmup)
+
+
 @pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(300, 195), (20, 1)])
 def test_learning_rate_is_the_official_schedule(epochs, steps_per_epoch):
-    (group,) = simclr().param_groups(epochs, steps_per_epoch)
+    factor = paper_schedule(epochs, steps_per_epoch)
     rates = reference.simclr_rates(epochs)
     for epoch, rate in enumerate(rates):
         for step in (epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1):
-            assert 3e-4 * group["lr_scale"] * group["schedule"](step) == pytest.approx(rate)
+            assert 3e-4 * factor(step) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
     ("epoch", "rate"), [(0, 3e-4), (11, 3e-4), (12, 2.99992e-4), (299, 1.183e-6)]
 )
 def test_learning_rate_at_published_epochs(epoch, rate):
-    (group,) = simclr().param_groups(300, 195)
-    assert 3e-4 * group["schedule"](195 * epoch) == pytest.approx(rate, rel=5e-4, abs=2e-9)
+    assert 3e-4 * paper_schedule(300, 195)(195 * epoch) == pytest.approx(rate, rel=5e-4, abs=2e-9)
 
 
 def test_optimiser_is_adam_over_every_parameter_without_decay():
-    method = simclr()
-    groups = method.param_groups(300, 195)
+    method, config = simclr(), SSLConfig(preset="paper")
+    groups = method.param_groups()
     assert [p.shape for p in groups[0]["params"]] == [p.shape for p in method.parameters()]
-    assert groups[0]["weight_decay"] == 0
-    plain = [{k: g[k] for k in ("params", "weight_decay")} for g in groups]
+    assert groups[0].get("weight_decay", config.weight_decay) == 0
     twin = copy.deepcopy(method)
-    ours = method.optimizer(plain, 1e-3)
+    ours = build_optimizer(config.optimizer, groups, 1e-3)
     theirs = torch.optim.Adam(twin.parameters(), lr=1e-3, foreach=False)
     views = two_views()
     for _ in range(2):
         for one, optimizer in ((method, ours), (twin, theirs)):
             optimizer.zero_grad()
-            one.step(views, {}).loss.backward()
+            one.step(views, {}, Moment()).loss.backward()
             optimizer.step()
     for p, q in zip(method.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)
 
 
-def epoch_of(method, n, batch_size, seed, epoch):
-    return torch.stack(
-        [b["images"] for b in method.batches(torch.zeros(n), batch_size, seed, epoch)]
-    )
+def epoch_of(n, batch_size, seed, epoch):
+    method = simclr(n, batch_size, seed=seed)
+    batches = torch.stack([b["images"] for b in method.batches(epoch)])
+    assert batches.shape == (method.steps_per_epoch(), method.images_per_step())
+    return batches
 
 
 def test_batches_are_permutations_keyed_by_seed_and_epoch():
-    method = simclr()
-    first = epoch_of(method, 103, 10, 0, 0)
+    first = epoch_of(103, 10, 0, 0)
     assert first.shape == (10, 10)
     assert first.dtype == torch.int64
     assert len(first.unique()) == 100
     assert first.min() >= 0 and first.max() <= 102
-    assert sorted(epoch_of(method, 100, 10, 0, 0).flatten().tolist()) == list(range(100))
+    assert sorted(epoch_of(100, 10, 0, 0).flatten().tolist()) == list(range(100))
     torch.manual_seed(99)  # the global generator has no part in it
-    assert torch.equal(first, epoch_of(method, 103, 10, 0, 0))
-    assert not torch.equal(first, epoch_of(method, 103, 10, 0, 1))
-    assert not torch.equal(first, epoch_of(method, 103, 10, 1, 0))
+    assert torch.equal(first, epoch_of(103, 10, 0, 0))
+    assert not torch.equal(first, epoch_of(103, 10, 0, 1))
+    assert not torch.equal(first, epoch_of(103, 10, 1, 0))
 
 
 def test_views_differ_and_two_ranks_draw_what_one_process_draws():
-    method = simclr()
+    method = simclr(n=B)
     images = torch.randint(256, (6, 3, 20, 20), dtype=torch.uint8, generator=keyed_generator(0))
-    whole = method.draw({"images": images}, keyed_generator(1))
+    whole = views_of(method, 0, 1, {"images": images})
     assert len(whole) == 2
     assert not torch.allclose(whole[0].images, whole[1].images)
-    parts = [
-        method.draw({"images": part}, keyed_generator(1), (rank, 2))
-        for rank, part in enumerate(images.chunk(2))
-    ]
+    parts = [views_of(method, rank, 2, {"images": images.chunk(2)[rank]}) for rank in (0, 1)]
     for k in (0, 1):
         for name, value in whole[k].params.items():
             assert torch.equal(torch.cat([part[k].params[name] for part in parts]), value)
@@ -311,9 +336,8 @@ def test_seed_decides_the_initial_weights():
 
 
 def test_unknown_method_is_refused():
-    config = SSLConfig(method="simclrr")
     with pytest.raises(ConfigError, match=r"method must be one of .*simclr.*, and is 'simclrr'"):
-        build_method(config, recipe("simclr", SIZE, MEAN, STD))
+        SSLConfig(method="simclrr")
 
 
 # --- two processes
@@ -326,20 +350,21 @@ class Plain(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(3 * SIZE**2, 16), nn.Linear(16, 8)
 
-    def forward(self, images, adversarial=False):
-        return F.normalize(self.last(self.first(images.flatten(1)).tanh()), dim=1)
+    def forward(self, images, condition=None, adversarial=False):
+        h = self.first(images.flatten(1)).tanh()
+        return Embedding(h, F.normalize(self.last(h), dim=1))
 
 
 def a_step(rank, processes, wrap, reuse_anchor):
     """This rank's part of a step of SimCLR + IDAA: loss, δ, and the parameters' gradients."""
     torch.manual_seed(0)
     plain = Plain().double()
-    method = simclr(reuse_anchor=reuse_anchor)
+    method = simclr()
     method.network = wrap(plain)
     part = slice(rank * B // processes, (rank + 1) * B // processes)
     views = tuple(View(view.images[part], {}) for view in two_views())
-    step = method.step(views, {})
-    attack = IDAA(a_vae(), 0.5)(step.attacked, step.attack_loss)
+    step = method.step(views, {}, Moment())
+    attack = IDAA(a_vae(), 0.5, reuse_anchor=reuse_anchor)(step.attacked.images, step.attack_loss)
     loss = step.loss + 0.7 * step.adversarial_loss(attack.images)
     loss.backward()
     return {
@@ -376,4 +401,4 @@ def test_two_processes_step_like_one(tmp_path):
 
 def test_one_process_gathers_nothing():
     z = torch.randn(3, 2)
-    assert gathered(z) is z
+    assert gather(z) is z
