@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from idaa_lib.configs import ConfigError
 from idaa_lib.evaluate.encoders import Encoder
 from idaa_lib.nets import build_backbone
-from idaa_lib.nets.heads import Embedder, mlp, simclr_projector, simsiam_projector
+from idaa_lib.nets.heads import Embedder, mlp
 from idaa_lib.nets.resnet import SHAPES, ResNet
 from idaa_lib.nets.vae import VAE
 
@@ -91,30 +91,34 @@ def load_official(
     path = Path(path).expanduser()
     state, epoch, acc = _read(path)
     try:
-        mark = _mark(state)
-        parts, names, published = _networks(mark, state)
+        kind, parts, names, published = _networks(state)
         _fill(parts, state, names)
-        _settle(mark, parts, names)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-    kind, _ = _KINDS[mark]
     units = size or published[0], tuple(mean or published[1]), tuple(std or published[2])
     module: Any = parts["vae" if kind == "vae" else "backbone"]
     if kind == "vae":
         if units[0] != module.size:
             raise ConfigError(f"{path} is of a VAE for size={module.size}, not {size}.")
         _, module.mean, module.std = units
-    if epoch is None and (said := re.search(r"epoch_?(\d+)", path.stem)):
-        epoch = int(said[1])
+    if epoch is None and (name := re.search(r"epoch_?(\d+)", path.stem)):
+        epoch = int(name[1])
     return Official(
         kind, module, parts.get("projector"), parts.get("predictor"), *units, epoch, acc
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], int | None, float | None]:
+class _State(dict[str, Tensor]):
+    """Tensors by name."""
+
+    def __missing__(self, key: str) -> Tensor:
+        raise ConfigError(f"it lacks {key}.")
+
+
+def _read(path: Path) -> tuple[_State, int | None, float | None]:
     """Tensors by name, without DataParallel's `module.`; epoch and accuracy where they are kept."""
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"There is no checkpoint {path}.") from None
     except (IsADirectoryError, PermissionError) as error:
@@ -126,15 +130,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int | None, float | None]:
             ) from error
         raise ConfigError(f"{path} is cut short, damaged or no PyTorch checkpoint.") from error
     about: Mapping[str, Any] = {}
-    if isinstance(held, Mapping):
+    if isinstance(content, Mapping):
         for name in ("net", "model", "state_dict"):  # Plain and UEL, SimCLR, SimSiam (spec §4)
-            if isinstance(held.get(name), Mapping):
-                about, held = held, held[name]
+            if isinstance(content.get(name), Mapping):
+                about, content = content, content[name]
                 break
-    if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ConfigError(f"{path} has no state dict, alone or as net, model or state_dict.")
-    wrapped = all(key.startswith("module.") for key in held)
-    state = {key.removeprefix("module.") if wrapped else key: v for key, v in held.items()}
+    wrapped = all(key.startswith("module.") for key in content)
+    state = _State((k.removeprefix("module.") if wrapped else k, v) for k, v in content.items())
     epoch, acc = about.get("epoch"), about.get("acc")
     return (
         state,
@@ -149,16 +153,22 @@ _SIMSIAM_IMAGENET = "encoder.fc."
 _KINDS: dict[str, tuple[str, _Names]] = {
     "fc11.": ("vae", {"vae.": ""}),
     _SIMSIAM_IMAGENET: ("simsiam", {"backbone.": "encoder.", "projector.": "encoder.fc."}),
-    "projector.layer": ("simsiam", {
-        "projector.0.": "projector.layer1.0.", "projector.1.": "projector.layer1.1.",
-        "projector.3.": "projector.layer3.0.", "projector.4.": "projector.layer3.1.",
-        "predictor.0.": "predictor.layer1.0.", "predictor.1.": "predictor.layer1.1.",
-        "predictor.3.": "predictor.layer2.",
-    }),
+    "projector.layer": (
+        "simsiam",
+        {
+            "projector.0.": "projector.layer1.0.",
+            "projector.1.": "projector.layer1.1.",
+            "projector.3.": "projector.layer3.0.",
+            "projector.4.": "projector.layer3.1.",
+            "predictor.0.": "predictor.layer1.0.",
+            "predictor.1.": "predictor.layer1.1.",
+            "predictor.3.": "predictor.layer2.",
+        },
+    ),
     "projector.": ("simclr", {"backbone.": "encoder."}),
     "net.": ("plain", {"backbone.": "net.", "projector.": "net.fc."}),
     "linear.": ("plain", {"backbone.": "", "projector.": "linear."}),
-}  # fmt: skip
+}
 _SHORTCUTS: dict[str, _Names] = {
     ".ds_conv1.": {"shortcut.0.": "ds_conv1.", "shortcut_bn": "ds_bn1"},
     ".downsample.": {"shortcut.0.": "downsample.0.", "shortcut_bn.": "downsample.1."},
@@ -167,144 +177,115 @@ _SHORTCUTS: dict[str, _Names] = {
 _BESIDE = {".ds_bn1.": ".ds_bn1_adv.", "projector.layer1.": "projector.layer2."}
 
 
-def _mark(state: Mapping[str, Tensor]) -> str:
-    for mark in _KINDS:
-        if any(key.startswith(mark) for key in state):
-            return mark
-    some = ", ".join(sorted(state)[:3]) or "no tensor at all"
-    raise ConfigError(
-        f"it is no VAE, SimCLR, Plain, UEL or SimSiam of the published projects (it has {some})."
-    )
-
-
-def _shape(state: Mapping[str, Tensor], key: str) -> torch.Size:
-    if key not in state:
-        raise ConfigError(f"it lacks {key}.")
-    return state[key].shape
-
-
 def _networks(
-    mark: str, state: Mapping[str, Tensor]
-) -> tuple[dict[str, nn.Module], _Names, _Units]:
-    """Our parts, without storage, that the tensors fit; the file's names; the published units."""
-    _, names = _KINDS[mark]
+    state: _State,
+) -> tuple[str, dict[str, Any], _Names, _Units]:
+    """The kind; our parts, without storage, that the tensors fit; the file's names; the published
+    units."""
+    mark = next((mark for mark in _KINDS if any(key.startswith(mark) for key in state)), None)
+    if mark is None:
+        some = ", ".join(sorted(state)[:3]) or "no tensor at all"
+        raise ConfigError(
+            f"it is no VAE, SimCLR, Plain, UEL or SimSiam of the published projects (it has "
+            f"{some})."
+        )
+    kind, names = _KINDS[mark]
     with torch.device("meta"):  # which draws none of the caller's random numbers either
-        if mark == "fc11.":
+        if kind == "vae":
             vae = _vae(state)
-            return {"vae": vae}, names, (vae.size, *(_CIFAR if vae.size in (32, 84) else _IMAGENET))
+            units = _CIFAR if vae.size in (32, 84) else _IMAGENET
+            return kind, {"vae": vae}, names, (vae.size, *units)
         backbone, shortcuts = _backbone(state, names.get("backbone.", "backbone."))
         parts = {"backbone": backbone, **_heads(mark, state, backbone.feature_dim)}
-    if backbone.stem == "cifar":
-        return parts, names | shortcuts, (32, *_CIFAR)
-    size = 224 if mark == _SIMSIAM_IMAGENET else 84
-    return parts, names | shortcuts, (size, *_IMAGENET)
+    size = 32 if backbone.stem == "cifar" else 224 if mark == _SIMSIAM_IMAGENET else 84
+    units = _CIFAR if backbone.stem == "cifar" else _IMAGENET
+    return kind, parts, names | shortcuts, (size, *units)
 
 
-def _vae(state: Mapping[str, Tensor]) -> VAE:
+def _vae(state: _State) -> VAE:
     """The variant by its first residual block, after one convolution of 3 modules a halving."""
     residuals = [int(m[1]) for key in state if (m := re.match(r"encoder\.(\d+)\.convs\.", key))]
     first = min(residuals, default=6)
-    d = _shape(state, f"encoder.{first}.convs.1.weight")[0]
-    dim, flat = _shape(state, "fc11.weight")
-    side = math.isqrt(flat // d)
-    sizes = {(2, 8): 32, (3, 8): 64, (3, 10): 84, (5, 7): 224}
-    if (first // 3, side) not in sizes:
-        raise ConfigError(
-            f"no published VAE halves its images {first // 3} times, to {side} × {side}."
-        )
-    try:
-        return VAE(dim, sizes[first // 3, side], d // 2)
-    except ValueError as error:
-        raise ConfigError(f"its tensors fit no VAE: {error}") from None
+    d = state[f"encoder.{first}.convs.1.weight"].shape[0]
+    dim, flat = state["fc11.weight"].shape
+    times, side = first // 3, math.isqrt(flat // d)
+    size = {(2, 8): 32, (3, 8): 64, (3, 10): 84, (5, 7): 224}.get((times, side))
+    if size is None:
+        raise ConfigError(f"no published VAE halves its images {times} times, to {side} × {side}.")
+    return VAE(dim, size, d // 2)
 
 
-def _backbone(state: Mapping[str, Tensor], prefix: str) -> tuple[ResNet, _Names]:
+def _backbone(state: _State, prefix: str) -> tuple[ResNet, _Names]:
     """The ResNet that the tensors under `prefix` are of, and what they call its shortcuts."""
-    depths = [0, 0, 0, 0]
-    for key in state:
-        if found := re.match(rf"{re.escape(prefix)}layer([1-4])\.(\d+)\.", key):
-            stage = int(found[1]) - 1
-            depths[stage] = max(depths[stage], int(found[2]) + 1)
-    shape = tuple(depths), f"{prefix}layer1.0.conv3.weight" in state
-    name = next((name for name, known in SHAPES.items() if known == shape), None)
+    layers = re.compile(rf"{re.escape(prefix)}layer([1-4])\.(\d+)\.")
+    blocks = {match.groups() for key in state if (match := layers.match(key))}
+    depths = tuple(sum(stage == s for stage, _ in blocks) for s in "1234")
+    shape = depths, f"{prefix}layer1.0.conv3.weight" in state
+    name = next((name for name, other in SHAPES.items() if other == shape), None)
     if name is None:
         raise ConfigError(f"its stages of {depths} blocks make none of {', '.join(SHAPES)}.")
-    width, _, kernel, _ = _shape(state, f"{prefix}conv1.weight")
+    width, _, kernel, _ = state[f"{prefix}conv1.weight"].shape
     shortcuts = next((s for s in _SHORTCUTS if any(s in key for key in state)), None)
     stem = "cifar" if shortcuts is None else "imagenet" if kernel == 7 else "mini"
-    backbone = build_backbone(
-        name, width=width, stem=stem, adversarial_norms=f"{prefix}bn1_adv.weight" in state
-    )
+    norms = f"{prefix}bn1_adv.weight" in state
+    backbone = build_backbone(name, width=width, stem=stem, adversarial_norms=norms)
     return backbone, {} if shortcuts is None else _SHORTCUTS[shortcuts]
 
 
-def _heads(mark: str, state: Mapping[str, Tensor], features: int) -> dict[str, nn.Module]:
-    """Projector and predictor (spec §4)."""
-    outputs = lambda key: _shape(state, f"{key}.weight")[0]  # noqa: E731
-    if mark == "projector.":
-        return {"projector": simclr_projector(features, outputs("projector.2"))}
-    if mark in ("net.", "linear."):
-        head = "net.fc" if mark == "net." else "linear"
-        return {"projector": nn.Linear(features, outputs(head))}
-    if mark == _SIMSIAM_IMAGENET:
-        dim, hidden, layers = outputs("encoder.fc.6"), outputs("predictor.0"), 3
-    else:
-        dim, hidden, layers = outputs("projector.layer3.0"), outputs("predictor.layer1.0"), 2
-    predictor = mlp(dim, hidden, dim)
-    if mark == _SIMSIAM_IMAGENET:
-        predictor[0].register_parameter("bias", None)
-    return {"projector": simsiam_projector(features, dim, layers), "predictor": predictor}
+def _heads(mark: str, state: _State, d: int) -> dict[str, nn.Module]:
+    """Projector and predictor (spec §4) after d features."""
+    outputs = lambda key: state[f"{key}.weight"].shape[0]  # noqa: E731
+    match mark:
+        case "projector.":
+            return {"projector": mlp(d, d, outputs("projector.2"), norm=False)}
+        case "net." | "linear.":
+            head = "net.fc" if mark == "net." else "linear"
+            return {"projector": nn.Linear(d, outputs(head))}
+        case "projector.layer":
+            dim, hidden = outputs("projector.layer3.0"), outputs("predictor.layer1.0")
+            projector = mlp(d, dim, dim, last_norm=True)
+        case _:
+            dim, hidden = outputs("encoder.fc.6"), outputs("predictor.0")
+            projector = mlp(d, d, dim, 3, last_norm=True, affine=False, bias=False)
+    predictor = mlp(dim, hidden, dim, bias=mark != _SIMSIAM_IMAGENET)
+    return {"projector": projector, "predictor": predictor}
 
 
-def _fill(parts: dict[str, nn.Module], state: Mapping[str, Tensor], names: _Names) -> None:
+@torch.no_grad()
+def _fill(parts: dict[str, Any], state: _State, names: _Names) -> None:
     """Give the networks `parts`, made without storage, the tensors of a file; strict."""
     whole = nn.ModuleDict(parts)
     ours = whole.state_dict()
     theirs: dict[str, str | None] = {}
     for key in ours:
-        called = key
+        name = key
         for part, other in names.items():
-            called = called.replace(part, other)
-        theirs[called] = key
-    for key in list(theirs):
+            name = name.replace(part, other)
+        theirs[name] = key
         for part, other in _BESIDE.items():
-            if part in key:
-                theirs.setdefault(key.replace(part, other), None)
-    wrong = [
-        f"{key} is {tuple(state[key].shape)} and should be {tuple(ours[called].shape)}"
-        for key, called in theirs.items()
-        if called is not None and key in state and state[key].shape != ours[called].shape
-    ]
-    complaints = [
-        f"{what} {_listed(keys)}"
-        for what, keys in (
-            ("lacks", theirs.keys() - state.keys()),
-            ("has, beside what belongs there,", state.keys() - theirs.keys()),
-            ("has other shapes:", wrong),
-        )
-        if keys
-    ]
-    if complaints:
-        raise ConfigError(f"it {'; it '.join(complaints)}.")
-    whole.load_state_dict(
-        {called: state[key] for key, called in theirs.items() if called is not None}, assign=True
-    )
+            if part in name:
+                theirs.setdefault(name.replace(part, other), None)
+    wanted = {key: name for key, name in theirs.items() if name is not None}
+    faults = {
+        "lacks": theirs.keys() - state.keys(),
+        "has, beside what belongs there,": state.keys() - theirs.keys(),
+        "has other shapes:": {
+            f"{key} is {tuple(state[key].shape)} and should be {tuple(ours[name].shape)}"
+            for key, name in wanted.items()
+            if key in state and state[key].shape != ours[name].shape
+        },
+    }
+    if any(faults.values()):
+        texts = [
+            f"it {what} {', '.join(sorted(keys)[:20])}{' and more' if len(keys) > 20 else ''}"
+            for what, keys in faults.items()
+            if keys
+        ]
+        raise ConfigError(f"{'; '.join(texts)}.")
+    whole.load_state_dict({name: state[key] for key, name in wanted.items()}, assign=True)
     whole.float().eval().requires_grad_(False)
-
-
-def _listed(keys: Iterable[str], most: int = 20) -> str:
-    some = sorted(keys)
-    rest = f" and {len(some) - most} more" if len(some) > most else ""
-    return ", ".join(some[:most]) + rest
-
-
-@torch.no_grad()
-def _settle(mark: str, parts: dict[str, Any], names: _Names) -> None:
-    """Where the published code differs from ours: our parts, the same function in eval mode."""
-    if mark == _SIMSIAM_IMAGENET:  # no bias before a BatchNorm, where it changes nothing
-        first = parts["predictor"][0]
-        first.bias = nn.Parameter(torch.zeros(first.out_features), requires_grad=False)
-    elif "ds_conv1." in names.values():  # ReLU sees conv1 itself, past the stem's norm (spec §8.7)
+    if "ds_conv1." in names.values() and _SIMSIAM_IMAGENET not in names.values():
+        # ReLU sees conv1 itself, past the stem's norm (spec §8.7).
         for name, norm in parts["backbone"].named_children():
             if name in ("bn1", "bn1_adv"):
                 norm.reset_parameters()

@@ -54,7 +54,7 @@ def export(
     path = Path(path).expanduser()
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.touch()  # a path that cannot be written is told before any work
+        draft.touch()  # fails before any work where the path cannot be written
         _WRITERS[format](encoder, draft)
         os.replace(draft, path)
     except OSError as error:
@@ -116,9 +116,8 @@ def _detectron2(encoder: Encoder, path: Path) -> None:
         key = re.sub(r"\bbn(\d)", r"conv\1.norm", key)
         key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
         weights[key if key.startswith("res") else f"stem.{key}"] = tensor.numpy()
-    held = {"model": weights, "__author__": "IDAA workbench", "matching_heuristics": True}
-    with path.open("wb") as file:
-        pickle.dump(held, file)
+    content = {"model": weights, "__author__": "IDAA workbench", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
 
 
 def _onnx(encoder: Encoder, path: Path) -> None:
@@ -152,10 +151,10 @@ def _onnx(encoder: Encoder, path: Path) -> None:
         onnx.save(model, path)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         for batch in (images[:1], images[:3]):
-            (found,) = session.run(None, {"images": batch.numpy()})
-            wanted = module(batch)
-            if not torch.allclose(torch.from_numpy(found), wanted, rtol=1e-3, atol=1e-4):
-                apart = (torch.from_numpy(found) - wanted).abs().max()
+            features = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+            expected = module(batch)
+            if not torch.allclose(features, expected, rtol=1e-3, atol=1e-4):
+                apart = (features - expected).abs().max()
                 raise RunError(
                     f"onnxruntime's features differ by up to {apart:.2g} from PyTorch's: nothing "
                     f"was written."

@@ -36,7 +36,7 @@ from idaa_lib.methods.base import (
     similarity,
     two_view_step,
 )
-from idaa_lib.nets.heads import simclr_projector
+from idaa_lib.nets.heads import mlp
 from idaa_lib.nets.network import Network
 from idaa_lib.views import View
 
@@ -73,7 +73,8 @@ class MoCo(Method):
             raise ConfigError(
                 f"queue must hold a batch of {about.batch_size} keys, and is {options.queue}."
             )
-        projector = simclr_projector(backbone.feature_dim, options.projection_dim)
+        d = backbone.feature_dim
+        projector = mlp(d, d, options.projection_dim, norm=False)
         self.network = Network(backbone, projector=projector)
         self.target = frozen_copy(self.network)
         queue = torch.randn(options.queue, options.projection_dim)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from idaa_lib.methods.base import OfficialProtocol, register_method, similarity
 from idaa_lib.methods.contrastive import Contrastive
-from idaa_lib.nets.heads import simclr_projector
+from idaa_lib.nets.heads import mlp
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -32,7 +32,7 @@ class SimCLR(Contrastive):
     official = OfficialProtocol("SimCLR", "projector", 0.5, "backbone", "last", 256)
 
     def projector(self, features: int, dim: int) -> nn.Module:
-        return simclr_projector(features, dim)
+        return mlp(features, features, dim, norm=False)
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
         return nt_xent(z1, z2, self.temperature)

@@ -28,7 +28,7 @@ from idaa_lib.methods.base import (
     register_method,
     two_view_step,
 )
-from idaa_lib.nets.heads import mlp, simsiam_projector
+from idaa_lib.nets.heads import mlp
 from idaa_lib.nets.network import Embedding, Network
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import View
@@ -58,10 +58,13 @@ class SimSiam(Method):
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__(options, backbone, about)
         self.cifar, dim = options.pairing == "cifar", options.projection_dim
-        if not self.cifar:
+        d = backbone.feature_dim
+        if self.cifar:
+            projector = mlp(d, dim, dim, last_norm=True)
+        else:
             zero_residuals(backbone)
-        projector = simsiam_projector(backbone.feature_dim, dim, layers=2 if self.cifar else 3)
-        predictor = mlp(dim, max(1, dim // 4), dim)
+            projector = mlp(d, d, dim, layers=3, last_norm=True, affine=False, bias=False)
+        predictor = mlp(dim, max(1, dim // 4), dim, bias=self.cifar)
         self.network = Network(backbone, projector=projector, predictor=predictor)
 
     @classmethod
