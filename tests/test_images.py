@@ -22,7 +22,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchvision.transforms.v2 import functional as F
 
 from idaa_lib.data import cached as images
-from idaa_lib.data import photos, sources
+from idaa_lib.data import decoding, photos, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = {"train": 0, "val": 1, "test": 2}
@@ -407,7 +407,7 @@ def test_second_load_decodes_nothing_and_writing_stays_private(tmp_path, monkeyp
     first = images.load(tmp_path / "pets", "train")
     kept = first.images.clone()
     first.images.zero_()
-    monkeypatch.setattr(images, "_decode", lambda *_, **__: pytest.fail("decoded again"))
+    monkeypatch.setattr(decoding, "_decode", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(images.load(tmp_path / "pets", "train").images, kept)
     assert len(images.load(tmp_path / "pets", "test", limit=3)) == 3
 
@@ -462,7 +462,7 @@ def test_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, data):
 def test_a_disk_known_to_be_too_small_is_refused_before_decoding(tmp_path, data, monkeypatch):
     class_folders(tmp_path / "pets")
     monkeypatch.setattr(images.shutil, "disk_usage", lambda _: SimpleNamespace(free=24 * 3072 - 1))
-    monkeypatch.setattr(images, "_decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(decoding, "_decode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(OSError, match="No space left on device"):
         images.load(tmp_path / "pets", "train")
     assert not nothing_left(data)
@@ -484,13 +484,14 @@ def test_processes_that_start_at_once_decode_once(tmp_path, data):
 import os, time
 from pathlib import Path
 from idaa_lib.data import cached as images
-decode = images._decode
+from idaa_lib.data import decoding
+original = decoding._decode
 def logged(listing, size, i):
     with open({str(tmp_path / "log")!r}, "a") as log:
         log.write(listing.names[i] + "\\n")
     time.sleep(0.001)
-    return decode(listing, size, i)
-images._decode = logged
+    return original(listing, size, i)
+decoding._decode = logged
 Path({str(tmp_path)!r}, f"ready{{os.getpid()}}").touch()
 while not Path({str(tmp_path / "go")!r}).exists():
     time.sleep(0.01)
@@ -826,8 +827,8 @@ def test_cifar_by_content_has_the_published_units(tmp_path, classes, zipped):
             save(root / part / name.replace("_", " ") / "0.png", noise(n))
     source = pack(root, tmp_path / "own.zip") if zipped else root
     for split, size in (("trainval", 32), ("test", 40)):
-        for given in (images.load(source, split, size), images.describe(source, split, size)):
-            assert given.mean == (0.4914, 0.4822, 0.4465) and given.std == (0.2023, 0.1994, 0.2010)
+        loaded = images.load(source, split, size)
+        assert loaded.mean == (0.4914, 0.4822, 0.4465) and loaded.std == (0.2023, 0.1994, 0.2010)
 
 
 @pytest.mark.parametrize(("classes", "side"), [(CIFAR10, 33), (CIFAR10[1:], 32), (["cat"], 32)])
@@ -868,21 +869,32 @@ def test_what_a_set_is_costs_no_opening(tmp_path, monkeypatch, kind):
         "zip": pack(tmp_path / "pets", tmp_path / "pets.zip"),
     }[kind]  # fmt: skip
     requests = [("train", 8, None), ("train", 8, 10), ("trainval", 8, 7), ("test", 8, None)]
-    loaded = [images.load(source, *request) for request in requests]
+    opened = [images.load(source, *request) for request in requests]
+    assert all(len(one.images) == len(one.labels) == len(one) for one in opened)
     with monkeypatch.context() as patch:
         refuse_to_open(patch)
-        described = [images.describe(source, *request) for request in requests]
-    for about, whole in zip(described, loaded, strict=True):
-        assert len(about) == len(whole)
-        for name in images.Description.__dataclass_fields__:
-            assert getattr(about, name) == getattr(whole, name)
+        described = [images.load(source, *request) for request in requests]
+        for about, whole in zip(described, opened, strict=True):
+            assert len(about) == len(whole) and about.labelled
+            for name in images.ImageSet.__dataclass_fields__.keys() - {"contents"}:
+                assert getattr(about, name) == getattr(whole, name)
+            assert about.sizes.tolist() == [[8, 8]] * len(whole)
+            assert about.subset([1, 0]).fingerprint == whole.subset([1, 0]).fingerprint
+    for about, whole in zip(described, opened, strict=True):
+        assert torch.equal(about.images, whole.images) and torch.equal(about.labels, whole.labels)
 
 
-def test_a_set_that_was_never_opened_is_opened_once(tmp_path, monkeypatch):
+def test_images_other_than_described_are_refused(tmp_path):
+    """Written anew between describing and use, or one of very many that are not watched."""
     class_folders(tmp_path / "pets")
-    first = images.describe(tmp_path / "pets", "train")
-    refuse_to_open(monkeypatch)
-    assert images.describe(tmp_path / "pets", "train") == first
+    images.load(tmp_path / "pets", "train")
+    about = images.load(tmp_path / "pets", "train")
+    time.sleep(0.02)
+    save(tmp_path / "pets/train/cat/0.png", noise(99))
+    with pytest.raises(ValueError, match="pets changed since it was described"):
+        about.images  # noqa: B018
+    after = images.load(tmp_path / "pets", "trainval")
+    assert chw(noise(99)) in rows(after) and after.fingerprint != about.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -900,11 +912,11 @@ def test_a_changed_set_is_described_anew(tmp_path, change, zipped):
     class_folders(tmp_path / "pets")
     source = tmp_path / ("pets.zip" if zipped else "pets")
     zipped and pack(tmp_path / "pets", source)
-    before = images.describe(source, "trainval")
+    before = images.load(source, "trainval")
     time.sleep(0.02)
     change(tmp_path / "pets")
     zipped and pack(tmp_path / "pets", source)
-    after = images.describe(source, "trainval")
+    after = images.load(source, "trainval")
     assert after.fingerprint != before.fingerprint
     assert after.fingerprint == images.load(source, "trainval").fingerprint
 
@@ -912,10 +924,10 @@ def test_a_changed_set_is_described_anew(tmp_path, change, zipped):
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"stamps": {}}'])
 def test_a_broken_index_is_written_anew(tmp_path, data, content):
     class_folders(tmp_path / "pets")
-    about = images.describe(tmp_path / "pets", "train")
+    about = images.load(tmp_path / "pets", "train")
     [index] = (data / "cache").glob("*.json")
     index.write_text(content)
-    assert images.describe(tmp_path / "pets", "train") == about
+    assert images.load(tmp_path / "pets", "train").fingerprint == about.fingerprint
     assert json.loads(index.read_text())["about"]["counts"][0] == len(about)
 
 

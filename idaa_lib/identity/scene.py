@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from idaa_lib import runs
 from idaa_lib.adversaries import CLAE, IDAA, Anchor, Direction, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
-from idaa_lib.data.cached import ImageSet, decode
+from idaa_lib.data.cached import ImageSet
+from idaa_lib.data.decoding import decode
 from idaa_lib.evaluate.encoders import load_encoder, load_vae
 from idaa_lib.identity.theory import Hardness, Retention, hardness, retention
 from idaa_lib.methods import About, build_method

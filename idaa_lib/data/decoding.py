@@ -1,0 +1,87 @@
+"""From any file that Pillow opens to an RGB square of uint8."""
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from idaa_lib.data.sources import Listing
+
+
+class Item(NamedTuple):
+    """One decoded item of a listing, or the reason why it cannot be read."""
+
+    place: int  # in the listing
+    pixels: Any = None  # uint8 (3, size, size)
+    label: int = -1
+    sides: tuple[int, int] = (0, 0)  # of the file, in pixels
+    error: str = ""
+
+
+def decode(path: str | Path, size: int) -> Tensor:
+    """One image file as every source's are decoded: uint8 (3, size, size).
+
+    Raises OSError where it is missing or no image.
+    """
+    with Image.open(path) as image:
+        return torch.tensor(_square(image, size))
+
+
+def decode_items(listing: Listing, order: list[int], size: int) -> Iterator[Item]:
+    """The items of a listing in this order, a few at a time in memory."""
+    rows = max(1, min(256, 2**24 // (3 * size**2)))
+    run: Any = map
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
+        for start in range(0, len(order), rows):
+            begin = time.perf_counter()
+            items = list(run(partial(_decode, listing, size), order[start : start + rows]))
+            # Threads fight for the interpreter where images are small: on 2 cores CIFAR-10's JPEGs
+            # took 8 s with one and 12 s with two. At 500 x 400 pixels two are 1.9 times as fast.
+            if (time.perf_counter() - begin) / len(items) > 1e-3:
+                run = executor.map
+            yield from items
+
+
+def _decode(listing: Listing, size: int, place: int) -> Item:
+    try:
+        image, label = listing.read(place)
+        return Item(place, _square(image, size), label, image.size)
+    except UnidentifiedImageError:  # whose own text names an address in memory
+        why = "no image format that Pillow knows"
+    except Exception as error:  # Pillow's plugins raise whatever a broken file trips them with
+        why = f"{type(error).__name__}: {error}"
+    return Item(place, error=f"{listing.names[place]} cannot be read ({why})")
+
+
+def _square(image: Image.Image, size: int) -> np.ndarray:
+    """(3, size, size): the short side resized to `size`, the middle kept; exact if already so.
+
+    Bilinear, which Pillow widens when it shrinks (antialiased): bicubic rings at edges, and an
+    adversary with a budget of 8/255 should find no such halo in the data.
+    """
+    image = ImageOps.fit(_rgb(image), (size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB of any mode: 16 bits scaled to 8 (not clipped), transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # "I;16" and its kin, and the "I" of 16-bit PGM
+        deep = np.asarray(image)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise ValueError("its values are not 16-bit: save it with 8 or 16 bits a channel")
+        return Image.fromarray((deep / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its values are floats of unknown range: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
