@@ -59,9 +59,9 @@ def main() -> None:
         whole.watch(lambda: train_ssl(config.model_copy(update={"seed": 1})))
         train_step = Fit.train_step
 
-        def watched(*args: Any) -> None:
+        def watched(*args: Any) -> Any:
             step.files.clear()
-            step.watch(lambda: train_step(*args))
+            return step.watch(lambda: train_step(*args))
 
         Fit.train_step = watched  # type: ignore[method-assign]
         train_ssl(config)

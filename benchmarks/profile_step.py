@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from idaa_lib.adversaries import NoAdversary
 from idaa_lib.runs import outputs_root
 from idaa_lib.runs.machine import hardware, versions
 from idaa_lib.train.graphs import WARM_UP
@@ -143,9 +144,11 @@ def _watched(spent: dict[str, list[float]]) -> Iterator[None]:
     def build(fit: Any, *args: Any, **kwargs: Any) -> None:
         plain(fit, *args, **kwargs)
         watch(fit, "train_step", "losses, logging, the rest")
+        watch(fit, "_numbers", "random numbers")
         watch(fit.method, "draw", "views")
         watch(fit.accelerator, "backward", "backward")
-        fit.adversary = Watched(fit.adversary)
+        if not isinstance(fit.adversary, NoAdversary):
+            fit.adversary = Watched(fit.adversary)  # type: ignore[assignment]
         make = fit.method.step
 
         def step(*args: Any) -> Any:

@@ -32,18 +32,18 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from idaa_lib.adversaries import IDAA, NoAdversary
+from idaa_lib.adversaries import IDAA, Adversary
 from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.evaluate.encoders import features
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.probe import TRANSFER, linear_probe
-from idaa_lib.methods import build_method
+from idaa_lib.methods import About, build_method
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import outputs_root
 from idaa_lib.runs.machine import open_images, torch_device
 from idaa_lib.train.accelerator import make_accelerator
-from idaa_lib.train.loop import Fit
+from idaa_lib.train.loop import Fit, gpu_settings
 from idaa_lib.views import compile_view, keyed_generator, recipe, send
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -166,10 +166,24 @@ def idaa_straightforward() -> Work:
 
 
 def _network(adversary: Any) -> nn.Module:
-    """The paper's network."""
-    data = images(BATCH)
-    transform = recipe("simclr", 32, data.mean, data.std)
-    return build_method(_ssl(adversary), transform).network.to(DEVICE).train()
+    """The paper's network, called as network(images, adversarial=False) → z (B, D)."""
+    config = _ssl(adversary)
+    return Projected(build_method(config, _about(config, images(BATCH))).network).to(DEVICE).train()
+
+
+class Projected(nn.Module):
+    """A network's embedding z alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, adversarial: bool = False) -> Tensor:
+        return self.network(x, adversarial=adversarial).z
+
+
+def _backbone(adversary: Any) -> nn.Module:
+    return _network(adversary).get_submodule("network.backbone")
 
 
 def _adam(network: nn.Module) -> torch.optim.Optimizer:
@@ -205,7 +219,7 @@ def vae_straightforward() -> Work:
 
 def linear_straightforward() -> Work:
     """One epoch of the published probe: train and test encoded anew, a step of Adam a batch."""
-    network = _network("none").get_submodule("backbone").eval()
+    network = _backbone("none").eval()
     data, test = images(TRAIN), images(TEST, "test")
     plain = T.Compose([T.ToTensor(), T.Normalize(data.mean, data.std)])
     head = nn.Linear(512, len(data.classes)).to(DEVICE)
@@ -265,45 +279,46 @@ def _fit(adversary: Any) -> Work:
     """A step of the training loop as users run it, its views included."""
     config, data = _ssl(adversary), images(2 * BATCH)
     accelerator = make_accelerator(config, outputs_root())
-    method = build_method(config, recipe("simclr", 32, data.mean, data.std))
-    attack: Any = NoAdversary()
-    if adversary == "idaa":
-        vae = _vae().to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        attack = IDAA(vae, 0.1)
-    fit = Fit(accelerator, method, data.images, data.labels, config, attack)
-    return _steps(fit, accelerator, BATCH, 1)
+    method = build_method(config, _about(config, data))
+    attack: Adversary | None = IDAA(_vae(), 0.1) if adversary == "idaa" else None
+    return _steps(Fit(accelerator, method, data.images, config, attack), BATCH, 1)
 
 
 def vae_ours() -> Work:
     data = images(VAE_STEPS * VAE_BATCH)
     config = VAEConfig(preset="cifar10", dataset="photos", batch_size=VAE_BATCH, compile=COMPILE)
     accelerator = make_accelerator(config, outputs_root())
-    method = VAETraining(config, recipe("simclr", 32, data.mean, data.std))
-    fit = Fit(accelerator, method, data.images, data.labels, config)
-    return _steps(fit, accelerator, VAE_BATCH, VAE_STEPS)
+    method = VAETraining(config, _about(config, data))
+    return _steps(Fit(accelerator, method, data.images, config), VAE_BATCH, VAE_STEPS)
 
 
-def _steps(fit: Fit, accelerator: Any, batch: int, steps: int) -> Work:
+def _steps(fit: Fit, batch: int, steps: int) -> Work:
+    """So many steps of a training at each call, set up as `Fit.run` does."""
     if not RECORD:
         fit.recorded = None
+    accelerator = fit.accelerator
     fit.method.network = accelerator.prepare_model(fit.method.network)
     fit.optimizer = accelerator.prepare_optimizer(fit.optimizer)
     fit.method.train()
-    count = itertools.count()
+    n, count, numbers = len(fit.feed.images), itertools.count(), itertools.count()
 
     def work() -> None:
-        epoch = next(count)
-        order = torch.randperm(len(fit.labels), generator=keyed_generator(epoch))
-        for index, chosen in fit.feed({"images": i} for i in order.split(batch)[:steps]):
-            fit.train_step(epoch, chosen, index)
-            fit._shown = {}
+        order = torch.randperm(n, generator=keyed_generator(next(count)))
+        with gpu_settings(accelerator.mixed_precision):
+            for index, chosen in fit.feed({"images": i} for i in order.split(batch)[:steps]):
+                fit.train_step(next(numbers) % fit.total, chosen, index)
 
     return work
 
 
+def _about(config: Any, data: Any) -> About:
+    views = recipe("simclr", 32, data.mean, data.std)
+    return About(views, data.labels, len(data.classes), config.epochs, config.batch_size)
+
+
 def linear_ours() -> Work:
     """The whole evaluation: features of all images once, nine penalties, the refit, the test."""
-    encoder = _network("none").get_submodule("backbone")
+    encoder = _backbone("none")
     encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data, test = images(TRAIN), images(TEST, "test")
     cut = TRAIN * 9 // 10
@@ -346,7 +361,7 @@ def transfer_ours() -> Work:
 
 def validation_ours() -> Work:
     """kNN on the validation split, as the training stage does it every few epochs."""
-    encoder = _network("idaa").get_submodule("backbone")
+    encoder = _backbone("idaa")
     encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = images(1000)  # as often as it takes: what they show costs the same
     bank, queries = (

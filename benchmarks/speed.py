@@ -137,7 +137,7 @@ def startup() -> Rows:
     code = """
 from idaa_lib.configs import SSLConfig
 from idaa_lib.runs.machine import open_images
-from idaa_lib.methods import build_method
+from idaa_lib.methods import About, build_method
 from idaa_lib.runs import outputs_root
 from idaa_lib.train.accelerator import make_accelerator
 from idaa_lib.train.loop import Fit
@@ -146,8 +146,9 @@ import os, torch
 data = open_images(os.environ.get("IDAA_CIFAR10_ZIP", "photos"), "train", 32, None)
 config = SSLConfig(preset="cifar10", batch_size=64)
 accelerator = make_accelerator(config, outputs_root())
-method = build_method(config, recipe("simclr", 32, data.mean, data.std))
-fit = Fit(accelerator, method, data.images, data.labels, config)
+views = recipe("simclr", 32, data.mean, data.std)
+about = About(views, data.labels, len(data.classes), config.epochs, config.batch_size)
+fit = Fit(accelerator, build_method(config, about), data.images, config)
 batch, images = next(fit.feed([{"images": torch.arange(64)}]))
 fit.train_step(0, images, batch)
 if accelerator.device.type == "cuda": torch.cuda.synchronize()

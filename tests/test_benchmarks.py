@@ -173,7 +173,14 @@ def test_a_profile_s_parts_make_up_the_step_and_its_work_is_what_one_counts(
     monkeypatch.setattr(profile_step.record, "write", keep)
     assert profile_step.main([name]) == 0
     assert written["computed"] / 8 == pytest.approx(gflop, rel=0.02)
-    parts = ["views", "forward", "backward", "optimiser", "losses, logging, the rest"]
+    parts = [
+        "random numbers",
+        "views",
+        "forward",
+        "backward",
+        "optimiser",
+        "losses, logging, the rest",
+    ]
     parts += ["attack", "adversarial forward"] * (name == "idaa")
     assert all(written[part] > 0 for part in parts)
     # They lie inside the step, each counted once; what is outside them only fetches the images.

@@ -532,7 +532,7 @@ def test_what_cannot_be_is_refused_with_the_reason(config, outputs, shapes, tmp_
         detect(changed(config, run=wide.id))
     with pytest.raises(ConfigError, match="val_images is missing: give"):
         changed(config, val_images=None)
-    with pytest.raises(ConfigError, match="preset must be 'demo' or 'paper'"):
+    with pytest.raises(ConfigError, match="preset must be one of demo, paper or"):
         DetectionConfig(preset="cifar10")
     with pytest.raises(ConfigError, match=r"There is no /no/such\.json"):
         detect(changed(config, train_annotations="/no/such.json"))
