@@ -31,7 +31,7 @@ from idaa_lib.data.sources import Listing, Source, Torchvision, find_source, rea
 
 PARTS = ("train", "val", "test")
 SPLITS = {"train": slice(0, 1), "val": slice(1, 2), "test": slice(2, 3), "trainval": slice(0, 2)}
-VERSION = 2  # of the decoding and of the files of the cache: another number, another entry
+VERSION = 3  # of the decoding and of the files of the cache: another number, another entry
 
 PUBLISHED = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # what papers normalise CIFAR with
 # Of the class names of CIFAR-10 and CIFAR-100, sorted, one a line: the start of their sha256.
@@ -337,7 +337,7 @@ def _measure(pixels: np.ndarray) -> tuple[Any, Any]:
 
 def _read(entry: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray] | None:
     """What describes a finished pool, labels (N,), pixels; None where it is not as it was written."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         seal, body = (entry / "about.json").read_text("utf-8").split("\n", 1)
         content, file = json.loads(body), entry / "images.u8"
         if seal == sha256(body) and content["stamp"] == list(read_stamp(file)):
