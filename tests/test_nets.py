@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from idaa_lib.configs import VAEConfig
+from idaa_lib.methods.base import About, Moment
+from idaa_lib.methods.schedules import build_schedule
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import zero_residuals
@@ -199,33 +201,28 @@ def test_vae_loss_agrees_with_naive_loop(kappa):
     assert kl.item() == pytest.approx(reference.vae_loss(x, x, mu, logvar, 1), rel=1e-5)
 
 
+def vae_training(**values):
+    return VAETraining(
+        VAEConfig(size=16, dim=5, width=4, **values), About(recipe("simclr", 16, *IMAGENET))
+    )
+
+
 def test_vae_training_follows_its_schedule_and_loss():
-    config = VAEConfig(size=16, dim=5, width=4, kappa=0.3)
-    method = VAETraining(config, recipe("simclr", 16, *IMAGENET))
-    (group,) = method.param_groups(epochs=300, steps_per_epoch=7)
-    factors = [group["schedule"](step) for step in (0, 6, 7, 7 * 299, 7 * 300 - 1)]
+    config = VAEConfig(preset="paper")
+    factor = build_schedule(config.schedule, config.epochs, 7)
+    factors = [factor(step) for step in (0, 6, 7, 7 * 299, 7 * 300 - 1)]
     assert factors == pytest.approx([1, 1, 299 / 300, 1 / 300, 1 / 300])
+    method = vae_training(kappa=0.3)
     images = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
-    views = method.draw({"images": images}, keyed_generator(1))
+    moment = Moment(numbers=method.numbers({"images": 6}, keyed_generator(1)))
+    views = method.draw({"images": images}, {}, moment)
     twin = copy.deepcopy(method.network)
-    loss = method.step(views, {}).loss
-    x, noise = views[0].images, views[0].params["noise"]
+    loss = method.step(views, {}, moment).loss
+    x, noise = views[0].images, moment.numbers["noise"]
     with torch.no_grad():
         mu, logvar = twin.encode(x)
         G = twin.decode(mu + (logvar / 2).exp() * noise)
     assert loss.item() == pytest.approx(reference.vae_loss(x, G, mu, logvar, 0.3), rel=1e-4)
-
-
-def test_two_ranks_draw_the_vae_s_noise_of_one():
-    method = VAETraining(VAEConfig(size=16, dim=5, width=4), recipe("simclr", 16, *IMAGENET))
-    images = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
-    whole = method.draw({"images": images}, keyed_generator(1))[0]
-    parts = [
-        method.draw({"images": images[3 * r : 3 * r + 3]}, keyed_generator(1), (r, 2))[0]
-        for r in (0, 1)
-    ]
-    assert torch.equal(torch.cat([p.params["noise"] for p in parts]), whole.params["noise"])
-    torch.testing.assert_close(torch.cat([p.images for p in parts]), whole.images)
 
 
 # --- ResNets
