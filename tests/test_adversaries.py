@@ -18,6 +18,7 @@ from idaa_lib.adversaries import (
     NoAdversary,
     RandomSign,
 )
+from idaa_lib.configs import ConfigError
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.vae import VAE
 from idaa_lib.views import keyed_generator
@@ -69,6 +70,7 @@ def x():
 @pytest.fixture
 def make(vae):
     def make(kind, epsilon, **options):
+        options = {k: v for k, v in options.items() if k in kind.Options.model_fields}
         return CLAE(epsilon, **options) if kind is CLAE else kind(vae, epsilon, **options)
 
     return make
@@ -328,7 +330,7 @@ def test_loss_is_told_when_it_sees_x_itself(make, x, options, told):
 
 
 def test_no_adversary_does_nothing():
-    assert NoAdversary()(None, None, generator=None, shard=(0, 2)) is None
+    assert NoAdversary()(None, None, numbers={}) is None
 
 
 # --- normalisations
@@ -364,9 +366,8 @@ def refuse(x):
 
 
 @NORMS
-@pytest.mark.parametrize("steps", [1, 3])
-def test_random_signs_are_balanced_and_follow_their_generator(make, x, norm, steps):
-    adversary = make(RandomSign, 0.3, norm=norm, steps=steps)
+def test_random_signs_are_balanced_and_follow_their_generator(make, x, norm):
+    adversary = make(RandomSign, 0.3, norm=norm)
     many = x[:1].expand(2000, -1, -1, -1)
     delta = adversary(many, refuse, generator=keyed_generator(1)).delta
     again = adversary(many, refuse, generator=keyed_generator(1)).delta
@@ -385,9 +386,10 @@ def test_random_signs_are_balanced_and_follow_their_generator(make, x, norm, ste
 @pytest.mark.parametrize("steps", [1, 3])
 def test_two_ranks_draw_what_one_process_draws(make, x, kind, norm, steps):
     adversary = make(kind, 0.3, norm=norm, steps=steps, step_size=0.1, random_start=True)
-    whole = adversary(x, of_samples, generator=keyed_generator(4))
+    numbers = adversary.numbers(x.shape, keyed_generator(4))
+    whole = adversary(x, of_samples, numbers=numbers)
     parts = [
-        adversary(part, of_samples, generator=keyed_generator(4), shard=(rank, 2))
+        adversary(part, of_samples, numbers={k: v.chunk(2)[rank] for k, v in numbers.items()})
         for rank, part in enumerate(x.chunk(2))
     ]
     torch.testing.assert_close(torch.cat([part.delta for part in parts]), whole.delta)
@@ -438,7 +440,7 @@ def test_loss_that_is_not_finite_is_named(make, x, kind, norm, loss, cause):
 
 @pytest.mark.parametrize("kind", [IDAA, CLAE])
 def test_a_device_that_would_be_waited_for_is_asked_when_checked(make, x, kind, monkeypatch):
-    monkeypatch.setattr(adversaries, "_waits", lambda device: True)
+    monkeypatch.setattr(adversaries, "waits", lambda device: True)
     adversary = make(kind, 0.1)
     adversary.check()  # nothing yet
     adversary(x, lambda x: math.nan * x.sum())
@@ -468,22 +470,27 @@ def test_images_that_are_not_finite_are_named(make, x, kind):
     assert str(error.value) == f"The attack's gradient is not finite {count}"
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [IDAA, CLAE, RandomSign])
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"epsilon": -0.1}, "epsilon of an attack cannot be -0.1."),
-        ({"epsilon": math.nan}, "epsilon of an attack cannot be nan."),
-        ({"epsilon": math.inf}, "epsilon of an attack cannot be inf."),
-        ({"steps": 0}, "steps of an attack cannot be 0."),
-        ({"step_size": 0.0}, "step_size of an attack cannot be 0.0."),
-        ({"step_size": -1.0}, "step_size of an attack cannot be -1.0."),
-        ({"norm": "l1"}, "norm must be linf or l2, and is 'l1'."),
+        ({"epsilon": -0.1}, "epsilon must be greater than or equal to 0, and is -0.1."),
+        ({"epsilon": math.nan}, "epsilon must be a finite number, and is nan."),
+        ({"epsilon": math.inf}, "epsilon must be a finite number, and is inf."),
+        ({"steps": 0}, "steps must be greater than 0, and is 0."),
+        ({"step_size": 0.0}, "step_size must be greater than 0, and is 0.0."),
+        ({"step_size": -1.0}, "step_size must be greater than 0, and is -1.0."),
+        ({"norm": "l1"}, "norm must be 'linf' or 'l2', and is 'l1'."),
     ],
 )
-def test_bad_arguments_are_refused_with_a_sentence(make, kind, options, sentence):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is compared whole
-        make(kind, **{"epsilon": 0.1} | options)
+def test_bad_arguments_are_refused_with_a_sentence(vae, kind, options, sentence):
+    if not options.keys() <= kind.Options.model_fields.keys():
+        (name,) = options
+        names = "alpha, epsilon, norm, vae, dim"
+        sentence = f"RandomSign has no knob {name!r}; its knobs are {names}."
+    values = {"epsilon": 0.1} | options
+    with pytest.raises(ConfigError) as error:
+        CLAE(**values) if kind is CLAE else kind(vae, **values)
     assert str(error.value) == sentence
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from idaa_lib.configs import (
     PRESETS,
-    CompareConfig,
     ConfigError,
     DecomposeConfig,
     EvalConfig,
+    SemiConfig,
     SSLConfig,
     SweepConfig,
     VAEConfig,
@@ -23,8 +23,8 @@ ALL = (VAEConfig, SSLConfig, EvalConfig, DecomposeConfig, SweepConfig)
 def test_every_preset_resolves_every_field_and_survives_json(config, preset):
     resolved = config(preset=preset)
     for name in ("dataset", "size", "epochs", "batch_size", "learning_rate", "dim", "kappa"):
-        if name in config.presets.get(preset, {}) or name == "kappa":
-            assert getattr(resolved, name, 1) is not None
+        optional = config in (EvalConfig, DecomposeConfig) and name == "dataset"
+        assert optional or getattr(resolved, name, 1) is not None, name
     again = config(**json.loads(json.dumps(resolved.model_dump(mode="json"))))
     assert again == resolved
     assert not resolved.changed()
@@ -35,16 +35,19 @@ def test_every_preset_resolves_every_field_and_survives_json(config, preset):
     [
         (SSLConfig, {"epsilon": -1.0, "adversary": "idaa"}, ("epsilon", "-1", "0")),
         (SSLConfig, {"epsilon": "large", "adversary": "idaa"}, ("epsilon", "'large'", "number")),
-        (SSLConfig, {"epsilon": "large"}, ("epsilon", "'large'", "number")),
+        (SSLConfig, {"epsilon": 0.1}, ("epsilon", "adversary='clae' or 'idaa'", "'none'")),
+        (SSLConfig, {"method": "byol", "temperature": 0.1}, ("temperature", "'moco'", "'byol'")),
+        (SSLConfig, {"adversary": "clae", "vae": "x"}, ("vae", "'idaa'", "'clae'")),
+        (SSLConfig, {"method": "fixmatch"}, ("method", "simclr", "'fixmatch'")),
+        (SemiConfig, {"method": "simclr"}, ("method", "fixmatch", "'simclr'")),
         (SSLConfig, {"epsilom": 0.1}, ("epsilom", "did you mean 'epsilon'")),
-        (SSLConfig, {"adversary": "ida"}, ("adversary", "'ida'", "'idaa'")),
+        (SSLConfig, {"adversary": "ida"}, ("adversary", "'ida'", "idaa")),
         (SSLConfig, {"epochs": 2.5}, ("epochs", "2.5", "whole number")),
         (SSLConfig, {"epochs": True}, ("epochs", "True", "whole number")),
         (SSLConfig, {"learning_rate": float("nan")}, ("learning_rate", "nan", "finite")),
         (SSLConfig, {"batch_size": 1}, ("batch_size", "1")),
-        *((c, {"preset": "huge"}, ("preset", "'huge'", "demo, cifar10, paper")) for c in ALL),
-        (SSLConfig, {"dim": 0}, ("dim", "0")),
-        (SSLConfig, {"dim": "wide", "adversary": "clae"}, ("dim", "'wide'")),
+        *((c, {"preset": "huge"}, ("preset", "'huge'", "cifar10, demo, paper")) for c in ALL),
+        (SSLConfig, {"dim": 0, "adversary": "idaa"}, ("dim", "0")),
         (VAEConfig, {"size": 224, "width": 4}, ("width", "4", "8")),
         (SweepConfig, {"ssl": {"vae": "x"}}, ("ssl", "'vae'", "study")),
         (VAEConfig, {"dim": 0}, ("dim", "0")),
@@ -109,9 +112,11 @@ def test_the_paper_s_vae_at_224_pixels_is_the_imagenet_one():
         ):
             made(preset="paper", size=224)
         assert made(size=224).dataset == "photos"
+    simsiam = dict(preset="paper", method="simsiam", pairing="imagenet")
     with pytest.raises(ConfigError, match="dataset must be given at size=224"):
-        CompareConfig(preset="paper", ssl={"pairing": "imagenet"})
-    CompareConfig(preset="paper", ssl={"pairing": "imagenet"}, dataset="imagenet")
+        SSLConfig(**simsiam)
+    large = SSLConfig(**simsiam, dataset="imagenet")
+    assert large.mean == (0.485, 0.456, 0.406) and large.std == (0.229, 0.224, 0.225)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -127,14 +132,46 @@ def test_a_figure_has_its_axes_of_the_preset_and_what_is_given_besides(preset):
     assert SweepConfig(preset=preset, axes={"width": [4]}).epsilons == sixth.epsilons
 
 
-def test_an_attack_that_does_not_happen_gives_a_run_no_second_name():
-    plain = SSLConfig()
-    assert SSLConfig(epsilon=0.5, steps=3, vae="x", alpha=2.0) == plain
-    sign = SSLConfig(adversary="random_sign")
-    assert SSLConfig(adversary="random_sign", steps=3, random_start=True) == sign
-    assert SSLConfig(adversary="clae", vae="x", dim=3) == SSLConfig(adversary="clae")
+def test_knobs_are_flat_names_with_the_defaults_of_their_choice():
     assert SSLConfig(adversary="clae").epsilon == 0.03
     assert SSLConfig(adversary="idaa").epsilon == 0.1
+    assert SemiConfig(adversary="idaa").epsilon == 0.5
+    assert dict(SSLConfig(method="moco"))["queue"] == 1024  # of the demo's recipe
+    assert not hasattr(SSLConfig(), "epsilon")
+    changed = SSLConfig(adversary="idaa", epsilon=0.3).replace(adversary="clae")
+    assert changed.epsilon == 0.03  # the knobs of the old choice are dropped
+    assert SSLConfig(epsilon=None) == SSLConfig()  # None is the recipe's value, whosever it is
+    rows = {(row["knob"], row["of"]) for row in SSLConfig.knobs()}
+    assert ("epsilon", "adversary = idaa") in rows and ("queue", "method = moco") in rows
+    assert not any("fixmatch" in of for _, of in rows)
+
+
+def test_a_recipe_of_one_s_own_extends_another(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'extends = "paper"\n[ssl]\nepochs = 7\nbatch_size = 512\n'
+        "[ssl.where.method.simsiam]\nbase_rate = 0.1\n[ssl.where.adversary.idaa]\nepsilon = 0.3\n"
+        "[ssl.where.epochs.9]\nwidth = 32\n"
+    )
+    mine = SSLConfig(preset=str(path), method="simsiam", adversary="idaa")
+    assert (mine.epochs, mine.epsilon, mine.optimizer, mine.width) == (7, 0.3, "sgd", 64)
+    assert mine.learning_rate == pytest.approx(0.2)  # .1 for 256 images
+    assert SSLConfig(preset=str(path), epochs=9).width == 32  # a condition is of the final value
+    assert SSLConfig(preset=str(path), learning_rate=1.0).learning_rate == 1.0
+    path.write_text("[ssl]\nepoch = 7\n")
+    with pytest.raises(ConfigError, match=r"mine\.toml has 'epoch', which no ssl run knows"):
+        SSLConfig(preset=str(path))
+    path.write_text("[ssl\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SSLConfig(preset=str(path))
+
+
+def test_a_field_that_is_added_later_changes_no_identity():
+    class Later(SSLConfig):
+        novelty: float = 0.0
+
+    assert Later().identity() == SSLConfig().identity()
+    assert "novelty" in Later(novelty=1.0).identity()
 
 
 def test_configurations_are_frozen():
@@ -172,3 +209,10 @@ def test_the_configuration_cell_runs_again():
     with pytest.raises(ConfigError):
         SSLConfig.from_notebook(kernel(wrong))
     assert SSLConfig.from_notebook(kernel(wrong, PARAMETERS)).adversary == "idaa"
+
+
+def test_a_knob_that_papermill_injects_is_a_parameter():
+    injected = "# Parameters\ntemperature = 0.2\n"
+    assert SSLConfig.from_notebook(kernel(PARAMETERS, injected)).temperature == 0.2
+    with pytest.raises(ConfigError, match="queue is a knob of method='moco'"):
+        SSLConfig.from_notebook(kernel(PARAMETERS, "# Parameters\nqueue = 7\n"))

@@ -138,13 +138,7 @@ class Config(BaseModel):
                         f"{name} is a knob of {choice}={' or '.join(owners)}, and {choice} is "
                         f"{value!r}: leave it out."
                     )
-            knobs = {
-                n
-                for choice in cls.choices
-                for k in cls.registered(choice).values()
-                for n in k.Options.model_fields
-            }
-            near = _closest(names | knobs, name)
+            near = _closest(names | {row["knob"] for row in cls.knobs()}, name)
             raise ConfigError(f"{cls.__name__} has no field {name!r}{near}.")
 
     @classmethod
@@ -224,19 +218,17 @@ class Config(BaseModel):
         that later cells assigned are no parameters, so running the cell again still works.
         """
         parameters = _parameter_names(names.get("In", []))
+        knobs = {row["knob"] for row in cls.knobs()}
         for name in parameters:
-            if name not in cls.model_fields and not cls._knobs(name):
+            if name not in cls.model_fields and name not in knobs:
+                near = _closest({*cls.model_fields, *knobs}, name)
+                also = f", and the knobs of the chosen {' and '.join(cls.choices)}" if knobs else ""
                 raise ConfigError(
-                    f"This notebook has no parameter {name!r}{_closest(cls.model_fields, name)}; "
-                    f"its parameters are {', '.join(cls.model_fields)}, and the knobs of the "
-                    f"chosen {' and '.join(cls.choices)}."
-                    if cls.choices
-                    else f"This notebook has no parameter {name!r}"
-                    f"{_closest(cls.model_fields, name)}; its parameters are "
-                    f"{', '.join(cls.model_fields)}."
+                    f"This notebook has no parameter {name!r}{near}; its parameters are "
+                    f"{', '.join(cls.model_fields)}{also}."
                 )
-        wanted = {*cls.model_fields, *parameters}
-        return cls(**{name: names[name] for name in wanted if name in names})
+        names = {name: names[name] for name in {*cls.model_fields, *parameters} if name in names}
+        return cls(**names)
 
     def changed(self) -> dict[str, Any]:
         """The names whose values differ from what the recipe gives beside `principal` ones."""
@@ -350,6 +342,9 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     rule = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     if first["type"] == "value_error":  # raised by our own code: a sentence already
         return str(first["ctx"]["error"])
+    if first["type"] == "extra_forbidden":
+        owner, names = model.__qualname__.split(".")[0], ", ".join(model.model_fields)
+        return f"{owner} has no knob {field!r}; its knobs are {names}."
     if first["type"] == "int_type":
         rule = "a whole number"
     if first["type"] == "float_type":

@@ -111,8 +111,10 @@ class Fit:
 
     def _hold_rates(self) -> None:
         """In a recorded step the optimiser reads its rates from tensors that stay."""
+        # A CUDA kernel reads a float of 32 bits.
+        dtype = torch.float32 if self.device.type == "cuda" else torch.float64
         for group in self.optimizer.param_groups if self.recorded else ():
-            group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype, device=self.device)
             if "capturable" in group and self.device.type == "cuda":
                 group["capturable"] = True
 
@@ -123,8 +125,11 @@ class Fit:
         tensors, state = self.weights(), self.optimizer.state_dict()
         for index, slots in state["state"].items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in slots.items()}
-        groups = [g | {"lr": float(g["lr"])} for g in state["param_groups"]]
-        return tensors, {"groups": groups}
+        # Each step sets its rate.
+        groups = [g | {"lr": self.config.learning_rate} for g in state["param_groups"]]
+        return tensors, {
+            "groups": [g | {"capturable": False} if "capturable" in g else g for g in groups]
+        }
 
     def weights(self) -> dict[str, Tensor]:
         """The method's state, by name."""
@@ -225,9 +230,8 @@ class Fit:
     def train_step(self, step: int, images: Batch, batch: Batch) -> dict[str, Tensor]:
         """One step on this process's part of a batch, uint8 images and their indices by name; the
         scalars to log, which a recorded step overwrites at the next one."""
-        factors = [schedule(step) for schedule in self.schedules]
-        for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
-            rate = self.config.learning_rate * factor
+        self._rates = [self.config.learning_rate * schedule(step) for schedule in self.schedules]
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -316,7 +320,7 @@ class Fit:
 
     def _at_log(self) -> dict[str, Any]:
         """Further values of a line: what would tell a collapse, and the rate."""
-        values: dict[str, Any] = {"lr": float(self.optimizer.param_groups[0]["lr"])}
+        values: dict[str, Any] = {"lr": self._rates[0]}
         if self._last is not None and self._last.embeddings is not None:
             z1, z2 = self._last.embeddings
             values |= {"alignment": alignment(z1, z2), "uniformity": uniformity(z1)}
