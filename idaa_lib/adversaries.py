@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from idaa_lib import configs
-from idaa_lib.configs.base import NonNegative, Positive, Rate, UserError, register
+from idaa_lib.configs.base import NonNegative, Positive, Rate, UserError
 from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import VAE, folded
+from idaa_lib.registry import register
 from idaa_lib.views import denormalise, normalise
 
 # What is ascended: images (B, 3, H, W) → scalar. One that takes the keyword `at_start` learns from
@@ -70,18 +71,22 @@ class Direction:
 def register_adversary(name: str) -> Callable[[Any], Any]:
     """A decorator that makes an adversary available as `adversary=name`.
 
-    The class is an `Adversary`; it is built as `cls(**knobs)`, or where it `needs_vae` as
-    `cls(vae, mean=…, std=…, **knobs)`, knobs being the fields of its `Options`.
+    The class is an `Adversary`, the names of its `Options` are its knobs.
     """
-    return register("adversary", name)
+    return register("adversary", name, Adversary, configs.Options)
 
 
 class Adversary:
-    """Base of all adversaries: x and an attack loss in, an `Attack` out.
+    """Base of all adversaries: x and an attack loss in, an `Attack` out. A subclass has `__call__`.
 
-    needs_vae: whether it is given a frozen VAE. recordable: whether a call does nothing but launch
-    work on the device, always the same, so that a CUDA graph can stand for it; a subclass says so
-    itself.
+    needs_vae: whether it is given a frozen VAE, whose knobs are `VAEOptions`: it then has `encode`
+    and `decode`. recordable: whether a call does nothing but launch work on the device, always the
+    same, so that a CUDA graph can stand for it; a subclass says so itself.
+
+    Args:
+        vae: run in eval mode whatever its mode, its buffers, mode and gradients left alone.
+        mean, std: normalisation of the images that will come, where it is not the VAE's own.
+        knobs: see `Options`.
     """
 
     class Options(configs.Options):
@@ -92,8 +97,41 @@ class Adversary:
     needs_vae = False
     recordable = False
 
-    def __init__(self, **knobs: Any) -> None:
+    def __init__(
+        self,
+        vae: VAE | None = None,
+        *,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        **knobs: Any,
+    ) -> None:
         self.options: Any = self.Options(**knobs)
+        self.vae: Any = vae
+        # (mean, std) of the images and of the VAE, where they differ.
+        self.units: tuple[Any, Any] | None = None
+        if vae is not None and mean is not None and std is not None:
+            if vae.mean is None or vae.std is None:
+                raise ValueError("mean and std were given, but the VAE does not know its own.")
+            own = (vae.mean, vae.std)
+            self.units = None if (mean, std) == own else ((mean, std), own)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and log σ² (B, m) that the VAE has for images x (B, 3, H, W); without a graph."""
+        with torch.no_grad(), evaluating(self.vae):
+            mu, logvar = self.vae.encode(self._convert(x, 0, 1))
+        # In the precision of x under autocast too: bf16 would round μ, δ and ε themselves.
+        return mu.to(x.dtype), logvar.to(x.dtype)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The VAE's images (B, 3, H, W) of z (B, m), in the units of x; with a graph back to z."""
+        with evaluating(self.vae):
+            return self._convert(self.vae.decode(z).to(z.dtype), 1, 0)
+
+    def _convert(self, x: Tensor, source: int, target: int) -> Tensor:
+        """Between the normalisations of the images (0) and of the VAE (1)."""
+        if self.units is None:
+            return x
+        return normalise(denormalise(x, *self.units[source]), *self.units[target])
 
     def numbers(self, shape: torch.Size, generator: torch.Generator | None) -> dict[str, Tensor]:
         """The random numbers of an attack on images (n, 3, H, W), by name, n rows each, on the CPU.
@@ -122,9 +160,20 @@ class Adversary:
     def prepare(self, device: torch.device, compile: bool) -> None:
         """Move what it holds to the device; with `compile` also what gains by it, which changes
         rounding and nothing else."""
+        if self.vae is not None:
+            self.vae = folded(self.vae) if compile else self.vae
+            self.vae.to(device, memory_format=torch.channels_last)
 
     def check(self) -> None:
         """Raise AttackError if a gradient since the last check was not finite (waits for a GPU)."""
+
+
+class VAEOptions(Adversary.Options):
+    """vae: id or path of a VAE run (None: the newest that fits); dim: its bottleneck dimension
+    (None: any)."""
+
+    vae: str | None = None
+    dim: Positive | None = None
 
 
 @register_adversary("none")
@@ -303,73 +352,34 @@ class CLAE(GradientAscent):
 
 @register_adversary("idaa")
 class IDAA(GradientAscent):
-    """Attack on the bottleneck of a VAE: x′ = R(x) + D(E(x) + δ), ‖δ‖ ≤ ε in raw units of z.
+    """Attack on the bottleneck of a VAE: x′ = R(x) + D(E(x) + δ), ‖δ‖ ≤ ε in raw units of z."""
 
-    Args:
-        vae: run in eval mode whatever its mode, its buffers, mode and gradients left alone.
-        mean, std: normalisation of the images that will come, where it is not the VAE's own.
-    """
-
-    class Options(GradientAscent.Options):
-        """vae: id or path of a VAE run (None: the newest that fits); dim: its bottleneck dimension
-        (None: any). ε is .1 in the official README; for MoCo and BYOL nothing is published."""
-
-        vae: str | None = None
-        dim: Positive | None = None
+    class Options(VAEOptions, GradientAscent.Options):
+        """ε is .1 in the official README; for MoCo and BYOL nothing is published."""
 
     needs_vae = True
     recordable = True
 
     def __init__(
-        self,
-        vae: VAE,
-        epsilon: float | None = None,
-        steps: int = 1,
-        *,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        **knobs: Any,
+        self, vae: VAE, epsilon: float | None = None, steps: int = 1, **knobs: Any
     ) -> None:
-        super().__init__(epsilon, steps, **knobs)
-        self.vae = vae
-        # (mean, std) of the images and of the VAE, where they differ.
-        self.units: tuple[Any, Any] | None = None
-        if mean is not None and std is not None:
-            if vae.mean is None or vae.std is None:
-                raise ValueError("mean and std were given, but the VAE does not know its own.")
-            own = (vae.mean, vae.std)
-            self.units = None if (mean, std) == own else ((mean, std), own)
-
-    def prepare(self, device: torch.device, compile: bool) -> None:
-        self.vae = folded(self.vae) if compile else self.vae
-        self.vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(epsilon, steps, vae=vae, **knobs)
 
     def point_shape(self, shape: torch.Size) -> tuple[int, ...]:
         return shape[0], self.vae.dim
 
-    @torch.no_grad()
     def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
-        with evaluating(self.vae):
-            # In the precision of x under autocast too: bf16 would round μ, δ and ε themselves.
-            point = self.vae.mean_latent(self._convert(x, 0, 1)).to(x.dtype)
-            # One decode serves G(x) and the first gradient.
-            with torch.set_grad_enabled(graph):
-                zero = torch.zeros_like(point, requires_grad=graph)
-                decoded = self._convert(self.vae.decode(point + zero).to(x.dtype), 1, 0)
-                G = decoded.detach()
-                return Anchor(x, point, G, (zero, (x - G) + decoded) if graph else None)
+        point, _ = self.encode(x)
+        # One decode serves G(x) and the first gradient.
+        with torch.set_grad_enabled(graph):
+            zero = torch.zeros_like(point, requires_grad=graph)
+            decoded = self.decode(point + zero)
+            G = decoded.detach()
+            return Anchor(x, point, G, (zero, (x - G) + decoded) if graph else None)
 
     def render(self, anchor: Anchor, delta: Tensor) -> Tensor:
         assert anchor.reconstruction is not None
-        with evaluating(self.vae):
-            decoded = self.vae.decode(anchor.point + delta).to(anchor.images.dtype)
-        return (anchor.images - anchor.reconstruction) + self._convert(decoded, 1, 0)
-
-    def _convert(self, x: Tensor, source: int, target: int) -> Tensor:
-        """Between the normalisations of the images (0) and of the VAE (1)."""
-        if self.units is None:
-            return x
-        return normalise(denormalise(x, *self.units[source]), *self.units[target])
+        return (anchor.images - anchor.reconstruction) + self.decode(anchor.point + delta)
 
 
 @register_adversary("random_sign")
@@ -379,13 +389,11 @@ class RandomSign(IDAA):
     One draw, and the loss is not looked at.
     """
 
-    class Options(Adversary.Options):
+    class Options(VAEOptions):
         """As IDAA's, without those that speak of a gradient."""
 
         epsilon: NonNegative = 0.1
         norm: Literal["linf", "l2"] = "linf"
-        vae: str | None = None
-        dim: Positive | None = None
 
     recordable = True
 

@@ -37,15 +37,16 @@ CONFIGS = {
     "10_detection": DetectionConfig,
     "09_transfer": TransferConfig,
 }
-CORE = {"configs", "data", "views", "nets", "runs"}
+CORE = {"registry", "configs", "data", "views", "nets", "runs"}
 ROOMS = {
-    "configs": {"nets"},
+    "registry": set(),
+    "configs": {"registry", "nets"},
     "data": set(),
     "views": set(),
-    "nets": set(),
+    "nets": {"registry"},
     "runs": {"configs", "data"},
-    "adversaries": {"configs", "nets", "views"},
-    "methods": {"configs", "nets", "views"},
+    "adversaries": {"registry", "configs", "nets", "views"},
+    "methods": {"registry", "configs", "nets", "views"},
     "evaluate": CORE | {"methods"},
     "identity": CORE | {"methods", "adversaries", "evaluate"},
     "train": CORE | {"methods", "adversaries", "evaluate", "identity"},

@@ -17,6 +17,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from idaa_lib.registry import CHOICES
+
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0)]
@@ -24,8 +26,6 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # The default of a field that a recipe governs: left out or None, it takes the recipe's value.
 RECIPE: Any = Field(default=None)
-# Field → its registered classes by name. Each may have `Options`: the knobs of that choice alone.
-CHOICES: dict[str, dict[str, Any]] = {"method": {}, "adversary": {}}
 
 
 class UserError(Exception):
@@ -98,6 +98,7 @@ class Config(BaseModel):
         merged = recipe_values(cls, preset, explicit) | explicit
         kinds = {choice: cls._choose(choice, merged) for choice in cls.choices}
         models = {choice: kind.Options for choice, kind in kinds.items()}
+        cls._refuse_clash(models, merged)
         cls._refuse_unknown(explicit, models)
         merged = cls._derive(merged, explicit)
         own = cls.model_fields.keys()
@@ -124,6 +125,19 @@ class Config(BaseModel):
                 f"the module that registers it first)."
             )
         return kinds[name]
+
+    @classmethod
+    def _refuse_clash(cls, models: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        """Each name has one owner: the stage, the method or the adversary."""
+        owners = dict.fromkeys(cls.model_fields, cls.__name__)
+        for choice, model in models.items():
+            for name in model.model_fields:
+                if name in owners:
+                    raise ConfigError(
+                        f"{choice}={values.get(choice)!r} has a knob {name!r}, which is a name of "
+                        f"{owners[name]} too: rename the knob."
+                    )
+            owners |= dict.fromkeys(model.model_fields, f"{choice}={values.get(choice)!r}")
 
     @classmethod
     def _refuse_unknown(cls, explicit: Mapping[str, Any], models: Mapping[str, Any]) -> None:
@@ -252,6 +266,9 @@ class Config(BaseModel):
             if name not in silent and value != defaults[name]
         }
 
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        return iter(self)
+
     def _repr_html_(self) -> str:
         """For notebooks: what differs from the recipe, and all values behind a click."""
         changes = ", ".join(f"{name} = {value}" for name, value in self.changed().items())
@@ -261,16 +278,6 @@ class Config(BaseModel):
             f"{': ' + html.escape(changes) if changes else ''}</summary><table>{rows}</table>"
             f"</details>"
         )
-
-
-def register(choice: str, name: str) -> typing.Callable[[Any], Any]:
-    """A decorator that makes a class available as `choice=name` in every configuration."""
-
-    def enter(kind: Any) -> Any:
-        CHOICES[choice][name] = kind
-        return kind
-
-    return enter
 
 
 def read(model: type[BaseModel], name: str, value: Any) -> Any:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from idaa_lib import configs
 from idaa_lib.configs import EncoderConfig
-from idaa_lib.configs.base import CHOICES, register
 from idaa_lib.nets import build_backbone, initial_weights
 from idaa_lib.nets.heads import Embedder
 from idaa_lib.nets.network import Embedding, Network
+from idaa_lib.registry import CHOICES, register
 from idaa_lib.views import Recipe, View, compile_view, keyed_generator
 
 Batch = dict[str, Tensor]
@@ -259,7 +259,7 @@ class Method(nn.Module):
 
 def register_method(name: str) -> Callable[[Any], Any]:
     """A decorator that makes a method available as `method=name`."""
-    return register("method", name)
+    return register("method", name, Method, configs.Options)
 
 
 def build_method(config: EncoderConfig, about: About) -> Method:

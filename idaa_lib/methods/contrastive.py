@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from idaa_lib import configs
-from idaa_lib.configs.base import Positive, Rate
+from idaa_lib.configs.base import Positive
 from idaa_lib.methods.base import (
     About,
     Batch,
@@ -19,31 +19,36 @@ from idaa_lib.methods.base import (
     gather,
     two_view_step,
 )
+from idaa_lib.nets.heads import mlp
 from idaa_lib.nets.network import Network
 from idaa_lib.views import View
 
 
 class Contrastive(Method):
-    """A method that is its loss `contrast`, its head `projector` and its recipe."""
+    """A method that is its loss `contrast`, its head `projector` and its recipe.
+
+    A subclass has at least `contrast`; its options have at least `projection_dim`.
+    """
 
     class Options(configs.Options):
-        """projection_dim: D of the embeddings; temperature: τ of the loss."""
+        """projection_dim: D of the embeddings."""
 
         projection_dim: Positive = 64
-        temperature: Rate = 0.5
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__(options, backbone, about)
         projector = self.projector(backbone.feature_dim, options.projection_dim)
         self.network = Network(backbone, projector=projector)
-        self.temperature = options.temperature
 
     def projector(self, features: int, dim: int) -> nn.Module:
-        """The head: (B, features) → (B, dim)."""
-        raise NotImplementedError
+        """The head: (B, features) → (B, dim); SimCLR's by default."""
+        return mlp(features, features, dim, norm=False)
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """The loss of two views' embeddings (B, D), L2-normalised."""
+        """The loss (a scalar) of two views' embeddings (B, D), L2-normalised, B of all processes.
+
+        The adversary ascends it between a view and itself: there it needs a gradient.
+        """
         raise NotImplementedError
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:

@@ -44,4 +44,4 @@ class Plain(Contrastive):
         return nn.Linear(features, dim)
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return one_way(z1, z2, self.temperature)
+        return one_way(z1, z2, self.options.temperature)

@@ -6,12 +6,12 @@ The recipe is the official IDAA release's (docs/spec/idaa.md §2 and §4).
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from idaa_lib.configs.base import Rate
 from idaa_lib.methods.base import OfficialProtocol, register_method, similarity
 from idaa_lib.methods.contrastive import Contrastive
-from idaa_lib.nets.heads import mlp
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -28,11 +28,13 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 @register_method("simclr")
 class SimCLR(Contrastive):
+    class Options(Contrastive.Options):
+        """temperature: τ of the loss."""
+
+        temperature: Rate = 0.5
+
     recordable = True
     official = OfficialProtocol("SimCLR", "projector", 0.5, "backbone", "last", 256)
 
-    def projector(self, features: int, dim: int) -> nn.Module:
-        return mlp(features, features, dim, norm=False)
-
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent(z1, z2, self.temperature)
+        return nt_xent(z1, z2, self.options.temperature)

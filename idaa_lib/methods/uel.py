@@ -38,4 +38,4 @@ class UEL(Plain):
     recordable = True
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return spreading(z1, z2, self.temperature)
+        return spreading(z1, z2, self.options.temperature)

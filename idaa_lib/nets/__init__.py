@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {}
+from idaa_lib.registry import CHOICES, register
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = CHOICES["backbone"]
 _making = threading.RLock()
 
 
@@ -20,12 +22,7 @@ def register_backbone(name: str) -> Callable[[Callable[..., nn.Module]], Callabl
     What is registered is called as f(width=, stem=, adversarial_norms=) and gives a module with an
     attribute `feature_dim`, D, and `forward(images (B, 3, H, W), adversarial=False) → (B, D)`.
     """
-
-    def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        BACKBONES[name] = build
-        return build
-
-    return register
+    return register("backbone", name)
 
 
 def build_backbone(name: str, *, width: int, stem: str, adversarial_norms: bool) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import inspect
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from idaa_lib import runs
-from idaa_lib.adversaries import Adversary, build_adversary
+from idaa_lib.adversaries import Adversary, VAEOptions, build_adversary
 from idaa_lib.configs import (
     ConfigError,
     EncoderConfig,
@@ -30,8 +28,9 @@ from idaa_lib.evaluate.metrics import Accuracy, accuracy, effective_rank, embedd
 from idaa_lib.methods import About, Method, build_method
 from idaa_lib.methods.fixmatch import labelled_subset
 from idaa_lib.methods.vae import VAETraining
-from idaa_lib.nets import BACKBONES, evaluating
+from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import rate
+from idaa_lib.registry import CHOICES, SOURCES, source
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
 from idaa_lib.runs.machine import describe, open_images, settled, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
@@ -222,34 +221,34 @@ def _plan(config: TrainingConfig) -> TrainingPlan:
 
 
 def _own_code(config: TrainingConfig) -> str | None:
-    """Digest of the sources of registered classes that are not ours: edited, it is another run.
+    """Digest of the files that register classes that are not ours: edited, it is another run.
 
     Our own are covered by `runs.RESULTS_VERSION`.
     """
-    sources = []
-    for kind in foreign(config).values():
-        with contextlib.suppress(OSError, TypeError):  # typed at a prompt: no source to read
-            sources.append(inspect.getsource(kind))
-    return hashlib.sha256("".join(sources).encode()).hexdigest() if sources else None
+    try:
+        texts = sorted({text for kind in foreign(config).values() if (text := source(kind))})
+    except ValueError as error:  # edited, and not imported again
+        raise ConfigError(str(error)) from None
+    return hashlib.sha256("".join(texts).encode()).hexdigest() if texts else None
 
 
 def foreign(config: TrainingConfig) -> dict[str, Any]:
     """The method, adversary and backbone of `config` that are not ours, by name: only a process
-    that imports the module that registers them knows them."""
+    that runs the file that registers them knows them."""
     if not isinstance(config, EncoderConfig):
         return {}
-    kinds: dict[str, Any] = {config.backbone: BACKBONES.get(config.backbone)}
-    kinds |= {getattr(config, choice): config.chosen(choice) for choice in config.choices}
-    ours = ("idaa_lib", "functools")
-    return {
-        name: kind
-        for name, kind in kinds.items()
-        if not getattr(kind, "__module__", "idaa_lib").startswith(ours)
-    }
+    names = {choice: getattr(config, choice) for choice in (*config.choices, "backbone")}
+    kinds = {name: CHOICES[choice].get(name) for choice, name in names.items()}
+    return {name: kind for name, kind in kinds.items() if kind in SOURCES}
 
 
 def _choose_vae(config: EncoderConfig) -> Run:
     """The VAE run asked for, or the newest that fits the data and size; which one is printed."""
+    if not isinstance(config.options("adversary"), VAEOptions):
+        raise ConfigError(
+            f"adversary={config.adversary!r} needs a VAE, so its Options must be a subclass of "
+            f"idaa_lib.VAEOptions, which has the knobs vae and dim."
+        )
     needs: dict[str, Any] = {"size": config.size}
     if config.dim is not None:
         needs["dim"] = config.dim
