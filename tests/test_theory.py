@@ -49,10 +49,11 @@ def test_log_densities_are_those_of_the_normal_distribution():
 
 def test_identical_posteriors_say_nothing_and_distant_ones_everything():
     same = torch.randn(1, 6).expand(40, 6)
-    assert theory.information(same, same).nats == pytest.approx(0, abs=1e-9)
+    assert theory.information(same, same)[0] == pytest.approx(0, abs=1e-9)
     far = 1000 * torch.eye(40)
-    assert theory.information(far, torch.zeros(40, 40)).nats == pytest.approx(math.log(40))
-    assert theory.information(far, torch.zeros(40, 40)).error == pytest.approx(0, abs=1e-9)
+    nats, error = theory.information(far, torch.zeros(40, 40))
+    assert nats == pytest.approx(math.log(40))
+    assert error == pytest.approx(0, abs=1e-9)
 
 
 def test_two_gaussians_on_a_line_against_quadrature():
@@ -64,9 +65,9 @@ def test_two_gaussians_on_a_line_against_quadrature():
 
     exact, _ = integrate.quad(integrand, -12, 12, limit=200)
     parts = torch.tensor(mu)[:, None], 2 * torch.tensor(std).log()[:, None]
-    found = theory.information(*parts, keyed_generator(1), draws=4000)
-    assert found.error < 0.006
-    assert found.nats == pytest.approx(exact, abs=4 * found.error)
+    nats, error = theory.information(*parts, keyed_generator(1), draws=4000)
+    assert error < 0.006
+    assert nats == pytest.approx(exact, abs=4 * error)
 
 
 def test_information_is_the_naive_loop_whatever_the_chunk():
@@ -78,31 +79,31 @@ def test_information_is_the_naive_loop_whatever_the_chunk():
         p = [density / sum(q) for density in q]
         values.append(sum(share * math.log(11 * share) for share in p if share > 0))
     for chunk in (1, 4, 1000):
-        found = theory.information(mu, logvar, keyed_generator(5), chunk=chunk)
-        assert found.nats == pytest.approx(statistics.mean(values))
-        assert found.error == pytest.approx(statistics.pstdev(values) / math.sqrt(11))
+        nats, error = theory.information(mu, logvar, keyed_generator(5), chunk=chunk)
+        assert nats == pytest.approx(statistics.mean(values))
+        assert error == pytest.approx(statistics.pstdev(values) / math.sqrt(11))
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.3, 1.0, 30.0])
 def test_information_lies_between_its_bounds(spread):
     mu, logvar = posteriors(64, 4, spread)
-    found = theory.information(mu, logvar, keyed_generator(0), draws=50)
-    assert 0 <= found.nats <= math.log(64)
-    assert found.nats <= rate(mu, logvar).mean()
+    nats, error = theory.information(mu, logvar, keyed_generator(0), draws=50)
+    assert 0 <= nats <= math.log(64)
+    assert nats <= rate(mu, logvar).mean()
     for size in (2, 8, 64):
         made = [theory.batch_bounds(mu, logvar, size, keyed_generator(1, i)) for i in range(60)]
         lower, upper = (np.array(side) for side in zip(*made, strict=True))
-        slack = lambda side: 4 * (side.std() / math.sqrt(60) + found.error) + 1e-9  # noqa: E731
+        slack = lambda side: 4 * (side.std() / math.sqrt(60) + error) + 1e-9  # noqa: E731
         assert lower.max() <= math.log(size) + 1e-9
-        assert lower.mean() <= found.nats + slack(lower)
-        assert upper.mean() >= found.nats - slack(upper)
+        assert lower.mean() <= nats + slack(lower)
+        assert upper.mean() >= nats - slack(upper)
         if size == 64:  # all images in one batch: the aggregate itself
-            assert lower.mean() == pytest.approx(found.nats, abs=slack(lower))
+            assert lower.mean() == pytest.approx(nats, abs=slack(lower))
 
 
 def test_batch_bounds_are_the_naive_loop():
     mu, logvar = (part.double() for part in posteriors(9, 2))
-    found = theory.batch_bounds(mu, logvar, 3, keyed_generator(2))
+    found_lower, found_upper = theory.batch_bounds(mu, logvar, 3, keyed_generator(2))
     generator = keyed_generator(2)
     z = theory.sample(mu, logvar, generator)
     order = torch.randperm(9, generator=generator).tolist()
@@ -116,8 +117,8 @@ def test_batch_bounds_are_the_naive_loop():
             }
             lower.append(math.log(q[i] / (sum(q.values()) / 3)))
             upper.append(math.log(q[i] / ((sum(q.values()) - q[i]) / 2)))
-    assert found.lower == pytest.approx(statistics.mean(lower))
-    assert found.upper == pytest.approx(statistics.mean(upper))
+    assert found_lower == pytest.approx(statistics.mean(lower))
+    assert found_upper == pytest.approx(statistics.mean(upper))
 
 
 @pytest.mark.parametrize("size", [1, 10])
@@ -177,13 +178,13 @@ def test_a_bound_of_continuous_pixels_is_refused():
 
 
 def test_an_observer_that_sees_all_and_one_that_sees_nothing():
-    sees = theory.retention(torch.eye(32), torch.eye(32))
-    assert (sees.retrieved, sees.mrr) == (100, 1)
-    assert sees.infonce == pytest.approx(math.log(32), abs=1e-6)
-    assert sees.fano == pytest.approx(math.log(32))
-    blind = theory.retention(torch.ones(32, 4), torch.ones(32, 4))
-    assert (blind.retrieved, blind.fano) == (0, 0)
-    assert blind.infonce == pytest.approx(0, abs=1e-9)
+    sees = theory.retention(torch.eye(32), torch.eye(32)).row()
+    assert (sees["retrieved"], sees["mrr"], sees["rank"]) == (100, 1, 1)
+    assert sees["infonce"] == pytest.approx(math.log(32), abs=1e-6)
+    assert sees["fano"] == pytest.approx(math.log(32))
+    blind = theory.retention(torch.ones(32, 4), torch.ones(32, 4)).row()
+    assert (blind["retrieved"], blind["fano"], blind["rank"]) == (0, 0, 32)
+    assert blind["infonce"] == pytest.approx(0, abs=1e-9)
 
 
 def test_retention_is_the_naive_loop():
@@ -196,8 +197,9 @@ def test_retention_is_the_naive_loop():
     assert found.own.tolist() == pytest.approx([row[i] for i, row in enumerate(cosine)])
     nearest = [max(c for j, c in enumerate(row) if j != i) for i, row in enumerate(cosine)]
     assert found.nearest.tolist() == pytest.approx(nearest)
-    assert found.retrieved == pytest.approx(100 * ranks.count(1) / 9)
-    assert found.mrr == pytest.approx(statistics.mean(1 / r for r in ranks))
+    row = found.row()
+    assert row["retrieved"] == pytest.approx(100 * ranks.count(1) / 9)
+    assert row["mrr"] == pytest.approx(statistics.mean(1 / r for r in ranks))
 
     def gain(i, tau):
         row = [math.exp(c / tau) for c in cosine[i]]
@@ -209,7 +211,7 @@ def test_retention_is_the_naive_loop():
         best = max(taus, key=lambda tau: statistics.mean(gain(i, tau) for i in other))
         expected |= {i: gain(i, best) for i in mine}
     assert found.gains.tolist() == pytest.approx([expected[i] for i in range(9)])
-    assert found.infonce <= math.log(14)
+    assert row["infonce"] <= math.log(14)
 
 
 def test_order_and_length_of_features_do_not_matter():
@@ -218,7 +220,8 @@ def test_order_and_length_of_features_do_not_matter():
     order = torch.randperm(20)
     permuted = theory.retention(queries[order], 7 * candidates[order])
     assert torch.equal(permuted.ranks, found.ranks[order])
-    assert (permuted.retrieved, permuted.mrr) == pytest.approx((found.retrieved, found.mrr))
+    for key in ("retrieved", "mrr", "own", "nearest"):
+        assert permuted.row()[key] == pytest.approx(found.row()[key])
 
 
 def test_among_fewer_candidates_is_what_all_subsets_give():
@@ -230,7 +233,7 @@ def test_among_fewer_candidates_is_what_all_subsets_give():
             for others in itertools.combinations(range(5), k - 1):
                 hits.append(not better & set(others))
         assert found.among(k) == pytest.approx(100 * statistics.mean(hits))
-    assert found.among(6) == pytest.approx(found.retrieved)
+    assert found.among(6) == pytest.approx(found.row()["retrieved"])
     with pytest.raises(ValueError, match="from 1 to 6 candidates, and is 7"):
         found.among(7)
 
@@ -251,9 +254,12 @@ def test_fano():
 def test_hardness():
     x, z = torch.randn(5, 3, 4, 4), torch.randn(5, 8)
     loss = lambda a, b: (a - b).abs().sum()  # noqa: E731
-    assert theory.hardness(x, x, z, z, loss) == pytest.approx((0, 1, 0, 0), abs=1e-6)
+    same = theory.hardness(x, x, z, z, loss)
+    assert same == pytest.approx({"rise": 0, "cosine": 1, "l2": 0, "linf": 0}, abs=1e-6)
     found = theory.hardness(x, x + 0.5, z, -z, loss)
-    assert found == pytest.approx((2 * z.abs().sum().item(), -1, 0.5 * 48**0.5, 0.5), rel=1e-5)
+    rise = 2 * z.abs().sum().item()
+    expected = {"rise": rise, "cosine": -1, "l2": 0.5 * 48**0.5, "linf": 0.5}
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 # --- the study ----------------------------------------------------------------------------------
@@ -312,7 +318,7 @@ def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
 
 def test_its_figures_are_the_theory_s_of_these_networks(made, plan):
     """Retrieval of x, G, R and the latent's information, from the networks by another way."""
-    witness, told = stage.make_witness(plan), made.summary
+    witness, told = plan.witness, made.summary
     x, vae = plan.scene.x, plan.scene.vae
     G, R = vae.decompose(x)
     for part, images in (("x", x), ("G", G), ("R", R)):
@@ -336,7 +342,7 @@ def test_its_figures_are_the_theory_s_of_these_networks(made, plan):
 
 
 def test_an_exchange_is_the_naive_loop(made, plan):
-    witness, x = stage.make_witness(plan), plan.scene.x
+    witness, x = plan.witness, plan.scene.x
     G, R = plan.scene.vae.decompose(x)
     seen = []
     for a in range(20):
@@ -387,8 +393,8 @@ def test_attacks_in_batches_are_averaged_over_all_images(made, plan, monkeypatch
         x_adv.append(alone.attack("clae", 0.3))
         parts.append(len(x) / 20 * scene.loss(z, again.embed(x_adv[-1])).item())
     assert torch.allclose(again.attack("clae", 0.3), torch.cat(x_adv), atol=1e-6)
-    read = scene.read(again, stage.make_witness(plan), "clae", 0.3)
-    assert read.loss_after == pytest.approx(sum(parts), rel=1e-5)
+    read = scene.read(again, plan.witness, "clae", 0.3)
+    assert read.row["loss_after"] == pytest.approx(sum(parts), rel=1e-5)
 
 
 def test_vaes_that_differ_in_one_thing_alone_are_siblings(middle):
@@ -423,7 +429,7 @@ def test_attacked_and_witness_may_both_be_untrained(middle):
     with torch.no_grad():
         embedded, seen = (
             plan.scene.embed(plan.scene.x),
-            stage.make_witness(plan).embed(plan.scene.x),
+            plan.witness.embed(plan.scene.x),
         )
     assert not torch.allclose(embedded[:, :8], seen[:, :8])
     assert plan.run != stage.plan_study(CONFIG).run
@@ -506,8 +512,9 @@ def test_an_equal_loss_that_is_jumped_over_is_not_made_up():
 
 def test_a_witness_of_another_seed_comes_first_and_one_of_the_same_is_told(made, plan):
     fair, clae, same = runs.find("ssl")  # seeds 1, 0 (CLAE's), 0
-    config = plan.scene.config.model_copy(update={"run": clae.reference})
-    assert dataclasses.replace(plan.scene, config=config).witness() == fair.reference
+    attacked = dataclasses.replace(plan.scene, attacked=clae.reference)
+    assert attacked.witness() == fair.reference
+    assert dataclasses.replace(plan.scene, attacked=fair.reference).witness() == same.reference
     assert made.summary["caveats"] == []
 
     def about(run, witness):

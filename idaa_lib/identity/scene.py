@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.data.decoding import decode
 from idaa_lib.evaluate.encoders import load_encoder, load_vae
-from idaa_lib.identity.theory import Hardness, Retention, hardness, retention
+from idaa_lib.identity.theory import Retention, hardness, retention
 from idaa_lib.methods import About, build_method
 from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.nets.vae import VAE
@@ -34,25 +34,22 @@ ADVERSARIES = ("idaa", "clae", "random_sign")
 UNTRAINED = "untrained"  # in place of a run
 BATCH = 256  # images that are attacked together: as in training they are each other's negatives
 POOL = 1000  # further images at most
-
-
-def loss(z: Tensor, z_adv: Tensor) -> Tensor:
-    """What an attack ascends: SimCLR's loss, at its τ, between embeddings of x and of x′ (B, D)."""
-    return nt_xent(z, z_adv, 0.5)
+# What an attack ascends: SimCLR's loss, at its τ, between embeddings of x and of x′ (B, D).
+loss = partial(nt_xent, temperature=0.5)
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
     """Images under attack: x (N, 3, size, size), normalised as the VAE expects them.
 
-    names says which image each is, classes what there is. pool (M, 3, size, size) holds other
-    images of the same split. labels (N + M,) int64 are the classes of x and then of the pool, -1
-    where there is none. config has the norm, steps and seed of the attack, and names the VAE and
-    the attacked encoder.
+    config has the norm, steps and seed of the attack; run is the VAE's, attacked names the attacked
+    encoder's, or is `untrained`. pool (M, 3, size, size) holds other images of the same split,
+    labels (N + M,) int64 the classes of x and then of the pool, -1 where there is none.
     """
 
     config: DecomposeConfig
     run: Run
+    attacked: str
     vae: VAE
     x: Tensor
     pool: Tensor
@@ -89,12 +86,6 @@ class Scene:
 
     # --- attacks ------------------------------------------------------------------------------
 
-    @property
-    def attacked(self) -> str:
-        """The attacked encoder's run, or `untrained`."""
-        assert self.config.run is not None
-        return self.config.run
-
     @cached_property
     def embed(self) -> Embed:
         """The attacked encoder with its projector."""
@@ -109,21 +100,22 @@ class Scene:
     def loss(self, images: Tensor) -> Tensor:
         """The attack's loss with these images (N, 3, size, size) in the place of x: a scalar."""
         parts = zip(self.batches, images.chunk(len(self.batches)), strict=True)
-        return sum(len(x) / len(self.x) * loss(z, self.embed(part)) for (x, z), part in parts)  # type: ignore[return-value]
+        losses = [len(x) / len(self.x) * self._loss(z, part) for (x, z), part in parts]
+        return torch.stack(losses).sum()
 
     @cached_property
     def loss_before(self) -> float:
         with torch.no_grad():
             return self.loss(self.x).item()
 
-    def hardness(self, images: Tensor) -> Hardness:
-        """How far these images (N, 3, size, size) are from x."""
-        parts = zip(self.batches, images.chunk(len(self.batches)), strict=True)
-        with torch.no_grad():
-            measured = [hardness(x, part, z, self.embed(part), loss) for (x, z), part in parts]
-        weights = [len(x) / len(self.x) for x, _ in self.batches]
-        columns = zip(*measured, strict=True)
-        return Hardness(*(sum(w * v for w, v in zip(weights, c, strict=True)) for c in columns))
+    @torch.no_grad()
+    def hardness(self, images: Tensor) -> dict[str, float]:
+        """How far these images (N, 3, size, size) are from x: `theory.hardness` of all batches."""
+        total: dict[str, float] = {}
+        for (x, z), part in zip(self.batches, images.chunk(len(self.batches)), strict=True):
+            for name, value in hardness(x, part, z, self.embed(part), loss).items():
+                total[name] = total.get(name, 0) + len(x) / len(self.x) * value
+        return total
 
     def live(self, adversary: str) -> bool:
         """Whether another ε costs one decode alone: one step, or signs that no gradient guides."""
@@ -134,25 +126,25 @@ class Scene:
         if adversary not in self._directions:
             attack, generator = self._adversary(adversary, 1.0), keyed_generator(self.config.seed)
             self._directions[adversary] = [
-                attack.direction(x, self._loss_of(z), generator) for x, z in self.batches
+                attack.direction(x, partial(self._loss, z), generator) for x, z in self.batches
             ]
         return self._directions[adversary]
 
     @torch.no_grad()
     def attack(self, adversary: str, epsilon: float, first: int | None = None) -> Tensor:
-        """x′ of all images, or of the first so many (which are attacked among all the same)."""
+        """x′ of all images, or of the first so many of a batch, attacked among all the same."""
         attack, generator = self._adversary(adversary, epsilon), keyed_generator(self.config.seed)
         if self.live(adversary):
             directions = self.directions(adversary)
-            if first and first <= BATCH:
+            if first:
                 directions = [_head(directions[0], first)]
             parts = [attack.apply(direction, epsilon) for direction in directions]
         else:
-            parts = [attack(x, self._loss_of(z), generator) for x, z in self.batches]
+            parts = [attack(x, partial(self._loss, z), generator) for x, z in self.batches]
         return torch.cat([part.images for part in parts])[:first]
 
-    def _loss_of(self, z: Tensor) -> Embed:
-        return lambda images: loss(z, self.embed(images))
+    def _loss(self, z: Tensor, images: Tensor) -> Tensor:
+        return loss(z, self.embed(images))
 
     def _adversary(self, name: str, epsilon: float) -> Any:
         if name == "clae":
@@ -193,18 +185,16 @@ class Scene:
             RunError: there is no such run. ConfigError: it is the attacked encoder.
         """
         if name is None:
-            others = [run for run in _encoders(self.run) if run.reference != self.attacked]
-            untrained = self.attacked == UNTRAINED
-            seed = None if untrained else runs.get("ssl", self.attacked).config.seed
-            others.sort(key=lambda run: (run.config.adversary != "none", run.config.seed == seed))
-            return others[0].reference if others else UNTRAINED
-        if name != UNTRAINED:
-            reference = runs.get("ssl", name).reference
-            if reference == self.attacked:
-                raise ConfigError(
-                    f"witness={name!r} is the encoder that is attacked: name another."
-                )
-            return reference
+            others = {run.reference: run.config for run in _encoders(self.run)}
+            attacked = others.pop(self.attacked, None)
+            seed = attacked and attacked.seed
+
+            def rank(name: str) -> tuple[bool, bool]:
+                return others[name].adversary != "none", others[name].seed == seed
+
+            return min(others, key=rank, default=UNTRAINED)
+        if name != UNTRAINED and (name := runs.get("ssl", name).reference) == self.attacked:
+            raise ConfigError(f"witness={name!r} is the encoder that is attacked: name another.")
         return name
 
 
@@ -234,34 +224,25 @@ class Witness:
         return F.normalize(self.features(x), dim=1) @ F.normalize(features, dim=1).T
 
 
-@dataclass(frozen=True)
-class Reading:
-    """An attack at one ε: the loss in nats, how far x′ is from x, and what identity is left.
+class Reading(NamedTuple):
+    """An attack at one ε.
 
-    features: (N, D) of the x′ by the witness.
+    row: epsilon, loss_before and loss_after (nats), and what `Scene.hardness` and `Retention.row`
+    say of the x′. features: (N, D) of the x′ by the witness.
     """
 
-    epsilon: float
-    loss_before: float
-    loss_after: float
-    hardness: Hardness
+    row: dict[str, float]
     kept: Retention
     features: Tensor
-
-    @cached_property
-    def row(self) -> dict[str, float]:
-        """All numbers by name."""
-        losses = {"loss_before": self.loss_before, "loss_after": self.loss_after}
-        return {"epsilon": self.epsilon, **losses, **self.hardness._asdict(), **self.kept.row()}
 
 
 def read(scene: Scene, witness: Witness, adversary: str, epsilon: float) -> Reading:
     """The reading of an attack on all images."""
     images = scene.attack(adversary, epsilon)
     change, features = scene.hardness(images), witness.features(images)
-    kept = retention(features, witness.candidates)
-    before = scene.loss_before
-    return Reading(epsilon, before, before + change.rise, change, kept, features)
+    kept, before = retention(features, witness.candidates), scene.loss_before
+    losses = {"loss_before": before, "loss_after": before + change["rise"]}
+    return Reading({"epsilon": epsilon, **losses, **change, **kept.row()}, kept, features)
 
 
 def open_scene(
@@ -295,7 +276,7 @@ def open_scene(
         attacked = runs.get("ssl", attacked).reference
     config = config.model_copy(update={"vae": run.reference, "run": attacked})
     about = labels, tuple(names[:n]), tuple(data.classes), vae.mean, vae.std
-    return Scene(config, run, vae, x[:n], x[n:], *about)
+    return Scene(config, run, attacked, vae, x[:n], x[n:], *about)
 
 
 def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,13 +48,48 @@ CANDIDATES, NOISE, HALVES, INSTANCE_VIEWS = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
-class StudyPlan(Plan):
-    """The run with what it measures: train has images to learn classes from, others VAEs to compare
-    (`siblings`)."""
+class Study(Plan):
+    """What a study measures. train: images to learn classes from. others: VAEs, see `siblings`."""
 
     scene: Scene
     train: ImageSet
     others: dict[str, list[Run]]
+
+    @cached_property
+    def bytes(self) -> Tensor:
+        """The images as uint8 (N, 3, size, size): `normalise` lost nothing."""
+        return self.scene.pixels(self.scene.x).mul(255).round().to(torch.uint8)
+
+    def views(self, name: str, images: Tensor, *stream: int) -> Tensor:
+        """Views of images by the recipe `name`, normalised."""
+        views = recipe(name, images.shape[-1], self.scene.mean, self.scene.std)
+        return views(images, keyed_generator(self.config.seed, *stream)).images
+
+    @cached_property
+    def witness(self) -> Witness:
+        """The witness, with other views of the images as candidates."""
+        views = self.views(self.config.augmentation, self.bytes, CANDIDATES)
+        return Witness(self.scene, self.config.witness, views)
+
+    @cached_property
+    def learn(self) -> Tensor:
+        """The images to learn classes from, normalised."""
+        return normalise(self.train.images, self.scene.mean, self.scene.std).to(self.scene.x)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Classes of the studied images; None where they, or those to learn from, have none."""
+        labels = self.scene.labels[: len(self.scene.x)]
+        usable = (labels >= 0).all() and self.train.labelled and len(self.train.classes) > 1
+        return labels if usable else None
+
+    def classify(self, features: Tensor, queries: Tensor) -> Tensor:
+        """Classes of queries (Q, D) by a linear probe on features (N, D) of `learn`."""
+        order = torch.randperm(len(features), generator=keyed_generator(self.config.seed, HALVES))
+        held, learn = order.tensor_split([max(1, len(order) // 5)])
+        labels = self.train.labels
+        pairs = (features[learn], labels[learn]), (features[held], labels[held])
+        return _probe(*pairs, queries, len(self.train.classes))
 
 
 def study(config: TheoryConfig) -> Run:
@@ -64,19 +99,13 @@ def study(config: TheoryConfig) -> Run:
         RunError: there is no finished VAE run. ConfigError: the images or the encoders do not fit.
     """
     plan = plan_study(config)
-
-    def body(_: object) -> dict[str, Any]:
-        with torch.no_grad():
-            return _measure(plan)
-
-    return perform(plan, body)
+    return perform(plan, lambda _: _measure(plan))
 
 
-def plan_study(config: TheoryConfig) -> StudyPlan:
+def plan_study(config: TheoryConfig) -> Study:
     """The run that `config` leads to, with its images, its VAE and the encoders' names."""
-    chosen = DecomposeConfig(
-        vae=config.vae, run=config.run, dataset=config.dataset, split=config.split, seed=config.seed
-    )
+    fields = ("vae", "run", "dataset", "split", "seed")
+    chosen = DecomposeConfig(**{name: getattr(config, name) for name in fields})
     device = torch_device(config.device)
     scene = open_scene(chosen, config.images, device)
     names = {"vae": scene.run.reference, "run": scene.attacked}
@@ -96,8 +125,7 @@ def plan_study(config: TheoryConfig) -> StudyPlan:
         config, data.fingerprint, vae=checkpoints.digest(scene.run), train=train.fingerprint,
         others=hashlib.sha256(weights.encode()).hexdigest(), **encoders,
     )  # fmt: skip
-    about = describe(device, "no", data)
-    return StudyPlan(config, run, scene, train, others, environment=about)
+    return Study(config, run, scene, train, others, environment=describe(device, "no", data))
 
 
 def siblings(run: Run) -> dict[str, list[Run]]:
@@ -105,55 +133,45 @@ def siblings(run: Run) -> dict[str, list[Run]]:
 
     The newest `VAES` of each by ascending value, `run` itself among them.
     """
-    members = {axis: {getattr(run.config, axis): run} for axis in ("beta", "dim")}
-    for other in runs.find("vae", dataset=run.config.dataset, size=run.config.size):
-        if (axis := _axis(run, other)) and len(members[axis]) < VAES:
-            members[axis].setdefault(getattr(other.config, axis), other)
-    return {axis: [found[value] for value in sorted(found)] for axis, found in members.items()}
-
-
-def _axis(one: Run, other: Run) -> str | None:
-    """`beta` or `dim`, if two VAE runs on the same images differ in that alone."""
 
     def rest(run: Run) -> tuple[dict[str, Any], str]:
         axes = {"beta", "dim", "kappa"}  # κ follows from the others
         fields = {k: v for k, v in run.config.identity().items() if k not in axes}
         return fields, run.environment["dataset"]["fingerprint"]
 
-    with contextlib.suppress(UserError, KeyError):  # one is damaged
-        a, b = one.config, other.config
-        if rest(one) == rest(other):
-            beta, dim = math.isclose(a.beta, b.beta, rel_tol=1e-6), a.dim == b.dim
-            return "beta" if dim and not beta else "dim" if beta and not dim else None
-    return None
+    members = {axis: {getattr(run.config, axis): run} for axis in ("beta", "dim")}
+    for other in runs.find("vae", dataset=run.config.dataset, size=run.config.size):
+        with contextlib.suppress(UserError, KeyError):  # it is damaged
+            same_dim = other.config.dim == run.config.dim
+            same_beta = math.isclose(other.config.beta, run.config.beta, rel_tol=1e-6)
+            axis = "beta" if same_dim else "dim"
+            alike = same_dim != same_beta and rest(other) == rest(run)
+            if alike and len(members[axis]) < VAES:
+                members[axis].setdefault(getattr(other.config, axis), other)
+    return {axis: [found[value] for value in sorted(found)] for axis, found in members.items()}
 
 
-def _measure(plan: StudyPlan) -> dict[str, Any]:
+@torch.no_grad()
+def _measure(plan: Study) -> dict[str, Any]:
     config, scene, n = plan.config, plan.scene, len(plan.scene.x)
-    witness = make_witness(plan)
     print(f"VAE {config.vae}\nattacked: {config.run}\nwitness: {config.witness}")
     summary = {"n": n, "log_n": math.log(n), "candidates": config.augmentation}
     summary |= {"attacked": config.run, "witness": config.witness, "caveats": caveats(config)}
     summary["latent"] = _latent(scene, config.seed)
-    summary |= _parts(scene, witness)
-    summary["exchange"] = _exchange(scene, witness)
+    kept = {part: plan.witness.retention(images) for part, images in scene.parts.items()}
+    summary["parts"] = {part: held.row() for part, held in kept.items()}
+    summary["among"] = {"k": _counts(n)} | {part: _among(held) for part, held in kept.items()}
+    summary["R_minus_G"] = _difference(kept["R"], kept["G"])
+    summary["exchange"] = _exchange(scene, plan.witness)
     summary["probes"] = _probes(plan)
-    summary |= _attacks(plan, witness)
+    summary |= _attacks(plan)
     middle = config.epsilons[len(config.epsilons) // 2]
-    summary["vaes"] = {
-        axis: [_vae(other, axis, plan, witness, middle) for other in members]
+    summary["vaes"] = {"epsilon": middle} | {
+        axis: [_vae(other, axis, plan, middle) for other in members]
         for axis, members in plan.others.items()
         if len(members) > 1
-    } | {"epsilon": middle}
+    }
     return summary
-
-
-def make_witness(plan: StudyPlan) -> Witness:
-    """The witness with its candidates, other views of the images."""
-    scene, config = plan.scene, plan.config
-    views = recipe(config.augmentation, scene.x.shape[-1], scene.mean, scene.std)
-    generator = keyed_generator(config.seed, CANDIDATES)
-    return Witness(scene, config.witness, views(_bytes(scene), generator).images)
 
 
 def caveats(config: TheoryConfig) -> list[str]:
@@ -164,15 +182,12 @@ def caveats(config: TheoryConfig) -> list[str]:
     if (adversary := witness.config.adversary) != "none":
         found.append(f"the witness was trained with {adversary}, to see past such changes")
     if config.run != UNTRAINED:
-        attacked = runs.get("ssl", config.run)
-        fields = ("seed", "backbone", "width", "stem")
-        same = all(getattr(witness.config, k) == getattr(attacked.config, k) for k in fields)
-        if same and not any("imported" in run.environment for run in (witness, attacked)):
+        both = witness, runs.get("ssl", config.run)
+        a, b = ([getattr(run.config, key) for key in ("seed", "backbone", "width", "stem")]
+                for run in both)  # fmt: skip
+        if a == b and not any("imported" in run.environment for run in both):
             found.append("the witness began with the attacked encoder's weights: the same seed")
     return found
-
-
-# --- the latent ---------------------------------------------------------------------------------
 
 
 def _latent(scene: Scene, seed: int) -> dict[str, Any]:
@@ -185,40 +200,22 @@ def _latent(scene: Scene, seed: int) -> dict[str, Any]:
         G = torch.cat([vae.decode(part) for part in z.split(BATCH)])
     mse = (x - G).square().mean().item()
     mu, logvar = mu.double().cpu(), logvar.double().cpu()
-    exact = theory.information(mu, logvar, keyed_generator(seed, NOISE, 1))
+    nats, error = theory.information(mu, logvar, keyed_generator(seed, NOISE, 1))
     sizes = sorted({min(n, k) for k in (*(2**power for power in range(1, 10)), n)})
     batches = [
         (k, *theory.batch_bounds(mu, logvar, k, keyed_generator(seed, NOISE, k))) for k in sizes
     ]
     step, beta = [1 / (255 * std) for std in scene.std], scene.run.config.beta
-    bound = theory.Bound(
-        n=n,
-        distortion=theory.distortion(mse, x.shape[-1], step),
-        rate=rate(mu, logvar).mean().item(),
-        information=exact.nats,
-        # The configuration's is of unit variance; here of the distortion's (spec §1: β ∝ 1/s²).
-        beta=beta / (mse + theory.quantisation(step)),
-    )
+    # The configuration's β is of unit variance; here of the distortion's (spec §1: β ∝ 1/s²).
+    calibrated = beta / (mse + theory.quantisation(step))
+    distortion = theory.distortion(mse, x.shape[-1], step)
+    bound = theory.Bound(n, distortion, rate(mu, logvar).mean().item(), nats, calibrated)
     return {
-        **asdict(bound), "error": exact.error, "batches": batches, "mse": mse, "vae_beta": beta,
+        **asdict(bound), "error": error, "batches": batches, "mse": mse, "vae_beta": beta,
         "continuous_distortion": theory.distortion(mse, x.shape[-1]),
         # JSON has no −∞, which it is at β = 0.
         "bound": bound.nats if bound.beta else None, "limit": bound.limit,
     }  # fmt: skip
-
-
-# --- x, G and R ---------------------------------------------------------------------------------
-
-
-def _parts(scene: Scene, witness: Witness) -> dict[str, Any]:
-    """What the witness retains of x, G and R."""
-    kept = {part: witness.retention(images) for part, images in scene.parts.items()}
-    k = _counts(scene)
-    return {
-        "parts": {part: held.row() for part, held in kept.items()},
-        "among": {"k": k} | {part: [held.among(i) for i in k] for part, held in kept.items()},
-        "R_minus_G": _difference(kept["R"], kept["G"]),
-    }
 
 
 def _difference(one: theory.Retention, other: theory.Retention) -> dict[str, Any]:
@@ -229,9 +226,13 @@ def _difference(one: theory.Retention, other: theory.Retention) -> dict[str, Any
     }
 
 
-def _counts(scene: Scene) -> list[int]:
-    """Numbers of candidates to look among, 2 to N."""
-    return sorted({round(k) for k in np.geomspace(2, len(scene.x), 12)})
+def _counts(n: int) -> list[int]:
+    """Numbers of candidates to look among, 2 to n."""
+    return sorted({round(k) for k in np.geomspace(2, n, 12)})
+
+
+def _among(kept: theory.Retention) -> list[float]:
+    return [kept.among(k) for k in _counts(kept.n)]
 
 
 def _exchange(scene: Scene, witness: Witness) -> dict[str, Any]:
@@ -255,60 +256,41 @@ def _exchange(scene: Scene, witness: Witness) -> dict[str, Any]:
 # --- linear probes ------------------------------------------------------------------------------
 
 
-def _probes(plan: StudyPlan) -> dict[str, Any]:
+def _probes(plan: Study) -> dict[str, Any]:
     """Linear classifiers on the pixels of each part: which class, and which of some images."""
-    scene = plan.scene
-    right = {"instance": _instances(scene, plan.config.seed)}
-    if (labels := _labels(plan)) is not None:
-        learn = scene.split(normalise(plan.train.images, scene.mean, scene.std).to(scene.x))
-        flat = {
-            part: (learn[part].flatten(1).cpu(), scene.parts[part].flatten(1).cpu())
-            for part in PARTS
-        }
-        right["class"] = {
-            part: 100 * (_classify(plan, *pair) == labels).double() for part, pair in flat.items()
-        }
-    return {"instances": min(INSTANCES, len(scene.x))} | {
-        kind: {part: bootstrap_interval(values) for part, values in of.items()}
-        | {"R_minus_G": bootstrap_interval(of["R"] - of["G"])}
-        for kind, of in right.items()
-    }
+    right = {"instance": _instances(plan)}
+    if (labels := plan.labels) is not None:
+        learn, judge = _flat(plan.scene.split(plan.learn)), _flat(plan.scene.parts)
+        guesses = {part: plan.classify(learn[part], judge[part]) for part in PARTS}
+        right["class"] = {part: 100 * (guesses[part] == labels).double() for part in PARTS}
+    found: dict[str, Any] = {"instances": min(INSTANCES, len(plan.bytes))}
+    for kind, hits in right.items():
+        found[kind] = {part: bootstrap_interval(values) for part, values in hits.items()}
+        found[kind]["R_minus_G"] = bootstrap_interval(hits["R"] - hits["G"])
+    return found
 
 
-def _instances(scene: Scene, seed: int) -> dict[str, Tensor]:
+def _instances(plan: Study) -> dict[str, Tensor]:
     """Part → percent of new views of each image that a linear classifier of images names rightly.
 
     Views are mild: in those that encoders are trained with, pixels tell it next to nothing.
     """
-    images = _bytes(scene)[:INSTANCES]
-    mild = recipe("mild", scene.x.shape[-1], scene.mean, scene.std)
+    images, scene = plan.bytes[:INSTANCES], plan.scene
     views = [
-        scene.split(mild(images, keyed_generator(seed, INSTANCE_VIEWS, i)).images)
+        _flat(scene.split(plan.views("mild", images, INSTANCE_VIEWS, i)))
         for i in range(LEARNT + 1 + JUDGED)
     ]
     which, right = torch.arange(len(images)), {}
     for part in PARTS:
-        flat = [view[part].flatten(1).cpu() for view in views]
-        learn = torch.cat(flat[:LEARNT]), which.repeat(LEARNT)
-        queries = torch.cat(flat[LEARNT + 1 :])
-        guess = _probe(learn, (flat[LEARNT], which), queries, len(which)).view(JUDGED, -1)
-        right[part] = 100 * (guess == which).double().mean(0)
+        *learn, held, queries = *(view[part] for view in views[: LEARNT + 1]), views[LEARNT + 1 :]
+        pairs = (torch.cat(learn), which.repeat(LEARNT)), (held, which)
+        guess = _probe(*pairs, torch.cat([view[part] for view in queries]), len(which))
+        right[part] = 100 * (guess.view(JUDGED, -1) == which).double().mean(0)
     return right
 
 
-def _labels(plan: StudyPlan) -> Tensor | None:
-    """Classes of the studied images; None where they, or those to learn from, have none."""
-    labels = plan.scene.labels[: len(plan.scene.x)]
-    usable = bool((labels >= 0).all()) and plan.train.labelled and len(plan.train.classes) > 1
-    return labels if usable else None
-
-
-def _classify(plan: StudyPlan, features: Tensor, queries: Tensor) -> Tensor:
-    """Classes of queries (Q, D) by a linear probe on features (N, D) of `plan.train`."""
-    order = torch.randperm(len(features), generator=keyed_generator(plan.config.seed, HALVES))
-    fifth = max(1, len(order) // 5)
-    learn, held = ((features[i], plan.train.labels[i]) for i in (order[fifth:], order[:fifth]))
-    return _probe(learn, held, queries, len(plan.train.classes))
+def _flat(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {part: images.flatten(1).cpu() for part, images in parts.items()}
 
 
 def _probe(
@@ -321,59 +303,56 @@ def _probe(
     # Weights under a penalty lie in the span of the N images that they are learnt from: in a basis
     # of it they are the same, and N numbers are fewer than the pixels of an image.
     basis = torch.linalg.qr(((x - mean) / std).T).Q  # (D, min(D, N))
-    x, x_held, x_queries = ((part - mean) / std @ basis for part in (x, held[0], queries))
-    fit = linear_probe((x, y), (x_held, held[1]), x_queries, classes=classes, protocol=PROTOCOL)
+    x, x_held, queries = ((part - mean) / std @ basis for part in (x, held[0], queries))
+    fit = linear_probe((x, y), (x_held, held[1]), queries, classes=classes, protocol=PROTOCOL)
     return fit.predictions
 
 
 # --- attacks ------------------------------------------------------------------------------------
 
 
-def _attacks(plan: StudyPlan, witness: Witness) -> dict[str, Any]:
+def _attacks(plan: Study) -> dict[str, Any]:
     """Curves over ε, each adversary beside IDAA at equal ε and at equal hardness, and over N."""
-    scene = plan.scene
-    epsilons = sorted(plan.config.epsilons)
-    grid = {name: [read(scene, witness, name, e) for e in epsilons] for name in ADVERSARIES}
-    curves = {name: list(curve) for name, curve in grid.items()}
-    equal, hardest = [], None
-    for i, mine in enumerate(grid["idaa"]):
-        for name in ADVERSARIES[1:]:
-            trail = [(point.epsilon, point.loss_after) for point in grid[name]]
-            loss_at = partial(_loss_at, scene, name)
-            epsilon = equal_hardness(loss_at, trail, mine.loss_after, scene.loss_before)
-            matched = epsilon and read(scene, witness, name, epsilon)
-            row: dict[str, Any] = {"adversary": name, "epsilon": mine.epsilon, "matched": epsilon}
-            for at, other in (("at_equal_epsilon", grid[name][i]), ("at_equal_hardness", matched)):
+    scene, witness, epsilons = plan.scene, plan.witness, sorted(plan.config.epsilons)
+    # (adversary, ε) → what is read there; the radii of equal hardness come in addition.
+    readings = {(a, e): read(scene, witness, a, e) for a in ADVERSARIES for e in epsilons}
+    equal = []
+    for adversary in ADVERSARIES[1:]:
+        points = [(e, readings[adversary, e].row["loss_after"]) for e in epsilons]
+
+        def loss_at(epsilon: float, adversary: str = adversary) -> float:
+            return scene.loss(scene.attack(adversary, epsilon)).item()
+
+        for epsilon in epsilons:
+            mine = readings["idaa", epsilon]
+            loss = mine.row["loss_after"]
+            matched = equal_hardness(loss_at, points, loss, scene.loss_before)
+            row: dict[str, Any] = {"adversary": adversary, "epsilon": epsilon, "matched": matched}
+            for at, radius in (("at_equal_epsilon", epsilon), ("at_equal_hardness", matched)):
                 row[at] = None
-                if other:
-                    row[at] = {"loss": (mine.loss_after, other.loss_after)}
+                if radius:
+                    other = readings.get((adversary, radius))
+                    other = other or read(scene, witness, adversary, radius)
+                    readings[adversary, radius] = other
+                    row[at] = {"loss": (loss, other.row["loss_after"])}
                     row[at] |= _difference(mine.kept, other.kept)
             equal.append(row)
-            if matched:
-                curves[name].append(matched)
-                hardest = (mine, matched) if name == "clae" else hardest
-    for curve in curves.values():
-        curve.sort(key=lambda point: point.epsilon)
-    rows = {name: [point.row for point in curve] for name, curve in curves.items()}
-    if (labels := _labels(plan)) is not None:
-        points = [point for curve in curves.values() for point in curve]
-        learn = normalise(plan.train.images, scene.mean, scene.std).to(scene.x)
-        queries = [witness.features(scene.x), *(point.features for point in points)]
-        guess = _classify(plan, witness.features(learn), torch.cat(queries)).view(-1, len(labels))
-        for point, share in zip(points, (guess[1:] == guess[0]).double().mean(1), strict=True):
-            point.row["consistency"] = 100 * share.item()
-    summary: dict[str, Any] = {"loss_before": scene.loss_before, "equal": equal, "curves": rows}
-    if hardest:  # the hardest pair, where most is at stake
-        k, (mine, matched) = _counts(scene), hardest
-        summary["among_attacked"] = {
-            "epsilon": mine.epsilon, "matched": matched.epsilon,
-            "idaa": [mine.kept.among(i) for i in k], "clae": [matched.kept.among(i) for i in k],
-        }  # fmt: skip
+    if (labels := plan.labels) is not None:
+        asked = [witness.features(scene.x), *(reading.features for reading in readings.values())]
+        guess = plan.classify(witness.features(plan.learn), torch.cat(asked))
+        first, *others = guess.view(-1, len(labels))
+        for reading, same in zip(readings.values(), others, strict=True):
+            reading.row["consistency"] = 100 * (same == first).double().mean().item()
+    summary: dict[str, Any] = {"loss_before": scene.loss_before, "equal": equal}
+    summary["curves"] = {
+        name: [readings[a, e].row for a, e in sorted(readings) if a == name] for name in ADVERSARIES
+    }
+    pairs = [row for row in equal if row["adversary"] == "clae" and row["matched"]]
+    for row in pairs[-1:]:  # the hardest pair, where most is at stake
+        radii = {"idaa": row["epsilon"], "clae": row["matched"]}
+        curves = {a: _among(readings[a, e].kept) for a, e in radii.items()}
+        summary["among_attacked"] = {"epsilon": row["epsilon"], "matched": row["matched"], **curves}
     return summary
-
-
-def _loss_at(scene: Scene, adversary: str, epsilon: float) -> float:
-    return scene.loss(scene.attack(adversary, epsilon)).item()
 
 
 def equal_hardness(
@@ -395,22 +374,14 @@ def equal_hardness(
     return epsilon if abs(loss_at(epsilon) - loss) < 0.01 * (loss - start) else None
 
 
-# --- other VAEs ---------------------------------------------------------------------------------
-
-
-def _vae(run: Run, axis: str, plan: StudyPlan, witness: Witness, epsilon: float) -> dict[str, Any]:
+def _vae(run: Run, axis: str, plan: Study, epsilon: float) -> dict[str, Any]:
     """What another VAE's latent, G, R and x′ hold of the same images."""
-    scene = plan.scene
+    scene, witness = plan.scene, plan.witness
     if run != scene.run:
         scene = replace(scene, run=run, vae=load_vae(run).to(scene.x.device))
-    attack = read(scene, witness, "idaa", epsilon)
+    attack = read(scene, witness, "idaa", epsilon).row
     kept = {part: witness.retention(scene.parts[part]).row() for part in ("G", "R")}
     return {
-        "value": getattr(run.config, axis), "run": run.reference, "loss": attack.loss_after,
-        "latent": _latent(scene, plan.config.seed), "kept": kept | {"idaa": attack.row},
+        "value": getattr(run.config, axis), "run": run.reference, "loss": attack["loss_after"],
+        "latent": _latent(scene, plan.config.seed), "kept": kept | {"idaa": attack},
     }  # fmt: skip
-
-
-def _bytes(scene: Scene) -> Tensor:
-    """The scene's images as uint8: `normalise` lost nothing."""
-    return scene.pixels(scene.x).mul(255).round().to(torch.uint8)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from scipy import stats
@@ -24,20 +23,6 @@ from torch.nn import functional as F
 from idaa_lib.evaluate.metrics import bootstrap_interval
 
 # --- information in the latent ------------------------------------------------------------------
-
-
-class Information(NamedTuple):
-    """I(z; y) in nats, and the standard error of its Monte-Carlo estimate (at most, roughly)."""
-
-    nats: float
-    error: float
-
-
-class BatchBounds(NamedTuple):
-    """Bounds on I(z; y) in nats that see a batch at a time; each holds in expectation."""
-
-    lower: float
-    upper: float
 
 
 def log_densities(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -61,11 +46,12 @@ def information(
     generator: torch.Generator | None = None,
     draws: int = 1,
     chunk: int = 1000,
-) -> Information:
-    """I(z; y) of N posteriors, mu and logvar (N, m), against their exact aggregate (spec §6.2).
+) -> tuple[float, float]:
+    """I(z; y) of N posteriors, mu and logvar (N, m), in nats, and its standard error (spec §6.2).
 
-    E_i E_{z~q_i} [log q_i(z) − log (1/N) Σ_j q_j(z)], where log q_i is replaced by its mean under
-    p(j|z) ∝ q_j(z): the same expectation, a smaller variance, and never outside [0, log N].
+    A Monte-Carlo estimate over z of E_i E_{z~q_i} [log q_i(z) − log (1/N) Σ_j q_j(z)], the exact
+    aggregate. log q_i is replaced by its mean under p(j|z) ∝ q_j(z): the same expectation, a
+    smaller variance, and never outside [0, log N].
 
     Args:
         draws: samples of each posterior. chunk: how many z are looked at together.
@@ -79,17 +65,17 @@ def information(
             values.append(mean - log_q.logsumexp(1) + math.log(n))
     gains = torch.cat(values).clamp(0, math.log(n))  # beyond by rounding alone
     error = gains.std(unbiased=False).item() / math.sqrt(len(gains))
-    return Information(gains.mean().item(), error)
+    return gains.mean().item(), error
 
 
 def batch_bounds(
     mu: Tensor, logvar: Tensor, size: int, generator: torch.Generator | None = None
-) -> BatchBounds:
-    """Bounds on I(z; y) from random batches of K = `size` posteriors (spec §6.3).
+) -> tuple[float, float]:
+    """Bounds on I(z; y) in nats, in expectation, from random batches of K = `size` posteriors.
 
     Lower: mean log q_i(z_i) / ((1/K) Σ_j q_j(z_i)), at most log K. Upper: the same, its own q_i
-    left out of the mean (Poole et al. 2019, arXiv:1905.06922, §2). Images beyond the last full
-    batch are not used.
+    left out of the mean (spec §6.3; Poole et al. 2019, arXiv:1905.06922, §2). Images beyond the
+    last full batch are not used.
 
     Raises:
         ValueError: K is not within 2…N.
@@ -106,7 +92,7 @@ def batch_bounds(
         lower.append(own - log_q.logsumexp(1) + math.log(size))
         others = log_q.fill_diagonal_(-math.inf).logsumexp(1) - math.log(size - 1)
         upper.append(own - others)
-    return BatchBounds(torch.cat(lower).mean().item(), torch.cat(upper).mean().item())
+    return torch.cat(lower).mean().item(), torch.cat(upper).mean().item()
 
 
 # --- Theorem 3.5 --------------------------------------------------------------------------------
@@ -120,8 +106,8 @@ def distortion(mse: float, size: int, step: Sequence[float] | None = None) -> fl
 
     Args:
         step: width of a pixel's values per channel, in units of x (1/(255·std)). With it the result
-            is of the discrete pixels: their code length with uniform noise within their cells. It
-            is at least −E log of the cells' probability, and never negative.
+            is the code length of discrete pixels with uniform noise within their cells: at least
+            −E log of the cells' probability, and never negative.
     """
     if step is None:
         return 1.5 * size**2 * (1 + math.log(2 * math.pi * mse))
@@ -205,34 +191,20 @@ class Retention:
         """(n,) 100 where the own image comes first, else 0: percent once averaged."""
         return 100 * (self.ranks == 1).double()
 
-    @property
-    def retrieved(self) -> float:
-        """retrieval@1 in percent."""
-        return self.hits.mean().item()
-
-    @property
-    def mrr(self) -> float:
-        """Mean reciprocal rank, 1 at best."""
-        return (1 / self.ranks.double()).mean().item()
-
-    @property
-    def infonce(self) -> float:
-        """InfoNCE's lower bound on I(v; y) in nats (van den Oord et al. 2018, arXiv:1807.03748)."""
-        return self.gains.mean().item()
-
-    @property
-    def fano(self) -> float:
-        """Fano's lower bound on I(v; y) in nats, from retrieval@1 alone."""
-        return fano(1 - self.retrieved / 100, self.n)
-
     def row(self) -> dict[str, float]:
-        """All figures by name, those over images with their 95 % intervals."""
-        _, low, high = bootstrap_interval(self.hits)
-        _, infonce_low, infonce_high = bootstrap_interval(self.gains)
+        """Means over the queries, with 95 % intervals of `retrieved` and `infonce`.
+
+        retrieved: retrieval@1 in percent. rank: mean rank. mrr: mean reciprocal rank, 1 at best.
+        infonce: InfoNCE's lower bound on I(v; y) in nats (van den Oord et al. 2018,
+        arXiv:1807.03748). fano: Fano's, from retrieval@1 alone. own, nearest: cosines. n: N.
+        """
+        hits, gains = bootstrap_interval(self.hits), bootstrap_interval(self.gains)
+        ranks = self.ranks.double()
         return {
-            "retrieved": self.retrieved, "low": low, "high": high, "mrr": self.mrr,
-            "infonce": self.infonce, "infonce_low": infonce_low, "infonce_high": infonce_high,
-            "fano": self.fano, "rank": self.ranks.double().mean().item(),
+            "retrieved": hits.value, "low": hits.low, "high": hits.high,
+            "infonce": gains.value, "infonce_low": gains.low, "infonce_high": gains.high,
+            "rank": ranks.mean().item(), "mrr": (1 / ranks).mean().item(),
+            "fano": fano(1 - hits.value / 100, self.n),
             "own": self.own.mean().item(), "nearest": self.nearest.mean().item(), "n": self.n,
         }  # fmt: skip
 
@@ -287,27 +259,19 @@ def fano(error: float, n: int) -> float:
     return max(0.0, (1 - error) * math.log(n) - float(stats.entropy([error, 1 - error])))
 
 
-class Hardness(NamedTuple):
-    """How far x′ is from x: rise of the attacked loss (nats), and means over the images of the
-    cosine of their embeddings, ‖x′ − x‖₂ and ‖x′ − x‖∞ (normalised units)."""
-
-    rise: float
-    cosine: float
-    l2: float
-    linf: float
-
-
 def hardness(
     x: Tensor, x_adv: Tensor, z: Tensor, z_adv: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-) -> Hardness:
-    """Of a batch x, x_adv (B, 3, H, W) with the attacked encoder's embeddings z, z_adv (B, D).
+) -> dict[str, float]:
+    """How far a batch x_adv (B, 3, H, W) is from x, with the attacked encoder's z_adv, z (B, D).
 
-    loss: two batches of embeddings → scalar, what the attack ascends.
+    rise: of `loss` (two batches of embeddings → scalar), which the attack ascends, in nats. Means
+    over the images of the cosine of z and z_adv, and of l2 and linf, the norms of x_adv − x in
+    normalised units.
     """
     change = (x_adv - x).flatten(1)
-    return Hardness(
-        (loss(z, z_adv) - loss(z, z)).item(),
-        F.cosine_similarity(z, z_adv).mean().item(),
-        change.norm(dim=1).mean().item(),
-        change.abs().amax(1).mean().item(),
-    )
+    return {
+        "rise": (loss(z, z_adv) - loss(z, z)).item(),
+        "cosine": F.cosine_similarity(z, z_adv).mean().item(),
+        "l2": change.norm(dim=1).mean().item(),
+        "linf": change.abs().amax(1).mean().item(),
+    }
