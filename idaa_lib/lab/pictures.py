@@ -59,11 +59,11 @@ def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
     figure, axes = style.axes(1, len(maps), figsize=(2.6 * len(maps) + 0.6, 3), squeeze=False)
     highest = max(part.max() for part in found.values())
     for axis, (label, part) in zip(axes.flat, found.items(), strict=True):
-        shown = axis.imshow(part, cmap="magma", vmin=0, vmax=highest)
+        image = axis.imshow(part, cmap="magma", vmin=0, vmax=highest)
         axis.set(title=label, xlabel="x (pixels)")
         axis.grid(False)
     axes[0, 0].set(ylabel="y (pixels)")
-    figure.colorbar(shown, ax=axes, shrink=0.8, label="RMS (normalised units)")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="RMS (normalised units)")
     return figure
 
 
@@ -71,61 +71,10 @@ def spectra(parts: Mapping[str, Tensor]) -> Figure:
     """In which frequencies something lives: radially averaged power of (N, 3, H, W)."""
     figure, axis = style.axes(figsize=(6.4, 4))
     for label, part in parts.items():
-        frequency, power = radial_power(part)
-        axis.plot(frequency, power, label=label, marker="o", markersize=3)
-    axis.set(
-        yscale="log",
-        xlabel="spatial frequency (cycles per image)",
-        ylabel="mean power (normalised units²)",
-        title="Which frequencies each part holds",
-    )
+        axis.plot(*radial_power(part), label=label, marker="o", markersize=3)
+    axis.set(xlabel="spatial frequency (cycles per image)", yscale="log")
+    axis.set(ylabel="mean power (normalised units²)", title="Which frequencies each part holds")
     axis.legend()
-    return figure
-
-
-def identity_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Hardness and retrieval over ε, and retrieval over hardness: adversary → rows by ε.
-
-    A row has epsilon, loss_before, loss_after (nats), retrieved (%) and n, as `scene.Reading.row`.
-    The right panel compares adversaries where it is fair: at an equal loss.
-    """
-    figure, (left, middle, right) = style.axes(1, 3, figsize=(10.2, 2.9))
-    keys = ("epsilon", "loss_after", "retrieved")
-    for (name, curve), marker in zip(curves.items(), "os^", strict=False):
-        look = dict(color=COLOURS[name], label=NAMES[name], marker=marker, markersize=3.5)
-        epsilon, loss, retrieved = ([row[key] for row in curve] for key in keys)
-        left.plot(epsilon, loss, **look)
-        middle.plot(epsilon, retrieved, **look)
-        right.plot(loss, retrieved, **look)
-        for row in curve[:1]:
-            left.axhline(row["loss_before"], color=INK, linewidth=0.8, linestyle=":")
-            for axis in (middle, right):
-                axis.set(ylabel=f"x found among {row['n']} (%)")
-    for axis in (left, middle):
-        axis.set(xscale="log", xlabel="ε (z; CLAE: normalised pixels)")
-    left.set(ylabel="loss at x′ (nats)", title="Hardness")
-    middle.set(ylim=(-5, 105), title="Identity")
-    right.set(ylim=(-5, 105), xlabel="loss at x′ (nats)", title="Identity at equal hardness")
-    left.legend(fontsize="x-small", loc="upper left")
-    return figure
-
-
-def likeness(shares: Sequence[float], cosines: Mapping[str, Tensor]) -> Figure:
-    """Whose image is it, as a part goes over from image a to image b?
-
-    Args:
-        cosines: what moves → cosine to a and to b (N, 2) at each of the N shares of b.
-    """
-    figure, axes = style.axes(
-        1, len(cosines), figsize=(4.4 * len(cosines), 2.6), sharey=True,
-        squeeze=False,
-    )  # fmt: skip
-    for axis, (name, values) in zip(axes.flat, cosines.items(), strict=True):
-        for column, (who, marker) in enumerate((("a", "o"), ("b", "s"))):
-            axis.plot(shares, values[:, column], marker=marker, markersize=3.5, label=f"to {who}")
-        axis.set(title=name, xlabel="share of b (1 = exchanged)")
-    axes[0, 0].set(ylabel="cosine by the witness")
-    axes[0, 0].legend(fontsize="x-small")
     return figure
 
 
@@ -133,25 +82,68 @@ def radial_power(part: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies 0, 1, …, H/2 cycles per image and the mean power |FFT|²/HW in each ring."""
     h, w = part.shape[-2:]
     power = torch.fft.fft2(part.double()).abs().square().mean((0, 1)) / (h * w)
-    fy = torch.fft.fftfreq(h, 1 / h)
-    fx = torch.fft.fftfreq(w, 1 / w)
-    ring = (fy[:, None].square() + fx[None].square()).sqrt().round().long().flatten()
-    rings = min(h, w) // 2 + 1
-    inside = ring < rings
-    total = torch.zeros(rings, dtype=torch.float64).index_add_(
-        0, ring[inside], power.flatten()[inside]
-    )
-    count = torch.bincount(ring[inside], minlength=rings)
-    return np.arange(rings), (total / count).numpy()
+    frequency = np.hypot(np.fft.fftfreq(h, 1 / h)[:, None], np.fft.fftfreq(w, 1 / w))
+    ring, rings = frequency.round().astype(int).ravel(), min(h, w) // 2 + 1
+    mean = np.bincount(ring, power.numpy().ravel()) / np.bincount(ring)
+    return np.arange(rings), mean[:rings]
 
 
-# --- of an identity study, from the summary of its run --------------------------------------------
+def likeness(shares: Sequence[float], cosines: Mapping[str, Any]) -> Figure:
+    """Whose image is it, as a part goes over from image a to image b?
 
-LOOKS = {  # of x, its parts and its x′: label, marker, colour
-    "x": ("x", "x", INK), "G": ("G(x)", "D", PALETTE[4]), "R": ("R(x)", "v", PALETTE[3]),
-    "idaa": ("IDAA x′", "o", COLOURS["idaa"]), "clae": ("CLAE x′", "s", COLOURS["clae"]),
-}  # fmt: skip
+    Args:
+        cosines: what moves → cosine to a and to b (N, 2) at each of the N shares of b.
+    """
+    size = (4.4 * len(cosines), 2.6)
+    figure, axes = style.axes(1, len(cosines), figsize=size, sharey=True, squeeze=False)
+    for axis, (name, values) in zip(axes.flat, cosines.items(), strict=True):
+        for who, marker, column in zip("ab", "os", np.asarray(values).T, strict=True):
+            axis.plot(shares, column, marker=marker, markersize=3.5, label=f"to {who}")
+        axis.set(title=name, xlabel="share of b (1 = exchanged)")
+    axes[0, 0].set(ylabel="cosine by the witness")
+    axes[0, 0].legend(fontsize="x-small")
+    return figure
+
+
+# --- of identity, from rows of readings and the summary of a study --------------------------------
+
 Summary = Mapping[str, Any]
+# How x, its parts and its x′ look in every figure.
+LOOKS: dict[str, dict[str, Any]] = {
+    name: dict(label=label, marker=marker, color=color, markersize=4)
+    for name, label, marker, color in (
+        ("x", "x", "x", INK), ("G", "G(x)", "D", PALETTE[4]), ("R", "R(x)", "v", PALETTE[3]),
+        *((name, NAMES[name], marker, COLOURS[name]) for name, marker in
+          (("idaa", "o"), ("clae", "s"), ("random_sign", "^"))),
+    )
+}  # fmt: skip
+_THIN: dict[str, Any] = dict(color=INK, linewidth=0.8, linestyle=":")
+
+
+def identity_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Hardness and retrieval over ε, and retrieval over hardness: adversary → rows by ε.
+
+    Rows are those of `scene.Reading`. The right panel compares adversaries where it is fair: at an
+    equal loss.
+    """
+    figure, (left, middle, right) = style.axes(1, 3, figsize=(10.2, 2.9))
+    for name, curve in curves.items():
+        keys = ("epsilon", "loss_after", "retrieved")
+        epsilon, loss, retrieved = ([row[key] for row in curve] for key in keys)
+        left.plot(epsilon, loss, **LOOKS[name])
+        middle.plot(epsilon, retrieved, **LOOKS[name])
+        right.plot(loss, retrieved, **LOOKS[name])
+    row = next((row for curve in curves.values() for row in curve), {"n": 0})
+    left.axhline(row.get("loss_before", 0), **_THIN)
+    left.set(ylabel="loss at x′ (nats)", title="Hardness")
+    middle.set(title="Identity")
+    right.set(xlabel="loss at x′ (nats)", title="Identity at equal hardness")
+    for axis in (left, middle):
+        axis.set(xscale="log", xlabel="ε (z; CLAE: normalised pixels)")
+    for axis in (middle, right):
+        axis.set(ylabel=f"x found among {row['n']} (%)", ylim=(-5, 105))
+    left.legend(fontsize="x-small", loc="upper left")
+    return figure
 
 
 def information(summary: Summary) -> Figure:
@@ -180,32 +172,32 @@ def parts(summary: Summary) -> Figure:
     titles = {"instance": f"which of {probes['instances']}?", "class": "which class?"}
     kinds = [kind for kind in titles if kind in probes]
     figure, axes = style.axes(1, 2 + len(kinds), figsize=(2.7 * (2 + len(kinds)), 3.1))
-    found = [(row["retrieved"], row["low"], row["high"]) for row in rows]
+    hits = [(row["retrieved"], row["low"], row["high"]) for row in rows]
     nats = [(row["infonce"], row["infonce_low"], row["infonce_high"]) for row in rows]
-    panels = [found, nats, *([probes[kind][part] for part in PARTS] for kind in kinds)]
+    panels = [hits, nats, *([probes[kind][part] for part in PARTS] for kind in kinds)]
     for axis, values in zip(axes, panels, strict=True):
         mean, spread = _spread(values)
-        colours = [LOOKS[part][2] for part in PARTS]
+        colours = [LOOKS[part]["color"] for part in PARTS]
         axis.bar(PARTS, mean, 0.62, yerr=spread, capsize=4, color=colours)
-        axis.set(xlabel="seen by the witness", ylabel="accuracy (%)", ylim=(0, 100))
+        axis.set(xlabel="linear probe on", ylabel="accuracy (%)", ylim=(0, 100))
         axis.grid(axis="x", visible=False)
-    axes[0].set(ylabel=f"x found among {n} (%)", title="Witness: retrieval@1")
-    axes[0].axhline(100 / n, color=INK, linewidth=0.8, linestyle=":")
+    for axis, kind in zip(axes[2:], kinds, strict=True):
+        axis.set(title=f"Pixels: {titles[kind]}")
+    axes[0].set(xlabel="seen by the witness", ylabel=f"x found among {n} (%)")
+    axes[0].set(title="Witness: retrieval@1")
+    axes[0].axhline(100 / n, **_THIN)
     fano = [row["fano"] for row in rows]
     axes[1].scatter(PARTS, fano, marker="D", s=26, color="white", edgecolors=INK, label="Fano")
-    axes[1].axhline(summary["log_n"], color=INK, linewidth=0.8, linestyle=":", label="log N")
-    axes[1].set(ylabel="lower bound on I(v; y) (nats)", title="Witness: InfoNCE")
-    axes[1].set_ylim(min(0, np.min(nats)), 1.25 * summary["log_n"])
+    axes[1].axhline(summary["log_n"], label="log N", **_THIN)
+    axes[1].set(xlabel="seen by the witness", ylabel="lower bound on I(v; y) (nats)")
+    axes[1].set(title="Witness: InfoNCE", ylim=(min(0, np.min(nats)), 1.25 * summary["log_n"]))
     axes[1].legend(fontsize="x-small", loc="upper right", ncols=2)
-    for axis, kind in zip(axes[2:], kinds, strict=True):
-        axis.set(xlabel="linear probe on", title=f"Pixels: {titles[kind]}")
     return figure
 
 
 def exchange(summary: Summary) -> Figure:
     """Mean likeness to a and to b as G, or R, goes over from a to b."""
-    curves = {name: torch.tensor(of) for name, of in summary["exchange"]["cosines"].items()}
-    return likeness(summary["exchange"]["shares"], curves)
+    return likeness(summary["exchange"]["shares"], summary["exchange"]["cosines"])
 
 
 def equal_hardness(summary: Summary) -> Figure:
@@ -215,16 +207,15 @@ def equal_hardness(summary: Summary) -> Figure:
     figure, axes = style.axes(1, 2 + labelled, figsize=(3.6 * (2 + labelled), 3.1))
     units = {"retrieved": "retrieval@1 (points)", "infonce": "InfoNCE (nats)"}
     for axis, (key, unit) in zip(axes, units.items(), strict=False):
-        for shift, name, marker in ((0.94, "clae", "s"), (1.06, "random_sign", "^")):
+        for shift, name in ((0.94, "clae"), (1.06, "random_sign")):
             rows = [
                 (shift * row["epsilon"], row["at_equal_hardness"][key])
                 for row in summary["equal"]
                 if row["adversary"] == name and row["at_equal_hardness"]
             ]
-            look = dict(color=COLOURS[name], marker=marker, markersize=5, linestyle="", capsize=3)
             mean, spread = _spread([values for _, values in rows])
-            at = [epsilon for epsilon, _ in rows]
-            axis.errorbar(at, mean, yerr=spread, label=f"IDAA − {NAMES[name]}", **look)
+            look = LOOKS[name] | dict(label=f"IDAA − {NAMES[name]}", linestyle="", capsize=3)
+            axis.errorbar([epsilon for epsilon, _ in rows], mean, yerr=spread, **look)
         axis.axhline(0, color=INK, linewidth=0.8)
         axis.set(xscale="log", xlabel="ε of IDAA (units of z)", ylabel=f"difference in {unit}")
         axis.set_xlim(epsilons[0] / 1.6, epsilons[-1] * 1.6)
@@ -232,10 +223,10 @@ def equal_hardness(summary: Summary) -> Figure:
     axes[0].set(title="Identity at equal hardness")
     axes[1].set(title="above 0: IDAA keeps more")
     axes[0].legend(fontsize="x-small")
-    for (name, curve), marker in zip(curves.items(), "os^" if labelled else "", strict=False):
-        loss, same = ([row[key] for row in curve] for key in ("loss_after", "consistency"))
-        look = dict(color=COLOURS[name], marker=marker, markersize=3.5, label=NAMES[name])
-        axes[2].plot(loss, same, **look)
+    if labelled:
+        for name, curve in curves.items():
+            loss, same = ([row[key] for row in curve] for key in ("loss_after", "consistency"))
+            axes[2].plot(loss, same, **LOOKS[name])
         axes[2].set(xlabel="loss at x′ (nats)", ylabel="same class as x (%)", ylim=(-5, 105))
         axes[2].set(title="Label consistency")
     return figure
@@ -246,11 +237,11 @@ def candidates(summary: Summary) -> Figure:
     k, attacked = summary["among"]["k"], summary.get("among_attacked", {})
     radii = {"idaa": attacked.get("epsilon"), "clae": attacked.get("matched")}
     figure, axis = style.axes(figsize=(6.4, 3.6))
-    for name, (label, marker, colour) in LOOKS.items():
-        if name in (found := summary["among"] | attacked):
-            label += f", ε = {radii[name]:.2g}" if name in radii else ""
-            axis.plot(k, found[name], marker=marker, markersize=4, color=colour, label=label)
-    axis.plot(k, [100 / i for i in k], color=INK, linewidth=0.8, linestyle=":", label="by chance")
+    for name, curve in (summary["among"] | attacked).items():
+        if look := LOOKS.get(name):
+            label = f"{look['label']} x′, ε = {radii[name]:.2g}" if name in radii else look["label"]
+            axis.plot(k, curve, **look | {"label": label})
+    axis.plot(k, [100 / i for i in k], label="by chance", **_THIN)
     axis.set(xscale="log", xlabel="candidates", ylabel="x found (%)", ylim=(-5, 105))
     axis.set(title="Identity over the number of candidates")
     _ticks(axis, [i for i in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if i <= summary["n"]])
@@ -261,40 +252,34 @@ def candidates(summary: Summary) -> Figure:
 def vaes(summary: Summary) -> Figure | None:
     """Information, identity and hardness over β and over dim; None where there is one VAE alone."""
     names = {"beta": "β (nats KL per nat NLL)", "dim": "dim m"}
-    drawn = [axis for axis in names if axis in summary["vaes"]]
-    if not drawn:
+    varied = [axis for axis in names if axis in summary["vaes"]]
+    if not varied:
         return None
-    epsilon = summary["vaes"]["epsilon"]
-    size = (10.4, 3.0 * len(drawn))
-    figure, grid = style.axes(len(drawn), 3, figsize=size, squeeze=False)
-    for (left, middle, right), axis in zip(grid, drawn, strict=True):
+    epsilon, size = summary["vaes"]["epsilon"], (10.4, 3.0 * len(varied))
+    figure, grid = style.axes(len(varied), 3, figsize=size, squeeze=False)
+    for panels, axis in zip(grid, varied, strict=True):
+        left, middle, right = panels
         rows = summary["vaes"][axis]
-        value = [row["value"] for row in rows]
-        for key, label, marker, colour in (
-            ("rate", "rate", "v", PALETTE[4]), ("information", "I(z; y)", "o", PALETTE[0]),
-        ):  # fmt: skip
-            line = [row["latent"][key] for row in rows]
-            left.plot(value, line, marker=marker, markersize=4, color=colour, label=label)
-        left.axhline(summary["log_n"], color=INK, linewidth=0.8, linestyle=":", label="log N")
-        left.set(ylabel="nats", title="Latent")
+        value, latents = [row["value"] for row in rows], [row["latent"] for row in rows]
+        rate = [latent["rate"] for latent in latents]
+        left.plot(value, rate, **LOOKS["G"] | {"label": "rate", "marker": "v"})
+        nats = [latent["information"] for latent in latents]
+        left.plot(value, nats, **LOOKS["idaa"] | {"label": "I(z; y)"})
+        left.axhline(summary["log_n"], label="log N", **_THIN)
         left.set_yscale("symlog", linthresh=10)
-        left.set_ylim(0, 1.6 * max(10, *(row["latent"]["rate"] for row in rows)))
+        left.set(ylabel="nats", title="Latent", ylim=(0, 1.6 * max(10, *rate)))
         for part in ("G", "R", "idaa"):
-            label, marker, colour = LOOKS[part]
             kept = [row["kept"][part] for row in rows]
             mean, spread = _spread([(one["retrieved"], one["low"], one["high"]) for one in kept])
-            look = dict(marker=marker, markersize=4, color=colour, label=label, capsize=3)
-            middle.errorbar(value, mean, yerr=spread, **look)
+            middle.errorbar(value, mean, yerr=spread, capsize=3, **LOOKS[part])
         middle.set(ylabel=f"x found among {summary['n']} (%)", title=f"Identity, ε = {epsilon:g}")
-        loss = [row["loss"] for row in rows]
-        right.plot(value, loss, marker="o", markersize=4, color=COLOURS["idaa"])
-        right.axhline(summary["loss_before"], color=INK, linewidth=0.8, linestyle=":")
+        right.plot(value, [row["loss"] for row in rows], **LOOKS["idaa"])
+        right.axhline(summary["loss_before"], **_THIN)
         right.set(ylabel="loss at x′ (nats)", title=f"Hardness of ε = {epsilon:g}")
-        left.legend(fontsize="x-small")
-        middle.legend(fontsize="x-small")
-        for panel in (left, middle, right):
+        for panel in panels:
             panel.set(xscale="log", xlabel=names[axis])
             _ticks(panel, value)
+            panel.legend(fontsize="x-small")
     return figure
 
 
@@ -313,11 +298,10 @@ def hardness_table(summary: Summary) -> pd.DataFrame:
 def verdict_table(summary: Summary, *sections: str) -> pd.DataFrame:
     """What the study tells, of these sections (of all): `verdicts` as a table."""
     rows = [row for row in verdicts(dict(summary)) if not sections or row["section"] in sections]
-    table = pd.DataFrame(rows)
-    for key in ("low", "high", "value"):
-        table[key] = table[key].map("{:,.2f}".format)
-    table["95 % interval"] = table["low"] + " … " + table["high"]
-    return table[["claim", "value", "95 % interval", "unit", "n", "verdict", "note"]]
+    for row in rows:
+        row["95 % interval"] = "{low:,.2f} … {high:,.2f}".format_map(row)
+    columns = ["claim", "value", "95 % interval", "unit", "n", "verdict", "note"]
+    return pd.DataFrame(rows)[columns].round(2)
 
 
 def _spread(rows: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
