@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib import runs
-from idaa_lib.adversaries import CLAE, IDAA, Anchor, Direction, RandomSign
+from idaa_lib.adversaries import CLAE, IDAA, Anchor, Direction, GradientAscent, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.data.decoding import decode
@@ -30,7 +30,8 @@ from idaa_lib.views import denormalise, keyed_generator, normalise, recipe
 
 Embed = Callable[[Tensor], Tensor]  # normalised images (N, 3, size, size) → features (N, D)
 
-ADVERSARIES = ("idaa", "clae", "random_sign")
+KINDS: dict[str, Any] = {"idaa": IDAA, "clae": CLAE, "random_sign": RandomSign}
+ADVERSARIES = tuple(KINDS)
 UNTRAINED = "untrained"  # in place of a run
 BATCH = 256  # images that are attacked together: as in training they are each other's negatives
 POOL = 1000  # further images at most
@@ -126,7 +127,8 @@ class Scene:
         if adversary not in self._directions:
             attack, generator = self._adversary(adversary, 1.0), keyed_generator(self.config.seed)
             self._directions[adversary] = [
-                attack.direction(x, partial(self._loss, z), generator) for x, z in self.batches
+                attack.direction(x, partial(self._loss, z), generator=generator)
+                for x, z in self.batches
             ]
         return self._directions[adversary]
 
@@ -147,12 +149,13 @@ class Scene:
         return loss(z, self.embed(images))
 
     def _adversary(self, name: str, epsilon: float) -> Any:
-        if name == "clae":
-            return CLAE(epsilon, self.config.steps, norm=self.config.norm)
-        if name not in ADVERSARIES:
-            raise ValueError(f"adversary must be one of {', '.join(ADVERSARIES)}, and is {name!r}.")
-        kind = IDAA if name == "idaa" else RandomSign
-        return kind(self.vae, epsilon, self.config.steps, norm=self.config.norm)
+        if name not in KINDS:
+            raise ValueError(f"adversary must be one of {', '.join(KINDS)}, and is {name!r}.")
+        kind: Any = KINDS[name]
+        knobs: dict[str, Any] = {"norm": self.config.norm}
+        if issubclass(kind.Options, GradientAscent.Options):
+            knobs["steps"] = self.config.steps
+        return kind(self.vae, epsilon, **knobs) if kind.needs_vae else kind(epsilon, **knobs)
 
     # --- encoders -----------------------------------------------------------------------------
 
