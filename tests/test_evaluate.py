@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from idaa_lib import runs
 from idaa_lib.configs import EvalConfig
 from idaa_lib.data.cached import load
-from idaa_lib.evaluate.crops import TRUST, crop_probe, enlarged, scale_by_trust
+from idaa_lib.evaluate.crops import crop_probe, enlarged
 from idaa_lib.evaluate.encoders import Encoder, features, pixels
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.metrics import (
@@ -35,6 +35,7 @@ from idaa_lib.evaluate.metrics import (
     uniformity,
 )
 from idaa_lib.evaluate.probe import CLEAN, linear_probe, official_probe, predict
+from idaa_lib.methods.lars import LARS
 from idaa_lib.nets import build_backbone
 from idaa_lib.runs import checkpoints
 from idaa_lib.views import Recipe, keyed_generator
@@ -433,15 +434,48 @@ def test_pixels_are_centred():
 # --- the linear classifier on random crops -------------------------------------------------------
 
 
-def test_lars_makes_a_gradient_as_long_as_a_share_of_its_parameter():
+def lars_loop(parameters, gradients, rate, trust, momentum, decay, adapt):
+    """Parameters after a step for each of `gradients`, by the definition."""
+    parameters, speeds = [p.clone() for p in parameters], [torch.zeros_like(p) for p in parameters]
+    for step in gradients:
+        for i, g in enumerate(step):
+            u = g + decay[i] * parameters[i]
+            if adapt[i] and parameters[i].norm() > 0 and u.norm() > 0:
+                u = trust * parameters[i].norm() / u.norm() * u
+            speeds[i] = momentum * speeds[i] + u
+            parameters[i] = parameters[i] - rate * speeds[i]
+    return parameters
+
+
+def test_lars_agrees_with_a_loop_and_leaves_out_what_it_is_told_to():
+    start = [normal(3, 4), normal(4, seed=1), torch.zeros(2).double(), normal(5, seed=2)]
+    gradients = [[normal(*p.shape, seed=9 + i) for p in start] for i in range(4)]
+    for step in gradients:
+        step[3].zero_()  # of no length
+    decay, adapt = (0.1, 0.0, 0.1, 0.0), (True, False, True, True)
+    parameters = [nn.Parameter(p.clone()) for p in start]
+    optimizer = LARS(
+        [dict(params=[p], weight_decay=d, adapt=a)
+         for p, d, a in zip(parameters, decay, adapt, strict=True)],
+        lr=2.0, trust=0.01, momentum=0.8,
+    )  # fmt: skip
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(parameters, step, strict=True))
+    expected = lars_loop(start, gradients, 2.0, 0.01, 0.8, decay, adapt)
+    for ours, theirs in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(ours.data, theirs)
+    assert torch.equal(parameters[3].data, start[3])
+
+
+def test_lars_makes_a_step_as_long_as_a_share_of_its_parameter():
     weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.zeros(2))
-    still = nn.Parameter(torch.ones(2))
     weight.grad, bias.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([1.0, -1.0])
-    still.grad = torch.zeros(2)
-    scale_by_trust([weight, bias, still])
-    torch.testing.assert_close(weight.grad, torch.tensor([[0.0, 5 * TRUST]]))
-    assert torch.equal(bias.grad, torch.tensor([1.0, -1.0]))  # nothing to be a share of
-    assert torch.equal(still.grad, torch.zeros(2))
+    LARS([weight, bias], lr=1.0).step()
+    torch.testing.assert_close(weight.data, torch.tensor([[3.0, 4.0 - 5 * 1e-3]]))
+    assert torch.equal(bias.data, torch.tensor([-1.0, 1.0]))  # nothing to be a share of
 
 
 class Colours(nn.Module):
@@ -515,7 +549,7 @@ def test_the_classifier_on_crops_agrees_with_a_slow_loop(crops):
     torch.testing.assert_close(tensors["bias"].double(), b, rtol=1e-4, atol=1e-7)
     assert torch.equal(found.predictions, scores.argmax(1))
     assert torch.equal(found.likeliest, scores.topk(min(5, classes)).indices)
-    assert [line["step"] for line in run.metrics()] == list(range(1, 13))
+    assert [line["step"] for line in run.metrics()] == [3, 6, 9, 12]
 
 
 @pytest.mark.parametrize("stopped_after", [4, 6])

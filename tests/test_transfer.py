@@ -397,9 +397,7 @@ def test_an_interrupted_transfer_judges_what_is_left_alone(made, photos, monkeyp
         monkeypatch.setattr(stage, "_encode", encode)
         with monkeypatch.context() as patch:
             patch.setattr(runs.Writer, "request", lambda self: "stop")
-            with pytest.raises(
-                runs.Stopped, match="Stopped after the encoder row of photos and saved"
-            ):
+            with pytest.raises(runs.Stopped, match=r"Stopped \(stop\) after step 1 of 2 and saved"):
                 transfer(asked)
         with pytest.raises(KeyboardInterrupt):
             transfer(asked)

@@ -91,6 +91,10 @@ class ImageSet:
             crops.append(interpolate(crop, (size, size), mode="bilinear", antialias=True))
         return torch.cat(crops)
 
+    def with_labels(self) -> "ImageSet":
+        """The images that have a class: all of this set, or a copy of those."""
+        return self if self.labelled else self.subset(self.labels >= 0)
+
     def subset(self, indices: Tensor | Sequence[int] | slice) -> "ImageSet":
         """The images at `indices` (or where a boolean mask holds), in that order, copied."""
         index = torch.arange(self.n)[indices]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from idaa_lib import runs
+from idaa_lib.configs import ConfigError
+from idaa_lib.data.cached import ImageSet
 from idaa_lib.methods import About, Method, build_method
-from idaa_lib.nets import evaluating, initial_weights
+from idaa_lib.nets import build_backbone, evaluating, initial_weights
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, RunError, checkpoints
+from idaa_lib.runs.machine import open_images
 from idaa_lib.views import Recipe, recipe
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Encoder(NamedTuple):
@@ -35,15 +40,25 @@ def load_encoder(
 ) -> Encoder:
     """The frozen encoder of a finished SSL or semi-supervised run, on the CPU, in eval mode.
 
+    A backbone comes back from its configuration and weights alone, whatever became of its method.
+
     Args:
         run: a run, its id or path; None takes the newest SSL run.
         layer: `backbone` gives features h (B, feature_dim); `projector` the L2-normalised z.
         epoch: of a snapshot that the run kept (`keep_every`); None takes the final weights.
     Raises:
-        RunError: there is no such run or snapshot, or it is not finished.
+        RunError: there is no such run or snapshot, it is not finished, or its weights do not fit.
     """
     run = runs.encoder(run)
-    return Encoder(_layer(_method(run, _tensors(run, "method.", epoch)), layer), *_units(run))
+    tensors = _tensors(run, "method.", epoch)
+    # Of FixMatch the averaged weights are evaluated.
+    place = "ema.backbone." if run.stage == "semi" else "network.backbone."
+    weights = checkpoints.under(place, tensors)
+    if layer == "backbone" and weights:
+        module = _backbone(run, weights)
+    else:
+        module = _fill(_method(run), tensors, run).encoder(layer)
+    return Encoder(module.eval().requires_grad_(False), *_units(run))
 
 
 def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
@@ -51,7 +66,8 @@ def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
 
     Of a run that continued another, or was imported: an untrained one of the same shape.
     """
-    return Encoder(_layer(_method(run), layer), *_units(run))
+    module = _method(run).encoder(layer)
+    return Encoder(module.eval().requires_grad_(False), *_units(run))
 
 
 def load_vae(run: Run | str | None = None, **values: object) -> VAE:
@@ -67,8 +83,7 @@ def load_vae(run: Run | str | None = None, **values: object) -> VAE:
     _, mean, std = _units(run)
     with initial_weights(config.seed):
         vae = VAE(config.dim, config.size, config.width, mean, std)
-    vae.load_state_dict(_tensors(run, "method.network."))
-    return vae.eval().requires_grad_(False)
+    return _fill(vae, _tensors(run, "method.network."), run).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -81,11 +96,12 @@ def features(
     *,
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
+    output_device: torch.device | str = "cpu",
     bf16: bool = False,
     transform: Recipe | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Features (N, D) float32, on the CPU, of uint8 images (N, 3, H, W).
+    """Features (N, D) float32, on `output_device`, of uint8 images (N, 3, H, W).
 
     The module is left as it was: eval mode inside, its own modes after, no gradients.
 
@@ -104,8 +120,25 @@ def features(
             x = transform(batch, generator).images
             with autocast:
                 z = module(x)
-            rows.append(z.float().cpu())
+            rows.append(z.float().to(output_device))
     return torch.cat(rows)
+
+
+def open_splits(dataset: str, size: int, limit: int | None) -> dict[str, ImageSet]:
+    """`train`, `val` and `test` of a data set to judge encoders on: the images that have a label.
+
+    Raises:
+        ConfigError: the data set cannot be read, or one of them has no labels.
+    """
+    splits = {
+        name: open_images(dataset, name, size, limit).with_labels()
+        for name in ("train", "val", "test")
+    }
+    if bare := [name for name, split in splits.items() if not len(split)]:
+        raise ConfigError(
+            f"dataset={dataset!r} has no labels to evaluate against in {' and '.join(bare)}."
+        )
+    return splits
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -113,24 +146,32 @@ def pixels(images: Tensor) -> Tensor:
     return images.flatten(1).float() / 255 - 0.5
 
 
-def _layer(method: Method, layer: str) -> nn.Module:
-    return method.encoder(layer).eval().requires_grad_(False)
+def _backbone(run: Run, weights: dict[str, Tensor]) -> nn.Module:
+    """The backbone of `run` without the adversarial norms, which serve training alone."""
+    config = run.config
+    shape: dict[str, Any] = dict(width=config.width, stem=config.stem, adversarial_norms=False)
+    with initial_weights(config.seed):
+        module = build_backbone(config.backbone, **shape)
+    return _fill(module, {k: v for k, v in weights.items() if "_adv." not in k}, run)
 
 
-def _method(run: Run, tensors: dict[str, Tensor] | None = None) -> Method:
-    """The method of `run` with these weights, or with those it had before training."""
+def _method(run: Run) -> Method:
+    """The method of `run` with the weights it had before training."""
     config = run.config
     about = About(recipe(config.augmentation, *_units(run)), classes=run.model["classes"])
-    method = build_method(config, about)
-    if tensors is not None:
-        try:
-            method.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise RunError(
-                f"The weights of {run.id} do not fit method {config.method!r} with backbone "
-                f"{config.backbone!r} as they are now: was their code changed since?"
-            ) from error
-    return method
+    return build_method(config, about)
+
+
+def _fill(module: M, tensors: dict[str, Tensor], run: Run) -> M:
+    """The module with these weights of `run`."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RunError(
+            f"The weights of {run.id} do not fit its networks as they are now: was the code of "
+            f"backbone or method changed since?"
+        ) from error
+    return module
 
 
 def _units(run: Run) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
@@ -140,9 +181,7 @@ def _units(run: Run) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
 
 def _tensors(run: Run, prefix: str, epoch: int | None = None) -> dict[str, Tensor]:
     if epoch is not None:
-        found = checkpoints.snapshot(run, epoch)
-    elif (loaded := checkpoints.load(run)) is not None:
-        found, _ = loaded
-    else:
+        return checkpoints.under(prefix, checkpoints.snapshot(run, epoch))
+    if (checkpoint := checkpoints.load(run)) is None:
         raise RunError(f"Run {run.id} has no checkpoint under {run.path / 'checkpoints'}.")
-    return checkpoints.under(prefix, found)
+    return checkpoints.under(prefix, checkpoint[0])

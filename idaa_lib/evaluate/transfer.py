@@ -1,17 +1,12 @@
-"""Transfer: frozen features on other data, the protocol of Kornblith et al. 2019
-(arXiv:1805.08974), inferred to be the paper's too (docs/spec/idaa.md §5); and probes from few
-labels.
-
-Features are taken as they are, not standardised. The penalty λ multiplies ‖W‖² beside the summed
-cross-entropy, bias free, as in Kornblith's own code; per image of the mean that is 2λ/N of ½‖W‖²,
-so the refit on more images is penalised less.
-"""
+"""Transfer: frozen features on other data by the protocol of Kornblith et al. 2019
+(arXiv:1805.08974), inferred to be the paper's too (docs/spec/idaa.md §5); and few labels."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +14,13 @@ from torch import Tensor
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, TransferConfig
 from idaa_lib.data.cached import ImageSet
-from idaa_lib.evaluate.encoders import Encoder, features, load_encoder, random_encoder
+from idaa_lib.evaluate.encoders import (
+    Encoder,
+    features,
+    load_encoder,
+    open_splits,
+    random_encoder,
+)
 from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot
 from idaa_lib.evaluate.metrics import (
     accuracy,
@@ -36,8 +37,9 @@ from idaa_lib.evaluate.probe import (
     linear_probe,
     principal_axes,
 )
-from idaa_lib.runs import Run, Stopped, checkpoints
-from idaa_lib.runs.machine import describe, open_images, settled, torch_device, uses_bf16
+from idaa_lib.runs import Run, Writer, checkpoints, stage
+from idaa_lib.runs.machine import describe, settled, torch_device, uses_bf16
+from idaa_lib.runs.steps import Steps
 from idaa_lib.views import keyed_generator
 
 IMAGENET_SIZE = 224
@@ -48,8 +50,8 @@ ENCODERS: dict[str, Callable[[Run], Encoder]] = {"encoder": load_encoder, "rando
 
 
 def transfer(config: TransferConfig) -> Run:
-    """Judge a finished SSL run's encoder on other data; a finished transfer is given back as is, an
-    interrupted one goes on after the last encoder that was judged on a data set.
+    """A finished SSL run's encoder judged on other data; a finished transfer is given back as it
+    is, an interrupted one continues after the last encoder that was judged on a data set.
 
     `rows` of the run's `summary.json` hold, for each data set and encoder, accuracies in percent
     with their 95 % interval: `linear` on all labels, one for each share of the labels, one for each
@@ -57,56 +59,25 @@ def transfer(config: TransferConfig) -> Run:
 
     Raises:
         RunError: the SSL run is missing or unfinished. ConfigError: no data set can be used.
-        Stopped: on a request to stop or pause, between two encoders.
+        Stopped: on a request to stop, between two encoders.
     """
     plan = _plan(config)
-    config, run = plan.config, plan.run
     for name, reason in plan.left_out.items():
         print(f"{name} is left out: {reason}")
-    if run.finished:
-        print(f"{run.id} is finished: showing its result.")
-        return run
-    device = torch_device(config.device)
-    bf16 = uses_bf16(config.precision, device)
-    about = [describe(device, "bf16" if bf16 else "no", s["test"]) for s in plan.targets]
-    environment = about[0] | {"datasets": [each["dataset"] for each in about]}
-    with run.writing(config, environment) as writer:
-        began = time.monotonic()
-        # What was judged before an interruption, by data set and encoder.
-        _, before = checkpoints.load(run) or ({}, {"rows": {}, "seconds": 0.0})
-        judged, seconds = before["rows"], before["seconds"]
-        left_out = dict(plan.left_out)
-        for splits in plan.targets:
-            episodes = _episodes(splits["test"], config, left_out)
-            for name in list(ENCODERS)[: 2 if config.references else 1]:
-                key = f"{name} on {splits['test'].fingerprint}"
-                if key in judged:
-                    continue
-                encoded = _encode(ENCODERS[name](plan.source), splits, plan.size, device, bf16)
-                found = _judge(encoded, splits, episodes, config, plan.size)
-                judged[key] = [{"features": name, **row} for row in found]
-                told = ", ".join(f"{row['probe']} {row['value']:.1f}" for row in found)
-                print(f"{splits['test'].name}, {name}: {told} (%)")
-                now = seconds + time.monotonic() - began
-                checkpoints.save(run, len(judged), {}, {"rows": judged, "seconds": now})
-                if writer.request() is not None:
-                    raise Stopped(
-                        f"Stopped after the {name} row of {splits['test'].name} and saved: start "
-                        f"the same transfer again to go on."
-                    )
-        rows = [row for found in judged.values() for row in found]
-        result = {"rows": rows, "left_out": left_out, "size": plan.size}
-        writer.finish(result | {"seconds": seconds + time.monotonic() - began})
-    return run
+    return stage.perform(plan, partial(_transfer, plan))
 
 
-class _Plan(NamedTuple):
-    config: TransferConfig
-    run: Run
+@dataclass(frozen=True)
+class _Plan(stage.Plan):
+    """source: the run whose encoder is judged. size: pixels a side. targets: the splits of each
+    data set. left_out: name → why it has no rows."""
+
     source: Run
     size: int
     targets: list[dict[str, ImageSet]]
     left_out: dict[str, str]
+    device: torch.device
+    bf16: bool
 
 
 def _plan(config: TransferConfig) -> _Plan:
@@ -114,11 +85,11 @@ def _plan(config: TransferConfig) -> _Plan:
     trained = source.config
     size = config.size or (IMAGENET_SIZE if trained.stem == "imagenet" else trained.size)
     names = tuple(map(settled, config.datasets or (trained.dataset,)))
-    config = config.model_copy(update={"run": source.reference, "datasets": names})
+    config = config.replace(run=source.reference, datasets=names)
     targets, left_out = [], {}
     for name in dict.fromkeys(names):
         try:
-            targets.append(_open(name, size, config.limit))
+            targets.append(open_splits(name, size, config.limit))
         except ConfigError as error:
             left_out[name] = str(error)
     if not targets:
@@ -127,40 +98,65 @@ def _plan(config: TransferConfig) -> _Plan:
         raise ConfigError(f"No data set can be transferred to{others}: {first}")
     fingerprints = " ".join(splits["test"].fingerprint for splits in targets)
     run = runs.run_for(config, fingerprints, encoder=checkpoints.digest(source))
-    return _Plan(config, run, source, size, targets, left_out)
+    device = torch_device(config.device)
+    bf16 = uses_bf16(config.precision, device)
+    about = [describe(device, "bf16" if bf16 else "no", splits["test"]) for splits in targets]
+    environment = about[0] | {"datasets": [each["dataset"] for each in about]}
+    return _Plan(
+        config, run, source, size, targets, left_out, device, bf16, environment=environment
+    )
 
 
-def _open(name: str, size: int, limit: int | None) -> dict[str, ImageSet]:
-    splits = {s: open_images(name, s, size, limit) for s in ("train", "val", "test")}
-    if not splits["train"].labelled:
-        raise ConfigError(f"dataset={name!r} has no labels to evaluate against.")
-    return splits
+def _transfer(plan: _Plan, writer: Writer) -> dict[str, Any]:
+    config, left_out = plan.config, dict(plan.left_out)
+    rows: list[dict[str, Any]] = []
+    episodes = [_episodes(splits["test"], config, left_out) for splits in plan.targets]
+    encoders = list(ENCODERS)[: 2 if config.references else 1]
+    total = len(plan.targets) * len(encoders)
+    images = sum(len(split) for splits in plan.targets for split in splits.values())
+    steps = Steps(
+        plan.run, writer, total, per_epoch=total, checkpoint_every=1,
+        images=images // len(plan.targets), state=lambda: ({}, {"rows": rows}),
+        restore=lambda tensors, values: rows.extend(values["rows"]),
+    )  # fmt: skip
+    steps.resume()
+    for step in steps:
+        target, encoder = divmod(step, len(encoders))
+        splits, name = plan.targets[target], encoders[encoder]
+        z = _encode(ENCODERS[name](plan.source), splits, plan)
+        judged = _judge(z, splits, episodes[target], config, plan.size)
+        rows += [{"features": name, **row} for row in judged]
+        values = ", ".join(f"{row['probe']} {row['value']:.1f}" for row in judged)
+        print(f"{splits['test'].name}, {name}: {values} (%)")
+    summary = {"rows": rows, "left_out": left_out, "size": plan.size}
+    return summary | {"seconds": steps.seconds}
 
 
-def _encode(
-    encoder: Encoder, splits: Mapping[str, ImageSet], size: int, device: torch.device, bf16: bool
-) -> dict[str, Tensor]:
+def _encode(encoder: Encoder, splits: Mapping[str, ImageSet], plan: _Plan) -> dict[str, Tensor]:
     """Features of each split, encoded once, on the device."""
-    module, _, mean, std = encoder.to(device)
+    module, _, mean, std = encoder.to(plan.device)
     return {
-        name: features(module, split.images, size, mean, std, device=device, bf16=bf16).to(device)
+        name: features(
+            module, split.images, plan.size, mean, std,
+            device=plan.device, output_device=plan.device, bf16=plan.bf16,
+        )
         for name, split in splits.items()
-    }
+    }  # fmt: skip
 
 
 def _episodes(
     test: ImageSet, config: TransferConfig, left_out: dict[str, str]
 ) -> dict[int, Tensor]:
     """Episodes of each number of shots, the same for every encoder."""
-    found = {}
+    episodes = {}
     for shots in config.shots:
         try:
-            found[shots] = draw_episodes(
+            episodes[shots] = draw_episodes(
                 test.labels, config.ways, shots, config.queries, config.episodes, config.seed
             )
         except ValueError as error:
             left_out[f"{test.name}, {config.ways}-way {shots}-shot"] = f"only {error}."
-    return found
+    return episodes
 
 
 def _judge(

@@ -117,20 +117,22 @@ def train_ssl(config: SSLConfig) -> Run:
     method, bank = build_method(plan.config, plan.about), plan.data
     if config.split == "trainval":  # which holds `val` itself: an image would find itself
         bank = open_images(config.dataset, "train", config.size, config.limit)
+    bank, labelled = bank.with_labels(), val.labels >= 0
+    judged = len(bank) > 0 and bool(labelled.any())
 
     def validate(method: Method, device: torch.device) -> dict[str, float]:
         z = _features(plan, method, "backbone", val, device)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z).item()}
-        if val.labelled:
+        if judged:
             neighbours = _features(plan, method, "backbone", bank, device)
             labels = bank.labels.to(neighbours.device)
-            guess = knn(neighbours, labels, z, classes=len(bank.classes)).cpu()
-            top1, low, high, _ = accuracy(guess, val.labels)
+            guess = knn(neighbours, labels, z[labelled.to(z.device)], classes=len(bank.classes))
+            top1, low, high, _ = accuracy(guess.cpu(), val.labels[labelled])
             figures |= {"knn_top1_val": top1, "knn_low_val": low, "knn_high_val": high}
         return figures
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
-        if not val.labelled:
+        if not judged:
             return figures | {"n_val": len(val)}
         k = min(200, len(bank))
         protocol = f"clean: backbone features, k={k}, τ=0.5, last epoch, validation split"
@@ -157,8 +159,8 @@ def train_semi(config: SemiConfig) -> Run:
         raise ConfigError(f"dataset={config.dataset!r} has no labels to learn from.")
     labelled_subset(plan.data.labels, per_class, classes, config.seed)  # raises if it cannot
     method = build_method(plan.config, plan.about)
-    test = open_images(config.dataset, "test", config.size, None)
-    if not (val.labelled and test.labelled):
+    test = open_images(config.dataset, "test", config.size, None).with_labels()
+    if not (len(val := val.with_labels()) and len(test)):
         raise ConfigError(f"dataset={config.dataset!r} has no labels to validate and test against.")
 
     def judge(method: Method, split: ImageSet, device: torch.device) -> Accuracy:
@@ -192,9 +194,15 @@ def _require(config: Any, kind: type[TrainingConfig]) -> None:
 def _features(
     plan: TrainingPlan, method: Method, layer: str, split: ImageSet, device: torch.device
 ) -> Tensor:
-    encoder, bf16 = method.encoder(layer), uses_bf16(plan.config.precision, device)
-    size = plan.config.size
-    return features(encoder, split.images, size, *plan.units, device=device, bf16=bf16)
+    return features(
+        method.encoder(layer),
+        split.images,
+        plan.config.size,
+        *plan.units,
+        device=device,
+        output_device=device,
+        bf16=uses_bf16(plan.config.precision, device),
+    )
 
 
 def _plan(config: TrainingConfig) -> TrainingPlan:

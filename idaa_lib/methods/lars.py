@@ -1,0 +1,52 @@
+"""LARS (You et al. 2017, arXiv:1708.03888, Eq. 6): steps as long as a share of their parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum on gradients that are scaled parameter by parameter (spec/siblings.md §3.3).
+
+    u = g + weight_decay · p, times trust · ‖p‖/‖u‖ (times 1 where either length is 0);
+    μ ← momentum · μ + u; p ← p − lr · μ.
+
+    Args:
+        params: parameters or groups. A group with `adapt=False` is not scaled, and one with
+            `weight_decay=0` not decayed: as recipes have it for vectors (biases, norms).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 1e-3,
+        adapt: bool = True,
+    ) -> None:
+        defaults = dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=adapt
+        )
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad + group["weight_decay"] * p
+                if group["adapt"]:
+                    ours, theirs = p.norm(), update.norm()
+                    share = group["trust"] * ours / theirs
+                    update *= share.where((ours > 0) & (theirs > 0), torch.ones_like(share))
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                p.sub_(group["lr"] * buffer)
