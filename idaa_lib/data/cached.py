@@ -93,7 +93,9 @@ class ImageSet:
 
     def with_labels(self) -> "ImageSet":
         """The images that have a class: all of this set, or a copy of those."""
-        return self if self.labelled else self.subset(self.labels >= 0)
+        if self.labelled:
+            return self
+        return replace(self.subset(self.labels >= 0), labelled=True)
 
     def subset(self, indices: Tensor | Sequence[int] | slice) -> "ImageSet":
         """The images at `indices` (or where a boolean mask holds), in that order, copied."""

@@ -117,24 +117,23 @@ def train_ssl(config: SSLConfig) -> Run:
     method, bank = build_method(plan.config, plan.about), plan.data
     if config.split == "trainval":  # which holds `val` itself: an image would find itself
         bank = open_images(config.dataset, "train", config.size, config.limit)
-    bank, labelled = bank.with_labels(), val.labels >= 0
-    judged = len(bank) > 0 and bool(labelled.any())
 
     def validate(method: Method, device: torch.device) -> dict[str, float]:
         z = _features(plan, method, "backbone", val, device)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z).item()}
-        if judged:
-            neighbours = _features(plan, method, "backbone", bank, device)
-            labels = bank.labels.to(neighbours.device)
-            guess = knn(neighbours, labels, z[labelled.to(z.device)], classes=len(bank.classes))
-            top1, low, high, _ = accuracy(guess.cpu(), val.labels[labelled])
+        known, sure = val.labels >= 0, bank.with_labels()
+        if len(sure) and known.any():
+            neighbours = _features(plan, method, "backbone", sure, device)
+            labels, queries = sure.labels.to(z.device), z[known.to(z.device)]
+            guess = knn(neighbours, labels, queries, classes=len(bank.classes))
+            top1, low, high, _ = accuracy(guess.cpu(), val.labels[known])
             figures |= {"knn_top1_val": top1, "knn_low_val": low, "knn_high_val": high}
         return figures
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
-        if not judged:
+        if "knn_top1_val" not in figures:
             return figures | {"n_val": len(val)}
-        k = min(200, len(bank))
+        k = min(200, len(bank.with_labels()))
         protocol = f"clean: backbone features, k={k}, τ=0.5, last epoch, validation split"
         if config.split == "trainval":
             protocol += ", whose images were trained on without their labels"
