@@ -36,8 +36,7 @@ from idaa_lib.configs import (
     VAEConfig,
 )
 from idaa_lib.evaluate import stage as evaluation
-from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, write_json
-from idaa_lib.runs.commands import asked
+from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, parameters, write_json
 from idaa_lib.runs.machine import hardware, settled
 
 if TYPE_CHECKING:
@@ -363,7 +362,7 @@ def _make(run: Run, config: Config) -> Run:
     if not run.finished:
         _going.add(run)
         try:
-            execute(NOTEBOOKS[config.stage], asked(config), run.path / "notebook.ipynb")
+            execute(NOTEBOOKS[config.stage], parameters(config), run.path / "notebook.ipynb")
         finally:
             _going.discard(run)
     if not run.finished:

@@ -44,7 +44,7 @@ def outcome(run):
     lines = [{k: v for k, v in line.items() if k not in times} for line in run.metrics()]
     summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "images_per_second")}
     state.pop("seconds")
-    return tensors, state, lines, summary, checkpoints.kept(run)
+    return tensors, state, lines, summary, checkpoints.snapshots(run)
 
 
 def views_of(method, rank, processes, images):

@@ -23,7 +23,6 @@ from idaa_lib.adversaries import IDAA
 from idaa_lib.evaluate.encoders import Encoder, features
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.resnet import torchvision_weights
-from idaa_lib.runs import commands
 
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -517,7 +516,7 @@ def test_units_make_another_run_and_the_command_says_all(outputs, tmp_path):
     assert idaa_lib.load_vae(published).mean == CIFAR[0]
     assert idaa_lib.load_vae(mended).mean == half["mean"]
     for run in (published, mended):
-        _, _, code = shlex.split(commands.command(run))
+        _, _, code = shlex.split(runs.command(run))
         exec(code.replace("idaa_lib.import_run", "again = idaa_lib.import_run"), found := {})
         assert found["again"] == run
 

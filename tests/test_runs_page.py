@@ -15,7 +15,7 @@ from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.lab import notebook, process
 from idaa_lib.lab.guard import guarded
 from idaa_lib.lab.runs import RunsPage
-from idaa_lib.runs import Run, RunError, commands
+from idaa_lib.runs import Run, RunError
 from idaa_lib.train import train_vae
 
 TINY = {"limit": 64, "width": 4, "epochs": 1, "batch_size": 32, "device": "cpu"}
@@ -93,7 +93,7 @@ ODD = [
 @pytest.mark.parametrize("config", ODD, ids=lambda c: c.stage)
 def test_the_command_says_the_configuration(outputs, config):
     """Read as `python -m idaa_lib.train` reads it."""
-    words = shlex.split(commands.command(made(config)))
+    words = shlex.split(runs.command(made(config)))
     assert words[:4] == ["python", "-m", "idaa_lib.train", config.stage]
     values = dict(word.split("=", 1) for word in words[4:])
     assert type(config)(**values) == config
@@ -101,7 +101,7 @@ def test_the_command_says_the_configuration(outputs, config):
 
 def test_the_command_says_no_more_than_it_must(outputs):
     config = SSLConfig(adversary="idaa", epsilon=0.3, vae="v")
-    assert commands.command(made(config)) == (
+    assert runs.command(made(config)) == (
         "python -m idaa_lib.train ssl preset=demo adversary=idaa epsilon=0.3 vae=v"
     )
 

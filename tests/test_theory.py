@@ -22,7 +22,7 @@ from idaa_lib.identity.verdicts import verdicts
 from idaa_lib.lab import pictures
 from idaa_lib.lab.rows import row_of
 from idaa_lib.nets.vae import rate
-from idaa_lib.runs import RunError, commands
+from idaa_lib.runs import RunError
 from idaa_lib.train import train_ssl, train_vae
 from idaa_lib.train.__main__ import main
 from idaa_lib.views import keyed_generator
@@ -306,7 +306,7 @@ def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
     newest, _, oldest = runs.find("ssl")
     assert (config.run, config.witness) == (newest.id, oldest.id)
     monkeypatch.setattr(stage, "_measure", lambda plan: pytest.fail("measured again"))
-    words = shlex.split(commands.command(made))
+    words = shlex.split(runs.command(made))
     assert main(words[words.index("theory") :]) == 0
     assert f"{made.id} is finished: showing its result" in capsys.readouterr().out
     json.loads((made.path / "summary.json").read_text(), parse_constant=pytest.fail)

@@ -629,7 +629,7 @@ def test_the_official_protocol_takes_the_kept_epoch_that_is_best_on_test(
     """The kept weights are made, not trained, so that no rounding decides between them: those of
     two seeds, which tell photographs apart; the last ones are spoilt: all features are the same."""
     run = train_ssl(ssl(method=method, epochs=3, keep_every=1))
-    assert list(checkpoints.kept(run)) == [1, 2]
+    assert list(checkpoints.snapshots(run)) == [1, 2]
     tensors, state = checkpoints.load(run)
     for epoch in (1, 2):
         config = run.config.model_copy(update={"seed": epoch})

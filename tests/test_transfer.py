@@ -36,7 +36,6 @@ from idaa_lib.evaluate.transfer import transfer
 from idaa_lib.lab import plots
 from idaa_lib.lab.rows import row_of
 from idaa_lib.results import results
-from idaa_lib.runs import commands
 from idaa_lib.train import train_ssl
 from idaa_lib.train.__main__ import main
 from idaa_lib.views import keyed_generator
@@ -412,7 +411,7 @@ def test_an_interrupted_transfer_judges_what_is_left_alone(made, photos, monkeyp
 @pytest.mark.xdist_group("photos")
 def test_a_finished_transfer_is_shown_again_by_its_command(photos, monkeypatch, capsys):
     monkeypatch.setattr(stage, "features", lambda *a, **k: pytest.fail("encoded again"))
-    words = shlex.split(commands.command(photos))
+    words = shlex.split(runs.command(photos))
     assert main(words[words.index("transfer") :]) == 0
     assert f"{photos.id} is finished" in capsys.readouterr().out
 
@@ -477,7 +476,7 @@ def test_data_sets_may_be_text_with_spaces_in_paths():
         assert TransferConfig(datasets=text).datasets == expected
     assert TransferConfig(datasets=None).datasets == ()
     config = TransferConfig(datasets=expected, fractions="0.05", shots="5")
-    assert TransferConfig(**commands.asked(config)) == config
+    assert TransferConfig(**runs.parameters(config)) == config
     with pytest.raises(ConfigError, match="fractions must be less than or equal to 1"):
         TransferConfig(fractions=(0.1, 2.0))
 

@@ -109,7 +109,7 @@ def _plan(config: EvalConfig) -> _Plan:
                 f"semi-supervised: take 'clean'."
             )
         official = trained.chosen("method").official_protocol(trained)
-        snapshots = {} if official.crops else checkpoints.kept(source)
+        snapshots = {} if official.crops else checkpoints.snapshots(source)
     dataset = settled(config.dataset or trained.dataset)
     config = config.replace(run=source.reference, dataset=dataset)
     if official and official.crops:

@@ -9,7 +9,6 @@ from urllib.parse import quote
 
 from idaa_lib import runs, sweeps
 from idaa_lib.runs import Run
-from idaa_lib.runs.commands import asked
 
 
 def notebook_of(run: Run) -> Path:
@@ -25,7 +24,7 @@ def notebook_of(run: Run) -> Path:
     path = run.path / "notebook.ipynb"
     if not path.exists():
         stage = load_notebook_node(str(sweeps.FOLDER / f"{runs.NOTEBOOKS[run.stage]}.ipynb"))
-        made = parameterize_notebook(stage, asked(run.config))
+        made = parameterize_notebook(stage, runs.parameters(run.config))
         draft = path.with_suffix(f".{os.getpid()}")
         nbformat.write(made, draft)
         os.replace(draft, path)

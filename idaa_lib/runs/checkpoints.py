@@ -88,9 +88,14 @@ def keep(run: Run, epoch: int, tensors: Tensors) -> None:
     _write(run.path / "snapshots" / str(epoch), tensors, {"epoch": epoch})
 
 
-def snapshots(run: Run) -> list[int]:
-    """The epochs of a run's snapshots, the earliest first, damaged ones too."""
-    return _numbers(run.path / "snapshots")
+def snapshots(run: Run) -> dict[int, str]:
+    """Epoch → hash of the tensors, of each snapshot of a run, the earliest first.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    root = run.path / "snapshots"
+    return {epoch: _digest(root / str(epoch)) for epoch in _numbers(root)}
 
 
 def snapshot(run: Run, epoch: int) -> Tensors:
@@ -103,18 +108,6 @@ def snapshot(run: Run, epoch: int) -> Tensors:
     if not _is_whole(folder):
         raise RunError(f"There is no undamaged snapshot of epoch {epoch} in {run.path}.")
     return load_file(folder / "tensors.safetensors")
-
-
-def snapshot_digests(run: Run) -> dict[int, str]:
-    """Epoch → hash of the tensors, of each snapshot of a run, the earliest first.
-
-    Raises:
-        RunError: one is damaged.
-    """
-    return {epoch: _digest(run.path / "snapshots" / str(epoch)) for epoch in snapshots(run)}
-
-
-kept = snapshot_digests  # the name that it had
 
 
 def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:

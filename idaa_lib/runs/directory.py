@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -208,9 +209,7 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl (a line still being written is left out)."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_text().split("\n")
+        lines = path.read_text().split("\n") if path.exists() else [""]
         return [json.loads(line) for line in lines[:-1] if line]
 
     def figure(self, name: str) -> Path:
@@ -276,18 +275,11 @@ class Run:
             lock.release()
 
     def users(self) -> list[Run]:
-        """Runs whose configuration names this one: trained with it, continued from it, judging
+        """Runs whose configuration names this one: trained with it, continued from it, judges of
         it."""
-        names = {self.reference, str(self.path)}
-
-        def uses(other: Run) -> bool:
-            with contextlib.suppress(RunError):  # a damaged configuration names nothing
-                values = read_json(other.path / "config.json") or {}
-                pointers = ("vae", "run", "witness", "continue_from")
-                return any(values.get(pointer) in names for pointer in pointers)
-            return False
-
-        return [other for other in every() if uses(other)]
+        names = [json.dumps(name, ensure_ascii=False) for name in (self.reference, str(self.path))]
+        texts = {run: (run.path / "config.json").read_text() for run in every()}
+        return [run for run, text in texts.items() if any(name in text for name in names)]
 
     def delete(self) -> int:
         """Remove the directory; the bytes that this freed.
@@ -316,12 +308,8 @@ class Writer:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        pid = os.getpid()
-        self._state: dict[str, Any] = {
-            "pid": pid,
-            "born": birth(pid),
-            "host": socket.gethostname(),
-        }
+        me = {"pid": os.getpid(), "born": birth(os.getpid()), "host": socket.gethostname()}
+        self._state: dict[str, Any] = me
 
     def state(self, **news: Any) -> None:
         """Merge `news` into state.json; also the heartbeat."""
@@ -452,3 +440,24 @@ def encoder(name: Run | str | None) -> Run:
     """
     stage = name.stage if isinstance(name, Run) else Path(name or "").name.partition("-")[0]
     return get("semi" if stage == "semi" else "ssl", name)
+
+
+def parameters(config: Config) -> dict[str, Any]:
+    """The least that makes `config` again: the preset, and what it does not imply."""
+    values = {name: value for name, value in config if value is not None}
+    for name in [name for name in values if name != "preset"]:
+        fewer = {k: v for k, v in values.items() if k != name}
+        with contextlib.suppress(UserError):
+            if type(config)(**fewer) == config:
+                values = fewer
+    return values
+
+
+def command(run: Run) -> str:
+    """The shell command that makes the run (or resumes it, or shows it)."""
+    if source := run.environment.get("imported"):
+        options = [f"{name}={value!r}" for name, value in source["given"].items()]
+        arguments = ", ".join([repr(source["path"]), repr(run.config.dataset), *options])
+        return shlex.join(["python", "-c", f"import idaa_lib; idaa_lib.import_run({arguments})"])
+    words = [f"{name}={value}" for name, value in parameters(run.config).items()]
+    return shlex.join(["python", "-m", "idaa_lib.train", run.stage, *words])
