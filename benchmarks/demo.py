@@ -19,7 +19,7 @@ from statistics import median
 import record
 from paired import ALLOCATOR
 
-from idaa_lib import sweeps
+from idaa_lib import runs, sweeps
 from idaa_lib.configs import SSLConfig
 from idaa_lib.train import train_ssl
 
@@ -36,10 +36,10 @@ FURTHER = (
 def main() -> None:
     subprocess.run(["make", "setup"], cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
+        start = time.monotonic()
         os.environ |= ALLOCATOR | {"IDAA_OUTPUTS": folder}
         subprocess.run(["make", "demo"], cwd=ROOT, check=True)
-        minutes = (time.monotonic() - began) / 60
+        minutes = (time.monotonic() - start) / 60
         for name in FURTHER:
             if name == "10_detection":
                 train_ssl(SSLConfig(stem="imagenet", size=64))  # what it asks for
@@ -55,21 +55,21 @@ def main() -> None:
             rows.append(
                 record.row(f"seconds_{name}", round(median(values), 1), "s", len(values), spread)
             )
-        for path in sorted(Path(folder).glob("eval/*photos-simclr-*/summary.json")):
-            summary = json.loads(path.read_text())
-            adversary = path.parent.name.split("-")[3]
+        for run in runs.find("eval"):
+            summary = run.summary or {}
             if "pixels_knn_top1" not in summary:
                 continue  # a point of the sensitivity study
-            keys = {"": adversary} | (
-                {"pixels_": "pixels", "random_": "untrained"} if adversary == "none" else {}
-            )
+            adversary = runs.encoder(run.config.run).config.adversary
+            keys = {"": adversary}
+            if adversary == "none":  # the references are the same for all
+                keys |= {"pixels_": "pixels", "random_": "untrained"}
             for prefix, name in keys.items():
                 for probe in ("knn", "linear"):
-                    key = f"{prefix}{probe}"
-                    spread = [summary[f"{key}_low"], summary[f"{key}_high"]]
-                    value = summary[f"{key}_top1"]
-                    n = summary[f"{key}_n"]
-                    rows.append(record.row(f"{probe}_{name}", value, "% top-1", n, spread))
+                    value, low, high, n = (
+                        summary[f"{prefix}{probe}_{part}"] for part in ("top1", "low", "high", "n")
+                    )
+                    row = record.row(f"{probe}_{name}", round(value, 2), "% top-1", n, [low, high])
+                    rows.append(row)
     protocol = (
         "`make demo` after installation, outputs empty, photographs decoded or not as found; "
         "two notebooks at a time; then 06 to 10 one at a time, on what is there (06 finds three of "
