@@ -550,6 +550,46 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, outputs):
         detect(changed(config, learning_rate=1e12, warmup=0))
 
 
+def judged(source, ap, seed=0, n=160, classes=("rectangle", "disc"), masks=True, **values):
+    """A finished detection run of an SSL run, written by hand."""
+    keys = [f"{kind}_ap{t}" for kind in ("box", "mask")[: 1 + masks] for t in ("", "50", "75")]
+    config = DetectionConfig(run=source.reference, seed=seed, **values)
+    run = runs.run_for(config, "shapes", encoder=source.id)
+    with run.writing(config, {}, {"classes": list(classes)}) as writer:
+        writer.finish(dict.fromkeys(keys, ap) | {"n": n, "fingerprint": "shapes"})
+    return run
+
+
+def test_the_table_has_trainings_with_their_seeds_and_the_paper_beside_coco_alone(outputs):
+    ssl = {}
+    for adversary, seed in itertools.product(("none", "clae"), (0, 1)):
+        config = SSLConfig(stem="imagenet", adversary=adversary, seed=seed)
+        ssl[adversary, seed] = run = runs.run_for(config, "photos")
+        with run.writing(config, {}) as writer:
+            writer.finish({})
+    run = judged(ssl["clae", 0], 30.0)
+    judged(ssl["clae", 1], 32.0)
+    judged(ssl["none", 0], 25.0, masks=False)
+    judged(ssl["none", 1], 99.0, iterations=7)  # another configuration
+    gone = judged(ssl["none", 1], 20.0)
+    (ssl["none", 1].path / "config.json").unlink()
+    rows = {row.pop("training"): row for row in detection.compare(run)}
+    low, high = (31 + sign * 12.706 for sign in (-1, 1))  # t of one degree of freedom, s/√2 = 1
+    assert rows.pop(gone.config.run)["box_ap"] == "20.0"
+    boxes, masks = ([f"{kind}_ap{t}" for t in ("", "50", "75")] for kind in ("box", "mask"))
+    both = dict.fromkeys([*boxes, *masks], f"31.0 [{low:.1f}, {high:.1f}]")
+    one = dict.fromkeys(boxes, "25.0") | dict.fromkeys(masks, "–")
+    assert rows == {"SimCLR": {"n": "1"} | one, "SimCLR + CLAE": {"n": "2"} | both}
+    run = judged(ssl["clae", 0], 38.0, n=5000, classes=map(str, range(80)), size=800)
+    *_, last = detection.compare(run)
+    assert last == {
+        "training": "SimSiam + IDAA (paper)", "n": "not stated", "box_ap50": "58.2",
+        "box_ap": "38.7", "box_ap75": "42.0", "mask_ap50": "55.1", "mask_ap": "33.9",
+        "mask_ap75": "35.9",
+    }  # fmt: skip
+    assert len(detection.compare(run)) == 5
+
+
 @pytest.mark.xdist_group("photos")
 def test_the_notebook_shows_detections_and_ap(encoder, outputs, tmp_path):
     values = {"run": str(encoder.path), "size": 32, "iterations": 2, "rois": 4, "device": "cpu"}

@@ -12,10 +12,12 @@ Detectron2's are.
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +32,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from training import Training
 
-from idaa_lib import runs
+from idaa_lib import results, runs
 from idaa_lib.configs import ConfigError, UserError
 from idaa_lib.data.cached import data_root
 from idaa_lib.evaluate.encoders import load_encoder
@@ -40,6 +42,8 @@ from idaa_lib.nets.resnet import ResNet
 from idaa_lib.runs import Run, RunError, Stopped, Writer, checkpoints
 from idaa_lib.runs.machine import describe, settled, torch_device
 from idaa_lib.runs.stage import Plan, perform
+
+COCO = 80, 5000  # categories and images of val2017
 
 __all__ = ["DetectionConfig", "compare", "detect", "load_detector", "locate", "predict", "sets"]
 
@@ -147,21 +151,24 @@ def predict(detector: GeneralizedRCNN, image: Tensor) -> Target:
 
 def compare(run: Run) -> list[dict[str, str]]:
     """A row for each training that was judged as `run` was: mean AP in percent over its seeds with
-    Student's 95 % interval, and n, the seeds.
+    Student's 95 % interval, and n, the seeds. The paper's rows follow where the images are COCO's
+    val2017.
 
     Those are the finished detection runs on the same images, by content, and of the same
     configuration and results version. A training is its configuration without the seed.
     """
     keys = [key for key in run.summary or {} if "_ap" in key]
+    others = [other for other in runs.find("detection") if judged_as(other) == judged_as(run)]
     summaries: dict[str, list[Mapping[str, float]]] = {}
-    for other in runs.find("detection"):
-        if judged_as(other) == judged_as(run):
-            summaries.setdefault(training_name(other), []).append(other.summary or {})
-    return [
+    for name, other in zip(training_names(others), others, strict=True):
+        summaries.setdefault(name, []).append(other.summary or {})
+    rows = [
         {"training": name, "n": str(len(own))}
         | {key: mean([each[key] for each in own if key in each]) for key in keys}
         for name, own in sorted(summaries.items())
     ]
+    coco = (len(run.model["classes"]), (run.summary or {})["n"]) == COCO
+    return rows + (paper(keys) if coco else [])
 
 
 def judged_as(run: Run) -> tuple[Any, ...]:
@@ -170,16 +177,15 @@ def judged_as(run: Run) -> tuple[Any, ...]:
     return (run.summary or {})["fingerprint"], run.environment["results_version"], settings
 
 
-def training_name(run: Run) -> str:
-    """Method, adversary and what else was set of the SSL run, but for its seed; its id if gone."""
-    try:
-        config = runs.get("ssl", run.config.run).config
-    except RunError:
-        return run.config.run
-    hidden = {"method", "adversary", "seed", "vae", "preset", "kappa", *config.circumstances}
-    others = [f"{k}={v}" for k, v in config.changed().items() if k not in hidden]
-    attack = "" if config.adversary == "none" else f" + {config.adversary}"
-    return ", ".join([f"{config.method}{attack}", *others])
+def training_names(chosen: Sequence[Run]) -> list[str]:
+    """What the SSL run under each detection run is, but for its seed; its id where it is gone."""
+    trainings: dict[Run, Run] = {}
+    for run in chosen:
+        with contextlib.suppress(RunError):
+            trainings[run] = runs.encoder(run.config.run)
+    unique = list(dict.fromkeys(trainings.values()))
+    names = dict(zip(unique, results.apart(unique, {"seed"}), strict=True))
+    return [names[trainings[run]] if run in trainings else run.config.run for run in chosen]
 
 
 def mean(values: list[float]) -> str:
@@ -187,6 +193,20 @@ def mean(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else "–"
     return "{:.1f} [{:.1f}, {:.1f}]".format(*student_interval(values))
+
+
+def paper(keys: Sequence[str]) -> list[dict[str, str]]:
+    """The paper's rows of COCO, as `compare` has ours."""
+    rows: dict[str, dict[str, str]] = {}
+    with results.PAPER.open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            key = line["metric"].lower().replace(" ", "_")  # box AP50
+            if line["stage"] == "detection" and key in keys:
+                attack = f" + {line['adversary']}" if line["adversary"] else ""
+                name = f"{line['method']}{attack} (paper)"
+                row = rows.setdefault(name, {"training": name, "n": "not stated"})
+                row[key] = line["value"]
+    return list(rows.values())
 
 
 # --- the plan ------------------------------------------------------------------------------------
