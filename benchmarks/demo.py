@@ -46,7 +46,7 @@ def main() -> None:
             sweeps.execute(name, {}, Path(folder) / "notebooks" / f"{name}.ipynb")
         seconds: dict[str, list[float]] = {}
         for path in Path(folder).rglob("*.ipynb"):
-            papermill = json.loads(path.read_text())["metadata"]["papermill"]
+            papermill = json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]
             notebook = Path(papermill["input_path"]).stem
             seconds.setdefault(notebook, []).append(papermill["duration"])
         rows = [record.row("demo_minutes", round(minutes, 2), "minutes", 1)]

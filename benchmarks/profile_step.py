@@ -102,7 +102,7 @@ def main(words: list[str]) -> int:
         more = recorded_rows(name)
         rows += more
         page += "\n" + "\n".join(f"{r['what']:<28}{r['value']:>10,.2f} {r['unit']}" for r in more)
-    (folder / f"{name}.txt").write_text(page)
+    (folder / f"{name}.txt").write_text(page, encoding="utf-8")
     print(f"{page}\n{folder / f'{name}-trace.json'}")
     print(record.write(f"profile-{name}", " ".join(PROTOCOL.split()), rows))
     return 0

@@ -76,7 +76,7 @@ def write(name: str, protocol: str, rows: list[dict[str, Any]]) -> Path:
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -179,10 +179,13 @@ def _cell(figure: tuple[str, dict[str, Any]] | None) -> str:
 
 def page() -> int:
     """0, after the table between the two marks of docs/speed.md is made anew."""
-    files = {path.name: json.loads(path.read_text()) for path in RESULTS.glob("*-speed*.json")}
-    before, mark, rest = PAGE.read_text().partition("<!-- table -->\n")
+    files = {
+        path.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in RESULTS.glob("*-speed*.json")
+    }
+    before, mark, rest = PAGE.read_text(encoding="utf-8").partition("<!-- table -->\n")
     _, end, after = rest.partition("<!-- end of table -->\n")
-    PAGE.write_text(f"{before}{mark}{table(files)}\n{end}{after}")
+    PAGE.write_text(f"{before}{mark}{table(files)}\n{end}{after}", encoding="utf-8")
     return 0
 
 
@@ -190,7 +193,7 @@ def main(words: list[str]) -> int:
     if words == ["page"]:
         return page()
     if len(words) == 3 and words[0] == "compare":
-        old, new = (json.loads(Path(word).read_text()) for word in words[1:])
+        old, new = (json.loads(Path(word).read_text(encoding="utf-8")) for word in words[1:])
         return compare(old, new)
     print(__doc__, file=sys.stderr)
     return 2

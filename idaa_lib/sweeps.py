@@ -460,7 +460,9 @@ def main(words: Sequence[str]) -> int:
         print(f"[{minutes}:{seconds:02}] {text}", flush=True)
 
     try:
-        sweep = tomllib.loads((path if path.exists() else Path(words[0])).read_text())
+        sweep = tomllib.loads(
+            (path if path.exists() else Path(words[0])).read_text(encoding="utf-8")
+        )
         print(f"{sweep.get('about', words[0])}\nOn {hardware()}.\n", flush=True)
         grid = [point for each in sweep.get("grids", []) for point in points(each)]
         studies = [SweepConfig(**fields) for fields in sweep.get("studies", [])]

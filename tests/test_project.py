@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -78,6 +79,19 @@ def test_the_map_knows_every_room():
     files = {p.stem for p in (ROOT / "idaa_lib").iterdir() if p.suffix == ".py"}
     folders = {p.parent.name for p in (ROOT / "idaa_lib").glob("*/__init__.py")}
     assert (files | folders) - {"__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("root", ["idaa_lib", "examples", "benchmarks"])
+def test_text_is_utf_8_whatever_the_locale(root):
+    """A call that reads or writes text names its encoding: else the system's would decide."""
+    for path in (ROOT / root).rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+            text = ast.unparse(call) if isinstance(call, ast.Call) else ""
+            name = text.partition("(")[0].rpartition(".")[2]
+            builtin = text.startswith("open(") and not re.search(r"['\"][rwax]?\+?b", text)
+            appended = re.search(r"\.open\('[rwa]'", text)
+            if builtin or appended or re.search(r"\.(read|write)_text$", text.partition("(")[0]):
+                assert re.search("encoding=|'utf-8'", text), (path.name, call.lineno, name)
 
 
 def test_the_core_imports_without_the_lab():

@@ -52,7 +52,7 @@ def synthetic_shapes(
         rng = np.random.default_rng([seed, stream])
         (draft / split).mkdir(parents=True)
         listing = _draw_split(draft / split, split, counts[split], size, rng)
-        (draft / f"{split}.json").write_text(json.dumps(listing))
+        (draft / f"{split}.json").write_text(json.dumps(listing), encoding="utf-8")
     try:
         os.replace(draft, folder)
     except OSError:  # another process was faster, with the same files

@@ -227,5 +227,6 @@ class Engine:
             "from idaa_lib.lab.engine import Engine\n\n"
             f"config = DecomposeConfig({fields})\n"
             'folder = Path(__file__).parent / "again"\n'
-            f"Engine(config).save(folder, {adversary!r}, {epsilon!r}, {index}, {walk!r})\n"
+            f"Engine(config).save(folder, {adversary!r}, {epsilon!r}, {index}, {walk!r})\n",
+            encoding="utf-8",
         )

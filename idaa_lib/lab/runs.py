@@ -25,7 +25,7 @@ from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIGNS, Row, cells, mebibytes, ro
 from idaa_lib.runs import Run, RunError
 
 PAGE = 20  # rows
-STYLE = (Path(__file__).parent / "runs.css").read_text()
+STYLE = (Path(__file__).parent / "runs.css").read_text(encoding="utf-8")
 
 
 class RunsPage:

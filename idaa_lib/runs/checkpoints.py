@@ -60,7 +60,7 @@ def load(run: Run) -> tuple[Tensors, dict[str, Any]] | None:
     for step in steps[:1] if run.finished else steps:
         folder = root / str(step)
         if _is_whole(folder):
-            state = json.loads((folder / "state.json").read_text())
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             return load_file(folder / "tensors.safetensors"), state
         if not run.finished:
             warnings.warn(f"Checkpoint {folder} is damaged; trying the one before.", stacklevel=2)
@@ -119,9 +119,9 @@ def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         plain = torch.contiguous_format
         copies = {k: v.detach().cpu().clone(memory_format=plain) for k, v in tensors.items()}
         save_file(copies, draft / "tensors.safetensors")
-        (draft / "state.json").write_text(json.dumps(state))
+        (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
         sums = {name: _sha256(draft / name) for name in ("tensors.safetensors", "state.json")}
-        (draft / "checksums.json").write_text(json.dumps(sums))
+        (draft / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(draft, final)
     finally:

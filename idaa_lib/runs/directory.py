@@ -76,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
     """Replace `path` as a whole: a reader, or a crash, sees the old file or the new one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         RunError: it is no JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -209,7 +209,7 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl (a line still being written is left out)."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().split("\n") if path.exists() else [""]
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
         return [json.loads(line) for line in lines[:-1] if line]
 
     def figure(self, name: str) -> Path:
@@ -278,7 +278,7 @@ class Run:
         """Runs whose configuration names this one: trained with it, continued from it, judges of
         it."""
         names = [json.dumps(name, ensure_ascii=False) for name in (self.reference, str(self.path))]
-        texts = {run: (run.path / "config.json").read_text() for run in every()}
+        texts = {run: (run.path / "config.json").read_text(encoding="utf-8") for run in every()}
         return [run for run, text in texts.items() if any(name in text for name in names)]
 
     def delete(self) -> int:
@@ -320,7 +320,7 @@ class Writer:
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.run.path / "metrics.jsonl").open("a") as file:
+        with (self.run.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def rewind(self, step: int) -> None:
@@ -328,7 +328,7 @@ class Writer:
         path = self.run.path / "metrics.jsonl"
         lines = [json.dumps(line) for line in self.run.metrics() if line["step"] <= step]
         draft = path.with_suffix(".draft")
-        draft.write_text("".join(f"{line}\n" for line in lines))
+        draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         os.replace(draft, path)
 
     def request(self) -> str | None:

@@ -115,7 +115,9 @@ def hardware(device: torch.device | None = None) -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        first, _, _ = info.read_text().partition("\n\n")  # a paragraph for each processor
+        first, _, _ = info.read_text(encoding="utf-8").partition(
+            "\n\n"
+        )  # a paragraph for each processor
         lines = (line.partition(":") for line in first.splitlines())
         facts = {key.strip(): value.strip() for key, _, value in lines}
         name = facts.get("model name", name)
