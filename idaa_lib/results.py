@@ -186,14 +186,18 @@ def groups(frame: pd.DataFrame) -> list[Group]:
 def beside(run: Run) -> Group:
     """The test figures of a run with those of all finished runs that may stand beside them."""
     others = [other for other in runs.find(run.stage) if other != run]
-    frame = results([run, *others], damage=[])
-    frame = frame[(frame["split"] == "test") & (frame["features"] == "encoder")]
-    by = "metric"
-    if run.stage == "transfer":
-        frame = frame[frame["metric"].str.startswith("linear")]
-        by = "dataset"
-    alike = frame["alike"].isin(frame[frame["run"] == run.id]["alike"])
-    return _group(frame[alike].sort_values("label", kind="stable"), by)
+    by = "dataset" if run.stage == "transfer" else "metric"
+
+    def judged_parts(chosen: Sequence[Run]) -> pd.DataFrame:
+        frame = results(chosen, damage=[])
+        frame = frame[(frame["split"] == "test") & (frame["features"] == "encoder")]
+        frame = frame[frame["metric"].str.startswith("linear")] if by == "dataset" else frame
+        return frame[frame["alike"].isin(frame[frame["run"] == run.id]["alike"])]
+
+    members = set(judged_parts([run, *others])["run"])
+    # Once more, of these alone: a label says what differs between them.
+    frame = judged_parts([run, *(other for other in others if other.id in members)])
+    return _group(frame.sort_values("label", kind="stable"), by)
 
 
 def _group(frame: pd.DataFrame, by: str) -> Group:
@@ -343,28 +347,29 @@ def name_of(run: Run) -> str:
 
 
 def differing(chosen: Sequence[Run]) -> dict[str, list[Any]]:
-    """Field → its value in each run, for the fields that all have and that differ between them."""
+    """Field → its value in each run (None: it has no such field), for the fields that differ."""
     dumps = [dict(run.config) for run in chosen]
-    shared = [name for name in (dumps[0] if dumps else ()) if all(name in dump for dump in dumps)]
-    values = {name: [dump[name] for dump in dumps] for name in shared}
+    fields = dict.fromkeys(name for dump in dumps for name in dump)
+    values = {name: [dump.get(name) for dump in dumps] for name in fields}
     return {name: row for name, row in values.items() if any(v != row[0] for v in row)}
 
 
 def apart(chosen: Sequence[Run], hidden: Collection[str] = ()) -> list[str]:
     """What each run is and what tells it from the others, but for the `hidden` fields."""
-    names = [name_of(run) for run in chosen]
+    names, configs = [name_of(run) for run in chosen], [run.config for run in chosen]
     texts = list(names)
-    # β says what κ says; the name has the method, the adversary, of a VAE dim; circumstances change
-    # nothing.
+    # β says what κ says; the name has the method, the adversary, of a VAE dim.
     silent = {*hidden, "method", "adversary", "run", "kappa"}
-    silent |= chosen[0].config.circumstances if chosen else set()
-    silent |= {"dim"} if chosen and chosen[0].stage == "vae" else set()
     for field, values in differing(chosen).items():
-        for i, value in enumerate(values):
-            # Another adversary has another ε by itself: only within one does it tell runs apart.
+        for i, (value, config) in enumerate(zip(values, configs, strict=True)):
+            # What only this method or adversary has tells runs apart within it, or where it is
+            # not the recipe's; circumstances change nothing.
             within = {str(v) for v, name in zip(values, names, strict=True) if name == names[i]}
-            alike = field in ("epsilon", "vae") and len(within) == 1
-            if not (alike or field in silent or value is None):
+            common = field in type(config).model_fields or len(within) > 1
+            own = field in config.changed() and field != "vae"
+            if (config.stage == "vae" and field == "dim") or field in config.circumstances:
+                continue
+            if (common or own) and field not in silent and value is not None:
                 texts[i] += f", {field_text(field, value)}"
     return texts
 

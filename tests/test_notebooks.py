@@ -284,9 +284,11 @@ def test_further_axes_have_each_value_with_the_adversary_and_without():
     assert [p.ssl[name] for p, (name, *_) in zip(grid, labels, strict=True)] == [
         value for _, value, _ in labels
     ]
-    for name in ("epsilon", "adversary", "widht"):
+    for name in ("epsilon", "adversary"):
         with pytest.raises(ValueError, match=f"axes cannot vary '{name}'"):
             SweepConfig(axes={name: [1]})
+    with pytest.raises(ValueError, match="widht"):
+        sweeps.plan(sweeps.sensitivity(SweepConfig(axes={"widht": [1]})))
     with pytest.raises(ValueError, match="must be a list of values, not 3"):
         SweepConfig(axes={"epochs": 3})
 
