@@ -32,10 +32,16 @@ lab: setup  ## Open JupyterLab on this machine only (its address has the token)
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 report: setup  ## Write outputs/report.html: results, curves and pictures on one page
-	@$(PY) -m idaa_lib.lab.report
+	@JUPYTER_PREFER_ENV_PATH=1 $(ENV)/bin/jupyter nbconvert --execute --to html --no-input \
+		--template=report --TemplateExporter.extra_template_basedirs=notebooks/templates \
+		--output-dir="$${IDAA_OUTPUTS:-outputs}" --output=report notebooks/11_report.ipynb
 
+# Loopback alone, a token that is new at each start, no code, no request that leaves this machine.
 app: setup  ## Serve the explorer and the runs as web pages without code (its address has the token)
-	@$(ALLOCATOR) $(PY) -m idaa_lib.lab.app
+	@$(ALLOCATOR) JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PATH=$(CURDIR)/notebooks/app \
+		$(ENV)/bin/voila notebooks/app --template=idaa --classic_tree=True --strip_sources=True \
+		--show_tracebacks=True --VoilaConfiguration.allow_template_override=NO --token \
+		--Voila.ip=127.0.0.1 --no-browser --MappingKernelManager.cull_idle_timeout=600
 
 browser:  ## Install Chromium for the browser tests (Debian, Ubuntu)
 	@for name in "$$IDAA_CHROMIUM" chromium chromium-browser; do \

@@ -168,11 +168,19 @@ def jupyter(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
 def app(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
     """What `make app` starts. Needs an outputs folder of its own in `environment`."""
     log = folder / "app.log"
-    command = [sys.executable, "-m", "idaa_lib.lab.app"]
+    # The shell gives way to Voilà, whose process this is then.
+    command = ["sh", "-c", f"cd {ROOT} && exec env {recipe('app')}"]
     with _started(command, environment, log) as process:
         told = re.compile(r"(http://127\.0\.0\.1:\d+/)\?token=(\S+)")
         url, token = _up(process, lambda: (m := told.search(log.read_text())) and m.groups(), log)
         yield Server(url, token, folder, process.pid)
+
+
+def recipe(verb: str) -> str:
+    """What `make verb` runs after set-up, in this environment."""
+    command = ["make", "-n", verb, f"ENV={sys.prefix}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.partition("\n")[2].replace("\\\n", " ").strip()
 
 
 @contextlib.contextmanager

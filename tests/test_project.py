@@ -26,6 +26,7 @@ from idaa_lib.configs import (
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGES = sorted((ROOT / "notebooks" / "app").glob("*.ipynb"))
 CONFIGS = {
     "01_pretrain_vae": VAEConfig,
     "02_decompose": DecomposeConfig,
@@ -114,7 +115,7 @@ def test_environment_yml_cannot_drift_from_pyproject():
     assert set(project["optional-dependencies"]) >= {"lab", "dev"}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], ids=lambda p: p.stem)
 def test_a_notebook_is_stripped_and_named_for_any_kernel(path):
     notebook = json.loads(path.read_text())
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
@@ -127,8 +128,10 @@ def test_a_notebook_is_stripped_and_named_for_any_kernel(path):
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if p.stem != "00_start_here"], ids=lambda p: p.stem
-)  # which has none
+    "path",
+    [p for p in NOTEBOOKS if p.stem not in ("00_start_here", "11_report")],
+    ids=lambda p: p.stem,
+)  # fmt: skip - which have none
 def test_a_notebook_s_parameters_are_the_fields_of_its_configuration(path):
     config = CONFIGS[path.stem]
     cells = json.loads(path.read_text())["cells"]

@@ -83,7 +83,7 @@ ODD = [
     SSLConfig(),
     SSLConfig(adversary="clae", epsilon=0.0, random_start=True),
     SSLConfig(preset="paper", adversary="idaa", vae="/else where/vae/run=1", step_size="2/3"),
-    SSLConfig(adversary="random_sign", reuse_anchor=False, temperature=0.1 + 0.2, alpha=0),
+    SSLConfig(adversary="random_sign", temperature=0.1 + 0.2, alpha=0),
     SSLConfig(preset="paper", adversary="clae", reuse_anchor=True, norm="l2", steps=5),
     EvalConfig(run="2024"),
     EvalConfig(preset="paper", run="ssl-x", dataset="none", references=False, k=1, limit=5),
@@ -264,8 +264,8 @@ def test_the_difference_is_exactly_the_fields_that_differ(outputs):
     rows = re.findall(rf"<tr>{3 * cell}\s*</tr>", page.diff.value)
     assert {name: set(values) for name, *values in rows} == expected
     assert set(results.labels([one, two])) == {
-        "SimCLR + IDAA, width = 16, ε = 0.3, alpha = 1",
-        "SimCLR + IDAA, width = 8, ε = 0.1, alpha = 2",
+        "SimCLR + IDAA, width = 16, alpha = 1, ε = 0.3",
+        "SimCLR + IDAA, width = 8, alpha = 2, ε = 0.1",
     }
 
 
