@@ -13,8 +13,7 @@ from test_runs_page import judgement, made
 
 from idaa_lib import runs, sweeps
 from idaa_lib.configs import EvalConfig, SSLConfig, SweepConfig, VAEConfig
-from idaa_lib.lab.report import Report
-from idaa_lib.runs import commands
+from idaa_lib.lab.report import Report, papermill
 from idaa_lib.sweeps import folder_of
 
 PNG = b"\x89PNG\r\n\x1a\n not a real one"
@@ -100,7 +99,7 @@ def test_it_has_every_figure_and_its_command(filled):
                   "rate 12.3 nats", "kNN 41.3 %, validation"):  # fmt: skip
         assert shown in text
     for run in runs.every():
-        assert commands.command(run) in text
+        assert runs.command(run) in text
     assert (
         "papermill notebooks/05_sensitivity.ipynb outputs/05_sensitivity.ipynb -p preset demo "
         "-p vae '{\"epochs\": 1}' -p epsilons '0.1, 0.3' -p betas '' -p dims ''"
@@ -120,7 +119,7 @@ def test_the_sweep_s_command_gives_its_configuration_back():
     import shlex
 
     config = SweepConfig(epsilons=(0.1,), betas=(), seeds=(0, 1), ssl={"epochs": 2}, jobs=3)
-    words = shlex.split(commands.papermill("05_sensitivity", commands.asked(config)))[3:]
+    words = shlex.split(papermill("05_sensitivity", runs.parameters(config)))[3:]
     assert SweepConfig(**dict(zip(words[1::3], words[2::3], strict=True))) == config
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from matplotlib.figure import Figure
 from idaa_lib import results, runs
 from idaa_lib.configs import SweepConfig
 from idaa_lib.lab import plots, style
-from idaa_lib.runs import NOTEBOOKS, Run, commands
+from idaa_lib.runs import NOTEBOOKS, Run
 from idaa_lib.runs.machine import hardware, versions
 
 # What notebook 02 draws, and what it shows.
@@ -93,7 +95,7 @@ class Report:
             config = SweepConfig(**(runs.read_json(table.parent / "config.json") or {}))
             text = f"{config.adversary}, seeds {', '.join(map(str, config.seeds))}, accuracy on "
             text += "validation: hyper-parameters are not judged on test."
-            made_by = commands.papermill("05_sensitivity", commands.asked(config))
+            made_by = papermill("05_sensitivity", runs.parameters(config))
             figure = _svg(plots.sensitivity(pd.read_csv(table)))
             return (
                 f"<h3>{html.escape(table.parent.name)}</h3><p class='quiet'>{text}</p>{figure}"
@@ -113,7 +115,7 @@ class Report:
                     data = base64.b64encode(path.read_bytes()).decode()
                     text += f"<figure><img src='data:image/png;base64,{data}' alt='{caption}'>"
                     text += f"<figcaption>{caption}</figcaption></figure>"
-            made_by = commands.papermill("02_decompose", {"vae": run.reference})
+            made_by = papermill("02_decompose", {"vae": run.reference})
             return text and _heading(run) + text + _commands([*_lineage(run), made_by])
 
         vaes = [run for run in self.runs if run.stage == "vae"]
@@ -147,7 +149,16 @@ def _lineage(run: Run) -> Iterator[str]:
         if (path / "config.json").exists():
             yield from _lineage(Run(path))
     if run.stage in NOTEBOOKS:
-        yield commands.command(run)
+        yield runs.command(run)
+
+
+def papermill(notebook: str, parameters: Mapping[str, Any]) -> str:
+    """The shell command that runs `notebooks/<notebook>.ipynb` with these parameters."""
+    words = ["papermill", f"notebooks/{notebook}.ipynb", f"outputs/{notebook}.ipynb"]
+    for name, value in parameters.items():
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        words += ["-p", name, text.strip("()").rstrip(",") if isinstance(value, tuple) else text]
+    return shlex.join(words)
 
 
 def _heading(run: Run) -> str:
