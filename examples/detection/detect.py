@@ -37,7 +37,7 @@ from idaa_lib.configs import ConfigError, UserError
 from idaa_lib.data.cached import data_root
 from idaa_lib.evaluate.encoders import load_encoder
 from idaa_lib.evaluate.metrics import student_interval
-from idaa_lib.nets import build_backbone, evaluating, initial_weights
+from idaa_lib.nets import evaluating, initial_weights
 from idaa_lib.nets.resnet import ResNet
 from idaa_lib.runs import Run, RunError, Stopped, Writer, checkpoints
 from idaa_lib.runs.machine import describe, settled, torch_device
@@ -279,14 +279,10 @@ def prepare(config: DetectionConfig) -> Task:
 def build_detector(
     config: DetectionConfig, source: Run, model: Mapping[str, Any]
 ) -> GeneralizedRCNN:
-    """Mask R-CNN with new heads on the weights of the SSL run `source` (of its main norms)."""
-    encoder, trained = load_encoder(source), source.config
-    weights = {k: v for k, v in encoder.module.state_dict().items() if "_adv." not in k}
+    """Mask R-CNN with new heads on the weights of the SSL run `source`."""
+    backbone = load_encoder(source).module.requires_grad_(True)
+    assert isinstance(backbone, ResNet)  # as `prepare` says
     with initial_weights(config.seed):
-        backbone = build_backbone(
-            trained.backbone, width=trained.width, stem=trained.stem, adversarial_norms=False
-        )
-        backbone.load_state_dict(weights)
         return mask_rcnn(
             backbone,
             len(model["classes"]),
