@@ -47,13 +47,18 @@ def outcome(run):
     return tensors, state, lines, summary, checkpoints.snapshots(run)
 
 
+def fit_of(method, config, rank=0, processes=1):
+    """A training's loop on the CPU, as this rank of so many processes has it; no images."""
+    place = dict(process_index=rank, num_processes=processes, device=torch.device("cpu"))
+    images = torch.zeros(config.batch_size, 3, 1, 1, dtype=torch.uint8)
+    return Fit(SimpleNamespace(**place), method, images, config)
+
+
 def views_of(method, rank, processes, images):
     """Views that this rank of so many processes draws in a training's first step of its uint8
     images (name → (B, 3, H, W)), by the loop's own random numbers."""
-    place = dict(process_index=rank, num_processes=processes, device=torch.device("cpu"))
-    batch = len(images["images"]) * processes
-    config = SSLConfig(batch_size=batch)
-    fit = Fit(SimpleNamespace(**place), method, torch.zeros(batch, 3, 4, 4), config)
+    config = SSLConfig(batch_size=len(images["images"]) * processes)
+    fit = fit_of(method, config, rank, processes)
     numbers = fit._numbers(0, {name: len(part) for name, part in images.items()})
     return method.draw(images, {}, Moment(numbers=numbers))
 

@@ -14,11 +14,10 @@ import skimage.data
 import torch
 import torch.distributed as dist
 import torchvision
-from conftest import outcome
-from idaa_lib.methods.semi_supervised import labelled_subset
+from conftest import fit_of, outcome, views_of
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import stats
-from test_methods import ADVERSARIES, knn_top1
+from test_methods import ADVERSARIES, attacked_by, knn_top1
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,14 +27,16 @@ from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, VAEConfig
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate.encoders import features, load_encoder, load_vae, random_encoder
 from idaa_lib.evaluate.stage import evaluate
-from idaa_lib.methods.fixmatch import build_fixmatch
+from idaa_lib.methods import About, Moment, build_method
+from idaa_lib.methods.fixmatch import labelled_subset
 from idaa_lib.methods.plain import one_way
 from idaa_lib.nets import build_backbone
+from idaa_lib.nets.network import Embedding
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Stopped, checkpoints
 from idaa_lib.train import locate, samples, train_semi, train_vae
 from idaa_lib.train.loop import Fit
-from idaa_lib.views import Recipe, View, keyed_generator, normalise, randaugment
+from idaa_lib.views import Recipe, View, keyed_generator, normalise, randaugment, recipe
 from idaa_lib.views.randaugment import OPERATIONS, RandAugment, augment, cutout, strengths_of
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -255,11 +256,19 @@ def test_a_wide_resnet_has_one_stem():
 # --- the step
 
 
-def fixmatch(**values):
+def settings(**values):
     options = dict(backbone="wrn10", width=4, size=SIZE, batch_size=B, mu=MU, threshold=0.606)
-    method = build_fixmatch(SemiConfig(**options | values), MEAN, STD, CLASSES).double().train()
-    method.labels, method.all_labelled = torch.arange(12) % CLASSES, True
-    return method
+    return SemiConfig(**options | values)
+
+
+def fixmatch(n=12, unknown=0, **values):
+    """Trained on n images, of which the last `unknown` have no label."""
+    config = settings(**values)
+    labels = torch.arange(n) % CLASSES
+    labels[n - unknown :] = -1
+    views = recipe("none", config.size, MEAN, STD)
+    about = About(views, labels, CLASSES, config.epochs, config.batch_size, config.seed)
+    return build_method(config, about).double().train()
 
 
 def three_views(seed=3):
@@ -276,8 +285,13 @@ def a_vae():
     return VAE(8, SIZE, width=4).double().eval()
 
 
-def naive_step(network, views, labels, config, attack):
+def naive_step(trained, views, labels, config, attack):
     """Loss, x′ and what is believed, image by image, in the order of the authors' repository."""
+
+    def network(images, adversarial=False):
+        e = trained(images, adversarial=adversarial)
+        return e.logits, e.h / e.h.norm(dim=1, keepdim=True)
+
     x, u, s = (view.images for view in views)
     logits, h = network(torch.cat([x, u, s]))
     p = logits[len(x) : len(x) + len(u)].detach().softmax(1)
@@ -325,7 +339,7 @@ def attacks(adversary, epsilon=0.5):
 def attacked(adversary, step, epsilon=0.5):
     """x′ of the library's adversary."""
     ours = attacks(adversary, epsilon)[0]
-    return ours(step.attacked, step.attack_loss, keyed_generator(9)).images
+    return ours(step.attacked.images, step.attack_loss, keyed_generator(9)).images
 
 
 CONTRASTS = pytest.mark.parametrize("contrast", ["infonce", "ce"])
@@ -334,21 +348,22 @@ CONTRASTS = pytest.mark.parametrize("contrast", ["infonce", "ce"])
 @CONTRASTS
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 def test_a_step_agrees_with_a_naive_one(adversary, contrast):
-    values = {} if adversary == "none" else {"contrast": contrast, "alpha": 0.7}
-    method = fixmatch(adversary=adversary, lambda_u=0.5, **values)
-    config, network = method.config, copy.deepcopy(method.network)
+    values = dict(adversary=adversary, lambda_u=0.5)
+    values |= {} if adversary == "none" else {"contrast": contrast, "alpha": 0.7}
+    method, config = fixmatch(**values), settings(**values)
+    network = copy.deepcopy(method.network)
     views, slow = three_views(), attacks(adversary)[1]
     labels = method.labels[BATCH["labelled"]]
     oracle, x_adv, believed = naive_step(network, views, labels, config, slow)
     assert 0 < believed.sum() < len(believed)  # or the test would not see the mask
     oracle.backward()
 
-    step = method.step(views, BATCH)
+    step = method.step(views, BATCH, Moment())
     loss = step.loss
     if adversary != "none":
         ours = attacked(adversary, step)
         torch.testing.assert_close(ours, x_adv)
-        assert (ours - step.attacked).abs().max() > 0.01
+        assert (ours - step.attacked.images).abs().max() > 0.01
         loss = loss + config.alpha * step.adversarial_loss(ours)
     loss.backward()
     torch.testing.assert_close(loss.detach(), oracle.detach())
@@ -363,12 +378,13 @@ def test_a_step_agrees_with_a_naive_one(adversary, contrast):
 @CONTRASTS
 @pytest.mark.parametrize("adversary", ADVERSARIES[1:])
 def test_epsilon_0_gives_the_adversarial_loss_of_the_weak_view_itself(adversary, contrast):
-    method = fixmatch(adversary=adversary, contrast=contrast, alpha=0.7)
+    values = dict(adversary=adversary, contrast=contrast, alpha=0.7)
+    method = fixmatch(**values)
     network, views = copy.deepcopy(method.network), three_views()
     labels = method.labels[BATCH["labelled"]]
-    itself, _, believed = naive_step(network, views, labels, method.config, lambda loss, u: u)
+    itself, _, believed = naive_step(network, views, labels, settings(**values), lambda loss, u: u)
     assert 0 < believed.sum() < len(believed)
-    step = method.step(views, BATCH)
+    step = method.step(views, BATCH, Moment())
     found, other = (
         step.loss + 0.7 * step.adversarial_loss(attacked(adversary, step, epsilon))
         for epsilon in (0.0, 0.5)
@@ -401,7 +417,8 @@ def test_of_the_norms_the_backbone_s_adversarial_ones_alone_see_the_attacked_vie
         return names, before
 
     steps = []
-    assert moved(lambda: steps.append(method.step(three_views(), BATCH)))[0] == trained - twins
+    work = lambda: steps.append(method.step(three_views(), BATCH, Moment()))  # noqa: E731
+    assert moved(work)[0] == trained - twins
     x_adv = attacked(adversary, *steps)
     seen, before = moved(lambda: steps[0].adversarial_loss(x_adv))
     assert seen == twins
@@ -417,24 +434,23 @@ def test_infonce_of_features_that_are_all_alike_is_the_log_of_their_number():
 
 
 def test_pseudo_labels_are_counted():
-    method = fixmatch()
+    method, unknown = fixmatch(), fixmatch(unknown=1)
     with torch.no_grad():  # says class 1 of everything, and is sure
         method.network.head.weight.zero_()
         method.network.head.bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
-    parts = method.step(three_views(), BATCH).parts
+    parts = method.step(three_views(), BATCH, Moment()).parts
     right = (method.labels[BATCH["images"]] == 1).double().mean().item()
     assert parts["believed"].item() == 100
     assert parts["pseudo_top1"].item() == pytest.approx(100 * right)
     assert parts["believed_right"].item() == pytest.approx(100 * right)
-    method.all_labelled = False
-    assert "pseudo_top1" not in method.step(three_views(), BATCH).parts
+    assert "pseudo_top1" not in unknown.step(three_views(), BATCH, Moment()).parts
 
 
 def test_nothing_is_believed_below_the_threshold():
     method = fixmatch(threshold=1.0, adversary="clae")
-    step = method.step(three_views(), BATCH)
+    step = method.step(three_views(), BATCH, Moment())
     assert step.parts["believed"] == step.parts["unsupervised_loss"] == 0
-    assert step.adversarial_loss(step.attacked) == 0
+    assert step.adversarial_loss(step.attacked.images) == 0
 
 
 # --- averaged weights, optimiser
@@ -442,14 +458,14 @@ def test_nothing_is_believed_below_the_threshold():
 
 def test_weights_are_averaged_and_statistics_copied():
     method = fixmatch(ema_decay=0.9)
-    optimizer = method.optimizer(method.param_groups(1, 4), 0.1)
+    optimizer = fit_of(method, settings(learning_rate=0.1)).optimizer
     expected = {name: p.detach().clone() for name, p in method.network.named_parameters()}
     assert all(torch.equal(p, expected[name]) for name, p in method.ema.named_parameters())
     for k in range(3):
-        step = method.step(three_views(k), BATCH)
+        step = method.step(three_views(k), BATCH, Moment())
         step.loss.backward()
         optimizer.step()
-        method.after_step(step, k / 3)
+        method.after_step(step, Moment(step=k, steps=3))
         for name, p in method.network.named_parameters():
             expected[name] = 0.9 * expected[name] + 0.1 * p.detach()
     for name, p in method.ema.named_parameters():
@@ -473,17 +489,19 @@ def test_statistics_are_as_slow_as_the_average():
 
 
 def test_vectors_do_not_decay_and_the_rate_falls_by_seven_sixteenths_of_a_half_turn():
-    method = fixmatch(weight_decay=1e-3)
-    groups = method.param_groups(4, 8)
+    method = fixmatch(steps_per_epoch=8)
+    fit = fit_of(method, settings(weight_decay=1e-3, epochs=4))
+    groups = fit.optimizer.param_groups
     names = {id(p): name for name, p in method.network.named_parameters()}
     decayed, spared = ({names[id(p)] for p in group["params"]} for group in groups)
     assert spared == {n for n in names.values() if "bn" in n or n.endswith("bias")}
     assert decayed | spared == set(names.values())
     assert [group["weight_decay"] for group in groups] == [1e-3, 0]
-    factor = groups[0]["schedule"]
-    assert factor(0) == 1
-    assert factor(16) == pytest.approx(math.cos(7 * math.pi / 32))
-    assert factor(32) == pytest.approx(0.19509, abs=1e-5)
+    assert all(group["nesterov"] and group["momentum"] == 0.9 for group in groups)
+    for factor in fit.schedules:
+        assert factor(0) == 1
+        assert factor(16) == pytest.approx(math.cos(7 * math.pi / 32))
+        assert factor(32) == pytest.approx(0.19509, abs=1e-5)
 
 
 # --- what is labelled, and in which order
@@ -506,10 +524,10 @@ def test_a_class_without_enough_images_is_told():
 
 
 def test_streams_visit_all_images_equally_often_and_any_epoch_is_known_alone():
-    method = fixmatch(steps_per_epoch=5, labels_per_class=2)
+    method = fixmatch(30, steps_per_epoch=5, labels_per_class=2)
     labels = torch.arange(30) % CLASSES
-    epochs = [list(method.batches(labels, B, 0, epoch)) for epoch in range(3)]
-    assert [len(batches) for batches in epochs] == [method.steps_per_epoch(labels, B)] * 3
+    epochs = [list(method.batches(epoch)) for epoch in range(3)]
+    assert [len(batches) for batches in epochs] == [method.steps_per_epoch()] * 3
     batches = [batch for epoch in epochs for batch in epoch]  # 15 steps of 4 and of 8
     every = torch.cat([batch["images"] for batch in batches])
     assert every.bincount(minlength=30).tolist() == [4] * 30
@@ -519,20 +537,18 @@ def test_streams_visit_all_images_equally_often_and_any_epoch_is_known_alone():
     subset = labelled_subset(labels, 2, CLASSES, 0)
     assert known.unique().tolist() == subset.tolist()
     assert known.bincount(minlength=30)[subset].tolist() == [10] * 6
-    assert method.images_per_step(B) == len(batches[0]["images"]) + len(batches[0]["labelled"])
-    third = list(method.batches(labels, B, 0, 2))
+    assert method.images_per_step() == len(batches[0]["images"]) + len(batches[0]["labelled"])
+    third = list(method.batches(2))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(third, epochs[2], strict=True) for k in a)
-    assert fixmatch().steps_per_epoch(torch.zeros(100), B) == 100 // (MU * B)
+    assert fixmatch(100).steps_per_epoch() == 100 // (MU * B)
 
 
 def test_several_processes_draw_what_one_would():
-    method = build_fixmatch(SemiConfig(width=4), MEAN, STD, CLASSES)
+    method = fixmatch(size=32)
     images = {"labelled": photographs(4, 32), "images": photographs(8, 32)}
-    whole = method.draw(images, keyed_generator(5))
-    parts = [
-        method.draw({k: v.chunk(2)[rank] for k, v in images.items()}, keyed_generator(5), (rank, 2))
-        for rank in (0, 1)
-    ]
+    whole = views_of(method, 0, 1, images)
+    halves = [{k: v.chunk(2)[rank] for k, v in images.items()} for rank in (0, 1)]
+    parts = [views_of(method, rank, 2, half) for rank, half in enumerate(halves)]
     assert [len(view.images) for view in whole] == [4, 8, 8]
     assert "operations" in whole[2].params
     for k in range(3):
@@ -549,9 +565,9 @@ class Plain(nn.Module):
         super().__init__()
         self.first, self.head = nn.Linear(3 * SIZE**2, 16), nn.Linear(16, CLASSES)
 
-    def forward(self, images, adversarial=False):
+    def forward(self, images, condition=None, adversarial=False):
         h = self.first(images.flatten(1)).tanh()
-        return self.head(h), F.normalize(h, dim=1)
+        return Embedding(h, logits=self.head(h))
 
 
 def a_step(rank, processes, wrap, kind):
@@ -562,8 +578,8 @@ def a_step(rank, processes, wrap, kind):
     method.network = wrap(plain)
     views = [View(view.images.chunk(processes)[rank], {}) for view in three_views()]
     batch = {k: index.chunk(processes)[rank] for k, index in BATCH.items()}
-    step = method.step(tuple(views), batch)
-    attack = IDAA(a_vae(), 0.5)(step.attacked, step.attack_loss)
+    step = method.step(tuple(views), batch, Moment())
+    attack = IDAA(a_vae(), 0.5)(step.attacked.images, step.attack_loss)
     (step.loss + 0.7 * step.adversarial_loss(attack.images)).backward()
     gradients = {name: p.grad for name, p in plain.named_parameters()}
     return {"delta": attack.delta, "believed": step.parts["believed"], **gradients}
@@ -594,10 +610,7 @@ def test_two_processes_step_like_one(tmp_path):
 # --- configurations
 
 
-def test_knobs_that_say_nothing_give_a_run_no_second_name():
-    assert SemiConfig(temperature=0.3, contrast="ce") == SemiConfig()
-    ce = SemiConfig(adversary="clae", contrast="ce")
-    assert SemiConfig(adversary="clae", contrast="ce", temperature=0.3) == ce
+def test_every_adversary_has_fixmatch_s_radius():
     with pytest.raises(ConfigError, match="temperature"):
         SemiConfig(temperature=-1)
     assert SemiConfig(adversary="idaa").epsilon == SemiConfig(adversary="clae").epsilon == 0.5
@@ -633,16 +646,16 @@ def vae_run(tmp_path_factory):
 def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
     outputs, vae_run, monkeypatch, adversary
 ):
-    config = SemiConfig(**TINY, adversary=adversary, vae=str(vae_run.path))
+    config = SemiConfig(**TINY, **attacked_by(adversary, vae_run))
     whole = outcome(train_semi(config))
     shutil.rmtree(locate(config).path)
-    original, made = Fit.train_step, []
+    original = Fit.train_step
 
     def step(self, *args):
-        original(self, *args)
-        made.append(1)
-        if len(made) == 9:  # in the middle of the second epoch
+        values = original(self, *args)
+        if self.steps.step == 8:  # counted after the step; in the middle of the second epoch
             signal.raise_signal(signal.SIGINT)
+        return values
 
     with monkeypatch.context() as patch:
         patch.setattr(Fit, "train_step", step)
@@ -699,9 +712,9 @@ def test_another_labelled_subset_is_another_run(outputs):
 def test_training_lowers_the_loss_lifts_knn_and_believes_more(outputs, vae_run, adversary):
     values = TINY | dict(
         limit=400, width=8, labels_per_class=4, batch_size=13, epochs=2, steps_per_epoch=25,
-        threshold=0.6, ema_decay=0.9, seed=1, adversary=adversary, vae=str(vae_run.path),
+        threshold=0.6, ema_decay=0.9, seed=1,
     )  # fmt: skip
-    run = train_semi(SemiConfig(**values))
+    run = train_semi(SemiConfig(**values | attacked_by(adversary, vae_run)))
     lines = [line for line in run.metrics() if "loss" in line]
     for name in ("loss", "supervised_loss"):  # the first grows by all that comes to be believed
         assert lines[-1][name] < lines[0][name] - 0.3
@@ -742,7 +755,8 @@ def test_a_vae_sees_cifar_100_s_views_in_its_own_units(outputs, tmp_path, monkey
     assert (vae.mean, vae.std) == (MEAN, STD)
     mean, std, vae_mean, vae_std = (torch.tensor(v).view(3, 1, 1) for v in (*CIFAR100, MEAN, STD))
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-    original, seen = IDAA.__call__, []
+    kind = {"idaa": IDAA, "random_sign": RandomSign}[adversary]
+    original, seen = kind.__call__, []
 
     def attack(self, x, attack_loss, **turn):
         made = original(self, x, attack_loss, **turn)
@@ -769,7 +783,7 @@ def test_a_vae_sees_cifar_100_s_views_in_its_own_units(outputs, tmp_path, monkey
         seen.append(made)
         return made
 
-    monkeypatch.setattr(IDAA, "__call__", attack)
+    monkeypatch.setattr(kind, "__call__", attack)
     values |= dict(batch_size=4, mu=2, steps_per_epoch=2, labels_per_class=2)
     run = train_semi(SemiConfig(**values, adversary=adversary))
     assert len(seen) == 2

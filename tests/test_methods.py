@@ -7,22 +7,24 @@ import importlib
 import math
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
 import torch.distributed as dist
-from conftest import outcome
+from conftest import fit_of, outcome
 from torch import nn
 from torch.nn import functional as F
 
 from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.configs.base import CHOICES
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate.encoders import features, load_encoder, random_encoder
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.stage import evaluate
-from idaa_lib.methods import METHODS, Step, build_method
+from idaa_lib.methods import METHODS, About, Moment, Step, build_method
 from idaa_lib.methods.uel import spreading
 from idaa_lib.nets import BACKBONES
 from idaa_lib.nets.resnet import ResNet
@@ -38,9 +40,14 @@ METHOD_NAMES = ("simclr", "plain", "uel", "simsiam", "moco", "byol")
 # SimSiam's two pairings are two methods here.
 VARIANTS = (*METHOD_NAMES, "simsiam/imagenet")
 ADVERSARIES = ("none", "clae", "idaa", "random_sign")
-SMALL = dict(
-    width=4, projection_dim=8, batch_size=B, queue=QUEUE, momentum=0.8, temperature=0.3
-)  # fmt: skip
+SMALL = dict(width=4, batch_size=B)
+KNOBS = dict(projection_dim=8, queue=QUEUE, momentum=0.8, temperature=0.3)
+
+
+def knobs_of(variant, **knobs):
+    """Of values for all methods those that this one has."""
+    names = METHODS[variant.partition("/")[0]].Options.model_fields
+    return {name: value for name, value in knobs.items() if name in names}
 
 
 def values_of(variant):
@@ -48,9 +55,16 @@ def values_of(variant):
     return {"method": name} | ({"pairing": pairing} if pairing else {})
 
 
-def a_method(variant, adversary="idaa", **values):
-    config = SSLConfig(**SMALL | {"adversary": adversary} | values_of(variant) | values)
-    method = build_method(config, recipe("none", SIZE, MEAN, STD)).double().train()
+def a_config(variant, adversary="idaa", **values):
+    own = knobs_of(variant, **KNOBS) | values_of(variant)
+    return SSLConfig(**SMALL | {"adversary": adversary} | own | values)
+
+
+def a_method(variant, adversary="idaa", n=0, **values):
+    config = a_config(variant, adversary, **values)
+    views = recipe("none", SIZE, MEAN, STD)
+    about = About(views, torch.zeros(n), batch_size=config.batch_size, seed=config.seed)
+    method = build_method(config, about).double().train()
     if hasattr(method, "target"):  # as after some steps: not its network's twin
         generator = keyed_generator(7)
         for p in method.target.parameters():
@@ -77,8 +91,10 @@ def vae():
 
 
 def test_all_that_is_registered_is_tested():
+    """FixMatch, of another stage, is in test_fixmatch.py."""
     ours = {k for k, v in METHODS.items() if v.__module__.startswith("idaa_lib")}
-    assert ours == set(METHOD_NAMES)
+    assert ours == {*METHOD_NAMES, "fixmatch"}
+    assert ours & SSLConfig.registered("method").keys() == set(METHOD_NAMES)
 
 
 # --- losses and gradients against the specification, sample by sample
@@ -158,7 +174,7 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
     method = a_method(variant, adversary)
     twin = copy.deepcopy(method)
     oracle = Oracle(variant, twin, *(view.images for view in views))
-    step = method.step(views, {"images": torch.arange(B)})
+    step = method.step(views, {"images": torch.arange(B)}, Moment())
     loss, expected = step.loss, oracle.clean()
     if adversary != "none":
         if adversary == "clae":
@@ -195,11 +211,11 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
 @pytest.mark.parametrize("reuse_anchor", [True, False])
 @pytest.mark.parametrize("variant", ["plain", "uel", "simsiam", "simsiam/imagenet"])
 def test_reusing_the_anchor_changes_no_attack(variant, reuse_anchor, vae):
-    method = a_method(variant, reuse_anchor=reuse_anchor)
-    views = two_views()
+    method, views = a_method(variant), two_views()
     oracle = Oracle(variant, copy.deepcopy(method), *(view.images for view in views))
     seen = method.network.backbone.bn1_adv.num_batches_tracked
-    made = IDAA(vae, 0.4, steps=2)(views[0].images, method.step(views, {}).attack_loss)
+    adversary = IDAA(vae, 0.4, steps=2, reuse_anchor=reuse_anchor)
+    attack = adversary(views[0].images, method.step(views, {}, Moment()).attack_loss)
     assert seen == (2 if reuse_anchor else 3)
     x, zeta = views[0].images, vae.encode(views[0].images)[0]
     delta = torch.zeros_like(zeta)
@@ -208,20 +224,20 @@ def test_reusing_the_anchor_changes_no_attack(variant, reuse_anchor, vae):
         x_adv = vae.decode(zeta + leaf) + (x - vae.decode(zeta))
         (gradient,) = torch.autograd.grad(oracle.attack(x_adv), leaf)
         delta = (delta + 2.5 * 0.4 / 2 * gradient.sign()).clamp(-0.4, 0.4)
-    torch.testing.assert_close(made.delta, delta)
+    torch.testing.assert_close(attack.delta, delta)
 
 
 def test_at_the_start_simsiam_is_attacked_and_the_others_by_their_negatives_alone(vae):
     """Spec §2, "Crucial": without a predictor a view's own embedding pulls it nowhere."""
     for variant in ("simsiam", "simsiam/imagenet"):
-        step = a_method(variant).step(two_views(), {})
-        x = step.attacked.clone().requires_grad_()
+        step = a_method(variant).step(two_views(), {}, Moment())
+        x = step.attacked.images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(step.attack_loss(x, at_start=True), x)
         assert gradient.abs().max() > 1e-4
     for variant in ("plain", "uel"):
         method = a_method(variant)
         x = noise(3).requires_grad_()
-        z = method.network(x, adversarial=True)
+        z = method.network(x, adversarial=True).z
         (gradient,) = torch.autograd.grad((z.detach() * z).sum(), x)
         assert gradient.abs().max() < 1e-10
 
@@ -236,9 +252,9 @@ def test_epsilon_0_gives_the_adversarial_loss_of_the_view_itself(variant, vae):
         views, method = two_views(), a_method(variant)
         oracle = Oracle(variant, copy.deepcopy(method), *(view.images for view in views))
         itself = oracle.adversarial(views[0].images)
-        step = method.step(views, {})
+        step = method.step(views, {}, Moment())
         attack, other = (
-            adversary(step.attacked, step.attack_loss, keyed_generator(0))
+            adversary(step.attacked.images, step.attack_loss, keyed_generator(0))
             for adversary in (still, moving)
         )
         torch.testing.assert_close(step.adversarial_loss(attack.images), itself)
@@ -256,11 +272,11 @@ def batches_seen(module):
 def test_of_the_backbone_s_norms_the_adversarial_ones_alone_see_the_attacked_view(variant, vae):
     for adversary in adversaries(vae, 0.1):
         method = a_method(variant)
-        step = method.step(two_views(), {})
+        step = method.step(two_views(), {}, Moment())
         before = batches_seen(method)
         for name, seen in before.items():
             assert (seen == 0) == (name.split(".")[-1].endswith("_adv")), name
-        x_adv = adversary(step.attacked, step.attack_loss, keyed_generator(0)).images
+        x_adv = adversary(step.attacked.images, step.attack_loss, keyed_generator(0)).images
         passes = 1 if isinstance(adversary, RandomSign) else 2  # which looks at no loss
         step.adversarial_loss(x_adv)
         for name, seen in batches_seen(method).items():
@@ -296,6 +312,27 @@ def test_losses_of_identical_rows(n):
     assert step("uel").item() == pytest.approx(-math.log(p) - (2 * n - 2) * math.log(1 - p))
 
 
+# --- what may be recorded as a CUDA graph
+
+
+def recorded(method, adversary):
+    """Whether the loop records steps of these classes on one GPU."""
+    kinds = dict(method=object.__new__(method), adversary=object.__new__(adversary))
+    return Fit._recordable(SimpleNamespace(**kinds, device=torch.device("cuda"), processes=1))
+
+
+@pytest.mark.parametrize("name", [*METHOD_NAMES, "fixmatch"])
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_a_user_s_subclass_is_recorded_only_if_it_says_so_itself(name, adversary):
+    """It may draw on the host or read values where the class above it does not."""
+    ours = METHODS[name], CHOICES["adversary"][adversary]
+    silent, outspoken = (
+        [type("Own", (kind,), names) for kind in ours] for names in ({}, {"recordable": True})
+    )
+    assert recorded(*ours) and recorded(*outspoken)
+    assert not recorded(silent[0], ours[1]) and not recorded(ours[0], silent[1])
+
+
 # --- queue and moving average
 
 
@@ -308,10 +345,11 @@ def test_the_queue_keeps_the_newest_keys_and_the_key_encoder_follows():
     expected = list(method.queue.clone())
     targets = [p.clone() for p in method.target.parameters()]
     for i in range(4):  # of 5 keys each: round the end of 16 places
-        step = method.step((View(noise(10 + i), {}), View(noise(20 + i), {})), {})
+        views = View(noise(10 + i), {}), View(noise(20 + i), {})
+        step = method.step(views, {}, Moment())
         for row, key in enumerate(step.carry["keys"]):
             expected[(5 * i + row) % QUEUE] = key
-        method.after_step(step, i / 4)
+        method.after_step(step, Moment(step=i, steps=4))
         targets = [0.8 * t + 0.2 * p for t, p in zip(targets, network.parameters(), strict=True)]
     torch.testing.assert_close(method.queue, torch.stack(expected), rtol=0, atol=0)
     torch.testing.assert_close(list(method.target.parameters()), targets)
@@ -326,7 +364,7 @@ def test_byol_s_target_follows_ever_more_slowly():
         online = list(method.network.parameters())
         before = [p.clone() for p in method.target.parameters()]
         assert len(online) > len(before)  # the predictor has no target
-        method.after_step(Step(torch.tensor(0.0)), k / total)
+        method.after_step(Step(torch.tensor(0.0)), Moment(step=k, steps=total))
         tau = 1 - (1 - 0.8) * (math.cos(math.pi * k / total) + 1) / 2
         expected = [tau * t + (1 - tau) * p for t, p in zip(before, online, strict=False)]
         torch.testing.assert_close(list(method.target.parameters()), expected)
@@ -352,12 +390,13 @@ def a_shared_step(variant, rank, processes, wrap):
     inner = method.network
     method.network = wrap(inner)
     part = slice(rank * 6 // processes, (rank + 1) * 6 // processes)
-    step = method.step(tuple(View(view.images[part], {}) for view in two_views(6)), {})
+    views = tuple(View(view.images[part], {}) for view in two_views(6))
+    step = method.step(views, {}, Moment())
     torch.manual_seed(2)
-    attack = IDAA(VAE(8, SIZE, width=4).double(), 0.5)(step.attacked, step.attack_loss)
+    attack = IDAA(VAE(8, SIZE, width=4).double(), 0.5)(step.attacked.images, step.attack_loss)
     loss = step.loss + 0.7 * step.adversarial_loss(attack.images)
     loss.backward()
-    method.after_step(step, 0.5)
+    method.after_step(step, Moment(step=1, steps=2))
     kept = {f"state.{k}": v for k, v in method.state_dict().items() if k in ("queue", "oldest")}
     gradients = {name: p.grad for name, p in inner.named_parameters()}
     return {"loss": loss.detach(), "delta": attack.delta} | gradients | kept
@@ -388,12 +427,23 @@ def test_two_processes_step_like_one(tmp_path):
 # --- recipes
 
 
+def published(variant, steps_per_epoch, **values):
+    """A method, and the loop that trains it by the recipe `paper`."""
+    own = values_of(variant) | {"dataset": "imagenet", "batch_size": B}
+    config = SSLConfig(preset="paper", **own | values)
+    method = a_method(variant, "none", n=B * steps_per_epoch)
+    return method, fit_of(method, config)
+
+
+def schedules(variant, epochs, steps_per_epoch):
+    """The factor of the learning rate by step, for each group."""
+    return published(variant, steps_per_epoch, epochs=epochs)[1].schedules
+
+
 def rates(variant, epochs, steps_per_epoch):
     """Learning rate over the base by epoch's first step, for each group."""
-    groups = a_method(variant, "none").param_groups(epochs, steps_per_epoch)
-    return [
-        [g["lr_scale"] * g["schedule"](steps_per_epoch * e) for e in range(epochs)] for g in groups
-    ]
+    factors = schedules(variant, epochs, steps_per_epoch)
+    return [[factor(steps_per_epoch * e) for e in range(epochs)] for factor in factors]
 
 
 @pytest.mark.parametrize("variant", ["plain", "uel"])
@@ -411,11 +461,11 @@ def test_simsiam_warms_up_and_its_predictor_keeps_its_rate():
     cosine = [(1 + math.cos(math.pi * (e - 10) / 290)) / 2 for e in range(10, 300)]
     assert body[10:] == pytest.approx(cosine)
     assert predictor == [1.0] * 300
-    groups = a_method("simsiam", "none").param_groups(300, 7)
-    schedule = groups[0]["schedule"]
+    schedule, constant = schedules("simsiam", 300, 7)
+    assert constant(7 * 150 + 3) == 1
     assert schedule(7 * 150 + 3) == pytest.approx((1 + math.cos(math.pi * (980 + 3) / 2030)) / 2)
     assert schedule(0) == 0.0
-    short = a_method("simsiam", "none").param_groups(3, 7)[0]["schedule"]
+    short, _ = schedules("simsiam", 3, 7)
     assert short(0) == 1.0  # no warm-up that outlives the training
 
 
@@ -432,15 +482,12 @@ def test_a_cosine_by_epoch(variant):
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "simclr"])
 def test_the_optimiser_is_sgd_with_momentum_and_decay_of_every_parameter(variant):
-    method = a_method(variant, "none", weight_decay=0.3)
-    groups = method.param_groups(10, 5)
+    method, fit = published(variant, 5, weight_decay=0.3, learning_rate=0.1)
+    optimizer, groups = fit.optimizer, fit.optimizer.param_groups
     every = [p for g in groups for p in g["params"]]
     assert {id(p) for p in every} == {id(p) for p in method.network.parameters()}
     assert len(every) == len(list(method.network.parameters()))
     assert all(g["weight_decay"] == 0.3 for g in groups)
-    optimizer = method.optimizer(
-        [{k: g[k] for k in ("params", "weight_decay")} for g in groups], 0.1
-    )
     start = every[0].detach().clone()
     velocity, p = torch.zeros_like(start), start.clone()
     for _ in range(3):
@@ -468,7 +515,7 @@ def test_heads_are_the_papers():
 
     def heads(**values):
         config = SSLConfig(preset="paper", **values)
-        network = build_method(config, recipe("none", 32, MEAN, STD)).network
+        network = build_method(config, About(recipe("none", 32, MEAN, STD))).network
         return layers(network.projector), layers(getattr(network, "predictor", nn.Identity()))
 
     wide, narrow = (2048, 2048, True), [(2048, 512, True), "BN", "ReLU", (512, 2048, True)]
@@ -512,11 +559,14 @@ def test_simsiam_s_imagenet_pairing_alone_starts_its_residual_branches_at_zero(
         assert torch.equal(weight, torch.full_like(weight, float(name not in zero))), name
 
 
-def test_recipes_go_over_the_preset_and_under_what_is_given():
+def test_recipes_go_over_the_preset_and_under_what_is_given(monkeypatch):
     paper = SSLConfig(preset="paper", method="plain")
     assert (paper.epochs, paper.batch_size, paper.learning_rate) == (301, 128, 0.03)
     assert (paper.augmentation, paper.temperature, paper.projection_dim) == ("normal", 0.1, 128)
-    assert (paper.weight_decay, paper.split, paper.reuse_anchor) == (5e-4, "trainval", True)
+    assert (paper.weight_decay, paper.split) == (5e-4, "trainval")
+    assert not hasattr(paper, "reuse_anchor")  # there is nothing to anchor
+    assert not paper.replace(adversary="clae").reuse_anchor
+    assert SSLConfig(preset="cifar10", method="plain", adversary="clae").reuse_anchor
     assert not paper.changed()
     less = SSLConfig(preset="cifar10", method="plain", learning_rate=0.01, epochs=7)
     assert less.changed() == {"learning_rate": 0.01, "epochs": 7}
@@ -541,24 +591,38 @@ def test_recipes_go_over_the_preset_and_under_what_is_given():
     attacked = there | {"adversary": "idaa"}
     assert SSLConfig(**attacked).epsilon == 0.01 and SSLConfig(**attacked, epsilon=1).epsilon == 1
     assert SSLConfig(**attacked | {"adversary": "clae"}).epsilon == 0.03
+
+    class Mine(METHODS["simclr"]):
+        class Options(METHODS["simclr"].Options):
+            queue: int = 1
+
+    monkeypatch.setitem(METHODS, "mine", Mine)
     own = SSLConfig(preset="paper", method="mine", queue=7)
     assert own.changed() == {"queue": 7}
+    assert own.learning_rate == SSLConfig(preset="paper").learning_rate
 
 
-def test_fields_of_another_method_name_no_other_run_and_are_read_all_the_same():
-    for name, values in (
-        ("simclr", dict(queue=7, momentum=0.5, pairing="imagenet")),
-        ("byol", dict(temperature=0.3, queue=7, reuse_anchor=False)),
-        ("simsiam", dict(temperature=0.3, momentum=0.5)),
-        ("moco", dict(pairing="imagenet", reuse_anchor=False)),
-    ):
-        given = SSLConfig(method=name, adversary="idaa", **values)
-        assert given == SSLConfig(method=name, adversary="idaa")
+def test_knobs_of_another_choice_are_refused_and_say_whose_they_are():
+    """By the registry: each knob of any method or adversary, with all that do not have it."""
+    kinds = {choice: SSLConfig.registered(choice) for choice in SSLConfig.choices}
+    owned = {choice: set() for choice in kinds}
+    for row in SSLConfig.knobs():
+        owned[row["of"].partition(" = ")[0]].add(row["knob"])
+    assert {"queue", "momentum", "pairing", "temperature"} <= owned["method"]
+    assert {"epsilon", "reuse_anchor", "vae", "alpha"} <= owned["adversary"]
+    for choice, knobs in owned.items():
+        for knob in knobs:
+            owners = [k for k, v in kinds[choice].items() if knob in v.Options.model_fields]
+            whose = f"{knob} is a knob of {choice}={' or '.join(map(repr, owners))}, and {choice}"
+            value = kinds[choice][owners[0]].Options.model_fields[knob].default or "some"
+            for other in kinds[choice].keys() - set(owners):
+                with pytest.raises(ConfigError, match=f"{whose} is {other!r}: leave it out"):
+                    SSLConfig(**{choice: other, knob: value})
     for values, words in (
-        (dict(queue=0), "queue must be greater than 0"),
-        (dict(method="byol", temperature="hot"), "temperature must be a number"),
-        (dict(momentum=2), "momentum must be less than or equal to 1"),
-        (dict(pairing="both"), "pairing must be 'cifar' or 'imagenet'"),
+        (dict(method="moco", queue=0), "queue must be greater than 0"),
+        (dict(method="simclr", temperature="hot"), "temperature must be a number"),
+        (dict(method="byol", momentum=2), "momentum must be less than or equal to 1"),
+        (dict(method="simsiam", pairing="both"), "pairing must be 'cifar' or 'imagenet'"),
     ):
         with pytest.raises(ConfigError, match=words):
             SSLConfig(**values)
@@ -586,9 +650,14 @@ def vae_run(tmp_path_factory):
 @pytest.fixture
 def shallow(monkeypatch):
     """The name of a ResNet with one block a stage: half the time, and it learns in fewer steps."""
-    made = functools.partial(ResNet, (1, 1, 1, 1))
-    monkeypatch.setitem(BACKBONES, "resnet10", made)
+    monkeypatch.setitem(BACKBONES, "resnet10", functools.partial(ResNet, (1, 1, 1, 1)))
     return "resnet10"
+
+
+def attacked_by(adversary, vae_run):
+    """The values of a configuration that name an adversary, and its VAE if it needs one."""
+    needs = adversary in ("idaa", "random_sign")
+    return {"adversary": adversary} | ({"vae": str(vae_run.path)} if needs else {})
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
@@ -596,18 +665,19 @@ def shallow(monkeypatch):
 def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
     outputs, monkeypatch, vae_run, shallow, variant, adversary
 ):
+    own = knobs_of(variant, queue=16, projection_dim=8, momentum=0.9)
     config = SSLConfig(
-        **TINY, **values_of(variant), adversary=adversary, vae=str(vae_run.path), queue=16,
-        projection_dim=8, momentum=0.9, backbone=shallow,
-    )  # fmt: skip
+        **TINY, **values_of(variant), **own, **attacked_by(adversary, vae_run), backbone=shallow
+    )
     whole = outcome(train_ssl(config))
     shutil.rmtree(locate(config).path)
     step = Fit.train_step
 
     def stop_at_3(fit, *args):
-        step(fit, *args)
-        if fit.step == 2:  # counted after the step
+        values = step(fit, *args)
+        if fit.steps.step == 2:  # counted after the step
             signal.raise_signal(signal.SIGINT)
+        return values
 
     with monkeypatch.context() as patch:
         patch.setattr(Fit, "train_step", stop_at_3)
@@ -648,11 +718,10 @@ def test_training_lowers_the_loss_and_lifts_knn(
     outputs, monkeypatch, vae_run, shallow, variant, adversary
 ):
     monkeypatch.setitem(RECIPES, "simclr", {"crop_scale": (0.3, 1.0), "flip": 0.5})
-    config = SSLConfig(**dict(
-        size=SIZE, width=8, backbone=shallow, limit=512, batch_size=32, device="cpu", log_every=1,
-        knn_every=9, checkpoint_every=9, augmentation="simclr", projection_dim=32,
-        queue=64, adversary=adversary, vae=str(vae_run.path),
-    ) | values_of(variant) | LEARNS[variant])  # fmt: skip
+    values = dict(size=SIZE, width=8, backbone=shallow, limit=512, batch_size=32, device="cpu")
+    values |= dict(log_every=1, knn_every=9, checkpoint_every=9, augmentation="simclr")
+    values |= knobs_of(variant, projection_dim=32, queue=64) | attacked_by(adversary, vae_run)
+    config = SSLConfig(**values | values_of(variant) | LEARNS[variant])
     run = train_ssl(config)
     losses = [line["loss"] for line in run.metrics() if "loss" in line]
     # MoCo's queue is full of its own keys after two steps.
@@ -682,7 +751,8 @@ def test_the_official_protocol_is_the_method_s(
         return original(*sets, **how, epochs=1)
 
     monkeypatch.setattr(stage, "official_probe", probe)
-    run = train_ssl(SSLConfig(**TINY, method=method, backbone=shallow, projection_dim=8, queue=16))
+    own = knobs_of(method, projection_dim=8, queue=16)
+    run = train_ssl(SSLConfig(**TINY, method=method, backbone=shallow, **own))
     config = EvalConfig(run=run.id, limit=60, protocol="official", temperature=0.7, device="cpu")
     summary = evaluate(config).summary
     bank = "(bank without the release's fault)"

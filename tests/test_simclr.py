@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from conftest import views_of
+from conftest import fit_of, views_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,7 +18,6 @@ from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, SSLConfig
 from idaa_lib.methods import About, Moment, build_method
 from idaa_lib.methods.base import gather
-from idaa_lib.methods.schedules import build_optimizer, build_schedule
 from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.nets.network import Embedding
 from idaa_lib.nets.vae import VAE
@@ -254,37 +253,36 @@ def test_projector_is_the_paper_s():
 
 
 def paper_schedule(epochs, steps_per_epoch):
-    """The factor of the learning rate by step, as the loop makes it of what the recipe says."""
-    config = SSLConfig(preset="paper")
-    assert config.learning_rate == 3e-4
-    (group,) = simclr().param_groups()
-    name = group.get("schedule", config.schedule)
-    return build_schedule(name, epochs, steps_per_epoch, config.warmup)
+    """The learning rate by step, as the loop has it by the recipe `paper`."""
+    config = SSLConfig(preset="paper", epochs=epochs)
+    method = simclr(n=config.batch_size * steps_per_epoch, batch_size=config.batch_size)
+    (factor,) = fit_of(method, config).schedules
+    return lambda step: config.learning_rate * factor(step)
 
 
 @pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(300, 195), (20, 1)])
 def test_learning_rate_is_the_official_schedule(epochs, steps_per_epoch):
-    factor = paper_schedule(epochs, steps_per_epoch)
+    schedule = paper_schedule(epochs, steps_per_epoch)
     rates = reference.simclr_rates(epochs)
     for epoch, rate in enumerate(rates):
         for step in (epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1):
-            assert 3e-4 * factor(step) == pytest.approx(rate)
+            assert schedule(step) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
     ("epoch", "rate"), [(0, 3e-4), (11, 3e-4), (12, 2.99992e-4), (299, 1.183e-6)]
 )
 def test_learning_rate_at_published_epochs(epoch, rate):
-    assert 3e-4 * paper_schedule(300, 195)(195 * epoch) == pytest.approx(rate, rel=5e-4, abs=2e-9)
+    assert paper_schedule(300, 195)(195 * epoch) == pytest.approx(rate, rel=5e-4, abs=2e-9)
 
 
 def test_optimiser_is_adam_over_every_parameter_without_decay():
-    method, config = simclr(), SSLConfig(preset="paper")
-    groups = method.param_groups()
-    assert [p.shape for p in groups[0]["params"]] == [p.shape for p in method.parameters()]
-    assert groups[0].get("weight_decay", config.weight_decay) == 0
+    method, config = simclr(n=256), SSLConfig(preset="paper", learning_rate=1e-3)
     twin = copy.deepcopy(method)
-    ours = build_optimizer(config.optimizer, groups, 1e-3)
+    ours = fit_of(method, config).optimizer
+    (group,) = ours.param_groups
+    assert [p.shape for p in group["params"]] == [p.shape for p in method.parameters()]
+    assert group["weight_decay"] == 0
     theirs = torch.optim.Adam(twin.parameters(), lr=1e-3, foreach=False)
     views = two_views()
     for _ in range(2):

@@ -234,7 +234,7 @@ class Method(nn.Module):
         self.network.compile(dynamic=False)  # a few sizes, each with kernels of its own
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups with `params` and, where they are not the run's, `weight_decay`, `schedule`."""
+        """Groups: `params` and, where not the run's, `weight_decay`, `schedule`, `warmup`."""
         return [{"params": list(self.network.parameters())}]
 
     def encoder(self, layer: str) -> nn.Module:

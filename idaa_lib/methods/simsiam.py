@@ -102,10 +102,10 @@ class SimSiam(Method):
         return both if self.cifar else both / 2
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """On CIFAR the predictor learns at a constant rate."""
+        """On CIFAR the predictor learns at a constant rate, from the start."""
         (group,) = super().param_groups()
         if not self.cifar:
             return [group]
         predictor = list(self.network.get_submodule("predictor").parameters())
         body = group["params"][: -len(predictor)]
-        return [{"params": body}, {"params": predictor, "schedule": "constant"}]
+        return [{"params": body}, {"params": predictor, "schedule": "constant", "warmup": 0}]

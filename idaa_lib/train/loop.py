@@ -93,7 +93,10 @@ class Fit:
         groups = method.param_groups()
         self.schedules = [
             build_schedule(
-                group.pop("schedule", config.schedule), config.epochs, self.per_epoch, config.warmup
+                group.pop("schedule", config.schedule),
+                config.epochs,
+                self.per_epoch,
+                group.pop("warmup", config.warmup),
             )
             for group in groups
         ]
