@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
-from idaa_lib.configs.base import CHOICES
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate.encoders import features, load_encoder, random_encoder
 from idaa_lib.evaluate.knn import knn
@@ -29,6 +28,7 @@ from idaa_lib.methods.uel import spreading
 from idaa_lib.nets import BACKBONES
 from idaa_lib.nets.resnet import ResNet
 from idaa_lib.nets.vae import VAE
+from idaa_lib.registry import CHOICES
 from idaa_lib.runs import Stopped
 from idaa_lib.train import locate, train_ssl, train_vae
 from idaa_lib.train.loop import Fit
@@ -523,9 +523,11 @@ def test_heads_are_the_papers():
         [(512, 2048, True), "BN", "ReLU", wide, "BN"], narrow,
     )  # fmt: skip
     imagenet = dict(pairing="imagenet", dataset="imagenet", backbone="resnet50", stem="imagenet")
+    # facebookresearch/simsiam, simsiam/builder.py: no bias before a BatchNorm.
     assert heads(method="simsiam", **imagenet) == (
-        [*[(2048, 2048, False), "BN", "ReLU"] * 2, wide, "BN without affine"], narrow,
-    )  # fmt: skip
+        [*[(2048, 2048, False), "BN", "ReLU"] * 2, wide, "BN without affine"],
+        [(2048, 512, False), *narrow[1:]],
+    )
     assert heads(method="plain") == heads(method="uel") == ([(512, 128, True)], [])
     assert heads(method="moco") == ([(512, 512, True), "ReLU", (512, 128, True)], [])
     assert heads(method="byol") == (
