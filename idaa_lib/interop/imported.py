@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,13 @@ def import_run(
     """
     path = Path(path).expanduser()
     source = load_official(path, size=size, mean=mean, std=std)
-    config = _config(source, {"dataset": settled(dataset), **values}, path)
+    arguments = {"size": size, "mean": mean, "std": std, **values}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    config = _config(source, {"dataset": settled(dataset), **arguments}, path)
     data = open_images(config.dataset, config.split, config.size, config.limit)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # Units are no field of a configuration, and make other features of the same weights.
-    units = json.dumps([mean, std]) if mean or std else None
-    run = runs.run_for(config, data.fingerprint, imported=digest, units=units)
-    arguments = {"size": size, "mean": mean, "std": std, **values}
+    run = runs.run_for(config, data.fingerprint, imported=digest)
     about = describe(torch.device("cpu"), "no", data)
     about["imported"] = {
         "file": path.name,
@@ -62,7 +60,7 @@ def import_run(
         "epoch": source.epoch,
         "acc": source.acc,
         "path": str(path.resolve()),
-        "given": {name: value for name, value in arguments.items() if value is not None},
+        "given": arguments,
     }
     model = {"size": source.size, "mean": source.mean, "std": source.std}
     model["classes"] = len(data.classes)

@@ -363,7 +363,7 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
     words = [word.removesuffix(".zip").removeprefix("ssl-") for word in words]
     changed = config.changed()
     # κ and β say the same, and β is the one that compares; what is named by content is in the hash.
-    hidden = config.circumstances | config.pointers | {"kappa", "seed"}
+    hidden = config.circumstances | config.pointers | {"kappa", "seed", "mean", "std"}
     hidden |= set() if "kappa" in changed else {"beta"}
     words += [
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
