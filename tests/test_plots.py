@@ -1,5 +1,6 @@
 """Figures: every axis named, colours that anyone can tell apart, SVG and PDF as promised."""
 
+import html
 import math
 import re
 from itertools import combinations, product
@@ -210,3 +211,36 @@ def test_a_saved_figure_is_what_the_notebook_shows_and_pdf_on_request(tmp_path, 
     monkeypatch.setenv("IDAA_PDF", "yes")
     with pytest.raises(ValueError, match="IDAA_PDF must be 1"):
         style.save(figure, tmp_path / "a.png")
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize(
+    "names", [("$5 note", "$10 note", "_background"), ("US$ a$", "R&D <b>bold", "100%"),
+              ("a_b^c", "back\\slash", "猫")]
+)  # fmt: skip
+def test_classes_are_drawn_by_their_names_as_they_are(tmp_path, names):
+    draw = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(30, 4, generator=draw), torch.arange(30) % 3
+    pictures = torch.zeros(30, 3, 8, 8)
+    for figure in (
+        plots.confusion(labels, labels, names),
+        plots.embedding_map(features, labels, names),
+        plots.neighbours(features, pictures, labels, [0, 1, 2], names),
+    ):
+        plots.save(figure, tmp_path / "figure.png")
+        text = html.unescape(style.svg(figure))
+        assert all(name in text for name in names)
+    legend = [
+        entry.get_text()
+        for entry in plots.embedding_map(features, labels, names).axes[0].get_legend().texts
+    ]
+    assert legend == [f" {name}" for name in names]
+
+
+def test_a_log_axis_keeps_its_powers(tmp_path):
+    figure, axis = style.axes(figsize=(3, 2))
+    axis.plot([1, 1e6], [1, 1e6])
+    axis.set(xscale="log", yscale="log")
+    plots.save(figure, tmp_path / "figure.png")
+    plots.save(figure, tmp_path / "figure.png")
+    assert "mathdefault" not in re.sub("<!--.*?-->", "", style.svg(figure), flags=re.DOTALL)

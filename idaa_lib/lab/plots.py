@@ -172,9 +172,9 @@ def embedding_map(
     colours = sns.color_palette("husl", len(classes)) if len(classes) > 7 else PALETTE
     for c, name in enumerate(classes):
         mine = labels.numpy() == c
-        axis.scatter(
-            place[mine, 0], place[mine, 1], s=12, color=colours[c], label=name, linewidths=0
-        )
+        legend = f" {name}"  # one that begins with "_" would be left out of the legend
+        x, y = place[mine].T
+        axis.scatter(x, y, s=12, color=colours[c], label=legend, linewidths=0)
         # Neighbouring hues are hard to tell apart: the name stands at the middle of its class.
         if mine.any():
             x, y = np.median(place[mine], axis=0)

@@ -15,6 +15,7 @@ import PIL.Image
 import seaborn as sns
 from IPython.display import Image
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from idaa_lib.results import ADVERSARIES as NAMES
 
@@ -89,11 +90,18 @@ def save(figure: Figure, path: Path) -> Image:
     asked = os.environ.get("IDAA_PDF") or "0"
     if asked not in ("0", "1"):
         raise ValueError(f"IDAA_PDF must be 1 (figures as PDF too) or 0, and is {asked!r}.")
+    draw_names_plainly(figure)
     figure.savefig(path, dpi=DPI)
     if asked == "1":
         figure.savefig(path.with_suffix(".pdf"))
     width, _ = PIL.Image.open(path).size
     return Image(path.read_bytes(), format="png", width=round(width * 96 / DPI))
+
+
+def draw_names_plainly(figure: Figure) -> None:
+    """Makes every text stand as it is: a user's "$5 note" is no formula. Log axes keep theirs."""
+    for text in figure.findobj(Text):
+        text.set_parse_math("mathdefault" in text.get_text())
 
 
 def svg(figure: Figure) -> str:
@@ -102,6 +110,7 @@ def svg(figure: Figure) -> str:
     The background is left out and text, ticks and grid take JupyterLab's colours, so that one and
     the same SVG reads well in the light and the dark theme.
     """
+    draw_names_plainly(figure)
     target = io.StringIO()
     # The whole figure, not what `savefig.bbox` crops: places in it can be computed then.
     whole = figure.bbox_inches
