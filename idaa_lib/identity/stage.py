@@ -1,7 +1,8 @@
 """The study of notebook 08 as a stage: how much identity z, G, R and x′ hold on given images.
 
 Identity is judged by a `Witness` that looks for x among other views of the N images, and by linear
-probes on pixels; attacks are compared at equal ε and at equal hardness (docs/spec/idaa.md §6).
+probes on pixels; attacks are compared at equal ε and at equal hardness (docs/spec/idaa.md §6). The
+summary's `claims` say of each comparison what can be told from these images.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from idaa_lib.evaluate.metrics import bootstrap_interval
 from idaa_lib.evaluate.probe import CLEAN, linear_probe
 from idaa_lib.identity import theory
 from idaa_lib.identity.scene import ADVERSARIES, BATCH, UNTRAINED, Scene, Witness, open_scene, read
+from idaa_lib.identity.theory import Retention
 from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import Run, checkpoints
@@ -35,6 +37,7 @@ from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.views import keyed_generator, normalise, recipe
 
 PARTS = ("x", "G", "R")
+OTHERS = {"clae": "CLAE", "random_sign": "random sign"}  # than IDAA
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a part that is exchanged between two images
 # Instance probe: so many images, and views of each to learn, to choose the penalty, to judge.
 INSTANCES, LEARNT, JUDGED = 60, 3, 4
@@ -54,6 +57,29 @@ class Study(Plan):
     scene: Scene
     train: ImageSet
     others: dict[str, list[Run]]
+    claims: list[dict[str, Any]] = field(default_factory=list, init=False)
+
+    def claim(
+        self, section: str, claim: str, interval: Sequence[float] | None, unit: str, note: str = "",
+        *, than: float = 0.0, **about: Any,
+    ) -> None:  # fmt: skip
+        """Add a claim: value, low, high, unit, n, note, and the verdict on `interval`."""
+        value, low, high = interval or 3 * [None]
+        row = dict(section=section, claim=claim, value=value, low=low, high=high, unit=unit)
+        row |= dict(n=len(self.scene.x), verdict=verdict(interval, than), note=note)
+        self.claims.append(row | about)
+
+    def compare(
+        self, section: str, claim: str, one: Retention, other: Retention, note: str = "",
+        **about: Any,
+    ) -> None:  # fmt: skip
+        """Claim that the witness finds more in one than in the other, by both of its measures."""
+        note = "; ".join(filter(None, [note, *caveats(self.config)]))
+        for by, measure, unit in (
+            ("hits", "retrieval@1", "points"), ("gains", "InfoNCE", "nats")
+        ):  # fmt: skip
+            interval = bootstrap_interval(getattr(one, by) - getattr(other, by))
+            self.claim(section, f"{claim}: {measure}", interval, unit, note, by=by, **about)
 
     @cached_property
     def bytes(self) -> Tensor:
@@ -90,6 +116,15 @@ class Study(Plan):
         labels = self.train.labels
         pairs = (features[learn], labels[learn]), (features[held], labels[held])
         return _probe(*pairs, queries, len(self.train.classes))
+
+
+def verdict(interval: Sequence[float] | None, than: float = 0.0) -> str:
+    """`more` where a whole interval (mean, low, high) lies above `than`, `less` where it lies
+    below, else `cannot be told`; without an interval `left out`."""
+    if interval is None:
+        return "left out"
+    _, low, high = interval
+    return "more" if low > than else "less" if high < than else "cannot be told"
 
 
 def study(config: TheoryConfig) -> Run:
@@ -157,13 +192,22 @@ def _measure(plan: Study) -> dict[str, Any]:
     print(f"VAE {config.vae}\nattacked: {config.run}\nwitness: {config.witness}")
     summary = {"n": n, "log_n": math.log(n), "candidates": config.augmentation}
     summary |= {"attacked": config.run, "witness": config.witness, "caveats": caveats(config)}
-    summary["latent"] = _latent(scene, config.seed)
+    summary["latent"] = latent = _latent(scene, config.seed)
+    nats, spread = latent["information"], 1.96 * latent["error"]
+    claim = f"I(z; y) > 99 % of log N = {math.log(n):.2f}: a sampled z names the image"
+    note, most = f"rate {latent['rate']:.1f}", 0.99 * math.log(n)
+    plan.claim("latent", claim, [nats, nats - spread, nats + spread], "nats", note, than=most)
+    bound = -1e9 if latent["bound"] is None else latent["bound"]
+    note = "for a small enough δ; how small, the theorem does not say"
+    if bound <= 0:
+        note = f"vacuous, and whatever β were at most log N − rate = {latent['limit']:,.1f}"
+    plan.claim("latent", "Theorem 3.5: its bound on I(x′; y) > 0", 3 * [bound], "nats", note)
     kept = {part: plan.witness.retention(images) for part, images in scene.parts.items()}
-    summary["parts"] = {part: held.row() for part, held in kept.items()}
-    summary["among"] = {"k": _counts(n)} | {part: _among(held) for part, held in kept.items()}
-    summary["R_minus_G"] = _difference(kept["R"], kept["G"])
-    summary["exchange"] = _exchange(scene, plan.witness)
+    summary["parts"] = {part: found.row() for part, found in kept.items()}
+    summary["among"] = {"k": _counts(n)} | {part: _among(found) for part, found in kept.items()}
+    plan.compare("parts", "R keeps more than G, by the witness", kept["R"], kept["G"])
     summary["probes"] = _probes(plan)
+    summary["exchange"] = _exchange(plan)
     summary |= _attacks(plan)
     middle = config.epsilons[len(config.epsilons) // 2]
     summary["vaes"] = {"epsilon": middle} | {
@@ -171,7 +215,7 @@ def _measure(plan: Study) -> dict[str, Any]:
         for axis, members in plan.others.items()
         if len(members) > 1
     }
-    return summary
+    return summary | {"claims": plan.claims}
 
 
 def caveats(config: TheoryConfig) -> list[str]:
@@ -209,21 +253,14 @@ def _latent(scene: Scene, seed: int) -> dict[str, Any]:
     # The configuration's β is of unit variance; here of the distortion's (spec §1: β ∝ 1/s²).
     calibrated = beta / (mse + theory.quantisation(step))
     distortion = theory.distortion(mse, x.shape[-1], step)
-    bound = theory.Bound(n, distortion, rate(mu, logvar).mean().item(), nats, calibrated)
+    mean_rate = rate(mu, logvar).mean().item()
+    bound, limit = theory.bound(n, distortion, mean_rate, nats, calibrated)
     return {
-        **asdict(bound), "error": error, "batches": batches, "mse": mse, "vae_beta": beta,
-        "continuous_distortion": theory.distortion(mse, x.shape[-1]),
-        # JSON has no −∞, which it is at β = 0.
-        "bound": bound.nats if bound.beta else None, "limit": bound.limit,
+        "information": nats, "error": error, "batches": batches, "rate": mean_rate, "mse": mse,
+        "distortion": distortion, "continuous_distortion": theory.distortion(mse, x.shape[-1]),
+        "beta": calibrated, "vae_beta": beta, "limit": limit,
+        "bound": bound if math.isfinite(bound) else None,  # JSON has no −∞, which it is at β = 0
     }  # fmt: skip
-
-
-def _difference(one: theory.Retention, other: theory.Retention) -> dict[str, Any]:
-    """One less the other, over the same images: retrieval in points, InfoNCE in nats."""
-    return {
-        "retrieved": bootstrap_interval(one.hits - other.hits),
-        "infonce": bootstrap_interval(one.gains - other.gains),
-    }
 
 
 def _counts(n: int) -> list[int]:
@@ -231,15 +268,16 @@ def _counts(n: int) -> list[int]:
     return sorted({round(k) for k in np.geomspace(2, n, 12)})
 
 
-def _among(kept: theory.Retention) -> list[float]:
+def _among(kept: Retention) -> list[float]:
     return [kept.among(k) for k in _counts(kept.n)]
 
 
-def _exchange(scene: Scene, witness: Witness) -> dict[str, Any]:
+def _exchange(plan: Study) -> dict[str, Any]:
     """Likeness to image a and to the next one, b, as G or R goes over from a to b, over all a.
 
     At the end it is of G(b) + R(a), or of G(a) + R(b); of these, how many are more like b.
     """
+    scene, witness = plan.scene, plan.witness
     own = witness.features(scene.x)
     cosines: dict[str, list[list[float]]] = {}
     for moves, stays in (("G", "R"), ("R", "G")):
@@ -250,7 +288,9 @@ def _exchange(scene: Scene, witness: Witness) -> dict[str, Any]:
             curve.append([to_a.mean().item(), to_b.mean().item()])
         cosines[f"{moves}: a → b, {stays} of a"] = curve
     follows = bootstrap_interval(100 * (to_b > to_a).double())  # the last: R in whole
-    return {"shares": SHARES, "cosines": cosines, "follows_R": follows}
+    claim, note = "G(a) + R(b) is taken for b, whose R it is", "; ".join(caveats(plan.config))
+    plan.claim("exchange", f"{claim}, by more than half", follows, "%", note, than=50)
+    return {"shares": SHARES, "cosines": cosines}
 
 
 # --- linear probes ------------------------------------------------------------------------------
@@ -263,10 +303,12 @@ def _probes(plan: Study) -> dict[str, Any]:
         learn, judge = _flat(plan.scene.split(plan.learn)), _flat(plan.scene.parts)
         guesses = {part: plan.classify(learn[part], judge[part]) for part in PARTS}
         right["class"] = {part: 100 * (guesses[part] == labels).double() for part in PARTS}
-    found: dict[str, Any] = {"instances": min(INSTANCES, len(plan.bytes))}
+    found: dict[str, Any] = {"instances": len(right["instance"]["x"])}
     for kind, hits in right.items():
         found[kind] = {part: bootstrap_interval(values) for part, values in hits.items()}
-        found[kind]["R_minus_G"] = bootstrap_interval(hits["R"] - hits["G"])
+        claim = f"R keeps more than G, by a linear probe on pixels: which {kind}"
+        difference = bootstrap_interval(hits["R"] - hits["G"])
+        plan.claim("parts", claim, difference, "points", by="probe", n=len(hits["R"]))
     return found
 
 
@@ -316,43 +358,47 @@ def _attacks(plan: Study) -> dict[str, Any]:
     scene, witness, epsilons = plan.scene, plan.witness, sorted(plan.config.epsilons)
     # (adversary, ε) → what is read there; the radii of equal hardness come in addition.
     readings = {(a, e): read(scene, witness, a, e) for a in ADVERSARIES for e in epsilons}
-    equal = []
-    for adversary in ADVERSARIES[1:]:
-        points = [(e, readings[adversary, e].row["loss_after"]) for e in epsilons]
-
-        def loss_at(epsilon: float, adversary: str = adversary) -> float:
-            return scene.loss(scene.attack(adversary, epsilon)).item()
-
+    pair = None
+    for adversary, name in OTHERS.items():
+        loss_at = partial(_loss_at, scene, adversary)
+        curve = [(e, readings[adversary, e].row["loss_after"]) for e in epsilons]
         for epsilon in epsilons:
-            mine = readings["idaa", epsilon]
-            loss = mine.row["loss_after"]
-            matched = equal_hardness(loss_at, points, loss, scene.loss_before)
-            row: dict[str, Any] = {"adversary": adversary, "epsilon": epsilon, "matched": matched}
-            for at, radius in (("at_equal_epsilon", epsilon), ("at_equal_hardness", matched)):
-                row[at] = None
-                if radius:
-                    other = readings.get((adversary, radius))
-                    other = other or read(scene, witness, adversary, radius)
-                    readings[adversary, radius] = other
-                    row[at] = {"loss": (loss, other.row["loss_after"])}
-                    row[at] |= _difference(mine.kept, other.kept)
-            equal.append(row)
+            mine, same = readings["idaa", epsilon], readings[adversary, epsilon]
+            loss, about = mine.row["loss_after"], {"adversary": adversary, "epsilon": epsilon}
+            claim, words = f"IDAA ε = {epsilon:.3g} keeps more than {name}", "loss {:.2f}, {:.2f}"
+            note = words.format(loss, same.row["loss_after"])
+            plan.compare("attacks", f"{claim} of equal ε", mine.kept, same.kept, note, **about)
+            about["at"] = "hardness"
+            matched = equal_hardness(loss_at, curve, loss, scene.loss_before)
+            if matched is None:
+                why = f"no ε of {name} up to {epsilons[-1]:g} is as hard as IDAA"
+                why = why if loss > scene.loss_before else "IDAA does not make x harder"
+                plan.claim("attacks", f"{claim} of equal hardness", None, "", why, **about)
+                continue
+            other = readings[adversary, matched] = read(scene, witness, adversary, matched)
+            note = words.format(loss, other.row["loss_after"])
+            claim += f" ε = {matched:.3g}, equally hard"
+            plan.compare("attacks", claim, mine.kept, other.kept, note, **about)
+            pair = (epsilon, matched) if adversary == "clae" else pair
     if (labels := plan.labels) is not None:
         asked = [witness.features(scene.x), *(reading.features for reading in readings.values())]
         guess = plan.classify(witness.features(plan.learn), torch.cat(asked))
         first, *others = guess.view(-1, len(labels))
         for reading, same in zip(readings.values(), others, strict=True):
             reading.row["consistency"] = 100 * (same == first).double().mean().item()
-    summary: dict[str, Any] = {"loss_before": scene.loss_before, "equal": equal}
+    summary: dict[str, Any] = {"loss_before": scene.loss_before}
     summary["curves"] = {
         name: [readings[a, e].row for a, e in sorted(readings) if a == name] for name in ADVERSARIES
     }
-    pairs = [row for row in equal if row["adversary"] == "clae" and row["matched"]]
-    for row in pairs[-1:]:  # the hardest pair, where most is at stake
-        radii = {"idaa": row["epsilon"], "clae": row["matched"]}
+    if pair:  # the hardest, where most is at stake
+        radii = dict(zip(("idaa", "clae"), pair, strict=True))
         curves = {a: _among(readings[a, e].kept) for a, e in radii.items()}
-        summary["among_attacked"] = {"epsilon": row["epsilon"], "matched": row["matched"], **curves}
+        summary["among_attacked"] = curves | {"radii": radii}
     return summary
+
+
+def _loss_at(scene: Scene, adversary: str, epsilon: float) -> float:
+    return scene.loss(scene.attack(adversary, epsilon)).item()
 
 
 def equal_hardness(

@@ -120,12 +120,14 @@ def quantisation(step: Sequence[float]) -> float:
     return sum(width**2 for width in step) / len(step) / 12
 
 
-@dataclass(frozen=True)
-class Bound:
-    """The right-hand side of Theorem 3.5: I(x′; y) ≥ I(x; y) − (L_VAE + I(z; x)) / β, in nats.
+def bound(
+    n: int, distortion: float, rate: float, information: float, beta: float
+) -> tuple[float, float]:
+    """The right-hand side of Theorem 3.5 in nats, and what no β lifts it above: log N − rate.
 
-    L_VAE = distortion + β·rate, I(x; y) = log N for N distinct images, and I(z; x) = I(z; y) on
-    them. It holds for ‖δ‖ ≤ some ϵ that the theorem does not name.
+    I(x′; y) ≥ I(x; y) − (L_VAE + I(z; x)) / β, where L_VAE = distortion + β·rate, I(x; y) = log N
+    for N distinct images, and I(z; x) = I(z; y) on them. It holds for ‖δ‖ ≤ some ϵ that the theorem
+    does not name. No information is negative: a bound of 0 or less is vacuous.
 
     Args:
         n: N. distortion: −E log q_D(x|z) of discrete pixels (else H(x) ≥ 0, which the proof drops,
@@ -134,34 +136,12 @@ class Bound:
     Raises:
         ValueError: the distortion is negative, or N < 2.
     """
-
-    n: int
-    distortion: float
-    rate: float
-    information: float
-    beta: float
-
-    def __post_init__(self) -> None:
-        if self.distortion < 0:
-            raise ValueError(f"distortion of discrete pixels cannot be {self.distortion:g} nats.")
-        if self.n < 2:
-            raise ValueError(f"n must be at least 2 images, and is {self.n}.")
-
-    @property
-    def nats(self) -> float:
-        if self.beta == 0:
-            return -math.inf
-        return self.limit - (self.distortion + self.information) / self.beta
-
-    @property
-    def limit(self) -> float:
-        """What no β can lift it above: log N − R̄."""
-        return math.log(self.n) - self.rate
-
-    @property
-    def vacuous(self) -> bool:
-        """No information is negative: a bound of 0 or less says nothing."""
-        return self.nats <= 0
+    if distortion < 0:
+        raise ValueError(f"distortion of discrete pixels cannot be {distortion:g} nats.")
+    if n < 2:
+        raise ValueError(f"n must be at least 2 images, and is {n}.")
+    limit = math.log(n) - rate
+    return limit - (distortion + information) / beta if beta else -math.inf, limit
 
 
 # --- identity that an observer can use ----------------------------------------------------------

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from idaa_lib.identity.stage import PARTS
-from idaa_lib.identity.verdicts import verdicts
 from idaa_lib.lab import style
 from idaa_lib.lab.style import COLOURS, INK, NAMES, PALETTE
 
@@ -202,20 +201,18 @@ def exchange(summary: Summary) -> Figure:
 
 def equal_hardness(summary: Summary) -> Figure:
     """IDAA less CLAE, and less random signs, at the same loss; label consistency over the loss."""
-    curves, epsilons = summary["curves"], sorted({row["epsilon"] for row in summary["equal"]})
+    curves, claims = summary["curves"], pd.DataFrame(summary["claims"])
+    epsilons = sorted(claims["epsilon"].dropna().unique())
     labelled = "consistency" in curves["idaa"][0]
     figure, axes = style.axes(1, 2 + labelled, figsize=(3.6 * (2 + labelled), 3.1))
-    units = {"retrieved": "retrieval@1 (points)", "infonce": "InfoNCE (nats)"}
-    for axis, (key, unit) in zip(axes, units.items(), strict=False):
+    units = {"hits": "retrieval@1 (points)", "gains": "InfoNCE (nats)"}
+    for axis, (measure, unit) in zip(axes, units.items(), strict=False):
         for shift, name in ((0.94, "clae"), (1.06, "random_sign")):
-            rows = [
-                (shift * row["epsilon"], row["at_equal_hardness"][key])
-                for row in summary["equal"]
-                if row["adversary"] == name and row["at_equal_hardness"]
-            ]
-            mean, spread = _spread([values for _, values in rows])
+            fits = (claims["adversary"] == name) & (claims["at"] == "hardness")
+            rows = claims[fits & (claims["by"] == measure)]
+            mean, spread = _spread(rows[["value", "low", "high"]].to_numpy(float))
             look = LOOKS[name] | dict(label=f"IDAA − {NAMES[name]}", linestyle="", capsize=3)
-            axis.errorbar([epsilon for epsilon, _ in rows], mean, yerr=spread, **look)
+            axis.errorbar(shift * rows["epsilon"], mean, yerr=spread, **look)
         axis.axhline(0, color=INK, linewidth=0.8)
         axis.set(xscale="log", xlabel="ε of IDAA (units of z)", ylabel=f"difference in {unit}")
         axis.set_xlim(epsilons[0] / 1.6, epsilons[-1] * 1.6)
@@ -235,7 +232,7 @@ def equal_hardness(summary: Summary) -> Figure:
 def candidates(summary: Summary) -> Figure:
     """retrieval@1 over the number of candidates."""
     k, attacked = summary["among"]["k"], summary.get("among_attacked", {})
-    radii = {"idaa": attacked.get("epsilon"), "clae": attacked.get("matched")}
+    radii = attacked.get("radii", {})
     figure, axis = style.axes(figsize=(6.4, 3.6))
     for name, curve in (summary["among"] | attacked).items():
         if look := LOOKS.get(name):
@@ -296,12 +293,11 @@ def hardness_table(summary: Summary) -> pd.DataFrame:
 
 
 def verdict_table(summary: Summary, *sections: str) -> pd.DataFrame:
-    """What the study tells, of these sections (of all): `verdicts` as a table."""
-    rows = [row for row in verdicts(dict(summary)) if not sections or row["section"] in sections]
-    for row in rows:
-        row["95 % interval"] = "{low:,.2f} … {high:,.2f}".format_map(row)
-    columns = ["claim", "value", "95 % interval", "unit", "n", "verdict", "note"]
-    return pd.DataFrame(rows)[columns].round(2)
+    """The claims of these sections (of all) with their verdicts."""
+    rows = [row for row in summary["claims"] if not sections or row["section"] in sections]
+    table = pd.DataFrame(rows).round(2)
+    table["95 % interval"] = table["low"].astype(str) + " … " + table["high"].astype(str)
+    return table[["claim", "value", "95 % interval", "unit", "n", "verdict", "note"]]
 
 
 def _spread(rows: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
