@@ -284,7 +284,8 @@ def read(model: type[BaseModel], name: str, value: Any) -> Any:
     """A value as meant: papermill and YAML send '8/255', '1e-3' and 'true' as text."""
     kinds = _kinds(model, name)
     if tuple in kinds:
-        return None if value in ("none", "None", "", None) else _numbers(value)
+        # "" is an empty list, and "none" the name of an adversary.
+        return None if value in ("None", None) else _numbers(value)
     if dict in kinds and isinstance(value, str):
         with contextlib.suppress(ValueError):
             return json.loads(value)
