@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as F
 
 from idaa_lib.data import cached as images
 from idaa_lib.data import decoding, photos, sources
+from idaa_lib.runs.directory import outputs_root
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = {"train": 0, "val": 1, "test": 2}
@@ -785,16 +786,27 @@ def test_classes_keep_their_names(tmp_path, names):
     assert images.load(tmp_path / "odd", "test").classes == tuple(sorted(names))
 
 
-def test_a_relative_data_folder_is_one_place_wherever_a_process_runs(tmp_path, monkeypatch):
-    for value in ("own/data", "data", ""):
-        monkeypatch.setenv("IDAA_DATA", value)
+@pytest.mark.parametrize(
+    ("variable", "root", "default"),
+    [("IDAA_DATA", images.data_root, "data"), ("IDAA_OUTPUTS", outputs_root, "outputs")],
+)
+def test_a_relative_folder_is_one_place_wherever_a_process_runs(
+    tmp_path, monkeypatch, variable, root, default
+):
+    for value in ("own/place", default, ""):
+        monkeypatch.setenv(variable, value)
         roots = set()
         for folder in (tmp_path, ROOT / "notebooks"):
             monkeypatch.chdir(folder)
-            roots.add(images.data_root())
-        assert roots == {ROOT / (value or "data")}
+            roots.add(root())
+        assert roots == {ROOT / (value or default)}
+    monkeypatch.setenv(variable, "~/own")
+    assert root() == Path.home() / "own"
+
+
+def test_a_missing_source_says_where_it_was_looked_for(monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
     monkeypatch.setenv("IDAA_DATA", "~/own")
-    assert images.data_root() == Path.home() / "own"
     with pytest.raises(
         FileNotFoundError, match=rf"{ROOT}/notebooks/absent nor {Path.home()}/own/ab"
     ):

@@ -67,9 +67,9 @@ class Stopped(UserError):
 
 
 def outputs_root() -> Path:
-    """`IDAA_OUTPUTS`, else `outputs/` of the project; never the working directory."""
-    default = Path(__file__).resolve().parents[2] / "outputs"
-    return Path(os.environ.get("IDAA_OUTPUTS") or default).resolve()
+    """`IDAA_OUTPUTS`, taken from the project where it is relative, else `outputs/` there."""
+    project = Path(__file__).resolve().parents[2]
+    return (project / Path(os.environ.get("IDAA_OUTPUTS") or "outputs").expanduser()).resolve()
 
 
 def write_json(path: Path, value: Any) -> None:
