@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from idaa_lib import runs
-from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, SSLConfig, VAEConfig
+from idaa_lib.methods import METHODS, register_method
 from idaa_lib.runs import Run, RunError, checkpoints
 
 
@@ -193,6 +194,45 @@ def test_a_run_of_another_version_is_refused_in_one_sentence_and_hides_no_other(
     assert runs.find("vae") == runs.find("vae", finished=False) == [run]
     assert runs.get("vae", None) == run
     assert set(runs.every()) == {run, old, strange}  # for whoever shows or deletes them
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VAEConfig(beta="8/255", mean=(0.5, 0.5, 0.5)),
+        SSLConfig(preset="paper", method="moco", adversary="idaa", vae="v", queue=64),
+        SemiConfig(adversary="clae", steps=3),
+        EvalConfig(run="r"),
+    ],
+    ids=lambda c: c.stage,
+)
+def test_a_stored_configuration_is_the_one_that_ran(outputs, config):
+    stored = finished(config).config
+    assert stored == config and stored.identity() == config.identity()
+    assert stored.replace(seed=7) == config.replace(seed=7)
+
+
+def test_a_run_is_read_whatever_became_of_its_recipe_and_its_method(outputs, tmp_path):
+    recipe = tmp_path / "own.toml"
+    recipe.write_text("extends = 'demo'\n[ssl]\nepochs = 7\n")
+
+    class Mine(METHODS["simclr"]):
+        class Options(METHODS["simclr"].Options):
+            pull: float = 1.0
+
+    register_method("mine")(Mine)
+    try:
+        config = SSLConfig(preset=str(recipe), method="mine", pull=2.0, seed=3)
+        run = finished(config)
+        recipe.write_text("extends = 'demo'\n[ssl]\nepochs = 8\nlimit = 5\n")
+        assert (run.config, run.config.epochs, run.config.pull) == (config, 7, 2.0)
+    finally:
+        del METHODS["mine"]
+    recipe.unlink()
+    assert (run.config.epochs, run.config.method, run.config.seed) == (7, "mine", 3)
+    assert runs.find("ssl", epochs=7) == [run] and run.config.changed()["epochs"] == 7
+    with pytest.raises(ConfigError, match=r"method must be one of .*import the module"):
+        run.config.chosen("method")
 
 
 def test_outputs_can_be_moved(outputs, monkeypatch):

@@ -109,6 +109,30 @@ class Config(BaseModel):
         return {name: value for name, value in merged.items() if name in own}, options
 
     @classmethod
+    def restore(cls, values: Mapping[str, Any]) -> typing.Self:
+        """The configuration that `model_dump` gave as JSON, whatever became of its recipe since.
+
+        Of a method or adversary that this process has not imported, the knobs are left out.
+
+        Raises:
+            ConfigError: a name that there is no longer.
+        """
+        values = {name: cls._read(name, value) for name, value in values.items()}
+        kinds = {
+            choice: cls.registered(choice).get(str(values.get(choice))) for choice in cls.choices
+        }
+        models = {choice: kind.Options if kind else Options for choice, kind in kinds.items()}
+        if all(kinds.values()):
+            cls._refuse_unknown(values, models)
+        own = cls.model_fields.keys()
+        config = cls.model_construct(**{k: v for k, v in values.items() if k in own})
+        config._options = tuple(
+            model(**{k: v for k, v in values.items() if k in model.model_fields.keys() - own})
+            for model in models.values()
+        )
+        return config
+
+    @classmethod
     def registered(cls, choice: str) -> dict[str, Any]:
         """The classes that a stage's `method` or `adversary` may name."""
         kinds = CHOICES[choice].items()
@@ -247,7 +271,9 @@ class Config(BaseModel):
     def changed(self) -> dict[str, Any]:
         """The names whose values differ from what the recipe gives beside `principal` ones."""
         principal = {name: getattr(self, name) for name in self.principal}
-        plain = dict(type(self)(preset=self.preset, **principal))
+        plain: dict[str, Any] = {}
+        with contextlib.suppress(ConfigError):  # the recipe is gone
+            plain = dict(type(self)(preset=self.preset, **principal))
         return {name: value for name, value in self if value != plain.get(name)}
 
     def identity(self) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class Run:
 
     @property
     def config(self) -> Any:
-        """The resolved configuration, as the class of its stage.
+        """The resolved configuration, as the class of its stage. (The knobs of a method that this
+        process has not imported are left out.)
 
         Raises:
             RunError: this is no run directory, or another version of the library made it.
@@ -127,7 +128,7 @@ class Run:
         try:
             if version < RESULTS_VERSION:
                 raise ConfigError(f"its results are of version {version}, not {RESULTS_VERSION}")
-            return CONFIGS[self.stage](**values)
+            return CONFIGS[self.stage].restore(values)
         except ConfigError as error:
             raise RunError(
                 f"Run {self.id} was made by another version of this library "
@@ -148,11 +149,10 @@ class Run:
         Raises:
             RunError: the run stores none.
         """
-        values = read_json(self.path / "model.json")
-        if values is None:
+        if (values := read_json(self.path / "model.json")) is None:
             raise RunError(
-                f"{self.path} has no model.json, which says what its network expects: it holds no "
-                f"network, or an earlier version made it; delete the folder and start it again."
+                f"{self.path} has no model.json, so it holds no network, or an earlier version "
+                f"made it: delete the folder and start it again."
             )
         return values
 
