@@ -98,7 +98,8 @@ def test_01_03_04_run_on_a_subset_of_cifar10(cifar10_zip, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
-        ({"epsilom": 0.1}, "no parameter epsilom"),
+        ({"epsilom": 0.1}, "no parameter 'epsilom'; did you mean 'epsilon'"),
+        ({"epsilon": 0.1}, "epsilon is a knob of adversary=.*, and adversary is 'none'"),
         ({"epsilon": "wide", "adversary": "clae"}, "epsilon must be a number"),
         ({"adversary": "idaa"}, "no finished vae run"),
         ({"dataset": "/no/such/folder"}, "/no/such/folder"),
