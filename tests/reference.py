@@ -296,3 +296,16 @@ def effective_rank(features: Tensor) -> float:
     singular = torch.linalg.svdvals(features.double() - features.double().mean(0))
     p = (singular / singular.sum()).tolist()
     return math.exp(-sum(v * math.log(v) for v in p if v > 0))
+
+
+def probe_weights(scores: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Weights (D + 1, C), the bias last, of a linear function of features (N, D), read from it."""
+    mean, std = x.mean(0), x.std(0)
+    first, *rest = scores(torch.cat([mean[None], mean + std.diag()]))
+    weights = (torch.stack(rest) - first) / std[:, None]
+    return torch.cat([weights, (first - mean.to(weights) @ weights)[None]])
+
+
+def predict(weights: Tensor, x: Tensor) -> Tensor:
+    """Classes (Q,) of features (Q, D) under weights (D + 1, C)."""
+    return (x @ weights[:-1] + weights[-1]).argmax(1)

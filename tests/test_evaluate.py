@@ -10,6 +10,7 @@ import reference
 import scipy.stats
 import torch
 import torchvision.transforms.v2.functional as TF
+from reference import predict
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -32,9 +33,10 @@ from idaa_lib.evaluate.metrics import (
     mean_per_class,
     mean_per_class_interval,
     student_interval,
+    top1,
     uniformity,
 )
-from idaa_lib.evaluate.probe import CLEAN, linear_probe, official_probe, predict
+from idaa_lib.evaluate.probe import CLEAN, linear_probe, official_probe
 from idaa_lib.methods.lars import LARS
 from idaa_lib.nets import build_backbone
 from idaa_lib.runs import checkpoints
@@ -106,13 +108,10 @@ def test_knn_survives_a_tiny_temperature():
 
 def logistic_regression(x, y, classes, *penalties):
     """Weights under the last of `penalties`, each fitted from those of the one before."""
+    protocol = CLEAN._replace(penalties=penalties, standardise=False, refit=False)
     rising = iter(range(len(penalties)))
-    fit = linear_probe(
-        (x, y), (x, y), x, classes=classes, score=lambda *_: next(rising),
-        protocol=CLEAN._replace(penalties=penalties, standardise=False, refit=False),
-    )  # fmt: skip
-    assert fit.penalty == penalties[-1]
-    return fit.weights
+    how = dict(classes=classes, protocol=protocol, score=lambda *_: next(rising))
+    return reference.probe_weights(lambda z: linear_probe((x, y), (x, y), z, **how).scores, x)
 
 
 def objective(weights, x, y, penalty):
@@ -233,11 +232,11 @@ def test_official_probe_agrees_with_full_batch_oracle(classes):
     probe = official_probe(
         (x, y), (x_test, y_test), classes=classes, epochs=120, batch_size=64, seed=3
     )
-    assert probe.n == len(probe.predictions) == 64
+    assert probe.scores.shape == (64, classes)
     assert probe.top1 == pytest.approx(max(curve))
     assert probe.top1_last == pytest.approx(curve[-1])
     assert max(curve) > curve[-1]
-    assert 100 * (probe.predictions == y_test[:64]).double().mean() == pytest.approx(probe.top1)
+    assert top1(probe.scores.argmax(1), y_test[:64]) == pytest.approx(probe.top1)
 
 
 def test_official_probe_drops_partial_batches():
@@ -250,11 +249,11 @@ def test_official_probe_drops_partial_batches():
     finally:
         hook.remove()
     assert len(steps) == 5 * (70 // 16)
-    assert probe.n == 48
+    assert len(probe.scores) == 48
     x_test[48:], y_test[48:] = math.nan, 0
     changed = official_probe((x, y), (x_test, y_test), classes=4, epochs=5, batch_size=16)
     assert changed.top1 == probe.top1 and changed.top1_last == probe.top1_last
-    assert torch.equal(changed.predictions, probe.predictions)
+    assert torch.equal(changed.scores, probe.scores)
 
 
 def test_official_probe_learns_and_its_best_is_no_less_than_its_last():
@@ -547,8 +546,7 @@ def test_the_classifier_on_crops_agrees_with_a_slow_loop(crops):
     assert state["step"] == 12
     torch.testing.assert_close(tensors["weight"].double(), w, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(tensors["bias"].double(), b, rtol=1e-4, atol=1e-7)
-    assert torch.equal(found.predictions, scores.argmax(1))
-    assert torch.equal(found.likeliest, scores.topk(min(5, classes)).indices)
+    torch.testing.assert_close(found.double(), scores, rtol=1e-4, atol=1e-5)
     assert [line["step"] for line in run.metrics()] == [3, 6, 9, 12]
 
 
@@ -563,7 +561,7 @@ def test_a_classifier_on_crops_goes_on_bit_for_bit(crops, monkeypatch, stopped_a
         with pytest.raises(runs.Stopped, match=f"after step {stopped_after} of 12 and saved"):
             crops("parts")
     parts, found = crops("parts")
-    assert torch.equal(found.predictions, wanted.predictions)
+    assert torch.equal(found, wanted)
     (left, _), (right, _) = checkpoints.load(whole), checkpoints.load(parts)
     assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
     assert [line["loss"] for line in parts.metrics()] == [x["loss"] for x in whole.metrics()]

@@ -661,7 +661,7 @@ def test_the_official_protocol_takes_the_kept_epoch_that_is_best_on_test(
     assert summary["knn_epoch"] == best
     assert summary["knn_top1"] == pytest.approx(found[best])
     assert summary["knn_top1_last"] < summary["knn_top1"]
-    assert summary["knn_protocol"].endswith(", best of 3 epochs on test")
+    assert summary["knn_protocol"].endswith(", best of 3 epochs by kNN on test")
     chosen = best if of_linear == "best" else None
     assert summary["linear_epoch"] == chosen
     layer = "projector" if method == "plain" else "backbone"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -40,7 +40,8 @@ def load_encoder(
 ) -> Encoder:
     """The frozen encoder of a finished SSL or semi-supervised run, on the CPU, in eval mode.
 
-    A backbone comes back from its configuration and weights alone, whatever became of its method.
+    A backbone comes back from its configuration and weights alone, without the adversarial norms,
+    which serve training; other layers from the method.
 
     Args:
         run: a run, its id or path; None takes the newest SSL run.
@@ -50,12 +51,16 @@ def load_encoder(
         RunError: there is no such run or snapshot, it is not finished, or its weights do not fit.
     """
     run = runs.encoder(run)
-    tensors = _tensors(run, "method.", epoch)
+    config, tensors = run.config, _tensors(run, "method.", epoch)
     # Of FixMatch the averaged weights are evaluated.
     place = "ema.backbone." if run.stage == "semi" else "network.backbone."
     weights = checkpoints.under(place, tensors)
     if layer == "backbone" and weights:
-        module = _backbone(run, weights)
+        with initial_weights(config.seed):
+            module: nn.Module = build_backbone(
+                config.backbone, width=config.width, stem=config.stem, adversarial_norms=False
+            )
+        _fill(module, {k: v for k, v in weights.items() if "_adv." not in k}, run)
     else:
         module = _fill(_method(run), tensors, run).encoder(layer)
     return Encoder(module.eval().requires_grad_(False), *_units(run))
@@ -66,8 +71,7 @@ def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
 
     Of a run that continued another, or was imported: an untrained one of the same shape.
     """
-    module = _method(run).encoder(layer)
-    return Encoder(module.eval().requires_grad_(False), *_units(run))
+    return Encoder(_method(run).encoder(layer).eval().requires_grad_(False), *_units(run))
 
 
 def load_vae(run: Run | str | None = None, **values: object) -> VAE:
@@ -76,13 +80,12 @@ def load_vae(run: Run | str | None = None, **values: object) -> VAE:
     Args:
         run: a run, its id or path; None takes the newest whose configuration has `values`.
     Raises:
-        RunError: there is no such run, or it is not finished.
+        RunError: there is no such run, it is not finished, or its weights do not fit.
     """
     run = runs.get("vae", run, **values)
-    config = run.config
-    _, mean, std = _units(run)
+    config, (size, mean, std) = run.config, _units(run)
     with initial_weights(config.seed):
-        vae = VAE(config.dim, config.size, config.width, mean, std)
+        vae = VAE(config.dim, size, config.width, mean, std)
     return _fill(vae, _tensors(run, "method.network."), run).eval().requires_grad_(False)
 
 
@@ -95,8 +98,8 @@ def features(
     std: tuple[float, ...],
     *,
     device: torch.device | str = "cpu",
-    batch_size: int | None = None,
     output_device: torch.device | str = "cpu",
+    batch_size: int | None = None,
     bf16: bool = False,
     transform: Recipe | None = None,
     generator: torch.Generator | None = None,
@@ -112,16 +115,29 @@ def features(
     """
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     transform = transform or recipe("none", size, mean, std)
-    batch_size = batch_size or max(64, 2**19 // size**2)
     rows = []
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size].to(device)
-            x = transform(batch, generator).images
+        for batch in images.split(batch_size or max(64, 2**19 // size**2)):
+            x = transform(batch.to(device), generator).images
             with autocast:
-                z = module(x)
-            rows.append(z.float().to(output_device))
+                rows.append(module(x).float().to(output_device))
     return torch.cat(rows)
+
+
+def encode_splits(
+    encoder: Encoder, splits: Mapping[str, ImageSet], **how: Any
+) -> dict[str, Tensor]:
+    """Features of each split, as `features` makes them with `how`."""
+    module, size, mean, std = encoder
+    return {
+        name: features(module, split.images, size, mean, std, **how)
+        for name, split in splits.items()
+    }
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The other reference row: the pixels themselves, centred, (N, 3·H·W) in [−.5, .5]."""
+    return images.flatten(1).float() / 255 - 0.5
 
 
 def open_splits(dataset: str, size: int, limit: int | None) -> dict[str, ImageSet]:
@@ -130,10 +146,8 @@ def open_splits(dataset: str, size: int, limit: int | None) -> dict[str, ImageSe
     Raises:
         ConfigError: the data set cannot be read, or one of them has no labels.
     """
-    splits = {
-        name: open_images(dataset, name, size, limit).with_labels()
-        for name in ("train", "val", "test")
-    }
+    splits = {s: open_images(dataset, s, size, limit) for s in ("train", "val", "test")}
+    splits = {name: split.with_labels() for name, split in splits.items()}
     if bare := [name for name, split in splits.items() if not len(split)]:
         raise ConfigError(
             f"dataset={dataset!r} has no labels to evaluate against in {' and '.join(bare)}."
@@ -141,25 +155,10 @@ def open_splits(dataset: str, size: int, limit: int | None) -> dict[str, ImageSe
     return splits
 
 
-def pixels(images: Tensor) -> Tensor:
-    """The other reference row: the pixels themselves, centred, (N, 3·H·W) in [−.5, .5]."""
-    return images.flatten(1).float() / 255 - 0.5
-
-
-def _backbone(run: Run, weights: dict[str, Tensor]) -> nn.Module:
-    """The backbone of `run` without the adversarial norms, which serve training alone."""
-    config = run.config
-    shape: dict[str, Any] = dict(width=config.width, stem=config.stem, adversarial_norms=False)
-    with initial_weights(config.seed):
-        module = build_backbone(config.backbone, **shape)
-    return _fill(module, {k: v for k, v in weights.items() if "_adv." not in k}, run)
-
-
 def _method(run: Run) -> Method:
     """The method of `run` with the weights it had before training."""
-    config = run.config
-    about = About(recipe(config.augmentation, *_units(run)), classes=run.model["classes"])
-    return build_method(config, about)
+    transform = recipe(run.config.augmentation, *_units(run))
+    return build_method(run.config, About(transform, classes=run.model["classes"]))
 
 
 def _fill(module: M, tensors: dict[str, Tensor], run: Run) -> M:

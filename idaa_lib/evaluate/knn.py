@@ -10,7 +10,7 @@ from torch.nn import functional as F
 @torch.no_grad()
 def knn(
     bank: Tensor,
-    bank_labels: Tensor,
+    labels: Tensor,
     queries: Tensor,
     *,
     classes: int,
@@ -18,10 +18,10 @@ def knn(
     temperature: float = 0.5,
     chunk: int = 125,
 ) -> Tensor:
-    """Predicted classes (Q,) int64 of queries (Q, D) from a labelled bank (N, D), (N,).
+    """Predicted classes (Q,) int64 of queries (Q, D) from a bank (N, D) with labels (N,).
 
     score_c = Σ over the k nearest with label c of exp(cos / τ). At most `chunk`·N similarities are
-    held at a time. k is capped by N. Rows are L2-normalised here.
+    held at a time. k is capped by N. Rows are L2-normalised here; all lie on one device.
     """
     bank = F.normalize(bank.float(), dim=1)
     # One block for all: freed and taken anew, it can break up the heap and grow it many times over.
@@ -33,6 +33,5 @@ def knn(
         # exp(cos/τ) over its row's largest: the same order, and no overflow at small τ.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         scores = weights.new_zeros(len(part), classes)
-        scores.scatter_add_(1, bank_labels[nearest], weights)
-        predictions.append(scores.argmax(1))
+        predictions.append(scores.scatter_add_(1, labels[nearest], weights).argmax(1))
     return torch.cat(predictions)

@@ -19,7 +19,6 @@ from idaa_lib.views import keyed_generator
 # Directions of less variance than this share of the largest are scaled as if they had it: float32
 # knows no more of them, and their rounding would be blown up.
 FLOOR = 1e-6
-# Kornblith et al. 2019 (arXiv:1805.08974): 45 values from 1e-6 to 1e5.
 LAMBDAS = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))
 
 
@@ -31,8 +30,7 @@ class Protocol(NamedTuple):
             Of those that validate equally well the first is chosen.
         standardise: features by mean and deviation of the training set; else they stay as they are.
         summed: λ‖W‖² beside the summed cross-entropy, so that more images are penalised less; else
-            λ/2·‖W‖² beside the mean.
-        penalise_bias: the bias counts in ‖W‖².
+            λ/2·‖W‖² beside the mean. penalise_bias: the bias counts in ‖W‖².
         refit: on train and val together, from the chosen weights; else those are kept.
         iterations: of L-BFGS for each penalty, at most.
         tolerance: it ends where no derivative is larger, each taken in units in which the curvature
@@ -48,89 +46,51 @@ class Protocol(NamedTuple):
     tolerance: float = 1e-5
 
 
-# Ours: from the largest penalty to the smallest.
-CLEAN = Protocol(
-    tuple(10.0**e for e in range(2, -7, -1)),
-    standardise=True, summed=False, iterations=100, tolerance=1e-6,
-)  # fmt: skip
-# That of Kornblith et al., which the paper's transfer is inferred to follow.
+# Ours, that of Kornblith et al. 2019 (arXiv:1805.08974), and that of CASSLE's authors
+# (docs/spec/siblings.md §1.7), which goes from the smallest penalty to the largest.
+CLEAN = Protocol(tuple(10.0**e for e in range(2, -7, -1)), True, False, False, True, 100, 1e-6)
 TRANSFER = Protocol(LAMBDAS[::-1])
-# That of CASSLE's authors (spec/siblings.md §1.7): from the smallest penalty to the largest.
 SIBLINGS = Protocol(LAMBDAS, penalise_bias=True, iterations=5000, tolerance=1e-10)
 
 
 class Probe(NamedTuple):
-    """A fitted probe.
+    """Scores (Q, C) of the test features; the penalty, and how it scored on validation before the
+    refit."""
 
-    Fields:
-        predictions: (Q,) int64. likeliest: the (up to) five likeliest classes (Q, 5).
-        penalty: the one chosen. score_val: what it scored on validation, before the refit.
-        weights: (D + 1, C), the bias last, of features as they were fitted.
-    """
-
-    predictions: Tensor
-    likeliest: Tensor
+    scores: Tensor
     penalty: float
     score_val: float
-    weights: Tensor
+
+    @property
+    def predictions(self) -> Tensor:
+        """(Q,) int64."""
+        return self.scores.argmax(1)
 
 
 class OfficialProbe(NamedTuple):
-    """Top-1 in percent of the best test epoch and of the last, on n images, and the predictions
-    (n,) of the best."""
+    """Scores (n, C) of the n test images that are counted at the best epoch; top-1 in percent
+    there and at the last epoch."""
 
+    scores: Tensor
     top1: float
     top1_last: float
-    n: int
-    predictions: Tensor
 
 
 class Axes(NamedTuple):
-    """Coordinates in which features with a constant 1 behind them, (N, D + 1), are uncorrelated.
-
-    Fields:
-        mean: (D,), 0 where the bias is penalised. directions: (D + 1, D + 1), orthonormal columns.
-        variances: (D + 1,), at least `FLOOR` of the largest.
-        shrinks: (D + 1,), 1, and 0 for a bias that is not penalised.
-    """
+    """Principal axes of features: mean (D,), directions (D, D) as columns, variances (D,)."""
 
     mean: Tensor
     directions: Tensor
     variances: Tensor
-    shrinks: Tensor
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Features (N, D) in these coordinates, (N, D + 1)."""
-        return with_one(x - self.mean) @ self.directions
-
-    def weights(self, rows: Tensor) -> Tensor:
-        """Weights (D + 1, C) of features (N, D) that do what rows (C, D + 1) do in these."""
-        weights = self.directions @ rows.T
-        weights[-1] -= self.mean @ weights[:-1]
-        return weights
 
 
-def with_one(x: Tensor) -> Tensor:
-    """Features (N, D) with a constant 1 behind them."""
-    return torch.cat([x, x.new_ones(len(x), 1)], 1)
-
-
-def principal_axes(x: Tensor, penalise_bias: bool = False) -> Axes:
-    """The principal axes of features (N, D), in which ‖W‖² is what it was.
-
-    With a free bias the constant is an axis of its own; a penalised one turns with the features.
-    """
-    mean = torch.zeros_like(x[0]) if penalise_bias else x.mean(0)
-    x = with_one(x) if penalise_bias else x - mean
+def principal_axes(x: Tensor, centred: bool = True) -> Axes:
+    """The principal axes of features (N, D), about their mean or about 0."""
+    mean = x.mean(0) * centred
+    x = x - mean
     # On the CPU: not every device has an eigendecomposition.
     variances, directions = torch.linalg.eigh((x.T @ x / len(x)).cpu())
-    variances = variances.clamp_min(FLOOR * variances[-1].item())
-    shrinks = torch.ones_like(variances)
-    if not penalise_bias:
-        directions = torch.block_diag(directions, torch.ones(1, 1))
-        variances = torch.cat([variances, variances.new_ones(1)])
-        shrinks = torch.cat([shrinks, shrinks.new_zeros(1)])
-    return Axes(mean, directions.to(x), variances.to(x), shrinks.to(x))
+    return Axes(mean, directions.to(x), variances.clamp_min(FLOOR * variances[-1].item()).to(x))
 
 
 def linear_probe(
@@ -148,47 +108,54 @@ def linear_probe(
     Args:
         train, val: (features (N, D), labels (N,)). test: features (Q, D).
         score: of predictions and labels; the penalty of the largest on val is chosen.
-        axes: principal axes of x, or of features like it: they decide how soon it ends, not where.
+        axes: of features like x; they decide how soon it ends, not where.
     """
     (x, y), (x_val, y_val) = train, val
+    sets = [x, x_val, test]
     if protocol.tolerance < 1e-7:
-        x, x_val, test = x.double(), x_val.double(), test.double()
+        sets = [part.double() for part in sets]
     if protocol.standardise:
-        mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-        x, x_val, test = ((part - mean) / std for part in (x, x_val, test))
-    axes = axes or principal_axes(x, protocol.penalise_bias)
-    axes = Axes(*(part.to(x) for part in axes))
-    x, x_val = axes.turn(x), axes.turn(x_val)
-    rows = best_rows = x.new_zeros(classes, x.shape[1])
-    best, best_score = protocol.penalties[0], -1.0
-    for penalty in protocol.penalties:
-        rows = _fit(x, y, rows, axes, penalty, protocol)
-        if (found := score((x_val @ rows.T).argmax(1), y_val)) > best_score:
-            best, best_score, best_rows = penalty, found, rows
+        mean, std = sets[0].mean(0), sets[0].std(0).clamp_min(1e-6)
+        sets = [(part - mean) / std for part in sets]
+    if protocol.penalise_bias:  # a feature that is always 1 has it as its weight
+        sets = [F.pad(part, (0, 1), value=1.0) for part in sets]
+    axes = axes or principal_axes(sets[0], centred=not protocol.penalise_bias)
+    axes = Axes(*(part.to(sets[0]) for part in axes))
+    # The last column is the free bias; where there is none, its weights stay at 0.
+    one = float(not protocol.penalise_bias)
+    x, x_val, test = (
+        F.pad((part - axes.mean) @ axes.directions, (0, 1), value=one) for part in sets
+    )
+    weights = best = x.new_zeros(classes, x.shape[1])
+    penalty, best_score = protocol.penalties[0], -1.0
+    for candidate in protocol.penalties:
+        weights = _fit(x, y, weights, axes.variances, candidate, protocol)
+        if (validated := score((x_val @ weights.T).argmax(1), y_val)) > best_score:
+            penalty, best_score, best = candidate, validated, weights
     if protocol.refit:
         x, y = torch.cat([x, x_val]), torch.cat([y, y_val])
-        best_rows = _fit(x, y, best_rows, axes, best, protocol)
-    logits = axes.turn(test) @ best_rows.T
-    likeliest = logits.topk(min(5, classes)).indices
-    return Probe(logits.argmax(1), likeliest, best, best_score, axes.weights(best_rows))
+        best = _fit(x, y, best, axes.variances, penalty, protocol)
+    return Probe(test @ best.T, penalty, best_score)
 
 
 def _fit(
-    x: Tensor, y: Tensor, rows: Tensor, axes: Axes, penalty: float, protocol: Protocol
+    x: Tensor, y: Tensor, weights: Tensor, variances: Tensor, penalty: float, protocol: Protocol
 ) -> Tensor:
-    """Weights (C, D + 1) that minimise the penalised cross-entropy of turned features (N, D + 1).
+    """Weights (C, K) that minimise the penalised cross-entropy of features (N, K) in principal
+    axes, a constant behind them, from those given.
 
-    In principal axes the Hessian is nearly diagonal: about variance/C + penalty (exactly so at
-    W = 0, up to the softmax's null direction). L-BFGS works on weights in units of its root. On 512
-    features of a ResNet-18, 5,000 images and the penalties of the transfer protocol, 50 iterations
-    each then end at most 1e-6 nats above the optimum, not .1.
+    There ‖W‖² is what it was and the Hessian nearly diagonal: about variance/C + penalty (exactly
+    so at W = 0, up to the softmax's null direction). L-BFGS works on weights in units of its root.
+    On 512 features of a ResNet-18, 5,000 images and the penalties of the transfer protocol, 50
+    iterations each then end at most 1e-6 nats above the optimum, not .1.
     """
-    n, classes = len(x), len(rows)
+    n, classes = len(x), len(weights)
     # Classes are rows here: ten columns make a slow product and a slow softmax.
     target = F.one_hot(y, classes).T.to(x.dtype) / n  # (C, N)
-    penalties = (2 * penalty / n if protocol.summed else penalty) * axes.shrinks
-    unit = (axes.variances / classes + penalties).rsqrt()
-    scaled = (rows / unit).requires_grad_()
+    strength = 2 * penalty / n if protocol.summed else penalty
+    penalties = F.pad(torch.full_like(variances, strength), (0, 1))
+    unit = (F.pad(variances, (0, 1), value=1.0) / classes + penalties).rsqrt()
+    scaled = (weights / unit).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [scaled],
         max_iter=protocol.iterations,
@@ -200,21 +167,16 @@ def _fit(
 
     @torch.no_grad()
     def closure() -> Tensor:
-        rows = scaled * unit
-        log_p = (rows @ x.T).log_softmax(0)  # (C, N)
-        shrink = penalties * rows
-        loss = (0.5 * shrink * rows).sum() - (target * log_p).sum()
+        weights = scaled * unit
+        log_p = (weights @ x.T).log_softmax(0)  # (C, N)
+        shrink = penalties * weights
+        loss = (0.5 * shrink * weights).sum() - (target * log_p).sum()
         error = log_p.exp_().div_(n).sub_(target)
         scaled.grad = (error @ x + shrink) * unit
         return loss
 
     optimizer.step(closure)
     return scaled.detach() * unit
-
-
-def predict(weights: Tensor, x: Tensor) -> Tensor:
-    """Classes (Q,) of features (Q, D) under weights (D + 1, C)."""
-    return (x @ weights[:-1] + weights[-1]).argmax(1)
 
 
 def official_probe(
@@ -226,7 +188,7 @@ def official_probe(
     batch_size: int = 256,
     seed: int = 0,
 ) -> OfficialProbe:
-    """The published protocol on cached features: its epoch is chosen on test data.
+    """The published classifier on cached features: its epoch is chosen on test data.
 
     Adam at 3e-4, no augmentation, 1000 epochs, drop_last in training and test (9,984 of CIFAR's
     10,000 are counted), and the largest test accuracy over all epochs. Equal to the release's 1000
@@ -238,7 +200,7 @@ def official_probe(
     torch.manual_seed(seed)
     layer = nn.Linear(x.shape[1], classes).to(x.device)
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-4, fused=True)
-    best, last, predictions = -1.0, 0.0, torch.full_like(y_test[:n], -1)
+    best, last, best_scores = -1.0, 0.0, x.new_zeros(n, classes)
     for epoch in range(epochs):
         order = torch.randperm(len(x), generator=keyed_generator(seed, epoch)).to(x.device)
         for index in order[: len(x) // batch_size * batch_size].split(batch_size):
@@ -247,8 +209,8 @@ def official_probe(
                 F.cross_entropy(layer(x[index]), y[index]).backward()
             optimizer.step()
         with torch.no_grad():
-            guess = layer(x_test[:n]).argmax(1)
-        last = top1(guess, y_test[:n])
+            scores = layer(x_test[:n])
+        last = top1(scores.argmax(1), y_test[:n])
         if last > best:
-            best, predictions = last, guess
-    return OfficialProbe(best, last, n, predictions)
+            best, best_scores = last, scores
+    return OfficialProbe(best_scores, best, last)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +15,7 @@ from idaa_lib.configs import ConfigError, EvalConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.crops import EPOCHS, crop_probe, enlarged
 from idaa_lib.evaluate.encoders import (
-    features,
+    encode_splits,
     load_encoder,
     open_splits,
     pixels,
@@ -25,12 +25,19 @@ from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.metrics import accuracy, effective_rank, embedding_std, top1
 from idaa_lib.evaluate.probe import linear_probe, official_probe
 from idaa_lib.methods import OfficialProtocol
-from idaa_lib.runs import Run, Writer, checkpoints, stage
+from idaa_lib.runs import Run, Writer, checkpoints
 from idaa_lib.runs.machine import describe, open_images, settled, torch_device, uses_bf16
+from idaa_lib.runs.stage import Plan, perform
 
 # What stands in one table beside the run's own encoder.
 SUBJECTS = ("encoder", "random", "pixels")
 LAYERS = {"backbone": "backbone features", "projector": "projected z"}
+# Linear classifiers, in words.
+LINEAR = {
+    "clean": "L-BFGS, penalty chosen on val, refit, test read once",
+    "official": "Adam, 1000 epochs, best test epoch of the classifier, partial batch dropped",
+    "crops": f"LARS on random crops of central squares, {EPOCHS} epochs, the last",
+}
 
 
 def locate(config: EvalConfig) -> Run:
@@ -52,7 +59,7 @@ def evaluate(config: EvalConfig) -> Run:
         Stopped: on a request to stop a classifier on crops, after its state was saved.
     """
     plan = _plan(config)
-    return stage.perform(plan, partial(_evaluate, plan))
+    return perform(plan, plan.judge)
 
 
 def results(run: Run) -> dict[str, Tensor]:
@@ -61,45 +68,7 @@ def results(run: Run) -> dict[str, Tensor]:
     return load_file(run.path / "results.safetensors")
 
 
-class _Look(NamedTuple):
-    """What a probe looks at: a layer, of the snapshot of an epoch (None: of the final weights)."""
-
-    layer: str
-    epoch: int | None = None
-
-
-class _Verdict(NamedTuple):
-    """A probe's predictions (Q,) of the first Q test images, how they came in words, the likeliest
-    classes (Q, 5) where it ranks them, and further values of the summary."""
-
-    predictions: Tensor
-    words: str
-    likeliest: Tensor | None = None
-    values: dict[str, float] = {}  # noqa: RUF012
-
-
-@dataclass(frozen=True)
-class _Plan(stage.Plan):
-    """source: the run that is judged. splits: labelled images. official: the protocol, if asked.
-    epochs: of the snapshots that it chooses among, beside the final weights."""
-
-    config: EvalConfig
-    source: Run
-    splits: dict[str, ImageSet]
-    official: OfficialProtocol | None
-    epochs: list[int]
-    device: torch.device
-    bf16: bool
-
-    def labels(self, *splits: str) -> Tensor:
-        return torch.cat([self.splits[name].labels for name in splits])
-
-    @property
-    def classes(self) -> int:
-        return len(self.splits["train"].classes)
-
-
-def _plan(config: EvalConfig) -> _Plan:
+def _plan(config: EvalConfig) -> _Evaluation:
     source = runs.encoder(config.run)
     trained, official, snapshots = source.config, None, {}
     if config.protocol == "official":
@@ -111,10 +80,9 @@ def _plan(config: EvalConfig) -> _Plan:
         official = trained.chosen("method").official_protocol(trained)
         snapshots = {} if official.crops else checkpoints.snapshots(source)
     dataset = settled(config.dataset or trained.dataset)
-    config = config.replace(run=source.reference, dataset=dataset)
-    if official and official.crops:
-        # An untrained encoder would take as long, and crops' pixels are more than a probe can take.
-        config = config.replace(references=False)
+    # On crops an untrained encoder would take as long, and a probe cannot take pixels.
+    references = config.references and not (official and official.crops)
+    config = config.replace(run=source.reference, dataset=dataset, references=references)
     splits = open_splits(dataset, trained.size, config.limit)
     run = runs.run_for(
         config,
@@ -124,152 +92,137 @@ def _plan(config: EvalConfig) -> _Plan:
     )
     device = torch_device(config.device)
     bf16 = uses_bf16(config.precision, device)
-    return _Plan(
-        config, run, source, splits, official, [*snapshots], device, bf16,
-        environment=describe(device, "bf16" if bf16 else "no", splits["test"]),
-    )  # fmt: skip
+    about = describe(device, "bf16" if bf16 else "no", splits["test"])
+    return _Evaluation(
+        config, run, source, splits, official, [*snapshots], device, bf16, environment=about
+    )
 
 
-def _evaluate(plan: _Plan, writer: Writer) -> dict[str, Any]:
-    config, official = plan.config, plan.official
-    summary: dict[str, Any] = {"protocol": config.protocol}
-    tensors = {"labels": plan.labels("test")}
-    final = {
-        "knn": _Look(official.knn if official else "backbone"),
-        "linear": _Look(official.linear if official else "backbone"),
-    }
-    for subject in SUBJECTS if config.references else SUBJECTS[:1]:
-        looks, prefix = final, "" if subject == "encoder" else f"{subject}_"
-        if subject == "encoder" and plan.epochs:
-            looks, summary["knn_top1_last"] = _choose_epochs(plan)
-            summary |= {f"{probe}_epoch": look.epoch for probe, look in looks.items()}
-        encoded = {look: _encode(plan, subject, look) for look in set(looks.values())}
-        for probe, look in looks.items():
-            z = encoded[look]
-            verdict = _nearest(plan, z) if probe == "knn" else _linear(plan, z, writer)
-            rows = _rows(plan, verdict)
-            rows["protocol"] = _protocol(plan, subject, probe, look, verdict.words)
-            summary |= {f"{prefix}{probe}_{key}": value for key, value in rows.items()}
-            tensors[f"{subject}.{probe}"] = verdict.predictions
-        if subject == "encoder":
-            tensors["features"] = z["test"]
-            summary["embedding_std"] = embedding_std(z["test"]).item()
-            summary["effective_rank"] = effective_rank(z["test"])
-        print(
-            f"{subject}: kNN {summary[f'{prefix}knn_top1']:.2f} %, linear "
-            f"{summary[f'{prefix}linear_top1']:.2f} % ({config.protocol}, n = "
-            f"{summary[f'{prefix}knn_n']:,})"
-        )
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, plan.run.path / "results.safetensors")
-    return summary
+@dataclass(frozen=True)
+class _Evaluation(Plan):
+    """source: the run that is judged. splits: labelled images. official: the protocol, if asked.
+    epochs: of the snapshots that it chooses among, beside the final weights."""
 
+    config: EvalConfig
+    source: Run
+    splits: dict[str, ImageSet]
+    official: OfficialProtocol | None
+    epochs: list[int]
+    device: torch.device
+    bf16: bool
 
-def _encode(plan: _Plan, subject: str, look: _Look) -> dict[str, Tensor]:
-    """Features of each split (N, D), on the CPU."""
-    if subject == "pixels":
-        return {name: pixels(split.images) for name, split in plan.splits.items()}
-    trained = subject == "encoder"
-    encoder = load_encoder(plan.source, *look) if trained else random_encoder(plan.source, look[0])
-    module, size, mean, std = encoder.to(plan.device)
-    return {
-        name: features(module, split.images, size, mean, std, device=plan.device, bf16=plan.bf16)
-        for name, split in plan.splits.items()
-    }
+    @property
+    def kind(self) -> str:
+        """Which linear classifier it has, as in `LINEAR`."""
+        return "clean" if self.official is None else "crops" if self.official.crops else "official"
 
+    @property
+    def temperature(self) -> float:
+        return self.official.temperature if self.official else self.config.temperature
 
-def _choose_epochs(plan: _Plan) -> tuple[dict[str, _Look], float]:
-    """What each probe looks at where a run kept snapshots, and the final epoch's kNN top-1.
+    @property
+    def classes(self) -> int:
+        return len(self.splits["train"].classes)
 
-    The best kNN on test, as published: it is chosen on test data. Of equals the latest wins.
-    """
-    official = plan.official
-    assert official is not None
-    scores: dict[int | None, float] = {}
-    for epoch in (*plan.epochs, None):
-        z = _encode(plan, "encoder", _Look(official.knn, epoch))
-        scores[epoch] = top1(_nearest(plan, z).predictions, plan.labels("test"))
-    best = max(reversed(scores), key=lambda epoch: scores[epoch])
-    linear = best if official.linear_epoch == "best" else None
-    looks = {"knn": _Look(official.knn, best), "linear": _Look(official.linear, linear)}
-    return looks, scores[None]
+    def labels(self, *splits: str) -> Tensor:
+        return torch.cat([self.splits[name].labels for name in splits])
 
+    def judge(self, writer: Writer) -> dict[str, Any]:
+        """The summary; predictions and features are written beside it."""
+        summary: dict[str, Any] = {"protocol": self.config.protocol}
+        truth, encode = self.labels("test"), lru_cache(1)(self.encode)
+        tensors, official = {"labels": truth}, self.official
+        layers, epochs = {"knn": "backbone", "linear": "backbone"}, dict[str, int | None]()
+        if official:
+            layers = {"knn": official.knn, "linear": official.linear}
+        if official and self.epochs:
+            # The best kNN on test, as published: chosen on test data. Of equals the latest wins.
+            tops = {
+                epoch: top1(self.nearest(encode("encoder", official.knn, epoch)), truth)
+                for epoch in (*self.epochs, None)
+            }
+            best = max(reversed(tops), key=lambda epoch: tops[epoch])
+            epochs = {"knn": best, "linear": best if official.linear_epoch == "best" else None}
+            summary["knn_top1_last"] = tops[None]
+            summary |= {f"{probe}_epoch": epoch for probe, epoch in epochs.items()}
+        for subject in SUBJECTS if self.config.references else SUBJECTS[:1]:
+            prefix = "" if subject == "encoder" else f"{subject}_"
+            for probe, layer in layers.items():
+                z = encode(subject, layer, epochs.get(probe) if subject == "encoder" else None)
+                guess, values = (self.nearest(z), {}) if probe == "knn" else self.linear(z, writer)
+                values |= accuracy(guess, truth[: len(guess)])._asdict()
+                values["protocol"] = self.protocol(subject, probe, layer)
+                summary |= {f"{prefix}{probe}_{name}": value for name, value in values.items()}
+                tensors[f"{subject}.{probe}"] = guess
+            if subject == "encoder":
+                tensors["features"] = z["test"]
+                summary["embedding_std"] = embedding_std(z["test"]).item()
+                summary["effective_rank"] = effective_rank(z["test"])
+            knn_top1, linear_top1 = (summary[f"{prefix}{probe}_top1"] for probe in layers)
+            print(
+                f"{subject}: kNN {knn_top1:.2f} %, linear {linear_top1:.2f} % "
+                f"({self.config.protocol}, n = {len(truth):,})"
+            )
+        save_file(tensors, self.run.path / "results.safetensors")
+        return summary
 
-def _nearest(plan: _Plan, z: dict[str, Tensor]) -> _Verdict:
-    """kNN from a bank of train and val together."""
-    bank, config = torch.cat([z["train"], z["val"]]), plan.config
-    temperature = plan.official.temperature if plan.official else config.temperature
-    predictions = knn(
-        bank, plan.labels("train", "val"), z["test"],
-        classes=plan.classes, k=config.k, temperature=temperature,
-    )  # fmt: skip
-    return _Verdict(predictions, f"k={min(config.k, len(bank))}, τ={temperature:g}")
+    def encode(self, subject: str, layer: str, epoch: int | None) -> dict[str, Tensor]:
+        """Features of each split (N, D), on the CPU; epoch: of a snapshot, None for the end."""
+        if subject == "pixels":
+            return {name: pixels(split.images) for name, split in self.splits.items()}
+        source, how = self.source, {"device": self.device, "bf16": self.bf16}
+        trained = subject == "encoder"
+        encoder = load_encoder(source, layer, epoch) if trained else random_encoder(source, layer)
+        return encode_splits(encoder.to(self.device), self.splits, **how)
 
+    def nearest(self, z: dict[str, Tensor]) -> Tensor:
+        """kNN's predictions from a bank of train and val together."""
+        bank, labels = torch.cat([z["train"], z["val"]]), self.labels("train", "val")
+        how: dict[str, Any] = dict(k=self.config.k, temperature=self.temperature)
+        return knn(bank, labels, z["test"], classes=self.classes, **how)
 
-def _linear(plan: _Plan, z: dict[str, Tensor], writer: Writer) -> _Verdict:
-    """The linear classifier of the protocol; its final fit uses train and val together."""
-    config, official, source = plan.config, plan.official, plan.source
-    if official is None:
-        fit = linear_probe(
-            (z["train"], plan.labels("train")), (z["val"], plan.labels("val")), z["test"],
-            classes=plan.classes,
-        )  # fmt: skip
-        words = "L-BFGS, penalty chosen on val, refit, test read once"
-        values = {"penalty": fit.penalty, "top1_val": fit.score_val}
-        return _Verdict(fit.predictions, words, fit.likeliest, values)
-    if official.crops:
-        assert config.dataset is not None
-        size = enlarged(source.config.size)
-        trainval, test = (
-            open_images(config.dataset, split, size, config.limit).with_labels()
-            for split in ("trainval", "test")
-        )
-        crops = crop_probe(
-            load_encoder(source, official.linear), trainval, test, writer, device=plan.device,
-            bf16=plan.bf16, batch_size=official.batch_size, seed=config.seed,
-        )  # fmt: skip
-        words = f"LARS on random crops of central squares, {EPOCHS} epochs, the last"
-        return _Verdict(crops.predictions, words, crops.likeliest)
-    published = official_probe(
-        (torch.cat([z["train"], z["val"]]), plan.labels("train", "val")),
-        (z["test"], plan.labels("test")),
-        classes=plan.classes, batch_size=official.batch_size, seed=config.seed,
-    )  # fmt: skip
-    words = "Adam, 1000 epochs, best test epoch of the classifier, partial batch dropped"
-    return _Verdict(published.predictions, words, values={"top1_last": published.top1_last})
+    def linear(self, z: dict[str, Tensor], writer: Writer) -> tuple[Tensor, dict[str, Any]]:
+        """The linear classifier's predictions, and what else the summary holds of it. Its final fit
+        uses train and val together."""
+        config, official, values = self.config, self.official, dict[str, Any]()
+        train, val, test = ((z[name], self.labels(name)) for name in ("train", "val", "test"))
+        if official is None:
+            clean = linear_probe(train, val, z["test"], classes=self.classes)
+            scores, values = clean.scores, {"penalty": clean.penalty, "top1_val": clean.score_val}
+        else:
+            how: dict[str, Any] = dict(batch_size=official.batch_size, seed=config.seed)
+            if official.crops:
+                of = str(config.dataset), enlarged(self.source.config.size), config.limit
+                whole, tested = (
+                    open_images(of[0], split, *of[1:]).with_labels()
+                    for split in ("trainval", "test")
+                )
+                how |= {"device": self.device, "bf16": self.bf16}
+                encoder = load_encoder(self.source, official.linear)
+                scores = crop_probe(encoder, whole, tested, writer, **how)
+            else:
+                both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
+                published = official_probe(both, test, classes=self.classes, **how)
+                scores, values = published.scores, {"top1_last": published.top1_last}
+        if self.classes > 5:
+            hit = scores.topk(5).indices == test[1][: len(scores), None]
+            values["top5"] = 100 * hit.any(1).double().mean().item()
+        return scores.argmax(1), values
 
-
-def _rows(plan: _Plan, verdict: _Verdict) -> dict[str, Any]:
-    """Accuracies of a verdict and what it says of itself."""
-    labels = plan.labels("test")[: len(verdict.predictions)]
-    rows = accuracy(verdict.predictions, labels)._asdict() | verdict.values
-    if verdict.likeliest is not None and plan.classes > 5:
-        hit = (verdict.likeliest == labels[:, None]).any(1)
-        rows["top5"] = 100 * hit.double().mean().item()
-    return rows
-
-
-def _protocol(plan: _Plan, subject: str, probe: str, look: _Look, words: str) -> str:
-    """Protocol, layer, probe and epoch, in words.
-
-    Official kNN has all training images in its bank, each under its own label: the release's bank
-    is faulty, and SimSiam's authors have another.
-    """
-    official, name = plan.official, "clean"
-    if official:
-        name = f"official of {official.of}"
-        name += " (bank without the release's fault)" if probe == "knn" else ""
-    if subject == "pixels":
-        return f"{name}: raw pixels, {words}"
-    n = len(plan.epochs) + 1
-    if subject == "random":
-        epoch = "untrained"
-    elif official is None:
-        epoch = "last weights"
-    elif n > 1 and probe == "knn":
-        epoch = f"best of {n} epochs on test"
-    elif n > 1 and official.linear_epoch == "best":
-        epoch = f"encoder of the best of {n} epochs by kNN on test"
-    else:
-        epoch = "epoch of the file" if "imported" in plan.source.environment else "final epoch"
-    return f"{name}: {LAYERS[look.layer]}, {words}, {epoch}"
+    def protocol(self, subject: str, probe: str, layer: str) -> str:
+        """Protocol, layer, probe and epoch, in words."""
+        official, words = self.official, LINEAR[self.kind]
+        name = f"official of {official.of}" if official else "clean"
+        if probe == "knn":
+            # The release's bank is faulty, and SimSiam's authors have another.
+            name += " (bank without the release's fault)" if official else ""
+            n = len(self.splits["train"]) + len(self.splits["val"])
+            words = f"k={min(self.config.k, n)}, τ={self.temperature:g}"
+        imported = "imported" in self.source.environment
+        last = "epoch of the file" if imported else "final epoch"
+        epoch = last if official else "last weights"
+        if official and self.epochs and (probe == "knn" or official.linear_epoch == "best"):
+            epoch = f"best of {len(self.epochs) + 1} epochs by kNN on test"
+        if subject == "pixels":
+            return f"{name}: raw pixels, {words}"
+        return f"{name}: {LAYERS[layer]}, {words}, {epoch if subject == 'encoder' else 'untrained'}"

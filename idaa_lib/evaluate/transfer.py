@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from idaa_lib.configs import ConfigError, TransferConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import (
     Encoder,
-    features,
+    encode_splits,
     load_encoder,
     open_splits,
     random_encoder,
@@ -29,16 +28,10 @@ from idaa_lib.evaluate.metrics import (
     student_interval,
     top1,
 )
-from idaa_lib.evaluate.probe import (
-    LAMBDAS,
-    TRANSFER,
-    Probe,
-    Protocol,
-    linear_probe,
-    principal_axes,
-)
-from idaa_lib.runs import Run, Writer, checkpoints, stage
+from idaa_lib.evaluate.probe import LAMBDAS, TRANSFER, Probe, linear_probe, principal_axes
+from idaa_lib.runs import Run, Writer, checkpoints
 from idaa_lib.runs.machine import describe, settled, torch_device, uses_bf16
+from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.runs.steps import Steps
 from idaa_lib.views import keyed_generator
 
@@ -64,23 +57,10 @@ def transfer(config: TransferConfig) -> Run:
     plan = _plan(config)
     for name, reason in plan.left_out.items():
         print(f"{name} is left out: {reason}")
-    return stage.perform(plan, partial(_transfer, plan))
+    return perform(plan, plan.judge)
 
 
-@dataclass(frozen=True)
-class _Plan(stage.Plan):
-    """source: the run whose encoder is judged. size: pixels a side. targets: the splits of each
-    data set. left_out: name → why it has no rows."""
-
-    source: Run
-    size: int
-    targets: list[dict[str, ImageSet]]
-    left_out: dict[str, str]
-    device: torch.device
-    bf16: bool
-
-
-def _plan(config: TransferConfig) -> _Plan:
+def _plan(config: TransferConfig) -> _Transfer:
     source = runs.get("ssl", config.run)
     trained = source.config
     size = config.size or (IMAGENET_SIZE if trained.stem == "imagenet" else trained.size)
@@ -99,67 +79,71 @@ def _plan(config: TransferConfig) -> _Plan:
     fingerprints = " ".join(splits["test"].fingerprint for splits in targets)
     run = runs.run_for(config, fingerprints, encoder=checkpoints.digest(source))
     device = torch_device(config.device)
-    bf16 = uses_bf16(config.precision, device)
-    about = [describe(device, "bf16" if bf16 else "no", splits["test"]) for splits in targets]
+    precision = "bf16" if uses_bf16(config.precision, device) else "no"
+    about = [describe(device, precision, splits["test"]) for splits in targets]
     environment = about[0] | {"datasets": [each["dataset"] for each in about]}
-    return _Plan(
-        config, run, source, size, targets, left_out, device, bf16, environment=environment
-    )
+    return _Transfer(config, run, source, size, targets, left_out, device, environment=environment)
 
 
-def _transfer(plan: _Plan, writer: Writer) -> dict[str, Any]:
-    config, left_out = plan.config, dict(plan.left_out)
-    rows: list[dict[str, Any]] = []
-    episodes = [_episodes(splits["test"], config, left_out) for splits in plan.targets]
-    encoders = list(ENCODERS)[: 2 if config.references else 1]
-    total = len(plan.targets) * len(encoders)
-    images = sum(len(split) for splits in plan.targets for split in splits.values())
-    steps = Steps(
-        plan.run, writer, total, per_epoch=total, checkpoint_every=1,
-        images=images // len(plan.targets), state=lambda: ({}, {"rows": rows}),
-        restore=lambda tensors, values: rows.extend(values["rows"]),
-    )  # fmt: skip
-    steps.resume()
-    for step in steps:
-        target, encoder = divmod(step, len(encoders))
-        splits, name = plan.targets[target], encoders[encoder]
-        z = _encode(ENCODERS[name](plan.source), splits, plan)
-        judged = _judge(z, splits, episodes[target], config, plan.size)
-        rows += [{"features": name, **row} for row in judged]
-        values = ", ".join(f"{row['probe']} {row['value']:.1f}" for row in judged)
-        print(f"{splits['test'].name}, {name}: {values} (%)")
-    summary = {"rows": rows, "left_out": left_out, "size": plan.size}
-    return summary | {"seconds": steps.seconds}
+@dataclass(frozen=True)
+class _Transfer(Plan):
+    """source: the run whose encoder is judged. size: pixels a side. targets: the splits of each
+    data set. left_out: what has no rows → why."""
 
+    source: Run
+    size: int
+    targets: list[dict[str, ImageSet]]
+    left_out: dict[str, str]
+    device: torch.device
 
-def _encode(encoder: Encoder, splits: Mapping[str, ImageSet], plan: _Plan) -> dict[str, Tensor]:
-    """Features of each split, encoded once, on the device."""
-    module, _, mean, std = encoder.to(plan.device)
-    return {
-        name: features(
-            module, split.images, plan.size, mean, std,
-            device=plan.device, output_device=plan.device, bf16=plan.bf16,
+    def judge(self, writer: Writer) -> dict[str, Any]:
+        """The summary."""
+        rows: list[dict[str, Any]] = []
+        episodes = [self.episodes(splits["test"]) for splits in self.targets]
+        jobs = [
+            (target, name)
+            for target in range(len(self.targets))
+            for name in list(ENCODERS)[: 2 if self.config.references else 1]
+        ]
+        steps = Steps(
+            self.run,
+            writer,
+            len(jobs),
+            per_epoch=len(jobs),
+            images=sum(len(split) for split in self.targets[0].values()),
+            checkpoint_every=1,
+            state=lambda: ({}, {"rows": rows}),
+            restore=lambda _, values: rows.extend(values["rows"]),
         )
-        for name, split in splits.items()
-    }  # fmt: skip
+        steps.resume()
+        for step in steps:
+            target, name = jobs[step]
+            splits = self.targets[target]
+            encoder = ENCODERS[name](self.source)._replace(size=self.size).to(self.device)
+            bf16 = uses_bf16(self.config.precision, self.device)
+            how = {"device": self.device, "output_device": self.device, "bf16": bf16}
+            z = encode_splits(encoder, splits, **how)
+            judged = judge(z, splits, episodes[target], self.config, self.size)
+            rows += [{"features": name, **row} for row in judged]
+            values = ", ".join(f"{row['probe']} {row['value']:.1f}" for row in judged)
+            print(f"{splits['test'].name}, {name}: {values} (%)")
+        summary = {"rows": rows, "left_out": self.left_out, "size": self.size}
+        return summary | {"seconds": steps.seconds}
+
+    def episodes(self, test: ImageSet) -> dict[int, Tensor]:
+        """Episodes of each number of shots, the same for every encoder."""
+        config, episodes = self.config, {}
+        for shots in config.shots:
+            numbers = config.ways, shots, config.queries, config.episodes, config.seed
+            try:
+                episodes[shots] = draw_episodes(test.labels, *numbers)
+            except ValueError as error:
+                key = f"{test.name}, {config.ways}-way {shots}-shot"
+                self.left_out[key] = f"only {error}."
+        return episodes
 
 
-def _episodes(
-    test: ImageSet, config: TransferConfig, left_out: dict[str, str]
-) -> dict[int, Tensor]:
-    """Episodes of each number of shots, the same for every encoder."""
-    episodes = {}
-    for shots in config.shots:
-        try:
-            episodes[shots] = draw_episodes(
-                test.labels, config.ways, shots, config.queries, config.episodes, config.seed
-            )
-        except ValueError as error:
-            left_out[f"{test.name}, {config.ways}-way {shots}-shot"] = f"only {error}."
-    return episodes
-
-
-def _judge(
+def judge(
     z: Mapping[str, Tensor],
     splits: Mapping[str, ImageSet],
     episodes: Mapping[int, Tensor],
@@ -177,52 +161,45 @@ def _judge(
         f"{size} px, frozen features as they are; L-BFGS on Σ cross-entropy + λ‖W‖², one of "
         f"{len(LAMBDAS)} λ chosen on val"
     )
+    row = {"dataset": test.name, "metric": metric}
 
-    def probe(index: Tensor | slice, protocol: Protocol) -> Probe:
+    def probe(index: Tensor | slice, refit: bool) -> Probe:
         train, val = (z["train"][index], y["train"][index]), (z["val"], y["val"])
-        classes = len(test.classes)
-        return linear_probe(
-            train, val, z["test"], classes=classes, protocol=protocol, score=score, axes=axes
-        )
+        how: dict[str, Any] = dict(classes=len(test.classes), score=score, axes=axes)
+        return linear_probe(train, val, z["test"], protocol=protocol._replace(refit=refit), **how)
 
-    def row(probe: str, interval: Sequence[float], **values: Any) -> dict[str, Any]:
-        value, low, high = interval
-        about = {"dataset": test.name, "probe": probe, "metric": metric}
-        return about | {"value": value, "low": low, "high": high} | values
-
-    whole = probe(slice(None), protocol)
-    labels = y["test"].cpu()
-    of_images = accuracy(whole.predictions.cpu(), labels)
-    of_classes = mean_per_class_interval(whole.predictions.cpu(), labels)
+    whole = probe(slice(None), True)
+    of_images = accuracy(whole.predictions, y["test"])
+    of_classes = mean_per_class_interval(whole.predictions, y["test"])
+    value, low, high = of_classes if by_class else of_images[:3]
     rows = [
-        row(
-            "linear", of_classes if by_class else of_images[:3], n=len(labels), of="test images",
-            labels=len(y["train"]) + len(y["val"]), top1=of_images.top1,
-            mean_per_class=of_classes.value, penalty=whole.penalty, score_val=whole.score_val,
-            protocol=f"{words}, refit on train + val, test read once",
-        )
-    ]  # fmt: skip
+        row
+        | {"probe": "linear", "value": value, "low": low, "high": high, "n": len(test)}
+        | {"of": "test images", "labels": len(y["train"]) + len(y["val"])}
+        | {"top1": of_images.top1, "mean_per_class": of_classes.value}
+        | {"penalty": whole.penalty, "score_val": whole.score_val}
+        | {"protocol": f"{words}, refit on train + val, test read once"}
+    ]
     for fraction in dict.fromkeys(config.fractions):
         values = []
         for draw in range(config.draws):
             index = balanced(y["train"].cpu(), fraction, keyed_generator(config.seed, draw))
-            few = probe(index.to(z["train"].device), protocol._replace(refit=False))
+            few = probe(index.to(z["train"].device), False)
             values.append(score(few.predictions, y["test"]))
-        rows.append(
-            row(
-                f"{100 * fraction:g} % of labels", student_interval(values), n=len(values),
-                of="draws", labels=len(index),
-                protocol=f"{words} (all of it), labels drawn by class, no refit",
-            )
-        )  # fmt: skip
+        rows += [
+            row
+            | {"probe": f"{100 * fraction:g} % of labels", **student_interval(values)._asdict()}
+            | {"n": len(values), "of": "draws", "labels": len(index)}
+            | {"protocol": f"{words} (all of it), labels drawn by class, no refit"}
+        ]
     for shots, part in episodes.items():
-        accuracies = few_shot(z["test"], part, shots, config.few_shot)
-        rows.append(
-            row(
-                f"{config.ways}-way {shots}-shot", student_interval(accuracies.cpu()), n=len(part),
-                of="episodes", labels=config.ways * shots, metric="top-1",
-                protocol=f"{size} px, frozen features, L2-normalised; {config.few_shot}, "
-                f"{config.queries} queries a class, all images from test",
-            )
-        )  # fmt: skip
+        accuracies = few_shot(z["test"], part, shots, config.few_shot).cpu()
+        name, queries = f"{config.ways}-way {shots}-shot", f"{config.queries} queries a class"
+        words = f"{size} px, frozen features, L2-normalised; {config.few_shot}, {queries}, all "
+        rows += [
+            row
+            | {"probe": name, "metric": "top-1", **student_interval(accuracies)._asdict()}
+            | {"n": len(part), "of": "episodes", "labels": config.ways * shots}
+            | {"protocol": f"{words}images from test"}
+        ]
     return rows
