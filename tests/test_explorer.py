@@ -216,7 +216,8 @@ def test_where_no_epsilon_is_as_hard_it_says_so(engine, monkeypatch):
     monkeypatch.setitem(engine.scene.__dict__, "loss_before", 1.0)
     assert engine.as_hard("clae", 1.0) is None
     assert engine.as_hard("clae", 0.1) == pytest.approx(10 ** (-1 + 1 / 3))  # a third from 1.5 to 3
-    assert engine.as_hard("clae", 0.025) == pytest.approx(0.05)  # loss 1.25, below the first point
+    # Below the first point a decade leads to the loss of x: IDAA's 1.25 is CLAE's half-way.
+    assert engine.as_hard("clae", 0.01 * 10**0.25) == pytest.approx(0.01 * 10**0.5)
     curves["idaa"][0]["loss_after"] = 0.9
     assert engine.as_hard("clae", 0.1) == 0
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 import time
-import weakref
 from collections.abc import Callable
 
 
@@ -24,17 +22,14 @@ class Background:
         self._change = threading.Condition()
         self._current: str | None = None
         self._thread: threading.Thread | None = None
-        self._ended = False
-        # A thread that the interpreter ends inside torch would abort the whole process.
-        atexit.register(_end, weakref.ref(self))
 
     def request(self, kind: str, work: Callable[[], object]) -> None:
         """Have `work` done, which handles its own errors."""
         with self._change:
             self._waiting[kind] = work
-            self._change.notify_all()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, daemon=True)
+                # No daemon: one that the interpreter ends inside torch would abort the process.
+                self._thread = threading.Thread(target=self._serve)
                 self._thread.start()
 
     def disturb(self) -> None:
@@ -53,31 +48,19 @@ class Background:
 
     def _serve(self) -> None:
         while True:
-            with self._change:
-                self._current = None
-                self._change.notify_all()
-                # Without work the thread ends, and its team of OpenMP threads with it: a team that
-                # only exists makes every parallel loop of the main thread half as fast again.
-                if not any(self._waiting.values()):
-                    self._thread = None
-                    return
             while (left := self._quiet_from - time.monotonic()) > 0:
                 time.sleep(left)
             with self._change:
                 kind, work = next(((k, w) for k, w in self._waiting.items() if w), ("", None))
-                if work is None:
-                    continue
+                # Without work the thread ends, and its team of OpenMP threads with it: a team that
+                # only exists makes every parallel loop of the main thread half as fast again.
+                if work is None or not threading.main_thread().is_alive():
+                    self._thread = None
+                    return
                 self._waiting[kind], self._current = None, kind
             more = work()
             with self._change:
-                if more and self._waiting[kind] is None and not self._ended:
+                if more and self._waiting[kind] is None:
                     self._waiting[kind] = work
-
-
-def _end(reference: weakref.ref[Background]) -> None:
-    """At the end of the process: finish the present work, and begin nothing."""
-    if (background := reference()) is not None and (thread := background._thread) is not None:
-        with background._change:
-            background._ended = True
-            background._waiting = dict.fromkeys(background._waiting)
-        thread.join(10)
+                self._current = None
+                self._change.notify_all()

@@ -115,26 +115,23 @@ class Engine:
     def as_hard(self, adversary: str, epsilon: float) -> float | None:
         """The smallest ε at which `adversary` reaches the loss that IDAA has at `epsilon`.
 
-        Read off the curves: the loss is linear in log ε between their points, and linear in ε below
-        the first. None where it is never reached; 0 where IDAA is no harder than x.
+        Read off the curves, between whose points the loss is linear in log ε; a decade below the
+        first it is that of x. None where it is never reached; 0 where IDAA is no harder than x.
         """
-        unit = self.curves["idaa"][0]["epsilon"]
-        scaled = epsilon / unit if epsilon < unit else 1 + np.log(epsilon / unit)
-        target = np.interp(scaled, *self._line("idaa", unit))
-        where, losses = self._line(adversary, unit)
+        (where, losses), (at, own) = (self._line(name) for name in (adversary, "idaa"))
+        target = np.interp(np.log(epsilon), at, own)
         if losses.max() < target:
             return None
         if (i := int(np.argmax(losses >= target))) == 0:
             return 0.0
-        found = float(np.interp(target, losses[i - 1 : i + 1], where[i - 1 : i + 1]))
-        return float(unit * (found if found < 1 else np.exp(found - 1)))
+        return float(np.exp(np.interp(target, losses[i - 1 : i + 1], where[i - 1 : i + 1])))
 
-    def _line(self, adversary: str, unit: float) -> tuple[np.ndarray, np.ndarray]:
-        """Losses over 1 + log(ε / unit), from 0 (ε = 0) on."""
-        curve = self.curves[adversary]
-        where = [1 + np.log(row["epsilon"] / unit) for row in curve]
-        losses = [self.scene.loss_before, *(row["loss_after"] for row in curve)]
-        return np.array([0.0, *where]), np.array(losses)
+    def _line(self, adversary: str) -> tuple[np.ndarray, np.ndarray]:
+        """Losses over log ε."""
+        epsilon, loss = ([row[key] for row in self.curves[adversary]]
+                         for key in ("epsilon", "loss_after"))  # fmt: skip
+        losses = np.array([self.scene.loss_before, *loss])
+        return np.log([epsilon[0] / 10, *epsilon]), losses
 
     # --- walks --------------------------------------------------------------------------------
 
