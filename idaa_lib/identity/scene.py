@@ -287,8 +287,8 @@ def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
     if config.only is not None:
         if config.only not in data.classes:
-            known = ", ".join(data.classes) or "none"
-            raise ConfigError(f"only must be a class of {data.name} ({known}): {config.only!r}.")
+            names = ", ".join(data.classes) or "none"
+            raise ConfigError(f"only must be a class of {data.name} ({names}): {config.only!r}.")
         fits = data.labels[order] == data.classes.index(config.only)
         order = torch.cat([order[fits], order[~fits]])
     for index in reversed(config.indices):

@@ -74,12 +74,28 @@ class Study(Plan):
         **about: Any,
     ) -> None:  # fmt: skip
         """Claim that the witness finds more in one than in the other, by both of its measures."""
-        note = "; ".join(filter(None, [note, *caveats(self.config)]))
+        note = "; ".join(filter(None, [note, *self.caveats]))
         for by, measure, unit in (
             ("hits", "retrieval@1", "points"), ("gains", "InfoNCE", "nats")
         ):  # fmt: skip
             interval = bootstrap_interval(getattr(one, by) - getattr(other, by))
             self.claim(section, f"{claim}: {measure}", interval, unit, note, by=by, **about)
+
+    @cached_property
+    def caveats(self) -> list[str]:
+        """Why the witness is no fair judge; empty where it is one."""
+        if self.config.witness == UNTRAINED:
+            return ["the witness is untrained: it sees colours and edges more than content"]
+        witness, reasons = runs.get("ssl", self.config.witness), []
+        if (adversary := witness.config.adversary) != "none":
+            reasons.append(f"the witness was trained with {adversary}, to see past such changes")
+        if self.config.run != UNTRAINED:
+            both = witness, runs.get("ssl", self.config.run)
+            same = (len({getattr(run.config, field) for run in both}) == 1
+                    for field in ("seed", "backbone", "width", "stem"))  # fmt: skip
+            if all(same) and not any("imported" in run.environment for run in both):
+                reasons.append("the witness began with the attacked encoder's weights, same seed")
+        return reasons
 
     @cached_property
     def bytes(self) -> Tensor:
@@ -140,9 +156,9 @@ def study(config: TheoryConfig) -> Run:
 def plan_study(config: TheoryConfig) -> Study:
     """The run that `config` leads to, with its images, its VAE and the encoders' names."""
     fields = ("vae", "run", "dataset", "split", "seed")
-    chosen = DecomposeConfig(**{name: getattr(config, name) for name in fields})
+    images = DecomposeConfig(**{name: getattr(config, name) for name in fields})
     device = torch_device(config.device)
-    scene = open_scene(chosen, config.images, device)
+    scene = open_scene(images, config.images, device)
     names = {"vae": scene.run.reference, "run": scene.attacked}
     names["witness"] = scene.witness(config.witness)
     names["dataset"] = settled(config.dataset or scene.run.config.dataset)
@@ -183,7 +199,7 @@ def siblings(run: Run) -> dict[str, list[Run]]:
             alike = same_dim != same_beta and rest(other) == rest(run)
             if alike and len(members[axis]) < VAES:
                 members[axis].setdefault(getattr(other.config, axis), other)
-    return {axis: [found[value] for value in sorted(found)] for axis, found in members.items()}
+    return {axis: [of[value] for value in sorted(of)] for axis, of in members.items()}
 
 
 @torch.no_grad()
@@ -191,20 +207,20 @@ def _measure(plan: Study) -> dict[str, Any]:
     config, scene, n = plan.config, plan.scene, len(plan.scene.x)
     print(f"VAE {config.vae}\nattacked: {config.run}\nwitness: {config.witness}")
     summary = {"n": n, "log_n": math.log(n), "candidates": config.augmentation}
-    summary |= {"attacked": config.run, "witness": config.witness, "caveats": caveats(config)}
+    summary |= {"attacked": config.run, "witness": config.witness, "caveats": plan.caveats}
     summary["latent"] = latent = _latent(scene, config.seed)
     nats, spread = latent["information"], 1.96 * latent["error"]
     claim = f"I(z; y) > 99 % of log N = {math.log(n):.2f}: a sampled z names the image"
     note, most = f"rate {latent['rate']:.1f}", 0.99 * math.log(n)
     plan.claim("latent", claim, [nats, nats - spread, nats + spread], "nats", note, than=most)
-    bound = -1e9 if latent["bound"] is None else latent["bound"]
-    note = "for a small enough δ; how small, the theorem does not say"
-    if bound <= 0:
+    bound, note = latent["bound"], "for a small enough δ; how small, the theorem does not say"
+    if bound is None or bound <= 0:
         note = f"vacuous, and whatever β were at most log N − rate = {latent['limit']:,.1f}"
-    plan.claim("latent", "Theorem 3.5: its bound on I(x′; y) > 0", 3 * [bound], "nats", note)
+    interval = None if bound is None else 3 * [bound]
+    plan.claim("latent", "Theorem 3.5: its bound on I(x′; y) > 0", interval, "nats", note)
     kept = {part: plan.witness.retention(images) for part, images in scene.parts.items()}
-    summary["parts"] = {part: found.row() for part, found in kept.items()}
-    summary["among"] = {"k": _counts(n)} | {part: _among(found) for part, found in kept.items()}
+    summary["parts"] = {part: kept[part].row() for part in PARTS}
+    summary["among"] = {"k": _counts(n)} | {part: _among(kept[part]) for part in PARTS}
     plan.compare("parts", "R keeps more than G, by the witness", kept["R"], kept["G"])
     summary["probes"] = _probes(plan)
     summary["exchange"] = _exchange(plan)
@@ -216,22 +232,6 @@ def _measure(plan: Study) -> dict[str, Any]:
         if len(members) > 1
     }
     return summary | {"claims": plan.claims}
-
-
-def caveats(config: TheoryConfig) -> list[str]:
-    """Why the witness of a resolved configuration is no fair judge; empty where it is one."""
-    if config.witness == UNTRAINED:
-        return ["the witness is untrained: it sees colours and edges more than content"]
-    witness, found = runs.get("ssl", config.witness), []
-    if (adversary := witness.config.adversary) != "none":
-        found.append(f"the witness was trained with {adversary}, to see past such changes")
-    if config.run != UNTRAINED:
-        both = witness, runs.get("ssl", config.run)
-        a, b = ([getattr(run.config, key) for key in ("seed", "backbone", "width", "stem")]
-                for run in both)  # fmt: skip
-        if a == b and not any("imported" in run.environment for run in both):
-            found.append("the witness began with the attacked encoder's weights: the same seed")
-    return found
 
 
 def _latent(scene: Scene, seed: int) -> dict[str, Any]:
@@ -288,7 +288,7 @@ def _exchange(plan: Study) -> dict[str, Any]:
             curve.append([to_a.mean().item(), to_b.mean().item()])
         cosines[f"{moves}: a → b, {stays} of a"] = curve
     follows = bootstrap_interval(100 * (to_b > to_a).double())  # the last: R in whole
-    claim, note = "G(a) + R(b) is taken for b, whose R it is", "; ".join(caveats(plan.config))
+    claim, note = "G(a) + R(b) is taken for b, whose R it is", "; ".join(plan.caveats)
     plan.claim("exchange", f"{claim}, by more than half", follows, "%", note, than=50)
     return {"shares": SHARES, "cosines": cosines}
 
@@ -303,13 +303,13 @@ def _probes(plan: Study) -> dict[str, Any]:
         learn, judge = _flat(plan.scene.split(plan.learn)), _flat(plan.scene.parts)
         guesses = {part: plan.classify(learn[part], judge[part]) for part in PARTS}
         right["class"] = {part: 100 * (guesses[part] == labels).double() for part in PARTS}
-    found: dict[str, Any] = {"instances": len(right["instance"]["x"])}
+    rows: dict[str, Any] = {"instances": len(right["instance"]["x"])}
     for kind, hits in right.items():
-        found[kind] = {part: bootstrap_interval(values) for part, values in hits.items()}
+        rows[kind] = {part: bootstrap_interval(values) for part, values in hits.items()}
         claim = f"R keeps more than G, by a linear probe on pixels: which {kind}"
         difference = bootstrap_interval(hits["R"] - hits["G"])
         plan.claim("parts", claim, difference, "points", by="probe", n=len(hits["R"]))
-    return found
+    return rows
 
 
 def _instances(plan: Study) -> dict[str, Tensor]:
@@ -381,8 +381,8 @@ def _attacks(plan: Study) -> dict[str, Any]:
             plan.compare("attacks", claim, mine.kept, other.kept, note, **about)
             pair = (epsilon, matched) if adversary == "clae" else pair
     if (labels := plan.labels) is not None:
-        asked = [witness.features(scene.x), *(reading.features for reading in readings.values())]
-        guess = plan.classify(witness.features(plan.learn), torch.cat(asked))
+        queries = [witness.features(scene.x), *(reading.features for reading in readings.values())]
+        guess = plan.classify(witness.features(plan.learn), torch.cat(queries))
         first, *others = guess.view(-1, len(labels))
         for reading, same in zip(readings.values(), others, strict=True):
             reading.row["consistency"] = 100 * (same == first).double().mean().item()

@@ -222,13 +222,13 @@ def retention(queries: Tensor, candidates: Tensor) -> Retention:
     gains = torch.stack([own / tau - (cosine / tau).logsumexp(1) for tau in TEMPERATURES])
     gains += math.log(count)  # (temperatures, n)
     halves = torch.arange(n) % 2 == 0
-    chosen = torch.empty_like(own)
+    best_gains = torch.empty_like(own)
     for half, other in ((halves, ~halves), (~halves, halves)):
         # A single query has no other half: it is judged at the τ that says nothing.
         best = gains[:, other].mean(1).argmax() if other.any() else -1
-        chosen[half] = gains[best, half]
+        best_gains[half] = gains[best, half]
     nearest = cosine.fill_diagonal_(-torch.inf).amax(1)
-    return Retention(ranks, chosen, own, nearest, count)
+    return Retention(ranks, best_gains, own, nearest, count)
 
 
 def fano(error: float, n: int) -> float:

@@ -136,7 +136,7 @@ class Explorer:
         self.forget = _control("forget", widgets.Button, description="remove your image")
         tip = "figures and code"
         self.keep = _control("keep", widgets.Button, description="Save", icon="save", tooltip=tip)
-        self.chosen = _control("chosen", number, value=0, min=0, max=0, description="image")
+        self.index = _control("chosen", number, value=0, min=0, max=0, description="image")
 
     def _make_displays(self) -> None:
         self.still, self.picture = Grid(STILL, "idaa-still"), Grid(MOVING, "idaa-picture")
@@ -148,7 +148,7 @@ class Explorer:
         # The marker lies over the curves: moving it redraws nothing.
         over = widgets.Box([self.curves, self.marker], layout=widgets.Layout(overflow="visible"))
         over.add_class("idaa-over")
-        folded = widgets.VBox([self.chosen, self.strip]), self.spectra, self.walk.ui
+        folded = widgets.VBox([self.index, self.strip]), self.spectra, self.walk.ui
         self.folds = widgets.Accordion(folded, titles=FOLDS, selected_index=None)
         lines = (
             [self.vae, self.encoder],
@@ -158,8 +158,8 @@ class Explorer:
         )
         wrapped = widgets.Layout(flex_flow="row wrap")
         controls = [widgets.HBox(line, layout=wrapped) for line in lines]
-        shown = self.status, self.still, self.picture, self.meters, over, self.folds
-        self.ui = _control("explorer", widgets.VBox, children=[*controls, *shown])
+        displays = self.status, self.still, self.picture, self.meters, over, self.folds
+        self.ui = _control("explorer", widgets.VBox, children=[*controls, *displays])
 
     def _listen(self) -> None:
         """From now on controls act: what the first load set in them was no request."""
@@ -170,7 +170,7 @@ class Explorer:
             (reload, "value", lambda _: self._reload()),
             ((self.upload,), "value", self._upload),
             ((self.folds,), "selected_index", lambda _: self._unfold()),
-            ((self.chosen,), "value", lambda _: self._unfold()),
+            ((self.index,), "value", lambda _: self._unfold()),
         ):
             for control in controls:
                 control.observe(self._guard(act), trait)
@@ -212,7 +212,7 @@ class Explorer:
         self.still.resize(columns, size, engine.scene.names)
         self.picture.resize(columns, size)
         self.strip.resize(len(STRIP), size, STRIP_NAMES)
-        self.chosen.max = columns - 1
+        self.index.max = columns - 1
         self.forget.layout.display = None if self.own else "none"
         self.still.show(still.values())
         self.walk.open(engine)
@@ -348,7 +348,7 @@ class Explorer:
 
         def work() -> None:
             if fold == 0:
-                self.strip.show(engine.strip(self.chosen.value).values())
+                self.strip.show(engine.strip(self.index.value).values())
             elif fold == 1:
                 self.spectra.value = svg(pictures.spectra(engine.parts(*self._attack)))
             else:
@@ -360,7 +360,7 @@ class Explorer:
         """Figures, and the code that makes them again, in a folder of their own."""
         if (engine := self.engine) is None:
             raise RunError("There is nothing to save yet.")
-        (adversary, epsilon), index, walk = self._attack, self.chosen.value, self.walk.state
+        (adversary, epsilon), index, walk = self._attack, self.index.value, self.walk.state
         now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
         folder = runs.outputs_root() / "explorer" / f"{now}-{adversary}-epsilon={epsilon:.3g}"
 

@@ -54,10 +54,10 @@ def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
     Args:
         maps: label → differences or parts (N, 3, H, W), normalised units.
     """
-    found = {label: part.square().mean((0, 1)).sqrt().numpy() for label, part in maps.items()}
+    energy = {label: part.square().mean((0, 1)).sqrt().numpy() for label, part in maps.items()}
     figure, axes = style.axes(1, len(maps), figsize=(2.6 * len(maps) + 0.6, 3), squeeze=False)
-    highest = max(part.max() for part in found.values())
-    for axis, (label, part) in zip(axes.flat, found.items(), strict=True):
+    highest = max(part.max() for part in energy.values())
+    for axis, (label, part) in zip(axes.flat, energy.items(), strict=True):
         image = axis.imshow(part, cmap="magma", vmin=0, vmax=highest)
         axis.set(title=label, xlabel="x (pixels)")
         axis.grid(False)
@@ -249,12 +249,12 @@ def candidates(summary: Summary) -> Figure:
 def vaes(summary: Summary) -> Figure | None:
     """Information, identity and hardness over β and over dim; None where there is one VAE alone."""
     names = {"beta": "β (nats KL per nat NLL)", "dim": "dim m"}
-    varied = [axis for axis in names if axis in summary["vaes"]]
-    if not varied:
+    present = [axis for axis in names if axis in summary["vaes"]]
+    if not present:
         return None
-    epsilon, size = summary["vaes"]["epsilon"], (10.4, 3.0 * len(varied))
-    figure, grid = style.axes(len(varied), 3, figsize=size, squeeze=False)
-    for panels, axis in zip(grid, varied, strict=True):
+    epsilon, size = summary["vaes"]["epsilon"], (10.4, 3.0 * len(present))
+    figure, grid = style.axes(len(present), 3, figsize=size, squeeze=False)
+    for panels, axis in zip(grid, present, strict=True):
         left, middle, right = panels
         rows = summary["vaes"][axis]
         value, latents = [row["value"] for row in rows], [row["latent"] for row in rows]

@@ -58,8 +58,8 @@ class WalkPanel:
     def state(self) -> tuple[str, int, float, int, int] | None:
         """What `Engine.save` needs to make these pictures again; None before they are drawn."""
         controls = self.kind, self.index, self.amount, self.a, self.b
-        drawn = self.stepped.image.value
-        return tuple(control.value for control in controls) if drawn else None
+        picture = self.stepped.image.value
+        return tuple(control.value for control in controls) if picture else None
 
     def draw(self) -> None:
         self._background.request("fold", self._guard(self._draw))
