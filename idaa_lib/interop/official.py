@@ -137,8 +137,8 @@ def _read(path: Path) -> tuple[_State, int | None, float | None]:
                 break
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ConfigError(f"{path} has no state dict, alone or as net, model or state_dict.")
-    wrapped = all(key.startswith("module.") for key in content)
-    state = _State((k.removeprefix("module.") if wrapped else k, v) for k, v in content.items())
+    prefix = "module." if all(key.startswith("module.") for key in content) else ""
+    state = _State((key.removeprefix(prefix), tensor) for key, tensor in content.items())
     epoch, acc = about.get("epoch"), about.get("acc")
     return (
         state,
@@ -177,11 +177,8 @@ _SHORTCUTS: dict[str, _Names] = {
 _BESIDE = {".ds_bn1.": ".ds_bn1_adv.", "projector.layer1.": "projector.layer2."}
 
 
-def _networks(
-    state: _State,
-) -> tuple[str, dict[str, Any], _Names, _Units]:
-    """The kind; our parts, without storage, that the tensors fit; the file's names; the published
-    units."""
+def _networks(state: _State) -> tuple[str, dict[str, Any], _Names, _Units]:
+    """The kind; our parts without storage; the file's names; the published units."""
     mark = next((mark for mark in _KINDS if any(key.startswith(mark) for key in state)), None)
     if mark is None:
         some = ", ".join(sorted(state)[:3]) or "no tensor at all"
@@ -265,13 +262,13 @@ def _fill(parts: dict[str, Any], state: _State, names: _Names) -> None:
         for part, other in _BESIDE.items():
             if part in name:
                 theirs.setdefault(name.replace(part, other), None)
-    wanted = {key: name for key, name in theirs.items() if name is not None}
+    pairs = {key: name for key, name in theirs.items() if name is not None}
     faults = {
         "lacks": theirs.keys() - state.keys(),
         "has, beside what belongs there,": state.keys() - theirs.keys(),
         "has other shapes:": {
             f"{key} is {tuple(state[key].shape)} and should be {tuple(ours[name].shape)}"
-            for key, name in wanted.items()
+            for key, name in pairs.items()
             if key in state and state[key].shape != ours[name].shape
         },
     }
@@ -282,7 +279,7 @@ def _fill(parts: dict[str, Any], state: _State, names: _Names) -> None:
             if keys
         ]
         raise ConfigError(f"{'; '.join(texts)}.")
-    whole.load_state_dict({name: state[key] for key, name in wanted.items()}, assign=True)
+    whole.load_state_dict({name: state[key] for key, name in pairs.items()}, assign=True)
     whole.float().eval().requires_grad_(False)
     if "ds_conv1." in names.values() and _SIMSIAM_IMAGENET not in names.values():
         # ReLU sees conv1 itself, past the stem's norm (spec §8.7).

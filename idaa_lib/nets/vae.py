@@ -19,6 +19,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from idaa_lib.nets import evaluating
 
 
+Convolution = nn.Conv2d | nn.ConvTranspose2d
+
+
 class Decomposition(NamedTuple):
     """x = G + R, each (B, 3, H, W) in the units of x."""
 
@@ -170,17 +173,15 @@ def folded(vae: VAE) -> VAE:
 
     The BatchNorm after a convolution is part of its weights, and the last layer a `sub_pixel`.
     """
-    found = copy.deepcopy(vae).eval()
-    for part in [m for m in found.modules() if isinstance(m, nn.Sequential)]:
+    fast = copy.deepcopy(vae).eval()
+    for part in [m for m in fast.modules() if isinstance(m, nn.Sequential)]:
         for i, (layer, norm) in enumerate(pairwise(part)):
-            if isinstance(norm, nn.BatchNorm2d) and isinstance(
-                layer, nn.Conv2d | nn.ConvTranspose2d
-            ):
-                turned = isinstance(layer, nn.ConvTranspose2d)
-                part[i] = fuse_conv_bn_eval(layer, norm, transpose=turned)
+            if isinstance(norm, nn.BatchNorm2d) and isinstance(layer, Convolution):
+                up = isinstance(layer, nn.ConvTranspose2d)
+                part[i] = fuse_conv_bn_eval(layer, norm, transpose=up)
                 part[i + 1] = nn.Identity()
-    found.decoder[-1] = sub_pixel(found.decoder[-1])
-    return found
+    fast.decoder[-1] = sub_pixel(fast.decoder[-1])
+    return fast
 
 
 def sub_pixel(layer: nn.Module) -> nn.Module:
@@ -192,9 +193,9 @@ def sub_pixel(layer: nn.Module) -> nn.Module:
     # What pixel 2i + p gets from the input at i + t − 1: 3 + p − 2t of the kernel, if it is there.
     taps = torch.tensor([[4, 2, 0], [5, 3, 1]])  # p, t; counted with a rim of zeros
     kernels = F.pad(weight.detach(), [1] * 4)[:, :, taps[:, None, :, None], taps[:, None]]
-    found = nn.Conv2d(C, 4 * K, 3, padding=1, bias=False, device="meta")  # draws nothing
-    found.weight = nn.Parameter(kernels.permute(1, 2, 3, 0, 4, 5).reshape(4 * K, C, 3, 3), False)
-    return nn.Sequential(found, nn.PixelShuffle(2)).to(memory_format=torch.channels_last)
+    layer = nn.Conv2d(C, 4 * K, 3, padding=1, bias=False, device="meta")  # draws nothing
+    layer.weight = nn.Parameter(kernels.permute(1, 2, 3, 0, 4, 5).reshape(4 * K, C, 3, 3), False)
+    return nn.Sequential(layer, nn.PixelShuffle(2)).to(memory_format=torch.channels_last)
 
 
 def rate(mu: Tensor, logvar: Tensor) -> Tensor:

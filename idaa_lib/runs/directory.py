@@ -278,8 +278,8 @@ class Run:
         """Runs whose configuration names this one: trained with it, continued from it, judges of
         it."""
         names = [json.dumps(name, ensure_ascii=False) for name in (self.reference, str(self.path))]
-        texts = {run: (run.path / "config.json").read_text(encoding="utf-8") for run in every()}
-        return [run for run, text in texts.items() if any(name in text for name in names)]
+        texts = ((run, (run.path / "config.json").read_text(encoding="utf-8")) for run in every())
+        return [run for run, text in texts if any(name in text for name in names)]
 
     def delete(self) -> int:
         """Remove the directory; the bytes that this freed.
@@ -445,6 +445,10 @@ def encoder(name: Run | str | None) -> Run:
 def parameters(config: Config) -> dict[str, Any]:
     """The least that makes `config` again: the preset, and what it does not imply."""
     values = {name: value for name, value in config if value is not None}
+    names = {"preset", *config.principal, *config.changed()}
+    few = {name: value for name, value in values.items() if name in names}
+    with contextlib.suppress(UserError):
+        values = few if type(config)(**few) == config else values
     for name in [name for name in values if name != "preset"]:
         fewer = {k: v for k, v in values.items() if k != name}
         with contextlib.suppress(UserError):
