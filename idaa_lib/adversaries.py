@@ -168,6 +168,13 @@ class Adversary:
         """Raise AttackError if a gradient since the last check was not finite (waits for a GPU)."""
 
 
+class Radius(Adversary.Options):
+    """epsilon: radius, in units of the point that is perturbed. norm: per sample."""
+
+    epsilon: NonNegative = 0.1
+    norm: Literal["linf", "l2"] = "linf"
+
+
 class VAEOptions(Adversary.Options):
     """vae: id or path of a VAE run (None: the newest that fits); dim: its bottleneck dimension
     (None: any)."""
@@ -196,17 +203,13 @@ class GradientAscent(Adversary):
         epsilon, steps and further knobs: see `Options`.
     """
 
-    class Options(Adversary.Options):
-        """epsilon: radius, in units of the point that is perturbed. norm: per sample.
-
-        steps, step_size: one step of ε as published; several default to 2.5·ε/steps each (Madry et
-        al. 2018, arXiv:1706.06083, §5). random_start: from a uniform draw of the ball, not from x.
+    class Options(Radius):
+        """steps, step_size: one step of ε as published; several default to 2.5·ε/steps each (Madry
+        et al. 2018, arXiv:1706.06083, §5). random_start: a uniform draw of the ball, not x.
         reuse_anchor: the attacked embedding serves as its own anchor where it equals it exactly;
         False lets the adversarial BatchNorm statistics see a step 3 times, as the official code.
         """
 
-        epsilon: NonNegative = 0.1
-        norm: Literal["linf", "l2"] = "linf"
         steps: Positive = 1
         step_size: Rate | None = None
         random_start: bool = False
@@ -389,11 +392,8 @@ class RandomSign(IDAA):
     One draw, and the loss is not looked at.
     """
 
-    class Options(VAEOptions):
+    class Options(VAEOptions, Radius):
         """As IDAA's, without those that speak of a gradient."""
-
-        epsilon: NonNegative = 0.1
-        norm: Literal["linf", "l2"] = "linf"
 
     recordable = True
 

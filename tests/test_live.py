@@ -21,7 +21,6 @@ from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.lab import kernel, live, process
 from idaa_lib.lab.live import Panel, Readings
 from idaa_lib.lab.process import look, start
-from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.runs import RunError, Stopped, checkpoints, machine
 from idaa_lib.train import locate, samples, train_vae
 from idaa_lib.train.loop import Fit
@@ -351,19 +350,6 @@ def test_unattended_it_trains_in_the_foreground(outputs, monkeypatch, capsys):
     assert run.finished
     assert not (run.path / "process.json").exists()
     assert "step 12/12" in capsys.readouterr().out
-
-
-def test_a_method_of_the_kernel_s_own_trains_here_and_says_so(outputs, monkeypatch, capsys):
-    from idaa_lib.methods import METHODS
-
-    class Mine(SimCLR):
-        pass
-
-    monkeypatch.setitem(METHODS, "mine", Mine)
-    monkeypatch.setattr(live, "attended", lambda: True)
-    monkeypatch.setattr(live, "start", lambda config: pytest.fail("a process was started"))
-    assert live.train(SSLConfig(**TINY, projection_dim=8, method="mine")).finished
-    assert "mine: registered in this kernel, so training runs here" in capsys.readouterr().out
 
 
 def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, capsys):

@@ -82,6 +82,17 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     assert all((run.path / "notebook.ipynb").exists() for run in made if run != ssl)
 
 
+@pytest.mark.xdist_group("photos")
+def test_a_method_and_an_adversary_of_one_s_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
+    train_vae(VAEConfig(**VAE))
+    execute("12_your_own_method", SMALL | {"spread": 0.3}, tmp_path)
+    ids = {path.name[: path.name.index("-limit")] for path in (tmp_path / "outputs/ssl").iterdir()}
+    assert ids == {f"ssl-photos-align_uniform-{name}" for name in ("none", "idaa_posterior")}
+    pictures = {path.name for path in (tmp_path / "outputs/ssl").rglob("figures/*.png")}
+    assert pictures == {"curves.png", "views.png", "power.png"}
+
+
 @pytest.mark.xdist_group("cifar")
 def test_01_03_04_run_on_a_subset_of_cifar10(cifar10_zip, tmp_path, monkeypatch):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))

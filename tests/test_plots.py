@@ -90,6 +90,13 @@ def test_no_axis_is_without_a_name(run):
                 assert axis.get_ylabel(), f"{name}: y"
 
 
+def test_a_run_has_one_colour_in_all_panels():
+    """Also in a panel that an earlier run has no line in."""
+    lines = {"a": [{"step": 1, "loss": 1.0}], "b": [{"step": 1, "loss": 2.0, "moved": 3.0}]}
+    both, alone = plots.curves(lines, ["loss", "moved"]).axes[:2]
+    assert both.lines[1].get_color() == alone.lines[0].get_color() != both.lines[0].get_color()
+
+
 def test_accuracies_are_means_with_their_intervals_and_references_are_lines():
     rows = [("encoder", "A", 40.0, 35, 44), ("encoder", "B", 50.0, 45, 54)]
     rows += [("encoder", "B", 52.0, 47, 56), ("raw pixels", "B", 30.0, math.nan, math.nan)]

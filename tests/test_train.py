@@ -27,7 +27,7 @@ from idaa_lib.evaluate import encoders
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.evaluate.encoders import features, load_encoder, load_vae, random_encoder
 from idaa_lib.evaluate.stage import evaluate, results
-from idaa_lib.methods import METHODS, About, build_method
+from idaa_lib.methods import About, build_method
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.runs import RunError, Stopped, checkpoints
 from idaa_lib.train import locate, loop, stages, train, train_semi, train_ssl, train_vae
@@ -715,60 +715,6 @@ def test_a_vae_comes_back_frozen(outputs, vae):
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
     assert loaded.mean == images.load("photos", "train").mean
-
-
-def test_own_backbone_and_method_are_one_decorator_each(outputs, monkeypatch):
-    monkeypatch.setattr(idaa_lib.nets, "BACKBONES", dict(idaa_lib.nets.BACKBONES))
-
-    @idaa_lib.register_backbone("flat")
-    class Flat(torch.nn.Module):
-        feature_dim = 12
-
-        def __init__(self, width, stem, adversarial_norms):
-            super().__init__()
-            self.layer = torch.nn.LazyLinear(12)
-            self.layer(torch.zeros(1, 3 * 32 * 32))
-
-        def forward(self, images, adversarial=False):
-            return self.layer(images.flatten(1))
-
-    from idaa_lib.methods.simclr import SimCLR
-
-    monkeypatch.setitem(METHODS, "mine", SimCLR)
-    run = train_ssl(ssl(backbone="flat", method="mine"))
-    assert run.id.startswith("ssl-photos-mine-none-")
-    assert load_encoder(run).module.feature_dim == 12
-
-
-OWN = """
-import torch
-from idaa_lib import register_method
-from idaa_lib.methods.simclr import SimCLR
-
-@register_method("own")
-class Own(SimCLR):
-    def step(self, views, batch):
-        step = super().step(views, batch)
-        step.loss = step.loss * {factor}
-        return step
-"""
-
-
-def test_an_edited_method_is_another_run(outputs, tmp_path, monkeypatch):
-    """Somebody at work on a method must never be shown the numbers of its last version."""
-    import importlib
-
-    monkeypatch.setattr("idaa_lib.methods.base.METHODS", METHODS)
-    monkeypatch.syspath_prepend(tmp_path)
-    made = []
-    for version in (1, 2):
-        (tmp_path / f"own{version}.py").write_text(OWN.format(factor=version))
-        importlib.import_module(f"own{version}")
-        made.append(locate(ssl(method="own")))
-    del METHODS["own"]
-    assert made[0] != made[1]
-    with pytest.raises(ConfigError, match="import the module that registers it first"):
-        train_ssl(ssl(method="own"))
 
 
 def test_a_method_without_an_attack_refuses_an_adversary(outputs, monkeypatch):

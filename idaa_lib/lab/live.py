@@ -24,6 +24,7 @@ from idaa_lib.configs import TrainingConfig, UserError
 from idaa_lib.lab import grid, plots, style
 from idaa_lib.lab.kernel import apart, attended, newcomer
 from idaa_lib.lab.process import UNDER_WAY, Look, launch, look, start
+from idaa_lib.registry import SOURCES
 from idaa_lib.runs import Run, RunError, Stopped
 from idaa_lib.runs.progress import clock
 from idaa_lib.train import stages
@@ -46,8 +47,9 @@ def train(config: TrainingConfig) -> Run:
     """
     if not attended():
         return stages.train(config)
-    if names := " and ".join(stages.foreign(config)):
-        print(f"{names}: registered in this kernel, so training runs here and ends with it.")
+    own = stages.foreign(config).items()
+    if names := " and ".join(n for n, kind in own if not Path(SOURCES[kind][0]).is_file()):
+        print(f"{names}: typed in this kernel, so training runs here and ends with it.")
         return stages.train(config)
     run = start(config)
     if run.finished:

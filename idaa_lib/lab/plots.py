@@ -22,9 +22,9 @@ from idaa_lib.results import interval
 from idaa_lib.runs import Run
 
 LABELS = {
-    "loss": "loss (nats)",
-    "clean_loss": "loss on clean pairs (nats)",
-    "adversarial_loss": "loss on (x, x′) (nats)",
+    "loss": "loss (unit of its method)",
+    "clean_loss": "loss on clean pairs (same unit)",
+    "adversarial_loss": "loss on (x, x′) (same unit)",
     "reconstruction": "reconstruction (MSE)",
     "kl": "KL term of the loss (nats / 3m)",
     "reconstruction_val": "validation reconstruction (MSE)",
@@ -75,11 +75,11 @@ def curves(runs: Mapping[str, Run | Sequence[Mapping[str, Any]]], keys: Sequence
         return Figure()
     figure, axes = style.panels(len(keys), 3, (4.6, 3.2))
     for key, axis in zip(keys, axes, strict=True):
-        for label, lines in readings.items():
+        for i, (label, lines) in enumerate(readings.items()):  # a run has one colour in all panels
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
                 marker = "o" if len(points) <= 20 else None
-                look = dict(label=label, gid=key, marker=marker, markersize=4)
+                look = dict(label=label, gid=key, color=f"C{i}", marker=marker, markersize=4)
                 axis.plot(*zip(*points, strict=True), **look)
         axis.set(xlabel="step", ylabel=LABELS.get(key, key))
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from idaa_lib import runs
 from idaa_lib.configs import TrainingConfig
+from idaa_lib.registry import SOURCES
 from idaa_lib.runs import Run, machine
 from idaa_lib.train import stages
 
@@ -52,8 +53,9 @@ def launch(run: Run, config: TrainingConfig) -> None:
             time.sleep(0.1)
         if found.word in ("starting", "going", "paused", "finished"):
             return
+        files = sorted({SOURCES[kind][0] for kind in stages.foreign(config).values()})
         runs.write_json(run.path / "config.json", config.model_dump(mode="json"))
-        command = [sys.executable, "-m", "idaa_lib.train", run.stage]
+        command = [sys.executable, "-m", "idaa_lib.train", run.stage, *files]
         own = {"IDAA_OUTPUTS": str(run.path.parent.parent), "PYTHONUNBUFFERED": "1"}
         with (run.path / "log.txt").open("ab") as log:
             said = log.tell()

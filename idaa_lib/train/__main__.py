@@ -1,12 +1,14 @@
 """`python -m idaa_lib.train ssl adversary=idaa epsilon=0.1`: a stage without a notebook.
 
 The first word is the stage (vae, ssl, semi, eval, transfer, …), the others are fields of its
-configuration; `@config.json` starts from a stored one. Under `accelerate launch` a training runs on
-many processes and machines. The fields: `python -c "import idaa_lib; help(idaa_lib.SSLConfig)"`.
+configuration. `@config.json` starts from a stored one; `mine.py` is imported, which may register
+classes. Under `accelerate launch` a training runs on many processes and machines. The fields:
+`python -c "import idaa_lib; help(idaa_lib.SSLConfig)"`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -38,11 +40,13 @@ def main(words: list[str]) -> int:
                 if (stored := read_json(Path(word[1:]))) is None:
                     raise ConfigError(f"There is no configuration {word[1:]}.")
                 values |= stored
+            elif word.endswith(".py") and "=" not in word:
+                import_file(Path(word))
             elif "=" in word:
                 name, _, text = word.partition("=")
                 values[name] = text
             else:
-                raise ValueError(f"{word!r} is neither name=value nor @file.json.")
+                raise ValueError(f"{word!r} is neither name=value nor @file.json nor file.py.")
         run = STAGES[words[0]](CONFIGS[words[0]](**values))
     # What a user can mend is told in its sentence; anything else is our fault and keeps its trace.
     except (UserError, ValueError, OSError) as error:
@@ -53,6 +57,18 @@ def main(words: list[str]) -> int:
     print(run.path)
     print(json.dumps(run.summary, indent=1, ensure_ascii=False))
     return 0
+
+
+def import_file(path: Path) -> None:
+    """Import a module by its file: it registers methods, adversaries or backbones of the user's.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path}.")
+    sys.path.insert(0, str(path.resolve().parent))
+    importlib.import_module(path.stem)
 
 
 if __name__ == "__main__":

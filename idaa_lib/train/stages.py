@@ -241,11 +241,15 @@ def _own_code(config: TrainingConfig) -> str | None:
 
 def foreign(config: TrainingConfig) -> dict[str, Any]:
     """The method, adversary and backbone of `config` that are not ours, by name: only a process
-    that runs the file that registers them knows them."""
+    that runs the file that registers them knows them.
+
+    Raises:
+        ConfigError: this one does not.
+    """
     if not isinstance(config, EncoderConfig):
         return {}
-    names = {choice: getattr(config, choice) for choice in (*config.choices, "backbone")}
-    kinds = {name: CHOICES[choice].get(name) for choice, name in names.items()}
+    kinds = {config.backbone: CHOICES["backbone"].get(config.backbone)}
+    kinds |= {getattr(config, choice): config.chosen(choice) for choice in config.choices}
     return {name: kind for name, kind in kinds.items() if kind in SOURCES}
 
 
