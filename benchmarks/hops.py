@@ -23,8 +23,13 @@ from idaa_lib.train.loop import Fit
 
 ROOT = str(Path(idaa_lib.__file__).parent)
 SMALL: dict[str, Any] = {
-    "dataset": "photos", "limit": 64, "batch_size": 32, "width": 4, "epochs": 1, "device": "cpu"
-}  # fmt: skip
+    "dataset": "photos",
+    "limit": 64,
+    "batch_size": 32,
+    "width": 4,
+    "epochs": 1,
+    "device": "cpu",
+}
 
 
 class Calls:

@@ -37,9 +37,12 @@ class Side:
         environment |= ALLOCATOR if allocator else {}
         script = Path(__file__).with_name("sides.py")
         self._process = subprocess.Popen(
-            [sys.executable, str(script), name], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, str(script), name],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self._answer()
         self.seconds: list[float] = []
         self.peak_mib = 0.0
@@ -90,6 +93,11 @@ def pair(slow: Side, fast: Side, n: int, warm_up: int = 2) -> Pair:
     ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
     low, _, high = quantiles(ratios, n=4) if n > 1 else (ratios[0],) * 3
     return Pair(
-        median(ratios), [round(low, 2), round(high, 2)], n,
-        median(slow.seconds), median(fast.seconds), slow.peak_mib, fast.peak_mib,
-    )  # fmt: skip
+        median(ratios),
+        [round(low, 2), round(high, 2)],
+        n,
+        median(slow.seconds),
+        median(fast.seconds),
+        slow.peak_mib,
+        fast.peak_mib,
+    )

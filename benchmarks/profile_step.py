@@ -232,11 +232,15 @@ def kernel_rows(kernels: list[tuple[str, float]], steps: int) -> list[dict[str, 
         times["all"].append(microseconds)
     return [
         record.row(
-            f"kernels_{kind}", round(sum(each) / 1000 / steps, 3), "ms", steps, None,
+            f"kernels_{kind}",
+            round(sum(each) / 1000 / steps, 3),
+            "ms",
+            steps,
+            None,
             round(len(each) / steps),
         )
         for kind, each in sorted(times.items(), key=lambda item: -sum(item[1]))
-    ]  # fmt: skip
+    ]
 
 
 def kind(kernel: str) -> str:

@@ -329,9 +329,11 @@ def linear_ours() -> Work:
             for d in (data, test)
         )
         linear_probe(
-            (z[:cut], data.labels[:cut]), (z[cut:], data.labels[cut:]), z_test,
+            (z[:cut], data.labels[:cut]),
+            (z[cut:], data.labels[cut:]),
+            z_test,
             classes=len(data.classes),
-        )  # fmt: skip
+        )
 
     return whole
 
@@ -404,11 +406,21 @@ def peak_mib() -> float:
 PARTS: dict[str, Callable[[], Work]] = {
     part.__name__.replace("_", "-"): part
     for part in (
-        views_pil, views_eager, views_compiled, simclr_straightforward, simclr_ours,
-        idaa_straightforward, idaa_ours, vae_straightforward, vae_ours, linear_straightforward,
-        linear_ours, transfer_ours, validation_ours,
+        views_pil,
+        views_eager,
+        views_compiled,
+        simclr_straightforward,
+        simclr_ours,
+        idaa_straightforward,
+        idaa_ours,
+        vae_straightforward,
+        vae_ours,
+        linear_straightforward,
+        linear_ours,
+        transfer_ours,
+        validation_ours,
     )
-}  # fmt: skip
+}
 
 
 def main(name: str) -> None:

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: what is compared, and what counts as having moved."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -96,6 +97,11 @@ def test_the_page_of_speed_has_the_newest_figure_of_each_machine():
     assert idaa.endswith("| ≥ 2.6 | 2.5 ×, n = 7 | – |")
     files = [line.count("../benchmarks/results/") for line in lines]
     assert (max(files), sum(files)) == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["demo", "hops", "methods", "precision", "slider"])
+def test_a_benchmark_finds_what_it_uses(name):
+    importlib.import_module(name)
 
 
 def test_what_stops_a_benchmark_loses_no_part_before_it(monkeypatch):

@@ -162,6 +162,10 @@ def test_a_notebook_tells_a_story_and_keeps_its_cells_short(path):
             assert not any("class " in line or "def " in line for line in cell["source"])
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
 def test_every_verb_of_the_makefile_is_in_its_help():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     for verb in (

@@ -33,8 +33,11 @@ class DetectionConfig(Config):
     stage = "detection"
     principal = ("run", "architecture")
     sets: ClassVar[tuple[str, ...]] = (
-        "train_images", "train_annotations", "val_images", "val_annotations",
-    )  # fmt: skip
+        "train_images",
+        "train_annotations",
+        "val_images",
+        "val_annotations",
+    )
     pointers = Config.pointers | frozenset(sets)
     circumstances = Config.circumstances | {"log_every", "checkpoint_every", "workers"}
     recipes = Path(__file__).resolve().parent / "recipes"

@@ -71,16 +71,28 @@ def mask_rcnn(
         stages = {f"layer{i}": str(i - 1) for i in range(1, 5)}
         kind: Any = MaskRCNN if masks else FasterRCNN
         pyramid = BackboneWithFPN(_layers(backbone, 4), stages, widths, 256)
-        return kind(pyramid, classes + 1, min_size=sides, max_size=longest, image_mean=mean,
-                    image_std=std, box_batch_size_per_image=rois)  # fmt: skip
+        return kind(
+            pyramid,
+            classes + 1,
+            min_size=sides,
+            max_size=longest,
+            image_mean=mean,
+            image_std=std,
+            box_batch_size_per_image=rois,
+        )
     features = _layers(backbone, 3)
     anchors = AnchorGenerator((ANCHORS,), (RATIOS,))
     rpn = RegionProposalNetwork(
-        anchors, RPNHead(widths[2], anchors.num_anchors_per_location()[0]),
-        fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5,
+        anchors,
+        RPNHead(widths[2], anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
         pre_nms_top_n=dict(training=12000, testing=6000),
-        post_nms_top_n=dict(training=2000, testing=1000), nms_thresh=0.7,
-    )  # fmt: skip
+        post_nms_top_n=dict(training=2000, testing=1000),
+        nms_thresh=0.7,
+    )
     transform = GeneralizedRCNNTransform(sides, longest, mean, std)
     return GeneralizedRCNN(features, rpn, C4Heads(backbone, classes, rois, masks), transform)
 
@@ -112,11 +124,16 @@ class C4Heads(RoIHeads):
             RoIAlign(14, 1 / STRIDE, sampling_ratio=0, aligned=True),
             nn.Sequential(OrderedDict(layer4=layer4, norm=nn.BatchNorm2d(width))),
             predictor,
-            fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=rois,
-            positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5,
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=rois,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=0.05,
+            nms_thresh=0.5,
             detections_per_img=100,
             mask_predictor=MaskRCNNPredictor(width, 256, classes + 1) if masks else None,
-        )  # fmt: skip
+        )
 
     def regions(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
         """The regions of all images after layer 4, (R, feature_dim, 7, 7)."""

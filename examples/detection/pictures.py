@@ -47,7 +47,14 @@ def pictures(
                 x1, y1, x2, y2 = objects["boxes"][i].tolist()
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2))
                 text = classes[name - 1] + (f" {score:.2f}" if score is not None else "")
-                axis.text(x1, y1, text, color="white", fontsize=7, va="bottom",
-                          bbox=dict(facecolor=colour, edgecolor="none", pad=1))  # fmt: skip
+                axis.text(
+                    x1,
+                    y1,
+                    text,
+                    color="white",
+                    fontsize=7,
+                    va="bottom",
+                    bbox=dict(facecolor=colour, edgecolor="none", pad=1),
+                )
             axis.imshow(pixels)
     return figure
