@@ -1,11 +1,9 @@
 """Which files of a folder or zip are images, and of which split and class each one is."""
 
 import hashlib
-import posixpath
 import re
 import warnings
-from collections import Counter, defaultdict
-from itertools import takewhile
+from collections import Counter
 from pathlib import PurePosixPath
 
 FORMATS = "avif bmp gif jfif jpe jpeg jpg pgm png ppm tif tiff webp"
@@ -45,55 +43,46 @@ def arrange(where: str, members: list[str]) -> tuple[list[str], list[str], list[
     images = [name for name in kinds if kinds[name] in EXTENSIONS]
     if not images:
         raise ValueError(f"{where} holds no image: looked for {', '.join(EXTENSIONS)}")
-    others = Counter(
-        kind or "without extension" for kind in kinds.values() if kind not in EXTENSIONS
-    )
+    others = [kind or "without extension" for kind in kinds.values() if kind not in EXTENSIONS]
     if others:
-        counts = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
+        counts = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(others).items()))
         warnings.warn(f"{where} has files that are not read as images: {counts}", stacklevel=2)
 
-    folders = {PurePosixPath(name).parent for name in kinds}
-    filled = {f"{path}/" for folder in folders for path in (folder, *folder.parents)}
-    entries = images + [name for name in names if name.endswith("/") and name not in filled]
-    common = posixpath.commonpath([name.rstrip("/").rpartition("/")[0] for name in entries])
-    wrapping = takewhile(lambda f: f and f.lower() not in PARTS, common.split("/"))
-    top = "".join(f"{folder}/" for folder in wrapping)
-    places = {name: name.removeprefix(top) for name in entries}
-    first = {name: place.split("/")[0] for name, place in places.items()}
-    parts = {folder: PARTS[folder.lower()] for folder in first.values() if folder.lower() in PARTS}
-    splits, beside = set(parts.values()), [name for name in entries if first[name] not in parts]
+    filled = {str(folder) for name in kinds for folder in PurePosixPath(name).parents}
+    empty = [name for name in names if name.endswith("/") and name[:-1] not in filled]
+    folders = {name: name.split("/")[:-1] for name in images + empty}
+    above = [f[:-1] if name in empty else f for name, f in folders.items()]
+    depth = 0  # of the folders that hold everything, which are no classes
+    for level in zip(*above, strict=False):
+        if len(set(level)) > 1 or level[0].lower() in PARTS:
+            break
+        depth += 1
+    folders = {name: f[depth:] for name, f in folders.items()}
+    parts = {f[0]: PARTS[f[0].lower()] for f in folders.values() if f and f[0].lower() in PARTS}
+    splits = set(parts.values())
     if parts and "train" not in splits:
         raise ValueError(f"{where} has {min(parts)}/ but no train/: add train/, or rename it")
+    beside = [name for name, f in folders.items() if not f or f[0] not in parts]
     if parts and beside:
-        deeper = (name for name in entries if first[name] in parts and places[name].count("/") > 1)
-        if splits != {"train"} or any(deeper):
+        if splits != {"train"} or any(len(f) > 1 and f[0] in parts for f in folders.values()):
             raise ValueError(f"{where} has {beside[0]!r} beside train/: move it inside, or away")
         parts, splits = {}, set()  # a class of that name among others
 
-    labels, holding = {}, defaultdict(set)
-    for name, place in places.items():
-        part = "all"
-        if parts:
-            _, _, places[name] = place.partition("/")
-            part = parts[first[name]] if len(splits) > 1 else part
-        label = places[name].rpartition("/")[0].split("/")[0]
-        labels[name] = part, label
-        if name in kinds:
-            holding[part].add(label)
-    trained = holding["train"] | holding["all"]
-    labelled = any(set().union(*holding.values()))
-    for name, (part, label) in labels.items():
-        if label and label not in holding[part]:
+    part_of = {name: parts[f[0]] if len(splits) > 1 else "all" for name, f in folders.items()}
+    label_of = {name: "".join(f[bool(parts) :][:1]) for name, f in folders.items()}
+    holding = {(part_of[name], label_of[name]) for name in images}
+    for name, label in label_of.items():
+        if label and (part_of[name], label) not in holding:
             raise ValueError(f"class folder {name!r} of {where} holds no image: fill or remove it")
-        if label and label not in trained:
-            raise ValueError(f"{where} has class {label!r} in {part}/ but not in train/: add it")
-        if labelled and not label and name in kinds:
+        if label and not {("train", label), ("all", label)} & holding:
+            raise ValueError(
+                f"{where} has class {label!r} in {part_of[name]}/ but not in train/: add it"
+            )
+        if name not in empty and not label and any(label_of.values()):
             raise ValueError(
                 f"{name!r} of {where} lies beside class folders: move it into one, or away if its "
                 f"class is unknown"
             )
-    return (
-        images,
-        [split_by_name(labels[name][0], splits, places[name]) for name in images],
-        [labels[name][1] for name in images],
-    )
+    inner = {name: "/".join(name.split("/")[depth + bool(parts) :]) for name in images}
+    split_of = [split_by_name(part_of[name], splits, inner[name]) for name in images]
+    return images, split_of, [label_of[name] for name in images]
