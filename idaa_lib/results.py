@@ -7,6 +7,7 @@ The paper's figures are docs/paper.csv; they stand only where data, size and cla
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ COLUMNS = (
     "dataset", "size", "classes", "features", "metric", "value", "low", "high", "unit", "n",
     "split", "labels", "protocol", "limit", "fingerprint", "version", "alike",
 )  # fmt: skip
+# The rule: what two figures have in common that may stand in one column of a table.
+SAME = ["fingerprint", "limit", "n", "protocol", "version"]
 # What a notebook shows of tidy results.
 SHOWN = ["dataset", "features", "metric", "value", "low", "high", "unit", "n", "labels", "protocol"]
 OWN_COLUMNS = {"seed", "dataset", "labels_per_class"}  # fields that a label need not say
@@ -57,26 +60,23 @@ def results(chosen: Sequence[Run], damage: list[str] | None = None) -> pd.DataFr
     records, trainings = [], {}
     for run in chosen:
         try:
-            found = [_about(run) | figure for figure in _figures(run)]
+            about = _about(run)
+            records += [about | figure for figure in _figures(run)]
             trainings[run] = judged(run)
         except DAMAGE as error:
             if damage is None:
                 raise
-            damage.append(f"{run.path}: {error}" if run.id not in str(error) else str(error))
-        else:
-            records += found
+            damage.append(f"{run.path}: {error}")
     unique = list(dict.fromkeys(run for run in trainings.values() if run))
-    labels = {run.id: text for run, text in zip(unique, apart(unique, OWN_COLUMNS), strict=True)}
-    fields = differing(unique)
-    own = {run.id: {f: values[i] for f, values in fields.items()} for i, run in enumerate(unique)}
-    records = [
-        own.get(each["training"], {})
-        | each
-        | {"label": labels.get(each["training"], each["training"])}
-        for each in records
-    ]
+    labels, fields = apart(unique, OWN_COLUMNS), differing(unique)
+    own = {
+        run.id: {"label": labels[i]} | {name: values[i] for name, values in fields.items()}
+        for i, run in enumerate(unique)
+    }
+    records = [own.get(r["training"], {"label": r["training"]}) | r for r in records]
     columns = [*COLUMNS, *(field for field in fields if field not in COLUMNS)]
     frame = pd.DataFrame(records, columns=columns, dtype=object)  # a seed stays a whole number
+    frame["alike"] = [" ".join(map(str, row)) for row in frame[SAME].to_numpy()]
     return frame.astype(dict.fromkeys(("value", "low", "high"), float))
 
 
@@ -104,24 +104,16 @@ def _about(run: Run) -> dict[str, Any]:
 
 def _figures(run: Run) -> Iterator[dict[str, Any]]:
     """The figures of a summary, the encoder's own first."""
-    summary, about = run.summary or {}, _about(run)
-
-    def figure(**values: Any) -> dict[str, Any]:
-        figure = {"features": "encoder", "split": "test", "unit": "%"} | values
-        of = [{**about, **figure}.get(k) for k in ("fingerprint", "limit", "version")]
-        figure["alike"] = " ".join(map(str, [*of, figure.get("n"), figure.get("protocol")]))
-        return figure
-
+    summary, figure = run.summary or {}, {"features": "encoder", "split": "test", "unit": "%"}
     datasets = {data["name"]: data for data in run.environment.get("datasets", ())}
     for row in summary.get("rows", ()):  # of a transfer
         data = datasets.get(row["dataset"], {})
         mean = "" if row["metric"] == "top-1" else f", {row['metric']}"
         names = ("value", "low", "high", "n", "labels", "protocol", "dataset")
-        yield figure(
-            **{name: row.get(name) for name in names}, metric=f"{row['probe']}{mean}",
-            features="encoder" if row["features"] == "encoder" else REFERENCES[0],
-            **{name: data.get(name) for name in ("fingerprint", "size", "classes")},
-        )  # fmt: skip
+        about = {name: row.get(name) for name in names} | {"metric": f"{row['probe']}{mean}"}
+        about |= {name: data.get(name) for name in ("fingerprint", "size", "classes")}
+        trained = row["features"] == "encoder"
+        yield figure | about | {"features": "encoder" if trained else REFERENCES[0]}
     probes = {"knn": "kNN", "linear": "linear", "ema": "top-1"}
     pattern = re.compile(r"(random_|pixels_|)(knn|linear|ema)_top([15])(|_val)")
     matches = [match for key in summary if (match := pattern.fullmatch(key))]
@@ -133,19 +125,18 @@ def _figures(run: Run) -> Iterator[dict[str, Any]]:
         ends = {end: summary.get(f"{stem}_{end}{val}") for end in ("low", "high") if top == "1"}
         # How many labels and images there were say the metric and the fingerprint.
         protocol = str(summary.get(f"{stem}_protocol", "")).partition(";")[0] or None
-        yield figure(
-            metric=metric + " top-5" * (top == "5"), value=summary[match[0]], **ends,
-            features=FEATURES[prefix], n=summary.get("n_val" if val else f"{stem}_n"),
-            split="validation" if val else "test", protocol=protocol,
-        )  # fmt: skip
+        about = {"metric": metric + " top-5" * (top == "5"), "value": summary[match[0]]} | ends
+        about |= {"features": FEATURES[prefix], "protocol": protocol}
+        about |= {"n": summary.get("n_val" if val else f"{stem}_n")}
+        yield figure | about | {"split": "validation" if val else "test"}
+    figure["split"] = "validation"
     for key, unit in (("rate_nats", "nats"), ("reconstruction", "MSE")):
         if key in summary:
-            yield figure(
-                metric=key.partition("_")[0], value=summary[key], unit=unit, split="validation"
-            )
+            name = key.partition("_")[0]
+            yield figure | {"metric": name, "value": summary[key], "unit": unit}
     for part in ("R", "G"):  # of a study of identity
-        if found := summary.get("parts", {}).get(part):
-            yield figure(metric=f"x found from {part}", value=found["retrieved"], split=None)
+        if values := summary.get("parts", {}).get(part):
+            yield figure | {"metric": f"x found from {part}", "value": values["retrieved"]}
 
 
 def headline(run: Run) -> str:
@@ -157,7 +148,7 @@ def headline(run: Run) -> str:
         own, more = linear[:1], len(linear) - 1
         where = f" on {own[0]['dataset']}, test" + (f"; {more} more data sets" if more else "")
     else:
-        where = f", {own[0]['split']}" if own and own[0]["split"] else ""
+        where = f", {own[0]['split']}" if own else ""
         where += f", {run.config.protocol}" if run.stage == "eval" else ""
     return ", ".join(f"{f['metric']} {f['value']:.1f} {f['unit']}" for f in own[:2]) + where
 
@@ -172,6 +163,11 @@ class Group(NamedTuple):
     table: pd.DataFrame
     protocols: str
     runs: list[str]
+
+    def html(self) -> str:
+        """The table and its protocols."""
+        lines = html.escape(self.protocols).replace("\n", "<br>")
+        return f"{html_table(self.table)}<p class='quiet'>{lines}</p>"
 
 
 def groups(frame: pd.DataFrame) -> list[Group]:
@@ -277,6 +273,14 @@ def interval(mine: pd.DataFrame) -> tuple[float, float, float]:
 def _interval_text(mine: pd.DataFrame) -> str:
     value, low, high = interval(mine)
     return f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def html_table(frame: pd.DataFrame, index: bool = True) -> str:
+    """A frame as an HTML table of class `idaa-table`, in full; its texts are escaped."""
+    import pandas as pd
+
+    with pd.option_context("display.max_colwidth", None):
+        return frame.to_html(classes="idaa-table", border=0, index=index, justify="left")
 
 
 def paper(frame: pd.DataFrame) -> pd.DataFrame:

@@ -89,26 +89,25 @@ def points(grid: Mapping[str, Any]) -> list[Point]:
 def sensitivity(config: SweepConfig) -> list[Point]:
     """The points of a sensitivity study: each axis around the middle, for each seed.
 
-    The middle is what the presets give for what is not varied; it is a point of every axis whose
+    The middle is what the recipes say of what is not varied; it is a point of every axis whose
     values contain it. Along the further axes there is each value without an adversary too.
     """
     shared = _shared(config)
     # At a fixed κ another dim is another β: β is held, or two things would change at once.
-    held = {k: v for k, v in config.vae.items() if k != "kappa"}
+    held = {name: value for name, value in config.vae.items() if name != "kappa"}
     held["beta"] = VAEConfig(**shared["all"] | config.vae).beta
-    own: list[tuple[str, str, Sequence[Any]]] = [
-        ("ssl", "epsilon", config.epsilons), ("vae", "beta", config.betas),
-        ("vae", "dim", config.dims),
-    ]  # fmt: skip
+    axes: dict[str, Sequence[Any]] = {"epsilon": config.epsilons, "beta": config.betas}
+    axes |= {"dim": config.dims, **config.axes}
     found = []
-    for stage, axis, values in own + [("ssl", axis, along) for axis, along in config.axes.items()]:
-        attacks = [config.adversary] if axis not in config.axes else [config.adversary, "none"]
-        fixed = shared | {"vae": held if stage == "vae" else config.vae, "ssl": config.ssl}
-        cross: dict[str, dict[str, Any]] = {stage: {axis: values}}
-        cross.setdefault("ssl", {})["adversary"] = attacks
+    for axis, values in axes.items():
+        of_vae = axis in ("beta", "dim")
+        fixed = shared | {"vae": held if of_vae else config.vae, "ssl": config.ssl}
+        cross = {"vae" if of_vae else "ssl": {axis: values}}
+        attacks = [config.adversary] + ["none"] * (axis in config.axes)
+        cross["ssl"] = cross.get("ssl", {}) | {"adversary": attacks}
         for point in points({"fixed": fixed, "cross": cross, "seeds": config.seeds}):
-            labels = {"axis": axis, "at": point.labels[axis]}
-            found.append(point._replace(labels=labels | {"adversary": point.ssl["adversary"]}))
+            labels = {"axis": axis, "at": point.labels[axis], "adversary": point.ssl["adversary"]}
+            found.append(point._replace(labels=labels))
     return found
 
 
@@ -120,18 +119,14 @@ def cells(config: CompareConfig) -> list[Point]:
     all are judged alike (`clean`), and left out where the pixels are more than a probe can take.
     """
     found = []
-    for method in config.methods:
-        pairs: list[tuple[list[Any], str | None]] = [([*config.adversaries], None)]
-        pairs += [(["idaa"], config.elsewhere)] if config.elsewhere else []
-        for attacks, elsewhere in pairs:
-            fixed = _shared(config)
-            fixed["vae"] = {"seed": 0} | config.vae | ({"dataset": elsewhere} if elsewhere else {})
-            fixed["ssl"] = config.ssl | config.ssl_of.get(method, {}) | {"method": method}
-            cross = {"ssl": {"adversary": attacks}}
-            labels = {"method": method, "vae_of": elsewhere}
-            found += points(
-                {"labels": labels, "fixed": fixed, "cross": cross, "seeds": config.seeds}
-            )
+    sources = dict.fromkeys((None, config.elsewhere))  # of the VAE
+    for method, elsewhere in itertools.product(config.methods, sources):
+        fixed = _shared(config)
+        fixed["vae"] = {"seed": 0} | config.vae | ({"dataset": elsewhere} if elsewhere else {})
+        fixed["ssl"] = config.ssl | config.ssl_of.get(method, {}) | {"method": method}
+        cross = {"ssl": {"adversary": ["idaa"] if elsewhere else config.adversaries}}
+        labels = {"method": method, "vae_of": elsewhere}
+        found += points({"labels": labels, "fixed": fixed, "cross": cross, "seeds": config.seeds})
     first = found[0]
     if EvalConfig(**first.eval).protocol == "clean" and SSLConfig(**first.ssl).size <= 32:
         found[0] = first._replace(eval=first.eval | {"references": True} | config.eval)
@@ -139,10 +134,8 @@ def cells(config: CompareConfig) -> list[Point]:
 
 
 def _shared(config: SweepConfig | CompareConfig) -> dict[str, dict[str, Any]]:
-    data = {"preset": config.preset, "device": config.device}
-    # Judged on the encoder's own images.
-    training = data | {"dataset": config.dataset}
-    return {"all": training, "eval": {"references": False} | config.eval}
+    own = {"preset": config.preset, "device": config.device, "dataset": config.dataset}
+    return {"all": own, "eval": {"references": False} | config.eval}
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -192,7 +185,7 @@ def _task(config: Config, **needs: str) -> tuple[str, Task]:
 
 
 def perform_all(
-    tasks: Mapping[str, Task], jobs: int = 1, say: Callable[[str], None] | None = None
+    tasks: Mapping[str, Task], jobs: int = 1, say: Callable[[str], object] = str
 ) -> dict[str, Outcome]:
     """Key → outcome of all tasks, `jobs` at a time; one that fails stops only those that need it.
 
@@ -215,13 +208,10 @@ def perform_all(
                 work = Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")
                 for key, outcome in work(calls):
                     outcomes[key] = outcome
-                    if say:
-                        left = (time.monotonic() - began) / len(outcomes)
-                        left *= len(tasks) - len(outcomes)
-                        say(
-                            f"{len(outcomes)} of {len(tasks)}, about {left / 60:.0f} min left: "
-                            f"{outcome.id} {outcome.state}"
-                        )
+                    minutes = (time.monotonic() - began) / 60
+                    left = minutes / len(outcomes) * (len(tasks) - len(outcomes))
+                    progress = f"{len(outcomes)} of {len(tasks)}, about {left:.0f} min left"
+                    say(f"{progress}: {outcome.id} {outcome.state}")
     except BaseException:
         _cancelled = True
         # Again and again: a kernel that is still starting forgets what was asked before its run.
@@ -238,7 +228,7 @@ def _perform(key: str, task: Task, outcomes: Mapping[str, Outcome]) -> tuple[str
     for need in needs.values():
         if need.state != "finished":
             return key, Outcome(key, "left out", f"It needs {need.id}, which {need.state}.")
-    return key, perform(task.config.model_copy(update={f: need.id for f, need in needs.items()}))
+    return key, perform(task.config.replace(**{f: need.id for f, need in needs.items()}))
 
 
 def perform(config: Config) -> Outcome:
@@ -249,10 +239,8 @@ def perform(config: Config) -> Outcome:
         name = locate(config).id
         return Outcome(ensure(config).reference, "finished")
     except Exception as error:
-        sentence = (
-            str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        )
-        return Outcome(name, "failed", sentence)
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return Outcome(name, "failed", f"{kind}{error}")
 
 
 def check(outcomes: Mapping[str, Outcome]) -> None:
@@ -279,7 +267,7 @@ def finished(grid: Sequence[Point]) -> list[tuple[Point, Run]]:
     for key, (config, needs) in plan(grid).items():
         if there.keys() >= set(needs.values()):
             names = {field: there[other].reference for field, other in needs.items()}
-            if run := _finished(config.model_copy(update=names)):
+            if run := _finished(config.replace(**names)):
                 there[key] = run
     ends = {i: [*_chain(point)][-1][0] for i, point in enumerate(grid)}
     return [(grid[i], there[key]) for i, key in ends.items() if key in there]
@@ -300,36 +288,28 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
 def missing(grid: Sequence[Point]) -> str:
     """Which points have no finished evaluation, and how they come about, in a sentence."""
     there = [point for point, _ in finished(grid)]
-    texts = [" × ".join(str(v) for v in point.labels.values() if v) for point in grid]
     lacking = [
-        f"{text} (seed {point.ssl['seed']})"
-        for text, point in zip(texts, grid, strict=True)
+        " × ".join(str(v) for v in point.labels.values() if v) + f" (seed {point.ssl['seed']})"
+        for point in grid
         if point not in there
     ]
-    if not lacking:
-        return "Every point has its runs."
-    return (
-        f"{len(lacking)} of {len(grid)} points are missing: {', '.join(lacking)}. They are made "
-        f"with launch = True."
-    )
+    text = f"{len(lacking)} of {len(grid)} points are missing: {', '.join(lacking)}. "
+    return text + "They are made with launch = True." if lacking else "Every point has its runs."
 
 
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def locate(config: Config) -> Run:
+def locate(config: Any) -> Run:
     """The run directory that a configuration of a VAE, an encoder or an evaluation leads to."""
-    if isinstance(config, EvalConfig):
-        return evaluation.locate(config)
-    assert isinstance(config, TrainingConfig)
-    return train.locate(config)
+    return (evaluation if config.stage == "eval" else train).locate(config)
 
 
 def _finished(config: Config) -> Run | None:
     """The finished run of `config`. An evaluation with references serves where none are asked."""
     kinds = [config]
     if isinstance(config, EvalConfig) and not config.references:
-        kinds.insert(0, config.model_copy(update={"references": True}))
+        kinds.insert(0, config.replace(references=True))
     return next((run for run in map(locate, kinds) if run.finished), None)
 
 
@@ -343,7 +323,7 @@ def ensure(config: Config) -> Run:
         RunError: the notebook failed; its executed copy lies in the run directory.
     """
     if isinstance(config, TrainingConfig):  # the notebook runs in another folder
-        config = config.model_copy(update={"dataset": settled(config.dataset)})
+        config = config.replace(dataset=settled(config.dataset))
     if run := _finished(config):
         return run
     run = locate(config)
@@ -414,17 +394,14 @@ def execute(notebook: str, parameters: Mapping[str, Any], output: Path, tries: i
 @contextlib.contextmanager
 def _shared_threads(jobs: int) -> Iterator[None]:
     """Kernels started inside share the processor: N kernels with all threads each fight for it."""
-    before = os.environ.get("OMP_NUM_THREADS")
+    before, cores = dict(os.environ), os.cpu_count() or 1
     if jobs > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // jobs))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
     try:
         yield
     finally:
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
-        elif jobs > 1:
-            del os.environ["OMP_NUM_THREADS"]
+        os.environ.pop("OMP_NUM_THREADS", None)
+        os.environ.update(before)
 
 
 def folder_of(config: SweepConfig | CompareConfig) -> Path:

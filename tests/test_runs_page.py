@@ -13,7 +13,7 @@ import pytest
 from idaa_lib import results, runs
 from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.lab import notebook, process
-from idaa_lib.lab.guard import guarded
+from idaa_lib.lab.kernel import guarded
 from idaa_lib.lab.runs import RunsPage
 from idaa_lib.runs import Run, RunError
 from idaa_lib.train import train_vae

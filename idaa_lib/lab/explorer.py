@@ -28,7 +28,7 @@ from idaa_lib.lab import pictures
 from idaa_lib.lab.background import Background
 from idaa_lib.lab.engine import MOVING, STILL, STRIP, STRIP_NAMES, Engine
 from idaa_lib.lab.grid import STYLE, Grid
-from idaa_lib.lab.guard import guarded
+from idaa_lib.lab.kernel import guarded
 from idaa_lib.lab.style import COLOURS, NAMES, svg
 from idaa_lib.lab.walk import WalkPanel
 from idaa_lib.runs import Run, RunError

@@ -1,4 +1,5 @@
-"""What this kernel knows of the pages in front of it, and how a cell that waits stays answerable.
+"""What this kernel knows of the pages in front of it, how a cell that waits stays answerable, and
+where errors of callbacks are shown.
 
 A kernel runs one request after another, so while a cell waits it hears nothing else; ipykernel 7
 has threads beside it (subshells), which JupyterLab uses for widgets. Elsewhere, and where a later
@@ -9,11 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import html
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import ipywidgets as widgets
 from IPython import get_ipython
+
+from idaa_lib.configs import UserError
 
 T = TypeVar("T")
 
@@ -73,3 +80,24 @@ def newcomer() -> Iterator[threading.Event]:
         yield came
     finally:
         del session.deserialize
+
+
+def guarded(status: widgets.HTML) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator of callbacks, whose errors no notebook shows: they are written into `status`.
+
+    A `UserError` shows as its sentence, anything else as its traceback; None comes back then.
+    """
+
+    def decorate(act: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(act)
+        def safe(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return act(*args, **kwargs)
+            except UserError as error:
+                status.value = f"<b>{html.escape(str(error))}</b>"
+            except Exception:
+                status.value = f"<pre>{html.escape(traceback.format_exc())}</pre>"
+
+        return safe
+
+    return decorate

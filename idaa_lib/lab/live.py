@@ -31,6 +31,18 @@ from idaa_lib.train import stages
 
 # Seconds between two looks at a run that goes and at one that stands, and between two drawings.
 GOING, STANDING, DRAWING = 1.0, 3.0, 2.0
+# Key of a reading → its name and form.
+FIGURES = {
+    "loss": ("loss", "{:.4f}"),
+    "adversarial_loss": ("loss on (x, x′)", "{:.4f}"),
+    "knn_top1_val": ("validation kNN", "{:.1f} %"),
+    "ema_top1_val": ("validation accuracy", "{:.1f} %"),
+    "believed": ("pseudo-labels believed", "{:.1f} %"),
+    "reconstruction_val": ("validation reconstruction", "{:.4f}"),
+    "rate_nats_val": ("rate", "{:.1f} nats"),
+    "lr": ("learning rate", "{:.3g}"),
+    "images_per_second": ("speed", "{:,.0f} images/s"),
+}
 STYLE = "<style>.idaa-live-curves svg { max-width: 100%; height: auto; }</style>"
 
 
@@ -61,20 +73,20 @@ def train(config: TrainingConfig) -> Run:
     try:
         display(panel.ui)
         panel.follow()
-        found = _wait(run)
+        end = _wait(run)
     except KeyboardInterrupt:
-        found = None
-    if found is None:
+        end = None
+    if end is None:
         raise Stopped(
             f"No longer waiting for {run.id}, which goes on in a process of its own: run this cell "
             f"again to attach to it; the panel's buttons pause and stop it."
         )
     panel.refresh()
-    if found.word == "finished":
+    if end.word == "finished":
         return run
-    if found.reason:
-        raise RunError(f"{run.id} {found.word}. {found.reason}")
-    step, steps = found.state.get("step", 0), found.state.get("steps", "?")
+    if end.reason:
+        raise RunError(f"{run.id} {end.word}. {end.reason}")
+    step, steps = end.state.get("step", 0), end.state.get("steps", "?")
     raise Stopped(
         f"{run.id} was stopped after step {step} of {steps} and saved: run this cell again to go "
         f"on, or press start in the panel."
@@ -92,13 +104,13 @@ def _wait(run: Run) -> Look | None:
     way before the other has said that it is going.
     """
     since = time.monotonic()
-    with newcomer() as came:
-        while not came.wait(0.3):
-            found = look(run)
-            if found.word in UNDER_WAY:
+    with newcomer() as event:
+        while not event.wait(0.3):
+            now = look(run)
+            if now.word in UNDER_WAY:
                 since = time.monotonic()
-            elif found.word == "finished" or time.monotonic() - since > 2:
-                return found
+            elif now.word == "finished" or time.monotonic() - since > 2:
+                return now
     return None
 
 
@@ -145,8 +157,10 @@ class Panel:
         self._news = threading.Event()  # a button was pressed, or the panel closed
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._shown: dict[str, Any] = {}  # what each part was made from: it changes with that only
-        self._draw_after = 0.0
+        self._word = self._complaint = ""
+        self._steps: int | None = None
+        self._undrawn, self._draw_after = False, 0.0
+        self._picture_time, self._shape = 0, ()
         apart(self._build)
         self.refresh()
 
@@ -160,14 +174,14 @@ class Panel:
                 ("stop", "stop", "Save after the present step and end the process"),
             )
         }
-        for name, button in self.buttons.items():
-            button.add_class(f"idaa-live-{name}")
-            button.on_click(lambda _, name=name: self._press(name))
         self.progress = widgets.FloatProgress(max=1, layout=widgets.Layout(width="auto"))
         self.figures, self.curves, self.status = (widgets.HTML() for _ in range(3))
         self.samples = widgets.Box()  # holds a `grid.Grid` once there are pictures
-        for name in ("progress", "figures", "curves", "status"):
-            getattr(self, name).add_class(f"idaa-live-{name}")
+        names = {name: getattr(self, name) for name in ("progress", "figures", "curves", "status")}
+        for name, widget in (self.buttons | names).items():
+            widget.add_class(f"idaa-live-{name}")
+        for name, button in self.buttons.items():
+            button.on_click(lambda _, name=name: self._press(name))
         parts = (
             widgets.HBox(list(self.buttons.values())), self.progress, self.status, self.figures,
             self.samples, self.curves, widgets.HTML(grid.STYLE + STYLE),
@@ -190,9 +204,9 @@ class Panel:
     def _follow(self) -> None:
         while not self._closed:
             self.refresh()
-            if self._shown.get("word") == "finished":  # for good
+            if self._word == "finished":  # for good
                 break
-            self._news.wait(GOING if self._shown.get("word") in UNDER_WAY else STANDING)
+            self._news.wait(GOING if self._word in UNDER_WAY else STANDING)
             self._news.clear()
         self._thread = None
 
@@ -203,69 +217,60 @@ class Panel:
             else:
                 self.run.ask({"resume": "go on"}.get(name, name))
         except (UserError, OSError) as error:
-            self._shown["complaint"] = str(error)
+            self._complaint = str(error)
         # The thread shows it: what it changes, the next press will be answered for (`apart`).
         if self._thread is None:
             self.refresh()
         self._news.set()
 
     def refresh(self) -> None:
-        """Read the run directory and show what is new."""
+        """Read the run directory and show what is new; a widget sends only what has changed."""
         with self._lock:
             try:
                 apart(self._refresh)
             except Exception as error:  # in a thread nobody would see it
-                self._set(self.status, "value", f"<b>{html.escape(f'{error}')}</b>")
+                self.status.value = f"<b>{html.escape(f'{error}')}</b>"
 
     def _refresh(self) -> None:
-        found = look(self.run)
-        news = self._readings.update()
-        asked = (runs.read_json(self.run.path / "control.json") or {}).get("request")
-        going, paused = found.word == "going", found.word == "paused"
+        now = look(self.run)
+        self._undrawn |= self._readings.update()
+        request = (runs.read_json(self.run.path / "control.json") or {}).get("request")
+        going, paused = now.word == "going", now.word == "paused"
         enabled = {
-            "start": found.word in ("new", "interrupted", "failed"),
-            "pause": going and asked not in ("pause", "stop"),
-            "resume": paused and asked == "pause",
-            "stop": (going or paused) and asked != "stop",
+            "start": now.word in ("new", "interrupted", "failed"),
+            "pause": going and request not in ("pause", "stop"),
+            "resume": paused and request == "pause",
+            "stop": (going or paused) and request != "stop",
         }
         for name, button in self.buttons.items():
-            self._set(button, "disabled", not enabled[name])
-        if found.word != self._shown.get("word"):
-            self._shown |= {"word": found.word, "complaint": ""}
-        reason = found.reason or self._shown["complaint"]
-        self._set(self.status, "value", f"<b>{html.escape(reason)}</b>" if reason else "")
-        steps = found.state.get("steps") or self._shown.get("steps")
-        self._shown["steps"] = steps
+            button.disabled = not enabled[name]
+        if now.word != self._word:
+            self._word, self._complaint = now.word, ""
+        reason = now.reason or self._complaint
+        self.status.value = f"<b>{html.escape(reason)}</b>" if reason else ""
+        self._steps = now.state.get("steps") or self._steps
         step = self._readings.latest("step") or 0
-        self._set(self.progress, "value", step / steps if steps else 0.0)
-        words = {"pause": "pausing", "stop": "stopping"}
-        word = words.get(asked or "", found.word) if going else found.word
-        self._set(self.figures, "value", self._table(word, found.state, step, steps))
-        self._draw(news, over=not (going or paused))
+        self.progress.value = step / self._steps if self._steps else 0.0
+        word = {"pause": "pausing", "stop": "stopping"}.get(request or "") if going else None
+        self.figures.value = self._table(word or now.word, now.state, step)
+        self._draw(over=not (going or paused))
         self._picture()
 
-    def _table(self, word: str, state: dict[str, Any], step: int, steps: int | None) -> str:
+    def _table(self, word: str, state: dict[str, Any], step: int) -> str:
         """The figures as HTML."""
         latest, config = self._readings.latest, self.run.config
-        cells = {"state": word, "step": f"{step:,} of {steps:,}" if steps else f"{step:,}"}
+        cells = {
+            "state": word,
+            "step": f"{step:,}" + (f" of {self._steps:,}" if self._steps else ""),
+        }
         cells["epoch"] = f"{(latest('epoch') or 0) + 1} of {config.epochs}"
-        for key, name, form in (
-            ("loss", "loss", "{:.4f}"),
-            ("adversarial_loss", "loss on (x, x′)", "{:.4f}"),
-            ("knn_top1_val", "validation kNN", "{:.1f} %"),
-            ("ema_top1_val", "validation accuracy", "{:.1f} %"),
-            ("believed", "pseudo-labels believed", "{:.1f} %"),
-            ("reconstruction_val", "validation reconstruction", "{:.4f}"),
-            ("rate_nats_val", "rate", "{:.1f} nats"),
-            ("lr", "learning rate", "{:.3g}"),
-            ("images_per_second", "speed", "{:,.0f} images/s"),
-        ):
+        for key, (name, form) in FIGURES.items():
             if (value := latest(key)) is not None:
                 cells[name] = form.format(value)
         if word in ("going", "pausing", "stopping", "paused"):
             cells["time left"] = clock(state.get("seconds_left"))
+        names = {"resident": "memory", "cuda": "GPU memory, at most"}
         for kind, mib in state.get("memory", {}).items():
-            names = {"resident": "memory", "cuda": "GPU memory, at most"}
             cells[names[kind]] = f"{mib:,.0f} MiB"
         used, free = self.run.size, shutil.disk_usage(self.run.path).free
         cells["disk"] = f"{used / 2**20:.1f} MiB used, {free / 2**30:.1f} GiB free"
@@ -280,35 +285,28 @@ class Panel:
             f'<div style="display:flex;flex-wrap:wrap;gap:6px 24px">{tiles}</div></div>'
         )
 
-    def _draw(self, news: bool, over: bool) -> None:
+    def _draw(self, over: bool) -> None:
         """The curves, every point of them: at most every 2 s, and for a fifth of the time."""
-        self._shown["undrawn"] = news or self._shown.get("undrawn", False)
-        began = time.monotonic()
-        if not self._shown["undrawn"] or (began < self._draw_after and not over):
-            return
-        figure = plots.curves({"": self._readings.lines}, plots.CURVES[self.run.stage])
-        self._set(self.curves, "value", style.svg(figure) if self._readings.lines else "")
-        self._shown["undrawn"] = False
-        self._draw_after = time.monotonic() + max(DRAWING, 4 * (time.monotonic() - began))
+        start = time.monotonic()
+        if self._undrawn and (over or start >= self._draw_after):
+            figure = plots.curves({"": self._readings.lines}, plots.CURVES[self.run.stage])
+            self.curves.value = style.svg(figure) if self._readings.lines else ""
+            self._undrawn = False
+            self._draw_after = time.monotonic() + max(DRAWING, 4 * (time.monotonic() - start))
 
     def _picture(self) -> None:
         """What is trained on, if it is another than what is shown."""
         path = self.run.path / "samples" / "latest.png"
-        if not path.exists() or self._shown.get("png") == (made := path.stat().st_mtime_ns):
+        if not path.exists() or path.stat().st_mtime_ns == self._picture_time:
             return
+        self._picture_time = path.stat().st_mtime_ns
         png = path.read_bytes()
         with Image.open(io.BytesIO(png)) as picture:
             rows, (width, height) = json.loads(picture.info["rows"]), picture.size
         size = height // len(rows) - 1
-        shape = (rows, width // (size + 1), size)
-        if self._shown.get("shape") != shape:
+        shape = (*rows, width // (size + 1), size)
+        if shape != self._shape:
             self._grid = grid.Grid(rows, "idaa-live-samples", form="png")
-            self._grid.resize(*shape[1:])
-            self.samples.children = (self._grid,)
+            self._grid.resize(*shape[-2:])
+            self.samples.children, self._shape = (self._grid,), shape
         self._grid.image.value = png
-        self._shown |= {"png": made, "shape": shape}
-
-    def _set(self, widget: Any, name: str, value: Any) -> None:
-        """Only what changed is sent to the page."""
-        if getattr(widget, name) != value:
-            setattr(widget, name, value)

@@ -49,28 +49,27 @@ def launch(run: Run, config: TrainingConfig) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     with FileLock(run.path / ".start"):  # the second of two tabs finds the first one's process
         since = time.monotonic()
-        while (found := look(run)).word == "ending" and time.monotonic() - since < ENDING:
+        while (now := look(run)).word == "ending" and time.monotonic() - since < ENDING:
             time.sleep(0.1)
-        if found.word in ("starting", "going", "paused", "finished"):
+        if now.word in UNDER_WAY or now.word == "finished":
             return
         files = sorted({SOURCES[kind][0] for kind in stages.foreign(config).values()})
         runs.write_json(run.path / "config.json", config.model_dump(mode="json"))
         command = [sys.executable, "-m", "idaa_lib.train", run.stage, *files]
         own = {"IDAA_OUTPUTS": str(run.path.parent.parent), "PYTHONUNBUFFERED": "1"}
         with (run.path / "log.txt").open("ab") as log:
-            said = log.tell()
+            length = log.tell()
             process = subprocess.Popen(
                 [*command, f"@{run.path / 'config.json'}"], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | own,
             )  # fmt: skip
         _children[process.pid] = process
-        about = {
+        about: dict[str, Any] = {
             "pid": process.pid,
             "born": machine.birth(process.pid),
-            "host": socket.gethostname(),
-            "started": time.time(),
-            "log": said,
+            "log": length,
         }
+        about |= {"host": socket.gethostname(), "started": time.time()}
         runs.write_json(run.path / "process.json", about)
 
 
@@ -93,15 +92,16 @@ def look(run: Run) -> Look:
     word = state["state"]
     if word == "going":
         return Look("paused" if state.get("paused") else "going", state)
-    started = runs.read_json(run.path / "process.json") or {}
-    told = state.get("heartbeat", 0.0) > started.get("started", 0.0)
-    lives = bool(started) and _lives(started)  # asked of a finished one too: it is buried by that
+    process = runs.read_json(run.path / "process.json") or {}
+    # Whether that process was the run's writer at all.
+    wrote = state.get("heartbeat", 0.0) > process.get("started", 0.0)
+    lives = bool(process) and _lives(process)  # of a finished run too: a zombie goes by that
     if word == "finished":
         return Look(word, state)
     if lives:
-        return Look("ending" if told else "starting", state)
-    if started and not told:
-        return Look("failed", state, _last_words(run, started))
+        return Look("ending" if wrote else "starting", state)
+    if process and not wrote:
+        return Look("failed", state, _last_words(run, process))
     if word == "failed":
         return Look(word, state, _sentence(state.get("error") or "", run))
     stored = runs.read_json(run.path / "state.json") or {}
@@ -111,17 +111,17 @@ def look(run: Run) -> Look:
     return Look(word, state)
 
 
-def _lives(started: dict[str, Any]) -> bool:
-    if child := _children.get(started["pid"]):
+def _lives(process: dict[str, Any]) -> bool:
+    if child := _children.get(process["pid"]):
         return child.poll() is None
-    here = started["host"] == socket.gethostname()
-    return here and machine.is_alive(started["pid"], started["born"])
+    here = process["host"] == socket.gethostname()
+    return here and machine.is_alive(process["pid"], process["born"])
 
 
-def _last_words(run: Run, started: dict[str, Any]) -> str:
+def _last_words(run: Run, process: dict[str, Any]) -> str:
     """Why a process ended that never became the run's writer."""
     with contextlib.suppress(OSError), (run.path / "log.txt").open("rb") as log:
-        log.seek(started["log"])
+        log.seek(process["log"])
         lines = log.read().decode(errors="replace").strip().splitlines()
         errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Stopped): ", line)]
         if lines:
@@ -131,8 +131,8 @@ def _last_words(run: Run, started: dict[str, Any]) -> str:
 
 def _sentence(error: str, run: Run) -> str:
     """An error of ours is a sentence already; of any other the whole text is in the log."""
-    ours = re.fullmatch(r"(?:RunError|ConfigError|Stopped): (.*)", error, re.DOTALL)
-    log = (
-        f" What led to it is in {run.path / 'log.txt'}." if (run.path / "log.txt").exists() else ""
-    )
-    return ours[1] if ours else f"It ended with {error or 'an unknown error'}.{log}"
+    if ours := re.fullmatch(r"(?:RunError|ConfigError|Stopped): (.*)", error, re.DOTALL):
+        return ours[1]
+    log = run.path / "log.txt"
+    more = f" What led to it is in {log}." if log.exists() else ""
+    return f"It ended with {error or 'an unknown error'}.{more}"

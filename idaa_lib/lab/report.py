@@ -38,52 +38,38 @@ class Report:
     def __init__(self) -> None:
         self.damage: list[str] = []
         self.frame = results.results([r for r in runs.every() if r.finished], self.damage)
-        sound = set(self.frame["run"])
-        self.runs = [run for run in runs.every() if run.id in sound]
+        self.runs = {run.id: run for run in runs.every() if run.id in set(self.frame["run"])}
 
     def _each(self, parts: Iterable[Any], show: Callable[[Any], str], empty: str) -> HTML:
         """What `show` makes of each part, but for damaged ones; where there is none, `empty`."""
-        shown = []
+        text = ""
         for part in parts:
             try:
-                shown.append(show(part))
+                text += show(part)
             except results.DAMAGE as error:
                 self.damage.append(f"{getattr(part, 'path', part)}: {error}")
-        text = "".join(shown)
         return HTML(text or f"<p>{empty}</p>")
 
     def origins(self) -> HTML:
         """On what and with what the runs were made, and this page."""
-        about = [run.environment for run in self.runs]
-        lines = {
-            f"{stage} runs": [str(n)]
-            for stage in runs.CONFIGS
-            if (n := sum(run.stage == stage for run in self.runs))
-        }
+        about, stages = [run.environment for run in self.runs.values()], self.frame["stage"]
+        counts = self.frame["run"].groupby(stages).nunique()
+        lines = {f"{stage} runs": {str(n)} for stage, n in counts.items()}
         for name in ("commit", "hardware", "precision"):
-            lines[f"{name} of the runs"] = sorted({str(e[name]) for e in about if e.get(name)})
-        lines["torch of the runs"] = sorted(
-            {str(e["versions"]["torch"]) for e in about if "versions" in e}
-        )
-        lines["this page"] = [f"idaa_lib {versions()['idaa_lib']} on {hardware()}"]
-        items = (
-            f"<dt>{name}</dt><dd>{html.escape('; '.join(values))}</dd>"
+            lines[f"{name} of the runs"] = {str(each[name]) for each in about if each.get(name)}
+        lines["this page"] = {f"idaa_lib {versions()['idaa_lib']} on {hardware()}"}
+        items = [
+            f"<dt>{name}</dt><dd>{html.escape('; '.join(sorted(values)))}</dd>"
             for name, values in lines.items()
-            if values
-        )
+        ]
         return HTML(f"<dl>{''.join(items)}</dl>")
 
     def results(self) -> HTML:
         """The evaluations, in tables of those that may be compared."""
-        by_id = {run.id: run for run in self.runs}
 
         def show(group: results.Group) -> str:
-            lines = [line for name in group.runs for line in _lineage(by_id[name])]
-            protocols = html.escape(group.protocols).replace("\n", "<br>")
-            return (
-                f"<h3>{html.escape(group.title)}</h3>{style.table(group.table)}"
-                f"<p class='quiet'>{protocols}</p>{_commands(lines)}"
-            )
+            lines = [line for name in group.runs for line in _lineage(self.runs[name])]
+            return f"<h3>{html.escape(group.title)}</h3>{group.html()}{_commands(lines)}"
 
         empty = "No evaluation yet: run notebooks/04_evaluate.ipynb, or make demo for all stages."
         return self._each(results.groups(self.frame), show, empty)
@@ -93,14 +79,9 @@ class Report:
 
         def show(table: Path) -> str:
             config = SweepConfig(**(runs.read_json(table.parent / "config.json") or {}))
-            text = f"{config.adversary}, seeds {', '.join(map(str, config.seeds))}, accuracy on "
-            text += "validation: hyper-parameters are not judged on test."
-            made_by = papermill("05_sensitivity", runs.parameters(config))
             figure = _svg(plots.sensitivity(pd.read_csv(table)))
-            return (
-                f"<h3>{html.escape(table.parent.name)}</h3><p class='quiet'>{text}</p>{figure}"
-                f"{_commands([made_by])}"
-            )
+            made_by = papermill("05_sensitivity", runs.parameters(config))
+            return f"<h3>{html.escape(table.parent.name)}</h3>{figure}{_commands([made_by])}"
 
         studies = sorted((runs.outputs_root() / "sweep").glob("*/sensitivity.csv"))
         return self._each(studies, show, "No study yet: run notebooks/05_sensitivity.ipynb.")
@@ -118,22 +99,21 @@ class Report:
             made_by = papermill("02_decompose", {"vae": run.reference})
             return text and _heading(run) + text + _commands([*_lineage(run), made_by])
 
-        vaes = [run for run in self.runs if run.stage == "vae"]
+        vaes = [run for run in self.runs.values() if run.stage == "vae"]
         return self._each(vaes, show, "No pictures yet: run notebooks/02_decompose.ipynb.")
 
     def trainings(self) -> HTML:
         """The curves and the figures of each training."""
 
         def show(run: Run) -> str:
-            config, summary = run.config, run.summary or {}
-            texts = [f"{config.epochs} epochs", f"seed {config.seed}", results.headline(run)]
-            texts += [f"{summary['seconds']:,.0f} s"] if "seconds" in summary else []
+            config, seconds = run.config, (run.summary or {}).get("seconds", 0)
+            text = f"{config.epochs} epochs, seed {config.seed}, {results.headline(run)}"
             figure = plots.curves({run.id: run}, plots.CURVES[run.stage][:3])
+            text = f"<p class='quiet'>{html.escape(text)}, {seconds:,.0f} s</p>"
             drawn = _svg(figure) if figure.axes else ""
-            text = html.escape(", ".join(texts))
-            return _heading(run) + drawn + f"<p class='quiet'>{text}</p>" + _commands(_lineage(run))
+            return _heading(run) + drawn + text + _commands(_lineage(run))
 
-        trainings = [run for run in self.runs if run.stage in plots.CURVES]
+        trainings = [run for run in self.runs.values() if run.stage in plots.CURVES]
         return self._each(trainings, show, "No training yet: run notebooks/01_pretrain_vae.ipynb.")
 
     def left_out(self) -> HTML:
@@ -162,8 +142,7 @@ def papermill(notebook: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _heading(run: Run) -> str:
-    name, path = html.escape(results.name_of(run)), html.escape(run.id)
-    return f"<h3>{name}</h3><p class='quiet'>{path}</p>"
+    return f"<h3>{html.escape(results.name_of(run))}</h3><p class='quiet'>{run.id}</p>"
 
 
 def _commands(lines: Iterable[str]) -> str:

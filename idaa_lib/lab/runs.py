@@ -1,7 +1,7 @@
 """All runs at a glance: a table with filters, the chosen ones side by side, and what to do to them.
 
-States are read from the run directories, by a thread while the page is shown; a row is sent to the
-browser only where its text has changed.
+States are read from the run directories, by a thread while the page is shown. A widget sends to the
+browser only what has changed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from IPython.display import display
 
 from idaa_lib import results, runs
 from idaa_lib.lab import plots, process, style
-from idaa_lib.lab.guard import guarded
+from idaa_lib.lab.kernel import guarded
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import link, notebook_of
 from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIGNS, Row, cells, mebibytes, row_of, stamp
 from idaa_lib.runs import Run, RunError
 
 PAGE = 20  # rows
-STYLE = (Path(__file__).parent / "runs.css").read_text(encoding="utf-8")
+STYLE = (Path(__file__).parent / "runs.css").read_text()
 
 
 class RunsPage:
@@ -43,52 +43,36 @@ class RunsPage:
         self._closed = threading.Event()
         self._lock = threading.RLock()  # the refreshing thread and the callbacks share all this
 
-        self.status = _html("status")
+        self.status, self.count, self.chosen, self.links, self.accuracy, self.diff, self.curves = (
+            _named(widgets.HTML(), name)
+            for name in ("status", "count", "chosen", "links", "accuracy", "diff", "curves")
+        )
+        self.head, self.question = _named(widgets.HTML(cells(COLUMNS)), "head"), widgets.HTML()
+        self.table, self.live = _named(widgets.VBox([self.head]), "table"), widgets.VBox()
         self._safe = guarded(self.status)
         self.stage = self._filter("stage", [("all stages", ""), *((s, s) for s in runs.CONFIGS)])
         states = [(f"{sign} {state}", state) for state, sign in SIGNS.items()]
         self.state = self._filter("state", [("all states", ""), *states])
         self.text = widgets.Text(placeholder="words of the id, such as: clae epsilon=0.3")
-        self.text.add_class("idaa-runs-filter-text")
-        self.text.observe(self._safe(self._turn), "value")
-        self.refresh_button = self._button("refresh", "Refresh", lambda: self.refresh(redraw=True))
+        _named(self.text, "filter-text").observe(self._safe(self._turn), "value")
+        again = self._button("refresh", "Refresh", lambda: self.refresh(redraw=True))
         self.older = self._button("older", "older ›", lambda: self._turn(step=1))
         self.newer = self._button("newer", "‹ newer", lambda: self._turn(step=-1))
-        self.count = _html("count")
-        self.head = _html("head", cells(COLUMNS))
-        self.table = widgets.VBox([self.head])
-        self.table.add_class("idaa-runs-table")
-
-        self.chosen = _html("chosen")
         self.open = self._button("open", "Open notebook", self._open)
         self.watch = self._button("watch", "Watch", lambda: self._attach(self.picked[0]))
         self.resume = self._button("resume", "Resume", self._resume)
         self.delete = self._button("delete", "Delete …", self._ask)
-        self.question = widgets.HTML()
         self.yes = self._button("yes", "Yes, delete", self._delete)
         self.no = self._button("no", "No", self._unask)
         self.yes.button_style = "danger"
-        self.confirm = _bar(self.question, self.yes, self.no)
-        self.confirm.add_class("idaa-runs-confirm")
-        self.links, self.live = _html("links"), widgets.VBox()
-        self.curves, self.diff = _html("curves"), _html("diff")
-        self.accuracy = _html("accuracy")
-        self.ui = widgets.VBox(
-            [
-                widgets.HTML(f"<style>{STYLE}</style>"),
-                _bar(self.stage, self.state, self.text, self.refresh_button),
-                self.table,
-                _bar(self.newer, self.count, self.older),
-                _bar(self.chosen, self.open, self.watch, self.resume, self.delete),
-                self.confirm,
-                self.status,
-                self.links,
-                self.live,
-                self.accuracy,
-                self.diff,
-                self.curves,
-            ]
-        )
+        self.confirm = _named(_bar(self.question, self.yes, self.no), "confirm")
+        parts = (
+            widgets.HTML(f"<style>{STYLE}</style>"), _bar(self.stage, self.state, self.text, again),
+            self.table, _bar(self.newer, self.count, self.older),
+            _bar(self.chosen, self.open, self.watch, self.resume, self.delete), self.confirm,
+            self.status, self.links, self.live, self.accuracy, self.diff, self.curves,
+        )  # fmt: skip
+        self.ui = widgets.VBox(parts)
         self.ui.add_class("idaa-runs")
         self._safe(self._choose)()
         self._safe(self.refresh)()
@@ -97,20 +81,23 @@ class RunsPage:
         if RunsPage._shown is not None:
             RunsPage._shown.close()
         RunsPage._shown = self
-        threading.Thread(target=self._keep_up, daemon=True).start()
+        threading.Thread(target=self._follow, daemon=True).start()
         display(self.ui)
 
     def close(self) -> None:
         self._closed.set()
         self._detach()
 
+    def _follow(self) -> None:
+        while not self._closed.wait(2):
+            self._safe(self.refresh)()
+
     # --- the table ----------------------------------------------------------------------------
 
     def refresh(self, redraw: bool = False) -> None:
         """Look at all run directories anew; `redraw` also what is shown of the chosen ones."""
         with self._lock:
-            found = runs.every()
-            self._rows = {run: self._look(run) for run in found}
+            self._rows = {run: self._look(run) for run in runs.every()}
             self.picked = [run for run in self.picked if run in self._rows]
             self._fill()
             if redraw:
@@ -120,9 +107,9 @@ class RunsPage:
 
     def _look(self, run: Run) -> Row:
         """The run's row; what cannot have changed is not read again."""
-        known, now = self._rows.get(run), stamp(run)
-        if known and known.state != "going" and self._stamps.get(run) == now:
-            return known
+        row, now = self._rows.get(run), stamp(run)
+        if row and row.state != "going" and self._stamps.get(run) == now:
+            return row
         self._stamps[run] = now
         return row_of(run)
 
@@ -142,29 +129,23 @@ class RunsPage:
         for run in shown:
             if run not in self._lines:
                 self._lines[run] = self._line(run)
-            _tell(self._lines[run][0], self._rows[run].html(run))
-        children = tuple(self._lines[run][1] for run in shown)
-        if self.table.children[1:] != children:
-            self.table.children = (self.head, *children)
-        told = f"page {self._page + 1} of {pages}; {_many(len(fitting), 'run')}"
+            self._lines[run][0].value = self._rows[run].html(run)
+        self.table.children = (self.head, *(self._lines[run][1] for run in shown))
+        self.count.value = f"page {self._page + 1} of {pages}; {_many(len(fitting), 'run')}"
         if not self._rows:
-            told = (
+            self.count.value = (
                 f"No runs in {html.escape(str(runs.outputs_root()))} yet. Start with "
                 f"<b>01_pretrain_vae.ipynb</b>, or with <code>make demo</code> in a terminal."
             )
         elif not fitting:
-            told = f"None of {_many(len(self._rows), 'run')} fits these filters."
-        _tell(self.count, told)
+            self.count.value = f"None of {_many(len(self._rows), 'run')} fits these filters."
         self.newer.disabled, self.older.disabled = self._page == 0, self._page == pages - 1
 
     def _line(self, run: Run) -> tuple[widgets.HTML, widgets.HBox]:
         pick = widgets.Checkbox(value=run in self.picked, indent=False, tooltip=run.id)
-        pick.add_class("idaa-runs-pick")
-        pick.observe(self._safe(lambda change: self._pick(run, change["new"])), "value")
-        told = widgets.HTML()
-        line = widgets.HBox([pick, told])
-        line.add_class("idaa-runs-row")
-        return told, line
+        _named(pick, "pick").observe(self._safe(lambda c: self._pick(run, c["new"])), "value")
+        text = widgets.HTML()
+        return text, _named(widgets.HBox([pick, text]), "row")
 
     def _turn(self, _: Any = None, step: int | None = None) -> None:
         """Another page, or another filter and its first page."""
@@ -172,17 +153,11 @@ class RunsPage:
             self._page = 0 if step is None else self._page + step
             self._fill()
 
-    def _keep_up(self) -> None:
-        refresh = self._safe(self.refresh)
-        while not self._closed.wait(2):
-            refresh()
-
     # --- the chosen ones ----------------------------------------------------------------------
 
-    def _pick(self, run: Run, wanted: bool) -> None:
+    def _pick(self, run: Run, ticked: bool) -> None:
         with self._lock:
-            self.picked = [other for other in self.picked if other != run]
-            self.picked += [run] * wanted
+            self.picked = [other for other in self.picked if other != run] + [run] * ticked
             self._choose()
 
     def _choose(self) -> None:
@@ -198,12 +173,10 @@ class RunsPage:
 
     def _buttons(self) -> None:
         states = [self._rows[run].state for run in self.picked]
-        trainings = all(run.stage not in ("eval", "theory") for run in self.picked)
-        told = "Choose runs to compare them."
-        if self.picked:
-            size = sum(self._rows[run].size for run in self.picked)
-            told = f"{_many(len(self.picked), 'run')} chosen, {mebibytes(size)}:"
-        _tell(self.chosen, told)
+        trainings = all(run.stage in plots.CURVES for run in self.picked)
+        size = mebibytes(sum(self._rows[run].size for run in self.picked))
+        text = f"{_many(len(self.picked), 'run')} chosen, {size}:"
+        self.chosen.value = text if self.picked else "Choose runs to compare them."
         self.open.disabled = not states or DAMAGED in states
         self.watch.disabled = states != ["going"] or not trainings
         resumable = states in (["interrupted"], ["failed"], ["new"])
@@ -232,11 +205,11 @@ class RunsPage:
     def _ask(self) -> None:
         users = {user for run in self.picked for user in run.users()} - set(self.picked)
         size = mebibytes(sum(self._rows[run].size for run in self.picked))
-        told = f"Delete {_many(len(self.picked), 'run')}, {size}?"
+        text = f"Delete {_many(len(self.picked), 'run')}, {size}?"
         if users:
-            told += f" {_many(len(users), 'other run')} use{'s' * (len(users) == 1)} "
-            told += "it." if len(self.picked) == 1 else "them."
-        self.question.value = f"<b>{told}</b>"
+            text += f" {_many(len(users), 'other run')} use{'s' * (len(users) == 1)} "
+            text += "it." if len(self.picked) == 1 else "them."
+        self.question.value = f"<b>{text}</b>"
         self.confirm.layout.display = ""
 
     def _unask(self) -> None:
@@ -254,78 +227,57 @@ class RunsPage:
         self.refresh(redraw=True)
         self.status.value = "<br>".join([f"{mebibytes(freed)} freed.", *kept])
 
-    # --- widgets ------------------------------------------------------------------------------
-
     def _filter(self, name: str, options: list[tuple[str, str]]) -> widgets.Dropdown:
-        made = widgets.Dropdown(options=options, layout=widgets.Layout(width="140px"))
-        made.add_class(f"idaa-runs-filter-{name}")
-        made.observe(self._safe(self._turn), "value")
-        return made
+        menu = widgets.Dropdown(options=options, layout=widgets.Layout(width="140px"))
+        menu.observe(self._safe(self._turn), "value")
+        return _named(menu, f"filter-{name}")
 
     def _button(self, name: str, label: str, act: Callable[[], None]) -> widgets.Button:
-        made = widgets.Button(description=label, layout=widgets.Layout(width="auto"))
-        made.add_class(f"idaa-runs-{name}")
-        made.on_click(self._safe(lambda _: act()))
-        return made
+        button = widgets.Button(description=label, layout=widgets.Layout(width="auto"))
+        button.on_click(self._safe(lambda _: act()))
+        return _named(button, name)
+
+
+def _named(widget: Any, name: str) -> Any:
+    """The widget, with the CSS class of that name."""
+    widget.add_class(f"idaa-runs-{name}")
+    return widget
+
+
+def _bar(*children: widgets.Widget) -> widgets.HBox:
+    return _named(widgets.HBox(children), "bar")
+
+
+def _many(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'s' * (n != 1)}"
 
 
 # --- the chosen runs as HTML: nothing where there is nothing to compare ---------------------------
 
 
 def accuracies(trainings: Sequence[Run], evaluations: Sequence[Run]) -> str:
-    """Accuracies of evaluations, those of these trainings included."""
+    """Accuracies of evaluations, those of these trainings included; a row each."""
     users = [run for training in trainings for run in training.users()]
     judging = [run for run in dict.fromkeys([*evaluations, *users]) if run.stage == "eval"]
-    frame, text = results.results([run for run in judging if run.finished]), ""
-    frame["label"] += ", seed " + frame["seed"].astype(str)  # each run has a row of its own
-    for group in results.groups(frame):
-        lines = html.escape(group.protocols).replace("\n", "<br>")
-        text += f"<h4>{html.escape(group.title)}</h4>{style.table(group.table)}<p>{lines}</p>"
-    return text
+    frame = results.results([run for run in judging if run.finished])
+    frame["label"] += ", seed " + frame["seed"].astype(str)
+    return "".join(f"<h4>{html.escape(g.title)}</h4>{g.html()}" for g in results.groups(frame))
 
 
 def differences(chosen: Sequence[Run]) -> str:
     """Each field that differs between runs of one stage, and its value in each run."""
-    fields = results.differing(chosen)
-    if not fields:
+    texts = {f: [f, *map(str, values)] for f, values in results.differing(chosen).items()}
+    if not texts:
         return ""
-    texts = {field: [*map(str, values)] for field, values in fields.items()}
-    frame = pd.DataFrame.from_dict(texts, "index", columns=list(results.labels(chosen)))
-    frame = frame.rename_axis("field").reset_index()
+    columns = ["field", *results.labels(chosen)]
+    frame = pd.DataFrame.from_dict(texts, "index", columns=columns)
     heading = f"<h4>What differs between the {chosen[0].stage} runs</h4>"
-    return heading + style.table(frame, index=False)
+    return heading + results.html_table(frame, index=False)
 
 
 def curves(chosen: Sequence[Run]) -> str:
     """Training curves of runs of one stage, overlaid."""
     keys = plots.CURVES.get(chosen[0].stage, ()) if chosen else ()
     figure = plots.curves(results.labels(chosen), keys)
-    if not figure.axes:
-        return ""
-    plural = "s" * (len(chosen) > 1)
-    return f"<h4>Curves of the {chosen[0].stage} run{plural}</h4>{style.svg(figure)}"
-
-
-# --- widgets --------------------------------------------------------------------------------------
-
-
-def _html(name: str, value: str = "") -> widgets.HTML:
-    made = widgets.HTML(value)
-    made.add_class(f"idaa-runs-{name}")
-    return made
-
-
-def _bar(*children: widgets.Widget) -> widgets.HBox:
-    made = widgets.HBox(children)
-    made.add_class("idaa-runs-bar")
-    return made
-
-
-def _tell(widget: widgets.HTML, text: str) -> None:
-    """Sent to the browser only where it is news."""
-    if widget.value != text:
-        widget.value = text
-
-
-def _many(n: int, thing: str) -> str:
-    return f"{n:,} {thing}{'s' * (n != 1)}"
+    heading = f"<h4>Curves of {_many(len(chosen), 'run')}: {chosen[0].stage}</h4>" if chosen else ""
+    return heading + style.svg(figure) if figure.axes else ""

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import PIL.Image
 import seaborn as sns
 from IPython.display import Image
@@ -126,9 +125,3 @@ def svg(figure: Figure) -> str:
     ):
         text = text.replace(colour, page)
     return text
-
-
-def table(frame: pd.DataFrame, index: bool = True) -> str:
-    """A frame as an HTML table of class `idaa-table`, in full; its texts are escaped."""
-    with pd.option_context("display.max_colwidth", None):
-        return frame.to_html(classes="idaa-table", border=0, index=index, justify="left")
