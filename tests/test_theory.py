@@ -511,7 +511,7 @@ def test_a_claim_by_an_unfair_witness_says_so(middle):
     )
     plan = stage.plan_study(config)
     kept = plan.witness.retention(plan.scene.x)
-    plan.compare("parts", "x keeps more than x", kept, kept, "a note")
+    plan.compare("x keeps more than x", kept, kept, note=["a note"])
     assert len(plan.claims) == 2
     for row in plan.claims:
         assert (row["value"], row["verdict"], row["n"]) == (0, "cannot be told", 10)

@@ -59,27 +59,23 @@ class Study(Plan):
     others: dict[str, list[Run]]
     claims: list[dict[str, Any]] = field(default_factory=list, init=False)
 
-    def claim(
-        self, section: str, claim: str, interval: Sequence[float] | None, unit: str, note: str = "",
-        *, than: float = 0.0, **about: Any,
-    ) -> None:  # fmt: skip
-        """Add a claim: value, low, high, unit, n, note, and the verdict on `interval`."""
+    def claim(self, claim: str, interval: Sequence[float] | None, unit: str, **about: Any) -> None:
+        """Add a claim with its interval, the `verdict` on it, and what else is said about it.
+
+        about: section of the study; note; than, what the interval is compared with (0).
+        """
         value, low, high = interval or 3 * [None]
-        row = dict(section=section, claim=claim, value=value, low=low, high=high, unit=unit)
-        row |= dict(n=len(self.scene.x), verdict=verdict(interval, than), note=note)
+        row = {"claim": claim, "value": value, "low": low, "high": high, "unit": unit, "note": ""}
+        row |= {"n": len(self.scene.x), "verdict": verdict(interval, about.get("than", 0))}
         self.claims.append(row | about)
 
-    def compare(
-        self, section: str, claim: str, one: Retention, other: Retention, note: str = "",
-        **about: Any,
-    ) -> None:  # fmt: skip
+    def compare(self, claim: str, one: Retention, other: Retention, **about: Any) -> None:
         """Claim that the witness finds more in one than in the other, by both of its measures."""
-        note = "; ".join(filter(None, [note, *self.caveats]))
-        for by, measure, unit in (
-            ("hits", "retrieval@1", "points"), ("gains", "InfoNCE", "nats")
-        ):  # fmt: skip
-            interval = bootstrap_interval(getattr(one, by) - getattr(other, by))
-            self.claim(section, f"{claim}: {measure}", interval, unit, note, by=by, **about)
+        about["note"] = "; ".join([*about.get("note", []), *self.caveats])
+        hits = bootstrap_interval(one.hits - other.hits)
+        self.claim(f"{claim}: retrieval@1", hits, "points", by="hits", **about)
+        nats = bootstrap_interval(one.gains - other.gains)
+        self.claim(f"{claim}: InfoNCE", nats, "nats", by="gains", **about)
 
     @cached_property
     def caveats(self) -> list[str]:
@@ -91,8 +87,10 @@ class Study(Plan):
             reasons.append(f"the witness was trained with {adversary}, to see past such changes")
         if self.config.run != UNTRAINED:
             both = witness, runs.get("ssl", self.config.run)
-            same = (len({getattr(run.config, field) for run in both}) == 1
-                    for field in ("seed", "backbone", "width", "stem"))  # fmt: skip
+            same = (
+                len({getattr(run.config, field) for run in both}) == 1
+                for field in ("seed", "backbone", "width", "stem")
+            )
             if all(same) and not any("imported" in run.environment for run in both):
                 reasons.append("the witness began with the attacked encoder's weights, same seed")
         return reasons
@@ -172,10 +170,9 @@ def plan_study(config: TheoryConfig) -> Study:
         role: None if names[role] == UNTRAINED else checkpoints.digest(runs.get("ssl", names[role]))
         for role in ("run", "witness")
     }
-    run = runs.run_for(
-        config, data.fingerprint, vae=checkpoints.digest(scene.run), train=train.fingerprint,
-        others=hashlib.sha256(weights.encode()).hexdigest(), **encoders,
-    )  # fmt: skip
+    digests = {"vae": checkpoints.digest(scene.run), "train": train.fingerprint, **encoders}
+    digests["others"] = hashlib.sha256(weights.encode()).hexdigest()
+    run = runs.run_for(config, data.fingerprint, **digests)
     return Study(config, run, scene, train, others, environment=describe(device, "no", data))
 
 
@@ -211,17 +208,19 @@ def _measure(plan: Study) -> dict[str, Any]:
     summary["latent"] = latent = _latent(scene, config.seed)
     nats, spread = latent["information"], 1.96 * latent["error"]
     claim = f"I(z; y) > 99 % of log N = {math.log(n):.2f}: a sampled z names the image"
-    note, most = f"rate {latent['rate']:.1f}", 0.99 * math.log(n)
-    plan.claim("latent", claim, [nats, nats - spread, nats + spread], "nats", note, than=most)
+    interval: list[float] | None = [nats, nats - spread, nats + spread]
+    about = {"section": "latent", "note": f"rate {latent['rate']:.1f}", "than": 0.99 * math.log(n)}
+    plan.claim(claim, interval, "nats", **about)
     bound, note = latent["bound"], "for a small enough δ; how small, the theorem does not say"
     if bound is None or bound <= 0:
         note = f"vacuous, and whatever β were at most log N − rate = {latent['limit']:,.1f}"
+    about = {"section": "latent", "note": note}
     interval = None if bound is None else 3 * [bound]
-    plan.claim("latent", "Theorem 3.5: its bound on I(x′; y) > 0", interval, "nats", note)
+    plan.claim("Theorem 3.5: its bound on I(x′; y) > 0", interval, "nats", **about)
     kept = {part: plan.witness.retention(images) for part, images in scene.parts.items()}
     summary["parts"] = {part: kept[part].row() for part in PARTS}
     summary["among"] = {"k": _counts(n)} | {part: _among(kept[part]) for part in PARTS}
-    plan.compare("parts", "R keeps more than G, by the witness", kept["R"], kept["G"])
+    plan.compare("R keeps more than G, by the witness", kept["R"], kept["G"], section="parts")
     summary["probes"] = _probes(plan)
     summary["exchange"] = _exchange(plan)
     summary |= _attacks(plan)
@@ -255,12 +254,11 @@ def _latent(scene: Scene, seed: int) -> dict[str, Any]:
     distortion = theory.distortion(mse, x.shape[-1], step)
     mean_rate = rate(mu, logvar).mean().item()
     bound, limit = theory.bound(n, distortion, mean_rate, nats, calibrated)
-    return {
-        "information": nats, "error": error, "batches": batches, "rate": mean_rate, "mse": mse,
-        "distortion": distortion, "continuous_distortion": theory.distortion(mse, x.shape[-1]),
-        "beta": calibrated, "vae_beta": beta, "limit": limit,
-        "bound": bound if math.isfinite(bound) else None,  # JSON has no −∞, which it is at β = 0
-    }  # fmt: skip
+    figures = {"information": nats, "error": error, "batches": batches, "mse": mse}
+    figures |= {"rate": mean_rate, "distortion": distortion, "beta": calibrated, "vae_beta": beta}
+    figures["continuous_distortion"] = theory.distortion(mse, x.shape[-1])
+    # JSON has no −∞, which the bound is at β = 0.
+    return figures | {"bound": bound if math.isfinite(bound) else None, "limit": limit}
 
 
 def _counts(n: int) -> list[int]:
@@ -288,8 +286,9 @@ def _exchange(plan: Study) -> dict[str, Any]:
             curve.append([to_a.mean().item(), to_b.mean().item()])
         cosines[f"{moves}: a → b, {stays} of a"] = curve
     follows = bootstrap_interval(100 * (to_b > to_a).double())  # the last: R in whole
-    claim, note = "G(a) + R(b) is taken for b, whose R it is", "; ".join(plan.caveats)
-    plan.claim("exchange", f"{claim}, by more than half", follows, "%", note, than=50)
+    claim = "G(a) + R(b) is taken for b, whose R it is, by more than half"
+    about: dict[str, Any] = {"section": "exchange", "note": "; ".join(plan.caveats), "than": 50}
+    plan.claim(claim, follows, "%", **about)
     return {"shares": SHARES, "cosines": cosines}
 
 
@@ -308,7 +307,8 @@ def _probes(plan: Study) -> dict[str, Any]:
         rows[kind] = {part: bootstrap_interval(values) for part, values in hits.items()}
         claim = f"R keeps more than G, by a linear probe on pixels: which {kind}"
         difference = bootstrap_interval(hits["R"] - hits["G"])
-        plan.claim("parts", claim, difference, "points", by="probe", n=len(hits["R"]))
+        about = {"section": "parts", "by": "probe", "n": len(hits["R"])}
+        plan.claim(claim, difference, "points", **about)
     return rows
 
 
@@ -364,21 +364,23 @@ def _attacks(plan: Study) -> dict[str, Any]:
         curve = [(e, readings[adversary, e].row["loss_after"]) for e in epsilons]
         for epsilon in epsilons:
             mine, same = readings["idaa", epsilon], readings[adversary, epsilon]
-            loss, about = mine.row["loss_after"], {"adversary": adversary, "epsilon": epsilon}
-            claim, words = f"IDAA ε = {epsilon:.3g} keeps more than {name}", "loss {:.2f}, {:.2f}"
-            note = words.format(loss, same.row["loss_after"])
-            plan.compare("attacks", f"{claim} of equal ε", mine.kept, same.kept, note, **about)
+            loss, losses = mine.row["loss_after"], "loss {:.2f}, {:.2f}"
+            about: dict[str, Any] = {"adversary": adversary, "epsilon": epsilon}
+            about["section"] = "attacks"
+            claim = f"IDAA ε = {epsilon:.3g} keeps more than {name}"
+            note = [losses.format(loss, same.row["loss_after"])]
+            plan.compare(f"{claim} of equal ε", mine.kept, same.kept, note=note, **about)
             about["at"] = "hardness"
             matched = equal_hardness(loss_at, curve, loss, scene.loss_before)
             if matched is None:
                 why = f"no ε of {name} up to {epsilons[-1]:g} is as hard as IDAA"
                 why = why if loss > scene.loss_before else "IDAA does not make x harder"
-                plan.claim("attacks", f"{claim} of equal hardness", None, "", why, **about)
+                plan.claim(f"{claim} of equal hardness", None, "", note=why, **about)
                 continue
             other = readings[adversary, matched] = read(scene, witness, adversary, matched)
-            note = words.format(loss, other.row["loss_after"])
             claim += f" ε = {matched:.3g}, equally hard"
-            plan.compare("attacks", claim, mine.kept, other.kept, note, **about)
+            note = [losses.format(loss, other.row["loss_after"])]
+            plan.compare(claim, mine.kept, other.kept, note=note, **about)
             pair = (epsilon, matched) if adversary == "clae" else pair
     if (labels := plan.labels) is not None:
         queries = [witness.features(scene.x), *(reading.features for reading in readings.values())]
@@ -428,6 +430,9 @@ def _vae(run: Run, axis: str, plan: Study, epsilon: float) -> dict[str, Any]:
     attack = read(scene, witness, "idaa", epsilon).row
     kept = {part: witness.retention(scene.parts[part]).row() for part in ("G", "R")}
     return {
-        "value": getattr(run.config, axis), "run": run.reference, "loss": attack["loss_after"],
-        "latent": _latent(scene, plan.config.seed), "kept": kept | {"idaa": attack},
-    }  # fmt: skip
+        "value": getattr(run.config, axis),
+        "run": run.reference,
+        "loss": attack["loss_after"],
+        "latent": _latent(scene, plan.config.seed),
+        "kept": kept | {"idaa": attack},
+    }

@@ -178,15 +178,13 @@ class Retention:
         infonce: InfoNCE's lower bound on I(v; y) in nats (van den Oord et al. 2018,
         arXiv:1807.03748). fano: Fano's, from retrieval@1 alone. own, nearest: cosines. n: N.
         """
-        hits, gains = bootstrap_interval(self.hits), bootstrap_interval(self.gains)
-        ranks = self.ranks.double()
-        return {
-            "retrieved": hits.value, "low": hits.low, "high": hits.high,
-            "infonce": gains.value, "infonce_low": gains.low, "infonce_high": gains.high,
-            "rank": ranks.mean().item(), "mrr": (1 / ranks).mean().item(),
-            "fano": fano(1 - hits.value / 100, self.n),
-            "own": self.own.mean().item(), "nearest": self.nearest.mean().item(), "n": self.n,
-        }  # fmt: skip
+        hits, nats = bootstrap_interval(self.hits), bootstrap_interval(self.gains)
+        means = {"rank": self.ranks.double(), "mrr": 1 / self.ranks.double()}
+        means |= {"own": self.own, "nearest": self.nearest}
+        row = {name: values.mean().item() for name, values in means.items()}
+        row |= {"retrieved": hits.value, "low": hits.low, "high": hits.high, "n": self.n}
+        row |= {"infonce": nats.value, "infonce_low": nats.low, "infonce_high": nats.high}
+        return row | {"fano": fano(1 - hits.value / 100, self.n)}
 
     def among(self, k: int) -> float:
         """retrieval@1 in percent among k candidates: the own image and k − 1 random others.

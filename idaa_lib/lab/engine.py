@@ -128,8 +128,9 @@ class Engine:
 
     def _line(self, adversary: str) -> tuple[np.ndarray, np.ndarray]:
         """Losses over log ε."""
-        epsilon, loss = ([row[key] for row in self.curves[adversary]]
-                         for key in ("epsilon", "loss_after"))  # fmt: skip
+        epsilon, loss = (
+            [row[key] for row in self.curves[adversary]] for key in ("epsilon", "loss_after")
+        )
         losses = np.array([self.scene.loss_before, *loss])
         return np.log([epsilon[0] / 10, *epsilon]), losses
 

@@ -55,12 +55,18 @@ _OVER = """<style>
 </style>"""
 
 
-def _control(name: str, kind: type[widgets.Widget], width: int = 0, **options: Any) -> Any:
+# Controls whose values choose another engine.
+RELOADING = ("vae", "encoder", "dataset", "only", "indices", "seed", "images", "steps", "norm")
+
+
+def _control(
+    name: str, kind: type[widgets.Widget], description: str = "", width: int = 0, **options: Any
+) -> Any:
     """A widget of CSS class `idaa-<name>`; with a width (pixels), its label has a column."""
     if width:
         style = {"description_width": "80px"}
         options |= {"layout": widgets.Layout(width=f"{width}px"), "style": style}
-    control = kind(**options)
+    control = kind(description=description, **options) if description else kind(**options)
     control.add_class(f"idaa-{name}")
     return control
 
@@ -94,49 +100,35 @@ class Explorer:
     # --- widgets ------------------------------------------------------------------------------
 
     def _make_controls(self) -> None:
-        config, number = self.config, widgets.BoundedIntText
-        late = {"continuous_update": False}
-        self.epsilon = _control(
-            "epsilon", widgets.FloatLogSlider, 440, description="ε", value=config.epsilon,
-            min=-3, max=1, step=0.02, readout_format=".3g",
-        )  # fmt: skip
+        config, number, choice = self.config, widgets.BoundedIntText, widgets.Dropdown
+        wide, narrow, short, late = 440, 215, 160, {"continuous_update": False}
+        self.vae = _control("vae", choice, "VAE", wide)
+        self.encoder = _control("encoder", choice, "attacked", wide)
+        self.dataset = _control("dataset", widgets.Combobox, "images of", narrow, **late)
+        self.dataset.options, self.dataset.placeholder = DATASETS, "the VAE's own"
+        self.only = _control("only", choice, "class", narrow)
+        self.indices = _control("indices", widgets.Text, "indices", narrow, **late)
+        self.indices.placeholder = "such as 3, 17"
+        self.seed = _control("seed", number, "seed", short, max=10**6)
+        self.images = _control("images", number, "images", short, min=2, max=256)
+        self.steps = _control("steps", number, "steps", short, min=1, max=100)
+        self.norm = _control("norm", choice, "norm", short, options=[("ℓ∞", "linf"), ("ℓ2", "l2")])
+        self.upload = _control("upload", widgets.FileUpload, "your image", accept="image/*")
+        self.forget = _control("forget", widgets.Button, "remove your image")
+        self.keep = _control("keep", widgets.Button, "Save", icon="save")
+        self.keep.tooltip = "figures and code"
+        self.epsilon = _control("epsilon", widgets.FloatLogSlider, "ε", wide, min=-3, max=1)
+        self.epsilon.step, self.epsilon.readout_format = 0.02, ".3g"
         names = [(NAMES[adversary], adversary) for adversary in ADVERSARIES]
-        self.adversary = _control(
-            "adversary", widgets.ToggleButtons, options=names, style={"button_width": "104px"}
-        )
-        self.fairness = _control(
-            "fairness", widgets.ToggleButtons, options=list(FAIRNESS),
-            tooltips=list(FAIRNESS.values()), style={"button_width": "126px"},
-        )  # fmt: skip
-        self.vae = _control("vae", widgets.Dropdown, 440, description="VAE")
-        self.encoder = _control("encoder", widgets.Dropdown, 440, description="attacked")
-        self.dataset = _control(
-            "dataset", widgets.Combobox, 215, description="images of", options=DATASETS,
-            value=config.dataset or "", placeholder="the VAE's own", **late,
-        )  # fmt: skip
-        self.only = _control("only", widgets.Dropdown, 215, description="class")
-        self.indices = _control(
-            "indices", widgets.Text, 215, description="indices", placeholder="such as 3, 17",
-            value=", ".join(map(str, config.indices)), **late,
-        )  # fmt: skip
-        self.seed, self.images, self.steps = (
-            _control(
-                name, number, 160, description=name, min=low, max=high,
-                value=getattr(config, name), **late,
-            )
-            for name, low, high in (("seed", 0, 10**6), ("images", 2, 256), ("steps", 1, 100))
-        )  # fmt: skip
-        self.norm = _control(
-            "norm", widgets.Dropdown, 160, description="norm", value=config.norm,
-            options=[("ℓ∞", "linf"), ("ℓ2", "l2")],
-        )  # fmt: skip
-        self.upload = _control(
-            "upload", widgets.FileUpload, accept="image/*", description="your image"
-        )
-        self.forget = _control("forget", widgets.Button, description="remove your image")
-        tip = "figures and code"
-        self.keep = _control("keep", widgets.Button, description="Save", icon="save", tooltip=tip)
-        self.index = _control("chosen", number, value=0, min=0, max=0, description="image")
+        self.adversary = _control("adversary", widgets.ToggleButtons, options=names)
+        self.adversary.style.button_width = "104px"
+        self.fairness = _control("fairness", widgets.ToggleButtons, options=list(FAIRNESS))
+        self.fairness.tooltips, self.fairness.style.button_width = list(FAIRNESS.values()), "126px"
+        self.index = _control("chosen", number, "image", max=0)
+        for name in ("seed", "images", "steps", "norm", "epsilon"):
+            getattr(self, name).value = getattr(config, name)
+        self.dataset.value = config.dataset or ""
+        self.indices.value = ", ".join(map(str, config.indices))
 
     def _make_displays(self) -> None:
         self.still, self.picture = Grid(STILL, "idaa-still"), Grid(MOVING, "idaa-picture")
@@ -163,11 +155,10 @@ class Explorer:
 
     def _listen(self) -> None:
         """From now on controls act: what the first load set in them was no request."""
-        reload = (self.vae, self.encoder, self.dataset, self.only, self.indices, self.seed,
-                  self.images, self.steps, self.norm)  # fmt: skip
+        reloading = [getattr(self, name) for name in RELOADING]
         for controls, trait, act in (
             ((self.epsilon, self.adversary, self.fairness), "value", lambda _: self._draw()),
-            (reload, "value", lambda _: self._reload()),
+            (reloading, "value", lambda _: self._reload()),
             ((self.upload,), "value", self._upload),
             ((self.folds,), "selected_index", lambda _: self._unfold()),
             ((self.index,), "value", lambda _: self._unfold()),
@@ -195,9 +186,8 @@ class Explorer:
         Raises:
             ConfigError: indices that are no numbers, …
         """
-        fields = {name: getattr(self, name).value for name in
-                  ("vae", "indices", "seed", "images", "steps", "norm")}  # fmt: skip
-        fields |= dict(run=self.encoder.value, own=self.own, only=self.only.value or None)
+        fields = {name: getattr(self, name).value for name in RELOADING}
+        fields |= {"run": fields.pop("encoder"), "own": self.own, "only": self.only.value or None}
         fields["dataset"] = self.dataset.value.strip() or None
         return DecomposeConfig(**dict(self.config) | fields)
 

@@ -111,11 +111,15 @@ Summary = Mapping[str, Any]
 LOOKS: dict[str, dict[str, Any]] = {
     name: dict(label=label, marker=marker, color=color, markersize=4)
     for name, label, marker, color in (
-        ("x", "x", "x", INK), ("G", "G(x)", "D", PALETTE[4]), ("R", "R(x)", "v", PALETTE[3]),
-        *((name, NAMES[name], marker, COLOURS[name]) for name, marker in
-          (("idaa", "o"), ("clae", "s"), ("random_sign", "^"))),
+        ("x", "x", "x", INK),
+        ("G", "G(x)", "D", PALETTE[4]),
+        ("R", "R(x)", "v", PALETTE[3]),
+        *(
+            (name, NAMES[name], marker, COLOURS[name])
+            for name, marker in (("idaa", "o"), ("clae", "s"), ("random_sign", "^"))
+        ),
     )
-}  # fmt: skip
+}
 _THIN: dict[str, Any] = dict(color=INK, linewidth=0.8, linestyle=":")
 
 
@@ -283,10 +287,17 @@ def vaes(summary: Summary) -> Figure | None:
 def hardness_table(summary: Summary) -> pd.DataFrame:
     """Each adversary at each ε that was read: hardness and identity."""
     columns = {
-        "epsilon": "ε", "loss_after": "loss (nats)", "cosine": "cos z, z′", "l2": "‖x′ − x‖₂",
-        "linf": "‖x′ − x‖∞", "retrieved": "found (%)", "mrr": "MRR", "infonce": "InfoNCE (nats)",
-        "fano": "Fano (nats)", "consistency": "same class (%)",
-    }  # fmt: skip
+        "epsilon": "ε",
+        "loss_after": "loss (nats)",
+        "cosine": "cos z, z′",
+        "l2": "‖x′ − x‖₂",
+        "linf": "‖x′ − x‖∞",
+        "retrieved": "found (%)",
+        "mrr": "MRR",
+        "infonce": "InfoNCE (nats)",
+        "fano": "Fano (nats)",
+        "consistency": "same class (%)",
+    }
     rows = [{"": NAMES[name], **row} for name, curve in summary["curves"].items() for row in curve]
     table = pd.DataFrame(rows)
     return table[["", *(key for key in columns if key in table)]].rename(columns=columns).round(3)
