@@ -51,18 +51,18 @@ def load_encoder(
         RunError: there is no such run or snapshot, it is not finished, or its weights do not fit.
     """
     run = runs.encoder(run)
-    config, tensors = run.config, _tensors(run, "method.", epoch)
+    config, tensors = run.config, _tensors(run, epoch)
     # Of FixMatch the averaged weights are evaluated.
     place = "ema.backbone." if run.stage == "semi" else "network.backbone."
-    weights = checkpoints.under(place, tensors)
-    if layer == "backbone" and weights:
+    if layer == "backbone" and checkpoints.under(f"method.{place}", tensors):
         with initial_weights(config.seed):
             module: nn.Module = build_backbone(
                 config.backbone, width=config.width, stem=config.stem, adversarial_norms=False
             )
-        _fill(module, {k: v for k, v in weights.items() if "_adv." not in k}, run)
+        tensors = {name: value for name, value in tensors.items() if "_adv." not in name}
+        _fill(module, f"method.{place}", tensors, run)
     else:
-        module = _fill(_method(run), tensors, run).encoder(layer)
+        module = _fill(_method(run), "method.", tensors, run).encoder(layer)
     return Encoder(module.eval().requires_grad_(False), *_units(run))
 
 
@@ -86,7 +86,7 @@ def load_vae(run: Run | str | None = None, **values: object) -> VAE:
     config, (size, mean, std) = run.config, _units(run)
     with initial_weights(config.seed):
         vae = VAE(config.dim, size, config.width, mean, std)
-    return _fill(vae, _tensors(run, "method.network."), run).eval().requires_grad_(False)
+    return _fill(vae, "method.network.", _tensors(run), run).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -161,10 +161,10 @@ def _method(run: Run) -> Method:
     return build_method(run.config, About(transform, classes=run.model["classes"]))
 
 
-def _fill(module: M, tensors: dict[str, Tensor], run: Run) -> M:
-    """The module with these weights of `run`."""
+def _fill(module: M, prefix: str, tensors: dict[str, Tensor], run: Run) -> M:
+    """The module with the weights of `run` whose names begin with `prefix`."""
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict(checkpoints.under(prefix, tensors))
     except RuntimeError as error:
         raise RunError(
             f"The weights of {run.id} do not fit its networks as they are now: was the code of "
@@ -173,14 +173,14 @@ def _fill(module: M, tensors: dict[str, Tensor], run: Run) -> M:
     return module
 
 
+def _tensors(run: Run, epoch: int | None = None) -> dict[str, Tensor]:
+    if epoch is not None:
+        return checkpoints.snapshot(run, epoch)
+    if (checkpoint := checkpoints.load(run)) is None:
+        raise RunError(f"Run {run.id} has no checkpoint under {run.path / 'checkpoints'}.")
+    return checkpoint[0]
+
+
 def _units(run: Run) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     model = run.model
     return model["size"], tuple(model["mean"]), tuple(model["std"])
-
-
-def _tensors(run: Run, prefix: str, epoch: int | None = None) -> dict[str, Tensor]:
-    if epoch is not None:
-        return checkpoints.under(prefix, checkpoints.snapshot(run, epoch))
-    if (checkpoint := checkpoints.load(run)) is None:
-        raise RunError(f"Run {run.id} has no checkpoint under {run.path / 'checkpoints'}.")
-    return checkpoints.under(prefix, checkpoint[0])

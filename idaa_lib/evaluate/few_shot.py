@@ -19,9 +19,8 @@ def balanced(labels: Tensor, fraction: float, generator: torch.Generator) -> Ten
 
     A class that has fewer gives all. A larger fraction of the same generator holds the smaller.
     """
-    present = labels.unique()
-    each = max(1, round(fraction * len(labels) / len(present)))
-    members = [(labels == c).nonzero()[:, 0] for c in present]
+    members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    each = max(1, round(fraction * len(labels) / len(members)))
     return torch.cat([m[torch.randperm(len(m), generator=generator)[:each]] for m in members])
 
 
@@ -59,30 +58,28 @@ def few_shot(
     arXiv:1703.05175, with cosines). `ridge`: least squares on one-hot labels with a free bias and
     λ‖W‖², where λ is the mean squared distance of the support features from their mean.
     """
-    classify = {"centroid": _centroid, "ridge": _ridge}[classifier]
     z = F.normalize(features, dim=1)
-    found = []
+    accuracies = []
     for part in episodes.to(z.device).split(100):  # 100 of 5 × 20 × 2048 floats are 80 MiB
-        x = z[part]  # (E, ways, shots + queries, D)
-        scores = classify(x[:, :, :shots], x[:, :, shots:].flatten(1, 2))  # (E, ways·queries, ways)
-        truth = torch.arange(x.shape[1], device=z.device).repeat_interleave(x.shape[2] - shots)
-        found.append(100 * (scores.argmax(2) == truth).float().mean(1))
-    return torch.cat(found)
+        support, queries = z[part].tensor_split([shots], dim=2)  # (E, ways, shots | queries, D)
+        truth = torch.arange(part.shape[1], device=z.device).repeat_interleave(queries.shape[2])
+        queries = queries.flatten(1, 2)  # (E, ways · queries, D)
+        if classifier == "ridge":
+            scores = _ridge(support, queries)
+        else:
+            scores = queries @ F.normalize(support.mean(2), dim=2).mT
+        accuracies.append(100 * (scores.argmax(2) == truth).float().mean(1))
+    return torch.cat(accuracies)
 
 
-def _centroid(support: Tensor, query: Tensor) -> Tensor:
-    """Cosines (E, Q, ways) of queries (E, Q, D) to the means of (E, ways, shots, D)."""
-    return query @ F.normalize(support.mean(2), dim=2).mT
-
-
-def _ridge(support: Tensor, query: Tensor) -> Tensor:
+def _ridge(support: Tensor, queries: Tensor) -> Tensor:
     """Least-squares scores (E, Q, ways), by the dual: there are fewer images than features."""
     ways, shots = support.shape[1:3]
     x = support.flatten(1, 2)  # (E, ways·shots, D)
     mean = x.mean(1, keepdim=True)
-    x, query = x - mean, query - mean
+    x, queries = x - mean, queries - mean
     target = torch.eye(ways, device=x.device, dtype=x.dtype).repeat_interleave(shots, 0) - 1 / ways
     gram = x @ x.mT
     ridge = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(x.dtype).tiny)
     one = torch.eye(ways * shots, device=x.device, dtype=x.dtype)
-    return query @ x.mT @ torch.linalg.solve(gram + ridge[:, None, None] * one, target)
+    return queries @ x.mT @ torch.linalg.solve(gram + ridge[:, None, None] * one, target)

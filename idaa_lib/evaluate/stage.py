@@ -70,18 +70,19 @@ def results(run: Run) -> dict[str, Tensor]:
 
 def _plan(config: EvalConfig) -> _Evaluation:
     source = runs.encoder(config.run)
-    trained, official, snapshots = source.config, None, {}
+    trained, snapshots = source.config, dict[int, str]()
+    way = OfficialProtocol("", "backbone", config.temperature, "backbone", "last", 0)
     if config.protocol == "official":
         if source.stage == "semi":
             raise ConfigError(
                 f"protocol='official' is of self-supervised runs, and run={source.id!r} is "
                 f"semi-supervised: take 'clean'."
             )
-        official = trained.chosen("method").official_protocol(trained)
-        snapshots = {} if official.crops else checkpoints.snapshots(source)
+        way = trained.chosen("method").official_protocol(trained)
+        snapshots = {} if way.crops else checkpoints.snapshots(source)
     dataset = settled(config.dataset or trained.dataset)
     # On crops an untrained encoder would take as long, and a probe cannot take pixels.
-    references = config.references and not (official and official.crops)
+    references = config.references and not way.crops
     config = config.replace(run=source.reference, dataset=dataset, references=references)
     splits = open_splits(dataset, trained.size, config.limit)
     run = runs.run_for(
@@ -91,34 +92,24 @@ def _plan(config: EvalConfig) -> _Evaluation:
         snapshots=" ".join(snapshots.values()) or None,
     )
     device = torch_device(config.device)
-    bf16 = uses_bf16(config.precision, device)
-    about = describe(device, "bf16" if bf16 else "no", splits["test"])
-    return _Evaluation(
-        config, run, source, splits, official, [*snapshots], device, bf16, environment=about
-    )
+    machine = {"device": device, "bf16": uses_bf16(config.precision, device)}
+    about = describe(device, "bf16" if machine["bf16"] else "no", splits["test"])
+    epochs = [*snapshots]
+    return _Evaluation(config, run, source, splits, way, epochs, machine, environment=about)
 
 
 @dataclass(frozen=True)
 class _Evaluation(Plan):
-    """source: the run that is judged. splits: labelled images. official: the protocol, if asked.
-    epochs: of the snapshots that it chooses among, beside the final weights."""
+    """source: the run that is judged. splits: labelled images. way: layers, τ and batch size; its
+    name `of` is "" for the clean protocol. epochs: of the snapshots that the official one chooses
+    among, beside the final weights."""
 
     config: EvalConfig
     source: Run
     splits: dict[str, ImageSet]
-    official: OfficialProtocol | None
+    way: OfficialProtocol
     epochs: list[int]
-    device: torch.device
-    bf16: bool
-
-    @property
-    def kind(self) -> str:
-        """Which linear classifier it has, as in `LINEAR`."""
-        return "clean" if self.official is None else "crops" if self.official.crops else "official"
-
-    @property
-    def temperature(self) -> float:
-        return self.official.temperature if self.official else self.config.temperature
+    machine: dict[str, Any]  # `device` and `bf16`
 
     @property
     def classes(self) -> int:
@@ -131,18 +122,16 @@ class _Evaluation(Plan):
         """The summary; predictions and features are written beside it."""
         summary: dict[str, Any] = {"protocol": self.config.protocol}
         truth, encode = self.labels("test"), lru_cache(1)(self.encode)
-        tensors, official = {"labels": truth}, self.official
-        layers, epochs = {"knn": "backbone", "linear": "backbone"}, dict[str, int | None]()
-        if official:
-            layers = {"knn": official.knn, "linear": official.linear}
-        if official and self.epochs:
+        tensors, epochs = {"labels": truth}, dict[str, int | None]()
+        layers = {"knn": self.way.knn, "linear": self.way.linear}
+        if self.epochs:
             # The best kNN on test, as published: chosen on test data. Of equals the latest wins.
             tops = {
-                epoch: top1(self.nearest(encode("encoder", official.knn, epoch)), truth)
+                epoch: top1(self.nearest(encode("encoder", self.way.knn, epoch)), truth)
                 for epoch in (*self.epochs, None)
             }
             best = max(reversed(tops), key=lambda epoch: tops[epoch])
-            epochs = {"knn": best, "linear": best if official.linear_epoch == "best" else None}
+            epochs = {"knn": best, "linear": best if self.way.linear_epoch == "best" else None}
             summary["knn_top1_last"] = tops[None]
             summary |= {f"{probe}_epoch": epoch for probe, epoch in epochs.items()}
         for subject in SUBJECTS if self.config.references else SUBJECTS[:1]:
@@ -170,40 +159,36 @@ class _Evaluation(Plan):
         """Features of each split (N, D), on the CPU; epoch: of a snapshot, None for the end."""
         if subject == "pixels":
             return {name: pixels(split.images) for name, split in self.splits.items()}
-        source, how = self.source, {"device": self.device, "bf16": self.bf16}
-        trained = subject == "encoder"
+        trained, source = subject == "encoder", self.source
         encoder = load_encoder(source, layer, epoch) if trained else random_encoder(source, layer)
-        return encode_splits(encoder.to(self.device), self.splits, **how)
+        return encode_splits(encoder.to(self.machine["device"]), self.splits, **self.machine)
 
     def nearest(self, z: dict[str, Tensor]) -> Tensor:
         """kNN's predictions from a bank of train and val together."""
         bank, labels = torch.cat([z["train"], z["val"]]), self.labels("train", "val")
-        how: dict[str, Any] = dict(k=self.config.k, temperature=self.temperature)
+        how: dict[str, Any] = dict(k=self.config.k, temperature=self.way.temperature)
         return knn(bank, labels, z["test"], classes=self.classes, **how)
 
     def linear(self, z: dict[str, Tensor], writer: Writer) -> tuple[Tensor, dict[str, Any]]:
         """The linear classifier's predictions, and what else the summary holds of it. Its final fit
         uses train and val together."""
-        config, official, values = self.config, self.official, dict[str, Any]()
+        config, way, values = self.config, self.way, dict[str, Any]()
         train, val, test = ((z[name], self.labels(name)) for name in ("train", "val", "test"))
-        if official is None:
+        how: dict[str, Any] = dict(batch_size=way.batch_size, seed=config.seed)
+        if not way.of:
             clean = linear_probe(train, val, z["test"], classes=self.classes)
             scores, values = clean.scores, {"penalty": clean.penalty, "top1_val": clean.score_val}
+        elif way.crops:
+            size, dataset = enlarged(self.source.config.size), str(config.dataset)
+            whole, tested = (
+                open_images(dataset, split, size, config.limit).with_labels()
+                for split in ("trainval", "test")
+            )
+            encoder, how = load_encoder(self.source, way.linear), how | self.machine
+            scores = crop_probe(encoder, whole, tested, writer, **how)
         else:
-            how: dict[str, Any] = dict(batch_size=official.batch_size, seed=config.seed)
-            if official.crops:
-                of = str(config.dataset), enlarged(self.source.config.size), config.limit
-                whole, tested = (
-                    open_images(of[0], split, *of[1:]).with_labels()
-                    for split in ("trainval", "test")
-                )
-                how |= {"device": self.device, "bf16": self.bf16}
-                encoder = load_encoder(self.source, official.linear)
-                scores = crop_probe(encoder, whole, tested, writer, **how)
-            else:
-                both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
-                published = official_probe(both, test, classes=self.classes, **how)
-                scores, values = published.scores, {"top1_last": published.top1_last}
+            both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
+            scores, values["top1_last"] = official_probe(both, test, classes=self.classes, **how)
         if self.classes > 5:
             hit = scores.topk(5).indices == test[1][: len(scores), None]
             values["top5"] = 100 * hit.any(1).double().mean().item()
@@ -211,18 +196,18 @@ class _Evaluation(Plan):
 
     def protocol(self, subject: str, probe: str, layer: str) -> str:
         """Protocol, layer, probe and epoch, in words."""
-        official, words = self.official, LINEAR[self.kind]
-        name = f"official of {official.of}" if official else "clean"
+        way, epoch = self.way, "last weights"
+        words = LINEAR["crops" if way.crops else "official" if way.of else "clean"]
+        name = f"official of {way.of}" if way.of else "clean"
+        if way.of:
+            epoch = "epoch of the file" if "imported" in self.source.environment else "final epoch"
+        if self.epochs and (probe == "knn" or way.linear_epoch == "best"):
+            epoch = f"best of {len(self.epochs) + 1} epochs by kNN on test"
         if probe == "knn":
             # The release's bank is faulty, and SimSiam's authors have another.
-            name += " (bank without the release's fault)" if official else ""
+            name += " (bank without the release's fault)" if way.of else ""
             n = len(self.splits["train"]) + len(self.splits["val"])
-            words = f"k={min(self.config.k, n)}, τ={self.temperature:g}"
-        imported = "imported" in self.source.environment
-        last = "epoch of the file" if imported else "final epoch"
-        epoch = last if official else "last weights"
-        if official and self.epochs and (probe == "knn" or official.linear_epoch == "best"):
-            epoch = f"best of {len(self.epochs) + 1} epochs by kNN on test"
+            words = f"k={min(self.config.k, n)}, τ={way.temperature:g}"
         if subject == "pixels":
             return f"{name}: raw pixels, {words}"
         return f"{name}: {LAYERS[layer]}, {words}, {epoch if subject == 'encoder' else 'untrained'}"
