@@ -162,6 +162,15 @@ def test_a_notebook_tells_a_story_and_keeps_its_cells_short(path):
             assert not any("class " in line or "def " in line for line in cell["source"])
 
 
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_links_of_a_page_lead_to_files(path):
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 900
 

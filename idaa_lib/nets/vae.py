@@ -18,7 +18,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from idaa_lib.nets import evaluating
 
-
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 
