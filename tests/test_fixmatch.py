@@ -226,7 +226,7 @@ def naive_wrn(state, x, blocks, suffix=""):
     return leaky(norm("bn", x)).mean((2, 3))
 
 
-@pytest.mark.parametrize(("name", "width"), [("wrn10", 4), ("wrn16", 8), ("wrn10", 16)])
+@pytest.mark.parametrize(("name", "width"), [("wrn10", 4), ("wrn16", 8), ("wrn16", 16)])
 def test_a_wide_resnet_agrees_with_its_paper_s_code(name, width):
     torch.manual_seed(0)
     net = build_backbone(name, width=width, stem="cifar", adversarial_norms=True).double()

@@ -9,7 +9,9 @@ Names of parameters and parameter counts: docs/spec/idaa.md §4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,8 @@ ADVERSARIAL_MOMENTUM = 0.01
 
 
 class Normed(nn.Module):
-    """A module with BatchNorms by name, each with an adversarial twin `<name>_adv` if asked."""
+    """A module with BatchNorms by name, each with an adversarial twin `<name>_adv` if asked, and
+    with residual blocks in stages `layer1`, `layer2`, …"""
 
     def __init__(self, adversarial_norms: bool) -> None:
         super().__init__()
@@ -50,28 +53,51 @@ class Normed(nn.Module):
             return y
         return F.leaky_relu(y, slope, inplace=True) if slope else F.relu(y, inplace=True)
 
+    def add_stages(self, block: Any, blocks: Sequence[int], channels: int, width: int) -> int:
+        """The channels after the last stage. block(inputs, width, stride) has them as `outputs`;
+        each stage has twice the width of the one before and half its side."""
+        for stage, depth in enumerate(blocks):
+            layer = nn.ModuleList()
+            for i in range(depth):
+                part = block(channels, width << stage, 2 if i == 0 and stage > 0 else 1)
+                layer.append(part)
+                channels = part.outputs
+            self.add_module(f"layer{stage + 1}", layer)
+        return channels
+
+    def run_stages(self, x: Tensor, adversarial: bool) -> Tensor:
+        for name, layer in self.named_children():
+            for block in layer.children() if name.startswith("layer") else ():
+                x = block(x, adversarial)
+        return x
+
+    def draw_weights(self) -> None:
+        """Draw convolutions from a normal of variance 2 / (k²·outputs) (He et al. 2015)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
 
 class _Block(Normed):
-    """A residual block: convolutions of given (kernel, channels), stride in the 3×3 (v1.5)."""
+    """Two 3×3 convolutions, or a bottleneck of 1×1, 3×3 (which has the stride: v1.5) and 1×1."""
 
     def __init__(
-        self, inputs: int, shapes: list[tuple[int, int]], stride: int, adversarial_norms: bool
+        self, inputs: int, width: int, stride: int, bottleneck: bool, adversarial_norms: bool
     ) -> None:
         super().__init__(adversarial_norms)
-        self.depth = len(shapes)
-        outputs = shapes[-1][1]
-        first_3x3 = [kernel for kernel, _ in shapes].index(3)
+        shapes = [(1, width), (3, width), (1, 4 * width)] if bottleneck else [(3, width)] * 2
+        self.depth, self.outputs = len(shapes), shapes[-1][1]
         channels = inputs
-        for i, (kernel, width) in enumerate(shapes):
-            step = stride if i == first_3x3 else 1
-            convolution = nn.Conv2d(channels, width, kernel, step, kernel // 2, bias=False)
+        for i, (kernel, outputs) in enumerate(shapes):
+            step = stride if i == bottleneck else 1
+            convolution = nn.Conv2d(channels, outputs, kernel, step, kernel // 2, bias=False)
             self.add_module(f"conv{i + 1}", convolution)
-            self.add_norm(f"bn{i + 1}", width)
-            channels = width
-        self.projects = stride != 1 or inputs != outputs
+            self.add_norm(f"bn{i + 1}", outputs)
+            channels = outputs
+        self.projects = stride != 1 or inputs != channels
         if self.projects:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
-            self.add_norm("shortcut_bn", outputs)
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, channels, 1, stride, bias=False))
+            self.add_norm("shortcut_bn", channels)
 
     def forward(self, x: Tensor, adversarial: bool = False) -> Tensor:
         y = x
@@ -87,8 +113,7 @@ class ResNet(Normed):
     """Backbone without a classification head.
 
     Args:
-        blocks: residual blocks in each of the four stages.
-        bottleneck: 1×1, 3×3, 1×1 blocks with 4× wider output, instead of two 3×3.
+        blocks: residual blocks in each of the four stages. bottleneck: they are bottlenecks.
         width: channels of the first stage (64 in the papers; less for small machines).
         stem: `cifar`, `mini` or `imagenet`.
         adversarial_norms: give every BatchNorm an adversarial twin.
@@ -111,29 +136,15 @@ class ResNet(Normed):
         self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
         self.add_norm("bn1", width)
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
-        channels = width
-        for stage, depth in enumerate(blocks):
-            w = width * 2**stage
-            shapes = [(1, w), (3, w), (1, 4 * w)] if bottleneck else [(3, w), (3, w)]
-            layer = nn.ModuleList()
-            for i in range(depth):
-                first = 2 if i == 0 and stage > 0 else 1
-                layer.append(_Block(channels, shapes, first, adversarial_norms))
-                channels = shapes[-1][1]
-            self.add_module(f"layer{stage + 1}", layer)
-        self.feature_dim = channels
+        block = partial(_Block, bottleneck=bottleneck, adversarial_norms=adversarial_norms)
+        self.feature_dim = self.add_stages(block, blocks, width, width)
         if stem != "cifar":
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            self.draw_weights()
 
     def forward(self, images: Tensor, adversarial: bool = False) -> Tensor:
         """Images (B, 3, H, W), normalised → features (B, feature_dim)."""
         x = self.maxpool(self.norm("bn1", self.conv1(images), adversarial, slope=0.0))
-        for stage in range(1, 5):
-            for block in getattr(self, f"layer{stage}"):
-                x = block(x, adversarial)
-        return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+        return torch.flatten(F.adaptive_avg_pool2d(self.run_stages(x, adversarial), 1), 1)
 
 
 def zero_residuals(backbone: nn.Module) -> None:

@@ -9,6 +9,7 @@ whatever the width. Adversarial norms as in `resnet`.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,16 +23,9 @@ STEM = 16
 class _Block(Normed):
     """BN, activation, 3×3, BN, activation, 3×3, and the shortcut, a 1×1 where the shape changes."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        stride: int,
-        activates_shortcut: bool,
-        adversarial_norms: bool,
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, adversarial_norms: bool) -> None:
         super().__init__(adversarial_norms)
-        self.activates_shortcut = activates_shortcut
+        self.outputs, self.activates_shortcut = outputs, False
         self.add_norm("bn1", inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.add_norm("bn2", outputs)
@@ -63,27 +57,16 @@ class WideResNet(Normed):
         if stem != "cifar":
             raise ValueError(f"stem must be cifar for a wide ResNet, and is {stem!r}.")
         self.conv1 = nn.Conv2d(3, STEM, 3, 1, 1, bias=False)
-        channels = STEM
-        for stage in range(3):
-            layer = nn.ModuleList()
-            for i in range(blocks):
-                first = stage == i == 0
-                stride = 2 if i == 0 and stage > 0 else 1
-                layer.append(_Block(channels, width * 2**stage, stride, first, adversarial_norms))
-                channels = width * 2**stage
-            self.add_module(f"layer{stage + 1}", layer)
-        self.add_norm("bn", channels)
-        self.feature_dim = channels
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # normal, variance 2 / (k²·outputs)
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        block = partial(_Block, adversarial_norms=adversarial_norms)
+        self.feature_dim = self.add_stages(block, [blocks] * 3, STEM, width)
+        first: Any = self.get_submodule("layer1.0")
+        first.activates_shortcut = True
+        self.add_norm("bn", self.feature_dim)
+        self.draw_weights()
 
     def forward(self, images: Tensor, adversarial: bool = False) -> Tensor:
         """Images (B, 3, H, W), normalised → features (B, 4·width)."""
-        x = self.conv1(images)
-        for stage in range(1, 4):
-            for block in getattr(self, f"layer{stage}"):
-                x = block(x, adversarial)
+        x = self.run_stages(self.conv1(images), adversarial)
         return self.norm("bn", x, adversarial, slope=SLOPE).mean((2, 3))
 
 
