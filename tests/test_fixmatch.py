@@ -36,8 +36,8 @@ from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Stopped, checkpoints
 from idaa_lib.train import locate, samples, train_semi, train_vae
 from idaa_lib.train.loop import Fit
-from idaa_lib.views import Recipe, View, keyed_generator, normalise, randaugment, recipe
-from idaa_lib.views.randaugment import OPERATIONS, RandAugment, augment, cutout, strengths_of
+from idaa_lib.views import Recipe, View, keyed_generator, normalise, recipe
+from idaa_lib.views.randaugment import INDEX, OPERATIONS, RandAugment, augment, cutout, strengths_of
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CLASSES, B, MU, SIZE = 3, 4, 2, 16
@@ -100,7 +100,7 @@ def test_every_operation_agrees_with_pil(name, size):
     images = photographs(6, size)
     images[0], images[1, 0] = 77, 200  # a plain image, a plain channel
     images[2] = images[2] // 3 + 40  # low contrast
-    index = torch.full((len(images),), OPERATIONS.index(name))
+    index = torch.full((len(images),), INDEX[name])
     for v in range(1, 10):
         for negative in (False, True):
             like = torch.ones(len(images), dtype=torch.float64)
@@ -168,11 +168,11 @@ def test_strong_parameters_are_distributed_as_the_public_recipe_draws_them():
     for operations in params["operations"].T:
         counts = operations.bincount(minlength=len(OPERATIONS)).double()
         share = torch.full_like(counts, 0.5 / len(OPERATIONS))
-        share[randaugment.IDENTITY] += 0.5  # not done
+        share[INDEX["identity"]] += 0.5  # not done
         assert stats.chisquare(counts, n * share).pvalue > P_VALUE
     drawn = params["operations"].flatten()
     strengths = params["strengths"].flatten()
-    rotations = strengths[drawn == randaugment.ROTATE]
+    rotations = strengths[drawn == INDEX["rotate"]]
     counts = [int((rotations == 3 * v).sum()) for v in range(-9, 10) if v]
     assert sum(counts) == len(rotations)
     assert stats.chisquare(counts).pvalue > P_VALUE

@@ -3,5 +3,3 @@
 from idaa_lib.data.cached import ImageSet, data_root, load
 from idaa_lib.data.decoding import decode
 from idaa_lib.data.sources import NAMES
-
-__all__ = ["NAMES", "ImageSet", "data_root", "decode", "load"]

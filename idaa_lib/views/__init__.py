@@ -10,16 +10,3 @@ from idaa_lib.views.recipes import (
     keyed_generator,
     recipe,
 )
-
-__all__ = [
-    "RECIPES",
-    "Params",
-    "Recipe",
-    "View",
-    "compile_view",
-    "denormalise",
-    "keyed_generator",
-    "normalise",
-    "recipe",
-    "send",
-]

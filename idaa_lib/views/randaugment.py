@@ -20,20 +20,16 @@ from torch import Tensor
 from idaa_lib.views.operations import row
 from idaa_lib.views.recipes import Params, Recipe
 
-OPERATIONS = (
-    "identity", "autocontrast", "equalize", "posterize", "solarize",
-    "brightness", "color", "contrast", "sharpness",
-    "rotate", "shear_x", "shear_y", "translate_x", "translate_y",
-)  # fmt: skip
-(
-    IDENTITY, AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, BRIGHTNESS, COLOR, CONTRAST, SHARPNESS,
-    ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y,
-) = range(len(OPERATIONS))  # fmt: skip
-
-# A strength is bias + range · v/10, in bits, levels, factors, degrees, slopes or shares of the
-# side; v is drawn from 1 … magnitude − 1.
-RANGES = (0, 0, 0, 4, 256, 0.9, 0.9, 0.9, 0.9, 30, 0.3, 0.3, 0.3, 0.3)
-BIASES = (0, 0, 0, 4, 0, 0.05, 0.05, 0.05, 0.05, 0, 0, 0, 0, 0)
+# Of an operation's strength, which is bias + range · v/10 with v from 1 … magnitude − 1: range and
+# bias, in bits, levels, factors, degrees, slopes or shares of the side; 1 where it is rounded down.
+OPERATIONS = {
+    "identity": (0, 0, 0), "autocontrast": (0, 0, 0), "equalize": (0, 0, 0),
+    "posterize": (4, 4, 1), "solarize": (256, 0, 1), "brightness": (0.9, 0.05, 0),
+    "color": (0.9, 0.05, 0), "contrast": (0.9, 0.05, 0), "sharpness": (0.9, 0.05, 0),
+    "rotate": (30, 0, 1), "shear_x": (0.3, 0, 0), "shear_y": (0.3, 0, 0),
+    "translate_x": (0.3, 0, 1), "translate_y": (0.3, 0, 1),
+}  # fmt: skip
+INDEX = {name: index for index, name in enumerate(OPERATIONS)}
 GRAY = 127.0
 
 
@@ -63,7 +59,7 @@ factor; rotate: degrees; shear: slope; translate: pixels | any |
     def _interpret(self, uniform: Params, source: Tensor) -> Params:
         params = super()._interpret(uniform, source)
         choice = (uniform["operation"] * len(OPERATIONS)).long()
-        operations = torch.where(uniform["happens"] < 0.5, choice, IDENTITY)
+        operations = torch.where(uniform["happens"] < 0.5, choice, INDEX["identity"])
         v = 1 + (uniform["magnitude"] * (self.magnitude - 1)).floor()
         side = self.size // 2
         corner = (uniform["cutout"] * self.size).floor() - side // 2
@@ -83,13 +79,13 @@ factor; rotate: degrees; shear: slope; translate: pixels | any |
 
 def strengths_of(operations: Tensor, v: Tensor, negative: Tensor, size: int) -> Tensor:
     """Strengths, in each operation's units, of `v` in 1 … 9; all arguments of one shape."""
-    scale, bias = (row(of, v)[operations] for of in (RANGES, BIASES))
+    columns = zip(*OPERATIONS.values(), strict=True)
+    scale, bias, whole = (row(column, v)[operations] for column in columns)
     strength = scale * v / 10
-    strength = torch.where(operations >= TRANSLATE_X, strength * size, strength)
-    whole = row((POSTERIZE, SOLARIZE, ROTATE, TRANSLATE_X, TRANSLATE_Y), operations)
-    strength = torch.where(torch.isin(operations, whole), strength.floor(), strength) + bias
-    strength = torch.where(operations == SOLARIZE, 256 - strength, strength)
-    return torch.where((operations >= ROTATE) & negative, -strength, strength)
+    strength = torch.where(operations >= INDEX["translate_x"], strength * size, strength)
+    strength = torch.where(whole > 0, strength.floor(), strength) + bias
+    strength = torch.where(operations == INDEX["solarize"], 256 - strength, strength)
+    return torch.where((operations >= INDEX["rotate"]) & negative, -strength, strength)
 
 
 def augment(x: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
@@ -105,9 +101,8 @@ def look_up(x: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     level = torch.arange(256, device=x.device)
     count = torch.zeros(*x.shape[:2], 256, dtype=torch.long, device=x.device)
     count = count.scatter_add_(2, pixels, torch.ones_like(pixels))
-    there = count > 0
-    low = torch.where(there, level, 255).amin(2, keepdim=True)
-    high = torch.where(there, level, 0).amax(2, keepdim=True)
+    low = torch.where(count > 0, level, 255).amin(2, keepdim=True)
+    high = torch.where(count > 0, level, 0).amax(2, keepdim=True)
     stretched = 255 * (level - low) // (high - low).clamp(min=1)
     stretched = torch.where(high > low, stretched.clamp(0, 255), level)
     step = (pixels.shape[2] - count.gather(2, high)) // 255
@@ -117,10 +112,10 @@ def look_up(x: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
 
     operation, strength = operation[:, None, None], strength[:, None, None].long()
     quantum = 2 ** (8 - strength.clamp(0, 8))
-    table = torch.where(operation == AUTOCONTRAST, stretched, level)
-    table = torch.where(operation == EQUALIZE, equalized, table)
-    table = torch.where(operation == POSTERIZE, level - level % quantum, table)
-    inverted = (operation == SOLARIZE) & (level >= strength)
+    table = torch.where(operation == INDEX["autocontrast"], stretched, level)
+    table = torch.where(operation == INDEX["equalize"], equalized, table)
+    table = torch.where(operation == INDEX["posterize"], level - level % quantum, table)
+    inverted = (operation == INDEX["solarize"]) & (level >= strength)
     table = torch.where(inverted, 255 - level, table)
     return table.gather(2, pixels).view(x.shape).to(x.dtype)
 
@@ -138,10 +133,10 @@ def blend(x: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     smooth[..., 1:-1, 1:-1] = (weighted / 13 + 0.5).floor()
 
     operation, strength = operation[:, None, None, None], strength[:, None, None, None]
-    other = torch.where(operation == COLOR, gray, torch.zeros_like(x))
-    other = torch.where(operation == CONTRAST, mean, other)
-    other = torch.where(operation == SHARPNESS, smooth, other)
-    blends = (operation >= BRIGHTNESS) & (operation <= SHARPNESS)
+    other = torch.where(operation == INDEX["color"], gray, torch.zeros_like(x))
+    other = torch.where(operation == INDEX["contrast"], mean, other)
+    other = torch.where(operation == INDEX["sharpness"], smooth, other)
+    blends = (operation >= INDEX["brightness"]) & (operation <= INDEX["sharpness"])
     return (other + torch.where(blends, strength, 1) * (x - other)).floor()
 
 
@@ -152,15 +147,15 @@ def warp(x: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     """
     height, width = x.shape[2:]
 
-    def own(*operations: int) -> Tensor:  # the strength, 0 where the operation is another
-        return sum((operation == o) * strength for o in operations)  # type: ignore[return-value]
+    def own(name: str) -> Tensor:  # the strength, 0 where the operation is another
+        return (operation == INDEX[name]) * strength
 
-    turn = own(ROTATE) * (math.pi / 180)
+    turn = own("rotate") * (math.pi / 180)
     cos, sin = turn.cos(), turn.sin()
     # The source (column, row) of an output pixel's centre: [[cos, −sin], [sin, cos]], and more.
-    across, down = own(SHEAR_X) - sin, own(SHEAR_Y) + sin
-    left = own(TRANSLATE_X) + (1 - cos) * width / 2 + sin * height / 2
-    top = own(TRANSLATE_Y) - sin * width / 2 + (1 - cos) * height / 2
+    across, down = own("shear_x") - sin, own("shear_y") + sin
+    left = own("translate_x") + (1 - cos) * width / 2 + sin * height / 2
+    top = own("translate_y") - sin * width / 2 + (1 - cos) * height / 2
 
     def fixed(value: Tensor) -> Tensor:
         return (value * 65536 + 0.5).floor().long()[:, None, None]
