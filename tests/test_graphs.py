@@ -107,7 +107,7 @@ CASES = [
 
 @pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.stage}-{getattr(c, 'method', '')}")
 def test_a_recorded_training_is_the_same_training(config, outputs, monkeypatch, tapes):
-    if getattr(config, "adversary", "none") == "idaa":
+    if getattr(config, "needs_vae", False):
         train_vae(VAE)
     tapes.clear()
     recorded = outcome(train(config))

@@ -114,12 +114,14 @@ class Fit:
 
     def _hold_rates(self) -> None:
         """In a recorded step the optimiser reads its rates from tensors that stay."""
-        # A CUDA kernel reads a float of 32 bits.
-        dtype = torch.float32 if self.device.type == "cuda" else torch.float64
-        for group in self.optimizer.param_groups if self.recorded else ():
-            group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype, device=self.device)
-            if "capturable" in group and self.device.type == "cuda":
-                group["capturable"] = True
+        cuda = self.device.type == "cuda"
+        for group in self.optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = cuda and self.recorded is not None
+            if self.recorded is not None:  # a CUDA kernel reads a float of 32 bits
+                dtype = torch.float32 if cuda else torch.float64
+                rate = torch.tensor(float(group["lr"]), dtype=dtype, device=self.device)
+                group["lr"] = rate
 
     # --- what a checkpoint holds ------------------------------------------------------------------
 
@@ -128,11 +130,9 @@ class Fit:
         tensors, state = self.weights(), self.optimizer.state_dict()
         for index, slots in state["state"].items():
             tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in slots.items()}
-        # Each step sets its rate.
+        # Each step sets its rate, which may be a tensor here.
         groups = [g | {"lr": self.config.learning_rate} for g in state["param_groups"]]
-        return tensors, {
-            "groups": [g | {"capturable": False} if "capturable" in g else g for g in groups]
-        }
+        return tensors, {"groups": groups}
 
     def weights(self) -> dict[str, Tensor]:
         """The method's state, by name."""
