@@ -14,7 +14,7 @@ from idaa_lib.interop import export, import_run, load_official
 from idaa_lib.methods import Method, Step, register_method
 from idaa_lib.methods.contrastive import Contrastive
 from idaa_lib.nets import register_backbone
-from idaa_lib.nets.network import Network
+from idaa_lib.nets.heads import Network
 from idaa_lib.runs import Run, RunError, Stopped, find
 from idaa_lib.train import train_semi, train_ssl, train_vae
 

@@ -37,7 +37,7 @@ from idaa_lib.configs import (
 )
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, parameters, write_json
-from idaa_lib.runs.machine import hardware, settled
+from idaa_lib.runs.machine import hardware, resolve_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -323,7 +323,7 @@ def ensure(config: Config) -> Run:
         RunError: the notebook failed; its executed copy lies in the run directory.
     """
     if isinstance(config, TrainingConfig):  # the notebook runs in another folder
-        config = config.replace(dataset=settled(config.dataset))
+        config = config.replace(dataset=resolve_path(config.dataset))
     if run := _finished(config):
         return run
     run = locate(config)

@@ -31,7 +31,7 @@ from idaa_lib.methods import About, Moment, build_method
 from idaa_lib.methods.fixmatch import labelled_subset
 from idaa_lib.methods.plain import one_way
 from idaa_lib.nets import build_backbone
-from idaa_lib.nets.network import Embedding
+from idaa_lib.nets.heads import Embedding
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Stopped, checkpoints
 from idaa_lib.train import locate, samples, train_semi, train_vae

@@ -19,7 +19,7 @@ from idaa_lib.configs import ConfigError, SSLConfig
 from idaa_lib.methods import About, Moment, build_method
 from idaa_lib.methods.base import gather
 from idaa_lib.methods.simclr import nt_xent
-from idaa_lib.nets.network import Embedding
+from idaa_lib.nets.heads import Embedding
 from idaa_lib.nets.vae import VAE
 from idaa_lib.views import View, keyed_generator, recipe
 

@@ -40,7 +40,7 @@ from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.nets import evaluating, initial_weights
 from idaa_lib.nets.resnet import ResNet
 from idaa_lib.runs import Run, RunError, Stopped, Writer, checkpoints
-from idaa_lib.runs.machine import describe, settled, torch_device
+from idaa_lib.runs.machine import describe, resolve_path, torch_device
 from idaa_lib.runs.stage import Plan, perform
 
 COCO = 80, 5000  # categories and images of val2017
@@ -255,7 +255,7 @@ def prepare(config: DetectionConfig) -> Task:
             f"{STRIDES[trained]}, and Mask R-CNN needs one of {STRIDE} to see objects whole; train "
             f'one with stem="imagenet".'
         )
-    paths = {name: settled(path) for name in config.sets if (path := getattr(config, name))}
+    paths = {name: resolve_path(path) for name in config.sets if (path := getattr(config, name))}
     config = config.model_copy(update={"run": source.reference, **paths})
     train, val = sets(config)
     lacking = [

@@ -26,7 +26,7 @@ from idaa_lib.evaluate.metrics import accuracy, effective_rank, embedding_std, t
 from idaa_lib.evaluate.probe import linear_probe, official_probe
 from idaa_lib.methods import OfficialProtocol
 from idaa_lib.runs import Run, Writer, checkpoints
-from idaa_lib.runs.machine import describe, open_images, settled, torch_device, uses_bf16
+from idaa_lib.runs.machine import describe, open_images, resolve_path, torch_device, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
 
 # What stands in one table beside the run's own encoder.
@@ -80,7 +80,7 @@ def _plan(config: EvalConfig) -> _Evaluation:
             )
         way = trained.chosen("method").official_protocol(trained)
         snapshots = {} if way.crops else checkpoints.snapshots(source)
-    dataset = settled(config.dataset or trained.dataset)
+    dataset = resolve_path(config.dataset or trained.dataset)
     # On crops an untrained encoder would take as long, and a probe cannot take pixels.
     references = config.references and not way.crops
     config = config.replace(run=source.reference, dataset=dataset, references=references)

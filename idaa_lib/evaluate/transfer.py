@@ -30,7 +30,7 @@ from idaa_lib.evaluate.metrics import (
 )
 from idaa_lib.evaluate.probe import LAMBDAS, TRANSFER, Probe, linear_probe, principal_axes
 from idaa_lib.runs import Run, Writer, checkpoints
-from idaa_lib.runs.machine import describe, settled, torch_device, uses_bf16
+from idaa_lib.runs.machine import describe, resolve_path, torch_device, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.runs.steps import Steps
 from idaa_lib.views import keyed_generator
@@ -64,7 +64,7 @@ def _plan(config: TransferConfig) -> _Transfer:
     source = runs.get("ssl", config.run)
     trained = source.config
     size = config.size or (IMAGENET_SIZE if trained.stem == "imagenet" else trained.size)
-    names = tuple(map(settled, config.datasets or (trained.dataset,)))
+    names = tuple(map(resolve_path, config.datasets or (trained.dataset,)))
     config = config.replace(run=source.reference, datasets=names)
     targets, left_out = [], {}
     for name in dict.fromkeys(names):

@@ -32,7 +32,7 @@ from idaa_lib.identity.theory import Retention
 from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import Run, checkpoints
-from idaa_lib.runs.machine import describe, open_images, settled, torch_device
+from idaa_lib.runs.machine import describe, open_images, resolve_path, torch_device
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.views import keyed_generator, normalise, recipe
 
@@ -159,7 +159,7 @@ def plan_study(config: TheoryConfig) -> Study:
     scene = open_scene(images, config.images, device)
     names = {"vae": scene.run.reference, "run": scene.attacked}
     names["witness"] = scene.witness(config.witness)
-    names["dataset"] = settled(config.dataset or scene.run.config.dataset)
+    names["dataset"] = resolve_path(config.dataset or scene.run.config.dataset)
     config = config.model_copy(update=names)
     size = scene.run.config.size
     data = open_images(names["dataset"], config.split, size, None)

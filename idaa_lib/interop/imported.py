@@ -15,7 +15,7 @@ from idaa_lib.interop.official import Channels, Official, load_official
 from idaa_lib.methods import About, build_method
 from idaa_lib.nets.resnet import SHAPES
 from idaa_lib.runs import Run, Writer, checkpoints
-from idaa_lib.runs.machine import describe, open_images, settled
+from idaa_lib.runs.machine import describe, open_images, resolve_path
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train.stages import vae_figures
 from idaa_lib.views import recipe
@@ -48,7 +48,7 @@ def import_run(
     source = load_official(path, size=size, mean=mean, std=std)
     arguments = {"size": size, "mean": mean, "std": std, **values}
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    config = _config(source, {"dataset": settled(dataset), **arguments}, path)
+    config = _config(source, {"dataset": resolve_path(dataset), **arguments}, path)
     data = open_images(config.dataset, config.split, config.size, config.limit)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from idaa_lib import configs
 from idaa_lib.configs import EncoderConfig
 from idaa_lib.nets import build_backbone, initial_weights
-from idaa_lib.nets.heads import Embedder
-from idaa_lib.nets.network import Embedding, Network
+from idaa_lib.nets.heads import Embedder, Embedding, Network
 from idaa_lib.registry import CHOICES, register
 from idaa_lib.views import Recipe, View, compile_view, keyed_generator
 

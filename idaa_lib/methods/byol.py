@@ -33,8 +33,7 @@ from idaa_lib.methods.base import (
     two_view_step,
 )
 from idaa_lib.methods.simsiam import negative_cosine
-from idaa_lib.nets.heads import mlp
-from idaa_lib.nets.network import Network
+from idaa_lib.nets.heads import Network, mlp
 from idaa_lib.views import View
 
 

@@ -46,8 +46,7 @@ from idaa_lib.methods.base import (
     register_method,
 )
 from idaa_lib.methods.plain import one_way
-from idaa_lib.nets.heads import Embedder
-from idaa_lib.nets.network import Network
+from idaa_lib.nets.heads import Embedder, Network
 from idaa_lib.views import Recipe, View, keyed_generator
 from idaa_lib.views.randaugment import RandAugment
 

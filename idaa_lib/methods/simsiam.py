@@ -28,8 +28,7 @@ from idaa_lib.methods.base import (
     register_method,
     two_view_step,
 )
-from idaa_lib.nets.heads import mlp
-from idaa_lib.nets.network import Embedding, Network
+from idaa_lib.nets.heads import Embedding, Network, mlp
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import View
 

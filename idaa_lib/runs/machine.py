@@ -35,7 +35,7 @@ def open_images(dataset: str, split: str, size: int, limit: int | None) -> Image
         raise ConfigError(f"dataset={dataset!r}: {error}.") from error
 
 
-def settled(dataset: str) -> str:
+def resolve_path(dataset: str) -> str:
     """An existing path made absolute: later stages may run in another folder."""
     path = Path(dataset).expanduser()
     return str(path.resolve()) if dataset not in NAMES and path.exists() else dataset

@@ -32,7 +32,7 @@ from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import rate
 from idaa_lib.registry import CHOICES, SOURCES, source
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
-from idaa_lib.runs.machine import describe, open_images, settled, uses_bf16
+from idaa_lib.runs.machine import describe, open_images, resolve_path, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train.accelerator import make_accelerator, start_trackers
 from idaa_lib.train.loop import Fit
@@ -205,7 +205,7 @@ def _features(
 
 
 def _plan(config: TrainingConfig) -> TrainingPlan:
-    config = config.replace(dataset=settled(config.dataset))
+    config = config.replace(dataset=resolve_path(config.dataset))
     data = open_images(config.dataset, config.split, config.size, config.limit)
     vae = start = None
     if isinstance(config, EncoderConfig) and config.needs_vae:
