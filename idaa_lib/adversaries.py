@@ -71,7 +71,7 @@ class Direction:
 def register_adversary(name: str) -> Callable[[Any], Any]:
     """A decorator that makes an adversary available as `adversary=name`.
 
-    The class is an `Adversary`, the names of its `Options` are its knobs.
+    The class is an `Adversary`, the names of its `Options` are its knobs; see `register_method`.
     """
     return register("adversary", name, Adversary, configs.Options)
 

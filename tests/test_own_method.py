@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import idaa_lib
-from idaa_lib import SSLConfig, load_encoder, registry, runs, train_ssl, train_vae
+from idaa_lib import SSLConfig, evaluate, load_encoder, registry, runs, train_ssl, train_vae
 from idaa_lib.adversaries import IDAA
-from idaa_lib.configs import ConfigError, VAEConfig
+from idaa_lib.configs import ConfigError, EvalConfig, VAEConfig
 from idaa_lib.lab import live, process
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.nets.vae import VAE
@@ -127,7 +127,8 @@ def test_it_trains_and_its_knobs_are_in_the_run_s_id(own, outputs):
     stored = (run.path / "config.json").read_bytes()
     for kinds, name in (("method", "align_uniform"), ("adversary", "idaa_posterior")):
         del registry.CHOICES[kinds][name]  # as in another kernel
-    assert load_encoder(run).module(torch.zeros(2, 3, 32, 32)).shape[0] == 2
+    judged = evaluate(EvalConfig(run=run.id, limit=64, device="cpu"))  # its backbone needs no file
+    assert judged.summary.keys() >= {"knn_top1", "random_knn_top1"}
     for name in ("summary.json", "state.json"):
         (run.path / name).unlink()
     with pytest.raises(ConfigError, match="import the module that registers it first"):

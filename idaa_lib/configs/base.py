@@ -40,7 +40,9 @@ class ConfigError(UserError, ValueError):
 
 
 class Options(BaseModel):
-    """The knobs of one method or one adversary, with their defaults; fields as in `Config`."""
+    """The knobs of one method or one adversary: annotated fields with defaults, as in `power: float
+    = 1.0`, with a range `Annotated[float, Field(ge=0)]` (pydantic's). Their names must not be those
+    of the stage's fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -51,14 +51,11 @@ def load_encoder(
         RunError: there is no such run or snapshot, it is not finished, or its weights do not fit.
     """
     run = runs.encoder(run)
-    config, tensors = run.config, _tensors(run, epoch)
+    tensors = _tensors(run, epoch)
     # Of FixMatch the averaged weights are evaluated.
     place = "ema.backbone." if run.stage == "semi" else "network.backbone."
     if layer == "backbone" and checkpoints.under(f"method.{place}", tensors):
-        with initial_weights(config.seed):
-            module: nn.Module = build_backbone(
-                config.backbone, width=config.width, stem=config.stem, adversarial_norms=False
-            )
+        module = _untrained_backbone(run)
         tensors = {name: value for name, value in tensors.items() if "_adv." not in name}
         _fill(module, f"method.{place}", tensors, run)
     else:
@@ -71,7 +68,10 @@ def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
 
     Of a run that continued another, or was imported: an untrained one of the same shape.
     """
-    return Encoder(_method(run).encoder(layer).eval().requires_grad_(False), *_units(run))
+    known = run.config.method in run.config.registered("method")
+    alone = layer == "backbone" and not known
+    module = _untrained_backbone(run) if alone else _method(run).encoder(layer)
+    return Encoder(module.eval().requires_grad_(False), *_units(run))
 
 
 def load_vae(run: Run | str | None = None, **values: object) -> VAE:
@@ -153,6 +153,15 @@ def open_splits(dataset: str, size: int, limit: int | None) -> dict[str, ImageSe
             f"dataset={dataset!r} has no labels to evaluate against in {' and '.join(bare)}."
         )
     return splits
+
+
+def _untrained_backbone(run: Run) -> nn.Module:
+    """The backbone of `run` alone, without adversarial norms."""
+    config = run.config
+    with initial_weights(config.seed):
+        return build_backbone(
+            config.backbone, width=config.width, stem=config.stem, adversarial_norms=False
+        )
 
 
 def _method(run: Run) -> Method:

@@ -131,9 +131,10 @@ class OfficialProtocol(NamedTuple):
 
 
 class Method(nn.Module):
-    """Base of all methods: built as cls(options, backbone, about).
+    """Base of all methods: built as cls(options, backbone, about); notebook 12 has an example.
 
-    `network` holds what is trained; the loop replaces it by what Accelerate prepares, so a method
+    A subclass makes `network`, of the backbone and its heads, and has `step`. The network gives an
+    `Embedding`, as `Network` does. The loop replaces it by what Accelerate prepares, so a method
     must call it as a whole (`embed`): a call of an inner part would skip the gradient exchange
     between processes. All state that training needs is in `state_dict()`, with fixed shapes.
 
@@ -145,7 +146,7 @@ class Method(nn.Module):
     """
 
     class Options(configs.Options):
-        """The knobs of the method; none."""
+        """The knobs of the method: none; a subclass has its own."""
 
     stage = "ssl"
     views = 2
@@ -210,6 +211,7 @@ class Method(nn.Module):
         return self.network(view.images, self.describe(view), adversarial)
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
+        """The losses of the views that `draw` made of a batch, and what may be attacked."""
         raise NotImplementedError
 
     @contextmanager
@@ -257,7 +259,11 @@ class Method(nn.Module):
 
 
 def register_method(name: str) -> Callable[[Any], Any]:
-    """A decorator that makes a method available as `method=name`."""
+    """A decorator that makes a method available as `method=name`.
+
+    The class is a `Method`, and the names of its `Options` are its knobs. The file that registers
+    it is part of a run's identity: what else the method needs belongs there.
+    """
     return register("method", name, Method, configs.Options)
 
 
