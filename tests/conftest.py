@@ -47,11 +47,11 @@ def outcome(run):
     return tensors, state, lines, summary, checkpoints.snapshots(run)
 
 
-def fit_of(method, config, rank=0, processes=1):
+def fit_of(method, config, rank=0, processes=1, adversary=None):
     """A training's loop on the CPU, as this rank of so many processes has it; no images."""
     place = dict(process_index=rank, num_processes=processes, device=torch.device("cpu"))
     images = torch.zeros(config.batch_size, 3, 1, 1, dtype=torch.uint8)
-    return Fit(SimpleNamespace(**place), method, images, config)
+    return Fit(SimpleNamespace(**place), method, images, config, adversary)
 
 
 def views_of(method, rank, processes, images):

@@ -61,8 +61,8 @@ def a_config(variant, adversary="idaa", **values):
 
 
 def a_method(variant, adversary="idaa", n=0, **values):
-    config = a_config(variant, adversary, **values)
-    views = recipe("none", SIZE, MEAN, STD)
+    config = a_config(variant, adversary, **{"augmentation": "none"} | values)
+    views = recipe(config.augmentation, SIZE, MEAN, STD)
     about = About(views, torch.zeros(n), batch_size=config.batch_size, seed=config.seed)
     method = build_method(config, about).double().train()
     if hasattr(method, "target"):  # as after some steps: not its network's twin
@@ -377,7 +377,44 @@ def test_a_queue_too_short_for_a_batch_is_refused():
         a_method("moco", queue=4)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_seed_decides_the_initial_weights(variant):
+    torch.manual_seed(9)  # the global generator has no part in it
+    one, again, other = (a_method(variant, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(value, again[name]) for name, value in one.items())
+    drawn = [name for name in one if "weight" in name and one[name].ndim > 1]
+    assert len(drawn) > 20
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+
+
 # --- two processes
+
+
+@pytest.mark.parametrize("adversary", ["none", "idaa", "random_sign", "clae"])
+@pytest.mark.parametrize("variant", ["simclr", "moco"])
+def test_two_processes_draw_what_one_would(variant, adversary, vae):
+    """Numbers of views and of the attack, which starts at random."""
+    config = a_config(variant, "none", batch_size=6)
+    method = a_method(variant, "none", n=12, batch_size=6, augmentation="simclr")
+    start = dict(random_start=True, norm="l2")
+    attacker = {
+        "none": None,
+        "idaa": IDAA(vae, 0.1, **start),
+        "random_sign": RandomSign(vae, 0.1),
+        "clae": CLAE(0.1, **start),
+    }[adversary]
+
+    def rows(rank, processes, step=3):
+        fit = fit_of(method, config, rank, processes, attacker)
+        return fit._numbers(step, {"images": 6 // processes})
+
+    whole, parts, later = rows(0, 1), [rows(rank, 2) for rank in (0, 1)], rows(0, 1, 4)
+    names = {"none": [], "random_sign": ["signs"]}.get(adversary, ["start", "radius"])
+    assert whole.keys() == {"view 0", "view 1", *(f"attack {name}" for name in names)}
+    for name, value in whole.items():
+        assert len(value.unique(dim=0)) == 6, name  # each image has its own
+        assert torch.equal(torch.cat([part[name] for part in parts]), value), name
+        assert not torch.equal(later[name], value), name
 
 
 def a_shared_step(variant, rank, processes, wrap):
@@ -444,6 +481,36 @@ def rates(variant, epochs, steps_per_epoch):
     """Learning rate over the base by epoch's first step, for each group."""
     factors = schedules(variant, epochs, steps_per_epoch)
     return [[factor(steps_per_epoch * e) for e in range(epochs)] for factor in factors]
+
+
+# Epochs, batch, rate, decay, optimiser, views (spec §4; MoCo and BYOL: their public CIFAR-10 code).
+PUBLISHED = {
+    "simclr": (300, 256, 3e-4, 0, "adam", "simclr"),
+    "plain": (301, 128, 0.03, 5e-4, "sgd", "normal"),
+    "uel": (301, 128, 0.03, 5e-4, "sgd", "normal"),
+    "simsiam": (300, 256, 0.03, 5e-4, "sgd", "simsiam"),
+    "simsiam/imagenet": (100, 256, 0.05, 1e-4, "sgd", "simsiam"),
+    "moco": (200, 512, 0.06, 5e-4, "sgd", "simsiam"),
+    "byol": (200, 128, 0.06, 5e-4, "sgd", "byol"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loop_trains_as_published(variant):
+    epochs, batch, rate, decay, optimizer, views = PUBLISHED[variant]
+    config = SSLConfig(preset="paper", dataset="imagenet", **values_of(variant))
+    assert (config.epochs, config.batch_size, config.learning_rate) == (epochs, batch, rate)
+    assert (config.optimizer, config.augmentation) == (optimizer, views)
+    method, fit = published(variant, 5, batch_size=batch)
+    groups = fit.optimizer.param_groups
+    assert all(group["weight_decay"] == decay for group in groups)
+    fit._numbers = lambda *place: {}
+    fit._work = lambda *inputs: (Step(torch.zeros(())), {})
+    method.after_step = lambda *inputs: None
+    for step in (0, 7, 5 * epochs // 2, 5 * epochs - 1):
+        fit.train_step(step, {}, {})
+        expected = [rate * schedule(step) for schedule in fit.schedules]
+        assert [group["lr"] for group in groups] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("variant", ["plain", "uel"])
