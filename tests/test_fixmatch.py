@@ -131,9 +131,9 @@ def test_cutout_agrees_with_pil_and_is_cut_off_at_the_border():
     box = torch.tensor([[*corner, 16, 16] for corner in corners]).float()
     oracle = []
     for image, (top, left) in zip(images, corners, strict=True):
-        made = to_pil(image)
-        ImageDraw.Draw(made).rectangle([left, top, left + 15, top + 15], (127, 127, 127))
-        oracle.append(made)
+        picture = to_pil(image)
+        ImageDraw.Draw(picture).rectangle([left, top, left + 15, top + 15], (127, 127, 127))
+        oracle.append(picture)
     assert torch.equal(cutout(images.float(), box), from_pil(oracle))
     box[:, 2] = 0
     assert torch.equal(cutout(images.float(), box), images.float())
@@ -170,9 +170,9 @@ def test_strong_parameters_are_distributed_as_the_public_recipe_draws_them():
         share = torch.full_like(counts, 0.5 / len(OPERATIONS))
         share[INDEX["identity"]] += 0.5  # not done
         assert stats.chisquare(counts, n * share).pvalue > P_VALUE
-    drawn = params["operations"].flatten()
+    operations = params["operations"].flatten()
     strengths = params["strengths"].flatten()
-    rotations = strengths[drawn == INDEX["rotate"]]
+    rotations = strengths[operations == INDEX["rotate"]]
     counts = [int((rotations == 3 * v).sum()) for v in range(-9, 10) if v]
     assert sum(counts) == len(rotations)
     assert stats.chisquare(counts).pvalue > P_VALUE
@@ -320,8 +320,8 @@ def naive_step(trained, views, labels, config, attack):
         return sum(rows(start, network(candidate, adversarial=True))) / len(u)
 
     x_adv = attack(ascended, u)
-    found = rows(h[len(x) : len(x) + len(u)].detach(), network(x_adv, adversarial=True))
-    adversarial = sum(row for row, sure in zip(found, believed, strict=True) if sure) / len(u)
+    contrasts = rows(h[len(x) : len(x) + len(u)].detach(), network(x_adv, adversarial=True))
+    adversarial = sum(row for row, sure in zip(contrasts, believed, strict=True) if sure) / len(u)
     return loss + config.alpha * adversarial, x_adv, believed
 
 
@@ -385,11 +385,11 @@ def test_epsilon_0_gives_the_adversarial_loss_of_the_weak_view_itself(adversary,
     itself, _, believed = naive_step(network, views, labels, settings(**values), lambda loss, u: u)
     assert 0 < believed.sum() < len(believed)
     step = method.step(views, BATCH, Moment())
-    found, other = (
+    total, other = (
         step.loss + 0.7 * step.adversarial_loss(attacked(adversary, step, epsilon))
         for epsilon in (0.0, 0.5)
     )
-    torch.testing.assert_close(found, itself)
+    torch.testing.assert_close(total, itself)
     assert (other - itself).abs() > 1e-5  # so that agreement means something
 
 
@@ -533,10 +533,10 @@ def test_streams_visit_all_images_equally_often_and_any_epoch_is_known_alone():
     assert every.bincount(minlength=30).tolist() == [4] * 30
     assert every[:30].sort().values.tolist() == list(range(30))
     assert every[:30].tolist() != every[30:60].tolist()
-    known = torch.cat([batch["labelled"] for batch in batches])
+    labelled = torch.cat([batch["labelled"] for batch in batches])
     subset = labelled_subset(labels, 2, CLASSES, 0)
-    assert known.unique().tolist() == subset.tolist()
-    assert known.bincount(minlength=30)[subset].tolist() == [10] * 6
+    assert labelled.unique().tolist() == subset.tolist()
+    assert labelled.bincount(minlength=30)[subset].tolist() == [10] * 6
     assert method.images_per_step() == len(batches[0]["images"]) + len(batches[0]["labelled"])
     third = list(method.batches(2))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(third, epochs[2], strict=True) for k in a)
@@ -619,11 +619,11 @@ def test_every_adversary_has_fixmatch_s_radius():
 def test_the_paper_s_preset_is_the_public_recipe():
     config = SemiConfig(preset="paper")
     assert config.epochs * config.steps_per_epoch == 2**20
-    wanted = dict(
+    published = dict(
         dataset="cifar100", backbone="wrn28", width=16 * 8, batch_size=64, mu=7, ema_decay=0.999,
         learning_rate=0.03, weight_decay=1e-3, threshold=0.95, lambda_u=1.0,
     )  # fmt: skip
-    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert {name: getattr(config, name) for name in published} == published
 
 
 # --- whole runs
@@ -759,7 +759,7 @@ def test_a_vae_sees_cifar_100_s_views_in_its_own_units(outputs, tmp_path, monkey
     original, seen = kind.__call__, []
 
     def attack(self, x, attack_loss, **turn):
-        made = original(self, x, attack_loss, **turn)
+        result = original(self, x, attack_loss, **turn)
         levels = 255 * (x * std + mean)
         pixels = levels.round() / 255  # a weak view is moved and mirrored: whole levels
         assert (levels - 255 * pixels).abs().max() < 0.01
@@ -770,18 +770,18 @@ def test_a_vae_sees_cifar_100_s_views_in_its_own_units(outputs, tmp_path, monkey
         if adversary == "idaa":
             sure = gradient.abs() > 0.01 * gradient.abs().mean()
             assert sure.double().mean() > 0.9
-            assert torch.equal(made.delta.sign()[sure], gradient.sign()[sure])
+            assert torch.equal(result.delta.sign()[sure], gradient.sign()[sure])
         with torch.no_grad():
-            close(made.delta.abs(), torch.full_like(zeta, 0.5))
-            close(made.z, zeta + made.delta)
-            close(made.reconstruction, (G - mean) / std)
-            changed = vae.decode(zeta + made.delta) * vae_std + vae_mean
-            close(made.images, (pixels - G + changed - mean) / std)
+            close(result.delta.abs(), torch.full_like(zeta, 0.5))
+            close(result.z, zeta + result.delta)
+            close(result.reconstruction, (G - mean) / std)
+            changed = vae.decode(zeta + result.delta) * vae_std + vae_mean
+            close(result.images, (pixels - G + changed - mean) / std)
             # What an attack without conversion would give lies elsewhere.
-            naive = x - vae.decode(vae.encode(x)[0]) + vae.decode(vae.encode(x)[0] + made.delta)
-            assert (naive - made.images).abs().max() > 0.01
-        seen.append(made)
-        return made
+            naive = x - vae.decode(vae.encode(x)[0]) + vae.decode(vae.encode(x)[0] + result.delta)
+            assert (naive - result.images).abs().max() > 0.01
+        seen.append(result)
+        return result
 
     monkeypatch.setattr(kind, "__call__", attack)
     values |= dict(batch_size=4, mu=2, steps_per_epoch=2, labels_per_class=2)
@@ -794,10 +794,10 @@ def test_the_notebook_runs_beside_labels_alone(outputs, tmp_path):
     sweeps.execute(
         "07_semi_supervised", TINY | {"adversary": "clae", "epochs": 1}, tmp_path / "out.ipynb"
     )
-    found = runs.find("semi")
-    told = {(run.config.adversary, run.config.lambda_u) for run in found}
-    assert told == {("none", 0.0), ("none", 1.0), ("clae", 1.0)}
-    (run,) = (run for run in found if run.config.adversary == "clae")
+    trained = runs.find("semi")
+    kinds = {(run.config.adversary, run.config.lambda_u) for run in trained}
+    assert kinds == {("none", 0.0), ("none", 1.0), ("clae", 1.0)}
+    (run,) = (run for run in trained if run.config.adversary == "clae")
     assert {path.name for path in (run.path / "figures").glob("*.png")} == {
         "views.png", "losses.png", "pseudo_labels.png", "accuracy.png", "validation.png",
     }  # fmt: skip

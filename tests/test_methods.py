@@ -382,9 +382,9 @@ def test_seed_decides_the_initial_weights(variant):
     torch.manual_seed(9)  # the global generator has no part in it
     one, again, other = (a_method(variant, seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(value, again[name]) for name, value in one.items())
-    drawn = [name for name in one if "weight" in name and one[name].ndim > 1]
-    assert len(drawn) > 20
-    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+    weights = [name for name in one if "weight" in name and one[name].ndim > 1]
+    assert len(weights) > 20
+    assert not any(torch.equal(one[name], other[name]) for name in weights)
 
 
 # --- two processes
@@ -515,9 +515,9 @@ def test_the_loop_trains_as_published(variant):
 
 @pytest.mark.parametrize("variant", ["plain", "uel"])
 def test_plain_s_rate_falls_at_the_published_epochs(variant):
-    (found,) = rates(variant, 301, 390)
+    (factors,) = rates(variant, 301, 390)
     expected = [1.0] * 120 + [0.1] * 40 + [0.05] * 40 + [0.01] * 101
-    assert found == expected
+    assert factors == expected
     (half,) = rates(variant, 151, 3)
     assert (half.index(0.1), half.index(0.05), half.index(0.01)) == (61, 81, 101)
 
@@ -538,10 +538,10 @@ def test_simsiam_warms_up_and_its_predictor_keeps_its_rate():
 
 @pytest.mark.parametrize("variant", ["moco", "byol", "simsiam/imagenet"])
 def test_a_cosine_by_epoch(variant):
-    (found,) = rates(variant, 20, 5)
+    (factors,) = rates(variant, 20, 5)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
-    for rate in found:
+    for rate in factors:
         assert rate == pytest.approx(cosine.get_last_lr()[0])
         optimizer.step()
         cosine.step()
@@ -570,15 +570,15 @@ def test_heads_are_the_papers():
     """Layers at full width (spec §4): [2048]-BN-ReLU-[2048]-BN and its kin."""
 
     def layers(module):
-        told = []
+        parts = []
         for part in module.modules():
             if isinstance(part, nn.Linear):
-                told.append((part.in_features, part.out_features, part.bias is not None))
+                parts.append((part.in_features, part.out_features, part.bias is not None))
             elif isinstance(part, nn.BatchNorm1d):
-                told.append("BN" if part.affine else "BN without affine")
+                parts.append("BN" if part.affine else "BN without affine")
             elif isinstance(part, nn.ReLU):
-                told.append("ReLU")
-        return told
+                parts.append("ReLU")
+        return parts
 
     def heads(**values):
         config = SSLConfig(preset="paper", **values)
@@ -653,8 +653,8 @@ def test_recipes_go_over_the_preset_and_under_what_is_given(monkeypatch):
     small = SSLConfig(preset="cifar10", method="simsiam", pairing="imagenet")
     assert (small.backbone, small.stem, small.size) == ("resnet18", "cifar", 32)
     # Linear scaling, lr·B/256 (spec §4), where the rate is not given.
-    for given, base in ((dict(preset="paper", method="simsiam"), 0.03), (there, 0.05)):
-        scaled = SSLConfig(**given, batch_size=512)
+    for values, base in ((dict(preset="paper", method="simsiam"), 0.03), (there, 0.05)):
+        scaled = SSLConfig(**values, batch_size=512)
         assert scaled.learning_rate == pytest.approx(2 * base)
         assert SSLConfig(**dict(scaled) | {"learning_rate": 0.07}).learning_rate == 0.07
     attacked = there | {"adversary": "idaa"}
@@ -811,12 +811,12 @@ def test_training_lowers_the_loss_and_lifts_knn(
 def test_the_official_protocol_is_the_method_s(
     outputs, monkeypatch, shallow, method, knn_layer, linear_layer, of, tau
 ):
-    asked = []
+    probes = []
     stage = importlib.import_module("idaa_lib.evaluate.stage")
     original = stage.official_probe
 
     def probe(*sets, **how):
-        asked.append(how)
+        probes.append(how)
         return original(*sets, **how, epochs=1)
 
     monkeypatch.setattr(stage, "official_probe", probe)
@@ -829,5 +829,5 @@ def test_the_official_protocol_is_the_method_s(
     assert f"τ={tau}," in summary["knn_protocol"]
     assert summary["linear_protocol"].startswith(f"official of {of}: {linear_layer}, Adam")
     assert summary["pixels_linear_protocol"].startswith(f"official of {of}: raw pixels, Adam")
-    assert [how["batch_size"] for how in asked] == [128 if method == "uel" else 256] * 3
+    assert [how["batch_size"] for how in probes] == [128 if method == "uel" else 256] * 3
     assert config == EvalConfig(run=run.id, limit=60, protocol="official", device="cpu")

@@ -77,12 +77,12 @@ def sphere(n, dim, seed=0):
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_nt_xent_agrees_with_naive_loops(n, temperature):
     raw = torch.randn(2, n, 5, dtype=torch.float64, generator=keyed_generator(n))
-    found = []
+    values = []
     for loss in (nt_xent, reference.nt_xent):
         leaf = raw.clone().requires_grad_()
         value = loss(*F.normalize(leaf, dim=2), temperature)
-        found.append((value.detach(), *torch.autograd.grad(value, leaf)))
-    (value, gradient), (oracle, oracle_gradient) = found
+        values.append((value.detach(), *torch.autograd.grad(value, leaf)))
+    (value, gradient), (oracle, oracle_gradient) = values
     torch.testing.assert_close(value, oracle)
     torch.testing.assert_close(gradient, oracle_gradient)
 
@@ -181,13 +181,13 @@ def test_reusing_the_anchor_changes_no_direction(kind):
 
 @pytest.mark.parametrize("random_start", [False, True])
 def test_reusing_the_anchor_changes_no_attack_of_several_steps(random_start):
-    views, vae, found = two_views(), a_vae(), []
+    views, vae, attacks = two_views(), a_vae(), []
     for reuse_anchor in (True, False):
         step = simclr().step(views, {}, Moment())
         adversary = IDAA(vae, 0.5, steps=3, random_start=random_start, reuse_anchor=reuse_anchor)
         x = step.attacked.images
-        found.append(adversary(x, step.attack_loss, generator=keyed_generator(1)))
-    torch.testing.assert_close(found[0].images, found[1].images, rtol=0, atol=1e-9)
+        attacks.append(adversary(x, step.attack_loss, generator=keyed_generator(1)))
+    torch.testing.assert_close(attacks[0].images, attacks[1].images, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("reuse_anchor", [True, False])
@@ -372,8 +372,8 @@ def worker(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     wrap = functools.partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
     for reuse_anchor in (True, False):
-        found = a_step(rank, 2, wrap, reuse_anchor)
-        torch.save(found, f"{folder}/{reuse_anchor}-{rank}.pt")
+        tensors = a_step(rank, 2, wrap, reuse_anchor)
+        torch.save(tensors, f"{folder}/{reuse_anchor}-{rank}.pt")
     gc.collect()  # a wrapped network in a cycle would hold the group past its end
     dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()
