@@ -62,7 +62,7 @@ def results(chosen: Sequence[Run], damage: list[str] | None = None) -> pd.DataFr
         try:
             about = _about(run)
             records += [about | figure for figure in _figures(run)]
-            trainings[run] = judged(run)
+            trainings[run] = training_of(run)
         except DAMAGE as error:
             if damage is None:
                 raise
@@ -82,7 +82,7 @@ def results(chosen: Sequence[Run], damage: list[str] | None = None) -> pd.DataFr
 
 def _about(run: Run) -> dict[str, Any]:
     """What a run is: the columns that all its figures share."""
-    training, data = judged(run), run.environment.get("dataset", {})
+    training, data = training_of(run), run.environment.get("dataset", {})
     about = {
         "run": run.id, "stage": run.stage, "training": run.config.run if not training else "",
         "method": "", "adversary": "", "seed": None, "epochs": None, "images": None,
@@ -176,7 +176,7 @@ def groups(frame: pd.DataFrame) -> list[Group]:
     members: dict[frozenset[str], list[str]] = {}
     for run, rows in frame[frame["features"] == "encoder"].groupby("run", sort=False):
         members.setdefault(frozenset(rows["metric"] + rows["alike"]), []).append(str(run))
-    return [_group(frame[frame["run"].isin(found)], "metric") for found in members.values()]
+    return [_group(frame[frame["run"].isin(ids)], "metric") for ids in members.values()]
 
 
 def beside(run: Run) -> Group:
@@ -184,15 +184,15 @@ def beside(run: Run) -> Group:
     others = [other for other in runs.find(run.stage) if other != run]
     by = "dataset" if run.stage == "transfer" else "metric"
 
-    def judged_parts(chosen: Sequence[Run]) -> pd.DataFrame:
+    def test_figures(chosen: Sequence[Run]) -> pd.DataFrame:
         frame = results(chosen, damage=[])
         frame = frame[(frame["split"] == "test") & (frame["features"] == "encoder")]
         frame = frame[frame["metric"].str.startswith("linear")] if by == "dataset" else frame
         return frame[frame["alike"].isin(frame[frame["run"] == run.id]["alike"])]
 
-    members = set(judged_parts([run, *others])["run"])
+    members = set(test_figures([run, *others])["run"])
     # Once more, of these alone: a label says what differs between them.
-    frame = judged_parts([run, *(other for other in others if other.id in members)])
+    frame = test_figures([run, *(other for other in others if other.id in members)])
     return _group(frame.sort_values("label", kind="stable"), by)
 
 
@@ -241,8 +241,8 @@ def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
         cells = dict(zip(mine["heading"], mine["text"], strict=True))
         about = {"seed": "not stated", "epochs": mine["epochs"].iloc[0] or "not stated"}
         rows[f"{label} (paper)"] = cells | about
-    shown = pd.DataFrame.from_dict(rows, "index")
-    return shown.reindex(columns=[*columns, *OF_TRAINING]).fillna("–")
+    frame = pd.DataFrame.from_dict(rows, "index")
+    return frame.reindex(columns=[*columns, *OF_TRAINING]).fillna("–")
 
 
 def _heading(frame: pd.DataFrame, by: str) -> pd.Series:
@@ -294,7 +294,7 @@ def paper(frame: pd.DataFrame) -> pd.DataFrame:
     own = frame.drop_duplicates(["stage", "dataset", "size", "classes"])
     fits = pd.Series(False, theirs.index)
     for _, row in own.iterrows():
-        fit = (theirs["stage"] == row["stage"]) & (theirs["dataset"] == known(row["dataset"]))
+        fit = (theirs["stage"] == row["stage"]) & (theirs["dataset"] == paper_name(row["dataset"]))
         for name in ("size", "classes"):
             value = len(row[name]) if isinstance(row[name], list) else row[name]
             fit &= (theirs[name] == "") | (theirs[name] == str(value))
@@ -302,7 +302,7 @@ def paper(frame: pd.DataFrame) -> pd.DataFrame:
             fit &= theirs["method"].isin(set(frame["method"]))
         fits |= fit
     theirs = theirs[fits]
-    names = {known(name): name for name in own["dataset"]}
+    names = {paper_name(name): name for name in own["dataset"]}
     theirs = theirs.assign(dataset=theirs["dataset"].map(names))
     attack = (" + " + theirs["adversary"]).where(theirs["adversary"] != "", "")
     epochs = (", " + theirs["epochs"] + " epochs").where(theirs["size"] == "224", "")
@@ -311,7 +311,7 @@ def paper(frame: pd.DataFrame) -> pd.DataFrame:
     return theirs.assign(label=label, text=theirs["value"] + spread)
 
 
-def known(dataset: str) -> str:
+def paper_name(dataset: str) -> str:
     """How the paper calls a data set, if it is one of its: `/data/cifar100-images.zip` is cifar100,
     but `imagenet-100` and `cifar10-c` are data of their own."""
     name = Path(dataset).name.lower().replace("_", "-").replace("miniimagenet", "mini-imagenet")
@@ -321,7 +321,7 @@ def known(dataset: str) -> str:
 # --- names ----------------------------------------------------------------------------------------
 
 
-def judged(run: Run) -> Run | None:
+def training_of(run: Run) -> Run | None:
     """The training that a run is of: itself, or of an evaluation what it judges, None once gone."""
     if run.stage not in JUDGING:
         return run
@@ -343,7 +343,7 @@ def title(config: Any) -> tuple[str, str]:
 
 def name_of(run: Run) -> str:
     """`SimCLR + IDAA`, `VAE, dim 128`; of an evaluation, what it judges."""
-    training = judged(run)
+    training = training_of(run)
     if training is None:
         return run.config.run
     method, adversary = title(training.config)

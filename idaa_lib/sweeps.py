@@ -73,7 +73,7 @@ def points(grid: Mapping[str, Any]) -> list[Point]:
         for stage, fields in grid.get("cross", {}).items()
         for name, values in fields.items()
     ]
-    found = []
+    places = []
     for *values, seed in itertools.product(*(a[2] for a in axes), grid.get("seeds", [0])):
         fields = {stage: {**shared, "seed": seed, **fixed.get(stage, {})} for stage in STAGES}
         fields["eval"] = shared | fixed.get("eval", {})
@@ -82,8 +82,8 @@ def points(grid: Mapping[str, Any]) -> list[Point]:
             labels[name] = value
             for each in STAGES if stage == "all" else (stage,):
                 fields[each][name] = value
-        found.append(Point(labels, **fields))
-    return found
+        places.append(Point(labels, **fields))
+    return places
 
 
 def sensitivity(config: SweepConfig) -> list[Point]:
@@ -98,7 +98,7 @@ def sensitivity(config: SweepConfig) -> list[Point]:
     held["beta"] = VAEConfig(**shared["all"] | config.vae).beta
     axes: dict[str, Sequence[Any]] = {"epsilon": config.epsilons, "beta": config.betas}
     axes |= {"dim": config.dims, **config.axes}
-    found = []
+    places = []
     for axis, values in axes.items():
         of_vae = axis in ("beta", "dim")
         fixed = shared | {"vae": held if of_vae else config.vae, "ssl": config.ssl}
@@ -107,8 +107,8 @@ def sensitivity(config: SweepConfig) -> list[Point]:
         cross["ssl"] = cross.get("ssl", {}) | {"adversary": attacks}
         for point in points({"fixed": fixed, "cross": cross, "seeds": config.seeds}):
             labels = {"axis": axis, "at": point.labels[axis], "adversary": point.ssl["adversary"]}
-            found.append(point._replace(labels=labels))
-    return found
+            places.append(point._replace(labels=labels))
+    return places
 
 
 def cells(config: CompareConfig) -> list[Point]:
@@ -118,7 +118,7 @@ def cells(config: CompareConfig) -> list[Point]:
     judged with its references, the encoder before training and raw pixels: the same for all where
     all are judged alike (`clean`), and left out where the pixels are more than a probe can take.
     """
-    found = []
+    grid = []
     sources = dict.fromkeys((None, config.elsewhere))  # of the VAE
     for method, elsewhere in itertools.product(config.methods, sources):
         fixed = _shared(config)
@@ -126,11 +126,11 @@ def cells(config: CompareConfig) -> list[Point]:
         fixed["ssl"] = config.ssl | config.ssl_of.get(method, {}) | {"method": method}
         cross = {"ssl": {"adversary": ["idaa"] if elsewhere else config.adversaries}}
         labels = {"method": method, "vae_of": elsewhere}
-        found += points({"labels": labels, "fixed": fixed, "cross": cross, "seeds": config.seeds})
-    first = found[0]
+        grid += points({"labels": labels, "fixed": fixed, "cross": cross, "seeds": config.seeds})
+    first = grid[0]
     if EvalConfig(**first.eval).protocol == "clean" and SSLConfig(**first.ssl).size <= 32:
-        found[0] = first._replace(eval=first.eval | {"references": True} | config.eval)
-    return found
+        grid[0] = first._replace(eval=first.eval | {"references": True} | config.eval)
+    return grid
 
 
 def _shared(config: SweepConfig | CompareConfig) -> dict[str, dict[str, Any]]:
@@ -277,12 +277,12 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
     """The tidy results of all points that are finished: their labels, then `results.results`."""
     import pandas as pd
 
-    found = [(point.labels, run, results.judged(run) or run) for point, run in finished(grid)]
-    runs = list(dict.fromkeys([run for _, run, _ in found] + [run for *_, run in found]))
+    ends = [(point.labels, run, results.training_of(run) or run) for point, run in finished(grid)]
+    runs = list(dict.fromkeys([run for _, run, _ in ends] + [run for *_, run in ends]))
     figures = results.results(runs)
-    labels = pd.DataFrame([{**labels, "training": run.id} for labels, _, run in found])
+    labels = pd.DataFrame([{**labels, "training": run.id} for labels, _, run in ends])
     beside = [name for name in labels if name not in figures]
-    return labels[["training", *beside]].merge(figures, on="training") if found else figures
+    return labels[["training", *beside]].merge(figures, on="training") if ends else figures
 
 
 def missing(grid: Sequence[Point]) -> str:

@@ -27,7 +27,7 @@ from idaa_lib.results import (
     differing,
     groups,
     interval,
-    known,
+    paper_name,
     results,
 )
 from idaa_lib.train import train
@@ -44,7 +44,7 @@ def finished(config, summary, *data, size=32):
     run = runs.run_for(config, " ".join(f"{each}" for each in data), **pointers)
     sets = [
         {"name": name, "fingerprint": pixels, "n": 640, "size": size}
-        | {"classes": CLASSES.get(known(name), 2)}
+        | {"classes": CLASSES.get(paper_name(name), 2)}
         for name, pixels in data
     ]
     environment = {"dataset": sets[0], **({"datasets": sets} if run.stage == "transfer" else {})}

@@ -24,9 +24,9 @@ def notebook_of(run: Run) -> Path:
     path = run.path / "notebook.ipynb"
     if not path.exists():
         stage = load_notebook_node(str(sweeps.FOLDER / f"{runs.NOTEBOOKS[run.stage]}.ipynb"))
-        made = parameterize_notebook(stage, runs.parameters(run.config))
+        filled = parameterize_notebook(stage, runs.parameters(run.config))
         draft = path.with_suffix(f".{os.getpid()}")
-        nbformat.write(made, draft)
+        nbformat.write(filled, draft)
         os.replace(draft, path)
     return path
 

@@ -118,8 +118,8 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
                 if len(rows) > 1:
                     axis.plot([at + shift] * len(rows), rows["value"], ".", color=INK, markersize=4)
         if lines is not None:
-            known = lines[lines[panels] == name].drop_duplicates("features")
-            for (what, level), dash in zip(known[["features", "value"]].values, "-:", strict=False):
+            own = lines[lines[panels] == name].drop_duplicates("features")
+            for (what, level), dash in zip(own[["features", "value"]].values, "-:", strict=False):
                 axis.axhline(level, color=INK, lw=1, ls=dash, alpha=0.6, label=what)
         axis.set(title=str(name), xlabel=groups, ylabel="accuracy (%)")
         axis.set_xticks(range(len(places)), [str(place).replace(", ", ",\n") for place in places])
@@ -204,10 +204,10 @@ def neighbours(
     near = similarity.topk(count, dim=1).indices
     size = (1.07 * (count + 1), 1.1 * len(queries))
     figure, axes = style.axes(len(queries), count + 1, figsize=size, layout=None, squeeze=False)
-    for line, q, found in zip(axes, queries, near, strict=True):
+    for line, q, nearest in zip(axes, queries, near, strict=True):
         name = classes[int(labels[q])]
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
-        for axis, i in zip(line, [q, *found.tolist()], strict=True):
+        for axis, i in zip(line, [q, *nearest.tolist()], strict=True):
             axis.imshow(images[i].permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
             same = labels[i] == labels[q]

@@ -57,7 +57,7 @@ def row_of(run: Run) -> Row:
         texts = [results.field_text(k, v, "=") for k, v in changed.items()]
         if run.stage in results.JUDGING:
             texts.insert(0, f"of {config.run[-8:]}")
-        training = results.judged(run)  # None: what it judged is gone
+        training = results.training_of(run)  # None: what it judged is gone
         if training and hasattr(training.config, "adversary"):
             method, adversary = results.title(training.config)
         data = Path(config.dataset or "–").name

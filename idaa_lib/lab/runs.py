@@ -31,7 +31,7 @@ STYLE = (Path(__file__).parent / "runs.css").read_text()
 class RunsPage:
     """The page as a widget, `ui`; `show()` displays it and keeps it up to date until `close()`."""
 
-    _shown: RunsPage | None = None  # the one that a cell which runs again replaces
+    _present: RunsPage | None = None  # the one that a cell which runs again replaces
 
     def __init__(self) -> None:
         self.picked: list[Run] = []
@@ -78,9 +78,9 @@ class RunsPage:
         self._safe(self.refresh)()
 
     def show(self) -> None:
-        if RunsPage._shown is not None:
-            RunsPage._shown.close()
-        RunsPage._shown = self
+        if RunsPage._present is not None:
+            RunsPage._present.close()
+        RunsPage._present = self
         threading.Thread(target=self._follow, daemon=True).start()
         display(self.ui)
 
@@ -125,12 +125,12 @@ class RunsPage:
         ]
         pages = max(1, -(-len(fitting) // PAGE))
         self._page = min(max(self._page, 0), pages - 1)
-        shown = fitting[self._page * PAGE : (self._page + 1) * PAGE]
-        for run in shown:
+        page = fitting[self._page * PAGE : (self._page + 1) * PAGE]
+        for run in page:
             if run not in self._lines:
                 self._lines[run] = self._line(run)
             self._lines[run][0].value = self._rows[run].html(run)
-        self.table.children = (self.head, *(self._lines[run][1] for run in shown))
+        self.table.children = (self.head, *(self._lines[run][1] for run in page))
         self.count.value = f"page {self._page + 1} of {pages}; {_many(len(fitting), 'run')}"
         if not self._rows:
             self.count.value = (

@@ -86,12 +86,12 @@ def save(figure: Figure, path: Path) -> Image:
     Raises:
         ValueError: IDAA_PDF is neither 0 nor 1.
     """
-    asked = os.environ.get("IDAA_PDF") or "0"
-    if asked not in ("0", "1"):
-        raise ValueError(f"IDAA_PDF must be 1 (figures as PDF too) or 0, and is {asked!r}.")
+    choice = os.environ.get("IDAA_PDF") or "0"
+    if choice not in ("0", "1"):
+        raise ValueError(f"IDAA_PDF must be 1 (figures as PDF too) or 0, and is {choice!r}.")
     draw_names_plainly(figure)
     figure.savefig(path, dpi=DPI)
-    if asked == "1":
+    if choice == "1":
         figure.savefig(path.with_suffix(".pdf"))
     width, _ = PIL.Image.open(path).size
     return Image(path.read_bytes(), format="png", width=round(width * 96 / DPI))
