@@ -42,7 +42,7 @@ def row(what, value, unit="ms", spread=None):
 def test_hardware_tells_processors_of_one_name_apart(cpuinfo, named, monkeypatch):
     monkeypatch.setattr(environment.platform, "processor", lambda: "aarch64")
     monkeypatch.setattr(environment.Path, "exists", lambda path: True)
-    monkeypatch.setattr(environment.Path, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr(environment.Path, "read_text", lambda path, **options: cpuinfo)
     found = environment.hardware(torch.device("cpu"))
     assert found.startswith(named) and found.endswith(f" of {os.cpu_count()} cores")
 
