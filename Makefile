@@ -23,9 +23,9 @@ setup:  ## Make the environment (.venv, or the active one) and install everythin
 demo: setup  ## From nothing to results: VAE, SimCLR x 3, evaluation, sensitivity (about 8 minutes)
 	@$(ALLOCATOR) $(PY) -m idaa_lib.sweeps demo
 
-test: setup  ## Lint, types and all tests
+test: setup  ## Lint, types and all tests (or those of TESTS="tests/test_nets.py …")
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
-	@$(PY) -m pytest -n auto --dist worksteal
+	@$(PY) -m pytest -n auto --dist worksteal $(TESTS)
 
 lab: setup  ## Open JupyterLab on this machine only (its address has the token)
 	@$(ALLOCATOR) $(ENV)/bin/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks \
