@@ -317,15 +317,15 @@ def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
 
 def test_its_figures_are_the_theory_s_of_these_networks(made, plan):
     """Retrieval of x, G, R and the latent's information, from the networks by another way."""
-    witness, told = plan.witness, made.summary
+    witness, summary = plan.witness, made.summary
     x, vae = plan.scene.x, plan.scene.vae
     G, R = vae.decompose(x)
     for part, images in (("x", x), ("G", G), ("R", R)):
         z = F.normalize(witness.embed(images), dim=1)
         cosine = z @ F.normalize(witness.candidates, dim=1).T
         found = 100 * (cosine.argmax(1) == torch.arange(20)).float().mean().item()
-        assert told["parts"][part]["retrieved"] == pytest.approx(found)
-    latent = told["latent"]
+        assert summary["parts"][part]["retrieved"] == pytest.approx(found)
+    latent = summary["latent"]
     assert latent["information"] <= min(math.log(20), latent["rate"]) + 1e-9
     # The decoder's s², of both terms of L_VAE, with the noise of a pixel's cell (Δ²/12).
     steps = [1 / (255 * std) for std in plan.scene.std]
@@ -359,8 +359,8 @@ def test_an_exchange_is_the_naive_loop(made, plan):
 
 
 def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made, plan):
-    told, scene = made.summary, plan.scene
-    for name, curve in told["curves"].items():
+    summary, scene = made.summary, plan.scene
+    for name, curve in summary["curves"].items():
         assert [row["epsilon"] for row in curve] == sorted(row["epsilon"] for row in curve)
         row = curve[-1]
         x_adv = scene.attack(name, row["epsilon"])
@@ -368,8 +368,8 @@ def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made, plan):
         moved = (x_adv - scene.x).flatten(1).norm(dim=1).mean().item()
         assert row["l2"] == pytest.approx(moved, rel=1e-4)
         assert 0 <= row["consistency"] <= 100
-    curves = told["curves"]
-    pairs = [row for row in told["claims"] if row.get("at") == "hardness" and row["value"]]
+    curves = summary["curves"]
+    pairs = [row for row in summary["claims"] if row.get("at") == "hardness" and row["value"]]
     assert pairs
     for row in pairs:
         a, b = map(float, re.findall(r"ε = ([\d.]+)", row["claim"]))
@@ -377,7 +377,7 @@ def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made, plan):
             next(r for r in curves[name] if r["epsilon"] == pytest.approx(epsilon, rel=1e-2))
             for name, epsilon in (("idaa", a), (row["adversary"], b))
         )
-        rise = mine["loss_after"] - told["loss_before"]
+        rise = mine["loss_after"] - summary["loss_before"]
         assert other["loss_after"] == pytest.approx(mine["loss_after"], abs=0.01 * rise)
         key = {"hits": "retrieved", "gains": "infonce"}[row["by"]]
         assert row["value"] == pytest.approx(mine[key] - other[key])
@@ -407,19 +407,19 @@ def test_vaes_that_differ_in_one_thing_alone_are_siblings(middle):
 
 
 def test_every_axis_of_a_figure_has_a_label(made):
-    told = made.summary
-    drawn = [getattr(pictures, name)(told) for name in FIGURES if name != "curves"]
-    for figure in (*drawn, pictures.identity_curves(told["curves"])):
+    summary = made.summary
+    drawn = [getattr(pictures, name)(summary) for name in FIGURES if name != "curves"]
+    for figure in (*drawn, pictures.identity_curves(summary["curves"])):
         # What is shared between panels is said at the first.
         assert figure.axes[0].get_ylabel()
         assert all(axis.get_xlabel() for axis in figure.axes)
-    table = pictures.hardness_table(told)
+    table = pictures.hardness_table(summary)
     assert set(table[""]) == {"IDAA", "CLAE", "random sign"}
-    assert pictures.vaes(told | {"vaes": {"epsilon": 0.3}}) is None
-    unlabelled = {n: [{**row} for row in curve] for n, curve in told["curves"].items()}
+    assert pictures.vaes(summary | {"vaes": {"epsilon": 0.3}}) is None
+    unlabelled = {n: [{**row} for row in curve] for n, curve in summary["curves"].items()}
     for row in itertools.chain(*unlabelled.values()):
         del row["consistency"]
-    assert len(pictures.equal_hardness(told | {"curves": unlabelled}).axes) == 2
+    assert len(pictures.equal_hardness(summary | {"curves": unlabelled}).axes) == 2
 
 
 def test_attacked_and_witness_may_both_be_untrained(middle):
@@ -451,8 +451,8 @@ def test_a_verdict_follows_the_interval(interval, than, verdict):
 
 
 def test_claims_are_the_differences_of_the_readings(made):
-    told, claims = made.summary, made.summary["claims"]
-    parts = told["parts"]
+    summary, claims = made.summary, made.summary["claims"]
+    parts = summary["parts"]
     kinds = {"hits": "retrieved", "gains": "infonce"}
     for by, key in kinds.items():
         (row,) = (r for r in claims if r["section"] == "parts" and r.get("by") == by)
@@ -460,7 +460,7 @@ def test_claims_are_the_differences_of_the_readings(made):
     probes = [row for row in claims if row.get("by") == "probe"]
     assert [row["n"] for row in probes] == [20, 20]
     for row, kind in zip(probes, ("instance", "class"), strict=True):
-        found = told["probes"][kind]
+        found = summary["probes"][kind]
         assert row["claim"].endswith(f"which {kind}")
         assert row["value"] == pytest.approx(found["R"][0] - found["G"][0])
     attacks = [row for row in claims if row["section"] == "attacks"]
@@ -468,21 +468,24 @@ def test_claims_are_the_differences_of_the_readings(made):
     assert len(equal) == 2 * 2 * 2  # adversaries, radii, measures
     for row in equal:
         mine, other = (
-            next(r for r in told["curves"][name] if r["epsilon"] == row["epsilon"])
+            next(r for r in summary["curves"][name] if r["epsilon"] == row["epsilon"])
             for name in ("idaa", row["adversary"])
         )
         key = kinds[row["by"]]
         assert row["value"] == pytest.approx(mine[key] - other[key])
         assert row["note"] == f"loss {mine['loss_after']:.2f}, {other['loss_after']:.2f}"
     latent, theorem = claims[:2]
-    spread = 1.96 * told["latent"]["error"]
+    spread = 1.96 * summary["latent"]["error"]
     assert latent["value"] - latent["low"] == pytest.approx(spread)
-    assert theorem["value"] == told["latent"]["bound"]
+    assert theorem["value"] == summary["latent"]["bound"]
     vacuous = theorem["value"] <= 0
     assert ("vacuous" in theorem["note"], theorem["verdict"] == "less") == (vacuous, vacuous)
-    table = pictures.verdict_table(told)
+    table = pictures.verdict_table(summary)
     assert len(table) == len(claims)
-    assert len(pictures.verdict_table(told, "attacks")) == len(attacks)
+    left_out = [row["verdict"] == "left out" for row in claims]
+    assert ((table["value"] == "") == left_out).all()
+    assert ((table["95 % interval"] == "") == left_out).all()
+    assert len(pictures.verdict_table(summary, "attacks")) == len(attacks)
 
 
 @pytest.mark.parametrize(

@@ -306,8 +306,12 @@ def hardness_table(summary: Summary) -> pd.DataFrame:
 def verdict_table(summary: Summary, *sections: str) -> pd.DataFrame:
     """The claims of these sections (of all) with their verdicts."""
     rows = [row for row in summary["claims"] if not sections or row["section"] in sections]
-    table = pd.DataFrame(rows).round(2)
-    table["95 % interval"] = table["low"].astype(str) + " … " + table["high"].astype(str)
+    table = pd.DataFrame(rows)
+    table["95 % interval"] = [
+        "" if pd.isna(low) else f"{low:,.2f} … {high:,.2f}"
+        for low, high in zip(table["low"], table["high"], strict=True)
+    ]
+    table["value"] = table["value"].map(lambda value: "" if pd.isna(value) else f"{value:,.2f}")
     return table[["claim", "value", "95 % interval", "unit", "n", "verdict", "note"]]
 
 
