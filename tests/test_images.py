@@ -21,9 +21,11 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torchvision.transforms.v2 import functional as F
 
+from idaa_lib.configs import VAEConfig
 from idaa_lib.data import cached as images
 from idaa_lib.data import decoding, photos, sources
 from idaa_lib.runs.directory import outputs_root
+from idaa_lib.train.stages import locate
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = {"train": 0, "val": 1, "test": 2}
@@ -894,6 +896,14 @@ def test_what_a_set_is_costs_no_opening(tmp_path, monkeypatch, kind):
             assert about.subset([1, 0]).fingerprint == whole.subset([1, 0]).fingerprint
     for about, whole in zip(described, opened, strict=True):
         assert torch.equal(about.images, whole.images) and torch.equal(about.labels, whole.labels)
+
+
+def test_the_id_of_a_run_costs_no_opening(tmp_path, monkeypatch):
+    class_folders(tmp_path / "pets", n=20)
+    config = VAEConfig(preset="demo", epochs=1, dataset=str(tmp_path / "pets"))
+    run = locate(config)
+    monkeypatch.setattr(images._Pool, "open", lambda *_: pytest.fail("opened"))
+    assert locate(config).id == run.id
 
 
 def test_images_other_than_described_are_refused(tmp_path):

@@ -102,13 +102,12 @@ class Zip(Source):
         super().__init__(path, path.stem)
 
     def members(self) -> list[Member]:
-        if not zipfile.is_zipfile(self.path):
-            raise ValueError(f"{self.path} is neither a folder nor a readable zip: give either")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = [(i.filename, i.file_size, i.CRC) for i in archive.infolist()]
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{self.path} is no whole zip ({error}): copy it again") from error
+            what = f"{self.path} is neither a folder nor a readable zip ({error})"
+            raise ValueError(f"{what}: give either, or copy it again") from error
         leaves = re.compile(r"([A-Za-z]:|[/\\])|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
         for name, _, _ in members:
             if leaves.match(name):
