@@ -320,9 +320,9 @@ def test_no_space_is_told_before_work(outputs, monkeypatch):
         said[every] = int(re.search(r"need (\d+) MiB", str(told.value))[1])
     # Three checkpoints of weights and two moments; each of the 100 snapshots is of weights alone.
     assert said[1] == pytest.approx(said[None] * (9 + 100) / 9, rel=0.1)
+    run = locate(ssl(epochs=101, width=16))
     for epoch in range(1, 101):  # an interrupted run has them already
-        folder = locate(ssl(epochs=101, width=16)).path / "snapshots" / str(epoch)
-        folder.mkdir(parents=True)
+        checkpoints.keep(run, epoch, {"weight": torch.zeros(1)})
     with pytest.raises(RunError, match=rf"its checkpoints need {said[None]} MiB"):
         train_ssl(ssl(epochs=101, width=16, keep_every=1))
 
