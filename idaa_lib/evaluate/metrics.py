@@ -73,8 +73,8 @@ def mean_per_class(predictions: Tensor, labels: Tensor) -> float:
 def mean_per_class_interval(predictions: Tensor, labels: Tensor, draws: int = 10_000) -> Interval:
     """`mean_per_class` with its percentile bootstrap over the images of each class."""
     recalls, counts = _recalls(predictions, labels)
-    resampled = np.random.default_rng(0).binomial(counts, recalls, (draws, len(counts))) / counts
-    low, high = np.quantile(100 * resampled.mean(1), LEVELS)
+    draw = np.random.default_rng(0).binomial(counts, recalls, (draws, len(counts))) / counts
+    low, high = np.quantile(100 * draw.mean(1), LEVELS)
     return Interval(100 * float(recalls.mean()), float(low), float(high))
 
 

@@ -99,7 +99,7 @@ def linear_probe(
     Args:
         train, val: (features (N, D), labels (N,)). test: features (Q, D).
         score: of predictions and labels; the penalty of the largest on val is chosen.
-        axes: of features like x; they decide how soon it ends, not where.
+        axes: of features like those of train; they decide how soon it ends, not where.
     """
     (x, y), (x_val, y_val) = train, val
     sets = [x, x_val, test]
@@ -121,8 +121,8 @@ def linear_probe(
     penalty, best_score = protocol.penalties[0], -1.0
     for candidate in protocol.penalties:
         weights = _fit(x, y, weights, axes.variances, candidate, protocol)
-        if (validated := score((x_val @ weights.T).argmax(1), y_val)) > best_score:
-            penalty, best_score, best = candidate, validated, weights
+        if (merit := score((x_val @ weights.T).argmax(1), y_val)) > best_score:
+            penalty, best_score, best = candidate, merit, weights
     if protocol.refit:
         x, y = torch.cat([x, x_val]), torch.cat([y, y_val])
         best = _fit(x, y, best, axes.variances, penalty, protocol)

@@ -70,7 +70,7 @@ def results(run: Run) -> dict[str, Tensor]:
 
 def _plan(config: EvalConfig) -> _Evaluation:
     source = runs.encoder(config.run)
-    trained, snapshots = source.config, dict[int, str]()
+    training, snapshots = source.config, dict[int, str]()
     way = OfficialProtocol("", "backbone", config.temperature, "backbone", "last", 0)
     if config.protocol == "official":
         if source.stage == "semi":
@@ -78,13 +78,13 @@ def _plan(config: EvalConfig) -> _Evaluation:
                 f"protocol='official' is of self-supervised runs, and run={source.id!r} is "
                 f"semi-supervised: take 'clean'."
             )
-        way = trained.chosen("method").official_protocol(trained)
+        way = training.chosen("method").official_protocol(training)
         snapshots = {} if way.crops else checkpoints.snapshots(source)
-    dataset = resolve_path(config.dataset or trained.dataset)
+    dataset = resolve_path(config.dataset or training.dataset)
     # On crops an untrained encoder would take as long, and a probe cannot take pixels.
     references = config.references and not way.crops
     config = config.replace(run=source.reference, dataset=dataset, references=references)
-    splits = open_splits(dataset, trained.size, config.limit)
+    splits = open_splits(dataset, training.size, config.limit)
     run = runs.run_for(
         config,
         splits["test"].fingerprint,
@@ -159,8 +159,10 @@ class _Evaluation(Plan):
         """Features of each split (N, D), on the CPU; epoch: of a snapshot, None for the end."""
         if subject == "pixels":
             return {name: pixels(split.images) for name, split in self.splits.items()}
-        trained, source = subject == "encoder", self.source
-        encoder = load_encoder(source, layer, epoch) if trained else random_encoder(source, layer)
+        if subject == "encoder":
+            encoder = load_encoder(self.source, layer, epoch)
+        else:
+            encoder = random_encoder(self.source, layer)
         return encode_splits(encoder.to(self.machine["device"]), self.splits, **self.machine)
 
     def nearest(self, z: dict[str, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -62,9 +63,9 @@ def transfer(config: TransferConfig) -> Run:
 
 def _plan(config: TransferConfig) -> _Transfer:
     source = runs.get("ssl", config.run)
-    trained = source.config
-    size = config.size or (IMAGENET_SIZE if trained.stem == "imagenet" else trained.size)
-    names = tuple(map(resolve_path, config.datasets or (trained.dataset,)))
+    training = source.config
+    size = config.size or (IMAGENET_SIZE if training.stem == "imagenet" else training.size)
+    names = tuple(map(resolve_path, config.datasets or (training.dataset,)))
     config = config.replace(run=source.reference, datasets=names)
     targets, left_out = [], {}
     for name in dict.fromkeys(names):
@@ -100,11 +101,8 @@ class _Transfer(Plan):
         """The summary."""
         rows: list[dict[str, Any]] = []
         episodes = [self.episodes(splits["test"]) for splits in self.targets]
-        jobs = [
-            (target, name)
-            for target in range(len(self.targets))
-            for name in list(ENCODERS)[: 2 if self.config.references else 1]
-        ]
+        names = list(ENCODERS)[: 2 if self.config.references else 1]
+        jobs = [*product(range(len(self.targets)), names)]
         steps = Steps(
             self.run,
             writer,
@@ -123,9 +121,9 @@ class _Transfer(Plan):
             bf16 = uses_bf16(self.config.precision, self.device)
             how = {"device": self.device, "output_device": self.device, "bf16": bf16}
             z = encode_splits(encoder, splits, **how)
-            judged = judge(z, splits, episodes[target], self.config, self.size)
-            rows += [{"features": name, **row} for row in judged]
-            values = ", ".join(f"{row['probe']} {row['value']:.1f}" for row in judged)
+            verdicts = judge(z, splits, episodes[target], self.config, self.size)
+            rows += [{"features": name, **row} for row in verdicts]
+            values = ", ".join(f"{row['probe']} {row['value']:.1f}" for row in verdicts)
             print(f"{splits['test'].name}, {name}: {values} (%)")
         summary = {"rows": rows, "left_out": self.left_out, "size": self.size}
         return summary | {"seconds": steps.seconds}
