@@ -100,6 +100,14 @@ def test_kappa_and_beta_say_the_same():
     assert VAEConfig(size=224, dim=3072, kappa=0.1).beta == pytest.approx(0.8167, abs=1e-4)
 
 
+def test_a_vae_s_weights_follow_a_change_of_its_dimension():
+    vae = VAEConfig(dim=128, beta=0.8)
+    assert vae.replace(seed=1).beta == 0.8
+    assert vae.replace(dim=64).kappa == vae.kappa and vae.replace(dim=64).beta == pytest.approx(1.6)
+    assert vae.replace(dim=64, beta=0.8).kappa == pytest.approx(vae.kappa / 2)
+    assert vae.replace(kappa=0.1).beta == pytest.approx(0.4)
+
+
 def test_the_paper_s_vae_at_224_pixels_is_the_imagenet_one():
     large, small = (VAEConfig(preset="paper", size=size, dataset="imagenet") for size in (224, 32))
     assert (large.dim, large.augmentation) == (3072, "simsiam")

@@ -228,6 +228,24 @@ def test_the_command_says_what_failed_and_ends_with_1(tmp_path):
     assert done.returncode == 1 and "no-such-sweep" in done.stderr
 
 
+def test_notebooks_of_a_sweep_file_get_the_runs_of_its_last_point(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
+    text = SWEEP.replace("learning_rate = [1e-3, %s]", 'adversary = ["idaa"]')
+    text += "fixed.vae = { width = 4, batch_size = 32, epochs = 1, dim = 8 }\n[notebooks]\n"
+    text += '02_decompose = { vae = "@vae", run = "@ssl", images = 3 }\n'
+    (tmp_path / "sweep.toml").write_text(text)
+    direct = lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)  # noqa: E731
+    monkeypatch.setattr(sweeps, "ensure", direct)
+    calls = []
+    monkeypatch.setattr(sweeps, "execute", lambda *args: calls.append(args) or args[-1])
+    assert sweeps.main([str(tmp_path / "sweep.toml")]) == 0
+    (vae,), (ssl,) = runs.find("vae"), runs.find("ssl")
+    ((name, values, _),) = calls
+    assert (name, values) == ("02_decompose", {"vae": vae.id, "run": ssl.id, "images": 3})
+    said = capsys.readouterr().out
+    assert "3 of 3, about 0 min left" in said and "SimCLR + IDAA" in said and "Done" in said
+
+
 def test_two_sweeps_in_two_processes_start_no_run_twice(tmp_path):
     """Both make one run of each configuration; the second waits, and finds it finished."""
     code = (

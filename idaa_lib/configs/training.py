@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -111,6 +111,14 @@ class VAEConfig(TrainingConfig):
     width: Annotated[int, Field(gt=1, multiple_of=2)] = RECIPE
     kappa: NonNegative = RECIPE
     beta: NonNegative = RECIPE
+
+    def replace(self, **values: Any) -> Self:
+        """As `Config.replace`; κ is held where `dim` or `size` changes and no weight is given."""
+        if values.get("beta") is not None and "kappa" not in values:
+            values["kappa"] = None
+        elif {"dim", "size", "kappa"} & values.keys():
+            values.setdefault("beta", None)
+        return super().replace(**values)
 
     @classmethod
     def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
