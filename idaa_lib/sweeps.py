@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -361,6 +362,9 @@ def execute(notebook: str, parameters: Mapping[str, Any], output: Path, tries: i
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
+
+    # It warns of each knob, which the notebook itself accepts or refuses.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
 
     source = FOLDER / f"{notebook}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from idaa_lib.evaluate import encoders
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.evaluate.encoders import features, load_encoder, load_vae, random_encoder
 from idaa_lib.evaluate.stage import evaluate, results
-from idaa_lib.methods import About, Moment, build_method
+from idaa_lib.methods import METHODS, About, Moment, build_method
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.runs import RunError, Stopped, checkpoints
 from idaa_lib.train import locate, loop, stages, train, train_semi, train_ssl, train_vae
@@ -808,3 +808,77 @@ def test_two_processes_train_one_run(outputs):
     assert [line["step"] for line in run.metrics() if "loss" in line] == [4, 8, 12]
     assert all(k.startswith("method.network.") for k in checkpoints.load(run)[0] if "method" in k)
     assert not any(".module." in k for k in checkpoints.load(run)[0])
+
+
+# --- what a method may do besides -----------------------------------------------------------------
+
+
+def test_a_loss_of_closures_is_their_sum(outputs, monkeypatch):
+    """Two halves that are differentiated one after the other train as the whole does."""
+
+    class Halves(SimCLR):
+        def step(self, views, batch, moment):
+            step = super().step(views, batch, moment)
+
+            def half():
+                z1, z2 = (self.embed(view).z for view in views)
+                return self.contrast(z1, z2) / 2
+
+            step.loss = [half, half]
+            return step
+
+    monkeypatch.setitem(METHODS, "halves", Halves)
+    whole = train_ssl(ssl(precision="fp32")).metrics()
+    halves = train_ssl(ssl(precision="fp32", method="halves")).metrics()
+    for key in ("loss", "alignment"):
+        first, second = ([line[key] for line in lines if key in line] for lines in (whole, halves))
+        assert first == pytest.approx(second, rel=1e-3)
+
+
+def test_a_long_preparation_of_an_epoch_hears_a_stop_and_starts_again(outputs, monkeypatch):
+    pulses = []
+
+    class Prepares(SimCLR):
+        def before_epoch(self, epoch, work):
+            assert work.embed().shape == (len(work.images), 32)
+            for part in range(3):
+                pulses.append((epoch, part))
+                work.pulse(f"part {part}")
+
+    monkeypatch.setitem(METHODS, "prepares", Prepares)
+    config = ssl(method="prepares", checkpoint_every=2)
+    whole = outcome(train_ssl(config))
+    shutil.rmtree(locate(config).path)
+    pulses.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Writer, "request", lambda self: "stop" if pulses[-1] == (1, 1) else None)
+        with pytest.raises(Stopped, match=r"before step 6 of 12"):
+            train_ssl(config)
+    again = outcome(train_ssl(config))
+    assert pulses == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 0), (1, 1), (1, 2)]
+    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
+
+
+def test_without_a_compiler_a_run_says_so_and_goes_on(outputs, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand a page more")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert train_ssl(ssl(compile=True, epochs=1)).finished
+    said = capsys.readouterr().out
+    assert "compile=True is left out" in said and "No working C++ compiler found" in said
+    assert "a page more" not in said
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_settings_of_a_gpu_are_put_back_and_fp32_is_ieee_s(precision):
+    backends = torch.backends
+
+    def settings():
+        cudnn = backends.cudnn
+        return cudnn.benchmark, cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
+
+    before = settings()
+    with loop.gpu_settings(precision):
+        assert settings() == ((True, False, False) if precision == "no" else (True, *before[1:]))
+    assert settings() == before
