@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -123,19 +124,16 @@ def load(
 ) -> ImageSet:
     """One split ("train", "val", "test" or "trainval") of a source, `size` pixels a side.
 
-    `source` is one of `NAMES`, or the path of a folder or zip (also relative to the data folder).
-    Class folders may lie under train/, [val/,] test/; a folder without test/ is split 80/10/10 by
-    a hash of its file names, train/ without val/ 90/10. Images that lie in no class folder have
-    label -1. `limit` keeps a random subset of the split, the same on every call. `on_error="skip"`
-    leaves unreadable images out and counts them. `data_dir` defaults to `data_root()`.
+    source: one of `NAMES`, or the path of a folder or zip (also relative to the data folder), laid
+    out as `arrange` says. limit: a random subset of the split, the same on every call.
+    on_error: "skip" leaves unreadable images out and counts them. data_dir: else `data_root()`.
 
     A source that was opened before is not opened until its images are used: an index says what it
     holds, as long as nothing that `Source.watch` names has another size or time of change. The
     first use looks at every file, and raises ValueError if they are others than described.
 
     Raises FileNotFoundError for a missing source, ValueError for an impossible argument or bad
-    content, OSError where the cache cannot be written; each is one sentence, and no half-written
-    cache stays behind.
+    content, OSError where the cache cannot be written; no half-written cache stays behind.
     """
     rules = {
         "split": (split, split in SPLITS, f"one of {', '.join(SPLITS)}"),
@@ -156,16 +154,15 @@ def load(
         there = ", ".join(f"{part} {n}" for part, n in zip(PARTS, counts, strict=True))
         hint = ", or rename val/ to test/" if split == "test" else ""
         raise ValueError(f"{name} has no image in split={split!r} ({there}): use another{hint}")
+    rows: Any = slice(index[0], index[-1] + 1)  # a view of the map: nothing is read yet
     if limit is not None and limit < len(index):
-        index = np.sort(np.random.default_rng(0).permutation(index)[:limit])
+        rows = index = np.sort(np.random.default_rng(0).permutation(index)[:limit])
 
     @functools.cache
     def read() -> tuple[Tensor, Tensor]:
         now, labels, pixels = pool.open()
         if now != about:
             raise ValueError(f"{name} changed since it was described: start again")
-        # A whole split is a view of the map: nothing is read yet.
-        rows = index if limit else slice(index[0], index[-1] + 1)
         return torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows])
 
     return ImageSet(
@@ -217,7 +214,8 @@ class _Pool:
         entry, stamps = self._scan()
         pool = _read(entry)
         if pool is None and not locked:
-            with self._lock():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.cache / f"{self.source.path.name}.lock"):
                 return self.open(locked=True)  # another process may have decoded it meanwhile
         if pool is None:
             listing = self.source.listing()  # may download, which changes the key
@@ -237,14 +235,6 @@ class _Pool:
         members = self.source.members()
         stamps = {path: read_stamp(path) for path in self.source.watch(members)}
         return self.path(repr(sorted(members))), stamps
-
-    def _lock(self) -> Any:
-        try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            return FileLock(self.path("", ".lock")).acquire()
-        except OSError as error:
-            place = f"{self.cache} cannot be written ({error})"
-            raise OSError(f"{place}: set IDAA_DATA elsewhere") from error
 
     def _build(self, entry: Path, listing: Listing) -> None:
         """Decode a source into `entry`, which appears in full or not at all; the lock is held."""
@@ -273,23 +263,20 @@ class _Pool:
         order = sorted(range(len(listing.names)), key=lambda i: PARTS.index(listing.splits[i]))
         items: list[Item] = []
         errors: list[str] = []
+        stream, title = decode_items(listing, order, self.size), f"decoding {self.source.name}"
         # Not through a map of the file: a disk that fills up would kill the process there.
-        with open(file, "wb") as stream:
-            for item in tqdm(
-                decode_items(listing, order, self.size),
-                desc=f"decoding {self.source.name}", total=len(order), unit="image", delay=2,
-                mininterval=1,
-            ):
+        with open(file, "wb") as target:
+            for item in tqdm(stream, title, len(order), unit="image", delay=2, mininterval=1):
                 if item.error:
                     errors.append(item.error)
                 else:
-                    stream.write(item.pixels)
+                    target.write(item.pixels)
                     items.append(item._replace(pixels=None))
-            stream.flush()
-            os.fsync(stream.fileno())
+            target.flush()
+            os.fsync(target.fileno())
+        self._check(listing, items, errors)
         labels = [item.label for item in items]
-        counts = [sum(listing.splits[i.place] == part for i in items) for part in PARTS]
-        self._check(listing, set(labels), counts, errors)
+        counts = [sum(listing.splits[item.place] == part for item in items) for part in PARTS]
         shape = (len(items), 3, self.size, self.size)
         mean, std = _measure(np.memmap(file, np.uint8, "r", shape=shape)[: counts[0] + counts[1]])
         names = "\n".join(sorted(name.lower().replace(" ", "_") for name in listing.classes))
@@ -297,13 +284,13 @@ class _Pool:
         if alike or (isinstance(self.source, Torchvision) and self.source.name.startswith("cifar")):
             mean, std = PUBLISHED
         described = json.dumps([self.size, listing.classes, labels, counts])
-        with open(file, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        ends = np.cumsum([0, *counts])
+        with open(file, "rb") as target:
+            digest = hashlib.file_digest(target, "sha256").hexdigest()
+        ends = itertools.pairwise(np.cumsum([0, *counts]))
         about = {
             "classes": listing.classes,
             "counts": counts,
-            "labelled": [-1 not in labels[a:b] for a, b in zip(ends, ends[1:], strict=False)],
+            "labelled": [-1 not in labels[a:b] for a, b in ends],
             "mean": list(mean),
             "std": list(std),
             "digest": sha256(f"{digest} {described}"),
@@ -311,20 +298,21 @@ class _Pool:
         }
         return {"about": about, "labels": labels, "shape": shape, "stamp": read_stamp(file)}
 
-    def _check(self, listing: Listing, labels: set[int], counts: list[int], errors: list[str]) -> None:
+    def _check(self, listing: Listing, items: list[Item], errors: list[str]) -> None:
         """A warning where images are left out; ValueError where that may not be, or is too many."""
         if errors and self.on_error == "raise":
             more = f"; and {len(errors) - 50} more" if len(errors) > 50 else ""
             broken = "; ".join(sorted(errors)[:50])
             raise ValueError(f'{broken}{more}: replace what is broken, or pass on_error="skip"')
-        lost = [f"class {name!r}" for n, name in enumerate(listing.classes) if n not in labels]
-        lost = lost * bool(errors) + ["train"] * (not counts[0])
-        why = f"{len(errors)} of {len(listing.names)} images could not be read"
-        why += f", first {errors[0]}" if errors else ""
+        labels = {item.label for item in items}
+        lost = [f"class {c!r}" for n, c in enumerate(listing.classes) if errors and n not in labels]
+        lost += [] if any(listing.splits[item.place] == "train" for item in items) else ["train"]
+        broken = f"{len(errors)} of {len(listing.names)} images could not be read"
+        broken += f", first {errors[0]}" if errors else ""
         if lost:
-            raise ValueError(f"{self.source.name} has no image for {lost[0]}: {why}; add images")
+            raise ValueError(f"{self.source.name} has no image for {lost[0]}: {broken}; add images")
         if errors:
-            warnings.warn(f"{self.source.name} goes without some images: {why}", stacklevel=2)
+            warnings.warn(f"{self.source.name} goes without some images: {broken}", stacklevel=2)
 
 
 def _measure(pixels: np.ndarray) -> tuple[Any, Any]:
@@ -342,7 +330,7 @@ def _measure(pixels: np.ndarray) -> tuple[Any, Any]:
 
 
 def _read(entry: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray] | None:
-    """What describes a finished pool, labels (N,), pixels; None where it is not as it was written."""
+    """What describes a finished pool, its labels and pixels; None where it is not as written."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         seal, body = (entry / "about.json").read_text("utf-8").split("\n", 1)
         content, file = json.loads(body), entry / "images.u8"

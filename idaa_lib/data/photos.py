@@ -43,7 +43,7 @@ class Crop(NamedTuple):
 
 def paths() -> dict[str, Path]:
     """Class → file. FileNotFoundError where an installed package lacks its photograph."""
-    found = {}
+    files = {}
     for photo, (package, file) in FILES.items():
         spec = find_spec(package)  # finding is not importing: scikit-learn takes a second to import
         path = Path(spec.origin).parent / file if spec and spec.origin else None
@@ -53,8 +53,8 @@ def paths() -> dict[str, Path]:
                 f"the photograph {photo!r} of source 'photos' should ship inside {project} as "
                 f"{package}/{file} and is not there: reinstall {project}"
             )
-        found[photo] = path
-    return found
+        files[photo] = path
+    return files
 
 
 def crops() -> list[Crop]:
@@ -63,7 +63,7 @@ def crops() -> list[Crop]:
     for photo, path in paths().items():
         with Image.open(path) as image:
             sizes[photo] = image.size
-    drawn = []
+    crops = []
     for stream, (split, count) in enumerate(COUNTS.items()):
         rng = np.random.default_rng([0, stream])
         for n in range(count):
@@ -73,5 +73,5 @@ def crops() -> list[Crop]:
             side = int(rng.integers(SIDES[0], min(SIDES[1], last - first, height), endpoint=True))
             left = int(rng.integers(first, last - side, endpoint=True))
             top = int(rng.integers(0, height - side, endpoint=True))
-            drawn.append(Crop(photo, split, (left, top, left + side, top + side)))
-    return drawn
+            crops.append(Crop(photo, split, (left, top, left + side, top + side)))
+    return crops
