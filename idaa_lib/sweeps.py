@@ -432,6 +432,7 @@ def main(words: Sequence[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     path, began = RECIPES / f"{words[0]}.toml", time.monotonic()
+    here = Path.cwd()  # papermill changes it, in whatever thread
 
     def say(text: str) -> None:
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
@@ -460,7 +461,7 @@ def main(words: Sequence[str]) -> int:
         folders = [folder / "figures" for folder in folders] + [*map(folder_of, studies)]
         figures = [path for folder in folders for path in sorted(folder.glob("*.png"))]
         for title, paths in (("Figures", figures), ("Executed notebooks", notebooks)):
-            lines = [f"  {os.path.relpath(path)}" for path in paths if path.exists()]
+            lines = [f"  {os.path.relpath(path, here)}" for path in paths if path.exists()]
             print(f"\n{title}:", *lines, sep="\n")
         check(outcomes)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 from skimage.color import rgb2lab
@@ -49,7 +50,7 @@ def figures(run):
         {"axis": axis, "at": v, "seed": s, "metric": m, "value": 40 + v, "low": 35.0, "high": 47.0}
         for axis in ("epsilon", "beta") for v in (0.1, 1.0) for s in (0, 1)
         for m in ("kNN", "linear")
-    ]).assign(adversary="IDAA", split="validation")  # fmt: skip
+    ]).assign(adversary="IDAA", split="validation", features="encoder")  # fmt: skip
     further = rows[rows["axis"] == "beta"].assign(axis="backbone", adversary="no adversary")
     further["at"] = further["at"].map({0.1: "resnet18", 1.0: "resnet34"})
     rows = pd.concat([rows, further, further.assign(adversary="IDAA")])
@@ -88,6 +89,29 @@ def test_no_axis_is_without_a_name(run):
                 assert axis.get_xlabel(), f"{name}: x"
             if left:
                 assert axis.get_ylabel(), f"{name}: y"
+
+
+def test_no_figure_shows_the_source_of_a_formula(run, tmp_path):
+    for name, figure in figures(run).items():
+        drawing = re.sub("<!--.*?-->", "", style.svg(figure), flags=re.DOTALL)
+        assert "mathdefault" not in drawing, name
+        style.save(figure, tmp_path / f"{name}.png")
+        texts = [text for text in figure.findobj(Text) if "mathdefault" in text.get_text()]
+        assert all(text.get_parse_math() for text in texts), name
+
+
+def test_sensitivity_is_the_encoder_s_alone():
+    """A point that was judged with its references has rows of other features too."""
+    frame = pd.DataFrame([
+        {"axis": "epsilon", "at": at, "seed": 0, "metric": metric, "value": value, "low": value - 2,
+         "high": value + 2, "adversary": "IDAA", "split": "validation", "features": features}
+        for at in (0.1, 0.3) for metric in ("kNN", "linear")
+        for features, value in (("encoder", 60.0), ("untrained encoder", 30.0), ("raw pixels", 9.0))
+    ])  # fmt: skip
+    for axis in plots.sensitivity(frame).axes:
+        (bars,) = axis.containers
+        assert list(bars[0].get_ydata()) == [60.0, 60.0]
+        assert {y for bar in bars[2][0].get_segments() for _, y in bar} == {58.0, 62.0}
 
 
 def test_a_run_has_one_colour_in_all_panels():

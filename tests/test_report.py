@@ -69,6 +69,7 @@ def filled(outputs):
     folder = folder_of(SweepConfig(epsilons=(0.1, 0.3), betas=(), dims=(), vae={"epochs": 1}))
     rows = [
         {"axis": "epsilon", "at": e, "adversary": "IDAA", "seed": 0, "split": "validation"}
+        | {"features": "encoder"}
         | {"metric": metric, "value": 30 + e, "low": 20.0, "high": 40.0}
         for e in (0.1, 0.3)
         for metric in ("kNN", "linear")

@@ -230,7 +230,7 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
             over several seeds. Values that are not numbers stand side by side.
     """
     names = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
-    frame = frame[frame["split"] == "validation"]
+    frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
     columns, probes = list(dict.fromkeys(frame["axis"])), ("kNN", "linear")
     size = (4.1 * len(columns), 5.4)
     figure, panels = style.axes(

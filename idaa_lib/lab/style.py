@@ -99,6 +99,7 @@ def save(figure: Figure, path: Path) -> Image:
 
 def draw_names_plainly(figure: Figure) -> None:
     """Makes every text stand as it is: a user's "$5 note" is no formula. Log axes keep theirs."""
+    figure.draw_without_rendering()  # which gives ticks their labels
     for text in figure.findobj(Text):
         text.set_parse_math("mathdefault" in text.get_text())
 
