@@ -178,7 +178,8 @@ def app(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
 
 def recipe(verb: str) -> str:
     """What `make verb` runs after set-up, in this environment."""
-    command = ["make", "-n", verb, f"ENV={sys.prefix}"]
+    # Beneath `make test` a nested make would also print the directory that it enters and leaves.
+    command = ["make", "-n", "--no-print-directory", verb, f"ENV={sys.prefix}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.partition("\n")[2].replace("\\\n", " ").strip()
 
