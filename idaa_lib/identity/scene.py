@@ -277,7 +277,7 @@ def open_scene(
         attacked = fits[0].reference if fits else UNTRAINED
     elif attacked != UNTRAINED:
         attacked = runs.get("ssl", attacked).reference
-    config = config.model_copy(update={"vae": run.reference, "run": attacked})
+    config = config.replace(vae=run.reference, run=attacked)
     about = labels, tuple(names[:n]), tuple(data.classes), vae.mean, vae.std
     return Scene(config, run, attacked, vae, x[:n], x[n:], *about)
 

@@ -160,7 +160,7 @@ def plan_study(config: TheoryConfig) -> Study:
     names = {"vae": scene.run.reference, "run": scene.attacked}
     names["witness"] = scene.witness(config.witness)
     names["dataset"] = resolve_path(config.dataset or scene.run.config.dataset)
-    config = config.model_copy(update=names)
+    config = config.replace(**names)
     size = scene.run.config.size
     data = open_images(names["dataset"], config.split, size, None)
     train = open_images(names["dataset"], "train", size, config.limit)
