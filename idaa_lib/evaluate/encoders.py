@@ -68,8 +68,8 @@ def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
 
     Of a run that continued another, or was imported: an untrained one of the same shape.
     """
-    known = run.config.method in run.config.registered("method")
-    alone = layer == "backbone" and not known
+    methods = run.config.registered("method")
+    alone = layer == "backbone" and run.config.method not in methods
     module = _untrained_backbone(run) if alone else _method(run).encoder(layer)
     return Encoder(module.eval().requires_grad_(False), *_units(run))
 

@@ -155,9 +155,9 @@ class FixMatch(Method):
     def batches(self, epoch: int) -> Iterator[Batch]:
         """`labelled` (B,) and, of all images, `images` (μ·B,)."""
         about, options, steps = self.about, self.options, self.steps_per_epoch()
-        known = labelled_subset(about.labels, options.labels_per_class, about.classes, about.seed)
+        subset = labelled_subset(about.labels, options.labels_per_class, about.classes, about.seed)
         first = epoch * steps
-        labelled = stream(known, about.batch_size, first, (about.seed, LABELLED))
+        labelled = stream(subset, about.batch_size, first, (about.seed, LABELLED))
         size = options.mu * about.batch_size
         images = stream(torch.arange(about.n), size, first, (about.seed, UNLABELLED))
         for _ in range(steps):
