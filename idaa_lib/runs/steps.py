@@ -77,18 +77,8 @@ class Steps:
         self._interval = (0, 0.0)  # steps and seconds at the last line of the log
         self._signals: list[str] = []
 
-    @property
-    def epoch(self) -> int:
-        """The epoch of the step under way."""
-        return min(self.step, self.total - 1) // self.per_epoch
-
-    @property
-    def progress(self) -> float:
-        """The share of the run that is done, in [0, 1]."""
-        return self.step / self.total
-
-    def resume(self) -> bool:
-        """Continue after the run's last checkpoint; whether there is one."""
+    def resume(self) -> None:
+        """Continue after the run's last checkpoint, if there is one."""
         checkpoint = checkpoints.load(self.run)
         if checkpoint is not None:
             tensors, values = checkpoint
@@ -100,7 +90,6 @@ class Steps:
         if self.writer is not None:
             # What a killed process logged after its last checkpoint is logged again.
             self.writer.rewind(self.step)
-        return checkpoint is not None
 
     def __iter__(self) -> Iterator[int]:
         progress = Progress(self.run.stage, self.total, self.step)
@@ -119,16 +108,16 @@ class Steps:
     def _finish_step(self, progress: Progress) -> None:
         last = self.step == self.total
         epoch = (self.step - 1) // self.per_epoch
-        if last or self.step % self.log_every == 0:
+        logs, ends = last or self.step % self.log_every == 0, self.step % self.per_epoch == 0
+        if logs or ends:
             self.check()
+        if logs:
             means = {name: value / self.count for name, value in self.sums.items()}
             means |= self._at_log()
             self.sums, self.count = {}, 0
             self._log(progress, epoch, read(means))
-        if self.step % self.per_epoch == 0:
-            self.check()
-            if figures := self._at_epoch_end(epoch):
-                self._log(progress, epoch, dict(figures))
+        if ends and (figures := self._at_epoch_end(epoch)):
+            self._log(progress, epoch, dict(figures))
         request = None if last else self._request()
         if last or request or self.step % self.checkpoint_every == 0:
             self.save()

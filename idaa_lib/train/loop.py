@@ -286,16 +286,16 @@ class Fit:
                 self.accelerator.backward(losses[-1])
         clean = step.loss if isinstance(step.loss, Tensor) else torch.stack(losses).sum()
         values = {"loss": clean, **step.parts}
-        adversarial = None
+        weighted: Tensor | None = None  # the adversarial loss times alpha
         if not isinstance(self.adversary, NoAdversary):
             adversarial = self._attack(step, numbers, values)
+            weighted = self.alpha * adversarial
             values |= {"clean_loss": clean, "adversarial_loss": adversarial}
-            adversarial = self.alpha * adversarial
-            values["loss"] = clean + adversarial
+            values["loss"] = clean + weighted
         if scalar:
             self.accelerator.backward(values["loss"])
-        elif adversarial is not None:
-            self.accelerator.backward(adversarial)
+        elif weighted is not None:
+            self.accelerator.backward(weighted)
         self.optimizer.step()
         return step, {name: value.detach().float() for name, value in values.items()}
 
@@ -350,7 +350,6 @@ class Fit:
         return {}
 
     def _validate(self) -> dict[str, float]:
-        self._check()
         with self._unwrapped() as method:
             return self.validate(method)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,12 +121,12 @@ def train_ssl(config: SSLConfig) -> Run:
     def validate(method: Method, device: torch.device) -> dict[str, float]:
         z = _features(plan, method, "backbone", val, device)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z).item()}
-        known, sure = val.labels >= 0, bank.with_labels()
-        if len(sure) and known.any():
-            neighbours = _features(plan, method, "backbone", sure, device)
-            labels, queries = sure.labels.to(z.device), z[known.to(z.device)]
-            guess = knn(neighbours, labels, queries, classes=len(bank.classes))
-            top1, low, high, _ = accuracy(guess.cpu(), val.labels[known])
+        neighbours, mask = bank.with_labels(), val.labels >= 0
+        if len(neighbours) and mask.any():
+            features_ = _features(plan, method, "backbone", neighbours, device)
+            labels, queries = neighbours.labels.to(z.device), z[mask.to(z.device)]
+            guess = knn(features_, labels, queries, classes=len(bank.classes))
+            top1, low, high, _ = accuracy(guess.cpu(), val.labels[mask])
             figures |= {"knn_top1_val": top1, "knn_low_val": low, "knn_high_val": high}
         return figures
 
@@ -221,10 +221,7 @@ def _plan(config: TrainingConfig) -> TrainingPlan:
         start=checkpoints.digest(start) if start else None,
         code=_own_code(config),
     )
-    mean, std = config.mean or data.mean, config.std or data.std
-    model = {"size": config.size, "mean": list(mean), "std": list(std)}
-    model["classes"] = len(data.classes)
-    return TrainingPlan(config, run, data, vae, start, model=model)
+    return TrainingPlan(config, run, data, vae, start)
 
 
 def _own_code(config: TrainingConfig) -> str | None:
@@ -297,8 +294,8 @@ def _train(
     accelerator = make_accelerator(config, run.path)
     _check_disk(config, run, method)
     adversary: Adversary | None = None
+    mean, std = plan.units
     if isinstance(config, EncoderConfig):
-        mean, std = plan.units
         vae = load_vae(plan.vae) if plan.vae else None
         adversary = build_adversary(config, vae, mean=mean, std=std)
     fit = Fit(
@@ -327,7 +324,8 @@ def _train(
         body(None)
         return run
     about = describe(accelerator.device, accelerator.mixed_precision, plan.data)
-    return perform(Plan(config, run, environment=about, model=plan.model), body)
+    model = {"size": config.size, "mean": mean, "std": std, "classes": len(plan.data.classes)}
+    return perform(replace(plan, environment=about, model=model), body)
 
 
 def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
