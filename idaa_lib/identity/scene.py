@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib import runs
-from idaa_lib.adversaries import CLAE, IDAA, Anchor, Direction, GradientAscent, RandomSign
+from idaa_lib.adversaries import CLAE, IDAA, Anchor, Direction, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.data.decoding import decode
@@ -44,8 +44,8 @@ class Scene:
     """Images under attack: x (N, 3, size, size), normalised as the VAE expects them.
 
     config has the norm, steps and seed of the attack; run is the VAE's, attacked names the attacked
-    encoder's, or is `untrained`. pool (M, 3, size, size) holds other images of the same split,
-    labels (N + M,) int64 the classes of x and then of the pool, -1 where there is none.
+    encoder's, or is `untrained`. pool (M, 3, size, size) holds other images of the same split;
+    labels (N,) int64 are the classes of x, -1 where there is none.
     """
 
     config: DecomposeConfig
@@ -60,8 +60,6 @@ class Scene:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     _directions: dict[str, list[Direction]] = field(default_factory=dict, init=False)
-
-    # --- images -------------------------------------------------------------------------------
 
     def pixels(self, x: Tensor) -> Tensor:
         """Normalised images as pixels in [0, 1] (not clipped)."""
@@ -82,10 +80,7 @@ class Scene:
 
     @cached_property
     def parts(self) -> dict[str, Tensor]:
-        """x, G(x) and R(x) of the scene's images."""
         return self.split(self.x)
-
-    # --- attacks ------------------------------------------------------------------------------
 
     @cached_property
     def embed(self) -> Embed:
@@ -138,8 +133,11 @@ class Scene:
         attack, generator = self._adversary(adversary, epsilon), keyed_generator(self.config.seed)
         if self.live(adversary):
             directions = self.directions(adversary)
-            if first:
-                directions = [_head(directions[0], first)]
+            if first:  # no more is decoded than is shown
+                anchor, unit = directions[0].anchor, directions[0].unit[:first]
+                G = None if anchor.reconstruction is None else anchor.reconstruction[:first]
+                anchor = Anchor(anchor.images[:first], anchor.point[:first], G)
+                directions = [Direction(anchor, unit)]
             parts = [attack.apply(direction, epsilon) for direction in directions]
         else:
             parts = [attack(x, partial(self._loss, z), generator) for x, z in self.batches]
@@ -151,13 +149,8 @@ class Scene:
     def _adversary(self, name: str, epsilon: float) -> Any:
         if name not in KINDS:
             raise ValueError(f"adversary must be one of {', '.join(KINDS)}, and is {name!r}.")
-        kind: Any = KINDS[name]
-        knobs: dict[str, Any] = {"norm": self.config.norm}
-        if issubclass(kind.Options, GradientAscent.Options):
-            knobs["steps"] = self.config.steps
-        return kind(self.vae, epsilon, **knobs) if kind.needs_vae else kind(epsilon, **knobs)
-
-    # --- encoders -----------------------------------------------------------------------------
+        steps = 1 if self.live(name) else self.config.steps
+        return KINDS[name](vae=self.vae, epsilon=epsilon, norm=self.config.norm, steps=steps)
 
     def encoder(self, name: str, layer: str, seed: int = 0) -> Embed:
         """A run's frozen encoder, or with `UNTRAINED` a narrow ResNet-18 as it is before training.
@@ -202,12 +195,8 @@ class Scene:
 
 
 class Witness:
-    """A frozen encoder that was not attacked and looks for each image of a scene.
-
-    Args:
-        name: as `Scene.witness` gives it.
-        candidates: (M, 3, size, size) that it looks among, the i-th of the scene's i-th image.
-    """
+    """A frozen encoder, named as by `Scene.witness`, that looks for each image of a scene among
+    candidates (M, 3, size, size), the i-th of which is of the i-th image."""
 
     def __init__(self, scene: Scene, name: str, candidates: Tensor) -> None:
         self.name, self.embed = name, scene.encoder(name, "backbone", seed=1)
@@ -228,11 +217,8 @@ class Witness:
 
 
 class Reading(NamedTuple):
-    """An attack at one ε.
-
-    row: epsilon, loss_before and loss_after (nats), and what `Scene.hardness` and `Retention.row`
-    say of the x′. features: (N, D) of the x′ by the witness.
-    """
+    """An attack at one ε. row: epsilon, loss_before and loss_after (nats), and what
+    `Scene.hardness` and `Retention.row` say of the x′, whose features (N, D) are the witness's."""
 
     row: dict[str, float]
     kept: Retention
@@ -261,8 +247,11 @@ def open_scene(
     assert vae.mean is not None and vae.std is not None
     data = open_images(config.dataset or run.config.dataset, config.split, size, None)
     order = _order(config, data, n)
-    pixels, labels = data.images[order], data.labels[order]
-    names = [_name(data, i) for i in order.tolist()]
+    pixels, labels = data.images[order], data.labels[order[:n]]
+    names = [
+        f"{data.classes[label]} {index}" if label >= 0 else str(index)
+        for index, label in zip(order[:n].tolist(), labels.tolist(), strict=True)
+    ]
     if config.own is not None:
         try:
             own = decode(config.own, size)
@@ -273,12 +262,11 @@ def open_scene(
     x = normalise(pixels, vae.mean, vae.std).to(device)
     attacked = config.run
     if attacked is None:
-        fits = _encoders(run)
-        attacked = fits[0].reference if fits else UNTRAINED
+        attacked = next((fit.reference for fit in _encoders(run)), UNTRAINED)
     elif attacked != UNTRAINED:
         attacked = runs.get("ssl", attacked).reference
     config = config.replace(vae=run.reference, run=attacked)
-    about = labels, tuple(names[:n]), tuple(data.classes), vae.mean, vae.std
+    about = labels[:n], tuple(names[:n]), tuple(data.classes), vae.mean, vae.std
     return Scene(config, run, attacked, vae, x[:n], x[n:], *about)
 
 
@@ -300,18 +288,6 @@ def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:
     return order[: n + POOL]
 
 
-def _name(data: ImageSet, index: int) -> str:
-    label = int(data.labels[index])
-    return f"{data.classes[label]} {index}" if label >= 0 else str(index)
-
-
 def _encoders(vae: Run) -> list[Run]:
     """Finished SSL runs on the images and of the size of a VAE, newest first."""
     return runs.find("ssl", dataset=vae.config.dataset, size=vae.config.size)
-
-
-def _head(direction: Direction, n: int) -> Direction:
-    """The direction of the first n images."""
-    anchor = direction.anchor
-    G = None if anchor.reconstruction is None else anchor.reconstruction[:n]
-    return Direction(Anchor(anchor.images[:n], anchor.point[:n], G), direction.unit[:n])

@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import product
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,6 @@ from idaa_lib.evaluate.probe import CLEAN, linear_probe
 from idaa_lib.identity import theory
 from idaa_lib.identity.scene import ADVERSARIES, BATCH, UNTRAINED, Scene, Witness, open_scene, read
 from idaa_lib.identity.theory import Retention
-from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import Run, checkpoints
 from idaa_lib.runs.machine import describe, open_images, resolve_path, torch_device
@@ -39,12 +40,13 @@ from idaa_lib.views import keyed_generator, normalise, recipe
 PARTS = ("x", "G", "R")
 OTHERS = {"clae": "CLAE", "random_sign": "random sign"}  # than IDAA
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a part that is exchanged between two images
-# Instance probe: so many images, and views of each to learn, to choose the penalty, to judge.
+# Instance probe: so many images, views of each to learn and to judge, and one for the penalty.
 INSTANCES, LEARNT, JUDGED = 60, 3, 4
 # Linear probes on pixels: a coarse grid, which is enough to compare parts.
 PROTOCOL = CLEAN._replace(
     penalties=(10.0, 1.0, 1e-1, 1e-2, 1e-3), standardise=False, refit=False, iterations=50
 )
+START = ("seed", "backbone", "width", "stem")  # fields that initial weights follow from
 VAES = 8  # of one axis at most, the newest
 # Streams of random numbers beside the images' own order.
 CANDIDATES, NOISE, HALVES, INSTANCE_VIEWS = 1, 2, 3, 4
@@ -60,22 +62,21 @@ class Study(Plan):
     claims: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     def claim(self, claim: str, interval: Sequence[float] | None, unit: str, **about: Any) -> None:
-        """Add a claim with its interval, the `verdict` on it, and what else is said about it.
-
-        about: section of the study; note; than, what the interval is compared with (0).
-        """
+        """Add a claim with its interval, the `verdict` on it, and what else is said about it: its
+        section of the study; a note; than, what the interval is compared with (0)."""
         value, low, high = interval or 3 * [None]
         row = {"claim": claim, "value": value, "low": low, "high": high, "unit": unit, "note": ""}
         row |= {"n": len(self.scene.x), "verdict": verdict(interval, about.get("than", 0))}
         self.claims.append(row | about)
 
-    def compare(self, claim: str, one: Retention, other: Retention, **about: Any) -> None:
+    def compare(
+        self, claim: str, one: Retention, other: Retention, note: Sequence[str] = (), **about: Any
+    ) -> None:
         """Claim that the witness finds more in one than in the other, by both of its measures."""
-        about["note"] = "; ".join([*about.get("note", []), *self.caveats])
-        hits = bootstrap_interval(one.hits - other.hits)
-        self.claim(f"{claim}: retrieval@1", hits, "points", by="hits", **about)
-        nats = bootstrap_interval(one.gains - other.gains)
-        self.claim(f"{claim}: InfoNCE", nats, "nats", by="gains", **about)
+        about["note"] = "; ".join([*note, *self.caveats])
+        for by, name, unit in (("hits", "retrieval@1", "points"), ("gains", "InfoNCE", "nats")):
+            difference = bootstrap_interval(getattr(one, by) - getattr(other, by))
+            self.claim(f"{claim}: {name}", difference, unit, by=by, **about)
 
     @cached_property
     def caveats(self) -> list[str]:
@@ -86,12 +87,9 @@ class Study(Plan):
         if (adversary := witness.config.adversary) != "none":
             reasons.append(f"the witness was trained with {adversary}, to see past such changes")
         if self.config.run != UNTRAINED:
-            both = witness, runs.get("ssl", self.config.run)
-            same = (
-                len({getattr(run.config, field) for run in both}) == 1
-                for field in ("seed", "backbone", "width", "stem")
-            )
-            if all(same) and not any("imported" in run.environment for run in both):
+            attacked, start = runs.get("ssl", self.config.run), attrgetter(*START)
+            imported = any("imported" in run.environment for run in (witness, attacked))
+            if start(witness.config) == start(attacked.config) and not imported:
                 reasons.append("the witness began with the attacked encoder's weights, same seed")
         return reasons
 
@@ -119,9 +117,8 @@ class Study(Plan):
     @property
     def labels(self) -> Tensor | None:
         """Classes of the studied images; None where they, or those to learn from, have none."""
-        labels = self.scene.labels[: len(self.scene.x)]
-        usable = (labels >= 0).all() and self.train.labelled and len(self.train.classes) > 1
-        return labels if usable else None
+        labelled = (self.scene.labels >= 0).all() and self.train.labelled
+        return self.scene.labels if labelled and len(self.train.classes) > 1 else None
 
     def classify(self, features: Tensor, queries: Tensor) -> Tensor:
         """Classes of queries (Q, D) by a linear probe on features (N, D) of `learn`."""
@@ -153,24 +150,21 @@ def study(config: TheoryConfig) -> Run:
 
 def plan_study(config: TheoryConfig) -> Study:
     """The run that `config` leads to, with its images, its VAE and the encoders' names."""
-    fields = ("vae", "run", "dataset", "split", "seed")
-    images = DecomposeConfig(**{name: getattr(config, name) for name in fields})
+    fields = {"vae", "run", "dataset", "split", "seed"}
+    images = DecomposeConfig(**config.model_dump(include=fields))
     device = torch_device(config.device)
     scene = open_scene(images, config.images, device)
-    names = {"vae": scene.run.reference, "run": scene.attacked}
-    names["witness"] = scene.witness(config.witness)
-    names["dataset"] = resolve_path(config.dataset or scene.run.config.dataset)
-    config = config.replace(**names)
-    size = scene.run.config.size
-    data = open_images(names["dataset"], config.split, size, None)
-    train = open_images(names["dataset"], "train", size, config.limit)
-    others = siblings(scene.run)
+    vae, size = scene.run, scene.run.config.size
+    dataset = resolve_path(config.dataset or vae.config.dataset)
+    names = {"vae": vae.reference, "run": scene.attacked, "witness": scene.witness(config.witness)}
+    config = config.replace(**names, dataset=dataset)
+    data = open_images(dataset, config.split, size, None)
+    train = open_images(dataset, "train", size, config.limit)
+    others = siblings(vae)
     weights = "".join(checkpoints.digest(run) for axis in others.values() for run in axis)
-    encoders = {
-        role: None if names[role] == UNTRAINED else checkpoints.digest(runs.get("ssl", names[role]))
-        for role in ("run", "witness")
-    }
-    digests = {"vae": checkpoints.digest(scene.run), "train": train.fingerprint, **encoders}
+    encoders = {role: names[role] for role in ("run", "witness") if names[role] != UNTRAINED}
+    digests = {role: checkpoints.digest(runs.get("ssl", name)) for role, name in encoders.items()}
+    digests |= {"vae": checkpoints.digest(vae), "train": train.fingerprint}
     digests["others"] = hashlib.sha256(weights.encode()).hexdigest()
     run = runs.run_for(config, data.fingerprint, **digests)
     return Study(config, run, scene, train, others, environment=describe(device, "no", data))
@@ -208,15 +202,14 @@ def _measure(plan: Study) -> dict[str, Any]:
     summary["latent"] = latent = _latent(scene, config.seed)
     nats, spread = latent["information"], 1.96 * latent["error"]
     claim = f"I(z; y) > 99 % of log N = {math.log(n):.2f}: a sampled z names the image"
-    interval: list[float] | None = [nats, nats - spread, nats + spread]
     about = {"section": "latent", "note": f"rate {latent['rate']:.1f}", "than": 0.99 * math.log(n)}
-    plan.claim(claim, interval, "nats", **about)
+    plan.claim(claim, (nats, nats - spread, nats + spread), "nats", **about)
     bound, note = latent["bound"], "for a small enough δ; how small, the theorem does not say"
     if bound is None or bound <= 0:
         note = f"vacuous, and whatever β were at most log N − rate = {latent['limit']:,.1f}"
-    about = {"section": "latent", "note": note}
     interval = None if bound is None else 3 * [bound]
-    plan.claim("Theorem 3.5: its bound on I(x′; y) > 0", interval, "nats", **about)
+    claim = "Theorem 3.5: its bound on I(x′; y) > 0"
+    plan.claim(claim, interval, "nats", section="latent", note=note)
     kept = {part: plan.witness.retention(images) for part, images in scene.parts.items()}
     summary["parts"] = {part: kept[part].row() for part in PARTS}
     summary["among"] = {"k": _counts(n)} | {part: _among(kept[part]) for part in PARTS}
@@ -236,15 +229,14 @@ def _measure(plan: Study) -> dict[str, Any]:
 def _latent(scene: Scene, seed: int) -> dict[str, Any]:
     """What z says of y, and Theorem 3.5's bound, of the scene's VAE on its images."""
     x, vae, n = scene.x, scene.vae, len(scene.x)
-    with evaluating(vae):
-        codes = [vae.encode(part) for part in x.split(BATCH)]
-        mu, logvar = (torch.cat(parts) for parts in zip(*codes, strict=True))
-        z = theory.sample(mu, logvar, keyed_generator(seed, NOISE))
-        G = torch.cat([vae.decode(part) for part in z.split(BATCH)])
+    codes = [vae.encode(part) for part in x.split(BATCH)]
+    mu, logvar = (torch.cat(parts) for parts in zip(*codes, strict=True))
+    z = theory.sample(mu, logvar, keyed_generator(seed, NOISE))
+    G = torch.cat([vae.decode(part) for part in z.split(BATCH)])
     mse = (x - G).square().mean().item()
     mu, logvar = mu.double().cpu(), logvar.double().cpu()
     nats, error = theory.information(mu, logvar, keyed_generator(seed, NOISE, 1))
-    sizes = sorted({min(n, k) for k in (*(2**power for power in range(1, 10)), n)})
+    sizes = [*(2**power for power in range(1, 10) if 2**power < n), n]
     batches = [
         (k, *theory.batch_bounds(mu, logvar, k, keyed_generator(seed, NOISE, k))) for k in sizes
     ]
@@ -287,12 +279,8 @@ def _exchange(plan: Study) -> dict[str, Any]:
         cosines[f"{moves}: a → b, {stays} of a"] = curve
     follows = bootstrap_interval(100 * (to_b > to_a).double())  # the last: R in whole
     claim = "G(a) + R(b) is taken for b, whose R it is, by more than half"
-    about: dict[str, Any] = {"section": "exchange", "note": "; ".join(plan.caveats), "than": 50}
-    plan.claim(claim, follows, "%", **about)
+    plan.claim(claim, follows, "%", section="exchange", note="; ".join(plan.caveats), than=50)
     return {"shares": SHARES, "cosines": cosines}
-
-
-# --- linear probes ------------------------------------------------------------------------------
 
 
 def _probes(plan: Study) -> dict[str, Any]:
@@ -300,15 +288,16 @@ def _probes(plan: Study) -> dict[str, Any]:
     right = {"instance": _instances(plan)}
     if (labels := plan.labels) is not None:
         learn, judge = _flat(plan.scene.split(plan.learn)), _flat(plan.scene.parts)
-        guesses = {part: plan.classify(learn[part], judge[part]) for part in PARTS}
-        right["class"] = {part: 100 * (guesses[part] == labels).double() for part in PARTS}
+        right["class"] = {
+            part: 100 * (plan.classify(learn[part], judge[part]) == labels).double()
+            for part in PARTS
+        }
     rows: dict[str, Any] = {"instances": len(right["instance"]["x"])}
     for kind, hits in right.items():
         rows[kind] = {part: bootstrap_interval(values) for part, values in hits.items()}
         claim = f"R keeps more than G, by a linear probe on pixels: which {kind}"
-        difference = bootstrap_interval(hits["R"] - hits["G"])
-        about = {"section": "parts", "by": "probe", "n": len(hits["R"])}
-        plan.claim(claim, difference, "points", **about)
+        difference, n = bootstrap_interval(hits["R"] - hits["G"]), len(hits["R"])
+        plan.claim(claim, difference, "points", section="parts", by="probe", n=n)
     return rows
 
 
@@ -350,52 +339,47 @@ def _probe(
     return fit.predictions
 
 
-# --- attacks ------------------------------------------------------------------------------------
-
-
 def _attacks(plan: Study) -> dict[str, Any]:
     """Curves over ε, each adversary beside IDAA at equal ε and at equal hardness, and over N."""
     scene, witness, epsilons = plan.scene, plan.witness, sorted(plan.config.epsilons)
     # (adversary, ε) → what is read there; the radii of equal hardness come in addition.
     readings = {(a, e): read(scene, witness, a, e) for a in ADVERSARIES for e in epsilons}
-    pair = None
-    for adversary, name in OTHERS.items():
-        loss_at = partial(_loss_at, scene, adversary)
+    radii: dict[str, float] = {}
+    for (adversary, name), epsilon in product(OTHERS.items(), epsilons):
+        mine, same = readings["idaa", epsilon], readings[adversary, epsilon]
+        loss, losses = mine.row["loss_after"], "loss {:.2f}, {:.2f}"
+        about: dict[str, Any] = {"section": "attacks", "adversary": adversary, "epsilon": epsilon}
+        claim = f"IDAA ε = {epsilon:.3g} keeps more than {name}"
+        note = [losses.format(loss, same.row["loss_after"])]
+        plan.compare(f"{claim} of equal ε", mine.kept, same.kept, note, **about)
+        about["at"] = "hardness"
         curve = [(e, readings[adversary, e].row["loss_after"]) for e in epsilons]
-        for epsilon in epsilons:
-            mine, same = readings["idaa", epsilon], readings[adversary, epsilon]
-            loss, losses = mine.row["loss_after"], "loss {:.2f}, {:.2f}"
-            about: dict[str, Any] = {"adversary": adversary, "epsilon": epsilon}
-            about["section"] = "attacks"
-            claim = f"IDAA ε = {epsilon:.3g} keeps more than {name}"
-            note = [losses.format(loss, same.row["loss_after"])]
-            plan.compare(f"{claim} of equal ε", mine.kept, same.kept, note=note, **about)
-            about["at"] = "hardness"
-            matched = equal_hardness(loss_at, curve, loss, scene.loss_before)
-            if matched is None:
-                why = f"no ε of {name} up to {epsilons[-1]:g} is as hard as IDAA"
-                why = why if loss > scene.loss_before else "IDAA does not make x harder"
-                plan.claim(f"{claim} of equal hardness", None, "", note=why, **about)
-                continue
-            other = readings[adversary, matched] = read(scene, witness, adversary, matched)
-            claim += f" ε = {matched:.3g}, equally hard"
-            note = [losses.format(loss, other.row["loss_after"])]
-            plan.compare(claim, mine.kept, other.kept, note=note, **about)
-            pair = (epsilon, matched) if adversary == "clae" else pair
+        loss_at = partial(_loss_at, scene, adversary)
+        matched = equal_hardness(loss_at, curve, loss, scene.loss_before)
+        if matched is None:
+            why = f"no ε of {name} up to {epsilons[-1]:g} is as hard as IDAA"
+            why = why if loss > scene.loss_before else "IDAA does not make x harder"
+            plan.claim(f"{claim} of equal hardness", None, "", note=why, **about)
+            continue
+        other = readings[adversary, matched] = read(scene, witness, adversary, matched)
+        note = [losses.format(loss, other.row["loss_after"])]
+        claim += f" ε = {matched:.3g}, equally hard"
+        plan.compare(claim, mine.kept, other.kept, note, **about)
+        if adversary == "clae":  # the last is the hardest, where most is at stake
+            radii = {"idaa": epsilon, "clae": matched}
     if (labels := plan.labels) is not None:
         queries = [witness.features(scene.x), *(reading.features for reading in readings.values())]
         guess = plan.classify(witness.features(plan.learn), torch.cat(queries))
         first, *others = guess.view(-1, len(labels))
-        for reading, same in zip(readings.values(), others, strict=True):
-            reading.row["consistency"] = 100 * (same == first).double().mean().item()
-    summary: dict[str, Any] = {"loss_before": scene.loss_before}
-    summary["curves"] = {
+        for reading, classes in zip(readings.values(), others, strict=True):
+            reading.row["consistency"] = 100 * (classes == first).double().mean().item()
+    curves = {
         name: [readings[a, e].row for a, e in sorted(readings) if a == name] for name in ADVERSARIES
     }
-    if pair:  # the hardest, where most is at stake
-        radii = dict(zip(("idaa", "clae"), pair, strict=True))
-        curves = {a: _among(readings[a, e].kept) for a, e in radii.items()}
-        summary["among_attacked"] = curves | {"radii": radii}
+    summary = {"loss_before": scene.loss_before, "curves": curves}
+    if radii:
+        over_n = {a: _among(readings[a, e].kept) for a, e in radii.items()}
+        summary["among_attacked"] = over_n | {"radii": radii}
     return summary
 
 

@@ -1,12 +1,9 @@
 """How much of an image's identity something still holds, in nats (docs/spec/idaa.md §6).
 
 y says which of N images it is, each as likely: log N nats. Yang et al., ICML 2022, bound I(x′; y)
-by the VAE's loss (Lemma 3.2, Theorem 3.5). Here are the terms of that bound, and what can be
-measured instead.
-
-Of a latent z ~ q(z|x_i) the information I(z; y) follows from the posteriors alone. Images determine
-y as soon as no two are alike, so of x, G(x), R(x) and x′ the question is another: how much can an
-observer with finite means still use? `Retention` is that of a frozen encoder.
+by the VAE's loss (Theorem 3.5); here are the terms of that bound. Images determine y as soon as no
+two are alike, so of x, G(x), R(x) and x′ the question is another: how much of it can an observer
+with finite means still use? `Retention` is that of a frozen encoder.
 """
 
 from __future__ import annotations
@@ -21,8 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.evaluate.metrics import bootstrap_interval
-
-# --- information in the latent ------------------------------------------------------------------
 
 
 def log_densities(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -75,10 +70,7 @@ def batch_bounds(
 
     Lower: mean log q_i(z_i) / ((1/K) Σ_j q_j(z_i)), at most log K. Upper: the same, its own q_i
     left out of the mean (spec §6.3; Poole et al. 2019, arXiv:1905.06922, §2). Images beyond the
-    last full batch are not used.
-
-    Raises:
-        ValueError: K is not within 2…N.
+    last full batch are not used; K is within 2…N.
     """
     n = len(mu)
     if not 2 <= size <= n:
@@ -95,19 +87,14 @@ def batch_bounds(
     return torch.cat(lower).mean().item(), torch.cat(upper).mean().item()
 
 
-# --- Theorem 3.5 --------------------------------------------------------------------------------
-
-
 def distortion(mse: float, size: int, step: Sequence[float] | None = None) -> float:
     """−E log q_D(x|z) in nats per image under N(G, s²I) with the best s² (spec §6.3).
 
     (3HW/2)(1 + log 2πs²), s² = `mse`, the mean squared error of images (3, size, size) at sampled
     z. Of continuous pixels it may be negative, and only differences between VAEs mean something.
-
-    Args:
-        step: width of a pixel's values per channel, in units of x (1/(255·std)). With it the result
-            is the code length of discrete pixels with uniform noise within their cells: at least
-            −E log of the cells' probability, and never negative.
+    With `step`, the width of a pixel's values per channel in units of x (1/(255·std)), it is the
+    code length of discrete pixels with uniform noise within their cells: never less than −E log of
+    the cells' probability.
     """
     if step is None:
         return 1.5 * size**2 * (1 + math.log(2 * math.pi * mse))
@@ -125,16 +112,10 @@ def bound(
 ) -> tuple[float, float]:
     """The right-hand side of Theorem 3.5 in nats, and what no β lifts it above: log N − rate.
 
-    I(x′; y) ≥ I(x; y) − (L_VAE + I(z; x)) / β, where L_VAE = distortion + β·rate, I(x; y) = log N
-    for N distinct images, and I(z; x) = I(z; y) on them. It holds for ‖δ‖ ≤ some ϵ that the theorem
-    does not name. No information is negative: a bound of 0 or less is vacuous.
-
-    Args:
-        n: N. distortion: −E log q_D(x|z) of discrete pixels (else H(x) ≥ 0, which the proof drops,
-            fails). rate: R̄. information: I(z; x). beta: of the loss at the same variance s²
-            (mse + `quantisation`).
-    Raises:
-        ValueError: the distortion is negative, or N < 2.
+    I(x′; y) ≥ I(x; y) − (L_VAE + I(z; x)) / β, where L_VAE = distortion + β·rate, and I(x; y) is
+    log N of N ≥ 2 distinct images, on which I(z; x) = I(z; y) = `information`. It holds for ‖δ‖ ≤
+    some ϵ that the theorem does not name; a bound of 0 or less is vacuous. The distortion is of
+    discrete pixels (else H(x) ≥ 0, which the proof drops, fails), β of the loss at the same s².
     """
     if distortion < 0:
         raise ValueError(f"distortion of discrete pixels cannot be {distortion:g} nats.")
@@ -144,15 +125,13 @@ def bound(
     return limit - (distortion + information) / beta if beta else -math.inf, limit
 
 
-# --- identity that an observer can use ----------------------------------------------------------
-
 # Wide enough that the best is inside: from one candidate deciding to all alike.
 TEMPERATURES = tuple(10 ** (exponent / 8) for exponent in range(-20, 9))  # 0.003 … 10
 
 
 @dataclass(frozen=True)
 class Retention:
-    """What a frozen encoder still knows of which image each of n queries came from.
+    """What a frozen encoder still knows of which of N images each of n queries came from.
 
     ranks: (n,) int64, place of the own image among N candidates, 1 is first; of equals it counts
     as the last, so an encoder that sees nothing finds nothing. gains: (n,) nats, each query's
@@ -178,22 +157,19 @@ class Retention:
         infonce: InfoNCE's lower bound on I(v; y) in nats (van den Oord et al. 2018,
         arXiv:1807.03748). fano: Fano's, from retrieval@1 alone. own, nearest: cosines. n: N.
         """
+        ranks = self.ranks.double()
         hits, nats = bootstrap_interval(self.hits), bootstrap_interval(self.gains)
-        means = {"rank": self.ranks.double(), "mrr": 1 / self.ranks.double()}
-        means |= {"own": self.own, "nearest": self.nearest}
+        means = {"rank": ranks, "mrr": 1 / ranks, "own": self.own, "nearest": self.nearest}
         row = {name: values.mean().item() for name, values in means.items()}
         row |= {"retrieved": hits.value, "low": hits.low, "high": hits.high, "n": self.n}
         row |= {"infonce": nats.value, "infonce_low": nats.low, "infonce_high": nats.high}
         return row | {"fano": fano(1 - hits.value / 100, self.n)}
 
     def among(self, k: int) -> float:
-        """retrieval@1 in percent among k candidates: the own image and k − 1 random others.
+        """retrieval@1 in percent among k of 1…N candidates: the own image and k − 1 random others.
 
         Exact, without a draw: the own image comes first if none of the rank − 1 better ones of the
         N − 1 others is among the k − 1.
-
-        Raises:
-            ValueError: k is not within 1…N.
         """
         if not 1 <= k <= self.n:
             raise ValueError(f"k must be from 1 to {self.n} candidates, and is {k}.")
@@ -202,12 +178,9 @@ class Retention:
 
 
 def retention(queries: Tensor, candidates: Tensor) -> Retention:
-    """How well features (n, D) of images v_i find those of x_i, the i-th of (N, D), by cosine.
+    """How well features (n, D) of images v_i find those of x_i, the i-th of candidates (N ≥ n, D).
 
     I(v; y) ≥ log N + E log p(y|v) for any p (Barber & Agakov); here it is a softmax of cosines.
-
-    Raises:
-        ValueError: there are fewer candidates than queries, or fewer than 2.
     """
     n, count = len(queries), len(candidates)
     if not 1 <= n <= count or count < 2:
@@ -230,22 +203,17 @@ def retention(queries: Tensor, candidates: Tensor) -> Retention:
 
 
 def fano(error: float, n: int) -> float:
-    """Lower bound on I(v; y) in nats of an observer that errs in a share `error` of n alternatives.
-
-    (1 − e) log n − h(e), h the binary entropy; 0 where that is negative.
-    """
+    """Lower bound on I(v; y) in nats where a share e of answers among n alternatives is wrong:
+    (1 − e) log n − h(e), h the binary entropy; 0 where that is negative."""
     return max(0.0, (1 - error) * math.log(n) - float(stats.entropy([error, 1 - error])))
 
 
 def hardness(
     x: Tensor, x_adv: Tensor, z: Tensor, z_adv: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, float]:
-    """How far a batch x_adv (B, 3, H, W) is from x, with the attacked encoder's z_adv, z (B, D).
-
-    rise: of `loss` (two batches of embeddings → scalar), which the attack ascends, in nats. Means
-    over the images of the cosine of z and z_adv, and of l2 and linf, the norms of x_adv − x in
-    normalised units.
-    """
+    """How far a batch x_adv (B, 3, H, W) is from x, with the attacked encoder's z_adv, z (B, D):
+    the rise of `loss` (two batches of embeddings → scalar, nats), and means over the images of the
+    cosine of z and z_adv, and of the norms l2 and linf of x_adv − x in normalised units."""
     change = (x_adv - x).flatten(1)
     return {
         "rise": (loss(z, z_adv) - loss(z, z)).item(),
