@@ -34,7 +34,8 @@ PARTS = ("train", "val", "test")
 SPLITS = {"train": slice(0, 1), "val": slice(1, 2), "test": slice(2, 3), "trainval": slice(0, 2)}
 VERSION = 3  # of the decoding and of the files of the cache: another number, another entry
 
-PUBLISHED = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # what papers normalise CIFAR with
+# The mean and std that papers normalise CIFAR with.
+CIFAR_UNITS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 # Of the class names of CIFAR-10 and CIFAR-100, sorted, one a line: the start of their sha256.
 CIFAR = ("bb3914949cecedee", "fbe8ad23bbaf2496")
 
@@ -206,22 +207,19 @@ class _Pool:
                 return index["about"]
         return None
 
-    def open(self, locked: bool = False) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-        """What describes the pool, labels (N,) and pixels (N, 3, size, size); decoded if need be.
-
-        locked: whether no other process can be decoding this source.
-        """
+    def open(self) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+        """What describes the pool, labels (N,), pixels (N, 3, size, size); decoded if need be."""
         entry, stamps = self._scan()
-        pool = _read(entry)
-        if pool is None and not locked:
+        if (pool := _read(entry)) is None:
             self.cache.mkdir(parents=True, exist_ok=True)
             with FileLock(self.cache / f"{self.source.path.name}.lock"):
-                return self.open(locked=True)  # another process may have decoded it meanwhile
-        if pool is None:
-            listing = self.source.listing()  # may download, which changes the key
-            entry, stamps = self._scan()
-            self._build(entry, listing)
-            if (pool := _read(entry)) is None:
+                entry, stamps = self._scan()
+                if (pool := _read(entry)) is None:  # no other process decoded it meanwhile
+                    listing = self.source.listing()  # may download, which changes the key
+                    entry, stamps = self._scan()
+                    self._build(entry, listing)
+                    pool = _read(entry)
+            if pool is None:
                 raise OSError(f"{entry} changed while it was written: load it again")
         if self.read_index() != pool[0]:
             draft = self.path(str(self.source.path), f".{os.getpid()}")
@@ -282,7 +280,7 @@ class _Pool:
         names = "\n".join(sorted(name.lower().replace(" ", "_") for name in listing.classes))
         alike = sha256(names)[:16] in CIFAR and {item.sides for item in items} == {(32, 32)}
         if alike or (isinstance(self.source, Torchvision) and self.source.name.startswith("cifar")):
-            mean, std = PUBLISHED
+            mean, std = CIFAR_UNITS
         described = json.dumps([self.size, listing.classes, labels, counts])
         with open(file, "rb") as target:
             digest = hashlib.file_digest(target, "sha256").hexdigest()

@@ -60,12 +60,20 @@ class Listing:
 class Source:
     """A folder of images; below, what else gives images, by the same three methods."""
 
-    def __init__(self, path: Path, name: str = "") -> None:
-        self.path, self.name = path.absolute(), name or path.resolve().name
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path.absolute(), name
 
     def members(self) -> list[Member]:
-        """What the source consists of: other content has other members."""
-        return _walk(self.path)
+        """All that is not hidden: other content has other members."""
+        members: list[Member] = []
+        for folder, folders, files in os.walk(self.path, followlinks=True):
+            inner = Path(folder).relative_to(self.path).as_posix()
+            base = "" if inner == "." else f"{inner}/"
+            folders[:] = [name for name in folders if not HIDDEN.search(name)]
+            members += [(f"{base}{name}/", 0, 0) for name in folders]
+            files = [name for name in files if not HIDDEN.search(name)]
+            members += [(f"{base}{name}", *read_stamp(f"{folder}/{name}")) for name in files]
+        return members
 
     def watch(self, members: list[Member]) -> list[str]:
         """Paths whose size or time of change tells that the content changed.
@@ -97,9 +105,6 @@ class Source:
 
 class Zip(Source):
     """A zip of images, read in place."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, path.stem)
 
     def members(self) -> list[Member]:
         try:
@@ -134,8 +139,7 @@ class Zip(Source):
 
 
 class Photos(Source):
-    def __init__(self) -> None:
-        super().__init__(Path(photos.__file__), "photos")
+    """The photographs inside two dependencies."""
 
     def members(self) -> list[Member]:
         rules = (photos.COUNTS, photos.STRIPS, photos.SIDES)
@@ -198,13 +202,13 @@ class Torchvision(Source):
 def find_source(source: str | Path, data: Path, download: bool) -> Source:
     """The source that a name or a path stands for. FileNotFoundError where there is none."""
     if source == "photos":
-        return Photos()
+        return Photos(Path(photos.__file__), "photos")
     if isinstance(source, str) and source in TORCHVISION:
         return Torchvision(source, data, download)
     places = [Path(source).expanduser().absolute(), data / source]
     for path in places:
         if path.exists():
-            return Source(path) if path.is_dir() else Zip(path)
+            return Source(path, path.resolve().name) if path.is_dir() else Zip(path, path.stem)
     if source in FOLDERS:
         raise FileNotFoundError(f"{source} is not in {places[1]}: put it there as {LAYOUT} says")
     raise FileNotFoundError(
@@ -220,18 +224,6 @@ def read_stamp(path: str | Path) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns
-
-
-def _walk(root: Path) -> list[Member]:
-    """Everything below a folder but what is hidden."""
-    members: list[Member] = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        base = "" if Path(folder) == root else Path(folder).relative_to(root).as_posix() + "/"
-        folders[:] = [name for name in folders if not HIDDEN.search(name)]
-        members += [(f"{base}{name}/", 0, 0) for name in folders]
-        files = [name for name in files if not HIDDEN.search(name)]
-        members += [(f"{base}{name}", *read_stamp(f"{folder}/{name}")) for name in files]
-    return members
 
 
 def sha256(text: str, more: bytes = b"") -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from idaa_lib.configs import ConfigError
+from idaa_lib.data.cached import CIFAR_UNITS
 from idaa_lib.evaluate.encoders import Encoder
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.heads import Embedder, mlp
@@ -25,7 +26,6 @@ from idaa_lib.nets.vae import VAE
 
 Channels = tuple[float, ...]
 _Units = tuple[int, Channels, Channels]  # size, mean, std
-_CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -190,12 +190,12 @@ def _networks(state: _State) -> tuple[str, dict[str, Any], _Names, _Units]:
     with torch.device("meta"):  # which draws none of the caller's random numbers either
         if kind == "vae":
             vae = _vae(state)
-            units = _CIFAR if vae.size in (32, 84) else _IMAGENET
+            units = CIFAR_UNITS if vae.size in (32, 84) else _IMAGENET
             return kind, {"vae": vae}, names, (vae.size, *units)
         backbone, shortcuts = _backbone(state, names.get("backbone.", "backbone."))
         parts = {"backbone": backbone, **_heads(mark, state, backbone.feature_dim)}
     size = 32 if backbone.stem == "cifar" else 224 if mark == _SIMSIAM_IMAGENET else 84
-    units = _CIFAR if backbone.stem == "cifar" else _IMAGENET
+    units = CIFAR_UNITS if backbone.stem == "cifar" else _IMAGENET
     return kind, parts, names | shortcuts, (size, *units)
 
 
@@ -253,33 +253,30 @@ def _fill(parts: dict[str, Any], state: _State, names: _Names) -> None:
     """Give the networks `parts`, made without storage, the tensors of a file; strict."""
     whole = nn.ModuleDict(parts)
     ours = whole.state_dict()
-    theirs: dict[str, str | None] = {}
-    for key in ours:
-        name = key
+    theirs: dict[str, Tensor] = {}
+    for key, tensor in ours.items():
         for part, other in names.items():
-            name = name.replace(part, other)
-        theirs[name] = key
-        for part, other in _BESIDE.items():
-            if part in name:
-                theirs.setdefault(name.replace(part, other), None)
-    pairs = {key: name for key, name in theirs.items() if name is not None}
+            key = key.replace(part, other)
+        theirs[key] = tensor
+    beside = {key.replace(*pair) for key in theirs for pair in _BESIDE.items()}
     faults = {
-        "lacks": theirs.keys() - state.keys(),
-        "has, beside what belongs there,": state.keys() - theirs.keys(),
+        "lacks": (theirs.keys() | beside) - state.keys(),
+        "has, beside what belongs there,": state.keys() - theirs.keys() - beside,
         "has other shapes:": {
-            f"{key} is {tuple(state[key].shape)} and should be {tuple(ours[name].shape)}"
-            for key, name in pairs.items()
-            if key in state and state[key].shape != ours[name].shape
+            f"{key} is {tuple(state[key].shape)} and should be {tuple(tensor.shape)}"
+            for key, tensor in theirs.items()
+            if key in state and state[key].shape != tensor.shape
         },
     }
-    if any(faults.values()):
-        texts = [
-            f"it {what} {', '.join(sorted(keys)[:20])}{' and more' if len(keys) > 20 else ''}"
-            for what, keys in faults.items()
-            if keys
-        ]
+    texts = [
+        f"it {what} {', '.join(sorted(keys)[:20])}{' and more' if len(keys) > 20 else ''}"
+        for what, keys in faults.items()
+        if keys
+    ]
+    if texts:
         raise ConfigError(f"{'; '.join(texts)}.")
-    whole.load_state_dict({name: state[key] for key, name in pairs.items()}, assign=True)
+    tensors = [state[key] for key in theirs]
+    whole.load_state_dict(dict(zip(ours, tensors, strict=True)), assign=True)
     whole.float().eval().requires_grad_(False)
     if "ds_conv1." in names.values() and _SIMSIAM_IMAGENET not in names.values():
         # ReLU sees conv1 itself, past the stem's norm (spec §8.7).
