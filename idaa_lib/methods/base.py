@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from idaa_lib import configs
 from idaa_lib.configs import EncoderConfig
 from idaa_lib.nets import build_backbone, initial_weights
-from idaa_lib.nets.heads import Embedder, Embedding, Network
+from idaa_lib.nets.heads import Embedder, Embedding
 from idaa_lib.registry import CHOICES, register
 from idaa_lib.views import Recipe, View, compile_view, keyed_generator
 
 Batch = dict[str, Tensor]
-M = TypeVar("M", bound=nn.Module)
 METHODS = CHOICES["method"]
 
 
@@ -48,7 +47,6 @@ class About:
 
     @property
     def n(self) -> int:
-        """How many training images there are."""
         return len(self.labels)
 
 
@@ -70,17 +68,20 @@ class Moment:
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class Work:
-    """What a long `before_epoch` may ask of the loop."""
+    """What a long `before_epoch` may ask of the loop.
 
-    def __init__(
-        self, images: Tensor, embed: Callable[..., Tensor], pulse: Callable[[str], None]
-    ) -> None:
-        self.images, self._embed, self.pulse = images, embed, pulse
+    Fields:
+        images: all training images, uint8 (N, 3, H, W).
+        embed: layer (`backbone` where none is given) → their features (N, D) by the present
+            encoder, without augmentation.
+        pulse: takes a message, and raises where the training shall stop.
+    """
 
-    def embed(self, layer: str = "backbone") -> Tensor:
-        """Features (N, D) of all training images by the present encoder, without augmentation."""
-        return self._embed(layer)
+    images: Tensor
+    embed: Callable[..., Tensor]
+    pulse: Callable[[str], None]
 
 
 @dataclass
@@ -168,7 +169,6 @@ class Method(nn.Module):
     # --- what a step sees -------------------------------------------------------------------------
 
     def steps_per_epoch(self) -> int:
-        """How many batches `batches` yields."""
         return self.about.n // self.about.batch_size
 
     def images_per_step(self) -> int:
@@ -214,12 +214,45 @@ class Method(nn.Module):
         """The losses of the views that `draw` made of a batch, and what may be attacked."""
         raise NotImplementedError
 
-    @contextmanager
-    def fixed_weights(self) -> Iterator[None]:
-        """For an attack's loss: a gradient flows to the images alone, not to the weights.
+    def attack_on(
+        self,
+        view: View,
+        attack_loss: Callable[[Embedding, bool], Tensor],
+        adversarial_loss: Callable[[Embedding, View], Tensor],
+    ) -> dict[str, Any]:
+        """The fields of a `Step` that say how `view` is attacked, from losses of the embedding that
+        other images in its place have by the adversarial norms.
 
-        A compiled network computes the gradients of all that asks for one, whoever is interested.
+        attack_loss also takes whether they are its own images, adversarial_loss the view of them.
         """
+
+        def ascend(x: Tensor, at_start: bool = False) -> Tensor:
+            with self._fixed_weights():
+                embedding = self.embed(view._replace(images=x), adversarial=True)
+            return attack_loss(embedding, at_start)
+
+        def learn(x_adv: Tensor) -> Tensor:
+            v_adv = view._replace(images=x_adv)
+            return adversarial_loss(self.embed(v_adv, adversarial=True), v_adv)
+
+        return {"attacked": view, "attack_loss": ascend, "adversarial_loss": learn}
+
+    def two_view_step(
+        self, loss: Tensor, views: tuple[View, ...], embeddings: tuple[Tensor, Tensor], *attack: Any
+    ) -> Step:
+        """The `Step` of a loss of two views, whose embeddings are (B, D); the first is attacked as
+        the two functions of `attack_on` say."""
+        return Step(
+            loss,
+            embeddings=(embeddings[0].detach(), embeddings[1].detach()),
+            pictures={"view 1": views[0].images, "view 2": views[1].images},
+            **self.attack_on(views[0], *attack),
+        )
+
+    @contextmanager
+    def _fixed_weights(self) -> Iterator[None]:
+        """Inside, a gradient flows to the images alone, not to the weights: a compiled network
+        computes the gradients of all that asks for one, whoever is interested."""
         learning = [p for p in self.network.parameters() if p.requires_grad]
         for parameter in learning:
             parameter.requires_grad_(False)
@@ -291,38 +324,18 @@ def anchored(embed: Callable[[], Tensor]) -> Callable[[Tensor, bool], Tensor]:
     """What an attack loss compares with: the attacked view's own embedding, stopped.
 
     Gives a function of the embedding z at hand and of whether the images are the view itself: then
-    z is its embedding, exactly, and a pass is saved. Else `embed()` makes it. It stays the same
-    through all steps of the attack.
+    z is its embedding, exactly, and a pass is saved. Else `embed()` makes it, once for all steps.
     """
     anchor: Tensor | None = None
 
     def find(z: Tensor, at_start: bool) -> Tensor:
         nonlocal anchor
-        if anchor is None and at_start:
-            anchor = z.detach()
-        elif anchor is None:
+        if anchor is None:
             with torch.no_grad():
-                anchor = embed()
+                anchor = z.detach() if at_start else embed()
         return anchor
 
     return find
-
-
-def two_view_step(
-    loss: Tensor, views: tuple[View, ...], embeddings: tuple[Tensor, Tensor], **attack: Any
-) -> Step:
-    """The `Step` of a loss of two views whose first is attacked.
-
-    embeddings: of both (B, D). attack: `attack_loss`, `adversarial_loss`, and other fields.
-    """
-    v1, v2 = views
-    return Step(
-        loss,
-        attacked=v1,
-        embeddings=(embeddings[0].detach(), embeddings[1].detach()),
-        pictures={"view 1": v1.images, "view 2": v2.images},
-        **attack,
-    )
 
 
 def similarity(rows: Tensor, columns: Tensor, temperature: float) -> Tensor:
@@ -336,7 +349,7 @@ def similarity(rows: Tensor, columns: Tensor, temperature: float) -> Tensor:
         return rows @ columns.T / temperature
 
 
-def frozen_copy(network: M) -> M:
+def frozen_copy(network: nn.Module) -> nn.Module:
     """A twin that no optimiser trains: what starts as a key encoder or a target network."""
     return copy.deepcopy(network).requires_grad_(False)
 
@@ -349,8 +362,8 @@ def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     BatchNorm statistics are each network's own.
     """
     slow: list[Tensor] = [*target.parameters()]
-    fast: list[Tensor] = [p for p, _ in zip(online.parameters(), slow, strict=False)]
-    torch._foreach_lerp_(slow, fast, 1 - momentum)
+    fast: list[Tensor] = [*online.parameters()]
+    torch._foreach_lerp_(slow, fast[: len(slow)], 1 - momentum)
 
 
 class _Gather(torch.autograd.Function):
@@ -377,6 +390,3 @@ def gather(z: Tensor) -> Tensor:
     """
     alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
     return z if alone else _Gather.apply(z)
-
-
-__all__ = ["METHODS", "About", "Batch", "Method", "Moment", "Network", "Step", "View", "Work"]

@@ -13,14 +13,13 @@ factor and a constant) are those of lightly's CIFAR-10 benchmark, where the mome
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from idaa_lib import configs
-from idaa_lib.configs.base import Positive
+from idaa_lib.configs.base import Positive, Share
 from idaa_lib.methods.base import (
     About,
     Batch,
@@ -30,7 +29,6 @@ from idaa_lib.methods.base import (
     follow,
     frozen_copy,
     register_method,
-    two_view_step,
 )
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.heads import Network, mlp
@@ -43,7 +41,7 @@ class BYOL(Method):
         """momentum: τ of the moving average at the start, in [0, 1]."""
 
         projection_dim: Positive = 256
-        momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
+        momentum: Share = 0.99
 
     recordable = True
 
@@ -60,23 +58,15 @@ class BYOL(Method):
         online1, online2 = self.embed(v1), self.embed(v2)  # z, p (B, D)
         t1, t2 = self._aim(v1), self._aim(v2)
 
-        def attack_loss(x: Tensor) -> Tensor:
-            with self.fixed_weights():
-                p = self.embed(v1._replace(images=x), adversarial=True).p
-            return negative_cosine(p, t2)
-
-        def adversarial_loss(x_adv: Tensor) -> Tensor:
-            v_adv = v1._replace(images=x_adv)
-            p = self.embed(v_adv, adversarial=True).p
-            t = self._aim(v_adv, adversarial=True)
+        def loss_of(p: Tensor, t: Tensor) -> Tensor:  # of the first view, online and target
             return (negative_cosine(p, t2) + negative_cosine(online2.p, t)) / 2
 
-        return two_view_step(
-            (negative_cosine(online1.p, t2) + negative_cosine(online2.p, t1)) / 2,
+        return self.two_view_step(
+            loss_of(online1.p, t1),
             views,
             (online1.z, online2.z),
-            attack_loss=attack_loss,
-            adversarial_loss=adversarial_loss,
+            lambda e, at_start: negative_cosine(e.p, t2),
+            lambda e, v_adv: loss_of(e.p, self._aim(v_adv, adversarial=True)),
         )
 
     @torch.no_grad()

@@ -9,17 +9,8 @@ from torch import Tensor, nn
 
 from idaa_lib import configs
 from idaa_lib.configs.base import Positive
-from idaa_lib.methods.base import (
-    About,
-    Batch,
-    Method,
-    Moment,
-    Step,
-    anchored,
-    gather,
-    two_view_step,
-)
-from idaa_lib.nets.heads import Network, mlp
+from idaa_lib.methods.base import About, Batch, Method, Moment, Step, anchored, gather
+from idaa_lib.nets.heads import Embedding, Network, mlp
 from idaa_lib.views import View
 
 
@@ -55,19 +46,12 @@ class Contrastive(Method):
         z1, z2 = gather(self.embed(v1).z), gather(self.embed(v2).z)  # (B, D) of all processes
         anchor = anchored(lambda: gather(self.embed(v1, adversarial=True).z))
 
-        def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            with self.fixed_weights():
-                z = gather(self.embed(v1._replace(images=x), adversarial=True).z)
+        def attack_loss(e: Embedding, at_start: bool) -> Tensor:
+            z = gather(e.z)
             return self.contrast(anchor(z, at_start), z)
 
-        def adversarial_loss(x_adv: Tensor) -> Tensor:
-            z_adv = gather(self.embed(v1._replace(images=x_adv), adversarial=True).z)
-            return self.contrast(z1, z_adv)
+        def adversarial_loss(e: Embedding, v_adv: View) -> Tensor:
+            return self.contrast(z1, gather(e.z))
 
-        return two_view_step(
-            self.contrast(z1, z2),
-            views,
-            (z1, z2),
-            attack_loss=attack_loss,
-            adversarial_loss=adversarial_loss,
-        )
+        loss = self.contrast(z1, z2)
+        return self.two_view_step(loss, views, (z1, z2), attack_loss, adversarial_loss)

@@ -21,6 +21,7 @@ are not averaged but copied; in both they move by 1 − decay a step (.001 there
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 
 from idaa_lib import configs
 from idaa_lib.configs import ConfigError
-from idaa_lib.configs.base import NonNegative, Positive, Rate
+from idaa_lib.configs.base import NonNegative, Positive, Rate, Share
 from idaa_lib.methods.base import (
     About,
     Batch,
@@ -46,7 +47,7 @@ from idaa_lib.methods.base import (
     register_method,
 )
 from idaa_lib.methods.plain import one_way
-from idaa_lib.nets.heads import Embedder, Network
+from idaa_lib.nets.heads import Embedder, Embedding, Network
 from idaa_lib.views import Recipe, View, keyed_generator
 from idaa_lib.views.randaugment import RandAugment
 
@@ -78,27 +79,21 @@ def stream(items: Tensor, size: int, first: int, key: tuple[int, int]) -> Iterat
 
     Any batch is known without those before it, and all items come up equally often.
     """
-    seed, stream = key
+    seed, number = key
 
     @functools.lru_cache(2)
     def permutation(turn: int) -> Tensor:
-        return items[torch.randperm(len(items), generator=keyed_generator(seed, turn, 0, stream))]
+        return items[torch.randperm(len(items), generator=keyed_generator(seed, turn, 0, number))]
 
-    place = first * size
-    while True:
-        parts, end = [], place + size
-        while place < end:
-            turn, offset = divmod(place, len(items))
-            parts.append(permutation(turn)[offset : offset + end - place])
-            place += len(parts[-1])
-        yield torch.cat(parts)
+    for start in itertools.count(first * size, size):
+        places = torch.arange(start, start + size)
+        turns, offsets = places // len(items), places % len(items)
+        yield torch.cat([permutation(t)[offsets[turns == t]] for t in turns.unique().tolist()])
 
 
 @register_method("fixmatch")
 class FixMatch(Method):
-    """Sees B labelled and μ·B unlabelled images a step; averaged weights are what is judged.
-
-    A weak view is a mirror image by chance, shifted by at most 4 pixels of 32 and continued by
+    """A weak view is a mirror image by chance, shifted by at most 4 pixels of 32 and continued by
     reflection; a strong one has RandAugment and cutout besides.
     """
 
@@ -118,7 +113,7 @@ class FixMatch(Method):
         labels_per_class: Positive = 25
         mu: Positive = 7
         steps_per_epoch: Positive | None = None
-        threshold: Annotated[float, Field(ge=0, le=1)] = 0.95
+        threshold: Share = 0.95
         lambda_u: NonNegative = 1.0
         ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
         contrast: Literal["infonce", "ce"] = "infonce"
@@ -187,42 +182,34 @@ class FixMatch(Method):
             parts["pseudo_top1"] = 100 * right.mean()
             parts["believed_right"] = 100 * (right * believed).mean()
 
-        def look(x: Tensor) -> tuple[Tensor, Tensor]:
-            """Logits (μB, C) and L2-normalised features (μB, D) by the adversarial norms."""
-            e = self.embed(weak._replace(images=x), adversarial=True)
-            return e.logits, F.normalize(e.h, dim=1)
+        def features_of(e: Embedding) -> Tensor:
+            return gather(F.normalize(e.h, dim=1))  # (μB, D) of all processes
 
-        anchor = anchored(lambda: gather(look(weak.images)[1]))
+        anchor = anchored(lambda: features_of(self.embed(weak, adversarial=True)))
 
-        def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            with self.fixed_weights():
-                logits, h = look(x)
+        def attack_loss(e: Embedding, at_start: bool) -> Tensor:
             if options.contrast == "ce":
-                return F.cross_entropy(logits, pseudo)
-            h = gather(h)
+                return F.cross_entropy(e.logits, pseudo)
+            h = features_of(e)
             return one_way(anchor(h, at_start), h, options.temperature)
 
-        def adversarial_loss(x_adv: Tensor) -> Tensor:
-            logits, h = look(x_adv)
+        def adversarial_loss(e: Embedding, v_adv: View) -> Tensor:
             if options.contrast == "ce":
-                return (F.cross_entropy(logits, pseudo, reduction="none") * believed).mean()
-            rows = one_way(gather(h_weak), gather(h), options.temperature, "none")
+                return (F.cross_entropy(e.logits, pseudo, reduction="none") * believed).mean()
+            rows = one_way(gather(h_weak), features_of(e), options.temperature, "none")
             return (rows * gather(believed)).mean()
 
         return Step(
             supervised + options.lambda_u * unsupervised,
             parts=parts,
-            attacked=weak,
-            attack_loss=attack_loss,
-            adversarial_loss=adversarial_loss,
             embeddings=(h_weak, h_strong),
             pictures={"weak view": weak.images, "strong view": strong.images},
+            **self.attack_on(weak, attack_loss, adversarial_loss),
         )
 
     def after_step(self, step: Step, moment: Moment) -> None:
         follow(self.ema, self.network, self.options.ema_decay)
-        for average, present in zip(self.ema.buffers(), self.network.buffers(), strict=True):
-            average.copy_(present)
+        torch._foreach_copy_([*self.ema.buffers()], [*self.network.buffers()])
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Biases and BatchNorms (all that is a vector) do not decay."""

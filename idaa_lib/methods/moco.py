@@ -13,16 +13,15 @@ CUDA devices the statistics are of all processes (SyncBatchNorm).
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib import configs
 from idaa_lib.configs import ConfigError
-from idaa_lib.configs.base import Positive, Rate
+from idaa_lib.configs.base import Positive, Rate, Share
 from idaa_lib.methods.base import (
     About,
     Batch,
@@ -34,9 +33,8 @@ from idaa_lib.methods.base import (
     gather,
     register_method,
     similarity,
-    two_view_step,
 )
-from idaa_lib.nets.heads import Network, mlp
+from idaa_lib.nets.heads import Embedding, Network, mlp
 from idaa_lib.views import View
 
 
@@ -60,7 +58,7 @@ class MoCo(Method):
         projection_dim: Positive = 128
         temperature: Rate = 0.1
         queue: Positive = 4096
-        momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
+        momentum: Share = 0.99
 
     recordable = True
     queue: Tensor
@@ -82,28 +80,16 @@ class MoCo(Method):
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         v1, v2 = views
-        q = self.embed(v1).z  # (B, D)
+        query = self.embed(v1)
         with torch.no_grad():
-            k = self.target(v2.images, self.describe(v2)).z
+            k = self.target(v2.images, self.describe(v2)).z  # (B, D)
 
-        def loss_of(query: Tensor) -> Tensor:
-            return info_nce(query, k, self.queue, self.options.temperature)
+        def loss_of(e: Embedding, _: Any = None) -> Tensor:
+            return info_nce(e.z, k, self.queue, self.options.temperature)
 
-        def attack_loss(x: Tensor) -> Tensor:
-            with self.fixed_weights():
-                return loss_of(self.embed(v1._replace(images=x), adversarial=True).z)
-
-        def adversarial_loss(x_adv: Tensor) -> Tensor:
-            return loss_of(self.embed(v1._replace(images=x_adv), adversarial=True).z)
-
-        return two_view_step(
-            loss_of(q),
-            views,
-            (q, k),
-            attack_loss=attack_loss,
-            adversarial_loss=adversarial_loss,
-            carry={"keys": gather(k)},
-        )
+        step = self.two_view_step(loss_of(query), views, (query.z, k), loss_of, loss_of)
+        step.carry["keys"] = gather(k)
+        return step
 
     @torch.no_grad()
     def after_step(self, step: Step, moment: Moment) -> None:

@@ -26,7 +26,6 @@ from idaa_lib.methods.base import (
     Step,
     anchored,
     register_method,
-    two_view_step,
 )
 from idaa_lib.nets.heads import Embedding, Network, mlp
 from idaa_lib.nets.resnet import zero_residuals
@@ -43,8 +42,7 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 
 @register_method("simsiam")
 class SimSiam(Method):
-    """The attack starts at its own anchor, but the predictor lies between: its gradient is not
-    0."""
+    """The attack starts at its own anchor, but a predictor lies between: its gradient is not 0."""
 
     class Options(configs.Options):
         """pairing: as IDAA's authors developed it for CIFAR, or for ImageNet."""
@@ -78,22 +76,12 @@ class SimSiam(Method):
         v1, v2 = views
         e1, e2 = self.embed(v1), self.embed(v2)
         anchor = anchored(lambda: self.embed(v1, adversarial=True).z)
-
-        def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            with self.fixed_weights():
-                e = self.embed(v1._replace(images=x), adversarial=True)
-            return negative_cosine(e.p, anchor(e.z, at_start))
-
-        def adversarial_loss(x_adv: Tensor) -> Tensor:
-            e_adv = self.embed(v1._replace(images=x_adv), adversarial=True)
-            return self._both(e1 if self.cifar else e2, e_adv)
-
-        return two_view_step(
+        return self.two_view_step(
             self._both(e1, e2),
             views,
             (e1.z, e2.z),
-            attack_loss=attack_loss,
-            adversarial_loss=adversarial_loss,
+            lambda e, at_start: negative_cosine(e.p, anchor(e.z, at_start)),
+            lambda e, v_adv: self._both(e1 if self.cifar else e2, e),
         )
 
     def _both(self, a: Embedding, b: Embedding) -> Tensor:

@@ -76,6 +76,7 @@ class Fit:
         self.progress = torch.zeros((), device=self.device)
         self.writer: Writer | None = None
         self._last: Step | None = None
+        self._figures: dict[str, float] = {}  # of the last validation
         self._pictured = -math.inf  # when the last picture was written
 
         self.method = method.to(self.device)
@@ -90,18 +91,11 @@ class Fit:
             # In place: a target network beside `network` has them too.
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
         self.recorded = Recorded(CudaGraph()) if self._recordable() else None
-        groups = method.param_groups()
-        self.schedules = [
-            build_schedule(
-                group.pop("schedule", config.schedule),
-                config.epochs,
-                self.per_epoch,
-                group.pop("warmup", config.warmup),
-            )
-            for group in groups
-        ]
+        groups, self.schedules = method.param_groups(), []
         for group in groups:
             group.setdefault("weight_decay", config.weight_decay)
+            name, warmup = (group.pop(key, getattr(config, key)) for key in ("schedule", "warmup"))
+            self.schedules.append(build_schedule(name, config.epochs, self.per_epoch, warmup))
         self.optimizer: Any = build_optimizer(config.optimizer, groups, config.learning_rate)
         self._hold_rates()
 
@@ -120,8 +114,7 @@ class Fit:
                 group["capturable"] = cuda and self.recorded is not None
             if self.recorded is not None:  # a CUDA kernel reads a float of 32 bits
                 dtype = torch.float32 if cuda else torch.float64
-                rate = torch.tensor(float(group["lr"]), dtype=dtype, device=self.device)
-                group["lr"] = rate
+                group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype, device=self.device)
 
     # --- what a checkpoint holds ------------------------------------------------------------------
 
@@ -188,22 +181,26 @@ class Fit:
             checkpoint_every=self.config.checkpoint_every * self.per_epoch,
             at_log=self._at_log,
             at_epoch_end=self._at_epoch_end,
-            check=self._check,
+            check=self.adversary.check,
             agree=self._agree,
             track=lambda values, step: self.accelerator.log(values, step=step),
         )
         steps.resume()
         self.method.network = self.accelerator.prepare_model(self.method.network)
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
-        self._figures: dict[str, float] = {}
-        with gpu_settings(self.accelerator.mixed_precision):
-            batches = self.feed(self._batches(steps.step))
-            for step in steps:
-                self.method.train()
-                if step % self.per_epoch == 0:
-                    self._before_epoch(steps)
-                batch, images = next(batches)
-                steps.add(self.train_step(step, images, batch))
+        batches = self.feed(self._batches(steps.step))
+        try:
+            with gpu_settings(self.accelerator.mixed_precision):
+                for step in steps:
+                    self.method.train()
+                    if step % self.per_epoch == 0:
+                        self._before_epoch(steps)
+                    batch, images = next(batches)
+                    steps.add(self.train_step(step, images, batch))
+        except AttackError as error:
+            raise RunError(
+                f"By step {steps.step}: {error} The last checkpoint is intact."
+            ) from error
         # A run killed between its last checkpoint and its summary has nothing left to train.
         return self._figures or self._validate()
 
@@ -220,12 +217,11 @@ class Fit:
         steps.save()  # what a stop inside goes back to
         recipe = self.method.recipe
 
-        def embed(layer: str) -> Tensor:
+        def embed(layer: str = "backbone") -> Tensor:
+            units = recipe.size, recipe.mean, recipe.std
+            how = {"device": self.device, "bf16": self.accelerator.mixed_precision == "bf16"}
             with self._unwrapped() as method:
-                encoder = method.encoder(layer)
-                units = recipe.size, recipe.mean, recipe.std
-                bf16 = self.accelerator.mixed_precision == "bf16"
-                return features(encoder, self.feed.images, *units, device=self.device, bf16=bf16)
+                return features(method.encoder(layer), self.feed.images, *units, **how)
 
         work = Work(self.feed.images, embed, steps.pulse)
         self.method.before_epoch(steps.step // self.per_epoch, work)
@@ -235,19 +231,14 @@ class Fit:
         scalars to log, which a recorded step overwrites at the next one."""
         self._rates = [self.config.learning_rate * schedule(step) for schedule in self.schedules]
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            held = isinstance(group["lr"], Tensor)  # a recording reads it
+            group["lr"] = group["lr"].fill_(rate) if held else rate
         self.progress.fill_(step / self.total)
         numbers = self._numbers(step, {name: len(index) for name, index in images.items()})
-        try:
-            if self.recorded is None:
-                outcome, values = self._work(images, batch, numbers)
-            else:
-                outcome, values = self.recorded(self._work, images, batch, numbers)
-        except AttackError as error:
-            raise RunError(f"At step {step}: {error}") from error
+        if self.recorded is None:
+            outcome, values = self._work(images, batch, numbers)
+        else:
+            outcome, values = self.recorded(self._work, images, batch, numbers)
         self.method.after_step(outcome, self._moment(step, numbers))
         self._last = outcome
         return values
@@ -324,7 +315,7 @@ class Fit:
     def _at_log(self) -> dict[str, Any]:
         """Further values of a line: what would tell a collapse, and the rate."""
         values: dict[str, Any] = {"lr": self._rates[0]}
-        if self._last is not None and self._last.embeddings is not None:
+        if self._last and self._last.embeddings:
             z1, z2 = self._last.embeddings
             values |= {"alignment": alignment(z1, z2), "uniformity": uniformity(z1)}
             values["embedding_std"] = embedding_std(z1)
@@ -333,33 +324,26 @@ class Fit:
         return values
 
     def _picture(self) -> None:
-        if self._last is not None and self._last.pictures and self.writer is not None:
+        if self._last and self._last.pictures and self.writer:
             recipe = self.method.recipe
             samples.write(self.writer.run, self._last.pictures, recipe.mean, recipe.std)
             self._pictured = time.monotonic()
 
     def _at_epoch_end(self, epoch: int) -> dict[str, float]:
-        last, done = epoch + 1 == self.config.epochs, epoch + 1
+        done = epoch + 1
+        last = done == self.config.epochs
         self._picture()
         self._last = None  # no batch lives on through validation
-        if not last and self.keep_every and done % self.keep_every == 0 and self.writer is not None:
+        if self.keep_every and done % self.keep_every == 0 and self.writer and not last:
             checkpoints.keep(self.writer.run, done, self.weights())
-        if last or done % self.validate_every == 0:
-            self._figures = self._validate()
-            return self._figures
-        return {}
+        if not last and done % self.validate_every:
+            return {}
+        self._figures = self._validate()
+        return self._figures
 
     def _validate(self) -> dict[str, float]:
         with self._unwrapped() as method:
             return self.validate(method)
-
-    def _check(self) -> None:
-        try:
-            self.adversary.check()
-        except AttackError as error:
-            raise RunError(
-                f"By step {self.steps.step}: {error} The last checkpoint is intact."
-            ) from error
 
     def _agree(self, wants_to_stop: bool) -> bool:
         if self.processes == 1:
