@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 RECIPES = Path(__file__).resolve().parent / "recipes" / "sweeps"
-STAGES = ("vae", "ssl", "eval")
 # Runs that notebooks of this process are making now, and whether no further one may start.
 _going: set[Run] = set()
 _cancelled = False
@@ -68,20 +67,17 @@ def points(grid: Mapping[str, Any]) -> list[Point]:
     `fixed` and `cross` are stage → field → value, or values; `all` means every stage. `seeds` are
     of the encoder, and of the VAE unless `fixed` has another. `labels` name all points alike.
     """
-    fixed, shared = grid.get("fixed", {}), grid.get("fixed", {}).get("all", {})
-    axes = [
-        (stage, name, values)
-        for stage, fields in grid.get("cross", {}).items()
-        for name, values in fields.items()
-    ]
+    fixed = {"all": {}} | grid.get("fixed", {})
+    cross = grid.get("cross", {}).items()
+    axes = {(stage, name): values for stage, along in cross for name, values in along.items()}
     places = []
-    for *values, seed in itertools.product(*(a[2] for a in axes), grid.get("seeds", [0])):
-        fields = {stage: {**shared, "seed": seed, **fixed.get(stage, {})} for stage in STAGES}
-        fields["eval"] = shared | fixed.get("eval", {})
+    for *values, seed in itertools.product(*axes.values(), grid.get("seeds", [0])):
+        own = {"vae": {"seed": seed}, "ssl": {"seed": seed}, "eval": {}}
+        fields = {stage: fixed["all"] | own[stage] | fixed.get(stage, {}) for stage in own}
         labels = dict(grid.get("labels", {}))
-        for (stage, name, _), value in zip(axes, values, strict=True):
+        for (stage, name), value in zip(axes, values, strict=True):
             labels[name] = value
-            for each in STAGES if stage == "all" else (stage,):
+            for each in own if stage == "all" else (stage,):
                 fields[each][name] = value
         places.append(Point(labels, **fields))
     return places
@@ -101,11 +97,11 @@ def sensitivity(config: SweepConfig) -> list[Point]:
     axes |= {"dim": config.dims, **config.axes}
     places = []
     for axis, values in axes.items():
-        of_vae = axis in ("beta", "dim")
-        fixed = shared | {"vae": held if of_vae else config.vae, "ssl": config.ssl}
-        cross = {"vae" if of_vae else "ssl": {axis: values}}
-        attacks = [config.adversary] + ["none"] * (axis in config.axes)
-        cross["ssl"] = cross.get("ssl", {}) | {"adversary": attacks}
+        stage = "vae" if axis in ("beta", "dim") else "ssl"
+        fixed = shared | {"vae": held if stage == "vae" else config.vae, "ssl": config.ssl}
+        cross: dict[str, dict[str, Sequence[Any]]] = {"vae": {}, "ssl": {}}
+        cross[stage][axis] = values
+        cross["ssl"]["adversary"] = [config.adversary] + ["none"] * (axis in config.axes)
         for point in points({"fixed": fixed, "cross": cross, "seeds": config.seeds}):
             labels = {"axis": axis, "at": point.labels[axis], "adversary": point.ssl["adversary"]}
             places.append(point._replace(labels=labels))
@@ -135,8 +131,8 @@ def cells(config: CompareConfig) -> list[Point]:
 
 
 def _shared(config: SweepConfig | CompareConfig) -> dict[str, dict[str, Any]]:
-    own = {"preset": config.preset, "device": config.device, "dataset": config.dataset}
-    return {"all": own, "eval": {"references": False} | config.eval}
+    common = {name: getattr(config, name) for name in ("preset", "device", "dataset")}
+    return {"all": common, "eval": {"references": False} | config.eval}
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -245,11 +241,7 @@ def perform(config: Config) -> Outcome:
 
 
 def check(outcomes: Mapping[str, Outcome]) -> None:
-    """Nothing, where all is finished.
-
-    Raises:
-        RunError: names each run that is not, and says why.
-    """
+    """Raises a RunError that names each run that is not finished, and says why."""
     failures = [f"{o.id} {o.state}: {o.error}" for o in outcomes.values() if o.error]
     if failures:
         raise RunError(
@@ -270,8 +262,8 @@ def finished(grid: Sequence[Point]) -> list[tuple[Point, Run]]:
             names = {field: there[other].reference for field, other in needs.items()}
             if run := _finished(config.replace(**names)):
                 there[key] = run
-    ends = {i: [*_chain(point)][-1][0] for i, point in enumerate(grid)}
-    return [(grid[i], there[key]) for i, key in ends.items() if key in there]
+    ends = [[*_chain(point)][-1][0] for point in grid]
+    return [(point, there[key]) for point, key in zip(grid, ends, strict=True) if key in there]
 
 
 def table(grid: Sequence[Point]) -> pd.DataFrame:
@@ -327,38 +319,32 @@ def ensure(config: Config) -> Run:
         config = config.replace(dataset=resolve_path(config.dataset))
     if run := _finished(config):
         return run
-    run = locate(config)
+    run, notebook = locate(config), NOTEBOOKS[config.stage]
     run.path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.path / ".sweep")
     while not _cancelled:
         with contextlib.suppress(Timeout), lock.acquire(timeout=1):
-            return _make(run, config)
+            while run.state["state"] == "going":  # a panel or a command trains it
+                time.sleep(1)
+            if not run.finished:
+                _going.add(run)
+                try:
+                    execute(notebook, parameters(config), run.path / "notebook.ipynb")
+                finally:
+                    _going.discard(run)
+            if not run.finished:
+                raise RunError(f"{notebook} ended without finishing run {run.id}.")
+            return run
     raise RunError(f"Run {run.id} was not started: the sweep was stopped.")
 
 
-def _make(run: Run, config: Config) -> Run:
-    """The run, which nobody else starts meanwhile."""
-    while run.state["state"] == "going":  # a panel or a command trains it
-        time.sleep(1)
-    if not run.finished:
-        _going.add(run)
-        try:
-            execute(NOTEBOOKS[config.stage], parameters(config), run.path / "notebook.ipynb")
-        finally:
-            _going.discard(run)
-    if not run.finished:
-        raise RunError(f"{NOTEBOOKS[config.stage]} ended without finishing run {run.id}.")
-    return run
-
-
-def execute(notebook: str, parameters: Mapping[str, Any], output: Path, tries: int = 2) -> Path:
+def execute(notebook: str, parameters: Mapping[str, Any], output: Path) -> Path:
     """Run `notebooks/<notebook>.ipynb` under papermill; `output` appears when it has succeeded.
 
-    Args:
-        parameters: JSON values; a name that the notebook's configuration lacks is refused there.
-        tries: a kernel that dies or does not start is tried again; a failing cell is not.
+    `parameters` are JSON values. A kernel that dies or does not start is tried once again.
+
     Raises:
-        RunError: a failing cell.
+        RunError: a failing cell, or a name that the notebook's configuration lacks.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -369,7 +355,7 @@ def execute(notebook: str, parameters: Mapping[str, Any], output: Path, tries: i
     source = FOLDER / f"{notebook}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
     running = output.with_name(f"{output.stem}.running.ipynb")
-    for attempt in range(1, tries + 1):
+    for attempt in (1, 2):
         try:
             papermill.execute_notebook(
                 str(source), str(running), dict(parameters), kernel_name="python3",
@@ -384,15 +370,14 @@ def execute(notebook: str, parameters: Mapping[str, Any], output: Path, tries: i
             raise RunError(f"{source.name} failed: {error.evalue} (see {failed})") from None
         except Exception as error:
             # The kernel, not the notebook: ports that collide, a kernel killed for memory.
-            if attempt == tries:
+            if attempt == 2:
                 raise RunError(
-                    f"The kernel of {source.name} died {tries} times ({type(error).__name__}: "
+                    f"The kernel of {source.name} died 2 times ({type(error).__name__}: "
                     f"{error}); what it had saved is kept in {output.parent}."
                 ) from error
         else:
-            running.replace(output)
             break
-    return output
+    return running.replace(output)
 
 
 @contextlib.contextmanager
@@ -431,7 +416,8 @@ def main(words: Sequence[str]) -> int:
     if len(words) != 1:
         print(__doc__, file=sys.stderr)
         return 2
-    path, began = RECIPES / f"{words[0]}.toml", time.monotonic()
+    began, path = time.monotonic(), RECIPES / f"{words[0]}.toml"
+    path = path if path.exists() else Path(words[0])
     here = Path.cwd()  # papermill changes it, in whatever thread
 
     def say(text: str) -> None:
@@ -439,26 +425,23 @@ def main(words: Sequence[str]) -> int:
         print(f"[{minutes}:{seconds:02}] {text}", flush=True)
 
     try:
-        sweep = tomllib.loads(
-            (path if path.exists() else Path(words[0])).read_text(encoding="utf-8")
-        )
+        sweep = tomllib.loads(path.read_text(encoding="utf-8"))
         print(f"{sweep.get('about', words[0])}\nOn {hardware()}.\n", flush=True)
         grid = [point for each in sweep.get("grids", []) for point in points(each)]
         studies = [SweepConfig(**fields) for fields in sweep.get("studies", [])]
         varied = [point for study in studies for point in sensitivity(study)]
         outcomes = perform_all(plan(grid + varied), sweep.get("jobs", 1), say)
-        own = {key: outcomes[key] for key in plan(grid)}
-        folders = [outputs_root() / key.partition("-")[0] / o.id for key, o in own.items()]
-        notebooks = [folder / "notebook.ipynb" for folder in folders]
+        own = [Run(outputs_root() / key.partition("-")[0] / outcomes[key].id) for key in plan(grid)]
+        notebooks = [run.path / "notebook.ipynb" for run in own]
         # "@vae" is the run of that stage of the last point of the grids.
-        last = {f"@{key.partition('-')[0]}": outcome.id for key, outcome in own.items()}
+        last = {f"@{run.stage}": run.reference for run in own}
         for name, fields in sweep.get("notebooks", {}).items():
             say(f"{name}.ipynb")
             values = {field: last.get(str(value), value) for field, value in fields.items()}
             notebooks.append(execute(name, values, outputs_root() / "notebooks" / f"{name}.ipynb"))
         for group in results.groups(table(grid)):
             print(f"\n{group.title}\n{group.table.to_string()}\n{group.protocols}")
-        folders = [folder / "figures" for folder in folders] + [*map(folder_of, studies)]
+        folders = [run.path / "figures" for run in own] + [*map(folder_of, studies)]
         figures = [path for folder in folders for path in sorted(folder.glob("*.png"))]
         for title, paths in (("Figures", figures), ("Executed notebooks", notebooks)):
             lines = [f"  {os.path.relpath(path, here)}" for path in paths if path.exists()]
