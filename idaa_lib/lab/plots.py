@@ -95,31 +95,27 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
             metric, method and adversary; where none of them is `features`, what an untrained
             encoder and raw pixels have are lines.
     """
-    names, palette = list(dict.fromkeys(frame[panels])), PALETTE
-    lines = frame[frame["features"] != "encoder"] if "features" not in (groups, colours) else None
-    if lines is not None:
-        frame = frame[frame["features"] == "encoder"]
-    places, members = list(dict.fromkeys(frame[groups])), list(dict.fromkeys(frame[colours]))
+    with_lines = "features" not in (groups, colours)
+    own = frame[frame["features"] == "encoder"] if with_lines else frame
+    names = [*frame[panels].unique()]
+    places, members = [*own[groups].unique()], [*own[colours].unique()]
     most = 2 if len(names) > 1 else 1
     figure, axes = style.panels(len(names), most, (max(4.8, 1.2 + 0.9 * len(places)), 3.6))
     for name, axis in zip(names, axes, strict=True):
-        for i, member in enumerate(members):
-            shift = (i - (len(members) - 1) / 2) * 0.8 / len(members)
-            colour = COLOURS.get(member, palette[i % len(palette)])
-            for at, place in enumerate(places):
-                chosen = (frame[panels] == name) & (frame[groups] == place)
-                rows = frame[chosen & (frame[colours] == member)]
-                if rows.empty:
-                    continue
-                mean, low, high = interval(rows)
-                spread = None if np.isnan(low) else [[mean - low], [high - mean]]
-                look = dict(fmt="D", color=colour, markersize=6, capsize=4)
-                axis.errorbar(at + shift, mean, spread, label=member, **look)
-                if len(rows) > 1:
-                    axis.plot([at + shift] * len(rows), rows["value"], ".", color=INK, markersize=4)
-        if lines is not None:
-            own = lines[lines[panels] == name].drop_duplicates("features")
-            for (what, level), dash in zip(own[["features", "value"]].values, "-:", strict=False):
+        mine = own[own[panels] == name]
+        for (member, place), rows in mine.groupby([colours, groups], sort=False):
+            i = members.index(member)
+            at = places.index(place) + (i - (len(members) - 1) / 2) * 0.8 / len(members)
+            mean, low, high = interval(rows)
+            spread = None if np.isnan(low) else [[mean - low], [high - mean]]
+            look = dict(fmt="D", color=COLOURS.get(member, PALETTE[i % len(PALETTE)]))
+            axis.errorbar(at, mean, spread, label=member, markersize=6, capsize=4, **look)
+            if len(rows) > 1:
+                axis.plot([at] * len(rows), rows["value"], ".", color=INK, markersize=4)
+        if with_lines:
+            lines = frame[(frame["features"] != "encoder") & (frame[panels] == name)]
+            levels = lines.drop_duplicates("features")[["features", "value"]].values
+            for (what, level), dash in zip(levels, "-:", strict=False):
                 axis.axhline(level, color=INK, lw=1, ls=dash, alpha=0.6, label=what)
         axis.set(title=str(name), xlabel=groups, ylabel="accuracy (%)")
         axis.set_xticks(range(len(places)), [str(place).replace(", ", ",\n") for place in places])
@@ -133,22 +129,23 @@ def _legend(figure: Figure, axes: Iterable[Any], least: int = 1) -> None:
     """One for all panels, below them: names of runs are long, and would hide the curves."""
     handles: dict[str, Any] = {}
     for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+        lines, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines, strict=True))
     if len(handles) >= least:
-        columns = min(4, len(handles)) if max(map(len, handles)) < 24 else min(2, len(handles))
+        columns = min(4 if max(map(len, handles)) < 24 else 2, len(handles))
         lines, labels = [*handles.values()], [*handles]
         figure.legend(lines, labels, loc="outside lower center", ncols=columns)
 
 
 def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
     """Rows: true class, columns: predicted class; percent of the row."""
+    from sklearn.metrics import confusion_matrix
+
     n = len(classes)
-    counts = torch.bincount(labels * n + predictions, minlength=n * n).reshape(n, n)
-    percent = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
+    share = confusion_matrix(labels, predictions, labels=range(n), normalize="true")
     figure, axis = style.axes(figsize=(0.52 * n + 2.2, 0.46 * n + 1.6))
     sns.heatmap(
-        percent.numpy(), annot=n <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, ax=axis,
+        100 * share, annot=n <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, ax=axis,
         xticklabels=classes, yticklabels=classes, cbar_kws={"label": "percent of the true class"},
     )  # fmt: skip
     axis.set(
@@ -157,9 +154,7 @@ def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Fi
     return figure
 
 
-def embedding_map(
-    features: Tensor, labels: Tensor, classes: Sequence[str], seed: int = 0
-) -> Figure:
+def embedding_map(features: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
     """t-SNE (after PCA to 50 dimensions) of features (N, D), coloured by class."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -171,15 +166,14 @@ def embedding_map(
     figure, axis = style.axes(figsize=(8, 5.4))
     colours = sns.color_palette("husl", len(classes)) if len(classes) > 7 else PALETTE
     for c, name in enumerate(classes):
-        mine = labels.numpy() == c
+        mine = place[labels.numpy() == c]
         legend = f" {name}"  # one that begins with "_" would be left out of the legend
-        x, y = place[mine].T
-        axis.scatter(x, y, s=12, color=colours[c], label=legend, linewidths=0)
+        axis.scatter(*mine.T, s=12, color=colours[c], label=legend, linewidths=0)
         # Neighbouring hues are hard to tell apart: the name stands at the middle of its class.
-        if mine.any():
-            x, y = np.median(place[mine], axis=0)
+        if len(mine):
+            middle = np.median(mine, axis=0)
             box = dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.7)
-            axis.annotate(name, (x, y), fontsize="small", ha="center", weight="bold", bbox=box)
+            axis.annotate(name, middle, fontsize="small", ha="center", weight="bold", bbox=box)
     axis.set(
         xlabel="t-SNE 1 (arbitrary units)",
         ylabel="t-SNE 2 (arbitrary units)",
@@ -190,11 +184,7 @@ def embedding_map(
 
 
 def neighbours(
-    features: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    queries: Sequence[int],
-    classes: Sequence[str],
+    features: Tensor, images: Tensor, labels: Tensor, queries: Sequence[int], classes: Sequence[str]
 ) -> Figure:
     """Each query and its nearest other images, up to 8, by cosine; green where the class agrees."""
     z = torch.nn.functional.normalize(features, dim=1)
@@ -239,26 +229,23 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
     for column, axis in enumerate(columns):
         mine = frame[frame["axis"] == axis]
         numbers = pd.to_numeric(mine["at"], errors="coerce")  # a table from a file has text
-        if numeric := bool(numbers.notna().all()):
-            mine = mine.assign(at=numbers)
-        values = sorted(set(mine["at"])) if numeric else list(dict.fromkeys(mine["at"]))
-        places = {value: value if numeric else i for i, value in enumerate(values)}
+        numeric = bool(numbers.notna().all())
+        mine = mine.assign(at=numbers if numeric else mine["at"].astype(str))
+        values = [*mine["at"].unique()]
         for line, probe in enumerate(probes):
             panel = panels[line, column]
             for adversary, group in mine[mine["metric"] == probe].groupby("adversary", sort=False):
                 points = {at: interval(rows) for at, rows in group.groupby("at", sort=numeric)}
                 mean, low, high = np.array([*points.values()]).T
                 panel.errorbar(
-                    [places[at] for at in points], mean, np.nan_to_num([mean - low, high - mean]),
+                    [*points], mean, np.nan_to_num([mean - low, high - mean]),
                     marker="o", capsize=4, color=COLOURS[adversary], label=adversary,
                 )  # fmt: skip
-            if not numeric:
+            if numeric:  # epochs are tried in steps, all else in factors
+                panel.set(xscale="linear" if axis == "epochs" else "log")
+                panel.set_xticks(values, [f"{value:g}" for value in values])
+            else:
                 panel.set_xlim(-0.5, len(values) - 0.5)  # names are wide
-            elif axis != "epochs":  # which are tried in steps, all else in factors
-                panel.set(xscale="log")
-            panel.set_xticks(
-                list(places.values()), [f"{v:g}" if numeric else str(v) for v in values]
-            )
             panel.minorticks_off()
             panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
         panels[-1, column].set(xlabel=names.get(axis, axis.replace("_", " ")))
