@@ -8,6 +8,7 @@ The paper's figures are docs/paper.csv; they stand only where data, size and cla
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ ADVERSARIES = {"none": "no adversary", "idaa": "IDAA", "clae": "CLAE", "random_s
 # What a figure is of: by the prefix of its key in a summary.
 FEATURES = {"": "encoder", "random_": "untrained encoder", "pixels_": "raw pixels"}
 REFERENCES = tuple(FEATURES.values())[1:]
+PROBES = {"knn": "kNN", "linear": "linear", "ema": "top-1"}
 # Stages that judge a training, which their field `run` names.
 JUDGING = ("eval", "transfer")
 COLUMNS = (
@@ -82,24 +84,22 @@ def results(chosen: Sequence[Run], damage: list[str] | None = None) -> pd.DataFr
 
 def _about(run: Run) -> dict[str, Any]:
     """What a run is: the columns that all its figures share."""
-    training, data = training_of(run), run.environment.get("dataset", {})
+    environment = run.environment
+    data = environment.get("dataset", {})
     about = {
-        "run": run.id, "stage": run.stage, "training": run.config.run if not training else "",
-        "method": "", "adversary": "", "seed": None, "epochs": None, "images": None,
-        "dataset": data.get("name", str(run.config.dataset)), "size": data.get("size"),
-        "classes": data.get("classes"), "fingerprint": data.get("fingerprint"),
-        "limit": getattr(run.config, "limit", None),
-        "version": run.environment.get("results_version"),
+        "run": run.id, "stage": run.stage, "dataset": data.get("name", str(run.config.dataset)),
+        "limit": getattr(run.config, "limit", None), "version": environment.get("results_version"),
     }  # fmt: skip
-    if training:
-        config = training.config
-        method, adversary = title(config)
-        about |= {
-            "training": training.id, "method": method, "adversary": adversary,
-            "seed": config.seed, "epochs": getattr(config, "epochs", None),
-            "images": training.environment.get("dataset", {}).get("n"),
-        }  # fmt: skip
-    return about
+    about |= {name: data.get(name) for name in ("size", "classes", "fingerprint")}
+    if (training := training_of(run)) is None:
+        return about | {"training": run.config.run, "method": "", "adversary": ""}
+    config = training.config
+    method, adversary = title(config)
+    return about | {
+        "training": training.id, "method": method, "adversary": adversary, "seed": config.seed,
+        "epochs": getattr(config, "epochs", None),
+        "images": training.environment.get("dataset", {}).get("n"),
+    }  # fmt: skip
 
 
 def _figures(run: Run) -> Iterator[dict[str, Any]]:
@@ -109,26 +109,22 @@ def _figures(run: Run) -> Iterator[dict[str, Any]]:
     for row in summary.get("rows", ()):  # of a transfer
         data = datasets.get(row["dataset"], {})
         mean = "" if row["metric"] == "top-1" else f", {row['metric']}"
-        names = ("value", "low", "high", "n", "labels", "protocol", "dataset")
-        about = {name: row.get(name) for name in names} | {"metric": f"{row['probe']}{mean}"}
-        about |= {name: data.get(name) for name in ("fingerprint", "size", "classes")}
-        trained = row["features"] == "encoder"
-        yield figure | about | {"features": "encoder" if trained else REFERENCES[0]}
-    probes = {"knn": "kNN", "linear": "linear", "ema": "top-1"}
-    pattern = re.compile(r"(random_|pixels_|)(knn|linear|ema)_top([15])(|_val)")
-    matches = [match for key in summary if (match := pattern.fullmatch(key))]
-    for match in sorted(matches, key=lambda m: (len(m[1]), m[4], m[3])):
-        prefix, probe, top, val = match.groups()
-        stem, metric = f"{prefix}{probe}", probes[probe]
+        about = {name: data.get(name) for name in ("fingerprint", "size", "classes")}
+        about["features"] = "encoder" if row["features"] == "encoder" else REFERENCES[0]
+        yield figure | row | about | {"metric": row["probe"] + mean}
+    for prefix, val, top, probe in itertools.product(FEATURES, ("", "_val"), "15", PROBES):
+        stem = f"{prefix}{probe}"
+        if (value := summary.get(f"{stem}_top{top}{val}")) is None:
+            continue
+        metric = PROBES[probe]
         if run.stage == "semi":
             metric = f"{run.config.labels_per_class} labels a class"
         ends = {end: summary.get(f"{stem}_{end}{val}") for end in ("low", "high") if top == "1"}
         # How many labels and images there were say the metric and the fingerprint.
         protocol = str(summary.get(f"{stem}_protocol", "")).partition(";")[0] or None
-        about = {"metric": metric + " top-5" * (top == "5"), "value": summary[match[0]]} | ends
-        about |= {"features": FEATURES[prefix], "protocol": protocol}
-        about |= {"n": summary.get("n_val" if val else f"{stem}_n")}
-        yield figure | about | {"split": "validation" if val else "test"}
+        about = {"metric": metric + " top-5" * (top == "5"), "value": value, "protocol": protocol}
+        about |= {"n": summary.get("n_val" if val else f"{stem}_n"), "features": FEATURES[prefix]}
+        yield figure | about | ends | {"split": "validation" if val else "test"}
     figure["split"] = "validation"
     for key, unit in (("rate_nats", "nats"), ("reconstruction", "MSE")):
         if key in summary:
@@ -173,10 +169,10 @@ class Group(NamedTuple):
 def groups(frame: pd.DataFrame) -> list[Group]:
     """Evaluations in tables that mix neither images, nor limits, n, protocols or versions."""
     frame = frame[(frame["stage"] == "eval") & (frame["split"] == "test")]
-    members: dict[frozenset[str], list[str]] = {}
-    for run, rows in frame[frame["features"] == "encoder"].groupby("run", sort=False):
-        members.setdefault(frozenset(rows["metric"] + rows["alike"]), []).append(str(run))
-    return [_group(frame[frame["run"].isin(ids)], "metric") for ids in members.values()]
+    own = frame[frame["features"] == "encoder"]
+    kinds = (own["metric"] + own["alike"]).groupby(own["run"], sort=False).agg(frozenset)
+    members = kinds.groupby(kinds, sort=False).groups.values()
+    return [_group(frame[frame["run"].isin(ids)], "metric") for ids in members]
 
 
 def beside(run: Run) -> Group:
@@ -221,28 +217,25 @@ def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     """
     import pandas as pd
 
+    about, key = list(OF_TRAINING), ["label", "heading"]
+    reference = frame["features"] != "encoder"
+    ours = frame.assign(heading=_heading(frame, by))
+    ours["label"] = ours["label"].mask(reference, ours["features"])
+    # References are the same for all, whatever the training.
+    ours[about] = ours[about].mask(reference, None)
+    ours = pd.concat([ours[~reference], ours[reference]]).drop_duplicates([*key, "seed"])
+    figures = ours.groupby(key, sort=False)[["value", "low", "high"]].apply(_interval_text)
+    rows = figures.unstack(sort=False).join(ours.groupby("label")[about].agg(_values))
+
     theirs = paper(frame)
-    theirs = theirs.assign(heading=_heading(theirs, by))
-    of_encoder = frame["features"] == "encoder"
-    frame = frame.assign(
-        heading=_heading(frame, by), label=frame["label"].where(of_encoder, frame["features"])
-    )
-    columns = sorted({*frame["heading"], *theirs["heading"]}, key=_natural)
-    rows: dict[str, dict[str, Any]] = {}
-    for label in [*dict.fromkeys(frame["label"][of_encoder]), *REFERENCES]:
-        mine = frame[frame["label"] == label].drop_duplicates(["heading", "seed"])
-        if label in REFERENCES:  # the same for all, whatever the seed of the training
-            mine = mine.drop_duplicates("heading").assign(**dict.fromkeys(OF_TRAINING))
-        if len(mine):
-            cells = {name: _interval_text(group) for name, group in mine.groupby("heading")}
-            about = {name: _values(mine[name]) for name in OF_TRAINING}
-            rows[label] = cells | about
-    for label, mine in theirs.groupby("label", sort=False):
-        cells = dict(zip(mine["heading"], mine["text"], strict=True))
-        about = {"seed": "not stated", "epochs": mine["epochs"].iloc[0] or "not stated"}
-        rows[f"{label} (paper)"] = cells | about
-    frame = pd.DataFrame.from_dict(rows, "index")
-    return frame.reindex(columns=[*columns, *OF_TRAINING]).fillna("–")
+    theirs = theirs.assign(heading=_heading(theirs, by), label=theirs["label"] + " (paper)")
+    their_rows = theirs.pivot_table("text", "label", "heading", aggfunc="first", sort=False)
+    their_rows["epochs"] = theirs.groupby("label")["epochs"].first().replace("", "not stated")
+    their_rows["seed"] = "not stated"
+
+    columns = sorted({*ours["heading"], *theirs["heading"]}, key=_natural)
+    rows = pd.concat([rows, their_rows]).reindex(columns=[*columns, *about])
+    return rows.fillna("–").rename_axis(index=None, columns=None)
 
 
 def _heading(frame: pd.DataFrame, by: str) -> pd.Series:
@@ -291,19 +284,14 @@ def paper(frame: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     theirs = pd.read_csv(PAPER, dtype=str, keep_default_na=False)
-    own = frame.drop_duplicates(["stage", "dataset", "size", "classes"])
-    fits = pd.Series(False, theirs.index)
-    for _, row in own.iterrows():
-        fit = (theirs["stage"] == row["stage"]) & (theirs["dataset"] == paper_name(row["dataset"]))
-        for name in ("size", "classes"):
-            value = len(row[name]) if isinstance(row[name], list) else row[name]
-            fit &= (theirs[name] == "") | (theirs[name] == str(value))
-        if row["stage"] == "eval":
-            fit &= theirs["method"].isin(set(frame["method"]))
-        fits |= fit
-    theirs = theirs[fits]
-    names = {paper_name(name): name for name in own["dataset"]}
-    theirs = theirs.assign(dataset=theirs["dataset"].map(names))
+    own = frame[["stage", "dataset", "size", "classes"]].astype(str).drop_duplicates()
+    names = own["dataset"].map(paper_name)
+    theirs = theirs.rename(columns={"dataset": "name"}).merge(
+        own.assign(name=names), on=["stage", "name"], suffixes=("", "_own")
+    )
+    for field in ("size", "classes"):  # of some of its data the paper does not say them
+        theirs = theirs[(theirs[field] == "") | (theirs[field] == theirs[f"{field}_own"])]
+    theirs = theirs[(theirs["stage"] != "eval") | theirs["method"].isin(frame["method"])]
     attack = (" + " + theirs["adversary"]).where(theirs["adversary"] != "", "")
     epochs = (", " + theirs["epochs"] + " epochs").where(theirs["size"] == "224", "")
     spread = ("±" + theirs["spread"]).where(theirs["spread"] != "", "")
@@ -362,18 +350,18 @@ def apart(chosen: Sequence[Run], hidden: Collection[str] = ()) -> list[str]:
     """What each run is and what tells it from the others, but for the `hidden` fields."""
     names, configs = [name_of(run) for run in chosen], [run.config for run in chosen]
     texts = list(names)
-    # β says what κ says; the name has the method, the adversary, of a VAE dim.
-    silent = {*hidden, "method", "adversary", "run", "kappa"}
     for field, values in differing(chosen).items():
         for i, (value, config) in enumerate(zip(values, configs, strict=True)):
-            # What only this method or adversary has tells runs apart within it, or where it is
-            # not the recipe's; circumstances change nothing.
-            within = {str(v) for v, name in zip(values, names, strict=True) if name == names[i]}
-            common = field in type(config).model_fields or len(within) > 1
-            own = field in config.changed() and field != "vae"
-            if (config.stage == "vae" and field == "dim") or field in config.circumstances:
+            # β says what κ says; the name has the method, the adversary, of a VAE dim;
+            # circumstances change nothing.
+            silent = {*hidden, "method", "adversary", "run", "kappa", *config.circumstances}
+            if field in silent or value is None or (config.stage, field) == ("vae", "dim"):
                 continue
-            if (common or own) and field not in silent and value is not None:
+            # What only this method or adversary has tells runs apart within it, or where it is
+            # not the recipe's.
+            within = {str(v) for v, name in zip(values, names, strict=True) if name == names[i]}
+            own = field in config.changed() and field != "vae"
+            if field in type(config).model_fields or len(within) > 1 or own:
                 texts[i] += f", {field_text(field, value)}"
     return texts
 
