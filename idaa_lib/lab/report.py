@@ -37,8 +37,9 @@ class Report:
 
     def __init__(self) -> None:
         self.damage: list[str] = []
-        self.frame = results.results([r for r in runs.every() if r.finished], self.damage)
-        self.runs = {run.id: run for run in runs.every() if run.id in set(self.frame["run"])}
+        finished = [run for run in runs.every() if run.finished]
+        self.frame = results.results(finished, self.damage)
+        self.runs = {run.id: run for run in finished if run.id in set(self.frame["run"])}
 
     def _each(self, parts: Iterable[Any], show: Callable[[Any], str], empty: str) -> HTML:
         """What `show` makes of each part, but for damaged ones; where there is none, `empty`."""

@@ -27,52 +27,49 @@ HIDDEN = {"preset", "seed", "dataset", "method", "adversary", "run"}
 
 
 class Row(NamedTuple):
-    """`texts` as in COLUMNS from `data` to `result`; `error`, in full, why it is not finished."""
-
     state: str  # one of SIGNS
-    word: str  # the same, more exactly: starting, paused, …
-    progress: str
-    texts: tuple[str, ...]
-    error: str
+    texts: tuple[str | tuple[str, str], ...]  # of `cells`, up to the result
+    error: str  # why it is not finished
     size: int  # bytes
-    began: float  # seconds since 1970
+    times: list[int]  # of the files that it is made from
 
     def html(self, run: Run) -> str:
         """The line as HTML; a failure's reason below."""
-        first = (f"{SIGNS[self.state]} {self.word}", self.progress), (run.stage, run.id[-8:])
-        line = cells([*first, *self.texts, mebibytes(self.size), _age(self.began)], run.id)
+        line = cells([*self.texts, mebibytes(self.size), _age(run.last_start)], run.id)
         error = f'<div class="idaa-runs-error">{html.escape(self.error)}</div>'
         return line + error * bool(self.error)
 
 
 def row_of(run: Run) -> Row:
     """The line of a run, whatever the state of its files."""
-    size, began = run.size, run.last_start
+    size, times, name = run.size, file_times(run), (run.stage, run.id[-8:])
     try:
         config, look, method, adversary = run.config, process.look(run), "–", "–"
         hidden = HIDDEN | config.circumstances
         changed = {k: v for k, v in config.changed().items() if k not in hidden}
         if "beta" in changed:  # which says the same
             changed.pop("kappa", None)
-        texts = [results.field_text(k, v, "=") for k, v in changed.items()]
-        if run.stage in results.JUDGING:
-            texts.insert(0, f"of {config.run[-8:]}")
+        differs = [f"of {config.run[-8:]}"] if run.stage in results.JUDGING else []
+        differs += [results.field_text(k, v, "=") for k, v in changed.items()]
         training = results.training_of(run)  # None: what it judged is gone
         if training and hasattr(training.config, "adversary"):
             method, adversary = results.title(training.config)
-        data = Path(config.dataset or "–").name
-        texts = [data, method, adversary, ", ".join(texts), str(config.seed), results.headline(run)]
         state = "going" if look.word in process.UNDER_WAY else look.word
         progress = ""
         if state != "finished" and "steps" in look.state:
             progress = f"{look.state['step']:,} of {look.state['steps']:,}"
-        return Row(state, look.word, progress, tuple(texts), look.reason, size, began)
+        texts = (
+            (f"{SIGNS[state]} {look.word}", progress), name, Path(config.dataset or "–").name,
+            method, adversary, ", ".join(differs), str(config.seed), results.headline(run),
+        )  # fmt: skip
+        return Row(state, texts, look.reason, size, times)
     except results.DAMAGE as error:
-        return Row(DAMAGED, DAMAGED, "", ("", "", "", run.id, "", ""), str(error), size, began)
+        damaged = (f"{SIGNS[DAMAGED]} {DAMAGED}", name, "", "", "", run.id, "", "")
+        return Row(DAMAGED, damaged, str(error), size, times)
 
 
-def stamp(run: Run) -> list[int]:
-    """Changes with the files that a row is made from."""
+def file_times(run: Run) -> list[int]:
+    """When the files that a row is made from changed."""
     times = []
     for name in ("config.json", "state.json", "process.json", "summary.json"):
         with contextlib.suppress(OSError):

@@ -21,7 +21,7 @@ from idaa_lib.lab import plots, process, style
 from idaa_lib.lab.kernel import guarded
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import link, notebook_of
-from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIGNS, Row, cells, mebibytes, row_of, stamp
+from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIGNS, Row, cells, file_times, mebibytes, row_of
 from idaa_lib.runs import Run, RunError
 
 PAGE = 20  # rows
@@ -36,7 +36,6 @@ class RunsPage:
     def __init__(self) -> None:
         self.picked: list[Run] = []
         self._rows: dict[Run, Row] = {}
-        self._stamps: dict[Run, list[int]] = {}
         self._lines: dict[Run, tuple[widgets.HTML, widgets.HBox]] = {}
         self._page = 0
         self._panel: Panel | None = None
@@ -107,10 +106,9 @@ class RunsPage:
 
     def _look(self, run: Run) -> Row:
         """The run's row; what cannot have changed is not read again."""
-        row, now = self._rows.get(run), stamp(run)
-        if row and row.state != "going" and self._stamps.get(run) == now:
+        row = self._rows.get(run)
+        if row and row.state != "going" and row.times == file_times(run):
             return row
-        self._stamps[run] = now
         return row_of(run)
 
     def _fill(self) -> None:
@@ -168,8 +166,9 @@ class RunsPage:
         sound = [run for run in self.picked if self._rows[run].state != DAMAGED]
         stages = {s: [run for run in sound if run.stage == s] for s in runs.CONFIGS}
         self.accuracy.value = accuracies(stages["ssl"], stages["eval"])
-        self.diff.value = "".join(map(differences, stages.values()))
-        self.curves.value = "".join(map(curves, stages.values()))
+        groups = [group for group in stages.values() if group]
+        self.diff.value = "".join(map(differences, groups))
+        self.curves.value = "".join(map(curves, groups))
 
     def _buttons(self) -> None:
         states = [self._rows[run].state for run in self.picked]
@@ -277,7 +276,7 @@ def differences(chosen: Sequence[Run]) -> str:
 
 def curves(chosen: Sequence[Run]) -> str:
     """Training curves of runs of one stage, overlaid."""
-    keys = plots.CURVES.get(chosen[0].stage, ()) if chosen else ()
-    figure = plots.curves(results.labels(chosen), keys)
-    heading = f"<h4>Curves of {_many(len(chosen), 'run')}: {chosen[0].stage}</h4>" if chosen else ""
+    stage = chosen[0].stage
+    figure = plots.curves(results.labels(chosen), plots.CURVES.get(stage, ()))
+    heading = f"<h4>Curves of {_many(len(chosen), 'run')}: {stage}</h4>"
     return heading + style.svg(figure) if figure.axes else ""
