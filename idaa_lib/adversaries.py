@@ -197,10 +197,9 @@ class NoAdversary(Adversary):
 
 
 class GradientAscent(Adversary):
-    """Projected gradient ascent within ‖δ‖ ≤ ε, on whatever `anchor` and `render` say.
+    """Projected gradient ascent within ‖δ‖ ≤ ε, on pixels: x′ = x + δ.
 
-    Args:
-        epsilon, steps and further knobs: see `Options`.
+    A subclass that perturbs something else has its own `anchor`, `render` and `point_shape`.
     """
 
     class Options(Radius):
@@ -215,22 +214,21 @@ class GradientAscent(Adversary):
         random_start: bool = False
         reuse_anchor: bool = True
 
-    def __init__(self, epsilon: float | None = None, steps: int = 1, **knobs: Any) -> None:
-        knobs |= {} if epsilon is None else {"epsilon": epsilon}
-        super().__init__(**knobs | ({} if steps == 1 else {"steps": steps}))
+    def __init__(
+        self, epsilon: float | None = None, steps: int | None = None, **knobs: Any
+    ) -> None:
+        knobs |= {"epsilon": epsilon, "steps": steps}
+        super().__init__(**{name: value for name, value in knobs.items() if value is not None})
         self.epsilon, self.norm = self.options.epsilon, self.options.norm
-        self.steps = getattr(self.options, "steps", 1)
-        default = self.epsilon if self.steps == 1 else 2.5 * self.epsilon / self.steps
-        self.step_size = getattr(self.options, "step_size", None) or default
         self._finite: Tensor | None = None
 
     def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
         """What an attack on x starts from; with `graph` ready for its first gradient."""
-        raise NotImplementedError
+        return Anchor(x.detach(), x.detach())
 
     def render(self, anchor: Anchor, delta: Tensor) -> Tensor:
         """x′ (B, 3, H, W) at δ, with a graph back to δ where one is recorded."""
-        raise NotImplementedError
+        return anchor.images + delta
 
     def point_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The shape of the point that is perturbed, of images (n, 3, H, W)."""
@@ -255,10 +253,12 @@ class GradientAscent(Adversary):
         numbers = self.numbers(x.shape, generator) if numbers is None else numbers
         anchor = self.anchor(x, graph="start" not in numbers)
         delta = self._start(anchor.point, numbers)
-        for step in range(self.steps):
+        steps = self.options.steps
+        default = self.epsilon if steps == 1 else 2.5 * self.epsilon / steps
+        for step in range(steps):
             at_start = step == 0 and "start" not in numbers
             unit = self._unit(anchor, delta, attack_loss, at_start)
-            delta = self._project(delta + self.step_size * unit)
+            delta = self._project(delta + (self.options.step_size or default) * unit)
         return self._attack(anchor, delta)
 
     def direction(self, x: Tensor, attack_loss: AttackLoss, **random: Any) -> Direction:
@@ -304,7 +304,7 @@ class GradientAscent(Adversary):
         # Its largest entry is made 1 first: the squares of a tiny (small τ) or huge gradient would
         # leave the range of floats, and the length be 0 or infinite.
         smallest = torch.finfo(gradient.dtype).tiny
-        largest = gradient.flatten(1).abs().amax(1).view(-1, *[1] * (gradient.dim() - 1))
+        largest = gradient.abs().amax(tuple(range(1, gradient.dim())), keepdim=True)
         gradient = gradient / largest.clamp_min(smallest)
         return gradient / _length(gradient).clamp_min(smallest)
 
@@ -333,8 +333,9 @@ class GradientAscent(Adversary):
         start = numbers["start"].to(point)
         if self.norm == "linf":
             return self.epsilon * (2 * start - 1)
+        length = _length(start)
         radius = numbers["radius"].to(point) ** (1 / point[0].numel())
-        return self.epsilon * radius.view(-1, *[1] * (point.dim() - 1)) * start / _length(start)
+        return self.epsilon * radius.view_as(length) * start / length
 
 
 @register_adversary("clae")
@@ -345,12 +346,6 @@ class CLAE(GradientAscent):
         epsilon: NonNegative = 0.03  # CLAE's own (spec §3)
 
     recordable = True
-
-    def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
-        return Anchor(x.detach(), x.detach())
-
-    def render(self, anchor: Anchor, delta: Tensor) -> Tensor:
-        return anchor.images + delta
 
 
 @register_adversary("idaa")
@@ -364,7 +359,7 @@ class IDAA(GradientAscent):
     recordable = True
 
     def __init__(
-        self, vae: VAE, epsilon: float | None = None, steps: int = 1, **knobs: Any
+        self, vae: VAE, epsilon: float | None = None, steps: int | None = None, **knobs: Any
     ) -> None:
         super().__init__(epsilon, steps, vae=vae, **knobs)
 
@@ -420,8 +415,7 @@ class RandomSign(IDAA):
 def build_adversary(config: Any, vae: VAE | None = None, **units: Any) -> Adversary:
     """The adversary that a configuration names, with its knobs.
 
-    Args:
-        vae: where it needs one. units: `mean`, `std` of the images, for a VAE with other ones.
+    units: `mean`, `std` of the images, for a VAE with other ones.
     """
     kind = config.chosen("adversary")
     knobs = {k: v for k, v in config.options("adversary") if k not in ("vae", "dim")}
@@ -446,10 +440,7 @@ def _cause(anchor: Anchor, loss: Tensor, gradient: Tensor) -> str:
     for values, reason in (
         (anchor.images, "the images themselves are not finite."),
         (anchor.point, f"the VAE's encoder gives latents {broken}"),
-        (
-            anchor.reconstruction,
-            f"the VAE's decoder gives images {broken}",
-        ),
+        (anchor.reconstruction, f"the VAE's decoder gives images {broken}"),
         (loss, f"the attack loss is {loss.item()} (the encoder diverged, or τ is too small)."),
     ):
         if values is not None and not torch.isfinite(values).all():

@@ -18,8 +18,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from idaa_lib.nets import evaluating
 
-Convolution = nn.Conv2d | nn.ConvTranspose2d
-
 
 class Decomposition(NamedTuple):
     """x = G + R, each (B, 3, H, W) in the units of x."""
@@ -54,10 +52,7 @@ class _Residual(nn.Module):
 
 def halvings(size: int, width: int) -> int:
     """How often a VAE halves images of `size` pixels: twice up to 60, three times up to 128, else
-    five times, as the published ones of 32, 64, 84 and 224 px do.
-
-    Raises:
-        ValueError: there is no VAE of this size and width.
+    five times, as the published ones of 32, 64, 84 and 224 px do; ValueError where there is none.
     """
     if size < 4 or size % 4:
         below = size // 4 * 4
@@ -82,7 +77,7 @@ class VAE(nn.Module):
         mean, std: the normalisation of the images that it is trained on, per channel in [0, 1]
             units; an adversary that meets other units converts (None: units are never converted).
     Raises:
-        ValueError: there is no variant for `size`.
+        ValueError: as `halvings`.
     """
 
     def __init__(
@@ -136,17 +131,13 @@ class VAE(nn.Module):
         return self.encoder(x).reshape(len(x), -1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, m) → G (B, 3, H, W)."""
-        return self.expand(self.fc21(z))
-
-    def expand(self, h: Tensor) -> Tensor:
-        """The decoder after its first, linear layer: h = fc21(z) (B, 2·width·f²) → G.
+        """Latents (B, m) → G (B, 3, H, W).
 
         In eval mode the last layer keeps the parameters' precision under autocast too (cuDNN's TF32
         on a GPU, if allowed): x′ − x is a difference of two G, and in bf16 their own rounding is as
         large as what a small δ changes.
         """
-        h = h.reshape(-1, *self.inner).contiguous(memory_format=torch.channels_last)
+        h = self.fc21(z).reshape(-1, *self.inner).contiguous(memory_format=torch.channels_last)
         if self.training:
             return self.bn(torch.tanh(self.decoder(h)))
         h = self.decoder[:-1](h)
@@ -175,10 +166,10 @@ def folded(vae: VAE) -> VAE:
     fast = copy.deepcopy(vae).eval()
     for part in [m for m in fast.modules() if isinstance(m, nn.Sequential)]:
         for i, (layer, norm) in enumerate(pairwise(part)):
-            if isinstance(norm, nn.BatchNorm2d) and isinstance(layer, Convolution):
-                up = isinstance(layer, nn.ConvTranspose2d)
-                part[i] = fuse_conv_bn_eval(layer, norm, transpose=up)
-                part[i + 1] = nn.Identity()
+            match layer, norm:
+                case nn.Conv2d() | nn.ConvTranspose2d(), nn.BatchNorm2d():
+                    part[i] = fuse_conv_bn_eval(layer, norm, transpose=layer.transposed)
+                    part[i + 1] = nn.Identity()
     fast.decoder[-1] = sub_pixel(fast.decoder[-1])
     return fast
 
