@@ -1,8 +1,8 @@
 """The linear classifier that SimSiam's ImageNet numbers are of (docs/spec/idaa.md §5).
 
-It sees another random crop of each image in each of 90 epochs, so features are made anew each time:
-as long as such a training takes. What the specification leaves open is as in SimSiam's public code
-(`main_lincls.py`): momentum .9, trust .001, normal weights of .01, a cosine by epoch.
+It sees another random crop of each image in each of 90 epochs, so features are made anew each time.
+What the specification leaves open is as in SimSiam's public code (`main_lincls.py`): momentum .9,
+trust .001, normal weights of .01, a cosine by epoch.
 
 Images are kept as squares, so a crop is of the square in the middle of a photograph, of 256 pixels
 where the encoder takes 224, and not of all of it; the test crops are the published ones.
@@ -10,7 +10,6 @@ where the encoder takes 224, and not of all of it; the test crops are the publis
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -54,11 +53,11 @@ def crop_probe(
     Raises:
         Stopped: on a request to stop, after the state was saved.
     """
-    _, size, mean, std = encoder.to(device)
+    module, size, mean, std = encoder.to(device)
     how: dict[str, Any] = dict(device=device, output_device=device, bf16=bf16)
     crops = Recipe(size, mean, std, crop_scale=(0.08, 1.0), flip=0.5)
     middle = slice((test.size - size) // 2, (test.size + size) // 2)
-    z_test = features(encoder.module, test.images[..., middle, middle], *encoder[1:], **how)
+    z_test = features(module, test.images[..., middle, middle], size, mean, std, **how)
 
     layer = nn.Linear(z_test.shape[1], len(train.classes))
     nn.init.normal_(layer.weight, 0, 0.01, generator=keyed_generator(seed))
@@ -70,18 +69,14 @@ def crop_probe(
     optimizer = build_optimizer("lars", [{"params": [*parameters.values()]}], rate)
 
     def state() -> State:
-        momenta = {name: optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()}
-        return {**parameters, **{f"momentum.{name}": m for name, m in momenta.items()}}, {}
+        slots = {f"momentum.{name}": optimizer.state[p] for name, p in parameters.items()}
+        return parameters | {name: slot["momentum_buffer"] for name, slot in slots.items()}, {}
 
     def restore(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         layer.load_state_dict({name: tensors[name] for name in parameters})
         for name, parameter in parameters.items():
             momentum = tensors[f"momentum.{name}"].to(device)
             optimizer.state[parameter]["momentum_buffer"] = momentum
-
-    @functools.lru_cache(1)
-    def shuffle(epoch: int) -> Tensor:
-        return torch.randperm(len(train), generator=keyed_generator(seed, epoch))
 
     steps = Steps(
         writer.run,
@@ -96,9 +91,10 @@ def crop_probe(
     steps.resume()
     for step in steps:
         epoch, at = divmod(step, per_epoch)
-        index = shuffle(epoch)[at * batch_size : (at + 1) * batch_size]
+        order = torch.randperm(len(train), generator=keyed_generator(seed, epoch))
+        index = order[at * batch_size : (at + 1) * batch_size]
         how |= {"transform": crops, "generator": keyed_generator(seed, epoch, at)}
-        z = features(encoder.module, train.images[index], *encoder[1:], **how)
+        z = features(module, train.images[index], size, mean, std, **how)
         optimizer.param_groups[0]["lr"] = rate * factor(step)
         with torch.enable_grad():
             loss = F.cross_entropy(layer(z), train.labels[index].to(device))

@@ -128,9 +128,8 @@ def encode_splits(
     encoder: Encoder, splits: Mapping[str, ImageSet], **how: Any
 ) -> dict[str, Tensor]:
     """Features of each split, as `features` makes them with `how`."""
-    module, size, mean, std = encoder
     return {
-        name: features(module, split.images, size, mean, std, **how)
+        name: features(encoder.module, split.images, *encoder[1:], **how)
         for name, split in splits.items()
     }
 
@@ -158,10 +157,9 @@ def open_splits(dataset: str, size: int, limit: int | None) -> dict[str, ImageSe
 def _untrained_backbone(run: Run) -> nn.Module:
     """The backbone of `run` alone, without adversarial norms."""
     config = run.config
+    shape = {"width": config.width, "stem": config.stem, "adversarial_norms": False}
     with initial_weights(config.seed):
-        return build_backbone(
-            config.backbone, width=config.width, stem=config.stem, adversarial_norms=False
-        )
+        return build_backbone(config.backbone, **shape)
 
 
 def _method(run: Run) -> Method:

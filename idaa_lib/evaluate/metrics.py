@@ -54,13 +54,13 @@ def student_interval(values: Tensor | Sequence[float]) -> Interval:
     return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
 
 
-def bootstrap_interval(values: Tensor, resamples: int = 2000, seed: int = 0) -> Interval:
+def bootstrap_interval(values: Tensor) -> Interval:
     """The mean of values (n,) with its percentile bootstrap over images; of differences, paired."""
     x = values.double().cpu().numpy()
     if len(x) < 2:
         return Interval(*3 * [float(x.mean())])
     low, high = stats.bootstrap(
-        (x,), np.mean, n_resamples=resamples, batch=100, method="percentile", rng=seed
+        (x,), np.mean, n_resamples=2000, batch=100, method="percentile", rng=0
     ).confidence_interval
     return Interval(float(x.mean()), float(low), float(high))
 
@@ -70,10 +70,10 @@ def mean_per_class(predictions: Tensor, labels: Tensor) -> float:
     return 100 * float(_recalls(predictions, labels)[0].mean())
 
 
-def mean_per_class_interval(predictions: Tensor, labels: Tensor, draws: int = 10_000) -> Interval:
+def mean_per_class_interval(predictions: Tensor, labels: Tensor) -> Interval:
     """`mean_per_class` with its percentile bootstrap over the images of each class."""
     recalls, counts = _recalls(predictions, labels)
-    draw = np.random.default_rng(0).binomial(counts, recalls, (draws, len(counts))) / counts
+    draw = np.random.default_rng(0).binomial(counts, recalls, (10_000, len(counts))) / counts
     low, high = np.quantile(100 * draw.mean(1), LEVELS)
     return Interval(100 * float(recalls.mean()), float(low), float(high))
 

@@ -104,7 +104,6 @@ class _Evaluation(Plan):
     name `of` is "" for the clean protocol. epochs: of the snapshots that the official one chooses
     among, beside the final weights."""
 
-    config: EvalConfig
     source: Run
     splits: dict[str, ImageSet]
     way: OfficialProtocol
@@ -181,15 +180,15 @@ class _Evaluation(Plan):
             clean = linear_probe(train, val, z["test"], classes=self.classes)
             scores, values = clean.scores, {"penalty": clean.penalty, "top1_val": clean.score_val}
         elif way.crops:
-            size, dataset = enlarged(self.source.config.size), str(config.dataset)
+            size = enlarged(self.source.config.size)
             whole, tested = (
-                open_images(dataset, split, size, config.limit).with_labels()
+                open_images(config.dataset, split, size, config.limit).with_labels()
                 for split in ("trainval", "test")
             )
-            encoder, how = load_encoder(self.source, way.linear), how | self.machine
-            scores = crop_probe(encoder, whole, tested, writer, **how)
+            encoder = load_encoder(self.source, way.linear)
+            scores = crop_probe(encoder, whole, tested, writer, **how, **self.machine)
         else:
-            both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
+            both = torch.cat([train[0], val[0]]), self.labels("train", "val")
             scores, values["top1_last"] = official_probe(both, test, classes=self.classes, **how)
         if self.classes > 5:
             hit = scores.topk(5).indices == test[1][: len(scores), None]

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from idaa_lib import runs
@@ -80,29 +79,29 @@ def _plan(config: TransferConfig) -> _Transfer:
     fingerprints = " ".join(splits["test"].fingerprint for splits in targets)
     run = runs.run_for(config, fingerprints, encoder=checkpoints.digest(source))
     device = torch_device(config.device)
-    precision = "bf16" if uses_bf16(config.precision, device) else "no"
-    about = [describe(device, precision, splits["test"]) for splits in targets]
+    bf16 = uses_bf16(config.precision, device)
+    machine = {"device": device, "output_device": device, "bf16": bf16}
+    about = [describe(device, "bf16" if bf16 else "no", splits["test"]) for splits in targets]
     environment = about[0] | {"datasets": [each["dataset"] for each in about]}
-    return _Transfer(config, run, source, size, targets, left_out, device, environment=environment)
+    return _Transfer(config, run, source, size, targets, left_out, machine, environment=environment)
 
 
 @dataclass(frozen=True)
 class _Transfer(Plan):
     """source: the run whose encoder is judged. size: pixels a side. targets: the splits of each
-    data set. left_out: what has no rows → why."""
+    data set. left_out: what has no rows → why. machine: arguments of `features`."""
 
     source: Run
     size: int
     targets: list[dict[str, ImageSet]]
     left_out: dict[str, str]
-    device: torch.device
+    machine: dict[str, Any]
 
     def judge(self, writer: Writer) -> dict[str, Any]:
         """The summary."""
         rows: list[dict[str, Any]] = []
-        episodes = [self.episodes(splits["test"]) for splits in self.targets]
-        names = list(ENCODERS)[: 2 if self.config.references else 1]
-        jobs = [*product(range(len(self.targets)), names)]
+        targets = [(splits, self.episodes(splits["test"])) for splits in self.targets]
+        jobs = [*product(targets, list(ENCODERS)[: 2 if self.config.references else 1])]
         steps = Steps(
             self.run,
             writer,
@@ -115,13 +114,10 @@ class _Transfer(Plan):
         )
         steps.resume()
         for step in steps:
-            target, name = jobs[step]
-            splits = self.targets[target]
-            encoder = ENCODERS[name](self.source)._replace(size=self.size).to(self.device)
-            bf16 = uses_bf16(self.config.precision, self.device)
-            how = {"device": self.device, "output_device": self.device, "bf16": bf16}
-            z = encode_splits(encoder, splits, **how)
-            verdicts = judge(z, splits, episodes[target], self.config, self.size)
+            (splits, episodes), name = jobs[step]
+            encoder = ENCODERS[name](self.source)._replace(size=self.size)
+            z = encode_splits(encoder.to(self.machine["device"]), splits, **self.machine)
+            verdicts = self.rows(z, splits, episodes)
             rows += [{"features": name, **row} for row in verdicts]
             values = ", ".join(f"{row['probe']} {row['value']:.1f}" for row in verdicts)
             print(f"{splits['test'].name}, {name}: {values} (%)")
@@ -140,64 +136,50 @@ class _Transfer(Plan):
                 self.left_out[key] = f"only {error}."
         return episodes
 
+    def rows(
+        self, z: dict[str, Tensor], splits: dict[str, ImageSet], episodes: dict[int, Tensor]
+    ) -> list[dict[str, Any]]:
+        """The rows of one encoder, by its features z of the splits of one data set."""
+        config, test = self.config, splits["test"]
+        y = {name: split.labels.to(z[name].device) for name, split in splits.items()}
+        by_class = test.name in PER_CLASS
+        score, metric = (mean_per_class, "mean per class") if by_class else (top1, "top-1")
+        axes = principal_axes(z["train"])
+        protocol = TRANSFER._replace(iterations=config.iterations, tolerance=config.tolerance)
+        size = f"{self.size} px, frozen features"
+        words = f"{size} as they are; L-BFGS on Σ cross-entropy + λ‖W‖², one of {len(LAMBDAS)} λ"
 
-def judge(
-    z: Mapping[str, Tensor],
-    splits: Mapping[str, ImageSet],
-    episodes: Mapping[int, Tensor],
-    config: TransferConfig,
-    size: int,
-) -> list[dict[str, Any]]:
-    """The rows of one encoder on one data set: all labels, few labels, few shots."""
-    test = splits["test"]
-    y = {name: split.labels.to(z[name].device) for name, split in splits.items()}
-    by_class = test.name in PER_CLASS
-    score, metric = (mean_per_class, "mean per class") if by_class else (top1, "top-1")
-    axes = principal_axes(z["train"])
-    protocol = TRANSFER._replace(iterations=config.iterations, tolerance=config.tolerance)
-    words = (
-        f"{size} px, frozen features as they are; L-BFGS on Σ cross-entropy + λ‖W‖², one of "
-        f"{len(LAMBDAS)} λ chosen on val"
-    )
-    row = {"dataset": test.name, "metric": metric}
+        def probe(index: Tensor | slice, refit: bool) -> Probe:
+            train, val = (z["train"][index], y["train"][index]), (z["val"], y["val"])
+            how: dict[str, Any] = dict(classes=len(test.classes), score=score, axes=axes)
+            how["protocol"] = protocol._replace(refit=refit)
+            return linear_probe(train, val, z["test"], **how)
 
-    def probe(index: Tensor | slice, refit: bool) -> Probe:
-        train, val = (z["train"][index], y["train"][index]), (z["val"], y["val"])
-        how: dict[str, Any] = dict(classes=len(test.classes), score=score, axes=axes)
-        return linear_probe(train, val, z["test"], protocol=protocol._replace(refit=refit), **how)
-
-    whole = probe(slice(None), True)
-    of_images = accuracy(whole.predictions, y["test"])
-    of_classes = mean_per_class_interval(whole.predictions, y["test"])
-    value, low, high = of_classes if by_class else of_images[:3]
-    rows = [
-        row
-        | {"probe": "linear", "value": value, "low": low, "high": high, "n": len(test)}
-        | {"of": "test images", "labels": len(y["train"]) + len(y["val"])}
-        | {"top1": of_images.top1, "mean_per_class": of_classes.value}
-        | {"penalty": whole.penalty, "score_val": whole.score_val}
-        | {"protocol": f"{words}, refit on train + val, test read once"}
-    ]
-    for fraction in dict.fromkeys(config.fractions):
-        values = []
-        for draw in range(config.draws):
-            index = balanced(y["train"].cpu(), fraction, keyed_generator(config.seed, draw))
-            few = probe(index.to(z["train"].device), False)
-            values.append(score(few.predictions, y["test"]))
-        rows += [
-            row
-            | {"probe": f"{100 * fraction:g} % of labels", **student_interval(values)._asdict()}
-            | {"n": len(values), "of": "draws", "labels": len(index)}
-            | {"protocol": f"{words} (all of it), labels drawn by class, no refit"}
-        ]
-    for shots, part in episodes.items():
-        accuracies = few_shot(z["test"], part, shots, config.few_shot).cpu()
-        name, queries = f"{config.ways}-way {shots}-shot", f"{config.queries} queries a class"
-        words = f"{size} px, frozen features, L2-normalised; {config.few_shot}, {queries}, all "
-        rows += [
-            row
-            | {"probe": name, "metric": "top-1", **student_interval(accuracies)._asdict()}
-            | {"n": len(part), "of": "episodes", "labels": config.ways * shots}
-            | {"protocol": f"{words}images from test"}
-        ]
-    return rows
+        whole = probe(slice(None), True)
+        of_images = accuracy(whole.predictions, y["test"])
+        of_classes = mean_per_class_interval(whole.predictions, y["test"])
+        value, low, high = of_classes if by_class else of_images[:3]
+        row: dict[str, Any] = {"probe": "linear", "value": value, "low": low, "high": high}
+        row |= {"n": len(test), "of": "test images", "labels": len(y["train"]) + len(y["val"])}
+        row |= {"top1": of_images.top1, "mean_per_class": of_classes.value}
+        row |= {"penalty": whole.penalty, "score_val": whole.score_val}
+        row["protocol"] = f"{words} chosen on val, refit on train + val, test read once"
+        rows = [row]
+        for fraction in dict.fromkeys(config.fractions):
+            scores = []
+            for draw in range(config.draws):
+                index = balanced(y["train"].cpu(), fraction, keyed_generator(config.seed, draw))
+                few = probe(index.to(z["train"].device), False)
+                scores.append(score(few.predictions, y["test"]))
+            how = "chosen on val (all of it), labels drawn by class, no refit"
+            row = {"probe": f"{100 * fraction:g} % of labels", **student_interval(scores)._asdict()}
+            row |= {"n": len(scores), "of": "draws", "labels": len(index)}
+            rows.append(row | {"protocol": f"{words} {how}"})
+        for shots, part in episodes.items():
+            accuracies = few_shot(z["test"], part, shots, config.few_shot).cpu()
+            name, queries = f"{config.ways}-way {shots}-shot", f"{config.queries} queries a class"
+            words = f"{size}, L2-normalised; {config.few_shot}, {queries}, all images from test"
+            row = {"probe": name, "metric": "top-1", **student_interval(accuracies)._asdict()}
+            row |= {"n": len(part), "of": "episodes", "labels": config.ways * shots}
+            rows.append(row | {"protocol": words})
+        return [{"dataset": test.name, "metric": metric, **row} for row in rows]

@@ -93,20 +93,16 @@ class Study(Plan):
                 reasons.append("the witness began with the attacked encoder's weights, same seed")
         return reasons
 
-    @cached_property
-    def bytes(self) -> Tensor:
-        """The images as uint8 (N, 3, size, size): `normalise` lost nothing."""
-        return self.scene.pixels(self.scene.x).mul(255).round().to(torch.uint8)
-
-    def views(self, name: str, images: Tensor, *stream: int) -> Tensor:
-        """Views of images by the recipe `name`, normalised."""
-        views = recipe(name, images.shape[-1], self.scene.mean, self.scene.std)
+    def views(self, name: str, x: Tensor, *stream: int) -> Tensor:
+        """Views of images x of the scene by the recipe `name`, normalised as they are."""
+        images = self.scene.pixels(x).mul(255).round().to(torch.uint8)  # the originals
+        views = recipe(name, x.shape[-1], self.scene.mean, self.scene.std)
         return views(images, keyed_generator(self.config.seed, *stream)).images
 
     @cached_property
     def witness(self) -> Witness:
         """The witness, with other views of the images as candidates."""
-        views = self.views(self.config.augmentation, self.bytes, CANDIDATES)
+        views = self.views(self.config.augmentation, self.scene.x, CANDIDATES)
         return Witness(self.scene, self.config.witness, views)
 
     @cached_property
@@ -306,16 +302,16 @@ def _instances(plan: Study) -> dict[str, Tensor]:
 
     Views are mild: in those that encoders are trained with, pixels tell it next to nothing.
     """
-    images, scene = plan.bytes[:INSTANCES], plan.scene
+    scene, x = plan.scene, plan.scene.x[:INSTANCES]
     views = [
-        _flat(scene.split(plan.views("mild", images, INSTANCE_VIEWS, i)))
+        _flat(scene.split(plan.views("mild", x, INSTANCE_VIEWS, i)))
         for i in range(LEARNT + 1 + JUDGED)
     ]
-    which, right = torch.arange(len(images)), {}
+    which, right = torch.arange(len(x)), {}
     for part in PARTS:
-        *learn, held, queries = *(view[part] for view in views[: LEARNT + 1]), views[LEARNT + 1 :]
-        pairs = (torch.cat(learn), which.repeat(LEARNT)), (held, which)
-        guess = _probe(*pairs, torch.cat([view[part] for view in queries]), len(which))
+        images = [view[part] for view in views]
+        learn, held = (torch.cat(images[:LEARNT]), which.repeat(LEARNT)), (images[LEARNT], which)
+        guess = _probe(learn, held, torch.cat(images[LEARNT + 1 :]), len(which))
         right[part] = 100 * (guess.view(JUDGED, -1) == which).double().mean(0)
     return right
 
