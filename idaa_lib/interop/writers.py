@@ -141,7 +141,7 @@ def _onnx(encoder: Encoder, path: Path) -> None:
             input_names=["images"],
             output_names=["features"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=_OPSET,
+            opset_version=18,  # the first that torch's exporter writes without a conversion
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -161,7 +161,6 @@ def _onnx(encoder: Encoder, path: Path) -> None:
                 )
 
 
-_OPSET = 18  # the first that torch's exporter writes without a conversion
 _WRITERS: dict[str, Callable[[Encoder, Path], None]] = {
     "torchvision": _torchvision,
     "safetensors": _safetensors,

@@ -26,11 +26,7 @@ def register_backbone(name: str) -> Callable[[Callable[..., nn.Module]], Callabl
 
 
 def build_backbone(name: str, *, width: int, stem: str, adversarial_norms: bool) -> Any:
-    """The registered backbone `name`.
-
-    Raises:
-        ValueError: no backbone has this name.
-    """
+    """The registered backbone `name`; ValueError where there is none, or it has no feature_dim."""
     if name not in BACKBONES:
         raise ValueError(
             f"backbone must be one of {', '.join(BACKBONES)}, and is {name!r} (your own: import "

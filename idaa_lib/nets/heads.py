@@ -48,8 +48,7 @@ class Embedder(nn.Module):
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.projector = projector
+        self.backbone, self.projector = backbone, projector
 
     def forward(self, images: Tensor, adversarial: bool = False) -> Tensor:
         return F.normalize(self.projector(self.backbone(images, adversarial=adversarial)), dim=1)
@@ -81,9 +80,8 @@ class Network(nn.Module):
     def __init__(self, backbone: nn.Module, **heads: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        for name in ("projector", "predictor", "head"):
-            if name in heads:
-                self.add_module(name, heads[name])
+        for name, head in heads.items():
+            self.add_module(name, head)
 
     def forward(
         self, images: Tensor, condition: Tensor | None = None, adversarial: bool = False

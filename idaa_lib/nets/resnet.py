@@ -164,9 +164,7 @@ def torchvision_weights(backbone: nn.Module) -> dict[str, Tensor]:
 
     With an ImageNet stem and width 64, `torchvision.models` with `fc = nn.Identity()` loads it
     (strict) and gives the same features; a CIFAR stem has the same names, and another `conv1`.
-
-    Raises:
-        ValueError: it is no ResNet of this library.
+    ValueError where it is no ResNet of this library.
     """
     if not isinstance(backbone, ResNet):
         raise ValueError(f"Only a ResNet has torchvision's names, not a {type(backbone).__name__}.")

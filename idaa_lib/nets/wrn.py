@@ -45,9 +45,8 @@ class WideResNet(Normed):
 
     Args:
         blocks: in each of the three stages. width: channels of the first, 16·k.
-        stem: `cifar` is the only one. adversarial_norms: give every BatchNorm a twin.
-    Raises:
-        ValueError: another stem.
+        stem: `cifar` is the only one, else ValueError. adversarial_norms: give every BatchNorm a
+            twin.
     """
 
     def __init__(
