@@ -70,7 +70,7 @@ def import_run(
         if isinstance(config, VAEConfig):
             weights = {f"network.{key}": v for key, v in source.module.state_dict().items()}
             val = open_images(config.dataset, "val", config.size, config.limit)
-            figures = vae_figures(source.module, transform, val.images, torch.device("cpu"))
+            figures = vae_figures(source.module, transform, val.images)
             figures = {name.removesuffix("_val"): value for name, value in figures.items()}
             figures |= {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
         else:

@@ -20,13 +20,11 @@ from idaa_lib.configs import ConfigError, UserError
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
 from idaa_lib.identity import study
-from idaa_lib.runs import CONFIGS, Run, read_json
+from idaa_lib.runs import CONFIGS, Run, Stopped, read_json
 from idaa_lib.train import train
 
-STAGES: dict[str, Callable[[Any], Run]] = {
-    "vae": train, "ssl": train, "semi": train, "eval": evaluate, "transfer": transfer,
-    "theory": study,
-}  # fmt: skip
+STAGES: dict[str, Callable[[Any], Run]] = dict.fromkeys(("vae", "ssl", "semi"), train)
+STAGES |= {"eval": evaluate, "transfer": transfer, "theory": study}
 
 
 def main(words: list[str]) -> int:
@@ -51,7 +49,7 @@ def main(words: list[str]) -> int:
     # What a user can mend is told in its sentence; anything else is our fault and keeps its trace.
     except (UserError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 130 if type(error).__name__ == "Stopped" else 2
+        return 130 if isinstance(error, Stopped) else 2
     if int(os.environ.get("RANK", 0)):  # of several processes, the first one speaks
         return 0
     print(run.path)
@@ -60,11 +58,7 @@ def main(words: list[str]) -> int:
 
 
 def import_file(path: Path) -> None:
-    """Import a module by its file: it registers methods, adversaries or backbones of the user's.
-
-    Raises:
-        ConfigError: there is no such file.
-    """
+    """Import the user's file, which registers methods, adversaries or backbones."""
     if not path.is_file():
         raise ConfigError(f"There is no file {path}.")
     sys.path.insert(0, str(path.resolve().parent))

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
 
 from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.runs import Run
@@ -18,10 +21,6 @@ def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
     Raises:
         ConfigError: the device or the tracker is not there.
     """
-    from accelerate.state import AcceleratorState
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import DistributedDataParallelKwargs
-
     device = torch_device(config.device)
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and tracker not in (str(t) for t in get_available_trackers()):

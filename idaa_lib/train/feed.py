@@ -26,31 +26,26 @@ class Feed:
     """
 
     def __init__(self, images: Tensor, device: torch.device, resident: bool | None = None) -> None:
-        self.device = device
         if resident is None:
             resident = images.device == device or _fits(images, device)
         self.images = images.to(device) if resident else images
-        self._order: _Order | None = None
-        if not resident:
-            self._order = _Order()
-            self._loader = DataLoader(
-                _Gathered(images),
-                batch_size=None,
-                sampler=self._order,
-                num_workers=WORKERS,
-                persistent_workers=True,
-                pin_memory=device.type == "cuda",
-            )
+        self.device, self.resident = device, resident
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """Named indices, and the images that they name, both on the device."""
-        if self._order is None:
+        if self.resident:
             for batch in batches:
                 here = {key: send(index, self.device) for key, index in batch.items()}
                 yield here, {key: self.images[index] for key, index in here.items()}
             return
-        self._order.batches = batches
-        for pair in self._loader:
+        loader = DataLoader(
+            _Gathered(self.images),
+            batch_size=None,  # an item is a whole batch: one image at a time costs more than a copy
+            sampler=batches,
+            num_workers=WORKERS,
+            pin_memory=self.device.type == "cuda",
+        )
+        for pair in loader:
             batch, images = (
                 {key: t.to(self.device, non_blocking=True) for key, t in part.items()}
                 for part in pair
@@ -59,23 +54,13 @@ class Feed:
 
 
 class _Gathered(Dataset):
-    """A batch's indices → the indices and their images. One item is a whole batch: gathering one
-    image at a time would cost more than the copy."""
+    """A batch's indices → the indices and their images."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
 
     def __getitem__(self, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
         return batch, {key: self.images[index] for key, index in batch.items()}
-
-
-class _Order:
-    """A sampler whose batches are another epoch's each time, so that workers outlive an epoch."""
-
-    batches: Iterable[Batch] = ()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,26 +21,14 @@ WARM_UP = 3  # steps that are launched one by one, in which libraries choose the
 T = TypeVar("T")
 
 
-class Recorder(Protocol):
-    """What a device offers for it."""
-
-    def warm_up(self, work: Callable[[], T]) -> T:
-        """Do it as it is, but where it will be recorded."""
-
-    def record(self, work: Callable[[], T]) -> T:
-        """Only note what `work` does on the device; its results have no values yet."""
-
-    def replay(self) -> None:
-        """Do what was noted, on the same tensors."""
-
-
 class CudaGraph:
-    """`Recorder` of a CUDA device. Other streams may go on allocating while it records."""
+    """A recording. Other streams may go on allocating while it is made."""
 
     def __init__(self) -> None:
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
     def warm_up(self, work: Callable[[], T]) -> T:
+        """Do it as it is, but where it will be recorded."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             results = work()
@@ -48,6 +36,7 @@ class CudaGraph:
         return results
 
     def record(self, work: Callable[[], T]) -> T:
+        """Only note what `work` does on the device; its results have no values yet."""
         gc.collect()  # what an earlier recording left in a cycle holds its whole memory
         here = torch.cuda.current_stream()
         try:
@@ -61,6 +50,7 @@ class CudaGraph:
             torch.cuda.set_stream(here)  # torch leaves another one behind where `work` fails
 
     def replay(self) -> None:
+        """Do what was noted, on the same tensors."""
         self.graph.replay()
 
 
@@ -72,7 +62,7 @@ class Recorded:
     nobody may set them to None: `work` does that itself, at its start.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: CudaGraph) -> None:
         self.recorder, self.calls = recorder, 0
         self.inputs: Any = None
         self.results: Any = None

@@ -70,7 +70,7 @@ def settle(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
     """What will be stored as `config.json` (paths and runs named in full), and the run directory
     that it leads to, whether it was trained yet or not.
 
-    Raises: as `train_vae`.
+    Raises: as `train`.
     """
     plan = _plan(config)
     return plan.config, plan.run
@@ -82,23 +82,22 @@ def locate(config: TrainingConfig) -> Run:
 
 
 def train(config: TrainingConfig) -> Run:
-    """Train what `config` describes: see `train_vae`, `train_ssl` and `train_semi`."""
-    return {"vae": train_vae, "ssl": train_ssl, "semi": train_semi}[config.stage](config)  # type: ignore[operator]
-
-
-def train_vae(config: VAEConfig) -> Run:
-    """Train a VAE, or resume it, or show it if it is finished.
+    """The finished run of `config`: trained, resumed, or shown if it is finished.
 
     Raises:
         ConfigError, RunError: one sentence, before work starts where it can be known then.
         Stopped: on Ctrl-C or a stop request, after the state was saved.
     """
-    _require(config, VAEConfig)
-    plan, val = _plan(config), _validation(config)
+    return {"vae": train_vae, "ssl": train_ssl, "semi": train_semi}[config.stage](config)  # type: ignore[operator]
+
+
+def train_vae(config: VAEConfig) -> Run:
+    """The finished run of a VAE, as `train` makes it."""
+    plan, val = _begin(config, VAEConfig)
     method = VAETraining(plan.config, plan.about)
 
-    def validate(method: Method, device: torch.device) -> dict[str, float]:
-        return vae_figures(method.network, method.recipe, val.images, device)
+    def validate(method: Method) -> dict[str, float]:
+        return vae_figures(method.network, method.recipe, val.images)
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
         final = {name.removesuffix("_val"): value for name, value in figures.items()}
@@ -108,22 +107,18 @@ def train_vae(config: VAEConfig) -> Run:
 
 
 def train_ssl(config: SSLConfig) -> Run:
-    """Train an encoder, or resume it, or show it if it is finished.
-
-    Raises: as `train_vae`.
-    """
-    _require(config, SSLConfig)
-    plan, val = _plan(config), _validation(config)
+    """The finished run of an encoder that needs no labels, as `train` makes it."""
+    plan, val = _begin(config, SSLConfig)
     method, bank = build_method(plan.config, plan.about), plan.data
     if config.split == "trainval":  # which holds `val` itself: an image would find itself
         bank = open_images(config.dataset, "train", config.size, config.limit)
 
-    def validate(method: Method, device: torch.device) -> dict[str, float]:
-        z = _features(plan, method, "backbone", val, device)
+    def validate(method: Method) -> dict[str, float]:
+        z = _features(plan, method, "backbone", val)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z).item()}
         neighbours, mask = bank.with_labels(), val.labels >= 0
         if len(neighbours) and mask.any():
-            features_ = _features(plan, method, "backbone", neighbours, device)
+            features_ = _features(plan, method, "backbone", neighbours)
             labels, queries = neighbours.labels.to(z.device), z[mask.to(z.device)]
             guess = knn(features_, labels, queries, classes=len(bank.classes))
             top1, low, high, _ = accuracy(guess.cpu(), val.labels[mask])
@@ -143,16 +138,13 @@ def train_ssl(config: SSLConfig) -> Run:
 
 
 def train_semi(config: SemiConfig) -> Run:
-    """Train a classifier from few labels, or resume it, or show it if it is finished.
+    """The finished run of a classifier from few labels, as `train` makes it.
 
     `summary.json` has the accuracy of the averaged weights on all test images, which are read once,
     after the last step: `ema_top1` in percent with `ema_n`, the 95 % interval `ema_low`, `ema_high`
     and `ema_protocol`; `ema_top1_val` is the last of those on validation.
-
-    Raises: as `train_vae`.
     """
-    _require(config, SemiConfig)
-    plan, val = _plan(config), _validation(config)
+    plan, val = _begin(config, SemiConfig)
     classes, per_class = len(plan.data.classes), config.labels_per_class
     if not classes:
         raise ConfigError(f"dataset={config.dataset!r} has no labels to learn from.")
@@ -162,16 +154,16 @@ def train_semi(config: SemiConfig) -> Run:
     if not (len(val := val.with_labels()) and len(test)):
         raise ConfigError(f"dataset={config.dataset!r} has no labels to validate and test against.")
 
-    def judge(method: Method, split: ImageSet, device: torch.device) -> Accuracy:
-        logits = _features(plan, method, "classifier", split, device)
+    def judge(method: Method, split: ImageSet) -> Accuracy:
+        logits = _features(plan, method, "classifier", split)
         return accuracy(logits.argmax(1).cpu(), split.labels)
 
-    def validate(method: Method, device: torch.device) -> dict[str, float]:
-        top1, low, high, _ = judge(method, val, device)
+    def validate(method: Method) -> dict[str, float]:
+        top1, low, high, _ = judge(method, val)
         return {"ema_top1_val": top1, "ema_low_val": low, "ema_high_val": high}
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
-        values = judge(method, test, next(method.parameters()).device)._asdict()
+        values = judge(method, test)._asdict()
         protocol = (
             f"clean: averaged weights, last epoch, all test images; {per_class} labels a class of "
             f"{len(plan.data):,} training images"
@@ -184,15 +176,19 @@ def train_semi(config: SemiConfig) -> Run:
     return _train(plan, method, validate, summarise)
 
 
-def _require(config: Any, kind: type[TrainingConfig]) -> None:
+def _begin(config: TrainingConfig, kind: type[TrainingConfig]) -> tuple[TrainingPlan, ImageSet]:
+    """The plan of a training, and its validation images."""
     if not isinstance(config, kind):
         name = type(config).__name__
         raise ConfigError(f"train_{kind.stage} takes a {kind.__name__}, not a {name}.")
+    # limit bounds the cost of a demo, and a quarter of it is enough to see a curve.
+    limit = None if config.limit is None else max(1, config.limit // 4)
+    plan = _plan(config)
+    return plan, open_images(config.dataset, "val", config.size, limit)
 
 
-def _features(
-    plan: TrainingPlan, method: Method, layer: str, split: ImageSet, device: torch.device
-) -> Tensor:
+def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -> Tensor:
+    device = next(method.parameters()).device
     return features(
         method.encoder(layer),
         split.images,
@@ -273,16 +269,10 @@ def _choose_vae(config: EncoderConfig) -> Run:
     return run
 
 
-def _validation(config: TrainingConfig) -> ImageSet:
-    # limit bounds the cost of a demo, and a quarter of it is enough to see a curve.
-    limit = None if config.limit is None else max(1, config.limit // 4)
-    return open_images(config.dataset, "val", config.size, limit)
-
-
 def _train(
     plan: TrainingPlan,
     method: Method,
-    validate: Callable[[Method, torch.device], dict[str, float]],
+    validate: Callable[[Method], dict[str, float]],
     summarise: Callable[[dict[str, float]], dict[str, Any]],
     validate_every: int = 1,
 ) -> Run:
@@ -298,15 +288,8 @@ def _train(
     if isinstance(config, EncoderConfig):
         vae = load_vae(plan.vae) if plan.vae else None
         adversary = build_adversary(config, vae, mean=mean, std=std)
-    fit = Fit(
-        accelerator,
-        method,
-        plan.data.images,
-        config,
-        adversary,
-        lambda method: validate(method, accelerator.device),
-        validate_every,
-    )
+    images = plan.data.images
+    fit = Fit(accelerator, method, images, config, adversary, validate, validate_every)
     if weights is not None and checkpoints.load(run) is None:
         fit.restore(weights, None)
 
@@ -316,9 +299,11 @@ def _train(
             figures = fit.run(run, writer)
         finally:
             accelerator.end_training()
-        images, seconds = fit.total * method.images_per_step(), fit.steps.seconds
-        speed = {"seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
-        return summarise(figures) | speed if writer else {}
+        if writer is None:
+            return {}
+        total, seconds = fit.total * method.images_per_step(), fit.steps.seconds
+        speed = {"seconds": seconds, "images_per_second": total / max(seconds, 1e-9)}
+        return summarise(figures) | speed
 
     if not accelerator.is_main_process:
         body(None)
@@ -367,12 +352,11 @@ def _check_disk(config: TrainingConfig, run: Run, method: nn.Module) -> None:
 
 
 @torch.no_grad()
-def vae_figures(
-    vae: nn.Module, recipe_: Recipe, data: Tensor, device: torch.device
-) -> dict[str, float]:
+def vae_figures(vae: nn.Module, recipe_: Recipe, data: Tensor) -> dict[str, float]:
     """On un-augmented validation images: reconstruction (MSE), kl (the loss's term), rate in nats,
     and the official acc_gx = 1 − mean ‖x−G‖²/‖x‖², acc_rx = 1 − mean ‖G‖²/‖x‖² (spec §1)."""
     transform = recipe("none", recipe_.size, recipe_.mean, recipe_.std)
+    device = next(vae.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     with evaluating(vae):
         for batch in data.split(500):
