@@ -65,12 +65,11 @@ class DetectionConfig(Config):
         """What its AP is of, as tables name it."""
         return self.val_annotations or "synthetic shapes"
 
-    @classmethod
-    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-        missing = [name for name in cls.sets if not explicit.get(name)]
-        if missing and len(missing) < len(cls.sets):
-            raise ConfigError(f"{missing[0]} is missing: give {', '.join(cls.sets)}, or none.")
-        return values
+    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in self.sets if not given.get(name)]
+        if missing and len(missing) < len(self.sets):
+            raise ConfigError(f"{missing[0]} is missing: give {', '.join(self.sets)}, or none.")
+        return {}
 
 
 # A stage of its own beside the library's: `runs.find("detection")` and `Run.config` know it.

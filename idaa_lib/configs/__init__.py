@@ -22,22 +22,3 @@ from idaa_lib.configs.training import (
     TrainingConfig,
     VAEConfig,
 )
-
-__all__ = [
-    "PRESETS",
-    "CompareConfig",
-    "Config",
-    "ConfigError",
-    "DecomposeConfig",
-    "EncoderConfig",
-    "EvalConfig",
-    "Options",
-    "SSLConfig",
-    "SemiConfig",
-    "SweepConfig",
-    "TheoryConfig",
-    "TrainingConfig",
-    "TransferConfig",
-    "UserError",
-    "VAEConfig",
-]

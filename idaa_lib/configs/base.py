@@ -9,7 +9,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
@@ -40,10 +40,8 @@ class ConfigError(UserError, ValueError):
     """A value that no run can be made from."""
 
 
-class Options(BaseModel):
-    """The knobs of one method or one adversary: annotated fields with defaults, as in `power: float
-    = 1.0`, with a range `Annotated[float, Field(ge=0)]` (pydantic's). Their names must not be those
-    of the stage's fields."""
+class Values(BaseModel):
+    """Frozen fields that are read as meant (`read`); what is refused is one sentence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -54,7 +52,13 @@ class Options(BaseModel):
             raise ConfigError(_sentence(type(self), error)) from None
 
 
-class Config(BaseModel):
+class Options(Values):
+    """The knobs of one method or one adversary: annotated fields with defaults, as in `power: float
+    = 1.0`, with a range `Annotated[float, Field(ge=0)]` (pydantic's). Their names must not be those
+    of the stage's fields."""
+
+
+class Config(Values):
     """What all stages share. Build it with keyword arguments; see the subclasses for the fields.
 
     A name is looked up in the stage's fields, then in the knobs (`Options`) of the chosen method,
@@ -65,7 +69,7 @@ class Config(BaseModel):
         ConfigError: one sentence naming the field, the value and what is allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(validate_default=True)
 
     stage: ClassVar[str]
     choices: ClassVar[tuple[str, ...]] = ()  # of CHOICES, those that the stage has
@@ -83,33 +87,16 @@ class Config(BaseModel):
     _options: tuple[Options, ...] = PrivateAttr(default=())
 
     def __init__(self, **values: Any) -> None:
-        fields, options = self._resolve(values)
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise ConfigError(_sentence(type(self), error)) from None
-        self._options = options
-
-    @classmethod
-    def _resolve(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Options, ...]]:
-        """Values of the fields, and the options of each choice, from what the caller gives."""
         from idaa_lib.configs.recipes import recipe_values
 
-        explicit = {name: cls._read(name, value) for name, value in values.items()}
-        explicit = {name: value for name, value in explicit.items() if value is not None}
-        preset = explicit.setdefault("preset", "demo")
-        merged = recipe_values(cls, preset, explicit) | explicit
-        kinds = {choice: cls._choose(choice, merged) for choice in cls.choices}
-        models = {choice: kind.Options for choice, kind in kinds.items()}
-        cls._refuse_clash(models, merged)
-        cls._refuse_unknown(explicit, models)
-        merged = cls._derive(merged, explicit)
-        own = cls.model_fields.keys()
-        options = tuple(
-            model(**{k: v for k, v in merged.items() if k in model.model_fields.keys() - own})
-            for model in models.values()
-        )
-        return {name: value for name, value in merged.items() if name in own}, options
+        given = {name: self._read(name, value) for name, value in values.items()}
+        given = {name: value for name, value in given.items() if value is not None}
+        merged = recipe_values(type(self), given) | given
+        chosen = {c: merged.get(c, type(self).model_fields[c].default) for c in self.choices}
+        models = [self._choose(*choice).Options for choice in chosen.items()]
+        self._check_names(given, chosen, models)
+        self._fill(merged, models)
+        self.__dict__.update(self._derive(given))
 
     @classmethod
     def restore(cls, values: Mapping[str, Any]) -> typing.Self:
@@ -121,19 +108,25 @@ class Config(BaseModel):
             ConfigError: a name that there is no longer.
         """
         values = {name: cls._read(name, value) for name, value in values.items()}
-        kinds = {
-            choice: cls.registered(choice).get(str(values.get(choice))) for choice in cls.choices
-        }
-        models = {choice: kind.Options if kind else Options for choice, kind in kinds.items()}
-        if all(kinds.values()):
-            cls._refuse_unknown(values, models)
-        own = cls.model_fields.keys()
-        config = cls.model_construct(**{k: v for k, v in values.items() if k in own})
-        config._options = tuple(
-            model(**{k: v for k, v in values.items() if k in model.model_fields.keys() - own})
-            for model in models.values()
-        )
+        chosen = {choice: values.get(choice) for choice in cls.choices}
+        kinds = [cls.registered(choice).get(str(name)) for choice, name in chosen.items()]
+        models = [kind.Options if kind else Options for kind in kinds]
+        if all(kinds):
+            cls._check_names(values, chosen, models)
+        config = cls.__new__(cls)
+        config._fill(values, models)
         return config
+
+    def _fill(self, values: Mapping[str, Any], models: Iterable[type[Options]]) -> None:
+        def of(model: type[Values]) -> dict[str, Any]:
+            return {name: values[name] for name in model.model_fields if name in values}
+
+        super().__init__(**of(type(self)))
+        self._options = tuple(model(**of(model)) for model in models)
+
+    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Values that follow from other fields; `given` is what the caller set himself."""
+        return {}
 
     @classmethod
     def registered(cls, choice: str) -> dict[str, Any]:
@@ -144,8 +137,8 @@ class Config(BaseModel):
         }
 
     @classmethod
-    def _choose(cls, choice: str, values: Mapping[str, Any]) -> Any:
-        name, kinds = values.get(choice, cls.model_fields[choice].default), cls.registered(choice)
+    def _choose(cls, choice: str, name: str) -> Any:
+        kinds = cls.registered(choice)
         if name not in kinds:
             raise ConfigError(
                 f"{choice} must be one of {', '.join(kinds)}, and is {name!r} (your own: import "
@@ -154,51 +147,47 @@ class Config(BaseModel):
         return kinds[name]
 
     @classmethod
-    def _refuse_clash(cls, models: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    def _check_names(
+        cls, given: Mapping[str, Any], chosen: Mapping[str, Any], models: Iterable[type[Options]]
+    ) -> None:
         """Each name has one owner: the stage, the method or the adversary."""
         owners = dict.fromkeys(cls.model_fields, cls.__name__)
-        for choice, model in models.items():
+        for (choice, value), model in zip(chosen.items(), models, strict=True):
             for name in model.model_fields:
                 if name in owners:
                     raise ConfigError(
-                        f"{choice}={values.get(choice)!r} has a knob {name!r}, which is a name of "
+                        f"{choice}={value!r} has a knob {name!r}, which is a name of "
                         f"{owners[name]} too: rename the knob."
                     )
-            owners |= dict.fromkeys(model.model_fields, f"{choice}={values.get(choice)!r}")
-
-    @classmethod
-    def _refuse_unknown(cls, explicit: Mapping[str, Any], models: Mapping[str, Any]) -> None:
-        names = cls.model_fields.keys() | {n for m in models.values() for n in m.model_fields}
-        for name in sorted(explicit.keys() - names):
-            for choice in cls.choices:
+            owners |= dict.fromkeys(model.model_fields, f"{choice}={value!r}")
+        for name in sorted(given.keys() - owners.keys()):
+            for choice, value in chosen.items():
                 kinds = cls.registered(choice).items()
-                owners = [repr(k) for k, kind in kinds if name in kind.Options.model_fields]
-                if owners:
-                    value = explicit.get(choice, cls.model_fields[choice].default)
+                others = [repr(k) for k, kind in kinds if name in kind.Options.model_fields]
+                if others:
                     raise ConfigError(
-                        f"{name} is a knob of {choice}={' or '.join(owners)}, and {choice} is "
+                        f"{name} is a knob of {choice}={' or '.join(others)}, and {choice} is "
                         f"{value!r}: leave it out."
                     )
-            near = _closest(names | {row["knob"] for row in cls.knobs()}, name)
-            raise ConfigError(f"{cls.__name__} has no field {name!r}{near}.")
+            raise ConfigError(f"{cls.__name__} has no field {name!r}{cls._closest(name)}.")
 
     @classmethod
-    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-        """Fill in what follows from other fields; `explicit` is what the caller set himself."""
-        return values
+    def _owner(cls, name: str) -> type[Values] | None:
+        """The first model that has this name: the stage's own, or a registered choice's options."""
+        kinds = (kind for choice in cls.choices for kind in cls.registered(choice).values())
+        models = (cls, *(kind.Options for kind in kinds))
+        return next((model for model in models if name in model.model_fields), None)
 
     @classmethod
     def _read(cls, name: str, value: Any) -> Any:
-        for model in (cls, *cls._knobs(name)):
-            if name in model.model_fields:
-                return read(model, name, value)
-        return value
+        model = cls._owner(name)
+        return read(model, name, value) if model else value
 
     @classmethod
-    def _knobs(cls, name: str) -> list[type[Options]]:
-        """The options of all registered choices of this stage that have a knob of this name."""
-        kinds = (kind for choice in cls.choices for kind in cls.registered(choice).values())
-        return [kind.Options for kind in kinds if name in kind.Options.model_fields]
+    def _closest(cls, name: str) -> str:
+        names = [*cls.model_fields, *(row["knob"] for row in cls.knobs())]
+        near = get_close_matches(name, names, n=1)
+        return f"; did you mean {near[0]!r}" if near else ""
 
     @classmethod
     def knobs(cls) -> list[dict[str, Any]]:
@@ -229,7 +218,7 @@ class Config(BaseModel):
 
     def chosen(self, choice: str) -> Any:
         """The registered class that `method` or `adversary` names."""
-        return self._choose(choice, dict(self))
+        return self._choose(choice, getattr(self, choice))
 
     def replace(self, **values: Any) -> typing.Self:
         """The same configuration with other values; knobs of a choice that changes are dropped."""
@@ -258,18 +247,19 @@ class Config(BaseModel):
         line starts with `# Parameters`, as papermill's own does) are checked here instead; names
         that later cells assigned are no parameters, so running the cell again still works.
         """
-        parameters = _parameter_names(names.get("In", []))
-        knobs = {row["knob"] for row in cls.knobs()}
+        cells = [cell for cell in names.get("In", []) if cell.startswith("# Parameters")]
+        latest = {cell.partition("\n")[0]: cell for cell in cells}  # of a cell that ran again
+        nodes = [node for cell in latest.values() for node in ast.walk(ast.parse(cell))]
+        variables = [node for node in nodes if isinstance(node, ast.Name)]
+        parameters = [node.id for node in variables if isinstance(node.ctx, ast.Store)]
         for name in parameters:
-            if name not in cls.model_fields and name not in knobs:
-                near = _closest({*cls.model_fields, *knobs}, name)
-                also = f", and the knobs of the chosen {' and '.join(cls.choices)}" if knobs else ""
+            if cls._owner(name) is None:
+                also = f", and the knobs of the chosen {' and '.join(cls.choices)}"
                 raise ConfigError(
-                    f"This notebook has no parameter {name!r}{near}; its parameters are "
-                    f"{', '.join(cls.model_fields)}{also}."
+                    f"This notebook has no parameter {name!r}{cls._closest(name)}; its parameters "
+                    f"are {', '.join(cls.model_fields)}{also if cls.choices else ''}."
                 )
-        names = {name: names[name] for name in {*cls.model_fields, *parameters} if name in names}
-        return cls(**names)
+        return cls(**{n: names[n] for n in (*cls.model_fields, *parameters) if n in names})
 
     def changed(self) -> dict[str, Any]:
         """The names whose values differ from what the recipe gives beside `principal` ones."""
@@ -286,8 +276,8 @@ class Config(BaseModel):
         are left out: what they name is named by its content.
         """
         values = self.model_dump(mode="json")
-        fields = [(type(m).model_fields, m) for m in (self, *self._options)]
-        defaults = {n: f.get_default() for names, _ in fields for n, f in names.items()}
+        models = [type(model).model_fields for model in (self, *self._options)]
+        defaults = {name: field.default for fields in models for name, field in fields.items()}
         silent = self.circumstances | self.pointers
         return {
             name: values[name]
@@ -309,101 +299,78 @@ class Config(BaseModel):
         )
 
 
+WORDS = {"": None, "none": None, "null": None, "true": True, "false": False}
+
+
 def read(model: type[BaseModel], name: str, value: Any) -> Any:
-    """A value as meant: papermill and YAML send '8/255', '1e-3' and 'true' as text."""
-    kinds = _kinds(model, name)
+    """A value as meant: papermill and YAML send '8/255', '1e-3', '32 64' and 'true' as text."""
+    field = model.model_fields.get(name)
+    kinds = _kinds(field.annotation) if field else {object}
+    whole = isinstance(value, int) and not isinstance(value, bool)
     if tuple in kinds:
         # "" is an empty list, and "none" the name of an adversary.
-        return None if value in ("None", None) else _numbers(value)
-    if dict in kinds and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return json.loads(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        if float in kinds:
-            return float(value)
-        return str(value) if kinds == {str} else value  # a run named 2024 comes as a number
+        return None if value == "None" else _list(value)
+    if str in kinds:  # a run named 2024 comes as a number
+        return str(value) if whole and kinds <= {str, types.NoneType} else value
+    if float in kinds and whole:
+        return float(value)
     if not isinstance(value, str):
         return value
-    text = value.strip()
-    if text.lower() in ("none", "null", "") and str not in kinds:
-        return None
-    if str in kinds:
-        return value
-    if bool in kinds and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if int in kinds and re.fullmatch(r"[+-]?\d+", text):
-        return int(text)  # not by way of a float, which holds 53 bits
-    try:
-        number = float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError):
-        return value
-    if int in kinds and number.is_integer():
-        return int(number)
-    return number if float in kinds else value
+    if dict in kinds:
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    if value.strip().lower() in WORDS:
+        return WORDS[value.strip().lower()]
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        return _number(value)
+    return value
 
 
-def _kinds(model: type[BaseModel], name: str) -> set[type]:
-    """The plain types that a field accepts (None and the containers of its annotation apart)."""
-
-    def unfold(kind: Any) -> set[type]:
-        origin = typing.get_origin(kind)
-        if origin in (typing.Union, types.UnionType):
-            return set().union(*map(unfold, typing.get_args(kind)))
-        if origin is Annotated:
-            return unfold(typing.get_args(kind)[0])
-        if origin is Literal:
-            return {type(value) for value in typing.get_args(kind)}
-        return {origin or kind} - {types.NoneType}
-
-    field = model.model_fields.get(name)
-    return unfold(field.annotation) if field else set()
+def _kinds(annotation: Any) -> set[type]:
+    """The plain types that an annotation allows: tuple and NoneType of `tuple[int, ...] | None`."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return {type(value) for value in parts}
+    if origin is Annotated:
+        return _kinds(parts[0])
+    if origin in (typing.Union, types.UnionType):
+        return set().union(*map(_kinds, parts))
+    return {origin or annotation}
 
 
-def _numbers(value: Any) -> Any:
+def _number(text: str) -> int | float:
+    number = Fraction(text)  # exact: a float holds 53 bits
+    return int(number) if number.denominator == 1 else float(number)
+
+
+def _list(value: Any) -> Any:
     """A list as a tuple; so are '0.03, 8/255' and 0.1, as papermill sends lists."""
     if isinstance(value, str):
-        value = [part for part in re.split(r"[,\s]+", value.strip("()[] ")) if part]
+        value = re.split(r"[,\s]+", value.strip("()[], "))
+        value = [part for part in value if part]
         with contextlib.suppress(ValueError, ZeroDivisionError):
-            fractions = [Fraction(part) for part in value]
-            whole = all(f.denominator == 1 for f in fractions)
-            return tuple(int(f) if whole else float(f) for f in fractions)
+            return tuple(map(_number, value))
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (value,)
     return tuple(value) if isinstance(value, list | tuple) else value
+
+
+# What pydantic says in words of its own, by the type of its error.
+RULES = {
+    "int_type": "a whole number",
+    "float_type": "a number (8/255 will do)",
+    "too_short": "one value or more",
+}
 
 
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     """The first complaint of pydantic as one sentence with the field, the value and the rule."""
     first = error.errors(include_url=False)[0]
     field = str(first["loc"][0]) if first["loc"] else model.__name__
-    rule = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     if first["type"] == "value_error":  # raised by our own code: a sentence already
         return str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
         owner, names = model.__qualname__.split(".")[0], ", ".join(model.model_fields)
         return f"{owner} has no knob {field!r}; its knobs are {names}."
-    if first["type"] == "int_type":
-        rule = "a whole number"
-    if first["type"] == "float_type":
-        rule = "a number (8/255 will do)"
-    return f"{field} must be {rule}, and is {first['input']!r}."
-
-
-def _closest(names: typing.Iterable[str], name: str) -> str:
-    near = get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}" if near else ""
-
-
-def _parameter_names(cells: list[str]) -> list[str]:
-    """Names assigned in the parameter cells among a kernel's executed `cells` (IPython's `In`)."""
-    latest = {}  # by first line: a corrected cell that ran again replaces the one before
-    for cell in cells:
-        first = cell.split("\n", 1)[0]
-        if first.startswith("# Parameters"):
-            latest[first] = cell
-    names = []
-    for cell in latest.values():
-        for node in ast.parse(cell).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", 0)]
-            names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
+    rule = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{field} must be {RULES.get(first['type'], rule)}, and is {first['input']!r}."

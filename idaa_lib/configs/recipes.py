@@ -19,15 +19,16 @@ from idaa_lib.configs.base import Config, ConfigError
 PRESETS = tuple(sorted(path.stem for path in Config.recipes.glob("*.toml")))
 
 
-def recipe_values(stage: type[Config], preset: str, explicit: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that the recipe `preset` gives to a configuration of `stage`.
+def recipe_values(stage: type[Config], explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that the recipe gives to a configuration of `stage`.
 
     Args:
         explicit: what the user gives, which decides which tables hold.
     Raises:
         ConfigError: there is no such recipe, it is no TOML, or a name in it is unknown.
     """
-    documents, values = list(_documents(preset, stage.recipes)), dict(explicit)
+    preset, values = str(explicit.get("preset", "demo")), dict(explicit)
+    documents = list(_documents(preset, stage.recipes))
     while True:  # a condition is of the final value, whichever table sets it
         merged: dict[str, Any] = {}
         for path, document in documents:
@@ -71,7 +72,7 @@ def _apply(
     for name, value in table.items():
         if name == "where":
             continue
-        if name not in (*stage.model_fields, "base_rate") and not stage._knobs(name):
+        if name != "base_rate" and stage._owner(name) is None:
             raise ConfigError(f"The recipe {path} has {name!r}, which no {stage.stage} run knows.")
         merged.pop({"base_rate": "learning_rate", "learning_rate": "base_rate"}.get(name, ""), None)
         value = stage._read(name, value)

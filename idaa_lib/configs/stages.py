@@ -57,13 +57,10 @@ class EvalConfig(Config):
     seed: Seed = 0
     device: str = "auto"
 
-    @classmethod
-    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-        if values.get("protocol") == "official" and "temperature" in values:
-            # The protocol has its own; a value that is dropped is validated all the same.
-            cls(temperature=values["temperature"])
-            values = {k: v for k, v in values.items() if k != "temperature"}
-        return values
+    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        # The official protocol has its own.
+        official = self.protocol == "official"
+        return {"temperature": type(self).model_fields["temperature"].default} if official else {}
 
 
 class DecomposeConfig(Config):
@@ -204,16 +201,13 @@ class _Study(Config):
     ssl: dict[str, Any] = Field(default_factory=dict)
     eval: dict[str, Any] = Field(default_factory=dict)
 
-    @classmethod
-    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
+    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
         for stage in ("vae", "ssl", "eval"):
-            if isinstance(fields := explicit.get(stage), dict):
-                cls._check_free(stage, fields, stage)
-        return values
+            self._check_free(stage, getattr(self, stage), stage)
+        return {}
 
-    @classmethod
-    def _check_free(cls, name: str, fields: dict[str, Any], stage: str) -> None:
-        further: dict[str, set[str]] = {"vae": set(), "ssl": {"vae", *cls.sets}, "eval": {"run"}}
+    def _check_free(self, name: str, fields: dict[str, Any], stage: str) -> None:
+        further: dict[str, set[str]] = {"vae": set(), "ssl": {"vae", *self.sets}, "eval": {"run"}}
         taken = {"preset", "dataset", "seed", "device"} | further[stage]
         if clash := sorted(fields.keys() & taken):
             raise ConfigError(f"{name} cannot set {clash[0]!r}: the study sets it itself.")
@@ -237,24 +231,19 @@ class SweepConfig(_Study):
 
     figure: Literal[6, 5] = 6
     adversary: Literal["idaa", "random_sign"] = "idaa"
-    epsilons: tuple[NonNegative, ...] = RECIPE
-    betas: tuple[NonNegative, ...] = RECIPE
-    dims: tuple[Positive, ...] = RECIPE
-    axes: dict[str, list[Any]] = RECIPE
+    epsilons: tuple[NonNegative, ...] = ()
+    betas: tuple[NonNegative, ...] = ()
+    dims: tuple[Positive, ...] = ()
+    axes: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
 
-    @classmethod
-    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
+    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        if clash := sorted(self.axes.keys() & FIXED):
+            raise ConfigError(f"axes cannot vary {clash[0]!r}: the study sets it itself.")
+        super()._derive(given)
         # Of the recipe's axes those of the figure; the user's own stand beside them.
         of_6: dict[str, Any] = {"epsilons": (), "betas": (), "dims": ()}
-        others = of_6 if values.get("figure") == 5 else {"axes": {}}
-        values = values | others | dict(explicit)
-        axes = explicit.get("axes")
-        for name, along in axes.items() if isinstance(axes, dict) else ():
-            if name in FIXED:
-                raise ConfigError(f"axes cannot vary {name!r}: the study sets it itself.")
-            if not isinstance(along, list) or not along:
-                raise ConfigError(f"axes[{name!r}] must be a list of values, not {along!r}.")
-        return super()._derive(values, explicit)
+        others = of_6 if self.figure == 5 else {"axes": {}}
+        return {name: value for name, value in others.items() if name not in given}
 
 
 class CompareConfig(_Study):
@@ -280,14 +269,9 @@ class CompareConfig(_Study):
     launch: bool = False
     ssl_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
-    @classmethod
-    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-        alone = values.get("ssl_of")
-        alone = alone if isinstance(alone, dict) else {}  # else its type is refused
-        methods = values.get("methods", cls.model_fields["methods"].default)
-        for method, fields in alone.items():
-            if method not in methods:
+    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        for method, fields in self.ssl_of.items():
+            if method not in self.methods:
                 raise ConfigError(f"ssl_of has fields of {method!r}, which methods does not name.")
-            if isinstance(fields, dict):
-                cls._check_free(f"ssl_of[{method!r}]", fields, "ssl")
-        return super()._derive(values, explicit)
+            self._check_free(f"ssl_of[{method!r}]", fields, "ssl")
+        return super()._derive(given)

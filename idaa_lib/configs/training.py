@@ -22,6 +22,8 @@ from idaa_lib.nets.vae import halvings
 # Recipes of random views (`views.RECIPES`).
 Augmentation = Literal["simclr", "simsiam", "normal", "byol", "none"]
 Channels = tuple[float, float, float]
+# The default of a field that may follow from another.
+FOLLOWS: Any = Field(default=None, validate_default=False)
 
 
 class TrainingConfig(Config):
@@ -71,25 +73,16 @@ class TrainingConfig(Config):
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     continue_from: str | None = None
 
-    @classmethod
-    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-        require_images(values, explicit)
-        return values
-
-
-def require_images(values: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
-    """No recipe's images are of ImageNet's size, and enlarged ones would train for days.
-
-    Raises:
-        ConfigError: `dataset` was left to a recipe that means 32 px.
-    """
-    small = values.get("dataset") in ("cifar10", "cifar100") and "dataset" not in explicit
-    if values.get("size") == 224 and small:
-        raise ConfigError(
-            f"dataset must be given at size=224: that of preset={values['preset']!r}, "
-            f"{values['dataset']}, has 32 pixels, and nobody can download ImageNet for you (a "
-            f"folder of class folders will do)."
-        )
+    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        # No recipe's images are of ImageNet's size, and enlarged ones would train for days.
+        small = self.dataset in ("cifar10", "cifar100") and "dataset" not in given
+        if self.size == 224 and small:
+            raise ConfigError(
+                f"dataset must be given at size=224: that of preset={self.preset!r}, "
+                f"{self.dataset}, has 32 pixels, and nobody can download ImageNet for you (a "
+                f"folder of class folders will do)."
+            )
+        return {}
 
 
 class VAEConfig(TrainingConfig):
@@ -109,8 +102,8 @@ class VAEConfig(TrainingConfig):
 
     dim: Positive = RECIPE
     width: Annotated[int, Field(gt=1, multiple_of=2)] = RECIPE
-    kappa: NonNegative = RECIPE
-    beta: NonNegative = RECIPE
+    kappa: NonNegative = FOLLOWS
+    beta: NonNegative = FOLLOWS
 
     def replace(self, **values: Any) -> Self:
         """As `Config.replace`; κ is held where `dim` or `size` changes and no weight is given."""
@@ -120,31 +113,24 @@ class VAEConfig(TrainingConfig):
             values.setdefault("beta", None)
         return super().replace(**values)
 
-    @classmethod
-    def _derive(cls, values: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-        values = super()._derive(values, explicit)
-        size, dim, width = (values.get(name) for name in ("size", "dim", "width"))
-        if isinstance(size, int) and isinstance(width, int):
-            try:
-                halvings(size, width)
-            except ValueError as error:  # there is no such VAE
-                raise ConfigError(str(error)) from None
-        whole = all(isinstance(value, int) and value > 0 for value in (size, dim))
-        per_kappa = size * size / (2 * dim) if whole else math.nan  # type: ignore[operator]
-        kappa, beta = explicit.get("kappa"), explicit.get("beta")
-        if kappa is None and beta is None:
-            beta = values.get("beta")  # of the recipe
-        if isinstance(kappa, float) and isinstance(beta, float):
-            if not math.isclose(beta, kappa * per_kappa, rel_tol=1e-6):
+    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        super()._derive(given)
+        try:
+            halvings(self.size, self.width)
+        except ValueError as error:  # there is no such VAE
+            raise ConfigError(str(error)) from None
+        per_kappa = self.size * self.size / (2 * self.dim)
+        if {"kappa", "beta"} <= given.keys():
+            if not math.isclose(self.beta, self.kappa * per_kappa, rel_tol=1e-6):
                 raise ConfigError(
-                    f"kappa={kappa:g} means beta={kappa * per_kappa:g} at size={size} and "
-                    f"dim={dim}, but beta={beta:g} was given too: give one of the two."
+                    f"kappa={self.kappa:g} means beta={self.kappa * per_kappa:g} at "
+                    f"size={self.size} and dim={self.dim}, but beta={self.beta:g} was given too: "
+                    f"give one of the two."
                 )
-        elif isinstance(beta, float):
-            values["kappa"] = beta / per_kappa
-        elif beta is None and isinstance(values.get("kappa"), float):
-            values["beta"] = values["kappa"] * per_kappa
-        return values
+            return {}
+        if self.beta is not None and "kappa" not in given:
+            return {"kappa": self.beta / per_kappa}
+        return {"beta": self.kappa * per_kappa}
 
 
 class EncoderConfig(TrainingConfig):
