@@ -246,7 +246,7 @@ def linear_straightforward() -> Work:
 def _views(compile: bool) -> Work:
     data = images(8 * BATCH)
     transform = recipe("simclr", 32, data.mean, data.std)
-    view = compile_view(transform) if compile else transform.view
+    view = compile_view(transform.view) if compile else transform.view
     resident, count = data.images.to(DEVICE), itertools.count()
 
     def epoch() -> None:

@@ -309,3 +309,8 @@ def probe_weights(scores: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def predict(weights: Tensor, x: Tensor) -> Tensor:
     """Classes (Q,) of features (Q, D) under weights (D + 1, C)."""
     return (x @ weights[:-1] + weights[-1]).argmax(1)
+
+
+def rsa_beta(beta0: float, s: int, steps: int) -> float:
+    """β of RSA at step s = 1…S (docs/spec/siblings.md §3.2)."""
+    return beta0 * (1 + math.cos(math.pi * s / steps)) / 2

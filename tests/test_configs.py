@@ -18,10 +18,16 @@ from idaa_lib.configs import (
 ALL = (VAEConfig, SSLConfig, EvalConfig, DecomposeConfig, SweepConfig)
 
 
+def data_of(preset):
+    """The data that a recipe of 224 px leaves to the user."""
+    return {"dataset": "imagenet"} if "imagenet" in preset else {}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("config", ALL)
 def test_every_preset_resolves_every_field_and_survives_json(config, preset):
-    resolved = config(preset=preset)
+    given = data_of(preset) if config in (VAEConfig, SSLConfig) else {}
+    resolved = config(preset=preset, **given)
     for name in ("dataset", "size", "epochs", "batch_size", "learning_rate", "dim", "kappa"):
         optional = config in (EvalConfig, DecomposeConfig) and name == "dataset"
         assert optional or getattr(resolved, name, 1) is not None, name
@@ -129,11 +135,12 @@ def test_the_paper_s_vae_at_224_pixels_is_the_imagenet_one():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_figure_has_its_axes_of_the_preset_and_what_is_given_besides(preset):
-    sixth, fifth = SweepConfig(preset=preset), SweepConfig(preset=preset, figure="5")
+    given = {"preset": preset} | data_of(preset)
+    sixth, fifth = SweepConfig(**given), SweepConfig(**given, figure="5")
     assert min(len(each) for each in (sixth.epsilons, sixth.betas, sixth.dims)) > 2
     assert sixth.axes == {} and (fifth.epsilons, fifth.betas, fifth.dims) == ((), (), ())
     assert [*fifth.axes] == ["batch_size", "backbone", "epochs"]
-    middle = SSLConfig(preset=preset)
+    middle = SSLConfig(**given)
     assert all(getattr(middle, name) in along for name, along in fifth.axes.items())
     both = SweepConfig(preset=preset, figure=5, epsilons="0.1", axes='{"width": [4]}')
     assert (both.epsilons, both.dims, both.axes) == ((0.1,), (), {"width": [4]})

@@ -90,7 +90,7 @@ def same(first, second):
 
 CASES = [
     VAE,
-    *(SSLConfig(**SSL, method=m) for m in ("plain", "uel", "byol")),
+    *(SSLConfig(**SSL, method=m) for m in ("plain", "uel", "byol", "rsa")),
     SSLConfig(**SSL, method="moco", queue=32, adversary="clae"),
     SSLConfig(**SSL, method="simsiam", adversary="clae"),
     *(SSLConfig(**SSL, method=m, adversary="idaa") for m in ("simclr", "byol")),

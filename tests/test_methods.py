@@ -36,9 +36,11 @@ from idaa_lib.views import RECIPES, View, keyed_generator, recipe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 B, SIZE, QUEUE = 5, 16, 16
-METHOD_NAMES = ("simclr", "plain", "uel", "simsiam", "moco", "byol")
+METHOD_NAMES = ("simclr", "plain", "uel", "simsiam", "moco", "byol", "rsa")
 # SimSiam's two pairings are two methods here.
 VARIANTS = (*METHOD_NAMES, "simsiam/imagenet")
+# Within a training, where β of RSA is neither its first value nor its last.
+MOMENT = Moment(step=2, steps=8, progress=torch.tensor(0.25, dtype=torch.float64))
 ADVERSARIES = ("none", "clae", "idaa", "random_sign")
 SMALL = dict(width=4, batch_size=B)
 KNOBS = dict(projection_dim=8, queue=QUEUE, momentum=0.8, temperature=0.3)
@@ -61,7 +63,8 @@ def a_config(variant, adversary="idaa", **values):
 
 
 def a_method(variant, adversary="idaa", n=0, **values):
-    config = a_config(variant, adversary, **{"augmentation": "none"} | values)
+    plain = "rsa" if variant == "rsa" else "none"  # RSA needs photometry
+    config = a_config(variant, adversary, **{"augmentation": plain} | values)
     views = recipe(config.augmentation, SIZE, MEAN, STD)
     about = About(views, torch.zeros(n), batch_size=config.batch_size, seed=config.seed)
     method = build_method(config, about).double().train()
@@ -101,7 +104,8 @@ def test_all_that_is_registered_is_tested():
 
 
 class Oracle:
-    """The three losses of a step by spec §2 and §4; for MoCo and BYOL by the general rule."""
+    """The three losses of a step by spec §2 and §4; for MoCo and BYOL by the general rule; for RSA
+    by docs/spec/siblings.md §3.2 at `MOMENT`, its two views aggressive and weak alike."""
 
     def __init__(self, variant, method, v1, v2):
         self.contrasts = {
@@ -131,12 +135,22 @@ class Oracle:
         scale = 1 if self.variant == "simsiam" else 0.5
         return scale * (reference.negative_cosine(p1, z2) + reference.negative_cosine(p2, z1))
 
+    def rsa(self, p1, p2, both=True):
+        """RSA's loss of predictions p₁, p₂, or its first direction alone."""
+        beta = reference.rsa_beta(0.4, 3, 8)
+        t1, t2 = (self.unit(v, target=True) for v in (self.v1, self.v2))
+        directions = [(p1, p2, t2), (p2, p1, t1)][: 1 + both]
+        d = lambda p, z: 2 + 2 * reference.negative_cosine(p, z)  # noqa: E731
+        return sum(beta * d(p, q) + (1 - beta) * d(p, t) for p, q, t in directions)
+
     def clean(self):
         if self.variant in self.contrasts:
             return self.contrast(self.unit(self.v1), self.unit(self.v2))
         if self.variant == "moco":
             return self.nce(self.unit(self.v1))
         (z1, p1), (z2, p2) = self.zp(self.v1), self.zp(self.v2)
+        if self.variant == "rsa":
+            return self.rsa(p1, p2)
         if self.variant == "byol":
             z1, z2 = (self.zp(v, target=True)[0] for v in (self.v1, self.v2))
         return self.both(p1, z1, p2, z2)
@@ -146,6 +160,8 @@ class Oracle:
             return self.contrast(self.unit(self.v1, True).detach(), self.unit(x, True))
         if self.variant == "moco":
             return self.nce(self.unit(x, True))
+        if self.variant == "rsa":
+            return self.rsa(self.zp(x, True)[1], self.zp(self.v2)[1], both=False)
         aim = (
             self.unit(self.v2, target=True) if self.variant == "byol" else self.unit(self.v1, True)
         )
@@ -157,6 +173,8 @@ class Oracle:
         if self.variant == "moco":
             return self.nce(self.unit(x, True))
         z, p = self.zp(x, True)
+        if self.variant == "rsa":
+            return self.rsa(p, self.zp(self.v2)[1])
         beside = self.v1 if self.variant == "simsiam" else self.v2
         z_beside, p_beside = self.zp(beside)
         if self.variant == "byol":
@@ -174,7 +192,7 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
     method = a_method(variant, adversary)
     twin = copy.deepcopy(method)
     oracle = Oracle(variant, twin, *(view.images for view in views))
-    step = method.step(views, {"images": torch.arange(B)}, Moment())
+    step = method.step(views, {"images": torch.arange(B)}, MOMENT)
     loss, expected = step.loss, oracle.clean()
     if adversary != "none":
         if adversary == "clae":
@@ -252,7 +270,7 @@ def test_epsilon_0_gives_the_adversarial_loss_of_the_view_itself(variant, vae):
         views, method = two_views(), a_method(variant)
         oracle = Oracle(variant, copy.deepcopy(method), *(view.images for view in views))
         itself = oracle.adversarial(views[0].images)
-        step = method.step(views, {}, Moment())
+        step = method.step(views, {}, MOMENT)
         attack, other = (
             adversary(step.attacked.images, step.attack_loss, keyed_generator(0))
             for adversary in (still, moving)
@@ -281,8 +299,8 @@ def test_of_the_backbone_s_norms_the_adversarial_ones_alone_see_the_attacked_vie
         step.adversarial_loss(x_adv)
         for name, seen in batches_seen(method).items():
             target, backbone = name.startswith("target."), "backbone." in name
-            if target and variant == "moco":
-                assert seen == before[name], name  # keys are of clean views alone
+            if target and variant in ("moco", "rsa"):
+                assert seen == before[name], name  # of clean views alone
             elif backbone and name.endswith("_adv"):
                 assert seen == (1 if target else passes), name
             elif backbone:
@@ -492,6 +510,7 @@ PUBLISHED = {
     "simsiam/imagenet": (100, 256, 0.05, 1e-4, "sgd", "simsiam"),
     "moco": (200, 512, 0.06, 5e-4, "sgd", "simsiam"),
     "byol": (200, 128, 0.06, 5e-4, "sgd", "byol"),
+    "rsa": (200, 256, 0.1, 5e-4, "sgd", "rsa"),
 }
 
 
@@ -536,7 +555,7 @@ def test_simsiam_warms_up_and_its_predictor_keeps_its_rate():
     assert short(0) == 1.0  # no warm-up that outlives the training
 
 
-@pytest.mark.parametrize("variant", ["moco", "byol", "simsiam/imagenet"])
+@pytest.mark.parametrize("variant", ["moco", "byol", "rsa", "simsiam/imagenet"])
 def test_a_cosine_by_epoch(variant):
     (factors,) = rates(variant, 20, 5)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -582,7 +601,7 @@ def test_heads_are_the_papers():
 
     def heads(**values):
         config = SSLConfig(preset="paper", **values)
-        network = build_method(config, About(recipe("none", 32, MEAN, STD))).network
+        network = build_method(config, About(recipe(config.augmentation, 32, MEAN, STD))).network
         return layers(network.projector), layers(getattr(network, "predictor", nn.Identity()))
 
     wide, narrow = (2048, 2048, True), [(2048, 512, True), "BN", "ReLU", (512, 2048, True)]
@@ -601,6 +620,15 @@ def test_heads_are_the_papers():
         [(512, 1024, True), "BN", "ReLU", (1024, 256, True)],
         [(256, 1024, True), "BN", "ReLU", (1024, 256, True)],
     )
+    # docs/spec/siblings.md §3.2: hidden and out 1024 and 128, of a ResNet-50 4096 and 256.
+    assert heads(method="rsa") == (
+        [(512, 1024, True), "BN", "ReLU", (1024, 128, False)],
+        [(128, 1024, True), "BN", "ReLU", (1024, 128, False)],
+    )
+    assert heads(method="rsa", backbone="resnet50", projection_dim=256) == (
+        [(2048, 4096, True), "BN", "ReLU", (4096, 256, False)],
+        [(256, 4096, True), "BN", "ReLU", (4096, 256, False)],
+    )
 
 
 @pytest.mark.parametrize(
@@ -608,7 +636,7 @@ def test_heads_are_the_papers():
     [("resnet18", (2, 2, 2, 2), "bn2"), ("resnet50", (3, 4, 6, 3), "bn3")],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_simsiam_s_imagenet_pairing_alone_starts_its_residual_branches_at_zero(
+def test_simsiam_s_imagenet_pairing_and_rsa_alone_start_residual_branches_at_zero(
     variant, backbone, depths, last
 ):
     weights = {
@@ -623,7 +651,7 @@ def test_simsiam_s_imagenet_pairing_alone_starts_its_residual_branches_at_zero(
         for twin in ("", "_adv")
     }
     assert ends < weights.keys()
-    zero = ends if variant == "simsiam/imagenet" else set()
+    zero = ends if variant in ("simsiam/imagenet", "rsa") else set()
     for name, weight in weights.items():
         assert torch.equal(weight, torch.full_like(weight, float(name not in zero))), name
 
@@ -756,7 +784,9 @@ def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
     assert whole[0].keys() == again[0].keys()
     assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
     assert whole[1:] == again[1:]
-    kept = {"moco": ("queue", "oldest", "target."), "byol": ("target.",)}.get(variant, ())
+    kept = {"moco": ("queue", "oldest", "target."), "byol": ("target.",), "rsa": ("target.",)}.get(
+        variant, ()
+    )
     for name in kept:
         assert any(key.startswith(f"method.{name}") for key in whole[0])
 
@@ -770,6 +800,7 @@ LEARNS = {
     "simsiam/imagenet": dict(learning_rate=0.05, epochs=5, projection_dim=128),
     "moco": dict(learning_rate=0.03, epochs=3),
     "byol": dict(learning_rate=0.2, epochs=5, projection_dim=64, momentum=0.98),
+    "rsa": dict(learning_rate=0.05, epochs=5, projection_dim=64, momentum=0.98),
 }
 
 
@@ -786,7 +817,8 @@ def knn_top1(encoder, limit=1000):
 def test_training_lowers_the_loss_and_lifts_knn(
     outputs, monkeypatch, vae_run, shallow, variant, adversary
 ):
-    monkeypatch.setitem(RECIPES, "simclr", {"crop_scale": (0.3, 1.0), "flip": 0.5})
+    gray = {"gray": 0.2} if variant == "rsa" else {}  # which needs photometry
+    monkeypatch.setitem(RECIPES, "simclr", {"crop_scale": (0.3, 1.0), "flip": 0.5} | gray)
     values = dict(size=SIZE, width=8, backbone=shallow, limit=512, batch_size=32, device="cpu")
     values |= dict(log_every=1, knn_every=9, checkpoint_every=9, augmentation="simclr")
     values |= knobs_of(variant, projection_dim=32, queue=64) | attacked_by(adversary, vae_run)

@@ -30,6 +30,8 @@ from idaa_lib.views.randaugment import RandAugment
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 RANDOM = [name for name in RECIPES if name != "none"]
+BLURRED = ("simsiam", "cassle", "ipirm", "rsa")
+SMALLEST = {"simclr": 0.08, "byol": 0.08, "ipirm": 0.08, "mild": 0.8}  # share of a crop; else .2
 GEOMETRIES = [((32, 32), 32), ((96, 96), 64), ((32, 32), 48), ((80, 112), 40), ((37, 23), 24)]
 N = 20_000
 # Oracle and code differ by float32 rounding alone: far inside the 2/255 that is promised.
@@ -176,16 +178,16 @@ def chain(name: str, image: Tensor, row: dict[str, list[float]], size: int) -> T
         return F.rgb_to_grayscale(x, 3) if row["gray"][0] else x
 
     def blur(x: Tensor) -> Tensor:
-        kernel = 2 * math.floor(size / 20) + 1
+        kernel = kernel_side(name, size)
         return F.gaussian_blur(x, [kernel, kernel], row["blur"] * 2) if row["blur"][0] else x
 
     steps: dict[str, list[Callable[[Tensor], Tensor]]] = {
         "simclr": [crop, flip, jitter, gray],
         "byol": [crop, flip, jitter, gray],
-        "simsiam": [crop, flip, jitter, gray, blur],
         "normal": [crop, jitter, gray, flip],
         "mild": [crop, flip, jitter],
     }
+    steps |= {key: [crop, flip, jitter, gray, blur] for key in BLURRED}
     x = F.to_dtype(image, torch.float32, scale=True)
     for step in steps[name]:
         x = step(x)
@@ -234,12 +236,12 @@ def same_distribution(ours: Tensor, oracle: Tensor) -> bool:
 
 # 160 x 40 is so flat that ten attempts often fail: torchvision's central crop is drawn too.
 @pytest.mark.parametrize("image_size", [(32, 32), (96, 64), (40, 160)])
-@pytest.mark.parametrize("name", ["simclr", "simsiam", "byol"])
+@pytest.mark.parametrize("name", ["simclr", "simsiam", "byol", "cassle", "ipirm", "rsa"])
 def test_crops_are_distributed_as_torchvision_draws_them(
     name: str, image_size: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
-    image, scale = torch.empty(3, *image_size), [0.2 if name == "simsiam" else 0.08, 1.0]
+    image, scale = torch.empty(3, *image_size), [SMALLEST.get(name, 0.2), 1.0]
     get = v1.RandomResizedCrop.get_params
     oracle = torch.tensor([get(image, scale, [3 / 4, 4 / 3]) for _ in range(N)]).double()
     ours = draw(name, N, image_size, 32, 2)["crop"].double()
@@ -260,6 +262,7 @@ JITTERS = {
     "byol": (0.4, 0.4, 0.4, 0.1, 0.8),
     "normal": (0.4, 0.4, 0.4, 0.4, 1.0),
     "mild": (0.2, 0.2, 0.2, 0.05, 1.0),
+    **dict.fromkeys(("cassle", "ipirm", "rsa"), (0.4, 0.4, 0.4, 0.1, 0.8)),
     "strong": (1.6, 1.6, 1.6, 0.5, 1.0),  # no paper's: factors must not become negative
 }
 
@@ -390,21 +393,27 @@ def test_a_view_with_other_images_keeps_its_parameters() -> None:
 # --- moments of what comes out
 
 
+def kernel_side(name: str, size: int) -> int:
+    """Of the blur: a tenth of the image; docs/spec/siblings.md §2.1 and §3.1 for two siblings."""
+    tenth = 2 * math.floor(size / 20) + 1
+    return {"ipirm": 3, "rsa": max(13, tenth)}.get(name, tenth)
+
+
 def torchvision_recipe(name: str, size: int) -> v2.Compose:
     def jitter(*strengths: float) -> v2.Transform:
         return v2.ColorJitter(*strengths)
 
     flip, gray = v2.RandomHorizontalFlip(0.5), v2.RandomGrayscale(0.2)
-    blur = v2.RandomApply([v2.GaussianBlur(2 * (size // 20) + 1, (0.1, 2.0))], 0.5)
-    crop = v2.RandomResizedCrop(
-        size, ({"simclr": 0.08, "byol": 0.08, "mild": 0.8}.get(name, 0.2), 1), antialias=True
-    )
+    blur = v2.RandomApply([v2.GaussianBlur(kernel_side(name, size), (0.1, 2.0))], 0.5)
+    crop = v2.RandomResizedCrop(size, (SMALLEST.get(name, 0.2), 1), antialias=True)
+    strengths = (0.4, 0.4, 0.4, 0.1)
+    blurred = [crop, flip, v2.RandomApply([jitter(*strengths)], 0.8), gray, blur]
     steps = {
         "simclr": [crop, flip, v2.RandomApply([jitter(0.8, 0.8, 0.8, 0.2)], 0.8), gray],
-        "simsiam": [crop, flip, v2.RandomApply([jitter(0.4, 0.4, 0.4, 0.1)], 0.8), gray, blur],
         "byol": [crop, flip, v2.RandomApply([jitter(0.4, 0.4, 0.4, 0.1)], 0.8), gray],
         "normal": [crop, jitter(0.4, 0.4, 0.4, 0.4), gray, flip],
         "mild": [crop, flip, jitter(0.2, 0.2, 0.2, 0.05)],
+        **dict.fromkeys(BLURRED, blurred),
     }[name]
     return v2.Compose([*steps, v2.Normalize(list(MEAN), list(STD))])
 
@@ -534,7 +543,7 @@ def test_what_is_made_of_numbers_reads_no_value_back(name: str) -> None:
 def test_compiled_views_are_the_views(name: str, others: float) -> None:
     drawn = make(name, 40)
     images, numbers = photographs(64, 48, 44), drawn.numbers(64, keyed_generator(18))
-    plain, found = drawn.view(images, numbers), compile_view(drawn)(images, numbers)
+    plain, found = drawn.view(images, numbers), compile_view(drawn.view)(images, numbers)
     for key, value in plain.params.items():
         of_pixels = key == "color_diff"
         torch.testing.assert_close(
@@ -544,7 +553,10 @@ def test_compiled_views_are_the_views(name: str, others: float) -> None:
 
 
 def test_an_unknown_recipe_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'simclrr'.*simclr, simsiam, normal, byol, mild, none"):
+    with pytest.raises(
+        ValueError,
+        match=r"'simclrr'.*simclr, simsiam, normal, byol, cassle, ipirm, rsa, mild, none",
+    ):
         recipe("simclrr", 32, MEAN, STD)
 
 

@@ -20,7 +20,7 @@ from idaa_lib.configs.base import (
 from idaa_lib.nets.vae import halvings
 
 # Recipes of random views (`views.RECIPES`).
-Augmentation = Literal["simclr", "simsiam", "normal", "byol", "none"]
+Augmentation = Literal["simclr", "simsiam", "normal", "byol", "cassle", "ipirm", "rsa", "none"]
 Channels = tuple[float, float, float]
 # The default of a field that may follow from another.
 FOLLOWS: Any = Field(default=None, validate_default=False)
@@ -37,7 +37,8 @@ class TrainingConfig(Config):
         epochs, batch_size (global, over all processes), learning_rate (at its highest).
         optimizer, schedule, warmup (epochs, at most a tenth of all), weight_decay: as in
             `methods.schedules`.
-        augmentation: recipe of random views: simclr, simsiam, normal, byol, none.
+        augmentation: recipe of random views: simclr, simsiam, normal, byol, cassle, ipirm, rsa or
+            none.
         precision: fp32 (on a GPU without TF32), bf16, or auto (bf16 where it is native).
         compile: views and networks by torch.compile: a warm-up of a minute or two, then shorter
             steps. Without a C++ compiler the run goes on without.

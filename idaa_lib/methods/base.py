@@ -159,7 +159,7 @@ class Method(nn.Module):
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__()
         self.options, self.about, self.recipe = options, about, about.recipe
-        self._makers: dict[Recipe, Callable[[Tensor, Tensor], View]] = {}
+        self._makers: dict[Recipe, Callable[[Tensor, Tensor], Any]] = {}
 
     @classmethod
     def official_protocol(cls, config: Any) -> OfficialProtocol:
@@ -186,6 +186,10 @@ class Method(nn.Module):
         """Of each view in turn: which of the batch's images it is of, and its recipe."""
         return [("images", self.recipe)] * self.views
 
+    def maker(self, recipe: Recipe) -> Callable[[Tensor, Tensor], Any]:
+        """What makes a view of uint8 images and their numbers; `recipe.pair` makes two of them."""
+        return recipe.view
+
     def numbers(self, sizes: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
         """The random numbers of a global batch with `sizes[name]` images, by name, on the CPU."""
         return {
@@ -196,7 +200,7 @@ class Method(nn.Module):
     def draw(self, images: Batch, batch: Batch, moment: Moment) -> tuple[View, ...]:
         """Random views of uint8 images (B, 3, H, W): what `moment.numbers` mean for them."""
         return tuple(
-            self._makers.get(recipe, recipe.view)(images[name], moment.numbers[f"view {i}"])
+            self._makers.get(recipe, self.maker(recipe))(images[name], moment.numbers[f"view {i}"])
             for i, (name, recipe) in enumerate(self.recipes())
         )
 
@@ -264,7 +268,7 @@ class Method(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile views and network (`compile=True`), which changes rounding and nothing else."""
-        self._makers = {recipe: compile_view(recipe) for _, recipe in self.recipes()}
+        self._makers = {recipe: compile_view(self.maker(recipe)) for _, recipe in self.recipes()}
         self.network.compile(dynamic=False)  # a few sizes, each with kernels of its own
 
     def param_groups(self) -> list[dict[str, Any]]:

@@ -44,12 +44,15 @@ class BYOL(Method):
         momentum: Share = 0.99
 
     recordable = True
+    last_bias = True  # of both heads' last layers
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__(options, backbone, about)
         features, dim = backbone.feature_dim, options.projection_dim
         hidden = 2 * features  # 4096 for a ResNet-50 in the paper, 1024 for CIFAR's
-        projector, predictor = mlp(features, hidden, dim), mlp(dim, hidden, dim)
+        projector, predictor = (
+            mlp(inputs, hidden, dim, last_bias=self.last_bias) for inputs in (features, dim)
+        )
         self.network = Network(backbone, projector=projector, predictor=predictor)
         self.target = frozen_copy(Network(backbone, projector=projector))
 

@@ -21,6 +21,7 @@ def mlp(
     last_norm: bool = False,
     affine: bool = True,
     bias: bool = True,
+    last_bias: bool = True,
 ) -> nn.Sequential:
     """(B, inputs) → (B, outputs): linear layers, with a BatchNorm (`norm`) and a ReLU between them.
 
@@ -31,14 +32,14 @@ def mlp(
 
     Args:
         last_norm: a BatchNorm at the end too; affine: whether it has parameters.
-        bias: of the layers before the last.
+        bias: of the layers before the last; last_bias: of the last.
     """
     parts: list[nn.Module] = []
     for _ in range(layers - 1):
         parts += [nn.Linear(inputs, hidden, bias=bias)]
         parts += [nn.BatchNorm1d(hidden), nn.ReLU()] if norm else [nn.ReLU()]
         inputs = hidden
-    parts += [nn.Linear(inputs, outputs)]
+    parts += [nn.Linear(inputs, outputs, bias=last_bias)]
     parts += [nn.BatchNorm1d(outputs, affine=affine)] if last_norm else []
     return nn.Sequential(*parts)
 

@@ -23,6 +23,7 @@ from idaa_lib.evaluate.encoders import features
 from idaa_lib.evaluate.metrics import alignment, embedding_std, uniformity
 from idaa_lib.methods import Method, Moment, Step
 from idaa_lib.methods.base import Batch, Work
+from idaa_lib.methods.lars import spare_vectors
 from idaa_lib.methods.schedules import build_optimizer, build_schedule
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
 from idaa_lib.runs.steps import State, Steps
@@ -91,7 +92,10 @@ class Fit:
             # In place: a target network beside `network` has them too.
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
         self.recorded = Recorded(CudaGraph()) if self._recordable() else None
-        groups, self.schedules = method.param_groups(), []
+        groups = method.param_groups()
+        if config.optimizer == "lars":
+            groups = [part for group in groups for part in spare_vectors(group)]
+        self.schedules = []
         for group in groups:
             group.setdefault("weight_decay", config.weight_decay)
             name, warmup = (group.pop(key, getattr(config, key)) for key in ("schedule", "warmup"))

@@ -7,6 +7,7 @@ that depends on data, no wait for the device; it can be compiled or recorded.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,11 +72,13 @@ class Recipe:
     gray: float = 0.0
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    kernels: tuple[int, float] = (1, math.inf)  # least and greatest side of the blur's kernel
 
     @property
     def blur_kernel(self) -> int:
-        """Side of the blur's kernel: about a tenth of the image, 3 at 32 px and 23 at 224 px."""
-        return 2 * (self.size // 20) + 1
+        """Side of the blur's kernel: a tenth of the image, 3 at 32 px, 23 at 224, in `kernels`."""
+        low, high = self.kernels
+        return int(min(max(2 * (self.size // 20) + 1, low), high))
 
     @property
     def columns(self) -> dict[str, int]:
@@ -204,6 +207,10 @@ class Recipe:
         return self.view(images, self.numbers(len(images), generator))
 
 
+SIBLINGS: dict[str, Any] = {
+    **{"crop_scale": (0.2, 1.0), "flip": 0.5, "gray": 0.2, "blur": 0.5},
+    **{"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_probability": 0.8},
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "simclr": {"crop_scale": (0.08, 1.0), "flip": 0.5, "gray": 0.2}
     | {"jitter": (0.8, 0.8, 0.8, 0.2), "jitter_probability": 0.8},
@@ -214,6 +221,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     # BYOL on CIFAR-10 as its public code (lightly's benchmark) has it.
     "byol": {"crop_scale": (0.08, 1.0), "flip": 0.5, "gray": 0.2}
     | {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_probability": 0.8},
+    # The siblings' (docs/spec/siblings.md §1.6, §2.1, §3.1), which blur CIFAR too. A kernel of 13
+    # moves pixels of 32 px as much as PIL's blur, which has none; one of 3 half as much.
+    "cassle": SIBLINGS,
+    "ipirm": SIBLINGS | {"crop_scale": (0.08, 1.0), "kernels": (3, 3)},
+    "rsa": SIBLINGS | {"kernels": (13, math.inf)},
     # Pixels still tell an image: for the candidates of notebook 08.
     "mild": {"crop_scale": (0.8, 1.0), "flip": 0.5}
     | {"jitter": (0.2, 0.2, 0.2, 0.05), "jitter_probability": 1.0},
@@ -231,13 +243,13 @@ def recipe(name: str, size: int, mean: Sequence[float], std: Sequence[float]) ->
     return Recipe(size, tuple(mean), tuple(std), **constants)
 
 
-def compile_view(recipe: Recipe) -> Callable[[Tensor, Tensor], View]:
-    """`recipe.view` in a few kernels, where the images are.
+def compile_view(make: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
+    """`Recipe.view` or `Recipe.pair` in a few kernels, where the images are.
 
     A batch then costs the host its random numbers and one copy, where the parameters took it sixty
     small operations and six copies: more time than a GPU needs for the views themselves.
     """
-    view = torch.compile(recipe.view, dynamic=False)
+    view = torch.compile(make, dynamic=False)
     return lambda images, numbers: view(images, send(numbers, images.device))
 
 
