@@ -314,3 +314,56 @@ def predict(weights: Tensor, x: Tensor) -> Tensor:
 def rsa_beta(beta0: float, s: int, steps: int) -> float:
     """β of RSA at step s = 1…S (docs/spec/siblings.md §3.2)."""
     return beta0 * (1 + math.cos(math.pi * s / steps)) / 2
+
+
+def compact_rows(z1: Tensor, z2: Tensor) -> list[tuple[int, list[int]]]:
+    """Of each of 2n rows: its partner, and the negatives in index order (spec siblings.md §2.2)."""
+    n = len(z1)
+    rows = []
+    for i in range(2 * n):
+        partner = (i + n) % (2 * n)
+        rows.append((partner, [j for j in range(2 * n) if j not in (i, partner)]))
+    return rows
+
+
+def irm_penalty(z1: Tensor, z2: Tensor, temperature: float, dummy: str = "vector") -> Tensor:
+    """Ω of IP-IRM by differentiating twice: the gradient with respect to a factor w = 1 of each
+    column, or of all, summed and squared (spec siblings.md §2.2)."""
+    z, rows = torch.cat([z1, z2]), compact_rows(z1, z2)
+    s = torch.stack([torch.stack([z[i] @ z[j] for j in (p, *others)])
+                     for i, (p, others) in enumerate(rows)]) / temperature  # fmt: skip
+    w = torch.ones(s.shape[1] if dummy == "vector" else 1, dtype=s.dtype, requires_grad=True)
+    target = torch.zeros(len(s), dtype=torch.long)
+    loss = torch.nn.functional.cross_entropy(w * s, target)
+    (g,) = torch.autograd.grad(loss, w, create_graph=True)
+    return g.square().sum()
+
+
+def ip_irm(
+    z1: Tensor, z2: Tensor, index: Tensor, partitions: Tensor, temperature: float,
+    irm_temp: float = 0.5, penalty_weight: float = 0.2,
+) -> Tensor:  # fmt: skip
+    """L of IP-IRM: L_all and the means over partitions and subsets (spec siblings.md §2.2)."""
+    losses, penalties = [], []
+    for partition in partitions:
+        for k in range(2):
+            rows = [i for i, image in enumerate(index.tolist()) if partition[image] == k]
+            if len(rows) > 1:
+                losses.append(nt_xent(z1[rows], z2[rows], temperature))
+                penalties.append(irm_penalty(z1[rows], z2[rows], irm_temp))
+    whole = nt_xent(z1, z2, temperature)
+    return whole + sum(losses) / len(losses) + penalty_weight * sum(penalties) / len(penalties)
+
+
+def debiased(z1: Tensor, z2: Tensor, temperature: float, prior: float) -> Tensor:
+    """DCL's loss, row by row (spec siblings.md §2.6)."""
+    z, total = torch.cat([z1, z2]), z1.new_zeros(())
+    rows = compact_rows(z1, z2)
+    for i, (partner, others) in enumerate(rows):
+        positive = torch.exp(z[i] @ z[partner] / temperature)
+        negatives = sum(torch.exp(z[i] @ z[j] / temperature) for j in others)
+        n = len(others)
+        g = (-prior * n * positive + negatives) / (1 - prior)
+        g = torch.clamp(g, min=n * math.exp(-1 / temperature))
+        total = total - torch.log(positive / (positive + g))
+    return total / len(rows)

@@ -36,13 +36,16 @@ from idaa_lib.views import RECIPES, View, keyed_generator, recipe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 B, SIZE, QUEUE = 5, 16, 16
-METHOD_NAMES = ("simclr", "plain", "uel", "simsiam", "moco", "byol", "rsa")
+METHOD_NAMES = ("simclr", "plain", "uel", "simsiam", "moco", "byol", "rsa", "ipirm")
 # SimSiam's two pairings are two methods here.
 VARIANTS = (*METHOD_NAMES, "simsiam/imagenet")
 # Within a training, where β of RSA is neither its first value nor its last.
 MOMENT = Moment(step=2, steps=8, progress=torch.tensor(0.25, dtype=torch.float64))
+# Sides of each image in two partitions of IP-IRM, the first two and the second two of the 6.
+PARTITIONS = torch.tensor([[0, 0, 1, 1, 0, 1], [0, 1, 0, 1, 0, 1]])
 ADVERSARIES = ("none", "clae", "idaa", "random_sign")
 SMALL = dict(width=4, batch_size=B)
+BATCH = {"images": torch.arange(B)}
 KNOBS = dict(projection_dim=8, queue=QUEUE, momentum=0.8, temperature=0.3)
 
 
@@ -66,8 +69,12 @@ def a_method(variant, adversary="idaa", n=0, **values):
     plain = "rsa" if variant == "rsa" else "none"  # RSA needs photometry
     config = a_config(variant, adversary, **{"augmentation": plain} | values)
     views = recipe(config.augmentation, SIZE, MEAN, STD)
+    n = n or 6 * (variant == "ipirm")
     about = About(views, torch.zeros(n), batch_size=config.batch_size, seed=config.seed)
     method = build_method(config, about).double().train()
+    if variant == "ipirm" and n == 6:
+        for partition in PARTITIONS:
+            method.keep(partition)
     if hasattr(method, "target"):  # as after some steps: not its network's twin
         generator = keyed_generator(7)
         for p in method.target.parameters():
@@ -110,6 +117,7 @@ class Oracle:
     def __init__(self, variant, method, v1, v2):
         self.contrasts = {
             "simclr": reference.nt_xent, "plain": reference.one_way, "uel": reference.spreading,
+            "ipirm": reference.nt_xent,
         }  # fmt: skip
         self.variant, self.method, self.v1, self.v2 = variant, method, v1, v2
 
@@ -144,6 +152,9 @@ class Oracle:
         return sum(beta * d(p, q) + (1 - beta) * d(p, t) for p, q, t in directions)
 
     def clean(self):
+        if self.variant == "ipirm":
+            z1, z2 = self.unit(self.v1), self.unit(self.v2)
+            return reference.ip_irm(z1, z2, torch.arange(B), PARTITIONS, 0.3)
         if self.variant in self.contrasts:
             return self.contrast(self.unit(self.v1), self.unit(self.v2))
         if self.variant == "moco":
@@ -168,6 +179,9 @@ class Oracle:
         return reference.negative_cosine(self.zp(x, True)[1], aim)
 
     def adversarial(self, x):
+        if self.variant == "ipirm":
+            z1, z2 = self.unit(x, True), self.unit(self.v2)
+            return reference.ip_irm(z1, z2, torch.arange(B), PARTITIONS, 0.3)
         if self.variant in self.contrasts:
             return self.contrast(self.unit(self.v1), self.unit(x, True))
         if self.variant == "moco":
@@ -192,7 +206,7 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
     method = a_method(variant, adversary)
     twin = copy.deepcopy(method)
     oracle = Oracle(variant, twin, *(view.images for view in views))
-    step = method.step(views, {"images": torch.arange(B)}, MOMENT)
+    step = method.step(views, BATCH, MOMENT)
     loss, expected = step.loss, oracle.clean()
     if adversary != "none":
         if adversary == "clae":
@@ -233,7 +247,7 @@ def test_reusing_the_anchor_changes_no_attack(variant, reuse_anchor, vae):
     oracle = Oracle(variant, copy.deepcopy(method), *(view.images for view in views))
     seen = method.network.backbone.bn1_adv.num_batches_tracked
     adversary = IDAA(vae, 0.4, steps=2, reuse_anchor=reuse_anchor)
-    attack = adversary(views[0].images, method.step(views, {}, Moment()).attack_loss)
+    attack = adversary(views[0].images, method.step(views, BATCH, Moment()).attack_loss)
     assert seen == (2 if reuse_anchor else 3)
     x, zeta = views[0].images, vae.encode(views[0].images)[0]
     delta = torch.zeros_like(zeta)
@@ -248,7 +262,7 @@ def test_reusing_the_anchor_changes_no_attack(variant, reuse_anchor, vae):
 def test_at_the_start_simsiam_is_attacked_and_the_others_by_their_negatives_alone(vae):
     """Spec §2, "Crucial": without a predictor a view's own embedding pulls it nowhere."""
     for variant in ("simsiam", "simsiam/imagenet"):
-        step = a_method(variant).step(two_views(), {}, Moment())
+        step = a_method(variant).step(two_views(), BATCH, Moment())
         x = step.attacked.images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(step.attack_loss(x, at_start=True), x)
         assert gradient.abs().max() > 1e-4
@@ -270,7 +284,7 @@ def test_epsilon_0_gives_the_adversarial_loss_of_the_view_itself(variant, vae):
         views, method = two_views(), a_method(variant)
         oracle = Oracle(variant, copy.deepcopy(method), *(view.images for view in views))
         itself = oracle.adversarial(views[0].images)
-        step = method.step(views, {}, MOMENT)
+        step = method.step(views, BATCH, MOMENT)
         attack, other = (
             adversary(step.attacked.images, step.attack_loss, keyed_generator(0))
             for adversary in (still, moving)
@@ -290,7 +304,7 @@ def batches_seen(module):
 def test_of_the_backbone_s_norms_the_adversarial_ones_alone_see_the_attacked_view(variant, vae):
     for adversary in adversaries(vae, 0.1):
         method = a_method(variant)
-        step = method.step(two_views(), {}, Moment())
+        step = method.step(two_views(), BATCH, Moment())
         before = batches_seen(method)
         for name, seen in before.items():
             assert (seen == 0) == (name.split(".")[-1].endswith("_adv")), name
@@ -339,7 +353,7 @@ def recorded(method, adversary):
     return Fit._recordable(SimpleNamespace(**kinds, device=torch.device("cuda"), processes=1))
 
 
-@pytest.mark.parametrize("name", [*METHOD_NAMES, "fixmatch"])
+@pytest.mark.parametrize("name", [n for n in (*METHOD_NAMES, "fixmatch") if n != "ipirm"])
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 def test_a_user_s_subclass_is_recorded_only_if_it_says_so_itself(name, adversary):
     """It may draw on the host or read values where the class above it does not."""
@@ -364,7 +378,7 @@ def test_the_queue_keeps_the_newest_keys_and_the_key_encoder_follows():
     targets = [p.clone() for p in method.target.parameters()]
     for i in range(4):  # of 5 keys each: round the end of 16 places
         views = View(noise(10 + i), {}), View(noise(20 + i), {})
-        step = method.step(views, {}, Moment())
+        step = method.step(views, BATCH, Moment())
         for row, key in enumerate(step.carry["keys"]):
             expected[(5 * i + row) % QUEUE] = key
         method.after_step(step, Moment(step=i, steps=4))
@@ -446,7 +460,7 @@ def a_shared_step(variant, rank, processes, wrap):
     method.network = wrap(inner)
     part = slice(rank * 6 // processes, (rank + 1) * 6 // processes)
     views = tuple(View(view.images[part], {}) for view in two_views(6))
-    step = method.step(views, {}, Moment())
+    step = method.step(views, {"images": torch.arange(6)[part]}, Moment())
     torch.manual_seed(2)
     attack = IDAA(VAE(8, SIZE, width=4).double(), 0.5)(step.attacked.images, step.attack_loss)
     loss = step.loss + 0.7 * step.adversarial_loss(attack.images)
@@ -511,6 +525,7 @@ PUBLISHED = {
     "moco": (200, 512, 0.06, 5e-4, "sgd", "simsiam"),
     "byol": (200, 128, 0.06, 5e-4, "sgd", "byol"),
     "rsa": (200, 256, 0.1, 5e-4, "sgd", "rsa"),
+    "ipirm": (400, 256, 1e-3, 1e-6, "adam", "ipirm"),
 }
 
 
@@ -566,7 +581,7 @@ def test_a_cosine_by_epoch(variant):
         cosine.step()
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "simclr"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("simclr", "ipirm")])
 def test_the_optimiser_is_sgd_with_momentum_and_decay_of_every_parameter(variant):
     method, fit = published(variant, 5, weight_decay=0.3, learning_rate=0.1)
     optimizer, groups = fit.optimizer, fit.optimizer.param_groups
@@ -620,6 +635,9 @@ def test_heads_are_the_papers():
         [(512, 1024, True), "BN", "ReLU", (1024, 256, True)],
         [(256, 1024, True), "BN", "ReLU", (1024, 256, True)],
     )
+    assert heads(method="ipirm") == (
+        [(2048, 512, False), "BN", "ReLU", (512, 128, True)], [],
+    )  # fmt: skip
     # docs/spec/siblings.md §3.2: hidden and out 1024 and 128, of a ResNet-50 4096 and 256.
     assert heads(method="rsa") == (
         [(512, 1024, True), "BN", "ReLU", (1024, 128, False)],
@@ -800,6 +818,7 @@ LEARNS = {
     "simsiam/imagenet": dict(learning_rate=0.05, epochs=5, projection_dim=128),
     "moco": dict(learning_rate=0.03, epochs=3),
     "byol": dict(learning_rate=0.2, epochs=5, projection_dim=64, momentum=0.98),
+    "ipirm": dict(learning_rate=0.003, epochs=2),
     "rsa": dict(learning_rate=0.05, epochs=5, projection_dim=64, momentum=0.98),
 }
 

@@ -310,7 +310,8 @@ def read(model: type[BaseModel], name: str, value: Any) -> Any:
     if tuple in kinds:
         # "" is an empty list, and "none" the name of an adversary.
         return None if value == "None" else _list(value)
-    if str in kinds:  # a run named 2024 comes as a number
+    number = int in kinds and isinstance(value, str) and value.strip().isdecimal()
+    if str in kinds and not number:  # a run named 2024 comes as a number
         return str(value) if whole and kinds <= {str, types.NoneType} else value
     if float in kinds and whole:
         return float(value)

@@ -59,7 +59,9 @@ def load_encoder(
         tensors = {name: value for name, value in tensors.items() if "_adv." not in name}
         _fill(module, f"method.{place}", tensors, run)
     else:
-        module = _fill(_method(run), "method.", tensors, run).encoder(layer)
+        method = _method(run)  # beside its network: what training alone needs, as long as the data
+        _fill(method.network, "method.network.", tensors, run)
+        module = method.encoder(layer)
     return Encoder(module.eval().requires_grad_(False), *_units(run))
 
 

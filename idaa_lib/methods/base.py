@@ -75,7 +75,8 @@ class Work:
     Fields:
         images: all training images, uint8 (N, 3, H, W).
         embed: layer (`backbone` where none is given) → their features (N, D) by the present
-            encoder, without augmentation.
+            encoder in eval mode, on the training's device; without augmentation, or of a view of
+            each by the recipe `transform`, drawn from `generator`.
         pulse: takes a message, and raises where the training shall stop.
     """
 

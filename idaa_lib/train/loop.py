@@ -221,9 +221,10 @@ class Fit:
         steps.save()  # what a stop inside goes back to
         recipe = self.method.recipe
 
-        def embed(layer: str = "backbone") -> Tensor:
-            units = recipe.size, recipe.mean, recipe.std
-            how = {"device": self.device, "bf16": self.accelerator.mixed_precision == "bf16"}
+        def embed(layer: str = "backbone", **views: Any) -> Tensor:
+            units, device = (recipe.size, recipe.mean, recipe.std), self.device
+            how = {"device": device, "output_device": device, **views}
+            how["bf16"] = self.accelerator.mixed_precision == "bf16"
             with self._unwrapped() as method:
                 return features(method.encoder(layer), self.feed.images, *units, **how)
 
