@@ -85,7 +85,8 @@ class Adversary:
 
     Args:
         vae: run in eval mode whatever its mode, its buffers, mode and gradients left alone.
-        mean, std: normalisation of the images that will come, where it is not the VAE's own.
+        mean, std: normalisation of the images that will come, which it keeps as attributes: pixels
+            in [0, 1] are x · std + mean. None: that of the VAE.
         knobs: see `Options`.
     """
 
@@ -107,6 +108,7 @@ class Adversary:
     ) -> None:
         self.options: Any = self.Options(**knobs)
         self.vae: Any = vae
+        self.mean, self.std = (mean, std) if vae is None or mean else (vae.mean, vae.std)
         # (mean, std) of the images and of the VAE, where they differ.
         self.units: tuple[Any, Any] | None = None
         if vae is not None and mean is not None and std is not None:
@@ -117,6 +119,8 @@ class Adversary:
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """μ and log σ² (B, m) that the VAE has for images x (B, 3, H, W); without a graph."""
+        if self.vae is None:
+            raise ValueError(f"{type(self).__name__} has no VAE: its class needs needs_vae = True.")
         with torch.no_grad(), evaluating(self.vae):
             mu, logvar = self.vae.encode(self._convert(x, 0, 1))
         # In the precision of x under autocast too: bf16 would round μ, δ and ε themselves.
@@ -155,7 +159,7 @@ class Adversary:
         Raises:
             AttackError: the gradient is not finite.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no __call__, which makes the attack.")
 
     def prepare(self, device: torch.device, compile: bool) -> None:
         """Move what it holds to the device; with `compile` also what gains by it, which changes
@@ -415,11 +419,11 @@ class RandomSign(IDAA):
 def build_adversary(config: Any, vae: VAE | None = None, **units: Any) -> Adversary:
     """The adversary that a configuration names, with its knobs.
 
-    units: `mean`, `std` of the images, for a VAE with other ones.
+    units: `mean`, `std` of the images.
     """
     kind = config.chosen("adversary")
     knobs = {k: v for k, v in config.options("adversary") if k not in ("vae", "dim")}
-    return kind(vae, **units, **knobs) if kind.needs_vae else kind(**knobs)
+    return kind(vae, **units, **knobs) if kind.needs_vae else kind(**units, **knobs)
 
 
 def waits(device: torch.device) -> bool:

@@ -27,7 +27,7 @@ def register(
     Args:
         base, options: what the class and its `Options` must be subclasses of.
     Raises:
-        TypeError: they are not.
+        TypeError: they are not, or a knob has no default.
         ValueError: the name is that of a class of the library.
     """
 
@@ -38,6 +38,9 @@ def register(
                 f"{choice}={name!r} must be a subclass of idaa_lib.{base.__name__}, and its class "
                 f"Options, if it has its own, one of idaa_lib.{options.__name__}."
             )
+        for knob, field in getattr(own, "model_fields", {}).items():
+            if field.is_required():
+                raise TypeError(f"{choice}={name!r} has a knob {knob!r} without a default.")
         file = sys._getframe(1).f_code.co_filename
         if not Path(file).is_relative_to(_LIBRARY):
             old = CHOICES[choice].get(name)

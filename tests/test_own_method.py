@@ -1,5 +1,6 @@
 """Classes of the user's own: examples/own_method.py against oracles, and what registering means."""
 
+import contextlib
 import importlib
 import linecache
 import math
@@ -10,15 +11,19 @@ from pathlib import Path
 import pydantic
 import pytest
 import torch
+from conftest import fit_of
 
 import idaa_lib
 from idaa_lib import SSLConfig, evaluate, load_encoder, registry, runs, train_ssl, train_vae
-from idaa_lib.adversaries import IDAA
+from idaa_lib.adversaries import IDAA, build_adversary
 from idaa_lib.configs import ConfigError, EvalConfig, VAEConfig
 from idaa_lib.lab import live, process
+from idaa_lib.methods import About
 from idaa_lib.methods.simclr import SimCLR
+from idaa_lib.nets import build_backbone
 from idaa_lib.nets.vae import VAE
 from idaa_lib.train import locate
+from idaa_lib.views import recipe
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = {"limit": 96, "batch_size": 16, "epochs": 1, "width": 4, "log_every": 1, "device": "cpu"}
@@ -274,3 +279,64 @@ def test_an_adversary_with_a_vae_needs_its_knobs(outputs):
     with pytest.raises(ConfigError, match=r"Options must be a subclass of idaa_lib\.VAEOptions"):
         train_ssl(SSLConfig(**TINY, adversary="bare"))
     assert not runs.find("ssl", finished=False)
+
+
+def test_faults_of_a_class_are_one_sentence():
+    """Each of them was met by someone who wrote a method for the first time."""
+
+    class NoDefault(idaa_lib.Contrastive):
+        class Options(idaa_lib.Contrastive.Options):
+            weight: float
+
+    with pytest.raises(TypeError, match="method='no_default' has a knob 'weight' without a def"):
+        idaa_lib.register_method("no_default")(NoDefault)
+
+    class Misspelt(idaa_lib.Contrastive):
+        def contrats(self, z1, z2):
+            return (z1 * z2).sum()
+
+    class NoScalar(idaa_lib.Contrastive):
+        def contrast(self, z1, z2):
+            return (z1 * z2).sum(1)
+
+    views = recipe("simclr", 16, (0.5,) * 3, (0.2,) * 3)
+    about = About(views, torch.zeros(8, dtype=torch.long), batch_size=4)
+    for kind, error, words in (
+        (Misspelt, NotImplementedError, "Misspelt has no `contrast`"),
+        (NoScalar, ConfigError, r"loss of NoScalar has the shape \(4,\): give a scalar"),
+    ):
+        images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+        method = kind(
+            kind.Options(),
+            build_backbone("resnet18", width=4, stem="cifar", adversarial_norms=False),
+            about,
+        )
+        config = SSLConfig(size=16, width=4, batch_size=4)
+        fit = fit_of(method, config)
+        fit.accelerator.autocast = contextlib.nullcontext
+        numbers = fit._numbers(0, {"images": 4})
+        with pytest.raises(error, match=words):
+            fit._work({"images": images}, {"images": torch.arange(4)}, numbers)
+
+    class WithoutVAE(idaa_lib.Adversary):
+        def __call__(self, x, attack_loss, generator=None, numbers=None):
+            return self.encode(x)
+
+    with pytest.raises(ValueError, match="WithoutVAE has no VAE: its class needs needs_vae = True"):
+        WithoutVAE()(torch.zeros(1, 3, 16, 16), None)
+
+
+def test_an_adversary_knows_the_units_of_its_images():
+    config = SSLConfig(adversary="clae")
+    units = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}
+    adversary = build_adversary(config, None, **units)
+    assert (adversary.mean, adversary.std) == tuple(units.values())
+
+
+def test_without_a_cell_of_parameters_every_knob_counts(own):
+    names = {"method": "align_uniform", "spread": 0.02, "limit": 7}
+    for given in (names, names | {"In": ["", "method = 1"]}):
+        config = SSLConfig.from_notebook(given)
+        assert (config.spread, config.limit) == (0.02, 7)
+    cell = "# Parameters\nmethod = 'align_uniform'\n"
+    assert SSLConfig.from_notebook(names | {"In": [cell]}).spread == 1.0  # of a later cell

@@ -245,7 +245,8 @@ class Config(Values):
         papermill only warns about a name it does not know, so a misspelt `-p epsilom 0.1` would
         train with the default. The names assigned in the kernel's parameter cells (their first
         line starts with `# Parameters`, as papermill's own does) are checked here instead; names
-        that later cells assigned are no parameters, so running the cell again still works.
+        that later cells assigned are no parameters, so running the cell again still works. In a
+        script, or without such a cell, each name that is a knob counts.
         """
         cells = [cell for cell in names.get("In", []) if cell.startswith("# Parameters")]
         latest = {cell.partition("\n")[0]: cell for cell in cells}  # of a cell that ran again
@@ -259,6 +260,8 @@ class Config(Values):
                     f"This notebook has no parameter {name!r}{cls._closest(name)}; its parameters "
                     f"are {', '.join(cls.model_fields)}{also if cls.choices else ''}."
                 )
+        if not cells:
+            parameters = [row["knob"] for row in cls.knobs()]
         return cls(**{n: names[n] for n in (*cls.model_fields, *parameters) if n in names})
 
     def changed(self) -> dict[str, Any]:

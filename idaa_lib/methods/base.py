@@ -217,7 +217,7 @@ class Method(nn.Module):
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         """The losses of the views that `draw` made of a batch, and what may be attacked."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `step`, which gives its losses.")
 
     def attack_on(
         self,

@@ -39,7 +39,7 @@ class Contrastive(Method):
 
         The adversary ascends it between a view and itself: there it needs a gradient.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `contrast`, which is its loss.")
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         v1, v2 = views

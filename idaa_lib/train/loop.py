@@ -281,6 +281,11 @@ class Fit:
                     losses.append(closure())
                 self.accelerator.backward(losses[-1])
         clean = step.loss if isinstance(step.loss, Tensor) else torch.stack(losses).sum()
+        if clean.ndim:
+            raise ConfigError(
+                f"The loss of {type(self.method).__name__} has the shape {tuple(clean.shape)}: "
+                f"give a scalar, such as its mean."
+            )
         values = {"loss": clean, **step.parts}
         weighted: Tensor | None = None  # the adversarial loss times alpha
         if not isinstance(self.adversary, NoAdversary):
