@@ -126,9 +126,14 @@ def test_the_vae_s_step_does_nothing_but_launch_work_on_the_device(monkeypatch):
         fit._work(*given)
 
 
-def test_a_compiled_step_is_compiled_once_and_is_the_plain_one(monkeypatch):
+@pytest.mark.parametrize("kind", ["resnet", "wrn", "vae"])
+def test_a_compiled_step_is_compiled_once_and_is_the_plain_one(kind, monkeypatch):
     """By inductor, in fp64, where rounding turns no sign: losses and weights after three steps."""
-    config = a_config("simclr", "idaa")
+    config = {
+        "resnet": a_config("simclr", "idaa"),
+        "wrn": a_config("fixmatch", "idaa"),
+        "vae": VAEConfig(size=SIZE, width=4, dim=8, batch_size=B, epochs=2, device="cpu"),
+    }[kind]
     outcomes = []
     for compiles in (False, True):
         torch.compiler.reset()
