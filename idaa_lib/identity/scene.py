@@ -149,7 +149,7 @@ class Scene:
     def _adversary(self, name: str, epsilon: float) -> Any:
         if name not in KINDS:
             raise ValueError(f"adversary must be one of {', '.join(KINDS)}, and is {name!r}.")
-        steps = 1 if self.live(name) else self.config.steps
+        steps = None if self.live(name) else self.config.steps
         return KINDS[name](vae=self.vae, epsilon=epsilon, norm=self.config.norm, steps=steps)
 
     def encoder(self, name: str, layer: str, seed: int = 0) -> Embed:
