@@ -59,9 +59,11 @@ def load_encoder(
         tensors = {name: value for name, value in tensors.items() if "_adv." not in name}
         _fill(module, f"method.{place}", tensors, run)
     else:
-        method = _method(run)  # beside its network: what training alone needs, as long as the data
-        _fill(method.network, "method.network.", tensors, run)
-        module = method.encoder(layer)
+        method = _method(run)
+        # A buffer as long as the data serves training alone: here it stays as it begins.
+        fresh = {f"method.{name}": buffer for name, buffer in method.named_buffers()}
+        tensors |= {k: b for k, b in fresh.items() if k in tensors and b.shape != tensors[k].shape}
+        module = _fill(method, "method.", tensors, run).encoder(layer)
     return Encoder(module.eval().requires_grad_(False), *_units(run))
 
 
