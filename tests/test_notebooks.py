@@ -319,7 +319,7 @@ def test_further_axes_have_each_value_with_the_adversary_and_without():
             SweepConfig(axes={name: [1]})
     with pytest.raises(ValueError, match="widht"):
         sweeps.plan(sweeps.sensitivity(SweepConfig(axes={"widht": [1]})))
-    with pytest.raises(ValueError, match="must be a list of values, not 3"):
+    with pytest.raises(ValueError, match=r"axes\['epochs'\] must be a list of values, and is 3"):
         SweepConfig(axes={"epochs": 3})
 
 

@@ -361,6 +361,7 @@ def _list(value: Any) -> Any:
 
 # What pydantic says in words of its own, by the type of its error.
 RULES = {
+    "list_type": "a list of values",
     "int_type": "a whole number",
     "float_type": "a number (8/255 will do)",
     "too_short": "one value or more",
@@ -377,4 +378,5 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         owner, names = model.__qualname__.split(".")[0], ", ".join(model.model_fields)
         return f"{owner} has no knob {field!r}; its knobs are {names}."
     rule = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{field} must be {RULES.get(first['type'], rule)}, and is {first['input']!r}."
+    place = "".join(f"[{part!r}]" for part in first["loc"][1:] if isinstance(part, str))
+    return f"{field}{place} must be {RULES.get(first['type'], rule)}, and is {first['input']!r}."
