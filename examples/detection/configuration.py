@@ -65,8 +65,8 @@ class DetectionConfig(Config):
         """What its AP is of, as tables name it."""
         return self.val_annotations or "synthetic shapes"
 
-    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        missing = [name for name in self.sets if not given.get(name)]
+    def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in self.sets if not explicit.get(name)]
         if missing and len(missing) < len(self.sets):
             raise ConfigError(f"{missing[0]} is missing: give {', '.join(self.sets)}, or none.")
         return {}

@@ -89,14 +89,14 @@ class Config(Values):
     def __init__(self, **values: Any) -> None:
         from idaa_lib.configs.recipes import recipe_values
 
-        given = {name: self._read(name, value) for name, value in values.items()}
-        given = {name: value for name, value in given.items() if value is not None}
-        merged = recipe_values(type(self), given) | given
+        explicit = {name: self._read(name, value) for name, value in values.items()}
+        explicit = {name: value for name, value in explicit.items() if value is not None}
+        merged = recipe_values(type(self), explicit) | explicit
         chosen = {c: merged.get(c, type(self).model_fields[c].default) for c in self.choices}
         models = [self._choose(*choice).Options for choice in chosen.items()]
-        self._check_names(given, chosen, models)
+        self._check_names(explicit, chosen, models)
         self._fill(merged, models)
-        self.__dict__.update(self._derive(given))
+        self.__dict__.update(self._derive(explicit))
 
     @classmethod
     def restore(cls, values: Mapping[str, Any]) -> typing.Self:
@@ -124,8 +124,8 @@ class Config(Values):
         super().__init__(**of(type(self)))
         self._options = tuple(model(**of(model)) for model in models)
 
-    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Values that follow from other fields; `given` is what the caller set himself."""
+    def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
+        """Values that follow from other fields; `explicit` is what the caller set himself."""
         return {}
 
     @classmethod
@@ -148,7 +148,7 @@ class Config(Values):
 
     @classmethod
     def _check_names(
-        cls, given: Mapping[str, Any], chosen: Mapping[str, Any], models: Iterable[type[Options]]
+        cls, explicit: Mapping[str, Any], chosen: Mapping[str, Any], models: Iterable[type[Options]]
     ) -> None:
         """Each name has one owner: the stage, the method or the adversary."""
         owners = dict.fromkeys(cls.model_fields, cls.__name__)
@@ -160,7 +160,7 @@ class Config(Values):
                         f"{owners[name]} too: rename the knob."
                     )
             owners |= dict.fromkeys(model.model_fields, f"{choice}={value!r}")
-        for name in sorted(given.keys() - owners.keys()):
+        for name in sorted(explicit.keys() - owners.keys()):
             for choice, value in chosen.items():
                 kinds = cls.registered(choice).items()
                 others = [repr(k) for k, kind in kinds if name in kind.Options.model_fields]

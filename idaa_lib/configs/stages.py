@@ -57,7 +57,7 @@ class EvalConfig(Config):
     seed: Seed = 0
     device: str = "auto"
 
-    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
         # The official protocol has its own.
         official = self.protocol == "official"
         return {"temperature": type(self).model_fields["temperature"].default} if official else {}
@@ -201,7 +201,7 @@ class _Study(Config):
     ssl: dict[str, Any] = Field(default_factory=dict)
     eval: dict[str, Any] = Field(default_factory=dict)
 
-    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
         for stage in ("vae", "ssl", "eval"):
             self._check_free(stage, getattr(self, stage), stage)
         return {}
@@ -236,14 +236,14 @@ class SweepConfig(_Study):
     dims: tuple[Positive, ...] = ()
     axes: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
 
-    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
         if clash := sorted(self.axes.keys() & FIXED):
             raise ConfigError(f"axes cannot vary {clash[0]!r}: the study sets it itself.")
-        super()._derive(given)
+        super()._derive(explicit)
         # Of the recipe's axes those of the figure; the user's own stand beside them.
         of_6: dict[str, Any] = {"epsilons": (), "betas": (), "dims": ()}
         others = of_6 if self.figure == 5 else {"axes": {}}
-        return {name: value for name, value in others.items() if name not in given}
+        return {name: value for name, value in others.items() if name not in explicit}
 
 
 class CompareConfig(_Study):
@@ -269,9 +269,9 @@ class CompareConfig(_Study):
     launch: bool = False
     ssl_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
-    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
         for method, fields in self.ssl_of.items():
             if method not in self.methods:
                 raise ConfigError(f"ssl_of has fields of {method!r}, which methods does not name.")
             self._check_free(f"ssl_of[{method!r}]", fields, "ssl")
-        return super()._derive(given)
+        return super()._derive(explicit)

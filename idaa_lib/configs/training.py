@@ -74,9 +74,9 @@ class TrainingConfig(Config):
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     continue_from: str | None = None
 
-    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
         # No recipe's images are of ImageNet's size, and enlarged ones would train for days.
-        small = self.dataset in ("cifar10", "cifar100") and "dataset" not in given
+        small = self.dataset in ("cifar10", "cifar100") and "dataset" not in explicit
         if self.size == 224 and small:
             raise ConfigError(
                 f"dataset must be given at size=224: that of preset={self.preset!r}, "
@@ -114,14 +114,14 @@ class VAEConfig(TrainingConfig):
             values.setdefault("beta", None)
         return super().replace(**values)
 
-    def _derive(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        super()._derive(given)
+    def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
+        super()._derive(explicit)
         try:
             halvings(self.size, self.width)
         except ValueError as error:  # there is no such VAE
             raise ConfigError(str(error)) from None
         per_kappa = self.size * self.size / (2 * self.dim)
-        if {"kappa", "beta"} <= given.keys():
+        if {"kappa", "beta"} <= explicit.keys():
             if not math.isclose(self.beta, self.kappa * per_kappa, rel_tol=1e-6):
                 raise ConfigError(
                     f"kappa={self.kappa:g} means beta={self.kappa * per_kappa:g} at "
@@ -129,7 +129,7 @@ class VAEConfig(TrainingConfig):
                     f"give one of the two."
                 )
             return {}
-        if self.beta is not None and "kappa" not in given:
+        if self.beta is not None and "kappa" not in explicit:
             return {"kappa": self.beta / per_kappa}
         return {"beta": self.kappa * per_kappa}
 
