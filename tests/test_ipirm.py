@@ -21,7 +21,7 @@ from idaa_lib.evaluate.encoders import load_encoder
 from idaa_lib.methods import About, build_method
 from idaa_lib.methods import ipirm as module
 from idaa_lib.methods.ipirm import (
-    Maximisation,
+    IPIRM,
     compact_logits,
     debiased,
     fit_partition,
@@ -33,7 +33,7 @@ from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.train import train_ssl
 from idaa_lib.views import keyed_generator, recipe
 
-OFFICIAL = Maximisation(0.5, 0.5, 0.5, "relaxed", False)
+OFFICIAL = IPIRM.Options(temperature=0.5, irm_temp=0.5, irm_weight_maxim=0.5)
 
 
 def pairs(n, dim=6, seed=0):

@@ -3,6 +3,7 @@ first view that it guides (docs/spec/idaa.md §2)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,17 +42,22 @@ class Contrastive(Method):
         """
         raise NotImplementedError(f"{type(self).__name__} has no `contrast`, which is its loss.")
 
-    def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
-        v1, v2 = views
-        z1, z2 = gather(self.embed(v1).z), gather(self.embed(v2).z)  # (B, D) of all processes
-        anchor = anchored(lambda: gather(self.embed(v1, adversarial=True).z))
+    def ascent(self, view: View) -> Callable[[Embedding, bool], Tensor]:
+        """What an attack on the view ascends: `contrast` of the view itself and what it becomes."""
+        anchor = anchored(lambda: gather(self.embed(view, adversarial=True).z))
 
         def attack_loss(e: Embedding, at_start: bool) -> Tensor:
             z = gather(e.z)
             return self.contrast(anchor(z, at_start), z)
 
+        return attack_loss
+
+    def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
+        v1, v2 = views
+        z1, z2 = gather(self.embed(v1).z), gather(self.embed(v2).z)  # (B, D) of all processes
+
         def adversarial_loss(e: Embedding, v_adv: View) -> Tensor:
             return self.contrast(z1, gather(e.z))
 
         loss = self.contrast(z1, z2)
-        return self.two_view_step(loss, views, (z1, z2), attack_loss, adversarial_loss)
+        return self.two_view_step(loss, views, (z1, z2), self.ascent(v1), adversarial_loss)

@@ -47,6 +47,7 @@ from idaa_lib.methods.base import (
     register_method,
 )
 from idaa_lib.methods.plain import one_way
+from idaa_lib.methods.schedules import spare_vectors
 from idaa_lib.nets.heads import Embedder, Embedding, Network
 from idaa_lib.views import Recipe, View, keyed_generator
 from idaa_lib.views.randaugment import RandAugment
@@ -214,9 +215,7 @@ class FixMatch(Method):
     def param_groups(self) -> list[dict[str, Any]]:
         """Biases and BatchNorms (all that is a vector) do not decay."""
         (group,) = super().param_groups()
-        vectors = [p for p in group["params"] if p.ndim == 1]
-        others = [p for p in group["params"] if p.ndim > 1]
-        return [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
+        return spare_vectors(group)
 
     def encoder(self, layer: str) -> nn.Module:
         """Of the averaged weights: `backbone` gives the pooled features, `projector` the same,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -29,7 +29,6 @@ from idaa_lib.methods.base import (
     Moment,
     Step,
     Work,
-    anchored,
     gather,
     register_method,
     similarity,
@@ -117,20 +116,10 @@ def imbalance(p: Tensor, constrain: str, total: bool) -> Tensor:
     return (BALANCE - entropy).clamp(min=0)
 
 
-class Maximisation(NamedTuple):
-    """The options of a partition's fitting: as in `IPIRM.Options`."""
-
-    temperature: float
-    irm_temp: float
-    irm_weight_maxim: float
-    constrain: str
-    nonorm: bool
-
-
 def fit_partition(
     embeddings: Callable[[int], tuple[Tensor, Tensor]],
     scores: Tensor,
-    how: Maximisation,
+    how: Any,
     key: tuple[int, ...],
     drop_last: bool = False,
     pulse: Pulse = lambda message: None,
@@ -140,7 +129,7 @@ def fit_partition(
 
     Args:
         embeddings: epoch → z of two views of all images, (N, D) each, L2-normalised.
-        scores: (N, K) to start from. key: of the random order of batches.
+        scores: (N, K) to start from. how: `IPIRM.Options`. key: of the random order of batches.
         drop_last: leave out the images beyond the last full batch.
     """
     scores = scores.clone().requires_grad_()
@@ -284,17 +273,12 @@ class IPIRM(SimCLR):
         v1, v2 = views
         index = gather(batch["images"])  # in the order that one process has (§2.2)
         z1, z2 = gather(self.embed(v1).z), gather(self.embed(v2).z)  # (B, D) of all processes
-        anchor = anchored(lambda: gather(self.embed(v1, adversarial=True).z))
         loss, parts = self.objective(z1, z2, index)
-
-        def attack_loss(e: Embedding, at_start: bool) -> Tensor:
-            z = gather(e.z)
-            return self.contrast(anchor(z, at_start), z)
 
         def adversarial_loss(e: Embedding, v_adv: View) -> Tensor:
             return self.objective(gather(e.z), z2, index)[0]
 
-        step = self.two_view_step(loss, views, (z1, z2), attack_loss, adversarial_loss)
+        step = self.two_view_step(loss, views, (z1, z2), self.ascent(v1), adversarial_loss)
         step.parts = {name: value.detach() for name, value in parts.items()}
         return step
 
@@ -329,10 +313,8 @@ class IPIRM(SimCLR):
             scores = torch.randn(self.about.n, own.env_num, generator=generator)
         else:
             scores = self.scores
-        names = Maximisation._fields
-        how = Maximisation(**{name: getattr(own, name) for name in names})
         device = self.partitions.device
-        scores = fit_partition(embeddings, scores.to(device), how, key, not own.offline, work.pulse)
+        scores = fit_partition(embeddings, scores.to(device), own, key, not own.offline, work.pulse)
         if not own.random_init:
             self.scores.copy_(scores)
         self.keep(scores.argmax(1))

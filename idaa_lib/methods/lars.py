@@ -9,16 +9,6 @@ import torch
 from torch import Tensor
 
 
-def spare_vectors(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The group in two: its vectors (biases, norms), neither decayed nor scaled, and the rest."""
-    vectors = [p for p in group["params"] if p.ndim < 2]
-    rest = [p for p in group["params"] if p.ndim >= 2]
-    return [
-        group | {"params": rest},
-        group | {"params": vectors, "weight_decay": 0.0, "adapt": False},
-    ]
-
-
 class LARS(torch.optim.Optimizer):
     """Momentum on gradients that are scaled parameter by parameter (spec/siblings.md §3.3).
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from idaa_lib.configs import ConfigError
 from idaa_lib.configs.base import Positive, Share
-from idaa_lib.methods.base import About, Batch, Moment, Step, follow, register_method
+from idaa_lib.methods.base import About, Batch, Moment, Step, register_method
 from idaa_lib.methods.byol import BYOL
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.resnet import zero_residuals
@@ -121,6 +121,5 @@ class RSA(BYOL):
     def after_step(self, step: Step, moment: Moment) -> None:
         """τ_s = 1 − (1 − τ₁)(1 + cos(πs/S)) / 2, of the next step: the official code averages at
         its start (spec §3.2)."""
-        following = min(moment.step + 2, moment.steps) / moment.steps
-        share = (1 + math.cos(math.pi * following)) / 2
-        follow(self.target, self.network, 1 - (1 - self.options.momentum) * share)
+        following = min(moment.step + 2, moment.steps)  # s + 1, where steps count from 1
+        super().after_step(step, replace(moment, step=following))

@@ -84,6 +84,14 @@ def build_schedule(
     return find
 
 
+def spare_vectors(group: dict[str, Any], **how: Any) -> list[dict[str, Any]]:
+    """A group of parameters in two: the rest, and its vectors (biases, norms), which do not decay
+    and are treated as `how` says."""
+    vectors = [p for p in group["params"] if p.ndim < 2]
+    rest = [p for p in group["params"] if p.ndim >= 2]
+    return [group | {"params": rest}, group | {"params": vectors, "weight_decay": 0.0, **how}]
+
+
 def build_optimizer(name: str, groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
     """The optimiser `name` of parameter groups."""
     return OPTIMIZERS[name](groups, lr=rate)

@@ -23,8 +23,7 @@ from idaa_lib.evaluate.encoders import features
 from idaa_lib.evaluate.metrics import alignment, embedding_std, uniformity
 from idaa_lib.methods import Method, Moment, Step
 from idaa_lib.methods.base import Batch, Work
-from idaa_lib.methods.lars import spare_vectors
-from idaa_lib.methods.schedules import build_optimizer, build_schedule
+from idaa_lib.methods.schedules import build_optimizer, build_schedule, spare_vectors
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
 from idaa_lib.runs.steps import State, Steps
 from idaa_lib.train import samples
@@ -94,7 +93,7 @@ class Fit:
         self.recorded = Recorded(CudaGraph()) if self._recordable() else None
         groups = method.param_groups()
         if config.optimizer == "lars":
-            groups = [part for group in groups for part in spare_vectors(group)]
+            groups = [part for group in groups for part in spare_vectors(group, adapt=False)]
         self.schedules = []
         for group in groups:
             group.setdefault("weight_decay", config.weight_decay)
