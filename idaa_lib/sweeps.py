@@ -111,18 +111,20 @@ def sensitivity(config: SweepConfig) -> list[Point]:
 def cells(config: CompareConfig) -> list[Point]:
     """The cells of the main table: method × adversary, for each seed; one VAE for all.
 
-    `vae_of` is the data set of a VAE that was trained elsewhere, else None. The first cell is
-    judged with its references, the encoder before training and raw pixels: the same for all where
-    all are judged alike (`clean`), and left out where the pixels are more than a probe can take.
+    `system` is the row's name among `methods`. `vae_of` is the data set of a VAE that was trained
+    elsewhere, else None. The first cell is judged with its references, the encoder before training
+    and raw pixels: the same for all where all are judged alike (`clean`), and left out where the
+    pixels are more than a probe can take.
     """
     grid = []
     sources = dict.fromkeys((None, config.elsewhere))  # of the VAE
     for method, elsewhere in itertools.product(config.methods, sources):
         fixed = _shared(config)
         fixed["vae"] = {"seed": 0} | config.vae | ({"dataset": elsewhere} if elsewhere else {})
-        fixed["ssl"] = config.ssl | config.ssl_of.get(method, {}) | {"method": method}
+        fields = config.systems.get(method, {"method": method})
+        fixed["ssl"] = config.ssl | config.ssl_of.get(method, {}) | fields
         cross = {"ssl": {"adversary": ["idaa"] if elsewhere else config.adversaries}}
-        labels = {"method": method, "vae_of": elsewhere}
+        labels = {"system": method, "vae_of": elsewhere}
         grid += points({"labels": labels, "fixed": fixed, "cross": cross, "seeds": config.seeds})
     first = grid[0]
     if EvalConfig(**first.eval).protocol == "clean" and SSLConfig(**first.ssl).size <= 32:

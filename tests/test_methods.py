@@ -834,7 +834,9 @@ def attacked_by(adversary, vae_run):
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
-@pytest.mark.parametrize("variant", [*METHOD_NAMES[1:], "simclr/cassle", "moco/augself"])
+@pytest.mark.parametrize(
+    "variant", [*METHOD_NAMES[1:], "simsiam/imagenet", "simclr/cassle", "moco/augself"]
+)
 def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
     outputs, monkeypatch, vae_run, shallow, variant, adversary
 ):

@@ -250,10 +250,11 @@ class CompareConfig(_Study):
     """The paper's main table: method × adversary, kNN and linear (notebook 06).
 
     Fields (besides those of every study):
-        methods, adversaries: the table's rows. launch: make what is missing; else the table is of
-            the finished runs alone.
+        methods, adversaries: the table's rows: registered methods, or names in `systems`.
+        launch: make what is missing; else the table is of the finished runs alone.
         elsewhere: another data set, a row more for each method: IDAA with a VAE that was trained
             there (does what it holds transfer?).
+        systems: name → the fields of SSLConfig that a row of this name has, its method among them.
         ssl_of: method → further fields of SSLConfig for it alone, over `ssl`: such as a longer
             training where it learns more slowly than others.
     """
@@ -267,6 +268,7 @@ class CompareConfig(_Study):
     adversaries: Annotated[tuple[str, ...], Field(min_length=1)] = ("none", "clae", "idaa")
     elsewhere: str | None = None
     launch: bool = False
+    systems: dict[str, dict[str, Any]] = Field(default_factory=dict)
     ssl_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,12 +59,19 @@ def load_encoder(
         tensors = {name: value for name, value in tensors.items() if "_adv." not in name}
         _fill(module, f"method.{place}", tensors, run)
     else:
-        method = _method(run)
-        # A buffer as long as the data serves training alone: here it stays as it begins.
-        fresh = {f"method.{name}": buffer for name, buffer in method.named_buffers()}
-        tensors |= {k: b for k, b in fresh.items() if k in tensors and b.shape != tensors[k].shape}
-        module = _fill(method, "method.", tensors, run).encoder(layer)
+        module = load_method(run, epoch).encoder(layer)
     return Encoder(module.eval().requires_grad_(False), *_units(run))
+
+
+def load_method(run: Run, epoch: int | None = None) -> Method:
+    """The trained method of a run, with all its networks, on the CPU, in eval mode.
+
+    A buffer as long as the data serves training alone: here it stays as it begins.
+    """
+    method, tensors = _method(run), _tensors(run, epoch)
+    fresh = {f"method.{name}": buffer for name, buffer in method.named_buffers()}
+    tensors |= {k: b for k, b in fresh.items() if k in tensors and b.shape != tensors[k].shape}
+    return _fill(method, "method.", tensors, run).eval()
 
 
 def random_encoder(run: Run, layer: str = "backbone") -> Encoder:

@@ -1,0 +1,63 @@
+"""How many passes of the backbone an image costs: what methods are compared at beside epochs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idaa_lib.adversaries import build_adversary
+from idaa_lib.configs import EncoderConfig
+from idaa_lib.methods import About, Moment, build_method
+from idaa_lib.methods.base import Work
+from idaa_lib.nets.vae import VAE
+from idaa_lib.views import keyed_generator, recipe
+
+N = 8  # images of the step that is counted
+
+
+def count_passes(config: EncoderConfig) -> float:
+    """Forward passes of a backbone for each image of a batch, counted in a step of narrow networks.
+
+    Those of target networks count too, and of an attack those that it differentiates. Long work
+    before epochs (IP-IRM's maximisation) is counted over all `epochs` and divided by them.
+    """
+    narrow = config.replace(width=4, batch_size=N)
+    views = recipe(config.augmentation, config.size, (0.5,) * 3, (0.25,) * 3)
+    about = About(views, torch.zeros(N), 1, config.epochs, N, config.seed)
+    method = build_method(narrow, about).train()
+    count = 0
+
+    def add(module: Any, inputs: Any, output: Tensor) -> None:
+        nonlocal count
+        count += len(output)
+
+    def embed(layer: str = "backbone", **how: Any) -> Tensor:
+        nonlocal count
+        count += N
+        generator = keyed_generator(count)
+        return torch.nn.functional.normalize(torch.randn(N, 16, generator=generator), dim=1)
+
+    work = Work(torch.zeros(N, 3, 1, 1, dtype=torch.uint8), embed, lambda message: None)
+    for epoch in range(config.epochs):
+        method.before_epoch(epoch, work)
+    before, count = count / config.epochs, 0
+    for module in method.modules():
+        if hasattr(module, "feature_dim"):
+            module.register_forward_hook(add)
+    generator = keyed_generator(config.seed)
+    shape = (N, 3, config.size, config.size)
+    batch = {"images": torch.arange(N)}
+    images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+    moment = Moment(steps=2, numbers=method.numbers({"images": N}, generator))
+    step = method.step(method.draw({"images": images}, batch, moment), batch, moment)
+    losses = [] if isinstance(step.loss, Tensor) else [closure() for closure in step.loss]
+    if step.attacked and step.attack_loss and step.adversarial_loss and config.adversary != "none":
+        units = {"mean": views.mean, "std": views.std}
+        vae = VAE(8, config.size, 8, **units) if config.needs_vae else None
+        adversary = build_adversary(narrow, vae, **units)
+        x_adv = adversary(step.attacked.images, step.attack_loss, generator).images
+        adversarial = step.adversarial_loss(x_adv)
+        losses += [adversarial] if isinstance(adversarial, Tensor) else [c() for c in adversarial]
+    return (before + count) / N
