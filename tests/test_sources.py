@@ -261,6 +261,13 @@ def test_what_has_no_label_is_trained_on_and_left_out_of_knn_and_said(stl10, out
     assert f"k={len(bank)}," in run.summary["knn_protocol"]
 
 
+def test_a_few_labels_among_many_images_without(stl10, outputs):
+    fields = TINY | {"limit": None, "steps_per_epoch": 2, "mu": 1, "labels_per_class": 2}
+    run = train(SemiConfig(**fields, dataset="stl10-all", split="trainval"))
+    assert run.environment["dataset"]["n"] == 150 and run.summary["ema_n"] == 40
+    assert run.summary["n_val"] == len(images.load("stl10", "val"))
+
+
 def test_stl10_all_is_judged_on_stl10(stl10, outputs):
     run = train_ssl(ssl(dataset="stl10-all", limit=None))
     small = {"run": run.id, "references": False, "device": "cpu"}

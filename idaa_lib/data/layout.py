@@ -82,7 +82,8 @@ def arrange(
                 if there
                 else f"{where} has no class folders, of which classes picks: leave classes out"
             )
-        label_of = {name: label for name, label in label_of.items() if label in classes}
+        wanted = set(classes)  # a tuple of a thousand names would be searched a million times
+        label_of = {name: label for name, label in label_of.items() if label in wanted}
         images = [name for name in images if name in label_of]
     holding = {(part_of[name], label_of[name]) for name in images}
     for name, label in label_of.items():

@@ -38,7 +38,7 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {  # name: class
     "caltech101": ("Caltech101", {"all": {}}),
 }
 NAMES = ("photos", *TORCHVISION)
-# To train on: many of their images have no label. What to judge with: the same images that have.
+# To train on, since most images have no label: what to judge with, those that have.
 LABELLED = {"stl10-unlabeled": "stl10", "stl10-all": "stl10"}
 # Data sets that nobody may hand on: folders in the data folder, laid out as this page says.
 FOLDERS = ("birdsnap", "cub200")
@@ -219,7 +219,7 @@ def find_source(
     FileNotFoundError where there is none, ValueError where it has no class folders.
     """
     if classes and source in NAMES:
-        raise ValueError(f"classes picks class folders, and {source!r} has none: leave it out")
+        raise ValueError(f"classes picks class folders, and {source!r} has none: leave classes out")
     if source == "photos":
         return Photos(Path(photos.__file__), "photos")
     if isinstance(source, str) and source in TORCHVISION:
