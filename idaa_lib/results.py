@@ -91,6 +91,8 @@ def _about(run: Run) -> dict[str, Any]:
         "limit": getattr(run.config, "limit", None), "version": environment.get("results_version"),
     }  # fmt: skip
     about |= {name: data.get(name) for name in ("size", "classes", "fingerprint")}
+    # Of a training whose images are kept larger, that of what is judged.
+    about["size"] = getattr(run.config, "size", None) or about["size"]
     if (training := training_of(run)) is None:
         return about | {"training": run.config.run, "method": "", "adversary": ""}
     config = training.config
@@ -378,6 +380,11 @@ def labels(chosen: Sequence[Run]) -> dict[str, Run]:
 def field_text(field: str, value: Any, equals: str = " = ") -> str:
     """`ε = 0.3`: a field and its value, short."""
     symbol = {"epsilon": "ε", "beta": "β"}.get(field, field)
-    if field in ("vae", "continue_from", "dataset"):  # of an id its hash, of a path its last part
+    if field in (
+        "vae",
+        "continue_from",
+        "dataset",
+        "classes",
+    ):  # of an id its hash, of a path its last part
         value = str(value).rsplit("/", 1)[-1].rsplit("-", 1)[-1]
     return f"{symbol}{equals}{value:g}" if isinstance(value, float) else f"{symbol}{equals}{value}"

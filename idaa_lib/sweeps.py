@@ -37,8 +37,9 @@ from idaa_lib.configs import (
     VAEConfig,
 )
 from idaa_lib.evaluate import stage as evaluation
+from idaa_lib.evaluate.encoders import judged_on
 from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, parameters, write_json
-from idaa_lib.runs.machine import hardware, resolve_path
+from idaa_lib.runs.machine import hardware, resolve_paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,7 +135,8 @@ def cells(config: CompareConfig) -> list[Point]:
 
 def _shared(config: SweepConfig | CompareConfig) -> dict[str, dict[str, Any]]:
     common = {name: getattr(config, name) for name in ("preset", "device", "dataset")}
-    return {"all": common, "eval": {"references": False} | config.eval}
+    judged = {"references": False, "dataset": judged_on(config.dataset)}
+    return {"all": common, "eval": judged | config.eval}
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -318,7 +320,7 @@ def ensure(config: Config) -> Run:
         RunError: the notebook failed; its executed copy lies in the run directory.
     """
     if isinstance(config, TrainingConfig):  # the notebook runs in another folder
-        config = config.replace(dataset=resolve_path(config.dataset))
+        config = resolve_paths(config)
     if run := _finished(config):
         return run
     run, notebook = locate(config), NOTEBOOKS[config.stage]

@@ -569,6 +569,7 @@ ASKED = {  # name: torchvision's class, and what it should be asked for
     "cifar100": ("CIFAR100", {"train": {"train": True}, "test": {"train": False}}),
     "stl10": ("STL10", TRAIN_TEST),
     "stl10-unlabeled": ("STL10", {"train": {"split": "unlabeled"}, "test": SPLIT["test"]}),
+    "stl10-all": ("STL10", {"train": {"split": "train+unlabeled"}, "test": SPLIT["test"]}),
     "svhn": ("SVHN", TRAIN_TEST),
     "flowers102": ("Flowers102", SPLIT),
     "oxfordiiitpet": ("OxfordIIITPet", {"train": {"split": "trainval"}, "test": SPLIT["test"]}),

@@ -253,13 +253,20 @@ def test_an_encoder_comes_back_and_a_run_goes_on_after_partitions_have_grown(out
     assert lines and all(math.isfinite(line["penalty"]) for line in lines)
 
 
-def test_the_recipe_of_cifar100_is_as_specified():
+@pytest.mark.parametrize(
+    ("preset", "own"),
+    [
+        ("ipirm-cifar100", dict(dataset="cifar100", source_size=None, irm_weight_maxim=0.2)),
+        ("ipirm-stl10", dict(dataset="stl10-all", source_size=96, irm_weight_maxim=0.5)),
+    ],
+)
+def test_recipes_are_as_specified(preset, own):
     """§2.1, §2.5."""
-    config = SSLConfig(preset="ipirm-cifar100")
-    values = dict(
-        dataset="cifar100", backbone="resnet50", stem="cifar", size=32, width=64, epochs=400,
+    config = SSLConfig(preset=preset)
+    values = own | dict(
+        split="trainval", backbone="resnet50", stem="cifar", size=32, width=64, epochs=400,
         batch_size=256, learning_rate=1e-3, weight_decay=1e-6, optimizer="adam",
-        schedule="constant", augmentation="ipirm", penalty_weight=0.2, irm_weight_maxim=0.2,
+        schedule="constant", augmentation="ipirm", penalty_weight=0.2,
         temperature=0.5, irm_temp=0.5, maximize_iter=50, constrain="relaxed", retain_group="all",
         keep_cont=True, random_init=True, offline=True, dummy="vector", projection_dim=128,
         mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010),

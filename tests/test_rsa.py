@@ -131,12 +131,38 @@ def test_the_distance_of_equal_and_opposite_rows():
     assert distance(z, z) == 0 and distance(z, -z) == 4
 
 
-# Batch, epochs, rate, decay, optimiser, schedule, β₀, D, size, stem (spec §3.3).
+# Batch, epochs, rate, decay, optimiser, schedule, β₀, D, size, stem, side of the images that are
+# cropped (spec §3.3, §4.5).
 PUBLISHED = {
-    "rsa-cifar10": (256, 200, 0.1, 5e-4, "sgd", "cosine", 0.4, 128, 32, "cifar"),
-    "rsa-cifar100": (256, 200, 0.1, 5e-4, "sgd", "cosine", 0.3, 128, 32, "cifar"),
-    "rsa-imagenet100": (256, 200, 0.2, 1e-4, "sgd", "cosine_by_step", 0.4, 256, 224, "imagenet"),
-    "rsa-imagenet": (2048, 200, 4.8, 1e-6, "lars", "cosine_by_step", 0.4, 256, 224, "imagenet"),
+    "rsa-cifar10": (256, 200, 0.1, 5e-4, "sgd", "cosine", 0.4, 128, 32, "cifar", None),
+    "rsa-cifar100": (256, 200, 0.1, 5e-4, "sgd", "cosine", 0.3, 128, 32, "cifar", None),
+    "rsa-stl10": (256, 200, 0.1, 5e-4, "sgd", "cosine", 0.4, 128, 64, "cifar", 96),
+    "rsa-imagenet100": (
+        256,
+        200,
+        0.2,
+        1e-4,
+        "sgd",
+        "cosine_by_step",
+        0.4,
+        256,
+        224,
+        "imagenet",
+        256,
+    ),
+    "rsa-imagenet": (
+        2048,
+        200,
+        4.8,
+        1e-6,
+        "lars",
+        "cosine_by_step",
+        0.4,
+        256,
+        224,
+        "imagenet",
+        256,
+    ),
 }
 
 
@@ -145,12 +171,16 @@ def test_recipes_are_as_specified(preset):
     given = {"dataset": "imagenet"} if "imagenet" in preset else {}
     config = SSLConfig(preset=preset, **given)
     names = ("batch_size", "epochs", "learning_rate", "weight_decay", "optimizer", "schedule")
-    names += ("beta0", "projection_dim", "size", "stem")
+    names += ("beta0", "projection_dim", "size", "stem", "source_size")
     values = tuple(getattr(config, name) for name in names)
     assert values == PUBLISHED[preset]
     assert (config.method, config.augmentation, config.momentum) == ("rsa", "rsa", 0.99)
     assert config.warmup == (10 if preset == "rsa-imagenet" else 0)
     assert config.backbone == ("resnet50" if config.size == 224 else "resnet18")
+    assert config.classes == ("imagenet100.txt" if preset == "rsa-imagenet100" else "")
+    if preset == "rsa-stl10":
+        assert (config.dataset, config.split) == ("stl10-all", "trainval")
+        assert config.mean == (0.4408, 0.4279, 0.3867) and config.std == (0.2682, 0.2610, 0.2686)
     # True division: the published lr = base · (B // 256) is 0 below 256.
     half = config.replace(batch_size=128, learning_rate=None)
     assert half.learning_rate == pytest.approx(config.learning_rate * 128 / config.batch_size)

@@ -569,7 +569,7 @@ def test_images_without_a_label_are_left_out_of_what_labels_judge(outputs, monke
 
     monkeypatch.setattr("idaa_lib.runs.machine.load", load)
     run = train_ssl(ssl())
-    assert "knn_top1_val" in run.summary and run.summary["n_val"] == 24
+    assert "knn_top1_val" in run.summary and run.summary["n_val"] == 16
     summary = evaluate(EvalConfig(run=run.id, limit=90, references=False, device="cpu")).summary
     assert summary["knn_n"] == summary["linear_n"] == 60
     assert "k=120," in summary["knn_protocol"]  # train and val, 60 each

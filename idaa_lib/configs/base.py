@@ -76,7 +76,9 @@ class Config(Values):
     # Where and how it runs, not what comes out: these stay out of a run's identity.
     circumstances: ClassVar[frozenset[str]] = frozenset({"preset", "device", "tracker"})
     # Named by content instead (fingerprints and digests), so that a moved folder is the same run.
-    pointers: ClassVar[frozenset[str]] = frozenset({"dataset", "vae", "run", "continue_from"})
+    pointers: ClassVar[frozenset[str]] = frozenset(
+        {"dataset", "classes", "vae", "run", "continue_from"}
+    )
     # Where recipes named `preset` lie.
     recipes: ClassVar[Path] = Path(__file__).resolve().parent.parent / "recipes"
     # Named in every run id, whether the recipe sets them or not.

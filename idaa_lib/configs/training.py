@@ -31,7 +31,11 @@ class TrainingConfig(Config):
 
     Fields:
         dataset: `photos`, a torchvision name (`cifar10`, …), or the path of a folder or zip.
-        size: side of the square images, pixels. limit: train on so many images at most.
+        classes: a text file that names the class folders to take, one a line, as `imagenet100.txt`
+            does, which ships here (empty: all); a label is the place in it.
+        size: side of the square views, pixels. limit: train on so many images at most.
+        source_size: side at which images are kept, of which views are cropped (None: `size`). The
+            papers crop the originals: 96 for STL-10, 256 or more for photographs at 224.
         split: `train` (a validation part held out) or `trainval` (all, as the papers do).
         mean, std: that images are normalised with, per channel in [0, 1] (None: the data set's).
         epochs, batch_size (global, over all processes), learning_rate (at its highest).
@@ -52,7 +56,9 @@ class TrainingConfig(Config):
     circumstances = Config.circumstances | {"compile", "log_every", "checkpoint_every", "precision"}
 
     dataset: str = RECIPE
+    classes: str = ""
     size: Positive = RECIPE
+    source_size: Positive | None = None
     limit: Positive | None = None
     split: Literal["train", "trainval"] = "train"
     mean: Channels | None = None
@@ -83,7 +89,19 @@ class TrainingConfig(Config):
                 f"{self.dataset}, has 32 pixels, and nobody can download ImageNet for you (a "
                 f"folder of class folders will do)."
             )
+        if self.source_size is not None and self.source_size < self.size:
+            raise ConfigError(
+                f"source_size={self.source_size} is less than size={self.size}: views are cropped "
+                f"of images that are as large or larger."
+            )
         return {}
+
+    def identity(self) -> dict[str, Any]:
+        """As everywhere; a `source_size` of `size` is none."""
+        values = super().identity()
+        if self.source_size == self.size:
+            del values["source_size"]
+        return values
 
 
 class VAEConfig(TrainingConfig):

@@ -28,7 +28,15 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from idaa_lib.data.decoding import Item, decode_items
-from idaa_lib.data.sources import Listing, Source, Torchvision, find_source, read_stamp, sha256
+from idaa_lib.data.sources import (
+    Listing,
+    Source,
+    Torchvision,
+    find_source,
+    read_classes,
+    read_stamp,
+    sha256,
+)
 
 PARTS = ("train", "val", "test")
 SPLITS = {"train": slice(0, 1), "val": slice(1, 2), "test": slice(2, 3), "trainval": slice(0, 2)}
@@ -119,6 +127,7 @@ def load(
     size: int = 32,
     limit: int | None = None,
     *,
+    classes: str | Path | None = None,
     on_error: str = "raise",
     download: bool = True,
     data_dir: str | Path | None = None,
@@ -127,6 +136,7 @@ def load(
 
     source: one of `NAMES`, or the path of a folder or zip (also relative to the data folder), laid
     out as `arrange` says. limit: a random subset of the split, the same on every call.
+    classes: a text file of class folders, as `read_classes` reads it: these alone, in its order.
     on_error: "skip" leaves unreadable images out and counts them. data_dir: else `data_root()`.
 
     A source that was opened before is not opened until its images are used: an index says what it
@@ -146,7 +156,8 @@ def load(
         if not right:
             raise ValueError(f"{name}={value!r} is not allowed: use {use}")
     data = Path(data_dir).expanduser() if data_dir else data_root()
-    pool = _Pool(find_source(source, data, download), data / "cache", size, on_error)
+    chosen = read_classes(classes, data) if classes else ()
+    pool = _Pool(find_source(source, data, download, chosen), data / "cache", size, on_error)
     about = pool.read_index() or pool.open()[0]
     counts, part = about["counts"], SPLITS[split]
     index = np.arange(sum(counts[: part.start]), sum(counts[: part.stop]))
@@ -196,7 +207,8 @@ class _Pool:
 
     def path(self, key: str, ending: str = "") -> Path:
         slug = re.sub(r"[^\w.-]", "_", self.source.name)
-        digest = sha256(f"{key} {self.size} {self.on_error} {VERSION}")
+        classes = repr(self.source.classes) if self.source.classes else ""
+        digest = sha256(f"{key} {self.size} {self.on_error} {VERSION}{classes}")
         return self.cache / f"{slug}-{self.size}-{digest[:16]}{ending}"
 
     def read_index(self) -> dict[str, Any] | None:

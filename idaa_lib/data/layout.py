@@ -28,15 +28,18 @@ def split_by_name(part: str, parts: set[str], name: str) -> str:
     return part
 
 
-def arrange(where: str, members: list[str]) -> tuple[list[str], list[str], list[str]]:
+def arrange(
+    where: str, members: list[str], classes: tuple[str, ...] = ()
+) -> tuple[list[str], list[str], list[str]]:
     """The images among the members of a folder or zip, and each one's split and class ("": none).
 
     Class folders may lie under train/, [val/,] test/, all of it in wrapping folders; what lies
     deeper belongs to its class folder. Without test/, a hash of the names splits 80/10/10, without
-    val/ alone 90/10. Other files are counted in a warning. A folder's name ends in "/".
+    val/ alone 90/10. Other files are counted in a warning. A folder's name ends in "/". With
+    `classes` the class folders of these names are taken alone.
 
-    Raises ValueError where there is no image, a class folder is empty, only test/ has a class, or
-    it is unclear what belongs where.
+    Raises ValueError where there is no image, a class folder is empty, only test/ has a class, one
+    of `classes` is not there, or it is unclear what belongs where.
     """
     names = sorted(name for name in members if not HIDDEN.search(name))
     kinds = {n: PurePosixPath(n).suffix.lower() for n in names if not n.endswith("/")}
@@ -54,7 +57,7 @@ def arrange(where: str, members: list[str]) -> tuple[list[str], list[str], list[
     above = [f[:-1] if name in empty else f for name, f in folders.items()]
     depth = 0  # of the folders that hold everything, which are no classes
     for level in zip(*above, strict=False):
-        if len(set(level)) > 1 or level[0].lower() in PARTS:
+        if len(set(level)) > 1 or level[0].lower() in PARTS or level[0] in classes:
             break
         depth += 1
     folders = {name: f[depth:] for name, f in folders.items()}
@@ -70,6 +73,18 @@ def arrange(where: str, members: list[str]) -> tuple[list[str], list[str], list[
 
     part_of = {name: parts[f[0]] if len(splits) > 1 else "all" for name, f in folders.items()}
     label_of = {name: "".join(f[bool(parts) :][:1]) for name, f in folders.items()}
+    if classes:
+        there = {label for label in label_of.values() if label}
+        if missing := [repr(name) for name in classes if name not in there]:
+            raise ValueError(
+                f"{where} has no class folder {', '.join(missing)}, which classes names: add what "
+                f"is missing, or correct the list"
+                if there
+                else f"{where} has no class folders, of which classes picks: leave classes out"
+            )
+        wanted = set(classes)  # a tuple of a thousand names would be searched a million times
+        label_of = {name: label for name, label in label_of.items() if label in wanted}
+        images = [name for name in images if name in label_of]
     holding = {(part_of[name], label_of[name]) for name in images}
     for name, label in label_of.items():
         if label and (part_of[name], label) not in holding:

@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from idaa_lib.data import photos
-from idaa_lib.data.layout import HIDDEN, arrange, split_by_name
+from idaa_lib.data.layout import HIDDEN, PARTS, arrange, split_by_name
 
 _TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
 _THREE = {**_TWO, "val": {"split": "val"}}
@@ -27,6 +28,7 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {  # name: class
     "cifar100": ("CIFAR100", {"train": {"train": True}, "test": {"train": False}}),
     "stl10": ("STL10", _TWO),
     "stl10-unlabeled": ("STL10", {**_TWO, "train": {"split": "unlabeled"}}),
+    "stl10-all": ("STL10", {**_TWO, "train": {"split": "train+unlabeled"}}),
     "svhn": ("SVHN", _TWO),
     "flowers102": ("Flowers102", _THREE),
     "oxfordiiitpet": ("OxfordIIITPet", {"train": {"split": "trainval"}, "test": {"split": "test"}}),
@@ -36,6 +38,8 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {  # name: class
     "caltech101": ("Caltech101", {"all": {}}),
 }
 NAMES = ("photos", *TORCHVISION)
+# To train on, since most images have no label: what to judge with, those that have.
+LABELLED = {"stl10-unlabeled": "stl10", "stl10-all": "stl10"}
 # Data sets that nobody may hand on: folders in the data folder, laid out as this page says.
 FOLDERS = ("birdsnap", "cub200")
 LAYOUT = "docs/transfer-data.md"
@@ -58,10 +62,14 @@ class Listing:
 
 
 class Source:
-    """A folder of images; below, what else gives images, by the same three methods."""
+    """A folder of images; below, what else gives images, by the same three methods.
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path.absolute(), name
+    classes: names of class folders, of which the images are taken alone, in the order of labels
+    (none: all, sorted).
+    """
+
+    def __init__(self, path: Path, name: str, classes: tuple[str, ...] = ()) -> None:
+        self.path, self.name, self.classes = path.absolute(), name, classes
 
     def members(self) -> list[Member]:
         """All that is not hidden: other content has other members."""
@@ -70,6 +78,10 @@ class Source:
             inner = Path(folder).relative_to(self.path).as_posix()
             base = "" if inner == "." else f"{inner}/"
             folders[:] = [name for name in folders if not HIDDEN.search(name)]
+            # Where class folders lie beside one another, the files of the others need no look.
+            outside = not {*self.classes} & {*inner.split("/")}
+            if outside and not PARTS.keys() & {name.lower() for name in folders}:
+                folders[:] = [name for name in folders if name in self.classes] or folders
             members += [(f"{base}{name}/", 0, 0) for name in folders]
             files = [name for name in files if not HIDDEN.search(name)]
             members += [(f"{base}{name}", *read_stamp(f"{folder}/{name}")) for name in files]
@@ -93,8 +105,8 @@ class Source:
         return self._list(names, lambda name: (self.path / name).read_bytes())
 
     def _list(self, members: list[str], read_bytes: Callable[[str], bytes]) -> Listing:
-        names, splits, folders = arrange(str(self.path), members)
-        classes = tuple(sorted({folder for folder in folders if folder}))
+        names, splits, folders = arrange(str(self.path), members, self.classes)
+        classes = self.classes or tuple(sorted({folder for folder in folders if folder}))
         labels = {"": -1} | {folder: n for n, folder in enumerate(classes)}
 
         def read(i: int) -> tuple[Image.Image, int]:
@@ -164,7 +176,7 @@ class Torchvision(Source):
     """A data set that torchvision downloads and parses, in a folder of its own: data/<name>/."""
 
     def __init__(self, name: str, data: Path, download: bool) -> None:
-        super().__init__(data / name.removesuffix("-unlabeled"), name)
+        super().__init__(data / name.partition("-")[0], name)
         self.download = download
 
     def listing(self) -> Listing:
@@ -199,8 +211,15 @@ class Torchvision(Source):
         )
 
 
-def find_source(source: str | Path, data: Path, download: bool) -> Source:
-    """The source that a name or a path stands for. FileNotFoundError where there is none."""
+def find_source(
+    source: str | Path, data: Path, download: bool, classes: tuple[str, ...] = ()
+) -> Source:
+    """The source that a name or a path stands for, or of its class folders `classes` alone.
+
+    FileNotFoundError where there is none, ValueError where it has no class folders.
+    """
+    if classes and source in NAMES:
+        raise ValueError(f"classes picks class folders, and {source!r} has none: leave classes out")
     if source == "photos":
         return Photos(Path(photos.__file__), "photos")
     if isinstance(source, str) and source in TORCHVISION:
@@ -208,13 +227,37 @@ def find_source(source: str | Path, data: Path, download: bool) -> Source:
     places = [Path(source).expanduser().absolute(), data / source]
     for path in places:
         if path.exists():
-            return Source(path, path.resolve().name) if path.is_dir() else Zip(path, path.stem)
+            kind, name = (Source, path.resolve().name) if path.is_dir() else (Zip, path.stem)
+            return kind(path, name, classes)
     if source in FOLDERS:
         raise FileNotFoundError(f"{source} is not in {places[1]}: put it there as {LAYOUT} says")
     raise FileNotFoundError(
         f"source={str(source)!r} is no known data set, and neither {places[0]} nor {places[1]} is "
         f"there: give the path of a folder or zip of images, or one of {', '.join(NAMES)}"
     )
+
+
+def read_classes(file: str | Path, data: Path) -> tuple[str, ...]:
+    """The class folders that a text file names, one a line.
+
+    It lies where its path says, or in the data folder, or is a list that ships here. Raises
+    FileNotFoundError where there is none, ValueError where it names none, or one twice.
+    """
+    places = [Path(file).expanduser().absolute(), data / file, Path(__file__).parent / file]
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"classes={str(file)!r} is no list, and neither {places[0]} nor {places[1]} is a file: "
+            f"give a text file that names class folders, one a line, or imagenet100.txt"
+        )
+    lines = map(str.strip, path.read_text("utf-8").splitlines())
+    classes = tuple(line for line in lines if line)
+    if not classes:
+        raise ValueError(f"classes: {path} is empty: name class folders in it, one a line")
+    twice = [repr(name) for name, n in Counter(classes).items() if n > 1]
+    if twice:
+        raise ValueError(f"classes: {path} names {', '.join(twice)} more than once: once is enough")
+    return classes
 
 
 def read_stamp(path: str | Path) -> tuple[int, int]:

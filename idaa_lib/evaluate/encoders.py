@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError
 from idaa_lib.data.cached import ImageSet
+from idaa_lib.data.sources import LABELLED
 from idaa_lib.methods import About, Method, build_method
 from idaa_lib.nets import build_backbone, evaluating, initial_weights
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, RunError, checkpoints
-from idaa_lib.runs.machine import open_images
+from idaa_lib.runs.machine import labelled, open_images
 from idaa_lib.views import Recipe, recipe
 
 M = TypeVar("M", bound=nn.Module)
@@ -150,19 +151,32 @@ def pixels(images: Tensor) -> Tensor:
     return images.flatten(1).float() / 255 - 0.5
 
 
-def open_splits(dataset: str, size: int, limit: int | None) -> dict[str, ImageSet]:
+def open_splits(
+    dataset: str, size: int, limit: int | None, classes: str | None = None
+) -> dict[str, ImageSet]:
     """`train`, `val` and `test` of a data set to judge encoders on: the images that have a label.
 
     Raises:
         ConfigError: the data set cannot be read, or one of them has no labels.
     """
-    splits = {s: open_images(dataset, s, size, limit) for s in ("train", "val", "test")}
-    splits = {name: split.with_labels() for name, split in splits.items()}
+    if better := LABELLED.get(dataset):
+        raise ConfigError(
+            f"dataset={dataset!r} is to train on, since most of its images have no label: evaluate "
+            f"on {better!r}."
+        )
+    splits = {s: open_images(dataset, s, size, limit, classes) for s in ("train", "val", "test")}
+    splits = {name: labelled(split) for name, split in splits.items()}
     if bare := [name for name, split in splits.items() if not len(split)]:
         raise ConfigError(
             f"dataset={dataset!r} has no labels to evaluate against in {' and '.join(bare)}."
         )
     return splits
+
+
+def judged_on(dataset: str) -> str:
+    """The data set that an encoder trained on `dataset` is judged on where none is named: the same,
+    or the one that has its labelled images alone."""
+    return LABELLED.get(dataset, dataset)
 
 
 def _untrained_backbone(run: Run) -> nn.Module:

@@ -16,6 +16,7 @@ from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.crops import EPOCHS, crop_probe, enlarged
 from idaa_lib.evaluate.encoders import (
     encode_splits,
+    judged_on,
     load_encoder,
     open_splits,
     pixels,
@@ -26,7 +27,14 @@ from idaa_lib.evaluate.metrics import accuracy, effective_rank, embedding_std, t
 from idaa_lib.evaluate.probe import linear_probe, official_probe
 from idaa_lib.methods import OfficialProtocol
 from idaa_lib.runs import Run, Writer, checkpoints
-from idaa_lib.runs.machine import describe, open_images, resolve_path, torch_device, uses_bf16
+from idaa_lib.runs.machine import (
+    classes_of,
+    describe,
+    open_images,
+    resolve_path,
+    torch_device,
+    uses_bf16,
+)
 from idaa_lib.runs.stage import Plan, perform
 
 # What stands in one table beside the run's own encoder.
@@ -80,11 +88,14 @@ def _plan(config: EvalConfig) -> _Evaluation:
             )
         way = training.chosen("method").official_protocol(training)
         snapshots = {} if way.crops else checkpoints.snapshots(source)
-    dataset = resolve_path(config.dataset or training.dataset)
+    dataset = resolve_path(config.dataset or judged_on(training.dataset))
+    classes = classes_of(training, dataset) if config.classes is None else config.classes
+    classes = classes and resolve_path(classes)
     # On crops an untrained encoder would take as long, and a probe cannot take pixels.
     references = config.references and not way.crops
-    config = config.replace(run=source.reference, dataset=dataset, references=references)
-    splits = open_splits(dataset, training.size, config.limit)
+    named = {"run": source.reference, "dataset": dataset, "classes": classes}
+    config = config.replace(**named, references=references)
+    splits = open_splits(dataset, training.size, config.limit, classes)
     run = runs.run_for(
         config,
         splits["test"].fingerprint,
@@ -182,7 +193,7 @@ class _Evaluation(Plan):
         elif way.crops:
             size = enlarged(self.source.config.size)
             whole, tested = (
-                open_images(config.dataset, split, size, config.limit).with_labels()
+                open_images(config.dataset, split, size, config.limit, config.classes).with_labels()
                 for split in ("trainval", "test")
             )
             encoder = load_encoder(self.source, way.linear)

@@ -16,6 +16,7 @@ from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import (
     Encoder,
     encode_splits,
+    judged_on,
     load_encoder,
     open_splits,
     random_encoder,
@@ -30,7 +31,7 @@ from idaa_lib.evaluate.metrics import (
 )
 from idaa_lib.evaluate.probe import LAMBDAS, TRANSFER, Probe, linear_probe, principal_axes
 from idaa_lib.runs import Run, Writer, checkpoints
-from idaa_lib.runs.machine import describe, resolve_path, torch_device, uses_bf16
+from idaa_lib.runs.machine import classes_of, describe, resolve_path, torch_device, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.runs.steps import Steps
 from idaa_lib.views import keyed_generator
@@ -64,12 +65,12 @@ def _plan(config: TransferConfig) -> _Transfer:
     source = runs.get("ssl", config.run)
     training = source.config
     size = config.size or (IMAGENET_SIZE if training.stem == "imagenet" else training.size)
-    names = tuple(map(resolve_path, config.datasets or (training.dataset,)))
+    names = tuple(map(resolve_path, config.datasets or (judged_on(training.dataset),)))
     config = config.replace(run=source.reference, datasets=names)
     targets, left_out = [], {}
     for name in dict.fromkeys(names):
         try:
-            targets.append(open_splits(name, size, config.limit))
+            targets.append(open_splits(name, size, config.limit, classes_of(training, name)))
         except ConfigError as error:
             left_out[name] = str(error)
     if not targets:

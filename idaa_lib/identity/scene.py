@@ -25,7 +25,7 @@ from idaa_lib.methods import About, build_method
 from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
-from idaa_lib.runs.machine import open_images
+from idaa_lib.runs.machine import classes_of, open_images, resolve_path
 from idaa_lib.views import denormalise, keyed_generator, normalise, recipe
 
 Embed = Callable[[Tensor], Tensor]  # normalised images (N, 3, size, size) → features (N, D)
@@ -245,7 +245,8 @@ def open_scene(
     run, n = runs.get("vae", config.vae), images or config.images
     size, vae = run.config.size, load_vae(run).to(device)
     assert vae.mean is not None and vae.std is not None
-    data = open_images(config.dataset or run.config.dataset, config.split, size, None)
+    dataset = resolve_path(config.dataset or run.config.dataset)
+    data = open_images(dataset, config.split, size, None, classes_of(run.config, dataset))
     order = _order(config, data, n)
     pixels, labels = data.images[order], data.labels[order[:n]]
     names = [
@@ -290,4 +291,5 @@ def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:
 
 def _encoders(vae: Run) -> list[Run]:
     """Finished SSL runs on the images and of the size of a VAE, newest first."""
-    return runs.find("ssl", dataset=vae.config.dataset, size=vae.config.size)
+    names = ("dataset", "classes", "size")
+    return runs.find("ssl", **{name: getattr(vae.config, name) for name in names})

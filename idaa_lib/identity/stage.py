@@ -33,7 +33,13 @@ from idaa_lib.identity.scene import ADVERSARIES, BATCH, UNTRAINED, Scene, Witnes
 from idaa_lib.identity.theory import Retention
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import Run, checkpoints
-from idaa_lib.runs.machine import describe, open_images, resolve_path, torch_device
+from idaa_lib.runs.machine import (
+    classes_of,
+    describe,
+    open_images,
+    resolve_path,
+    torch_device,
+)
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.views import keyed_generator, normalise, recipe
 
@@ -154,8 +160,9 @@ def plan_study(config: TheoryConfig) -> Study:
     dataset = resolve_path(config.dataset or vae.config.dataset)
     names = {"vae": vae.reference, "run": scene.attacked, "witness": scene.witness(config.witness)}
     config = config.replace(**names, dataset=dataset)
-    data = open_images(dataset, config.split, size, None)
-    train = open_images(dataset, "train", size, config.limit)
+    classes = classes_of(vae.config, dataset)
+    data = open_images(dataset, config.split, size, None, classes)
+    train = open_images(dataset, "train", size, config.limit, classes)
     others = siblings(vae)
     weights = "".join(checkpoints.digest(run) for axis in others.values() for run in axis)
     encoders = {role: names[role] for role in ("run", "witness") if names[role] != UNTRAINED}

@@ -49,7 +49,7 @@ def import_run(
     arguments = {"size": size, "mean": mean, "std": std, **values}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     config = _config(source, {"dataset": resolve_path(dataset), **arguments}, path)
-    data = open_images(config.dataset, config.split, config.size, config.limit)
+    data = open_images(config.dataset, config.split, config.size, config.limit, config.classes)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     run = runs.run_for(config, data.fingerprint, imported=digest)
@@ -69,7 +69,7 @@ def import_run(
         transform, figures = recipe("none", *source.units), {}
         if isinstance(config, VAEConfig):
             weights = {f"network.{key}": v for key, v in source.module.state_dict().items()}
-            val = open_images(config.dataset, "val", config.size, config.limit)
+            val = open_images(config.dataset, "val", config.size, config.limit, config.classes)
             figures = vae_figures(source.module, transform, val.images)
             figures = {name.removesuffix("_val"): value for name, value in figures.items()}
             figures |= {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}

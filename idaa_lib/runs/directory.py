@@ -365,6 +365,7 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
     # κ and β say the same, and β is the one that compares; what is named by content is in the hash.
     hidden = config.circumstances | config.pointers | {"kappa", "seed", "mean", "std"}
     hidden |= set() if "kappa" in changed else {"beta"}
+    hidden |= set() if "source_size" in fields else {"source_size"}
     words += [
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in changed.items()
@@ -408,7 +409,7 @@ def get(stage: str, name: Run | str | None, **values: Any) -> Run:
     if name is None:
         candidates = find(stage, **values)
         if not candidates:
-            wish = " and ".join(f"{key}={value}" for key, value in values.items())
+            wish = " and ".join(f"{k}={v}" for k, v in values.items() if v != "")
             raise RunError(
                 f"There is no finished {stage} run{' with ' + wish if wish else ''} under "
                 f"{outputs_root() / stage}: make one with notebooks/{notebook}.ipynb."

@@ -16,29 +16,53 @@ from typing import Any
 import psutil
 import torch
 
-from idaa_lib.configs import ConfigError
+from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.data.cached import ImageSet, load
 from idaa_lib.data.sources import NAMES
 
 PACKAGES = ("idaa_lib", "torch", "torchvision", "accelerate", "numpy", "scikit-learn", "pillow")
 
 
-def open_images(dataset: str, split: str, size: int, limit: int | None) -> ImageSet:
-    """The images of a source.
+def open_images(
+    dataset: str, split: str, size: int, limit: int | None, classes: str | None = None
+) -> ImageSet:
+    """The images of a source, or of the classes alone that the file `classes` names.
 
     Raises:
-        ConfigError: the source is missing, unreadable, or lacks the split.
+        ConfigError: the source or the file is missing, unreadable, or lacks what it is asked for.
     """
     try:
-        return load(dataset, split, size, limit)
+        return load(dataset, split, size, limit, classes=classes)
     except (OSError, ValueError) as error:
         raise ConfigError(f"dataset={dataset!r}: {error}.") from error
+
+
+def labelled(images: ImageSet) -> ImageSet:
+    """Those of the images that have a class; how many have none is printed where some have."""
+    chosen = images.with_labels()
+    if 0 < len(chosen) < len(images):
+        print(
+            f"{images.name}, {images.split}: {len(images) - len(chosen):,} of {len(images):,} "
+            f"images have no label, and are left out of kNN and of what else needs labels."
+        )
+    return chosen
 
 
 def resolve_path(dataset: str) -> str:
     """An existing path made absolute: later stages may run in another folder."""
     path = Path(dataset).expanduser()
     return str(path.resolve()) if dataset not in NAMES and path.exists() else dataset
+
+
+def resolve_paths(config: TrainingConfig) -> TrainingConfig:
+    """The configuration with what it reads by path, `dataset` and `classes`, as `resolve_path`."""
+    classes = config.classes and resolve_path(config.classes)
+    return config.replace(dataset=resolve_path(config.dataset), classes=classes)
+
+
+def classes_of(training: TrainingConfig, dataset: str) -> str:
+    """The field `classes` of a training where `dataset` is its own, elsewhere empty."""
+    return training.classes if dataset == training.dataset else ""
 
 
 def torch_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import rate
 from idaa_lib.registry import CHOICES, SOURCES, source
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
-from idaa_lib.runs.machine import describe, open_images, resolve_path, uses_bf16
+from idaa_lib.runs.machine import describe, labelled, open_images, resolve_paths, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train.accelerator import make_accelerator, start_trackers
 from idaa_lib.train.loop import Fit
@@ -110,29 +111,35 @@ def train_ssl(config: SSLConfig) -> Run:
     """The finished run of an encoder that needs no labels, as `train` makes it."""
     plan, val = _begin(config, SSLConfig)
     method, bank = build_method(plan.config, plan.about), plan.data
-    if config.split == "trainval":  # which holds `val` itself: an image would find itself
-        bank = open_images(config.dataset, "train", config.size, config.limit)
+    # `trainval` holds `val` itself: an image would find itself.
+    if config.split == "trainval" or bank.size != config.size:
+        bank = _open(config, "train", config.limit)
+
+    @functools.cache
+    def judged() -> tuple[ImageSet, ImageSet]:
+        return labelled(bank), labelled(val)
 
     def validate(method: Method) -> dict[str, float]:
         z = _features(plan, method, "backbone", val)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z).item()}
-        neighbours, mask = bank.with_labels(), val.labels >= 0
-        if len(neighbours) and mask.any():
+        neighbours, asked = judged()
+        if len(neighbours) and len(asked):
             features_ = _features(plan, method, "backbone", neighbours)
-            labels, queries = neighbours.labels.to(z.device), z[mask.to(z.device)]
+            labels, queries = neighbours.labels.to(z.device), z[(val.labels >= 0).to(z.device)]
             guess = knn(features_, labels, queries, classes=len(bank.classes))
-            top1, low, high, _ = accuracy(guess.cpu(), val.labels[mask])
+            top1, low, high, _ = accuracy(guess.cpu(), asked.labels)
             figures |= {"knn_top1_val": top1, "knn_low_val": low, "knn_high_val": high}
         return figures
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
         if "knn_top1_val" not in figures:
             return figures | {"n_val": len(val)}
-        k = min(200, len(bank.with_labels()))
+        neighbours, asked = judged()
+        k = min(200, len(neighbours))
         protocol = f"clean: backbone features, k={k}, τ=0.5, last epoch, validation split"
         if config.split == "trainval":
             protocol += ", whose images were trained on without their labels"
-        return figures | {"knn_protocol": protocol, "n_val": len(val)}
+        return figures | {"knn_protocol": protocol, "n_val": len(asked)}
 
     return _train(plan, method, validate, summarise, config.knn_every)
 
@@ -150,8 +157,8 @@ def train_semi(config: SemiConfig) -> Run:
         raise ConfigError(f"dataset={config.dataset!r} has no labels to learn from.")
     labelled_subset(plan.data.labels, per_class, classes, config.seed)  # raises if it cannot
     method = build_method(plan.config, plan.about)
-    test = open_images(config.dataset, "test", config.size, None).with_labels()
-    if not (len(val := val.with_labels()) and len(test)):
+    test = labelled(_open(config, "test", None))
+    if not (len(val := labelled(val)) and len(test)):
         raise ConfigError(f"dataset={config.dataset!r} has no labels to validate and test against.")
 
     def judge(method: Method, split: ImageSet) -> Accuracy:
@@ -184,7 +191,12 @@ def _begin(config: TrainingConfig, kind: type[TrainingConfig]) -> tuple[Training
     # limit bounds the cost of a demo, and a quarter of it is enough to see a curve.
     limit = None if config.limit is None else max(1, config.limit // 4)
     plan = _plan(config)
-    return plan, open_images(config.dataset, "val", config.size, limit)
+    return plan, _open(config, "val", limit)
+
+
+def _open(config: TrainingConfig, split: str, limit: int | None) -> ImageSet:
+    """Images to judge with: of `size` pixels, at whatever size those to train on are kept."""
+    return open_images(config.dataset, split, config.size, limit, config.classes)
 
 
 def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -> Tensor:
@@ -201,8 +213,9 @@ def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -
 
 
 def _plan(config: TrainingConfig) -> TrainingPlan:
-    config = config.replace(dataset=resolve_path(config.dataset))
-    data = open_images(config.dataset, config.split, config.size, config.limit)
+    config = resolve_paths(config)
+    kept = config.source_size or config.size
+    data = open_images(config.dataset, config.split, kept, config.limit, config.classes)
     vae = start = None
     if isinstance(config, EncoderConfig) and config.needs_vae:
         vae = _choose_vae(config)
@@ -257,7 +270,7 @@ def _choose_vae(config: EncoderConfig) -> Run:
     if config.dim is not None:
         needs["dim"] = config.dim
     if config.vae is None:
-        run = runs.get("vae", None, dataset=config.dataset, **needs)
+        run = runs.get("vae", None, dataset=config.dataset, classes=config.classes, **needs)
         print(f"vae: {run.id} (the newest that fits)")
         return run
     run = runs.get("vae", config.vae)
