@@ -35,8 +35,8 @@ class EvalConfig(Config):
         protocol: `clean` (penalty chosen on validation, all test images, test read once) or
             `official` (the published one of the run's method: its layers, τ and batch size, best
             test epoch of the linear classifier, partial batches dropped, and of a run with
-            `keep_every` the best kept epoch on test; of SimSiam's ImageNet pairing a classifier
-            trained for 90 epochs of random crops, without references).
+            `keep_every` the best kept epoch on test; of IP-IRM, of RSA and of SimSiam's ImageNet
+            pairing a classifier trained on fresh random views, without references).
         k: neighbours of kNN (capped by the size of the bank). temperature: its τ (`clean`).
         precision: of the encoding: fp32, bf16, or auto (bf16 where it is native).
         references: also judge the encoder before training and raw pixels, as rows to stand beside.
