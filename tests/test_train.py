@@ -701,8 +701,8 @@ def test_imagenet_simsiam_s_official_classifier_is_trained_on_crops(outputs, mon
     judged = evaluate(asked)
     summary = judged.summary
     assert summary["knn_protocol"].startswith("official of SimSiam on ImageNet (bank without")
-    assert "LARS on random crops" in summary["linear_protocol"]
-    assert summary["linear_protocol"].endswith(", final epoch")
+    words = "LARS on random crops of central squares, 90 epochs, the last, final epoch"
+    assert summary["linear_protocol"].endswith(f": backbone features, {words}")
     assert not any("random" in key or "pixels" in key for key in summary)
     assert len(judged.metrics()) == 90  # of 60 images a step an epoch
     guess = results(judged)["encoder.linear"]
