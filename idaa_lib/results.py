@@ -2,7 +2,8 @@
 
 `results` makes a row of each figure of each run. The runs page, the notebooks, the report and CSV
 files are views of it: `groups` of evaluations, what stands `beside` one run, a `table` for people.
-The paper's figures are docs/paper.csv; they stand only where data, size and classes are theirs.
+The paper's figures, and those of the sibling systems' READMEs, are docs/paper.csv; they stand only
+where data, size, classes and network are theirs.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ PROBES = {"knn": "kNN", "linear": "linear", "ema": "top-1"}
 JUDGING = ("eval", "transfer")
 COLUMNS = (
     "run", "stage", "training", "label", "method", "adversary", "seed", "epochs", "images",
-    "dataset", "size", "classes", "features", "metric", "value", "low", "high", "unit", "n",
-    "split", "labels", "protocol", "limit", "fingerprint", "version", "alike",
+    "backbone", "width", "dataset", "size", "classes", "features", "metric", "value", "low", "high",
+    "unit", "n", "split", "labels", "protocol", "limit", "fingerprint", "version", "alike",
 )  # fmt: skip
 # The rule: what two figures have in common that may stand in one column of a table.
 SAME = ["fingerprint", "limit", "n", "protocol", "version"]
 # What a notebook shows of tidy results.
 SHOWN = ["dataset", "features", "metric", "value", "low", "high", "unit", "n", "labels", "protocol"]
+# What a published figure has in common with those that it stands beside, where it says it.
+AGREE = ["size", "classes", "backbone", "width"]
 OWN_COLUMNS = {"seed", "dataset", "labels_per_class"}  # fields that a label need not say
 OF_TRAINING = ("seed", "epochs", "images")  # what a table says of trainings beside their labels
 DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, OSError)
@@ -101,6 +104,9 @@ def _about(run: Run) -> dict[str, Any]:
         "training": training.id, "method": method, "adversary": adversary, "seed": config.seed,
         "epochs": getattr(config, "epochs", None),
         "images": training.environment.get("dataset", {}).get("n"),
+        "backbone": getattr(config, "backbone", None), "width": getattr(config, "width", None),
+        # A protocol may test larger images than the encoder was trained on.
+        "size": config.size if run.stage == "eval" else about["size"],
     }  # fmt: skip
 
 
@@ -200,9 +206,10 @@ def _group(frame: pd.DataFrame, by: str) -> Group:
     n = " or ".join(f"{value:,}" for value in dict.fromkeys(own["n"].dropna()))
     limit = "" if first["limit"] is None else f", at most {first['limit']:,} images of a split"
     protocols = [f"{p}." for p in dict.fromkeys((own["metric"] + ": " + own["protocol"]).dropna())]
-    theirs = paper(own)
-    protocols += [f"Paper: {note}." for note in dict.fromkeys(theirs["note"])]
-    if theirs.empty:
+    theirs, others = paper(own)
+    notes = (theirs["source"].replace("", "Paper") + ": " + theirs["note"] + ".").unique()
+    protocols += [*notes, *others]
+    if theirs.empty and not others:
         protocols.append("The paper's figures are of other data: none stands here.")
     datasets = ", ".join(dict.fromkeys(own["dataset"]))
     return Group(
@@ -229,8 +236,8 @@ def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     figures = ours.groupby(key, sort=False)[["value", "low", "high"]].apply(_interval_text)
     rows = figures.unstack(sort=False).join(ours.groupby("label")[about].agg(_values))
 
-    theirs = paper(frame)
-    theirs = theirs.assign(heading=_heading(theirs, by), label=theirs["label"] + " (paper)")
+    theirs, _ = paper(frame)
+    theirs = theirs.assign(heading=_heading(theirs, by))
     their_rows = theirs.pivot_table("text", "label", "heading", aggfunc="first", sort=False)
     their_rows["epochs"] = theirs.groupby("label")["epochs"].first().replace("", "not stated")
     their_rows["seed"] = "not stated"
@@ -278,27 +285,37 @@ def html_table(frame: pd.DataFrame, index: bool = True) -> str:
         return frame.to_html(classes="idaa-table", border=0, index=index, justify="left")
 
 
-def paper(frame: pd.DataFrame) -> pd.DataFrame:
-    """The paper's figures that may stand beside these: same table, data, size and classes.
+def paper(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The published figures that may stand beside these, and sentences on those that may not.
 
-    Of its main table those of the same methods. The columns of docs/paper.csv, `label` and `text`.
+    Those of the same table and data, and of what `AGREE` names where a figure says it. Of the
+    paper's main table those of the same methods; of others' READMEs all. The columns of
+    docs/paper.csv, `label` and `text`.
     """
     import pandas as pd
 
     theirs = pd.read_csv(PAPER, dtype=str, keep_default_na=False)
-    own = frame[["stage", "dataset", "size", "classes"]].astype(str).drop_duplicates()
-    names = own["dataset"].map(paper_name)
-    theirs = theirs.rename(columns={"dataset": "name"}).merge(
-        own.assign(name=names), on=["stage", "name"], suffixes=("", "_own")
-    )
-    for field in ("size", "classes"):  # of some of its data the paper does not say them
-        theirs = theirs[(theirs[field] == "") | (theirs[field] == theirs[f"{field}_own"])]
-    theirs = theirs[(theirs["stage"] != "eval") | theirs["method"].isin(frame["method"])]
+    columns = [*theirs.columns]
+    own = frame[["stage", "dataset", *AGREE]].astype(str).drop_duplicates()
+    own["dataset"] = own["dataset"].map(paper_name)
+    theirs = theirs.merge(own, on=["stage", "dataset"], suffixes=("", "_own"))
+    same = theirs["method"].isin(frame["method"]) | (theirs["source"] != "")
+    theirs = theirs[(theirs["stage"] != "eval") | same].assign(differs="")
+    for field in AGREE:
+        other = (theirs[field] != "") & (theirs[field] != theirs[f"{field}_own"])
+        text = f"; {field} is " + theirs[field] + " there and " + theirs[f"{field}_own"] + " here"
+        theirs["differs"] += text.where(other, "")
+    # Where one of these runs agrees, it stands.
+    theirs = theirs.sort_values("differs", kind="stable").drop_duplicates(columns).sort_index()
+    stands, source = theirs["differs"] == "", theirs["source"].replace("", "the paper")
+    sentence = "Figures of " + source + " do not stand here: " + theirs["differs"].str[2:] + "."
+    theirs, others = theirs[stands], [*sentence[~stands].unique()]
     attack = (" + " + theirs["adversary"]).where(theirs["adversary"] != "", "")
-    epochs = (", " + theirs["epochs"] + " epochs").where(theirs["size"] == "224", "")
+    several = (theirs["size"] == "224") | (theirs["source"] != "")
+    epochs = (", " + theirs["epochs"] + " epochs").where(several & (theirs["epochs"] != ""), "")
     spread = ("±" + theirs["spread"]).where(theirs["spread"] != "", "")
-    label = theirs["method"] + attack + epochs
-    return theirs.assign(label=label, text=theirs["value"] + spread)
+    label = theirs["method"] + attack + epochs + " (" + source[stands].str.replace("the ", "") + ")"
+    return theirs.assign(label=label, text=theirs["value"] + spread), others
 
 
 def paper_name(dataset: str) -> str:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from idaa_lib import runs
-from idaa_lib.configs import EvalConfig
+from idaa_lib.configs import EvalConfig, SSLConfig
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate.crops import crop_probe, enlarged
 from idaa_lib.evaluate.encoders import Encoder, features, pixels
@@ -40,7 +40,7 @@ from idaa_lib.evaluate.probe import CLEAN, linear_probe, official_probe
 from idaa_lib.methods.lars import LARS
 from idaa_lib.nets import build_backbone
 from idaa_lib.runs import checkpoints
-from idaa_lib.views import Recipe, keyed_generator
+from idaa_lib.views import Recipe, keyed_generator, recipe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -482,84 +482,155 @@ class Colours(nn.Module):
         return F.adaptive_avg_pool2d(x, 4).flatten(1)
 
 
+# What is published (docs/spec/idaa.md §5, siblings.md §2.6 and §3.4): the run that has it, side of
+# its images and of its test views for views of 16 px; epochs here, their rates as shares of the
+# first; how it steps. A batch has 16 of 40 images.
+PUBLISHED = {
+    "simsiam": dict(
+        run=dict(method="simsiam", pairing="imagenet"), side=18, test=16, deviation=0.01,
+        rates=[0.1 * 16 / 256 * (1 + math.cos(math.pi * e / 4)) / 2 for e in range(4)],
+        update=lambda: reference.sgd(trust=0.001),
+    ),
+    "ipirm": dict(
+        run=dict(method="ipirm", augmentation="ipirm"), side=24, test=24, rates=[1e-3] * 3,
+        update=lambda: reference.adam(1e-6),
+    ),
+    "rsa": dict(
+        run=dict(method="rsa", augmentation="rsa", stem="cifar"), side=24, test=16, deviation=0.01,
+        rates=[30, 30, 30, 3, 0.3], update=lambda: reference.sgd(nesterov=True), best=True,
+        drop_last=True,
+    ),
+    "rsa, large": dict(
+        run=dict(method="rsa", augmentation="rsa", stem="imagenet", size=224), side=18, test=16,
+        rates=[0.01] * 3 + [0.001] * 3 + [0.0001] * 2, update=lambda: reference.sgd(1e-4),
+        best=True, standardise=True,
+    ),
+}  # fmt: skip
+
+
 @pytest.fixture
 def crops(outputs):
-    """`crop_probe` on 40 photographs in 3 batches an epoch; the run's path and its arguments."""
+    """`crop_probe` on 40 photographs by a published protocol; the run, and what it gives."""
     size = 16
-    train, test = (load("photos", s, enlarged(size), 40) for s in ("trainval", "test"))
-    encoder = Encoder(Colours().eval(), size, train.mean, train.std)
 
-    def probe(name, **how):
+    def probe(name, of="simsiam", module=None, **how):
+        published = PUBLISHED[of]
+        config = SSLConfig(**{"size": size, **published["run"]})
+        classifier = config.chosen("method").official_protocol(config).classifier
+        classifier = classifier._replace(epochs=len(published["rates"]))
+        train, test = (load("photos", s, published["side"], 40) for s in ("trainval", "test"))
+        encoder = Encoder(module or Colours().eval(), size, train.mean, train.std)
         config = EvalConfig(run=name)
         run = runs.run_for(config, name)
         with run.writing(config, {}) as writer:
-            found = crop_probe(
-                encoder, train, test, writer,
-                device=torch.device("cpu"), batch_size=16, epochs=4, seed=3, **how,
+            given = crop_probe(
+                encoder, train, test, writer, classifier=classifier,
+                device=torch.device("cpu"), batch_size=16, seed=3, **how,
             )  # fmt: skip
-        return run, found
+        return run, *given, train, test
 
-    probe.sets, probe.encoder = (train, test), encoder
     return probe
 
 
-def test_the_classifier_on_crops_agrees_with_a_slow_loop(crops):
-    """SimSiam's ImageNet protocol by hand: a crop and a flip of each image by torchvision, softmax
-    regression by its closed gradient, LARS, momentum, the rate by epoch."""
-    (train, test), (_, size, mean, std) = crops.sets, crops.encoder
-    assert (enlarged(224), train.size, size) == (256, 18, 16)
-    recipe = Recipe(size, mean, std, crop_scale=(0.08, 1.0), flip=0.5)
+@pytest.mark.parametrize("of", PUBLISHED)
+def test_a_classifier_on_fresh_views_agrees_with_a_slow_loop(crops, of):
+    """Each protocol by hand: a crop and a flip of each image by torchvision (IP-IRM's views by its
+    recipe), softmax regression by its closed gradient, the optimiser by its definition."""
+    assert enlarged(224) == 256 and enlarged(16) == 18
+    published, size = PUBLISHED[of], 16
+    run, scores, last, train, test = crops("whole", of)
+    units = train.mean, train.std
+    views = Recipe(size, *units, crop_scale=(0.08, 1.0), flip=0.5)
 
-    def encoded(pictures):
-        return Colours()(TF.normalize(torch.stack(pictures), mean, std)).double()
+    def encode(pictures):
+        return Colours()(TF.normalize(torch.stack([*pictures]), *units)).double()
 
-    def cropped(pictures, generator):
-        drawn = recipe.parameters(recipe.numbers(len(pictures), generator), pictures.shape[2:])
+    def encode_views(pictures, generator):
+        if of == "ipirm":
+            return Colours()(recipe("ipirm", size, *units)(pictures, generator).images).double()
+        drawn = views.parameters(views.numbers(len(pictures), generator), pictures.shape[2:])
         made = []
         for picture, box, flip in zip(pictures, drawn["crop"], drawn["flip"], strict=True):
             box = [int(part) for part in box]
             view = TF.resized_crop(picture / 255, *box, [size, size], antialias=True)
             made.append(TF.horizontal_flip(view) if flip else view)
-        return encoded(made)
+        return encode(made)
 
-    classes = len(train.classes)
-    w = torch.empty(classes, 48).normal_(0, 0.01, generator=keyed_generator(3)).double()
-    b, of_w, of_b = torch.zeros(classes).double(), 0, 0
-    for epoch in range(4):
-        rate = 0.1 * 16 / 256 * (1 + math.cos(math.pi * epoch / 4)) / 2
+    def encode_tests(pictures):
+        return encode(TF.center_crop(each, [published["test"]] * 2) / 255 for each in pictures)
+
+    normed = lambda z: z / z.norm(dim=1, keepdim=True)  # noqa: E731
+    prepare = lambda z: z  # noqa: E731
+    if "standardise" in published:
+        seen = normed(encode_tests(train.images))
+        mean, variance = seen.mean(0), (seen - seen.mean(0)).square().sum(0) / (len(seen) - 1)
+        prepare = lambda z: (normed(z) - mean) / (variance + 1e-5).sqrt()  # noqa: E731
+
+    torch.manual_seed(3)
+    layer = nn.Linear(48, len(train.classes))
+    w, b = layer.weight.detach().double(), layer.bias.detach().double()
+    if "deviation" in published:
+        w = torch.empty(w.shape).normal_(0, 0.01, generator=keyed_generator(3)).double()
+        b = torch.zeros_like(b)
+    epochs = []
+    for epoch, rate in enumerate(published["rates"]):
+        batches = []
         order = torch.randperm(40, generator=keyed_generator(3, epoch))
         for at, index in enumerate(order.split(16)):
-            z = cropped(train.images[index], keyed_generator(3, epoch, at))
-            error = (z @ w.T + b).softmax(1) - F.one_hot(train.labels[index], classes)
-            to_w, to_b = error.T @ z / len(z), error.mean(0)
-            to_w *= 0.001 * w.norm() / to_w.norm()
-            if (epoch, at) != (0, 0):  # the bias starts at 0
-                to_b *= 0.001 * b.norm() / to_b.norm()
-            of_w, of_b = 0.9 * of_w + to_w, 0.9 * of_b + to_b
-            w, b = w - rate * of_w, b - rate * of_b
-    scores = encoded([TF.center_crop(each, [size, size]) / 255 for each in test.images]) @ w.T + b
+            if len(index) == 16 or "drop_last" not in published:
+                z = prepare(encode_views(train.images[index], keyed_generator(3, epoch, at)))
+                batches.append((z, train.labels[index]))
+        epochs.append((rate, batches))
+    after = reference.softmax_regression(w, b, epochs, published["update"]())
 
-    run, found = crops("whole")
+    every = [prepare(encode_tests(test.images)) @ w.T + b for w, b, _ in after]
+    tops = [100 * (each.argmax(1) == test.labels).double().mean().item() for each in every]
+    counts = tops.index(max(tops)) if "best" in published else -1
     tensors, state = checkpoints.load(run)
-    assert state["step"] == 12
-    torch.testing.assert_close(tensors["weight"].double(), w, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(tensors["bias"].double(), b, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found.double(), scores, rtol=1e-4, atol=1e-5)
-    assert [line["step"] for line in run.metrics()] == [3, 6, 9, 12]
+    assert state["step"] == sum(len(batches) for _, batches in epochs)
+    for ours, theirs in (
+        (tensors["weight"], after[-1][0]),
+        (tensors["bias"], after[-1][1]),
+        (scores, every[counts]),
+    ):
+        close = dict(rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+        torch.testing.assert_close(ours.double(), theirs, **close)
+    assert last == pytest.approx(tops[-1])
+    lines = [line for line in run.metrics() if "loss" in line]
+    assert [line["loss"] for line in lines] == pytest.approx([x for *_, x in after], rel=1e-4)
+    curve = [line["top1_test"] for line in run.metrics() if "top1_test" in line]
+    assert curve == pytest.approx(tops if "best" in published else [])
 
 
-@pytest.mark.parametrize("stopped_after", [4, 6])
-def test_a_classifier_on_crops_goes_on_bit_for_bit(crops, monkeypatch, stopped_after):
+@pytest.mark.parametrize("of", PUBLISHED)
+def test_a_classifier_leaves_the_encoder_s_statistics_and_modes(crops, of):
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean += 0.3
+    module = nn.Sequential(nn.Conv2d(3, 3, 3, bias=False), norm, Colours()).train()
+    before = copy.deepcopy(module.state_dict())
+    crops("whole", of, module)
+    after = module.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert module.training and norm.training
+    assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize(("of", "stopped_after", "steps"), [
+    ("simsiam", 4, 12), ("simsiam", 6, 12), ("ipirm", 4, 9), ("rsa", 7, 10), ("rsa", 8, 10),
+])  # fmt: skip
+def test_a_classifier_on_crops_goes_on_bit_for_bit(crops, monkeypatch, of, stopped_after, steps):
     """Stopped inside an epoch, and at the end of one."""
-    whole, wanted = crops("whole")
+    whole, expected, last, *_ = crops("whole", of)
     with monkeypatch.context() as patch:
         calls = iter(range(1, 100))
-        asked = {stopped_after: "stop"}
-        patch.setattr(runs.Writer, "request", lambda self: asked.get(next(calls)))
-        with pytest.raises(runs.Stopped, match=f"after step {stopped_after} of 12 and saved"):
-            crops("parts")
-    parts, found = crops("parts")
-    assert torch.equal(found, wanted)
+        requests = {stopped_after: "stop"}
+        patch.setattr(runs.Writer, "request", lambda self: requests.get(next(calls)))
+        message = f"after step {stopped_after} of {steps} and saved"
+        with pytest.raises(runs.Stopped, match=message):
+            crops("parts", of)
+    parts, *given, _, _ = crops("parts", of)
+    assert torch.equal(given[0], expected) and given[1] == last
     (left, _), (right, _) = checkpoints.load(whole), checkpoints.load(parts)
     assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-    assert [line["loss"] for line in parts.metrics()] == [x["loss"] for x in whole.metrics()]
+    losses = [[x["loss"] for x in run.metrics() if "loss" in x] for run in (whole, parts)]
+    assert losses[0] == losses[1]

@@ -701,13 +701,98 @@ def test_imagenet_simsiam_s_official_classifier_is_trained_on_crops(outputs, mon
     judged = evaluate(asked)
     summary = judged.summary
     assert summary["knn_protocol"].startswith("official of SimSiam on ImageNet (bank without")
-    assert "LARS on random crops" in summary["linear_protocol"]
-    assert summary["linear_protocol"].endswith(", final epoch")
+    words = "LARS on random crops of central squares, 90 epochs, the last, final epoch"
+    assert summary["linear_protocol"].endswith(f": backbone features, {words}")
     assert not any("random" in key or "pixels" in key for key in summary)
     assert len(judged.metrics()) == 90  # of 60 images a step an epoch
     guess = results(judged)["encoder.linear"]
     assert summary["linear_n"] == len(guess) == 60
     assert summary["linear_top1"] == 100 * (guess == results(judged)["labels"]).double().mean()
+
+
+def folder_of(root, n, classes=("cat", "dog")):
+    """Class folders of n images each."""
+    for shift, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            color = (99 * shift, 20 * i, 20 * i)
+            Image.new("RGB", (40, 40), color).save(root / name / f"{i}.png")
+
+
+DRIFT = "BatchNorm in eval mode (the published code lets it drift)"
+
+
+@pytest.mark.parametrize(
+    ("values", "of", "tau", "px", "classifier"),
+    [
+        (dict(method="ipirm", temperature=0.3, augmentation="ipirm"), "IP-IRM", 0.3, 48,
+         f"Adam on random views ('ipirm'), 100 epochs, the last, tested on 48 px, {DRIFT}"),
+        (dict(method="ipirm", baseline=True, augmentation="simclr"), "IP-IRM", 0.5, 48,
+         f"Adam on random views ('simclr'), 100 epochs, the last, tested on 48 px, {DRIFT}"),
+        (dict(method="rsa", augmentation="rsa"), "RSA", 0.1, 48,
+         "Nesterov's SGD on random crops, 100 epochs, the best on test, tested on the middle 32 px "
+         f"of 48 px, {DRIFT}"),
+        (dict(method="rsa", rsa_views="aggressive", source_size=None), "RSA", 0.1, 32,
+         f"Nesterov's SGD on random crops, 100 epochs, the best on test, tested on 32 px, {DRIFT}"),
+        (dict(method="rsa", stem="imagenet", size=224, batch_size=4), "RSA on ImageNet", 0.1, None,
+         "SGD on random crops of central squares, features L2-normalised and standardised, 40 "
+         f"epochs, the best on test, {DRIFT}"),
+    ],
+)  # fmt: skip
+def test_the_siblings_official_protocols_are_labelled(
+    outputs, tmp_path, monkeypatch, values, of, tau, px, classifier
+):
+    """And the images are as large as those that the training's crops were cut of. (Two epochs are
+    enough to see that.)"""
+    original = evaluation.crops.crop_probe
+
+    def probe(*sets, classifier, **how):
+        return original(*sets, classifier=classifier._replace(epochs=2), **how)
+
+    monkeypatch.setattr(evaluation.crops, "crop_probe", probe)
+    own = {"source_size": 48} if px == 48 else {}
+    if "source_size" not in SSLConfig.model_fields:
+        monkeypatch.setattr(SSLConfig, "source_size", own.get("source_size"), raising=False)
+        own, values = {}, {k: v for k, v in values.items() if k != "source_size"}
+    if px is None:  # photographs are many to decode at 224 px
+        for part, n in (("train", 4), ("val", 2), ("test", 10)):
+            folder_of(tmp_path / "two" / part, n)
+        values = values | {"dataset": str(tmp_path / "two")}
+    run = train_ssl(ssl(**{"epochs": 1, "limit": 32} | own | values))
+    asked = EvalConfig(run=run.id, limit=20, protocol="official", k=9, device="cpu")
+    summary = evaluate(asked).summary
+    at = f", images of {px} px" if px else ""
+    knn_protocol = f"official of {of}: backbone features, k=9, τ={tau:g}{at}, final epoch"
+    assert summary["knn_protocol"] == knn_protocol
+    assert summary["linear_protocol"] == (
+        f"official of {of}: backbone features, {classifier}, final epoch"
+    )
+    assert ("linear_top1_last" in summary) == ("best" in classifier)
+    assert summary["linear_top1"] >= summary.get("linear_top1_last", 0)
+    assert summary["linear_n"] == summary["knn_n"] == 20
+    assert not any("random" in key or "pixels" in key for key in summary)
+
+
+def test_rsa_s_official_protocol_is_of_its_own_sizes_and_stems(outputs):
+    run = train_ssl(ssl(method="rsa", epochs=1, stem="imagenet"))
+    asked = EvalConfig(run=run.id, limit=20, protocol="official")
+    message = r"stem='imagenet' at size=32: take protocol='clean'"
+    with pytest.raises(ConfigError, match=message):
+        evaluate(asked)
+    assert not (outputs / "eval").exists()
+    for values in (dict(stem="mini"), dict(size=224), dict(size=224, stem="mini")):
+        config = ssl(method="rsa", **values)
+        with pytest.raises(ConfigError, match=f"at size={config.size}: take"):
+            METHODS["rsa"].official_protocol(config)
+
+
+def test_one_class_is_refused_by_classifiers_on_fresh_views(outputs, tmp_path):
+    run = train_ssl(ssl(method="rsa", epochs=1))
+    for part in ("train", "val", "test"):
+        folder_of(tmp_path / "one" / part, 3, ("cat",))
+    asked = EvalConfig(run=run.id, dataset=str(tmp_path / "one"), protocol="official")
+    with pytest.raises(ConfigError, match="has 1 class, and the official classifier of RSA needs"):
+        evaluate(asked)
 
 
 def test_a_vae_comes_back_frozen(outputs, vae):

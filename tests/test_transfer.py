@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from PIL import Image
 from reference import predict, probe_weights
@@ -216,6 +217,61 @@ def test_the_siblings_protocol_agrees_with_sklearn_s_on_a_constant_feature():
     weights = torch.from_numpy(expected.coef_.T)
     torch.testing.assert_close(ours, weights, rtol=1e-3, atol=1e-4 * weights.abs().max().item())
     assert probe.predictions.tolist() == expected.predict(ones(test[0])).tolist()
+
+
+def test_the_siblings_protocol_is_scipy_s_path_and_ends_where_the_gradient_is_zero():
+    """docs/spec/siblings.md §1.7 by hand: Σ cross-entropy + w‖θ‖², the bias in θ; w rising, each
+    from the one before; of equal ones on val the smallest; refitted on train and val."""
+    generator = keyed_generator(4)
+    sets = []
+    for n in (60, 40):
+        x, y = torch.randn(n, 6, generator=generator, dtype=DOUBLE), torch.arange(n) % 3
+        sets.append((x + 0.6 * F.one_hot(y, 6), y))
+    train, val = sets
+    penalties = (1e-2, 0.1, 1.0, 10.0, 1e2)
+    protocol = SIBLINGS._replace(penalties=penalties)
+    given = {}
+
+    def read(z):
+        given["probe"] = linear_probe(train, val, z, classes=3, protocol=protocol)
+        return given["probe"].scores
+
+    scores = read(torch.cat([torch.zeros(1, 6, dtype=DOUBLE), torch.eye(6, dtype=DOUBLE)]))
+    theta = torch.cat([scores[1:] - scores[:1], scores[:1]])  # (7, 3), the bias last
+
+    def constant(x):
+        return torch.cat([x, torch.ones(len(x), 1, dtype=DOUBLE)], 1)
+
+    def slope(theta, x, y, w):
+        error = (constant(x) @ theta).softmax(1) - F.one_hot(y, 3)
+        return constant(x).T @ error + 2 * w * theta
+
+    def minimise(start, x, y, w):
+        def value(flat):
+            theta = torch.from_numpy(flat).view(7, 3)
+            loss = F.cross_entropy(constant(x) @ theta, y, reduction="sum")
+            total = loss + w * theta.square().sum()
+            return total.item(), slope(theta, x, y, w).flatten().numpy()
+
+        options = {"gtol": 1e-9, "maxiter": 5000}
+        end = scipy.optimize.minimize(
+            value, start.flatten().numpy(), jac=True, method="BFGS", options=options
+        )
+        return torch.from_numpy(end.x).view(7, 3)
+
+    oracle, best = torch.zeros(7, 3, dtype=DOUBLE), (-1.0, 0.0, None)
+    for w in penalties:
+        oracle = minimise(oracle, *train, w)
+        right = ((constant(val[0]) @ oracle).argmax(1) == val[1]).double().mean().item()
+        best = (right, w, oracle) if right > best[0] else best
+    both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
+    expected = minimise(best[2], *both, best[1])
+    probe = given["probe"]
+    assert probe.penalty == best[1] and probe.score_val == pytest.approx(100 * best[0])
+    torch.testing.assert_close(theta, expected, rtol=1e-6, atol=1e-8)
+    assert slope(theta, *both, probe.penalty).abs().max() < 1e-6
+    assert slope(theta, *both, probe.penalty)[-1].abs().max() < 1e-6  # of the bias
+    assert theta[-1].abs().max() > 1e-3
 
 
 def test_nothing_is_learned_from_test_features():
@@ -452,6 +508,36 @@ def test_what_cannot_be_had_is_told_and_left_out(made, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "0.png")
     with pytest.raises(ConfigError, match=r"\(and neither can 1 more\)"):
         transfer(TransferConfig(datasets=("cub200", str(tmp_path / "bare")), **SMALL | few))
+
+
+@pytest.mark.xdist_group("photos")
+def test_the_readme_s_command_is_the_siblings_protocol(made, tmp_path, monkeypatch, outputs):
+    """`transfer run=<id> datasets=… iterations=5000 tolerance=1e-10 penalize_bias=true`, but for
+    the 45 fits; without the last it is as it was."""
+    protocols, original = [], stage.linear_probe
+
+    def probe(*sets, protocol, axes, **how):
+        protocols.append(protocol)
+        assert (axes is None) == protocol.penalise_bias
+        few = protocol._replace(penalties=protocol.penalties[20:30:5], iterations=20)
+        return original(*sets, protocol=few, axes=axes, **how)
+
+    monkeypatch.setattr(stage, "linear_probe", probe)
+    where = {"datasets": str(folder(tmp_path / "two")), "fractions": "1", "draws": "2"}
+    where |= {"references": "false", "device": "cpu", "shots": "1", "ways": "2", "episodes": "2"}
+    values = where | {"run": str(made["cifar"].path), "iterations": "5000", "tolerance": "1e-10"}
+    words = [f"{name}={value}" for name, value in values.items()]
+    assert main(["transfer", *words, "penalize_bias=true"]) == 0
+    assert protocols == [SIBLINGS, *[SIBLINGS._replace(refit=False)] * 2]
+    assert main(["transfer", *words]) == 0
+    kept = TRANSFER._replace(iterations=5000, tolerance=1e-10)
+    assert protocols[3:] == [kept, *[kept._replace(refit=False)] * 2]
+    theirs, ours = runs.find("transfer", penalize_bias=True), runs.find("transfer")
+    assert len(theirs) == 1 and len(ours) == 2
+    (protocol,) = {row["protocol"] for row in theirs[0].summary["rows"][:1]}
+    assert "Σ cross-entropy + λ(‖W‖² + ‖b‖²), λ rising (CASSLE's), one of 45 λ" in protocol
+    # A field at its default is no part of a run's identity.
+    assert "penalize_bias" not in TransferConfig().identity()
 
 
 @pytest.mark.xdist_group("photos")

@@ -37,8 +37,8 @@ class EvalConfig(Config):
         protocol: `clean` (penalty chosen on validation, all test images, test read once) or
             `official` (the published one of the run's method: its layers, τ and batch size, best
             test epoch of the linear classifier, partial batches dropped, and of a run with
-            `keep_every` the best kept epoch on test; of SimSiam's ImageNet pairing a classifier
-            trained for 90 epochs of random crops, without references).
+            `keep_every` the best kept epoch on test; of IP-IRM, of RSA and of SimSiam's ImageNet
+            pairing a classifier trained on fresh random views, without references).
         k: neighbours of kNN (capped by the size of the bank). temperature: its τ (`clean`).
         precision: of the encoding: fp32, bf16, or auto (bf16 where it is native).
         references: also judge the encoder before training and raw pixels, as rows to stand beside.
@@ -141,6 +141,8 @@ class TransferConfig(Config):
         precision: of the encoding: fp32, bf16, or auto (bf16 where it is native).
         iterations, tolerance: at which the L-BFGS of each of the 45 penalties ends; below 1e-7 it
             works in float64 (AugSelf's and CASSLE's own: 5000, 1e-10).
+        penalize_bias: AugSelf's and CASSLE's penalty, which counts the bias; its 45 strengths are
+            then tried from the weakest on (docs/spec/siblings.md §1.7).
         fractions: shares of the training labels for the few-label probes. draws: of those labels.
         ways, shots, queries: classes of an episode, labelled images and test images of each.
         episodes: of each number of shots. few_shot: `centroid` or `ridge`.
@@ -159,6 +161,7 @@ class TransferConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     iterations: Positive = 50
     tolerance: Rate = 1e-5
+    penalize_bias: bool = False
     fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.01, 0.1)
     draws: Annotated[int, Field(ge=2)] = 5
     ways: Annotated[int, Field(ge=2)] = 5

@@ -13,7 +13,7 @@ from torch import Tensor
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, EvalConfig
 from idaa_lib.data.cached import ImageSet
-from idaa_lib.evaluate.crops import EPOCHS, crop_probe, enlarged
+from idaa_lib.evaluate import crops
 from idaa_lib.evaluate.encoders import (
     encode_splits,
     judged_on,
@@ -44,7 +44,6 @@ LAYERS = {"backbone": "backbone features", "projector": "projected z"}
 LINEAR = {
     "clean": "L-BFGS, penalty chosen on val, refit, test read once",
     "official": "Adam, 1000 epochs, best test epoch of the classifier, partial batch dropped",
-    "crops": f"LARS on random crops of central squares, {EPOCHS} epochs, the last",
 }
 
 
@@ -87,15 +86,22 @@ def _plan(config: EvalConfig) -> _Evaluation:
                 f"semi-supervised: take 'clean'."
             )
         way = training.chosen("method").official_protocol(training)
-        snapshots = {} if way.crops else checkpoints.snapshots(source)
+        snapshots = {} if way.classifier else checkpoints.snapshots(source)
     dataset = resolve_path(config.dataset or judged_on(training.dataset))
     classes = classes_of(training, dataset) if config.classes is None else config.classes
     classes = classes and resolve_path(classes)
     # On crops an untrained encoder would take as long, and a probe cannot take pixels.
-    references = config.references and not way.crops
+    references = config.references and not way.classifier
     named = {"run": source.reference, "dataset": dataset, "classes": classes}
     config = config.replace(**named, references=references)
-    splits = open_splits(dataset, training.size, config.limit, classes)
+    # Of a source that keeps images larger than the views that training cuts of them.
+    side = (way.whole and getattr(training, "source_size", None)) or training.size
+    splits = open_splits(dataset, side, config.limit, classes)
+    if way.classifier and len(splits["train"].classes) < 2:
+        raise ConfigError(
+            f"dataset={dataset!r} has 1 class, and the official classifier of {way.of} needs two "
+            f"or more: take another data set."
+        )
     run = runs.run_for(
         config,
         splits["test"].fingerprint,
@@ -120,6 +126,11 @@ class _Evaluation(Plan):
     way: OfficialProtocol
     epochs: list[int]
     machine: dict[str, Any]  # `device` and `bf16`
+
+    @property
+    def side(self) -> int:
+        """Of the images, in pixels."""
+        return self.splits["test"].size
 
     @property
     def classes(self) -> int:
@@ -170,7 +181,7 @@ class _Evaluation(Plan):
         if subject == "pixels":
             return {name: pixels(split.images) for name, split in self.splits.items()}
         if subject == "encoder":
-            encoder = load_encoder(self.source, layer, epoch)
+            encoder = load_encoder(self.source, layer, epoch)._replace(size=self.side)
         else:
             encoder = random_encoder(self.source, layer)
         return encode_splits(encoder.to(self.machine["device"]), self.splits, **self.machine)
@@ -190,14 +201,16 @@ class _Evaluation(Plan):
         if not way.of:
             clean = linear_probe(train, val, z["test"], classes=self.classes)
             scores, values = clean.scores, {"penalty": clean.penalty, "top1_val": clean.score_val}
-        elif way.crops:
-            size = enlarged(self.source.config.size)
+        elif way.classifier:
+            size = self.side if way.whole else crops.enlarged(self.side)
             whole, tested = (
                 open_images(config.dataset, split, size, config.limit, config.classes).with_labels()
                 for split in ("trainval", "test")
             )
             encoder = load_encoder(self.source, way.linear)
-            scores = crop_probe(encoder, whole, tested, writer, **how, **self.machine)
+            how |= {"classifier": way.classifier, **self.machine}
+            scores, last = crops.crop_probe(encoder, whole, tested, writer, **how)
+            values = {"top1_last": last} if way.classifier.best else {}
         else:
             both = torch.cat([train[0], val[0]]), self.labels("train", "val")
             scores, values["top1_last"] = official_probe(both, test, classes=self.classes, **how)
@@ -209,17 +222,20 @@ class _Evaluation(Plan):
     def protocol(self, subject: str, probe: str, layer: str) -> str:
         """Protocol, layer, probe and epoch, in words."""
         way, epoch = self.way, "last weights"
-        words = LINEAR["crops" if way.crops else "official" if way.of else "clean"]
+        words = LINEAR["official" if way.of else "clean"]
+        if way.classifier:
+            size = self.source.config.size
+            words = crops.describe(way.classifier, size, self.side, way.whole)
         name = f"official of {way.of}" if way.of else "clean"
         if way.of:
             epoch = "epoch of the file" if "imported" in self.source.environment else "final epoch"
         if self.epochs and (probe == "knn" or way.linear_epoch == "best"):
             epoch = f"best of {len(self.epochs) + 1} epochs by kNN on test"
         if probe == "knn":
-            # The release's bank is faulty, and SimSiam's authors have another.
-            name += " (bank without the release's fault)" if way.of else ""
+            name += way.knn_note if way.of else ""
             n = len(self.splits["train"]) + len(self.splits["val"])
             words = f"k={min(self.config.k, n)}, τ={way.temperature:g}"
+            words += f", images of {self.side} px" if way.whole else ""
         if subject == "pixels":
             return f"{name}: raw pixels, {words}"
         return f"{name}: {LAYERS[layer]}, {words}, {epoch if subject == 'encoder' else 'untrained'}"

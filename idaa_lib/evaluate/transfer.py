@@ -29,7 +29,14 @@ from idaa_lib.evaluate.metrics import (
     student_interval,
     top1,
 )
-from idaa_lib.evaluate.probe import LAMBDAS, TRANSFER, Probe, linear_probe, principal_axes
+from idaa_lib.evaluate.probe import (
+    LAMBDAS,
+    SIBLINGS,
+    TRANSFER,
+    Probe,
+    linear_probe,
+    principal_axes,
+)
 from idaa_lib.runs import Run, Writer, checkpoints
 from idaa_lib.runs.machine import classes_of, describe, resolve_path, torch_device, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
@@ -145,10 +152,13 @@ class _Transfer(Plan):
         y = {name: split.labels.to(z[name].device) for name, split in splits.items()}
         by_class = test.name in PER_CLASS
         score, metric = (mean_per_class, "mean per class") if by_class else (top1, "top-1")
-        axes = principal_axes(z["train"])
-        protocol = TRANSFER._replace(iterations=config.iterations, tolerance=config.tolerance)
+        base, norm = TRANSFER, "λ‖W‖²"
+        axes = None if config.penalize_bias else principal_axes(z["train"])
+        if config.penalize_bias:
+            base, norm = SIBLINGS, "λ(‖W‖² + ‖b‖²), λ rising (CASSLE's)"
+        protocol = base._replace(iterations=config.iterations, tolerance=config.tolerance)
         size = f"{self.size} px, frozen features"
-        words = f"{size} as they are; L-BFGS on Σ cross-entropy + λ‖W‖², one of {len(LAMBDAS)} λ"
+        words = f"{size} as they are; L-BFGS on Σ cross-entropy + {norm}, one of {len(LAMBDAS)} λ"
 
         def probe(index: Tensor | slice, refit: bool) -> Probe:
             train, val = (z["train"][index], y["train"][index]), (z["val"], y["val"])

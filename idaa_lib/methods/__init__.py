@@ -4,6 +4,7 @@ from idaa_lib.methods import barlow, byol, fixmatch, ipirm, moco, plain, rsa, si
 from idaa_lib.methods.base import (
     METHODS,
     About,
+    Classifier,
     Method,
     Moment,
     OfficialProtocol,
@@ -15,6 +16,7 @@ from idaa_lib.methods.base import (
 __all__ = [
     "METHODS",
     "About",
+    "Classifier",
     "Method",
     "Moment",
     "OfficialProtocol",

@@ -26,7 +26,9 @@ from idaa_lib.configs.base import NonNegative, Positive, Rate
 from idaa_lib.methods.base import (
     About,
     Batch,
+    Classifier,
     Moment,
+    OfficialProtocol,
     Step,
     Work,
     gather,
@@ -221,6 +223,27 @@ class IPIRM(SimCLR):
             if not options.random_init:
                 self.register_buffer("scores", torch.zeros(about.n, options.env_num))
         self._present: Tensor | None = None
+
+    @classmethod
+    def official_protocol(cls, config: Any) -> OfficialProtocol:
+        """§2.6, of DCL's code: also that of the baseline. Which epoch counts is not published: the
+        last one here."""
+        classifier = Classifier(
+            "adam",
+            1e-3,
+            "constant",
+            epochs=100,
+            best=False,
+            weight_decay=1e-6,
+            augmentation=config.augmentation,
+            deviation=None,
+            middle=False,
+            drifts=True,
+        )
+        return OfficialProtocol(
+            "IP-IRM", "backbone", config.temperature, "backbone", "last", 512, classifier,
+            whole=True, knn_note="",
+        )  # fmt: skip
 
     def projector(self, features: int, dim: int) -> nn.Module:
         return self.conditioned(features, lambda inputs: mlp(inputs, 512, dim, bias=False))

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from idaa_lib.configs import ConfigError
 from idaa_lib.configs.base import Positive, Share
-from idaa_lib.methods.base import About, Batch, Moment, Step, register_method
+from idaa_lib.methods.base import (
+    About,
+    Batch,
+    Classifier,
+    Moment,
+    OfficialProtocol,
+    Step,
+    register_method,
+)
 from idaa_lib.methods.byol import BYOL
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.resnet import zero_residuals
@@ -69,6 +77,36 @@ class RSA(BYOL):
             )
         zero_residuals(backbone)
         super().__init__(options, backbone, about)
+
+    @classmethod
+    def official_protocol(cls, config: Any) -> OfficialProtocol:
+        """§3.4: the small one, or that of ImageNet ("mean-shift"); also of the baseline."""
+        large = config.stem == "imagenet"
+        if large != (config.size >= 224) or config.stem == "mini":
+            raise ConfigError(
+                f"protocol='official' of RSA is for stem='cifar' below 224 px and for "
+                f"stem='imagenet' from 224 px on, and the run has stem={config.stem!r} at "
+                f"size={config.size}: take protocol='clean'."
+            )
+        if large:
+            classifier = Classifier(
+                "sgd",
+                0.01,
+                "drops_15_30",
+                epochs=40,
+                weight_decay=1e-4,
+                deviation=None,
+                standardise=True,
+                drifts=True,
+            )
+        else:
+            classifier = Classifier(
+                "nesterov", 30.0, "drops_60_80", epochs=100, drop_last=True, drifts=True
+            )
+        return OfficialProtocol(
+            "RSA on ImageNet" if large else "RSA", "backbone", 0.1, "backbone", "last",
+            256 if large else config.batch_size, classifier, whole=not large, knn_note="",
+        )  # fmt: skip
 
     # --- views ------------------------------------------------------------------------------------
 

@@ -27,11 +27,12 @@ def _cosine_by_step(step: int, epochs: int, per_epoch: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / (epochs * per_epoch)))
 
 
-def _drops(step: int, epochs: int, per_epoch: int) -> float:
-    """×.1 from epoch 120, ×.05 from 160, ×.01 from 200 of Plain's published 301; in a training of
-    another length at the same shares of it (spec §4; not the drops of its mini-ImageNet runs)."""
-    epoch = step // per_epoch * 301
-    drops = ((200, 0.01), (160, 0.05), (120, 0.1))
+def _drops(
+    step: int, epochs: int, per_epoch: int, of: int, drops: tuple[tuple[int, float], ...]
+) -> float:
+    """Factors from given epochs on, the last first, of a published training of `of` epochs; in a
+    training of another length at the same shares of it."""
+    epoch = step // per_epoch * of
     return next((low for at, low in drops if epoch >= at * epochs), 1.0)
 
 
@@ -47,7 +48,11 @@ SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
     "cosine": _cosine,
     "delayed_cosine": partial(_cosine, delay=11),  # SimCLR's code: from the 13th epoch (spec §4)
     "cosine_by_step": _cosine_by_step,
-    "drops": _drops,
+    # Plain's (spec §4; not the drops of its mini-ImageNet runs).
+    "drops": partial(_drops, of=301, drops=((200, 0.01), (160, 0.05), (120, 0.1))),
+    # Of linear classifiers (spec/siblings.md §3.4).
+    "drops_60_80": partial(_drops, of=100, drops=((80, 0.01), (60, 0.1))),
+    "drops_15_30": partial(_drops, of=40, drops=((30, 0.01), (15, 0.1))),
     "seven_sixteenths": _seven_sixteenths,
 }
 # Fused: one kernel for all parameters, on the CPU too; the arithmetic is the same. The release's

@@ -19,6 +19,7 @@ from idaa_lib.configs.base import Positive
 from idaa_lib.methods.base import (
     About,
     Batch,
+    Classifier,
     Moment,
     OfficialProtocol,
     Step,
@@ -76,8 +77,13 @@ class SimSiam(Conditioned):
     @classmethod
     def official_protocol(cls, config: Any) -> OfficialProtocol:
         if config.pairing == "imagenet":
+            # What the specification leaves open is as in SimSiam's public code (main_lincls.py).
+            classifier = Classifier("lars", 0.1, "cosine", epochs=90, best=False, scaled=True)
             return cls.official._replace(
-                of="SimSiam on ImageNet", linear_epoch="last", batch_size=4096, crops=True
+                of="SimSiam on ImageNet",
+                linear_epoch="last",
+                batch_size=4096,
+                classifier=classifier,
             )
         return cls.official
 
