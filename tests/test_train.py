@@ -859,6 +859,24 @@ def test_a_long_preparation_of_an_epoch_hears_a_stop_and_starts_again(outputs, m
     assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
 
 
+@pytest.mark.parametrize(
+    ("every", "written"), [(1, [0, 6, 12, 18, 24]), (3, [0, 12, 18, 24]), (9, [0, 12, 24])]
+)
+def test_a_checkpoint_before_an_epoch_is_written_where_long_work_is_due_and_none_is_there(
+    outputs, monkeypatch, every, written
+):
+    class PreparesEverySecond(SimCLR):
+        def before_epoch(self, epoch, work):
+            for _ in range(2 * (epoch % 2 == 0)):
+                work.pulse("part")
+
+    steps, save = [], checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda *a: (steps.append(a[1]), save(*a))[1])
+    monkeypatch.setitem(METHODS, "prepares", PreparesEverySecond)
+    train_ssl(ssl(method="prepares", checkpoint_every=every, epochs=4))
+    assert steps == written
+
+
 def test_without_a_compiler_a_run_says_so_and_goes_on(outputs, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand a page more")

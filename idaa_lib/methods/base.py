@@ -289,8 +289,9 @@ class Method(nn.Module):
         return Embedder(backbone, self.network.get_submodule("projector"))
 
     def before_epoch(self, epoch: int, work: Work) -> None:
-        """Before an epoch's first step. A long one calls `work.pulse(message)` now and then: it is
-        how it hears that it shall stop, and then starts again from what it started from."""
+        """Before an epoch's first step. A long one calls `work.pulse(message)` before it changes
+        anything, which saves the training, and now and then: it is how it hears that it shall stop,
+        and then starts again from what it started from."""
 
     def after_step(self, step: Step, moment: Moment) -> None:
         """After the optimiser has stepped: queues, moving averages."""

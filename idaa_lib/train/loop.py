@@ -215,10 +215,12 @@ class Fit:
                 yield {name: i.chunk(self.processes)[self.rank] for name, i in batch.items()}
 
     def _before_epoch(self, steps: Steps) -> None:
-        if type(self.method).before_epoch is Method.before_epoch:
-            return
-        steps.save()  # what a stop inside goes back to
         recipe = self.method.recipe
+
+        def pulse(message: str) -> None:
+            if steps.saved != steps.step:
+                steps.save()  # what a stop inside goes back to
+            steps.pulse(message)
 
         def embed(layer: str = "backbone", **views: Any) -> Tensor:
             units, device = (recipe.size, recipe.mean, recipe.std), self.device
@@ -227,7 +229,7 @@ class Fit:
             with self._unwrapped() as method:
                 return features(method.encoder(layer), self.feed.images, *units, **how)
 
-        work = Work(self.feed.images, embed, steps.pulse)
+        work = Work(self.feed.images, embed, pulse)
         self.method.before_epoch(steps.step // self.per_epoch, work)
 
     def train_step(self, step: int, images: Batch, batch: Batch) -> dict[str, Tensor]:
