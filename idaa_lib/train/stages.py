@@ -63,6 +63,7 @@ class TrainingPlan(Plan):
             config.epochs,
             config.batch_size,
             config.seed,
+            config.compile,
         )
 
 
