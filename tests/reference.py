@@ -473,6 +473,86 @@ def ip_irm(
     return whole + sum(losses) / len(losses) + penalty_weight * sum(penalties) / len(penalties)
 
 
+def mixup(x: Tensor, draws: Tensor) -> tuple[Tensor, float, list[int]]:
+    """Images (n, 3, H, W) mixed, the mean of λ, and the partners (spec siblings.md §2.4).
+
+    draws: (n, 2): u, of which λ is the larger part, and ranks, whose order gives the partners.
+    """
+    shares = [max(u, 1 - u) for u in draws[:, 0].tolist()]
+    ranks = draws[:, 1].tolist()
+    partners = sorted(range(len(x)), key=ranks.__getitem__)
+    pairs = zip(shares, partners, strict=True)
+    mixed = [s * x[i] + (1 - s) * x[j] for i, (s, j) in enumerate(pairs)]
+    return torch.stack(mixed), sum(shares) / len(shares), partners
+
+
+def mixed_loss(s: Tensor, share: float, partners: list[int]) -> Tensor:
+    """λ̄ CE(own column) + (1 − λ̄) CE(partner's column) of logits (n, n)."""
+    own = partner = s.new_zeros(())
+    for i, j in enumerate(partners):
+        total = torch.stack([value.exp() for value in s[i]]).sum()
+        own = own - torch.log(s[i, i].exp() / total)
+        partner = partner - torch.log(s[i, j].exp() / total)
+    return (share * own + (1 - share) * partner) / len(s)
+
+
+def mixed_contrast(
+    z1: Tensor, z2: Tensor, temperature: float, share: float, partners: list[int]
+) -> tuple[Tensor, Tensor]:
+    """L and Ω of mixed images; Ω by differentiating twice, a factor 1 for each column."""
+    s = z1 @ z2.T / temperature
+    w = torch.ones(len(s), dtype=s.dtype, requires_grad=True)
+    (g,) = torch.autograd.grad(mixed_loss(w * s, share, partners), w, create_graph=True)
+    return mixed_loss(s, share, partners), g.square().sum()
+
+
+def ip_irm_mixed(
+    embed1: Callable[[Tensor], Tensor], embed2: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor,
+    index: Tensor, partitions: Tensor, draws: Tensor, temperature: float,
+    penalty_weight: float = 0.2, one: bool = False,
+) -> Tensor:  # fmt: skip
+    """L of IP-IRM with mixup (spec siblings.md §2.4): L_all, and a sum over partitions, of which
+    alone λ₁ > 1 divides; all of it where `one` partition is kept.
+
+    draws: (B, 1 + P, 2): for the batch, then for each partition.
+    """
+
+    def contrast(rows: list[int], slot: int) -> tuple[Tensor, Tensor]:
+        mixed, share, partners = mixup(x1[rows], draws[rows, slot])
+        return mixed_contrast(embed1(mixed), embed2(x2)[rows], temperature, share, partners)
+
+    divisor = max(1.0, penalty_weight)
+    loss = contrast([*range(len(x1))], 0)[0] / (divisor if one else 1.0)
+    for slot, partition in enumerate(partitions, 1):
+        sides = [[i for i, image in enumerate(index.tolist()) if partition[image] == k]
+                 for k in range(2)]  # fmt: skip
+        values = [contrast(rows, slot) for rows in sides if len(rows) > 1]
+        for value, omega in values:
+            loss = loss + (value + penalty_weight * omega) / len(values) / divisor
+    return loss
+
+
+def soft_mixed_subset(
+    z1: Tensor, z2: Tensor, p: Tensor, temperature: float, share: float, partners: list[int]
+) -> tuple[Tensor, Tensor]:
+    """L_k and Ω_k of a subset of mixed images, element by element (spec siblings.md §2.4)."""
+    n, s = len(z1), z1 @ z2.T / temperature
+
+    def loss(s: Tensor) -> Tensor:
+        total = s.new_zeros(())
+        for i in range(n):
+            others = sum(p[j] for j in range(n) if j != i)
+            w = [(n - 1) * p[j] / others if j != i else p.new_ones(()) for j in range(n)]
+            terms = [w[j] * s[i, j].exp() for j in range(n)]
+            own, partner = (-(terms[j] / sum(terms)).log() for j in (i, partners[i]))
+            total = total + p[i] * (share * own + (1 - share) * partner)
+        return total / p.sum()
+
+    dummy = torch.ones(n, dtype=s.dtype, requires_grad=True)
+    (g,) = torch.autograd.grad(loss(dummy * s), dummy, create_graph=True)
+    return loss(s), g.square().sum()
+
+
 def debiased(z1: Tensor, z2: Tensor, temperature: float, prior: float) -> Tensor:
     """DCL's loss, row by row (spec siblings.md §2.6)."""
     z, total = torch.cat([z1, z2]), z1.new_zeros(())
@@ -485,3 +565,68 @@ def debiased(z1: Tensor, z2: Tensor, temperature: float, prior: float) -> Tensor
         g = torch.clamp(g, min=n * math.exp(-1 / temperature))
         total = total - torch.log(positive / (positive + g))
     return total / len(rows)
+
+
+def soft_subset(
+    z1: Tensor, z2: Tensor, p: Tensor, temperature: float, irm_temp: float, total: bool
+) -> tuple[Tensor, Tensor]:
+    """L_k and Ω_k of a subset that image i is in with probability p[i], by exponentials as they
+    stand in spec siblings.md §2.3, and Ω_k by differentiating twice."""
+    n, z, rows = len(z1), torch.cat([z1, z2]), compact_rows(z1, z2)
+    places = torch.tensor([[partner, *others] for partner, others in rows])
+    s = (z @ z.T).gather(1, places)
+    negatives = p[places[:, 1:] % n]
+    w = (2 * n - 2) * negatives / negatives.sum(1, keepdim=True)
+    w = torch.cat([torch.ones_like(w[:, :1]), w], 1)
+    a = p.repeat(2)
+
+    def loss(s: Tensor, divisor: Tensor | float) -> Tensor:
+        terms = w * s.exp()
+        return (a * -(s[:, 0].exp() / terms.sum(1)).log()).sum() / divisor
+
+    dummy = torch.ones(s.shape[1], dtype=s.dtype, requires_grad=True)
+    (g,) = torch.autograd.grad(loss(dummy * s / irm_temp, a.sum()), dummy, create_graph=True)
+    return loss(s / temperature, 2 * n if total else a.sum()), g.square().sum()
+
+
+def ip_irm_maximisation(
+    z1: Tensor, z2: Tensor, scores: Tensor, orders: Callable[[int], Tensor], batch: int,
+    temperature: float, irm_temp: float, irm_weight: float, constrain: str, total: bool = False,
+) -> Tensor:  # fmt: skip
+    """Scores (N, K) that IP-IRM's maximisation ends with, step by step (spec siblings.md §2.3).
+
+    Adam and its schedule by hand. orders: epoch → the order of the N images in it.
+    """
+    scores, steps, rate = scores.clone(), 0, 0.5
+    m, v = torch.zeros_like(scores), torch.zeros_like(scores)
+    lowest, best, without = math.inf, scores, 0
+    for epoch in range(61):
+        if epoch in (5, 35):
+            rate *= 0.2
+        risks = []
+        for index in orders(epoch).split(batch):
+            leaf = scores.clone().requires_grad_()
+            p = leaf[index].softmax(1)
+            risk = p.new_zeros(())
+            for k in range(scores.shape[1]):
+                values = soft_subset(z1[index], z2[index], p[:, k], temperature, irm_temp, total)
+                risk = risk - (values[0] + irm_weight * values[1]) / scores.shape[1]
+            mean = p.mean(0)
+            entropy = -(mean * mean.log()).sum()
+            if constrain == "strict":
+                risk = risk - entropy
+            if constrain == "relaxed":
+                risk = risk + torch.clamp(0.6365 - entropy, min=0)
+            (gradient,) = torch.autograd.grad(risk, leaf)
+            steps += 1
+            m = 0.9 * m + 0.1 * gradient
+            v = 0.999 * v + 0.001 * gradient**2
+            step = (m / (1 - 0.9**steps)) / ((v / (1 - 0.999**steps)).sqrt() + 1e-8)
+            scores = scores - rate * step
+            risks.append(risk.item())
+        without += 1
+        if sum(risks) / len(risks) < lowest:
+            lowest, best, without = sum(risks) / len(risks), scores, 0
+        if epoch > 50 and without >= 5:
+            break
+    return best

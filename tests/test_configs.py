@@ -161,6 +161,20 @@ def test_knobs_are_flat_names_with_the_defaults_of_their_choice():
     assert not any("fixmatch" in of for _, of in rows)
 
 
+def test_a_warm_up_as_long_as_the_training_is_refused_unless_it_is_the_recipe_s():
+    for values in (dict(warmup=3, epochs=3), dict(warmup=1, epochs=1, preset="rsa-cifar10")):
+        with pytest.raises(ConfigError, match=r"warmup=(3|1) must be less than epochs=\1: take"):
+            SSLConfig(**values)
+    assert SSLConfig(warmup=2, epochs=3).warmup == 2
+    with pytest.raises(ConfigError, match="warmup=2 must be less than epochs=2"):
+        SSLConfig(warmup=2, epochs=3).replace(epochs=2)
+    own = dict(preset="rsa-imagenet", dataset="imagenet")
+    for short in (SSLConfig(**own, epochs=1), SSLConfig(**own).replace(epochs=1)):
+        assert short.warmup == 10 and short.replace(seed=1).warmup == 10
+    with pytest.raises(ConfigError, match="warmup=11 must be less than epochs=11"):
+        SSLConfig(**own, epochs=11, warmup=11)
+
+
 def test_a_recipe_of_one_s_own_extends_another(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(

@@ -4,33 +4,60 @@ The objective with every adversary against an oracle, resuming and two processes
 test_methods.py.
 """
 
+import copy
 import itertools
 import math
-import statistics
+import shutil
+import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
 from conftest import outcome
-from test_methods import MEAN, PARTITIONS, SIZE, STD, TINY, a_method
+from test_methods import (
+    BATCH,
+    DRAWS,
+    MEAN,
+    MOMENT,
+    PARTITIONS,
+    SIZE,
+    STD,
+    TINY,
+    B,
+    a_method,
+    noise,
+    total,
+    two_views,
+)
 from torch.nn import functional as F
 
 from idaa_lib.configs import ConfigError, SSLConfig
-from idaa_lib.evaluate.encoders import load_encoder
+from idaa_lib.data.cached import load
+from idaa_lib.evaluate.encoders import features, load_encoder
+from idaa_lib.identity.factors import compare_sides
 from idaa_lib.methods import About, build_method
 from idaa_lib.methods import ipirm as module
-from idaa_lib.methods.ipirm import (
-    IPIRM,
+from idaa_lib.methods.ipirm import IPIRM, debiased
+from idaa_lib.methods.partitions import (
+    ONLINE_MIXED,
+    ORDER,
+    PLAIN,
+    Embedded,
     compact_logits,
-    debiased,
     fit_partition,
     imbalance,
+    mix,
+    mixed_logits,
+    mixed_target,
     penalty,
     soft_loss,
 )
 from idaa_lib.methods.simclr import nt_xent
-from idaa_lib.train import train_ssl
+from idaa_lib.runs import Stopped
+from idaa_lib.train import locate, train_ssl
+from idaa_lib.train.loop import Fit
 from idaa_lib.views import keyed_generator, recipe
 
 OFFICIAL = IPIRM.Options(temperature=0.5, irm_temp=0.5, irm_weight_maxim=0.5)
@@ -128,28 +155,85 @@ def test_an_imbalance_of_two_to_one_is_free():
     assert imbalance(half, "relaxed", True).item() == pytest.approx(0.0)  # −log 2 + log 2
 
 
-def planted(length, seed):
-    """Two views of 256 images with a factor ±1 along u, and that factor (§2.8)."""
+def planted(length, seed, n=256):
+    """Two views of n images with a factor ±1 along u, and that factor (§2.8)."""
     generator = keyed_generator(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     unit = lambda x: F.normalize(x, dim=-1)  # noqa: E731
-    factor = torch.arange(256) % 2
-    base = unit(draw(256, 32)) + (2 * factor - 1)[:, None] * length * unit(draw(32))
-    return [unit(base + 0.3 * unit(draw(256, 32))) for _ in range(2)], factor
+    factor = torch.arange(n) % 2
+    base = unit(draw(n, 32)) + (2 * factor - 1)[:, None] * length * unit(draw(32))
+    return [unit(base + 0.3 * unit(draw(n, 32))) for _ in range(2)], factor
 
 
-def agreement(length, seed):
-    views, factor = planted(length, seed)
-    scores = torch.randn(256, 2, generator=keyed_generator(seed, 1))
-    fitted = fit_partition(lambda epoch: tuple(views), scores, OFFICIAL, (seed,))
+def agreement(length, seed, n=256):
+    views, factor = planted(length, seed, n)
+    scores = torch.randn(n, 2, generator=keyed_generator(seed, 1))
+    fitted = fit_partition(lambda epoch, batches: Embedded(*views), scores, OFFICIAL, (seed,))
     same = (fitted.argmax(1) == factor).double().mean().item()
     return max(same, 1 - same)
 
 
-def test_a_planted_factor_is_recovered():
-    """From most starts: of 8 seeds in 5, the others end in a worse optimum (.57 to .88)."""
-    assert statistics.median(agreement(0.6, seed) for seed in range(5)) >= 0.99
-    assert max(agreement(0.0, seed) for seed in range(2)) <= 0.62  # chance: 50 to 60 % of 256
+def test_a_planted_factor_is_found_from_most_starts():
+    """At N = 256 from 34 of 40 (docs/siblings.md), at 128 from all of these but two; the others end
+    in a worse optimum. What it finds in noise agrees with a factor by chance."""
+    assert agreement(0.6, 1) >= 0.99
+    assert sum(agreement(0.6, seed, n=128) >= 0.99 for seed in range(8)) >= 5
+    assert max(agreement(0.0, seed, n=128) for seed in range(4)) <= 0.65
+
+
+@pytest.mark.parametrize(("tint", "low", "high"), [(0.85, 90, 100), (0.0, 50, 70)])
+def test_a_tint_of_half_the_photographs_is_found(tint, low, high):
+    """One maximisation of an encoder that sees the mean colour of views."""
+    images = load("photos", "train", 32, 160).images.float()
+    half = torch.arange(len(images)) % 2
+    red = torch.tensor([255.0, 0, 0])[:, None, None]
+    tinted = torch.lerp(images, red, tint * half[:, None, None, None]).to(torch.uint8)
+    config = SSLConfig(method="ipirm", width=4)
+    views = replace(recipe("ipirm", 32, (0.5,) * 3, (0.25,) * 3), jitter_probability=0, gray=0)
+    method = build_method(config, About(views, torch.zeros(len(images))))
+
+    def embed(layer, **how):
+        colour = features(lambda x: x.mean((2, 3)), tinted, 32, views.mean, views.std, **how)
+        return F.normalize(colour - colour.mean(0), dim=1)
+
+    method.before_epoch(0, SimpleNamespace(embed=embed, pulse=lambda message: None))
+    (partition,) = method.present()
+    assert low <= compare_sides(partition, half).value <= high
+
+
+@pytest.mark.parametrize("constrain", ["relaxed", "strict", "none"])
+@pytest.mark.parametrize(("batch", "drop_last"), [(24, False), (10, False), (10, True)])
+def test_the_maximisation_is_step_by_step_that_of_the_specification(constrain, batch, drop_last):
+    """Optimiser, schedule, batches, weights, what is kept and when it stops (§2.3)."""
+    z1, z2 = (z.detach() for z in pairs(24))
+    how = IPIRM.Options(temperature=0.3, irm_weight_maxim=0.7, constrain=constrain)
+    scores = torch.randn(24, 2, dtype=torch.float64, generator=keyed_generator(2))
+    fitting = PLAIN._replace(batch=batch)
+
+    def order(epoch):
+        whole = torch.randperm(24, generator=keyed_generator(7, epoch, ORDER))
+        return whole[:20] if drop_last else whole
+
+    embeddings = lambda epoch, batches: Embedded(z1, z2)  # noqa: E731
+    ours = fit_partition(embeddings, scores, how, (7,), fitting, drop_last)
+    slow = reference.ip_irm_maximisation(z1, z2, scores, order, batch, 0.3, 0.5, 0.7, constrain)
+    torch.testing.assert_close(ours, slow, rtol=1e-6, atol=1e-8)
+    assert (ours - scores).abs().max() > 1
+
+
+def test_images_that_are_fewer_than_a_batch_of_the_maximisation_are_one_batch(monkeypatch, capsys):
+    z1, z2 = pairs(6)
+    pulses = []
+    scores = torch.zeros(6, 2).double()
+    fit_partition(
+        lambda epoch, batches: Embedded(z1.detach(), z2.detach()), scores, OFFICIAL, (0,),
+        drop_last=True, pulse=pulses.append,
+    )  # fmt: skip
+    assert 51 <= len(pulses) <= 61
+    maximised(monkeypatch, limit=8)
+    assert capsys.readouterr().out.splitlines() == [
+        "partition: 8 images are one batch of the maximisation, not 3096."
+    ]
 
 
 def test_dcl_s_loss():
@@ -158,6 +242,185 @@ def test_dcl_s_loss():
         ours, slow = debiased(z1, z2, 0.5, prior), reference.debiased(z1, z2, 0.5, prior)
         torch.testing.assert_close(ours, slow)
     torch.testing.assert_close(debiased(z1, z2, 0.5, 0.0), nt_xent(z1, z2, 0.5))
+
+
+# --- mixed images (§2.4)
+
+
+def test_images_are_mixed_as_drawn():
+    x = noise(1, 6)
+    mixed, target = mix(x, DRAWS[:, 1])
+    slow, share, partners = reference.mixup(x, DRAWS[:, 1])
+    torch.testing.assert_close(mixed, slow)
+    assert sorted(partners) == [*range(6)] and 0.5 <= share <= 1
+    expected = share * torch.eye(6).double()
+    for i, j in enumerate(partners):
+        expected[i, j] += 1 - share
+    torch.testing.assert_close(target, expected)
+
+
+@pytest.mark.parametrize("n", [2, 7])
+def test_the_soft_loss_of_mixed_images_is_that_of_the_specification(n):
+    """Loss, penalty and the gradients of both, for scores and embeddings."""
+    z, draws = torch.randn(2, n, 5).double(), torch.rand(n, 2).double()
+    _, target = mix(noise(1, n), draws)
+    _, share, partners = reference.mixup(noise(1, n), draws)
+    outcomes = []
+    for slow in (False, True):
+        leaf, scores = z.clone().requires_grad_(), draws[:, 0].clone().requires_grad_()
+        (z1, z2), p = F.normalize(leaf, dim=2), (3 * scores).sigmoid()
+        if slow:
+            loss, omega = reference.soft_mixed_subset(z1, z2, p, 0.3, share, partners)
+        else:
+            loss, omega = soft_loss(*mixed_logits(z1, z2), p, (0.3, 0.3), False, target)
+        gradients = torch.autograd.grad(loss + omega, (leaf, scores))
+        outcomes.append((loss.detach(), omega.detach(), *gradients))
+    torch.testing.assert_close(*outcomes)
+
+
+def test_with_a_partner_in_no_batch_the_image_itself_counts_alone():
+    share = torch.tensor([0.6, 0.8, 1.0]).double()
+    target = mixed_target(share, torch.tensor([2, -1, 0]))
+    torch.testing.assert_close(
+        target, torch.tensor([[0.8, 0, 0.2], [0, 0.8, 0], [0.2, 0, 0.8]]).double()
+    )
+    z1, z2 = pairs(3)
+    shares = torch.full((3,), 0.5).double()
+    s = z1 @ z2.T / 0.3
+    loss, _ = soft_loss(*mixed_logits(z1, z2), shares, (0.3, 0.3), False, 0.8 * torch.eye(3))
+    torch.testing.assert_close(loss, 0.8 * F.cross_entropy(s, torch.arange(3)))
+    embedded = Embedded(z1, z2, share, torch.tensor([1, 2, 0]))
+    *_, target = embedded.logits(torch.tensor([2, 0]))  # of image 0 the partner is not there
+    torch.testing.assert_close(target, torch.tensor([[0.8, 0.2], [0, 0.8]]).double())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(penalty_weight=4.0),
+        dict(retain_group="one"),
+        dict(retain_group="one", penalty_weight=4.0),
+    ],
+)
+def test_a_penalty_weight_above_1_divides_what_a_partition_is_in(values):
+    method, (v1, v2) = a_method("ipirm/mixup", "none", **values), two_views()
+    one = "retain_group" in values
+    twin = copy.deepcopy(method)
+    step = method.step((v1, v2), BATCH, MOMENT)
+    embed = lambda x: twin.network(x).z  # noqa: E731
+    batch = torch.arange(B), method.present(), DRAWS[:B]
+    weight = values.get("penalty_weight", 0.2)
+    slow = reference.ip_irm_mixed(embed, embed, v1.images, v2.images, *batch, 0.3, weight, one)
+    loss = total(step.loss)
+    torch.testing.assert_close(loss, slow)
+    assert len(step.loss) == (1 if one else 3)
+    if not one:  # the logged parts are L_all and means over partitions
+        parts = step.parts["contrast"] + 2 / 4 * (step.parts["subsets"] + 4 * step.parts["penalty"])
+        torch.testing.assert_close(loss.detach(), parts)
+
+
+@pytest.mark.parametrize(
+    ("values", "passes", "batches"),
+    [
+        ({}, 2 + 2 * 3, 2 + 2 * 2),
+        (dict(keep_cont=False), 2 * 3, 2 * 2),
+        (dict(retain_group="one"), 1 + 3, 3),
+        (dict(baseline=True, n=7), 2, 2),
+    ],
+)
+def test_what_is_forwarded_again(values, passes, batches):
+    """x₁ for L_all and for each subset, x₂ for L_all and for each partition; where one partition is
+    kept, x₂ once (§2.4)."""
+    method = a_method("ipirm/mixup", "none", **values)
+    sizes = []
+    method.network.register_forward_hook(lambda net, args, out: sizes.append(len(args[0])))
+    step = method.step(two_views(), BATCH, MOMENT)
+    total(step.loss).backward()
+    assert (len(sizes), sum(sizes)) == (passes, B * batches)
+    assert (step.embeddings is None) == ("keep_cont" in values)
+
+
+def test_the_baseline_of_mixed_images_is_l_all_alone():
+    method, (v1, v2) = a_method("ipirm/mixup", "none", n=7, baseline=True), two_views()
+    twin = copy.deepcopy(method)
+    mixed, *pairs_ = reference.mixup(v1.images, DRAWS[:B, 0])
+    z1, z2 = (twin.network(x).z for x in (mixed, v2.images))
+    expected, _ = reference.mixed_contrast(z1, z2, 0.3, *pairs_)
+    torch.testing.assert_close(total(method.step((v1, v2), BATCH, MOMENT).loss), expected)
+    assert not any("partition" in name for name in method.state_dict())
+
+
+def test_mixing_is_drawn_from_the_step_s_numbers():
+    method = a_method("ipirm/mixup", "none")
+    one, same, other = (
+        method.numbers({"images": B}, keyed_generator(key))["mixup"] for key in (1, 1, 2)
+    )
+    assert one.shape == (B, 1 + method.capacity, 2)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    plain = a_method("ipirm", "none").numbers({"images": B}, keyed_generator(1))
+    assert plain.keys() == {"view 0", "view 1"}
+    before = torch.get_rng_state()
+    total(method.step(two_views(), BATCH, MOMENT).loss)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mixup_is_refused_with_what_it_cannot_have():
+    mixed = dict(method="ipirm", mixup=True, augmentation="ipirm")
+    for field, value in (("condition", "crop"), ("augself", "crop=1"), ("compile", True)):
+        with pytest.raises(ConfigError, match=f"{field}.* mixup"):
+            SSLConfig(**mixed, **{field: value})
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_maximisation_of_mixed_images_mixes_within_its_batches(monkeypatch, offline):
+    calls, method = maximised(monkeypatch, mixup=True, mixup_max=True, offline=offline)
+    first, second = method.mixings[:2]
+    assert second is None  # the other view is as it is
+    share, partner = first
+    assert ((share >= 0.5) & (share <= 1)).all() and len(share.unique()) == 8
+    assert partner.tolist() == [6, 4, 7, 0, 2, 3, 5, 1]  # [6, 0, 3, 5] and [1, 7, 2, 4] in a ring
+    for *_, (one, later), _, fitting in calls:
+        assert fitting == (PLAIN if offline else ONLINE_MIXED)
+        assert torch.equal(one.share, later.share) == offline
+    assert ONLINE_MIXED == (0.1, (5, 25), 31, 2048)
+
+
+def test_a_view_is_mixed_with_that_of_its_partner():
+    images = torch.randint(0, 256, (7, 3, 20, 20), dtype=torch.uint8)
+    share, partner = torch.linspace(0.5, 1, 7), torch.arange(7).roll(1)
+    views = recipe("ipirm", SIZE, MEAN, STD)
+    how = dict(transform=views, batch_size=3)
+
+    def embed(mixing):
+        units = torch.nn.Flatten(), images, SIZE, MEAN, STD
+        return features(*units, **how, generator=keyed_generator(4), mixing=mixing)
+
+    plain, mixed = embed(None), embed((share, partner))
+    weights = share[:, None]
+    torch.testing.assert_close(mixed, weights * plain + (1 - weights) * plain[partner])
+
+
+def test_a_run_goes_on_bit_for_bit_after_a_maximisation_of_mixed_images(outputs, monkeypatch):
+    own = dict(mixup=True, mixup_max=True, offline=False, maximize_iter=1, projection_dim=8)
+    config = SSLConfig(**TINY, method="ipirm", **own)
+    whole = outcome(train_ssl(config))
+    shutil.rmtree(locate(config).path)
+    step = Fit.train_step
+
+    def stop_at_3(fit, *args):
+        values = step(fit, *args)
+        if fit.steps.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "train_step", stop_at_3)
+        with pytest.raises(Stopped, match="after step 3 of 4"):
+            train_ssl(config)
+    again = outcome(train_ssl(config))
+    assert again[0]["method.fitted"] == 2
+    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
+    assert whole[1:] == again[1:]
 
 
 # --- the method
@@ -199,38 +462,47 @@ def maximised(monkeypatch, **values):
     """What the maximisation is asked for in 5 epochs, and the method after them."""
     calls = []
 
-    def fit(embeddings, scores, how, key, drop_last, pulse):
-        calls.append((scores.clone(), key, [embeddings(i) for i in range(2)], drop_last))
+    def fit(embeddings, scores, how, key, fitting, drop_last, pulse):
+        batches = torch.tensor([6, 0, 3, 5]), torch.tensor([1, 7, 2, 4])
+        embedded = [embeddings(i, batches) for i in range(2)]
+        calls.append((scores.clone(), key, embedded, drop_last, fitting))
         return scores.flip(1) + 1
 
     monkeypatch.setattr(module, "fit_partition", fit)
     config = SSLConfig(method="ipirm", epochs=5, maximize_iter=2, width=4, seed=3, **values)
     about = About(recipe("ipirm", SIZE, MEAN, STD), torch.zeros(8), epochs=5, seed=3)
     method = build_method(config, about)
-    embed = lambda layer, transform, generator: torch.rand(8, 4, generator=generator)  # noqa: E731
-    work = SimpleNamespace(embed=embed, pulse=lambda message: None)
+    mixings = []
+
+    def embed(layer, transform, generator, mixing):
+        mixings.append(mixing)
+        return torch.rand(8, 4, generator=generator)
+
+    work = SimpleNamespace(embed=embed, pulse=lambda message: None, mixings=mixings)
     for epoch in range(5):
         method.before_epoch(epoch, work)
+    method.mixings = mixings
     return calls, method
 
 
 def test_partitions_are_fitted_before_epoch_1_and_after_every_maximize_iter(monkeypatch):
     calls, method = maximised(monkeypatch)
-    assert [key for _, key, _, _ in calls] == [(3, 0), (3, 2), (3, 4)]
+    assert [key for _, key, *_ in calls] == [(3, 0), (3, 2), (3, 4)]
     starts = [scores for scores, *_ in calls]
     assert not torch.equal(starts[0], starts[1])
     expected = torch.stack([scores.flip(1).argmax(1) for scores in starts])
     assert torch.equal(method.present(), expected)
     again, _ = maximised(monkeypatch)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(calls, again, strict=True))
-    for *_, ((z1, z2), (later, _)), drop_last in calls:
+    for *_, ((z1, z2, share, _), (later, *_)), drop_last, fitting in calls:
         assert not torch.equal(z1, z2) and torch.equal(z1, later) and not drop_last
+        assert share is None and fitting is PLAIN
 
 
 def test_online_views_are_drawn_anew_in_each_epoch(monkeypatch):
     calls, _ = maximised(monkeypatch, offline=False)
-    for *_, ((z1, _), (later, _)), drop_last in calls:
-        assert not torch.equal(z1, later) and drop_last
+    for *_, ((z1, *_), (later, *_)), drop_last, fitting in calls:
+        assert not torch.equal(z1, later) and drop_last and fitting is PLAIN
 
 
 def test_without_random_init_the_scores_go_on_and_what_is_kept_does_not_change(monkeypatch):
@@ -281,6 +553,8 @@ def test_recipes_are_as_specified(preset, own):
         (dict(env_num=3), "env_num=3 needs constrain='strict' or 'none'"),
         (dict(maximize_iter=0), "maximize_iter must be greater than 0"),
         (dict(debiased=0.1), "debiased=0.1 is a loss of the baseline alone"),
+        (dict(debiased=0.1, baseline=True, mixup=True), "debiased is not for mixed images"),
+        (dict(mixup_max=True), "mixup_max=true needs mixup=true too"),
     ],
 )
 def test_bad_values_are_refused(values, words):

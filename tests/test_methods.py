@@ -7,6 +7,7 @@ import importlib
 import math
 import shutil
 import signal
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -39,14 +40,21 @@ B, SIZE, QUEUE = 5, 16, 16
 METHOD_NAMES = ("simclr", "plain", "uel", "simsiam", "moco", "byol", "barlow", "rsa", "ipirm")
 ALL_KEYS = ("blur", "color", "color_diff", "crop", "flip", "grayscale")
 # SimSiam's two pairings are two methods here; so are methods that are conditioned as CASSLE's, on
-# all there is, and those with AugSelf's heads.
+# all there is, those with AugSelf's heads, and IP-IRM of mixed images.
 CASSLE, AUGSELF = (
     ("simclr/cassle", "byol/cassle"), ("moco/augself", "simsiam/augself"),
 )  # fmt: skip
-VARIANTS = (*METHOD_NAMES, "simsiam/imagenet", *CASSLE, *AUGSELF)
+VARIANTS = (*METHOD_NAMES, "simsiam/imagenet", *CASSLE, *AUGSELF, "ipirm/mixup")
 WEIGHTS = {"blur": 0.2, "color": 0.5, "crop": 0.7, "flip": 0.3}
+# Random numbers of IP-IRM's mixup, for the whole of a batch and in two partitions.
+DRAWS = torch.rand(6, 3, 2, dtype=torch.float64, generator=keyed_generator(8))
 # Within a training, where β of RSA is neither its first value nor its last.
-MOMENT = Moment(step=2, steps=8, progress=torch.tensor(0.25, dtype=torch.float64))
+MOMENT = Moment(
+    step=2,
+    steps=8,
+    progress=torch.tensor(0.25, dtype=torch.float64),
+    numbers={"mixup": DRAWS[:B]},
+)
 # Sides of each image in two partitions of IP-IRM, the first two and the second two of the 6.
 PARTITIONS = torch.tensor([[0, 0, 1, 1, 0, 1], [0, 1, 0, 1, 0, 1]])
 ADVERSARIES = ("none", "clae", "idaa", "random_sign")
@@ -66,6 +74,7 @@ def values_of(variant):
     own = {
         "": {},
         "imagenet": {"pairing": "imagenet"},
+        "mixup": {"mixup": True},
         "cassle": {"condition": ALL_KEYS, "gamma_depth": 2, "gamma_width": 6},
         "augself": {"augself": WEIGHTS},
     }
@@ -77,6 +86,11 @@ def views_of(variant):
     return {"rsa": "rsa"}.get(variant, "cassle" if variant in CASSLE + AUGSELF else "none")
 
 
+def total(loss):
+    """A loss that may be closures, which are differentiated one after another, as one scalar."""
+    return loss if isinstance(loss, torch.Tensor) else sum(part() for part in loss)
+
+
 def a_config(variant, adversary="idaa", **values):
     own = knobs_of(variant, **KNOBS) | values_of(variant)
     return SSLConfig(**SMALL | {"adversary": adversary} | own | values)
@@ -85,10 +99,10 @@ def a_config(variant, adversary="idaa", **values):
 def a_method(variant, adversary="idaa", n=0, **values):
     config = a_config(variant, adversary, **{"augmentation": views_of(variant)} | values)
     views = recipe(config.augmentation, SIZE, MEAN, STD)
-    n = n or 6 * (variant == "ipirm")
+    n = n or 6 * variant.startswith("ipirm")
     about = About(views, torch.zeros(n), batch_size=config.batch_size, seed=config.seed)
     method = build_method(config, about).double().train()
-    if variant == "ipirm" and n == 6:
+    if variant.startswith("ipirm") and n == 6:
         for partition in PARTITIONS:
             method.keep(partition)
     if hasattr(method, "target"):  # as after some steps: not its network's twin
@@ -144,6 +158,7 @@ class Oracle:
         self.method, (self.v1, self.v2) = method, (view.images for view in views)
         self.whole, (self.variant, _, kind) = variant, variant.partition("/")
         self.params, self.kind = [view.params for view in views], kind
+        self.draws = MOMENT.numbers["mixup"]
 
     def contrast(self, z1, z2):
         return self.contrasts[self.variant](z1, z2, 0.3)
@@ -184,6 +199,11 @@ class Oracle:
         d = lambda p, z: 2 + 2 * reference.negative_cosine(p, z)  # noqa: E731
         return sum(beta * d(p, q) + (1 - beta) * d(p, t) for p, q, t in directions)
 
+    def mixed(self, x, adversarial=False):
+        embed = functools.partial(self.unit, adversarial=adversarial)
+        batch = torch.arange(B), PARTITIONS, self.draws
+        return reference.ip_irm_mixed(embed, self.unit, x, self.v2, *batch, 0.3)
+
     def clean(self):
         if self.kind != "augself":
             return self.contrastive()
@@ -200,6 +220,8 @@ class Oracle:
         if self.variant == "barlow":
             z1, z2 = self.zp(self.v1)[0], self.zp(self.v2)[0]
             return reference.barlow(z1, z2, 0.0051)
+        if self.kind == "mixup":
+            return self.mixed(self.v1)
         if self.variant == "ipirm":
             z1, z2 = self.unit(self.v1), self.unit(self.v2)
             return reference.ip_irm(z1, z2, torch.arange(B), PARTITIONS, 0.3)
@@ -215,6 +237,10 @@ class Oracle:
         return self.both(p1, z1, p2, z2)
 
     def attack(self, x):
+        if self.kind == "mixup":
+            mixed, *pairs = reference.mixup(x, self.draws[:, 0])
+            anchor = self.unit(self.v1, True).detach()
+            return reference.mixed_contrast(self.unit(mixed, True), anchor, 0.3, *pairs)[0]
         if self.variant in self.contrasts:
             return self.contrast(self.unit(self.v1, True).detach(), self.unit(x, True))
         if self.variant == "moco":
@@ -229,6 +255,8 @@ class Oracle:
         return reference.negative_cosine(self.zp(x, True)[1], aim)
 
     def adversarial(self, x):
+        if self.kind == "mixup":
+            return self.mixed(x, True)
         if self.variant == "ipirm":
             z1, z2 = self.unit(x, True), self.unit(self.v2)
             return reference.ip_irm(z1, z2, torch.arange(B), PARTITIONS, 0.3)
@@ -259,7 +287,7 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
     twin = copy.deepcopy(method)
     oracle = Oracle(variant, twin, views)
     step = method.step(views, BATCH, MOMENT)
-    loss, expected = step.loss, oracle.clean()
+    loss, expected = total(step.loss), oracle.clean()
     if adversary != "none":
         if adversary == "clae":
             x_adv = CLAE(epsilon)(x, step.attack_loss).images
@@ -272,7 +300,7 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
             slow = reference.random_signs(vae, x, epsilon, keyed_generator(9))
         torch.testing.assert_close(x_adv, slow, rtol=0, atol=1e-9)
         assert (x_adv - x).abs().max() > 0.01
-        adversarial, oracle_s = step.adversarial_loss(x_adv), oracle.adversarial(slow)
+        adversarial, oracle_s = total(step.adversarial_loss(x_adv)), oracle.adversarial(slow)
         torch.testing.assert_close(adversarial, oracle_s)
         loss, expected = loss + alpha * adversarial, expected + alpha * oracle_s
     torch.testing.assert_close(loss, expected)
@@ -341,8 +369,8 @@ def test_epsilon_0_gives_the_adversarial_loss_of_the_view_itself(variant, vae):
             adversary(step.attacked.images, step.attack_loss, keyed_generator(0))
             for adversary in (still, moving)
         )
-        torch.testing.assert_close(step.adversarial_loss(attack.images), itself)
-        away = step.adversarial_loss(other.images) - itself
+        torch.testing.assert_close(total(step.adversarial_loss(attack.images)), itself)
+        away = total(step.adversarial_loss(other.images)) - itself
         assert away.abs() > 1e-5, type(moving)  # so that agreement means something
 
 
@@ -356,21 +384,23 @@ def batches_seen(module):
 def test_of_the_backbone_s_norms_the_adversarial_ones_alone_see_the_attacked_view(variant, vae):
     for adversary in adversaries(vae, 0.1):
         method = a_method(variant)
-        step = method.step(two_views(), BATCH, Moment())
+        step = method.step(two_views(), BATCH, MOMENT)
+        total(step.loss)
         before = batches_seen(method)
         for name, seen in before.items():
             assert (seen == 0) == (name.split(".")[-1].endswith("_adv")), name
         x_adv = adversary(step.attacked.images, step.attack_loss, keyed_generator(0)).images
         passes = 1 if isinstance(adversary, RandomSign) else 2  # which looks at no loss
-        step.adversarial_loss(x_adv)
+        total(step.adversarial_loss(x_adv))
+        mixes = variant == "ipirm/mixup"  # x′ and x₂ again, in three parts
         for name, seen in batches_seen(method).items():
             target, backbone = name.startswith("target."), "backbone." in name
             if target and not variant.startswith("byol"):
                 assert seen == before[name], name  # of clean views alone
             elif backbone and name.endswith("_adv"):
-                assert seen == (1 if target else passes), name
+                assert seen == (1 if target else 5 + 2 * (passes - 1) if mixes else passes), name
             elif backbone or ".differences." in name:  # AugSelf's heads see clean views alone
-                assert seen == before[name], name
+                assert seen == before[name] + 3 * mixes, name
             else:
                 assert seen > before[name], name  # a head's norms are shared
 
@@ -515,10 +545,11 @@ def a_shared_step(variant, rank, processes, wrap):
         View(view.images[part], {name: value[part] for name, value in view.params.items()})
         for view in two_views(6)
     )
-    step = method.step(views, {"images": torch.arange(6)[part]}, Moment())
+    moment = Moment(numbers={"mixup": DRAWS[part]})
+    step = method.step(views, {"images": torch.arange(6)[part]}, moment)
     torch.manual_seed(2)
     attack = IDAA(VAE(8, SIZE, width=4).double(), 0.5)(step.attacked.images, step.attack_loss)
-    loss = step.loss + 0.7 * step.adversarial_loss(attack.images)
+    loss = total(step.loss) + 0.7 * total(step.adversarial_loss(attack.images))
     loss.backward()
     method.after_step(step, Moment(step=1, steps=2))
     kept = {f"state.{k}": v for k, v in method.state_dict().items() if k in ("queue", "oldest")}
@@ -582,6 +613,7 @@ PUBLISHED = {
     "rsa": (200, 256, 0.1, 5e-4, "sgd", "rsa"),
     "ipirm": (400, 256, 1e-3, 1e-6, "adam", "ipirm"),
     "barlow": (200, 128, 0.06, 5e-4, "sgd", "simclr"),
+    "ipirm/mixup": (400, 256, 1e-3, 1e-6, "adam", "ipirm"),
 }
 
 
@@ -639,7 +671,7 @@ def test_a_cosine_by_epoch(variant):
         cosine.step()
 
 
-@pytest.mark.parametrize("variant", [v for v in PUBLISHED if v not in ("simclr", "ipirm")])
+@pytest.mark.parametrize("variant", [v for v in PUBLISHED if not v.startswith(("simclr", "ipirm"))])
 def test_the_optimiser_is_sgd_with_momentum_and_decay_of_every_parameter(variant):
     method, fit = published(variant, 5, weight_decay=0.3, learning_rate=0.1)
     optimizer, groups = fit.optimizer, fit.optimizer.param_groups
@@ -882,6 +914,7 @@ LEARNS = {
     "moco": dict(learning_rate=0.03, epochs=3),
     "byol": dict(learning_rate=0.2, epochs=5, projection_dim=64, momentum=0.98),
     "ipirm": dict(learning_rate=0.003, epochs=2),
+    "ipirm/mixup": dict(learning_rate=0.003, epochs=2),
     "rsa": dict(learning_rate=0.05, epochs=5, projection_dim=64, momentum=0.98),
     "barlow": dict(learning_rate=0.1, epochs=4),
     "simclr/cassle": dict(learning_rate=0.003, epochs=3),
@@ -898,8 +931,16 @@ def knn_top1(encoder, limit=1000):
     return 100 * (guess == queries.labels).double().mean().item()
 
 
-@pytest.mark.parametrize("adversary", ADVERSARIES)
-@pytest.mark.parametrize("variant", LEARNS)
+WITH_KNOBS = [variant for variant in LEARNS if variant in (*CASSLE, *AUGSELF, "ipirm/mixup")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "adversary"),
+    [
+        *product([v for v in LEARNS if v not in WITH_KNOBS], ADVERSARIES),
+        *product(WITH_KNOBS, ("none", "idaa")),
+    ],
+)
 def test_training_lowers_the_loss_and_lifts_knn(
     outputs, monkeypatch, vae_run, shallow, variant, adversary
 ):

@@ -33,6 +33,12 @@ CURVES = {
 }
 
 
+SIMILARITIES = [
+    {"step": s, "beta": 0.4 - 0.1 * s, "aggressive_weak": s / 9, "aggressive_aggressive": s / 8}
+    for s in range(5)
+]
+
+
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "vae" / "a-run"
@@ -69,6 +75,7 @@ def figures(run):
         "confusion": plots.confusion(labels, labels, classes),
         "embedding_map": plots.embedding_map(features, labels, classes),
         "sensitivity": plots.sensitivity(rows),
+        "similarities": plots.plot_similarities({"a": SIMILARITIES, "b": SIMILARITIES}),
         "methods": plots.accuracies(compared, "metric", "method", "adversary"),
         "identity_curves": pictures.identity_curves(CURVES),
         "likeness": pictures.likeness(
@@ -144,6 +151,42 @@ def test_image_rows_show_the_pixels_and_no_more_columns_than_asked():
     shown = figure.axes[4].images[0].get_array()
     assert np.allclose(shown, (2 * pixels[1]).clamp(0, 1).permute(1, 2, 0))
     assert [axis.get_title() for axis in figure.axes[:3]] == ["x", "y", "z"]
+
+
+def test_similarities_are_those_of_the_log_with_beta_below():
+    lines = [{"step": 1, "knn_top1_val": 3.0}, *SIMILARITIES]  # a line of validation has none
+    figure = plots.plot_similarities({"four views": lines})
+    above, below = figure.axes
+    logged = {name: [line[name] for line in SIMILARITIES] for name in SIMILARITIES[0]}
+    weak, both = above.lines
+    assert list(weak.get_ydata()) == logged["aggressive_weak"]
+    assert list(both.get_ydata()) == logged["aggressive_aggressive"]
+    assert list(below.lines[0].get_ydata()) == logged["beta"]
+    assert list(weak.get_xdata()) == logged["step"]
+    assert [text.get_text() for text in figure.legends[0].texts] == [*plots.SIMILARITIES.values()]
+
+
+def test_examples_of_partitions_are_of_their_sides():
+    images = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 3, 4, 4)
+    partitions = torch.stack([torch.arange(12) % 2, torch.arange(12) // 9])
+    figure = pictures.plot_partitions(images, partitions, columns=3)
+    grid = np.array(figure.axes).reshape(4, 3)
+    for row, (partition, side) in zip(grid, product(partitions, range(2)), strict=True):
+        numbers = [round(float(axis.images[0].get_array()[0, 0, 0]) * 255) for axis in row]
+        assert all(partition[number] == side for number in numbers) and len({*numbers}) == 3
+    labels = [text.get_text() for text in figure.findobj(Text) if "side" in text.get_text()]
+    assert labels[-1] == "partition 2, side 2: 25 %"
+
+
+def test_a_table_of_partitions_says_what_is_beyond_chance():
+    rows = [
+        dict(partition=1, factor="class", value=91.26, chance=50.4, low=48.1, high=52.34, n=90),
+        dict(partition=1, factor="brightness", value=51.0, chance=50.4, low=48.1, high=52.3, n=90),
+    ]
+    table = pictures.partition_table(rows)
+    assert list(table["beyond chance"]) == ["yes", "no"]
+    assert list(table["95 % by chance"]) == ["48.1 … 52.3", "48.1 … 52.3"]
+    assert table["agreement (%)"][0] == 91.3
 
 
 def test_power_of_one_wave_lies_in_its_ring():

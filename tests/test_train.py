@@ -895,6 +895,26 @@ def test_two_processes_train_one_run(outputs):
     assert not any(".module." in k for k in checkpoints.load(run)[0])
 
 
+def test_two_processes_train_ip_irm_on_mixed_images_as_one_would_begin(outputs):
+    """Parts of a step that are differentiated one after another exchange their gradients, though
+    not each of them reaches the adversarial norms; the first partition is that of one process."""
+    own = dict(method="ipirm", mixup=True, mixup_max=True, adversary="clae", maximize_iter=1)
+    values = TINY | own | dict(epochs=2, batch_size=8, limit=16, log_every=1, seed=1)
+    words = [f"{k}={v}" for k, v in values.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--standalone", "-m", "idaa_lib.train", "ssl", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = locate(SSLConfig(**values))
+    together = checkpoints.load(run)[0]["method.partitions"]
+    first = next(line["loss"] for line in run.metrics() if "loss" in line)
+    shutil.rmtree(run.path)
+    alone = train_ssl(SSLConfig(**values))
+    assert torch.equal(checkpoints.load(alone)[0]["method.partitions"][0], together[0])
+    # Batch statistics on the CPU are of half a batch each.
+    assert first == pytest.approx(alone.metrics()[0]["loss"], rel=0.1)
+
+
 # --- what a method may do besides -----------------------------------------------------------------
 
 
@@ -942,6 +962,24 @@ def test_a_long_preparation_of_an_epoch_hears_a_stop_and_starts_again(outputs, m
     again = outcome(train_ssl(config))
     assert pulses == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 0), (1, 1), (1, 2)]
     assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
+
+
+@pytest.mark.parametrize(
+    ("every", "written"), [(1, [0, 6, 12, 18, 24]), (3, [0, 12, 18, 24]), (9, [0, 12, 24])]
+)
+def test_a_checkpoint_before_an_epoch_is_written_where_long_work_is_due_and_none_is_there(
+    outputs, monkeypatch, every, written
+):
+    class PreparesEverySecond(SimCLR):
+        def before_epoch(self, epoch, work):
+            for _ in range(2 * (epoch % 2 == 0)):
+                work.pulse("part")
+
+    steps, save = [], checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda *a: (steps.append(a[1]), save(*a))[1])
+    monkeypatch.setitem(METHODS, "prepares", PreparesEverySecond)
+    train_ssl(ssl(method="prepares", checkpoint_every=every, epochs=4))
+    assert steps == written
 
 
 def test_without_a_compiler_a_run_says_so_and_goes_on(outputs, monkeypatch, capsys):

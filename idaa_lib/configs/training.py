@@ -17,6 +17,7 @@ from idaa_lib.configs.base import (
     Rate,
     Seed,
 )
+from idaa_lib.configs.recipes import recipe_values
 from idaa_lib.nets.vae import halvings
 
 # Recipes of random views (`views.RECIPES`).
@@ -81,6 +82,14 @@ class TrainingConfig(Config):
     continue_from: str | None = None
 
     def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
+        if self.warmup >= self.epochs and "warmup" in explicit:
+            others = {name: value for name, value in explicit.items() if name != "warmup"}
+            # A recipe's warm-up becomes shorter with the training; one of the user's own is meant.
+            if self.warmup != recipe_values(type(self), others).get("warmup", 0):
+                raise ConfigError(
+                    f"warmup={self.warmup} must be less than epochs={self.epochs}: take a shorter "
+                    f"warm-up, or leave it out."
+                )
         # No recipe's images are of ImageNet's size, and enlarged ones would train for days.
         small = self.dataset in ("cifar10", "cifar100") and "dataset" not in explicit
         if self.size == 224 and small:

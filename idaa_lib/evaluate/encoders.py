@@ -115,6 +115,7 @@ def features(
     bf16: bool = False,
     transform: Recipe | None = None,
     generator: torch.Generator | None = None,
+    mixing: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Features (N, D) float32, on `output_device`, of uint8 images (N, 3, H, W).
 
@@ -123,14 +124,24 @@ def features(
     Args:
         batch_size: None for 512 images of 32 pixels, fewer larger ones.
         transform, generator: random views, and what draws them; None is the test transform.
+        mixing: λ and partner (N,), on the CPU: of image i's view λ_i, and of its partner's 1 − λ_i.
         bf16: multiply in bf16, about twice as fast where a device does so natively.
     """
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     transform = transform or recipe("none", size, mean, std)
-    rows = []
+    rows: list[Tensor] = []
+    parts = torch.arange(len(images)).split(batch_size or max(64, 2**19 // size**2))
+    numbers = torch.cat([transform.numbers(len(part), generator) for part in parts])
+
+    def view(index: Tensor) -> Tensor:
+        return transform.view(images[index].to(device), numbers[index]).images
+
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
-        for batch in images.split(batch_size or max(64, 2**19 // size**2)):
-            x = transform(batch.to(device), generator).images
+        for part in parts:
+            x = view(part)
+            if mixing is not None:
+                share, partner = (of[part] for of in mixing)
+                x = torch.lerp(view(partner), x, share.to(x)[:, None, None, None])
             with autocast:
                 rows.append(module(x).float().to(output_device))
     return torch.cat(rows)

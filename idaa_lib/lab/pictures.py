@@ -48,6 +48,30 @@ def image_rows(
     return figure
 
 
+def plot_partitions(images: Tensor, partitions: Tensor, columns: int = 10) -> Figure:
+    """Examples of each side of each partition (P, N) of uint8 images (N, 3, H, W), a row a side."""
+    rows = {}
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    for i, sides in enumerate(partitions, 1):
+        for side in range(int(partitions.max()) + 1):
+            mine = order[sides[order] == side]
+            label = f"partition {i}, side {side + 1}: {100 * len(mine) / len(order):.0f} %"
+            rows[label] = images[mine[:columns]] / 255
+    return image_rows(rows, f"Partitions of {len(images):,} images", columns)
+
+
+def partition_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Agreement of partitions with known factors, from rows of `factors.compare_partitions`."""
+    table = pd.DataFrame(rows)
+    limits = zip(table["low"], table["high"], strict=True)
+    table["95 % by chance"] = [f"{low:.1f} … {high:.1f}" for low, high in limits]
+    table["beyond chance"] = np.where(table["value"] > table["high"], "yes", "no")
+    names = {"value": "agreement (%)", "chance": "by chance (%)"}
+    table = table.rename(columns=names).round(dict.fromkeys(names.values(), 1))
+    columns = ["partition", "factor", *names.values(), "95 % by chance", "beyond chance", "n"]
+    return table[columns]
+
+
 def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
     """Where in the image something lives: per-pixel RMS over images and channels, on one scale.
 

@@ -87,6 +87,36 @@ def curves(runs: Mapping[str, Run | Sequence[Mapping[str, Any]]], keys: Sequence
     return figure
 
 
+# Of RSA's log: mean cosines of predictions, and β (docs/spec/siblings.md §3.2).
+SIMILARITIES = {
+    "aggressive_weak": "aᵢ and wⱼ: aggressive, weak",
+    "aggressive_aggressive": "aᵢ and aⱼ: both aggressive",
+}
+
+
+def plot_similarities(runs: Mapping[str, Run | Sequence[Mapping[str, Any]]]) -> Figure:
+    """Cosines of RSA's predictions with weak and with aggressive views over the training, and β
+    below them, a column a run: label → run, or the lines of its metrics.jsonl."""
+    size = (0.8 + 4.6 * len(runs), 4.8)
+    how: dict[str, Any] = dict(sharex="col", sharey="row", squeeze=False, height_ratios=(3, 1))
+    figure, grid = style.axes(2, len(runs), figsize=size, **how)
+    for (above, below), (label, run) in zip(grid.T, runs.items(), strict=True):
+        lines = run.metrics() if isinstance(run, Run) else run
+        lines = [line for line in lines if "beta" in line]
+        steps = [line["step"] for line in lines]
+        for colour, (key, name) in zip(PALETTE, SIMILARITIES.items(), strict=False):
+            above.plot(steps, [line[key] for line in lines], color=colour, label=name)
+        below.plot(steps, [line["beta"] for line in lines], color=INK)
+        above.set(title=label)
+        below.set(xlabel="step")
+        below.margins(y=0.15)
+        below.xaxis.get_major_locator().set_params(integer=True)
+    grid[0, 0].set(ylabel="mean cosine")
+    grid[1, 0].set(ylabel="weight β")
+    _legend(figure, grid[0])
+    return figure
+
+
 def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> Figure:
     """Means of tidy results with their 95 % intervals, and a dot a seed where there are several.
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from idaa_lib import configs
 from idaa_lib.configs import EncoderConfig
@@ -25,6 +26,7 @@ from idaa_lib.registry import CHOICES, register
 from idaa_lib.views import Recipe, View, compile_view, keyed_generator
 
 Batch = dict[str, Tensor]
+Loss = Tensor | Iterable[Callable[[], Tensor]]
 METHODS = CHOICES["method"]
 
 
@@ -76,7 +78,8 @@ class Work:
         images: all training images, uint8 (N, 3, H, W).
         embed: layer (`backbone` where none is given) → their features (N, D) by the present
             encoder in eval mode, on the training's device; without augmentation, or of a view of
-            each by the recipe `transform`, drawn from `generator`.
+            each by the recipe `transform`, drawn from `generator`, mixed as `mixing` says; as
+            `evaluate.encoders.features`.
         pulse: takes a message, and raises where the training shall stop.
     """
 
@@ -94,7 +97,7 @@ class Step:
             another. parts: named scalars to be logged.
         attacked: the view that an adversary may change.
         attack_loss(x, at_start=False): scalar to be ascended, of images x (B, 3, H, W).
-        adversarial_loss(x′): scalar with graph.
+        adversarial_loss(x′): scalar with graph, or closures, as of `loss`.
         embeddings: the positive pairs (B, D), (B, D), L2-normalised, for collapse diagnostics.
         pictures: label → normalised images (B, 3, H, W), detached, for who watches; a pair of them
             stands for its difference. References only: nothing is computed for a picture that
@@ -102,11 +105,11 @@ class Step:
         carry: what `after_step` needs.
     """
 
-    loss: Tensor | Iterable[Callable[[], Tensor]]
+    loss: Loss
     parts: dict[str, Tensor] = field(default_factory=dict)
     attacked: View | None = None
     attack_loss: Callable[..., Tensor] | None = None
-    adversarial_loss: Callable[[Tensor], Tensor] | None = None
+    adversarial_loss: Callable[[Tensor], Loss] | None = None
     embeddings: tuple[Tensor, Tensor] | None = None
     pictures: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
     carry: dict[str, Any] = field(default_factory=dict)
@@ -265,6 +268,19 @@ class Method(nn.Module):
         """The losses of the views that `draw` made of a batch, and what may be attacked."""
         raise NotImplementedError(f"{type(self).__name__} has no `step`, which gives its losses.")
 
+    def embed_together(self, images: Tensor, adversarial: bool = False) -> Tensor:
+        """z (n, D) of images (n, 3, H, W) that every process has, in their order: each embeds a
+        part of them, or all where they are too few for batch statistics of a part."""
+        alone = not (dist.is_available() and dist.is_initialized())
+        processes = 1 if alone else dist.get_world_size()
+        if processes == 1 or len(images) < 2 * processes:
+            return self.embed(View(images, {}), adversarial).z
+        parts = images.tensor_split(processes)
+        most = len(parts[0])
+        z = self.embed(View(parts[dist.get_rank()], {}), adversarial).z
+        rows = gather(F.pad(z, (0, 0, 0, most - len(z)))).chunk(processes)
+        return torch.cat([row[: len(part)] for row, part in zip(rows, parts, strict=True)])
+
     def attack_on(
         self,
         view: View,
@@ -340,8 +356,9 @@ class Method(nn.Module):
         return Embedder(backbone, self.network.get_submodule("projector"))
 
     def before_epoch(self, epoch: int, work: Work) -> None:
-        """Before an epoch's first step. A long one calls `work.pulse(message)` now and then: it is
-        how it hears that it shall stop, and then starts again from what it started from."""
+        """Before an epoch's first step. A long one calls `work.pulse(message)` before it changes
+        anything, which saves the training, and now and then: it is how it hears that it shall stop,
+        and then starts again from what it started from."""
 
     def after_step(self, step: Step, moment: Moment) -> None:
         """After the optimiser has stepped: queues, moving averages."""

@@ -64,8 +64,9 @@ def augself_head(inputs: int, hidden: int, outputs: int, layers: int = 2, **how:
     )
 
 
-def drawn(views: Recipe) -> set[str]:
-    """The keys of ω that differ between views of a recipe."""
+def draws(config: Any) -> set[str]:
+    """The keys of ω that differ between views of a configuration's augmentation."""
+    views = find_recipe(config.augmentation, config.size, (0, 0, 0), (1, 1, 1))
     happens = {
         "crop": views.crop_scale is not None,
         "flip": views.flip,
@@ -120,9 +121,8 @@ class Conditioned(Method):
     @classmethod
     def check(cls, config: Any) -> None:
         super().check(config)
-        views = find_recipe(config.augmentation, config.size, (0, 0, 0), (1, 1, 1))
         for field in ("condition", "augself"):
-            missing = sorted(set(getattr(config, field)) - drawn(views))
+            missing = sorted(set(getattr(config, field)) - draws(config))
             if missing:
                 raise ConfigError(
                     f"augmentation={config.augmentation!r} draws no {missing[0]}, which {field} "

@@ -8,12 +8,16 @@ network minimises, over all partitions P that are kept and their subsets k (§2.
 
 with NT-Xent L_{P,k} among the images of a subset and the invariant-risk penalty Ω_{P,k}. With an
 adversary the attack ascends L_all, and the adversarial loss is all of L with x′ for view 1.
+
+With `mixup` (§2.4) first views are mixed with one another, anew within each subset, and contrast
+with second views in one direction; the partitions are summed and differentiated one by one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -31,143 +35,25 @@ from idaa_lib.methods.base import (
     OfficialProtocol,
     Step,
     Work,
+    anchored,
     gather,
     register_method,
     similarity,
+)
+from idaa_lib.methods.partitions import (
+    ONLINE_MIXED,
+    PLAIN,
+    Embedded,
+    compact_logits,
+    fit_partition,
+    mix,
+    penalty,
 )
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.nets.heads import Embedding, mlp
 from idaa_lib.views import View, keyed_generator
 
-Pulse = Callable[[str], object]
-# Entropy in nats that a relaxed constraint asks of the shares of two subsets: that of 1 : 2.
-BALANCE = 0.6365
-BATCH = 3096  # images of a step of the maximisation
-EPOCHS, PATIENCE = 61, 5  # of the maximisation; from epoch 51 on it stops without improvement
-VIEWS, START, ORDER = 11, 13, 14  # streams of its random numbers
-
-
-# --- the loss of a set of images ------------------------------------------------------------------
-
-
-def compact_logits(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarities (2n, 2n − 1) of n pairs, the partner first, then the others in their order.
-
-    z1, z2: (n, D), L2-normalised. Also the image (2n, 2n − 2) that each of the others is of.
-    """
-    n, z = len(z1), torch.cat([z1, z2])
-    s = similarity(z, z, 1.0)
-    row = torch.arange(2 * n, device=z.device)
-    partner = row.roll(n)
-    others = (row != row[:, None]) & (row != partner[:, None])  # (2n, 2n)
-    image = (row % n).expand(2 * n, -1)[others].view(2 * n, 2 * n - 2)
-    negatives = s[others].view(2 * n, 2 * n - 2)
-    return torch.cat([s[row, partner, None], negatives], 1), image
-
-
-def penalty(
-    logits: Tensor,
-    log_weights: Tensor | None = None,
-    rows: Tensor | None = None,
-    dummy: str = "vector",
-) -> Tensor:
-    """Ω: the squared gradient, at 1, of the loss with respect to a factor of the logits (R, C).
-
-    In closed form (§2.2): g_j = Σ_i a_i (q_ij − 1[j = 0]) s_ij, q = softmax(s + log w̃).
-
-    Args:
-        log_weights: (R, C), log w̃; None for 0. rows: (R,), the a_i; None for 1/R each.
-        dummy: a factor for each column (`vector`), Ω = Σ g_j², or one (`scalar`), Ω = (Σ g_j)².
-    """
-    q = (logits if log_weights is None else logits + log_weights).softmax(1)
-    q = torch.cat([q[:, :1] - 1, q[:, 1:]], 1)
-    g = (q * logits).mean(0) if rows is None else rows @ (q * logits)
-    return g.square().sum() if dummy == "vector" else g.sum().square()
-
-
-def soft_loss(
-    logits: Tensor, image: Tensor, shares: Tensor, temperatures: tuple[float, float], total: bool
-) -> tuple[Tensor, Tensor]:
-    """L_k and Ω_k (§2.3) of a subset that image i is in with the probability shares[i] (n,).
-
-    Args:
-        logits, image: as `compact_logits` gives them. temperatures: T of L_k, and that of Ω_k.
-        total: the official `nonorm`: over 2n in place of the sum of shares.
-    """
-    rows = shares.repeat(2)  # (2n,)
-    # A share that underflows would be log 0, whose gradient is not finite.
-    negatives = shares.clamp(min=torch.finfo(shares.dtype).tiny)[image]  # (2n, 2n − 2)
-    weights = negatives.log() - negatives.sum(1, keepdim=True).log() + math.log(image.shape[1])
-    weights = F.pad(weights, (1, 0))  # the partner counts once
-    s = logits / temperatures[0]
-    losses = (s + weights).logsumexp(1) - s[:, 0]
-    a = rows / rows.sum()
-    loss = (rows * losses).mean() if total else a @ losses
-    return loss, penalty(logits / temperatures[1], weights, a)
-
-
-def imbalance(p: Tensor, constrain: str, total: bool) -> Tensor:
-    """R (§2.3) of probabilities p (n, K): what keeps subsets from being empty."""
-    entropy = -torch.special.xlogy(p.mean(0), p.mean(0)).sum()
-    if constrain == "none":
-        return entropy.new_zeros(())
-    if constrain == "strict":
-        return -entropy
-    if total:
-        return 0.2 * (-entropy - torch.special.xlogy(p, p).sum(1).mean())
-    return (BALANCE - entropy).clamp(min=0)
-
-
-def fit_partition(
-    embeddings: Callable[[int], tuple[Tensor, Tensor]],
-    scores: Tensor,
-    how: Any,
-    key: tuple[int, ...],
-    drop_last: bool = False,
-    pulse: Pulse = lambda message: None,
-    batch: int = BATCH,
-) -> Tensor:
-    """Scores (N, K), whose softmax divides N images into the K subsets that contrast the worst.
-
-    Args:
-        embeddings: epoch → z of two views of all images, (N, D) each, L2-normalised.
-        scores: (N, K) to start from. how: `IPIRM.Options`. key: of the random order of batches.
-        drop_last: leave out the images beyond the last full batch.
-    """
-    scores = scores.clone().requires_grad_()
-    optimizer = torch.optim.Adam([scores], lr=0.5)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [5, 35], 0.2)
-    best, lowest, since = scores.detach().clone(), math.inf, 0
-    temperatures = how.temperature, how.irm_temp
-    for epoch in range(EPOCHS):
-        z1, z2 = embeddings(epoch)
-        order = torch.randperm(len(scores), generator=keyed_generator(*key, epoch, ORDER))
-        risks: list[Tensor] = []
-        for index in order.to(scores.device).split(batch):
-            if len(index) < 2 or (drop_last and risks and len(index) < batch):
-                continue
-            pulse(f"partition: epoch {epoch + 1} of {EPOCHS}")
-            p = scores[index].softmax(1)
-            logits, image = compact_logits(z1[index], z2[index])
-            parts = [soft_loss(logits, image, k, temperatures, how.nonorm) for k in p.unbind(1)]
-            losses, penalties = (torch.stack(values).mean() for values in zip(*parts, strict=True))
-            risk = imbalance(p, how.constrain, how.nonorm)
-            risk = risk - losses - how.irm_weight_maxim * penalties
-            optimizer.zero_grad()
-            risk.backward()
-            optimizer.step()
-            risks.append(risk.detach())
-        schedule.step()
-        mean = torch.stack(risks).mean().item()
-        since += 1
-        if mean < lowest:  # of before the steps; the scores of after them, as the code has it
-            best, lowest, since = scores.detach().clone(), mean, 0
-        if epoch > 50 and since >= PATIENCE:
-            break
-    return best
-
-
-# --- the method -----------------------------------------------------------------------------------
+VIEWS, START, SHARES = 11, 13, 15  # streams of a maximisation's random numbers
 
 
 @register_method("ipirm")
@@ -178,7 +64,8 @@ class IPIRM(SimCLR):
         of the subsets. retain_group: keep `all` partitions, `one`, or the last n. keep_cont: add
         L_all. random_init: scores start at random, not at the partition before. offline: views are
         embedded once a maximisation, not once an epoch of it. nonorm: sums over 2n. dummy: §2.2.
-        baseline: L_all alone; debiased: τ⁺ of DCL's loss for it (§2.6)."""
+        mixup: first views are mixed; mixup_max: in the maximisation too (§2.4). baseline: L_all
+        alone; debiased: τ⁺ of DCL's loss for it (§2.6)."""
 
         projection_dim: Positive = 128
         env_num: Annotated[int, Field(ge=2)] = 2
@@ -193,6 +80,8 @@ class IPIRM(SimCLR):
         offline: bool = True
         nonorm: bool = False
         dummy: Literal["vector", "scalar"] = "vector"
+        mixup: bool = False
+        mixup_max: bool = False
         baseline: bool = False
         debiased: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -201,23 +90,37 @@ class IPIRM(SimCLR):
     fitted: Tensor  # how many
     scores: Tensor  # (N, K) of the last partition
 
-    def __init__(self, options: Any, backbone: Any, about: About) -> None:
-        super().__init__(options, backbone, about)
-        if options.constrain == "relaxed" and options.env_num != 2:
+    @classmethod
+    def check(cls, config: Any) -> None:
+        super().check(config)
+        if config.constrain == "relaxed" and config.env_num != 2:
             raise ConfigError(
-                f"env_num={options.env_num} needs constrain='strict' or 'none': the constant of "
+                f"env_num={config.env_num} needs constrain='strict' or 'none': the constant of "
                 f"'relaxed' is for 2 subsets."
             )
-        if options.debiased and not options.baseline:
+        if config.debiased and not config.baseline:
             raise ConfigError(
-                f"debiased={options.debiased:g} is a loss of the baseline alone: give "
+                f"debiased={config.debiased:g} is a loss of the baseline alone: give "
                 f"baseline=true too, or leave it out."
             )
+        if config.mixup_max and not config.mixup:
+            raise ConfigError("mixup_max=true needs mixup=true too: give it, or leave both out.")
+        others = ("debiased", "condition", "augself")
+        if config.mixup and (other := next((k for k in others if getattr(config, k)), None)):
+            raise ConfigError(f"{other} is not for mixed images: leave it or mixup out.")
+        if config.mixup and config.compile:
+            raise ConfigError(
+                "compile=true cannot be with mixup=true, whose subsets of any size are forwarded "
+                "again: leave one of them out."
+            )
+
+    def __init__(self, options: Any, backbone: Any, about: About) -> None:
+        super().__init__(options, backbone, about)
         kept = options.retain_group
         most = -(-about.epochs // options.maximize_iter) + 1
-        capacity = {"all": most, "one": 1}.get(kept, kept)
+        self.capacity = 0 if options.baseline else {"all": most, "one": 1}.get(kept, kept)
         if not options.baseline:
-            shape = capacity, about.n
+            shape = self.capacity, about.n
             self.register_buffer("partitions", torch.zeros(shape, dtype=torch.uint8))
             self.register_buffer("fitted", torch.zeros((), dtype=torch.long))
             if not options.random_init:
@@ -261,40 +164,39 @@ class IPIRM(SimCLR):
             return debiased(z1, z2, self.options.temperature, self.options.debiased)
         return super().contrast(z1, z2)
 
+    def contrast_subsets(
+        self, sides: Tensor, contrast: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """L_k and Ω_k of each subset of two images or more, by `contrast` of its rows."""
+        subsets = ((sides == k).nonzero(as_tuple=True)[0] for k in range(self.options.env_num))
+        return [contrast(rows) for rows in subsets if len(rows) > 1]
+
     def objective(self, z1: Tensor, z2: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L of embeddings (B, D) of the images `index` (B,), and its parts to log."""
         own = self.options
         whole = self.contrast(z1, z2)
         if own.baseline:
             return whole, {}
-        losses, penalties, small = [], [], 0
-        for partition in self.present():
-            sides = partition[index]
-            for k in range(own.env_num):
-                (rows,) = (sides == k).nonzero(as_tuple=True)
-                if len(rows) < 2:
-                    small += 1
-                    continue
-                logits, _ = compact_logits(z1[rows], z2[rows])
-                s = logits / own.temperature
-                losses.append((s.logsumexp(1) - s[:, 0]).mean())
-                penalties.append(penalty(logits / own.irm_temp, dummy=own.dummy))
-        if losses:
-            subsets, omega = torch.stack(losses).mean(), torch.stack(penalties).mean()
-        else:
-            subsets = omega = whole.new_zeros(())
+
+        def contrast(rows: Tensor) -> tuple[Tensor, Tensor]:
+            logits, _ = compact_logits(z1[rows], z2[rows])
+            s = logits / own.temperature
+            loss = (s.logsumexp(1) - s[:, 0]).mean()
+            return loss, penalty(logits / own.irm_temp, dummy=own.dummy)
+
+        present = self.present()
+        terms = [term for p in present for term in self.contrast_subsets(p[index], contrast)]
+        subsets, omega = means(terms, whole.new_zeros(()))
         loss = whole * own.keep_cont + subsets + own.penalty_weight * omega
-        parts = {
-            "contrast": whole,
-            "subsets": subsets,
-            "penalty": omega,
-            "small_subsets": whole.new_full((), small),
-        }
+        small = whole.new_full((), len(present) * own.env_num - len(terms))
+        parts = {"contrast": whole, "subsets": subsets, "penalty": omega, "small_subsets": small}
         return loss / max(1.0, own.penalty_weight), parts
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         v1, v2 = views
         index = gather(batch["images"])  # in the order that one process has (§2.2)
+        if self.options.mixup:
+            return self.mixed_step(v1, v2, index, gather(moment.numbers["mixup"]))
         e1, e2 = self.embed(v1), self.embed(v2)
         z1, z2 = gather(e1.z), gather(e2.z)  # (B, D) of all processes
         loss, parts = self.objective(z1, z2, index)
@@ -306,6 +208,88 @@ class IPIRM(SimCLR):
         step.parts |= {name: value.detach() for name, value in parts.items()}
         return step
 
+    # --- minimisation with mixed images -----------------------------------------------------------
+
+    def numbers(self, sizes: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
+        drawn = super().numbers(sizes, generator)
+        if self.options.mixup:  # for the whole batch and within each partition
+            shape = sizes["images"], 1 + self.capacity, 2
+            drawn["mixup"] = torch.rand(shape, generator=generator)
+        return drawn
+
+    def contrast_mixed(
+        self, images: Tensor, z2: Tensor, draws: Tensor, adversarial: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z₁ (n, D) of images (n, 3, H, W) that are mixed by draws (n, 2), and their L and Ω."""
+        mixed, target = mix(images, draws)
+        z1 = self.embed_together(mixed, adversarial)
+        s = similarity(z1, z2, self.options.temperature)
+        target = target.to(s.dtype)
+        loss = F.cross_entropy(s, target)
+        return z1, loss, penalty(s, dummy=self.options.dummy, target=target)
+
+    def mixed_step(self, v1: View, v2: View, index: Tensor, draws: Tensor) -> Step:
+        """The step of mixed images, by draws (B, 1 + capacity, 2): the attack ascends L_all of the
+        first view and itself."""
+        anchor = anchored(lambda: gather(self.embed(v1, adversarial=True).z))
+
+        def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
+            with self._fixed_weights():
+                z = anchor(x, False)
+                return self.contrast_mixed(gather(x), z, draws[:, 0], adversarial=True)[1]
+
+        def adversarial_loss(x: Tensor) -> list[Callable[[], Tensor]]:
+            return self.mixed_terms(x, v2, index, draws, adversarial=True)
+
+        step = Step([], {}, v1, attack_loss, adversarial_loss)
+        step.pictures |= {"view 1": v1.images, "view 2": v2.images}
+        step.loss = self.mixed_terms(v1.images, v2, index, draws, step)
+        return step
+
+    def mixed_terms(
+        self,
+        x: Tensor,
+        v2: View,
+        index: Tensor,
+        draws: Tensor,
+        step: Step | None = None,
+        adversarial: bool = False,
+    ) -> list[Callable[[], Tensor]]:
+        """The terms of L: L_all, and each partition, for which x₂ is embedded again; together where
+        `one` is kept. λ₁ > 1 divides terms with a partition. `step` gets what is logged."""
+        own, images = self.options, gather(x)
+        present: Sequence[Tensor] = () if own.baseline else [*self.present()]
+
+        def make(with_all: bool, slot: int | None) -> Tensor:
+            z2 = gather(self.embed(v2).z)
+            loss = 0 * z2.sum()  # of subsets that are all too small
+            values = {}
+            if with_all:
+                z1, whole, _ = self.contrast_mixed(images, z2, draws[:, 0], adversarial)
+                loss, values["contrast"] = loss + whole, whole
+                if step is not None:
+                    step.embeddings = z1.detach(), z2.detach()
+            if slot is not None:
+
+                def contrast(rows: Tensor) -> tuple[Tensor, Tensor]:
+                    mine = images[rows], z2[rows], draws[rows, 1 + slot]
+                    return self.contrast_mixed(*mine, adversarial)[1:]
+
+                terms = self.contrast_subsets(present[slot][index], contrast)
+                subsets, omega = means(terms, loss.new_zeros(()))
+                loss = (loss + subsets + own.penalty_weight * omega) / max(1, own.penalty_weight)
+                values |= {"subsets": subsets / len(present), "penalty": omega / len(present)}
+                values["small_subsets"] = loss.new_full((), own.env_num - len(terms))
+            if step is not None:
+                for name, value in values.items():
+                    step.parts[name] = step.parts.get(name, 0) + value.detach()
+            return loss
+
+        if own.retain_group == "one" and present:
+            return [partial(make, own.keep_cont, 0)]
+        terms: list[Callable[[], Tensor]] = [partial(make, False, p) for p in range(len(present))]
+        return [partial(make, True, None), *terms] if own.keep_cont or own.baseline else terms
+
     # --- maximisation -----------------------------------------------------------------------------
 
     def before_epoch(self, epoch: int, work: Work) -> None:
@@ -313,35 +297,49 @@ class IPIRM(SimCLR):
         own = self.options
         if own.baseline or epoch % own.maximize_iter:
             return
-        key = self.about.seed, epoch
+        key, n = (self.about.seed, epoch), self.about.n
+        fitting = ONLINE_MIXED if own.mixup_max and not own.offline else PLAIN
+        if epoch == 0 and n < fitting.batch:
+            print(f"partition: {n} images are one batch of the maximisation, not {fitting.batch}.")
+        embedded: Embedded | None = None
 
-        def embed(number: int) -> tuple[Tensor, Tensor]:
-            work.pulse(f"partition: views of {self.about.n} images are embedded")
-            z1, z2 = (
-                work.embed(
-                    "projector",
-                    transform=self.recipe,
-                    generator=keyed_generator(*key, number, VIEWS + view),
+        def embeddings(number: int, batches: Sequence[Tensor]) -> Embedded:
+            nonlocal embedded
+            if embedded is None or not own.offline:
+                work.pulse(f"partition: views of {n} images are embedded")
+                mixing = self.draw_partners((*key, number), batches) if own.mixup_max else None
+                z1, z2 = (
+                    work.embed(
+                        "projector",
+                        transform=self.recipe,
+                        generator=keyed_generator(*key, number, VIEWS + view),
+                        mixing=None if view else mixing,
+                    )
+                    for view in (0, 1)
                 )
-                for view in (0, 1)
-            )
-            return z1, z2
+                embedded = Embedded(z1, z2, *(part.to(z1.device) for part in mixing or ()))
+            return embedded
 
-        if own.offline:
-            both = embed(0)
-            embeddings = lambda number: both  # noqa: E731
-        else:
-            embeddings = embed
         if own.random_init:
-            generator = keyed_generator(*key, START)
-            scores = torch.randn(self.about.n, own.env_num, generator=generator)
+            scores = torch.randn(n, own.env_num, generator=keyed_generator(*key, START))
         else:
             scores = self.scores
-        device = self.partitions.device
-        scores = fit_partition(embeddings, scores.to(device), own, key, not own.offline, work.pulse)
+        scores = scores.to(self.partitions.device)
+        args = embeddings, scores, own, key, fitting, not own.offline, work.pulse
+        scores = fit_partition(*args)
         if not own.random_init:
             self.scores.copy_(scores)
         self.keep(scores.argmax(1))
+
+    def draw_partners(
+        self, key: tuple[int, ...], batches: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """λ of each image and another of its batch, whose order is random: (N,) each."""
+        uniform = torch.rand(self.about.n, generator=keyed_generator(*key, SHARES))
+        partner = torch.arange(self.about.n)
+        for index in batches:
+            partner[index.cpu()] = index.cpu().roll(1)
+        return torch.maximum(uniform, 1 - uniform), partner
 
     def keep(self, partition: Tensor) -> None:
         """Add a partition (N,); the oldest goes where there is no place."""
@@ -351,6 +349,14 @@ class IPIRM(SimCLR):
         self.partitions[int(self.fitted)] = partition
         self.fitted += 1
         self._present = None
+
+
+def means(terms: Sequence[tuple[Tensor, Tensor]], zero: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean loss and the mean penalty of subsets; zeros of none."""
+    if not terms:
+        return zero, zero
+    losses, penalties = zip(*terms, strict=True)
+    return torch.stack(losses).mean(), torch.stack(penalties).mean()
 
 
 def debiased(z1: Tensor, z2: Tensor, temperature: float, prior: float) -> Tensor:

@@ -32,6 +32,7 @@ from idaa_lib.methods.base import (
     register_method,
 )
 from idaa_lib.methods.byol import BYOL
+from idaa_lib.methods.cassle import draws
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import Recipe, View
@@ -66,15 +67,16 @@ class RSA(BYOL):
     recordable = True
     last_bias = False
 
-    def __init__(self, options: Any, backbone: Any, about: About) -> None:
-        views = about.recipe
-        if options.rsa_views == "four" and not (
-            views.jitter_probability or views.gray or views.blur
-        ):
+    @classmethod
+    def check(cls, config: Any) -> None:
+        super().check(config)
+        if config.rsa_views == "four" and not draws(config) & {"color", "grayscale", "blur"}:
             raise ConfigError(
-                "augmentation='none' draws no aggressive view for method='rsa': take 'rsa', or "
-                "another with colour or blur."
+                f"augmentation={config.augmentation!r} draws no aggressive view for method='rsa': "
+                f"take 'rsa', or another with colour or blur."
             )
+
+    def __init__(self, options: Any, backbone: Any, about: About) -> None:
         zero_residuals(backbone)
         super().__init__(options, backbone, about)
 

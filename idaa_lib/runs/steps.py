@@ -72,6 +72,7 @@ class Steps:
         self._state, self._restore, self._check, self._agree = state, restore, check, agree
         self._at_log, self._at_epoch_end, self._track = at_log, at_epoch_end, track
         self.step, self.seconds = 0, 0.0  # done so far; spent in steps, without pauses
+        self.saved: int | None = None  # the step of the last checkpoint
         self.sums: dict[str, Tensor] = {}  # over the `count` steps of the log interval under way
         self.count = 0
         self._interval = (0, 0.0)  # steps and seconds at the last line of the log
@@ -83,6 +84,7 @@ class Steps:
         if checkpoint is not None:
             tensors, values = checkpoint
             self._restore(tensors, values)
+            self.saved = values["step"]
             self.step, self.count, self.seconds = (values[k] for k in ("step", "count", "seconds"))
             self.sums = checkpoints.under("sums.", tensors)
             print(f"{self.run.id}: continues after step {self.step} of {self.total}.")
@@ -152,6 +154,7 @@ class Steps:
 
     def save(self) -> None:
         """Write a checkpoint of this moment (first process only)."""
+        self.saved = self.step
         if self.writer is None:
             return
         self.check()

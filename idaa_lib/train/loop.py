@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.evaluate.encoders import features
 from idaa_lib.evaluate.metrics import alignment, embedding_std, uniformity
 from idaa_lib.methods import Method, Moment, Step
-from idaa_lib.methods.base import Batch, Work
+from idaa_lib.methods.base import Batch, Loss, Work
 from idaa_lib.methods.schedules import build_optimizer, build_schedule, spare_vectors
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
 from idaa_lib.runs.steps import State, Steps
@@ -215,10 +215,12 @@ class Fit:
                 yield {name: i.chunk(self.processes)[self.rank] for name, i in batch.items()}
 
     def _before_epoch(self, steps: Steps) -> None:
-        if type(self.method).before_epoch is Method.before_epoch:
-            return
-        steps.save()  # what a stop inside goes back to
         recipe = self.method.recipe
+
+        def pulse(message: str) -> None:
+            if steps.saved != steps.step:
+                steps.save()  # what a stop inside goes back to
+            steps.pulse(message)
 
         def embed(layer: str = "backbone", **views: Any) -> Tensor:
             units, device = (recipe.size, recipe.mean, recipe.std), self.device
@@ -227,7 +229,7 @@ class Fit:
             with self._unwrapped() as method:
                 return features(method.encoder(layer), self.feed.images, *units, **how)
 
-        work = Work(self.feed.images, embed, steps.pulse)
+        work = Work(self.feed.images, embed, pulse)
         self.method.before_epoch(steps.step // self.per_epoch, work)
 
     def train_step(self, step: int, images: Batch, batch: Batch) -> dict[str, Tensor]:
@@ -273,34 +275,42 @@ class Fit:
         views = self.method.draw(images, batch, moment)
         with self.accelerator.autocast():  # for networks that Accelerate does not know
             step = self.method.step(views, batch, moment)
-        scalar = isinstance(step.loss, Tensor)
-        losses: list[Tensor] = []
-        if not scalar:
-            for closure in step.loss:
-                with self.accelerator.autocast():
-                    losses.append(closure())
-                self.accelerator.backward(losses[-1])
-        clean = step.loss if isinstance(step.loss, Tensor) else torch.stack(losses).sum()
+        attacked = not isinstance(self.adversary, NoAdversary)
+        clean = self._differentiate(step.loss, last=not attacked)
         if clean.ndim:
             raise ConfigError(
                 f"The loss of {type(self.method).__name__} has the shape {tuple(clean.shape)}: "
                 f"give a scalar, such as its mean."
             )
         values = {"loss": clean, **step.parts}
-        weighted: Tensor | None = None  # the adversarial loss times alpha
-        if not isinstance(self.adversary, NoAdversary):
-            adversarial = self._attack(step, numbers, values)
-            weighted = self.alpha * adversarial
+        if attacked:
+            adversarial = self._differentiate(self._attack(step, numbers, values), self.alpha)
             values |= {"clean_loss": clean, "adversarial_loss": adversarial}
-            values["loss"] = clean + weighted
-        if scalar:
+            values["loss"] = clean + self.alpha * adversarial
+        if values["loss"].requires_grad:
             self.accelerator.backward(values["loss"])
-        elif weighted is not None:
-            self.accelerator.backward(weighted)
         self.optimizer.step()
         return step, {name: value.detach().float() for name, value in values.items()}
 
-    def _attack(self, step: Step, numbers: dict[str, Tensor], values: dict[str, Tensor]) -> Tensor:
+    def _differentiate(self, loss: Loss, weight: float = 1.0, last: bool = True) -> Tensor:
+        """A scalar as it is; of closures the sum, of which each times `weight` was differentiated.
+
+        Processes exchange gradients in the `last` backward pass of a step alone: one of them need
+        not reach every weight, such as adversarial norms.
+        """
+        if isinstance(loss, Tensor):
+            return loss
+        closures, losses = list(loss), []
+        for i, closure in enumerate(closures, 1):
+            final = last and i == len(closures)
+            network = self.method.network
+            with nullcontext() if final else self.accelerator.no_sync(network):
+                with self.accelerator.autocast():
+                    losses.append(closure())
+                self.accelerator.backward(weight * losses[-1])
+        return torch.stack(losses).detach().sum()
+
+    def _attack(self, step: Step, numbers: dict[str, Tensor], values: dict[str, Tensor]) -> Loss:
         """The adversarial loss; how far x′ moved is added to `values`, pictures to the step."""
         if step.attacked is None or step.attack_loss is None or step.adversarial_loss is None:
             raise ConfigError(
