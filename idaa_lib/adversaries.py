@@ -278,6 +278,8 @@ class GradientAscent(Adversary):
 
     @torch.no_grad()
     def _attack(self, anchor: Anchor, delta: Tensor) -> Attack:
+        if self._finite is not None:  # NaN gets into the loss, which every line of the log checks
+            delta = delta.masked_fill(~self._finite, torch.nan)
         images = self.render(anchor, delta)
         z = None if anchor.reconstruction is None else anchor.point + delta
         return Attack(images, delta, z, anchor.reconstruction)

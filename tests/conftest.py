@@ -14,7 +14,7 @@ import torch
 
 from idaa_lib.configs import SSLConfig
 from idaa_lib.methods import Moment
-from idaa_lib.runs import checkpoints
+from idaa_lib.runs import checkpoints, steps
 from idaa_lib.train.loop import Fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +45,39 @@ def outcome(run):
     summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "images_per_second")}
     state.pop("seconds")
     return tensors, state, lines, summary, checkpoints.snapshots(run)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """late(n): numbers of a line of the log come n steps later, as on a GPU, and are NaN till then.
+    The list that it gives gets the step of each line that was waited for."""
+
+    line = steps.Line
+
+    def begin(delay):
+        waits = []
+
+        class Late(line):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.truth, self.left, self.event = self.copy, delay, self
+                self.copy = torch.full_like(self.truth, torch.nan)
+
+            def query(self):
+                self.left -= 1
+                if self.left < 0:
+                    self.copy = self.truth
+                return self.left < 0
+
+            def synchronize(self):
+                if self.copy is not self.truth:
+                    waits.append(self.step)
+                self.copy = self.truth
+
+        monkeypatch.setattr(steps, "Line", Late)
+        return waits
+
+    return begin
 
 
 def fit_of(method, config, rank=0, processes=1, adversary=None):

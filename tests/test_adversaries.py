@@ -443,7 +443,9 @@ def test_a_device_that_would_be_waited_for_is_asked_when_checked(make, x, kind, 
     monkeypatch.setattr(adversaries, "waits", lambda device: True)
     adversary = make(kind, 0.1)
     adversary.check()  # nothing yet
-    adversary(x, lambda x: math.nan * x.sum())
+    assert adversary(x, of_samples).images.isfinite().all()
+    attack = adversary(x, lambda x: math.nan * x.sum())
+    assert attack.images.isnan().all()  # so the loss tells it
     adversary(x, of_samples)  # a good one after it does not hide it
     with pytest.raises(AttackError, match="gradient was not finite since the last line"):
         adversary.check()

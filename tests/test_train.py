@@ -349,8 +349,10 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_is_not_saved(outputs, l
     assert saved is None or all(t.isfinite().all() for t in saved[0].values())
 
 
-def test_an_attack_that_is_not_finite_is_told_where_the_log_is_written(vae, monkeypatch):
+@pytest.mark.parametrize("delay", [0, 1, 9])
+def test_an_attack_that_is_not_finite_is_told_by_the_log(vae, monkeypatch, late, delay):
     monkeypatch.setattr(adversaries, "waits", lambda device: True)  # as on a GPU
+    late(delay)
 
     def broken(run):
         found = load_vae(run)
@@ -362,6 +364,18 @@ def test_an_attack_that_is_not_finite_is_told_where_the_log_is_written(vae, monk
     with pytest.raises(RunError, match="By step 3: An attack's gradient was not finite"):
         train_ssl(config)
     assert checkpoints.load(locate(config)) is None
+    assert not locate(config).metrics()
+    assert not (locate(config).path / "samples").exists()
+
+
+@pytest.mark.parametrize("delay", [1, 3, 99])
+def test_lines_that_come_late_change_no_training(outputs, late, delay):
+    plain = outcome(train_vae(VAE))
+    shutil.rmtree(locate(VAE).path)
+    late(delay)
+    again = outcome(train_vae(VAE))
+    assert again[1:] == plain[1:]
+    assert all(torch.equal(again[0][name], value) for name, value in plain[0].items())
 
 
 def test_images_from_the_host_are_those_of_the_device():

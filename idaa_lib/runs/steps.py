@@ -42,7 +42,9 @@ class Steps:
         at_epoch_end: epoch → values to log after its last step (validation).
         check: raises RunError where what would be saved is broken.
         agree: whether any process wants to stop, from whether this one does.
-        track: given each line of the log and its step (experiment trackers).
+        track: given each line of the log and its step (experiment trackers, pictures).
+    On a GPU a line of the log makes nobody wait: it is written after the step by whose end its
+    scalars have come, and before the next line, validation, a checkpoint or a pause.
     Raises (while iterating):
         Stopped: Ctrl-C, SIGTERM or a request, after the state of a whole step was saved.
         RunError: `loss` is not finite.
@@ -76,6 +78,7 @@ class Steps:
         self.sums: dict[str, Tensor] = {}  # over the `count` steps of the log interval under way
         self.count = 0
         self._interval = (0, 0.0)  # steps and seconds at the last line of the log
+        self._line: Line | None = None  # of which the scalars are on their way
         self._signals: list[str] = []
 
     def resume(self) -> None:
@@ -94,7 +97,7 @@ class Steps:
             self.writer.rewind(self.step)
 
     def __iter__(self) -> Iterator[int]:
-        progress = Progress(self.run.stage, self.total, self.step)
+        self._progress = progress = Progress(self.run.stage, self.total, self.step)
         try:
             with signals() as self._signals:
                 while self.step < self.total:
@@ -103,23 +106,24 @@ class Steps:
                     self.seconds += time.monotonic() - start
                     self.step += 1
                     progress.update(self.step)
-                    self._finish_step(progress)
+                    self._finish_step()
         finally:
             progress.close()
 
-    def _finish_step(self, progress: Progress) -> None:
+    def _finish_step(self) -> None:
         last = self.step == self.total
         epoch = (self.step - 1) // self.per_epoch
         logs, ends = last or self.step % self.log_every == 0, self.step % self.per_epoch == 0
-        if logs or ends:
-            self.check()
+        self._write_line(wait=logs)
         if logs:
             means = {name: value / self.count for name, value in self.sums.items()}
-            means |= self._at_log()
+            self._line = Line(self.step, epoch, {**means, **self._at_log()})
             self.sums, self.count = {}, 0
-            self._log(progress, epoch, read(means))
+            self._write_line(wait=False)
+        if ends or last:
+            self.check()
         if ends and (figures := self._at_epoch_end(epoch)):
-            self._log(progress, epoch, dict(figures))
+            self._log(self.step, epoch, dict(figures))
         request = None if last else self._request()
         if last or request or self.step % self.checkpoint_every == 0:
             self.save()
@@ -170,28 +174,45 @@ class Steps:
             RunError: the loss was not finite in a step since the last line of the log, or as
                 the caller's own check says.
         """
+        self._write_line()
+        self._judge(self.sums["loss"].item() if "loss" in self.sums else 0.0)
+
+    def _judge(self, loss: float) -> None:
         self._check()
-        total = self.sums["loss"].item() if "loss" in self.sums else 0.0
-        if not math.isfinite(total):
+        if not math.isfinite(loss):
             raise RunError(
-                f"The loss is {total} by step {self.step}: lower learning_rate or try "
+                f"The loss is {loss} by step {self.step}: lower learning_rate or try "
                 f"precision='fp32'; the last checkpoint is intact."
             )
 
-    def _log(self, progress: Progress, epoch: int, values: dict[str, float]) -> None:
+    def _write_line(self, wait: bool = True) -> None:
+        """Write the line that is on its way, if there is one; without `wait` only if it has come.
+        Raises as `check`, by the line's own step."""
+        line = self._line
+        if line is None or not (wait or line.event is None or line.event.query()):
+            return
+        start = time.monotonic()
+        values, self._line = line.read(), None
+        self.seconds += time.monotonic() - start  # in which the device takes its steps
+        if not math.isfinite(values.get("loss", 0.0)):
+            self.step = line.step  # for the sentence
+            self._judge(values["loss"])
+        self._log(line.step, line.epoch, values)
+
+    def _log(self, step: int, epoch: int, values: dict[str, float]) -> None:
         if self.writer is None:
             return
-        step, seconds = self._interval
-        if self.step > step:  # speed is of the last interval, without pauses and validation
-            pace = (self.seconds - seconds) / (self.step - step)
+        progress, (before, seconds) = self._progress, self._interval
+        if step > before:  # speed is of the last interval, without pauses and validation
+            pace = (self.seconds - seconds) / (step - before)
             progress.pace = pace
             values = values | {"images_per_second": self.images / max(pace, 1e-9)}
-            self._interval = self.step, self.seconds
-        self.writer.log(step=self.step, epoch=epoch, time=time.time(), **values)
-        self._track(values, self.step)
+            self._interval = step, self.seconds
+        self.writer.log(step=step, epoch=epoch, time=time.time(), **values)
+        self._track(values, step)
         self.writer.state(
             state="going",
-            step=self.step,
+            step=step,
             steps=self.total,
             epoch=epoch,
             seconds_left=progress.seconds_left,
@@ -205,6 +226,7 @@ class Steps:
         if self.writer is not None and request is None:
             request = self.writer.request()
             if request == "pause":
+                self._write_line()
                 self.writer.state(state="going", paused=True)
                 while request == "pause" and not self._signals:
                     time.sleep(0.2)
@@ -215,14 +237,22 @@ class Steps:
         return (request or "another process") if self._agree(request is not None) else None
 
 
-def read(values: Mapping[str, Any]) -> dict[str, float]:
-    """Scalars, tensors among them, as numbers; with one wait for the device, not one for each."""
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    numbers = dict(values)
-    if tensors:
-        stacked = torch.stack([value.detach().float() for value in tensors.values()])
-        numbers |= dict(zip(tensors, stacked.tolist(), strict=True))
-    return numbers
+class Line:
+    """A line of the log, whose scalars on the device come in one copy for which nothing waits."""
+
+    def __init__(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+        self.step, self.epoch, self.values = step, epoch, dict(values)
+        tensors = {k: v.detach().float() for k, v in values.items() if isinstance(v, Tensor)}
+        stacked = torch.stack([*tensors.values()]) if tensors else torch.empty(0)
+        self.names = [*tensors]
+        self.copy = stacked.to("cpu", non_blocking=stacked.is_cuda)  # into pinned memory
+        self.event = torch.cuda.current_stream().record_event() if stacked.is_cuda else None
+
+    def read(self) -> dict[str, float]:
+        """Its values as numbers; waits for them."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values | dict(zip(self.names, self.copy.tolist(), strict=True))
 
 
 def memory() -> dict[str, float]:

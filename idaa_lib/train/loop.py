@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -186,7 +186,7 @@ class Fit:
             at_epoch_end=self._at_epoch_end,
             check=self.adversary.check,
             agree=self._agree,
-            track=lambda values, step: self.accelerator.log(values, step=step),
+            track=self._track,
         )
         steps.resume()
         self.method.network = self.accelerator.prepare_model(self.method.network)
@@ -339,9 +339,12 @@ class Fit:
             z1, z2 = self._last.embeddings
             values |= {"alignment": alignment(z1, z2), "uniformity": uniformity(z1)}
             values["embedding_std"] = embedding_std(z1)
+        return values
+
+    def _track(self, values: Mapping[str, float], step: int) -> None:
+        self.accelerator.log(values, step=step)
         if time.monotonic() - self._pictured >= PICTURE_EVERY:
             self._picture()
-        return values
 
     def _picture(self) -> None:
         if self._last and self._last.pictures and self.writer:

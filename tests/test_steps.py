@@ -1,0 +1,134 @@
+"""Lines of the log whose numbers come from the device some steps after they were asked for."""
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from idaa_lib import runs
+from idaa_lib.configs import VAEConfig
+from idaa_lib.runs import RunError, Stopped, checkpoints
+from idaa_lib.runs.steps import Line, Steps
+
+TOTAL = 23  # steps in epochs of 10; a line every 4
+
+
+@pytest.fixture
+def run(outputs):
+    return runs.run_for(VAEConfig(), "pixels")
+
+
+def train(run, bad_step=None, requests=lambda step: None):
+    """Steps to the end; what happened, in its order: (what, its step, steps that were done)."""
+    events, model = [], torch.zeros(())
+    with run.writing(VAEConfig(), {}) as writer:
+        writer.request = lambda: requests(steps.step)
+        steps = Steps(
+            run,
+            writer,
+            TOTAL,
+            per_epoch=10,
+            images=1,
+            log_every=4,
+            state=lambda: ({"model": model}, {"lines": len(run.metrics())}),
+            restore=lambda tensors, values: model.copy_(tensors["model"]),
+            at_log=lambda: {"double": 2 * model, "rate": 0.5},
+            at_epoch_end=lambda epoch: {"validation": float(epoch)},
+            track=lambda values, step: events.append(("line", step, steps.step)),
+        )
+        steps.resume()
+        for step in steps:
+            model += step
+            steps.add({"loss": torch.tensor(math.nan if step == bad_step else 1.0 * step)})
+    return events
+
+
+def lines(run):
+    return [
+        {k: v for k, v in line.items() if k not in ("time", "images_per_second")}
+        for line in run.metrics()
+    ]
+
+
+# Steps after which a line is due (an epoch's end has one more, of validation).
+DUE = [4, 8, 10, 12, 16, 20, 20, 23]
+
+
+@pytest.mark.parametrize(
+    ("delay", "moments", "forced"),
+    [
+        (0, DUE, []),
+        (1, [5, 9, 10, 13, 17, 20, 20, 23], [20, 23]),
+        (2, [6, 10, 10, 14, 18, 20, 20, 23], [20, 23]),
+        (3, [7, 10, 10, 15, 19, 20, 20, 23], [8, 20, 23]),
+        (99, [8, 10, 10, 16, 20, 20, 20, 23], [4, 8, 12, 16, 20, 23]),
+    ],
+)
+def test_a_late_line_is_not_read_early_and_never_lost(run, late, delay, moments, forced):
+    waits = late(delay)
+    events = train(run)
+    assert events == [("line", step, after) for step, after in zip(DUE, moments, strict=True)]
+    assert waits == forced  # by the next line, an epoch's end and the last step
+    entries = lines(run)
+    assert [line["step"] for line in entries] == DUE
+    for line, first in zip(entries[:2], (0, 4), strict=True):
+        steps = range(first, first + 4)
+        assert line["loss"] == sum(steps) / 4
+        assert line["double"] == 2 * sum(range(first + 4))
+    assert list(entries[0]) == ["step", "epoch", "loss", "double", "rate"]
+    assert [line["epoch"] for line in entries] == [0, 0, 0, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2, 3, 99])
+@pytest.mark.parametrize(
+    ("bad_step", "by", "good"),
+    [(0, 4, []), (6, 8, [4]), (9, 10, [4, 8]), (10, 12, [4, 8, 10]), (22, 23, DUE[:-1])],
+)
+def test_a_loss_that_is_not_finite_is_told_by_its_own_line(run, late, delay, bad_step, by, good):
+    late(delay)
+    with pytest.raises(RunError, match=f"The loss is nan by step {by}: lower learning_rate"):
+        train(run, bad_step)
+    assert [line["step"] for line in run.metrics()] == good
+    saved = checkpoints.load(run)
+    assert (saved[1]["step"] if saved else 0) == (by - 1) // 10 * 10
+
+
+@pytest.mark.parametrize("stop", [4, 5, 9, 10, 15])
+def test_a_stop_writes_the_line_before_it_saves_and_the_run_goes_on(run, late, stop):
+    late(99)
+    with pytest.raises(Stopped, match=f"after step {stop} "):
+        train(run, requests=lambda step: "stop" if step == stop else None)
+    _, values = checkpoints.load(run)
+    assert (values["step"], values["lines"]) == (stop, sum(step <= stop for step in DUE))
+    train(run)
+    halves = lines(run)
+    shutil.rmtree(run.path)
+    late(0)
+    train(run)
+    assert halves == lines(run)
+
+
+def test_a_pause_shows_the_lines_before_it(run, late):
+    late(99)
+    answers = iter(["pause", "pause", None])
+
+    def request(step):
+        if step != 5:
+            return None
+        answer = next(answers, None)
+        counts.append(len(run.metrics()))
+        return answer
+
+    counts = []
+    train(run, requests=request)
+    assert counts == [0, 1, 1]
+
+
+@pytest.mark.gpu
+def test_a_line_of_a_gpu_is_copied_into_pinned_memory():
+    values = {"loss": torch.tensor(2.5, device="cuda"), "rate": 0.1, "x": torch.tensor(1.0).cuda()}
+    line = Line(3, 0, values)
+    assert line.copy.is_pinned()
+    assert line.read() == {"loss": 2.5, "rate": 0.1, "x": 1.0}
+    assert line.event.query()
