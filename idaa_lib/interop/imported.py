@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, SSLConfig, VAEConfig
-from idaa_lib.interop.official import Channels, Official, load_official
+from idaa_lib.interop.layouts import Channels
+from idaa_lib.interop.official import Official, load_official
 from idaa_lib.methods import About, build_method
 from idaa_lib.nets.resnet import SHAPES
 from idaa_lib.runs import Run, Writer, checkpoints
@@ -33,7 +34,9 @@ def import_run(
     """A published checkpoint as a finished run, for every notebook, `load_encoder` and `load_vae`.
 
     `environment.json` says which file it came from, with its SHA-256; the same file with the same
-    values is the same run. A VAE's figures are measured on the validation images of `dataset`.
+    values is the same run. What a file lacks (target networks, MoCo's queue, IP-IRM's partitions)
+    is as in a new run, and a training that continues this one says so. A VAE's figures are measured
+    on the validation images of `dataset`.
 
     Args:
         dataset: the images that it was trained on, or is to be used with, as in a configuration.
@@ -49,6 +52,7 @@ def import_run(
     arguments = {"size": size, "mean": mean, "std": std, **values}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     config = _config(source, {"dataset": resolve_path(dataset), **arguments}, path)
+    stored, lacks = _tensors(source, config, path)
     data = open_images(config.dataset, config.split, config.size, config.limit)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -66,25 +70,44 @@ def import_run(
     model["classes"] = len(data.classes)
 
     def store(writer: Writer) -> dict[str, Any]:
-        transform, figures = recipe("none", *source.units), {}
+        figures: dict[str, Any] = {}
         if isinstance(config, VAEConfig):
-            weights = {f"network.{key}": v for key, v in source.module.state_dict().items()}
             val = open_images(config.dataset, "val", config.size, config.limit)
-            figures = vae_figures(source.module, transform, val.images)
+            figures = vae_figures(source.module, recipe("none", *source.units), val.images)
             figures = {name.removesuffix("_val"): value for name, value in figures.items()}
             figures |= {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
-        else:
-            method = build_method(config, About(transform))
-            names = ("backbone", "projector", "predictor")
-            parts = [source.module, source.projector, source.predictor]
-            network = {name: part for name, part in zip(names, parts, strict=True) if part}
-            method.network.load_state_dict(nn.ModuleDict(network).state_dict())
-            weights = method.state_dict()
-        counters = {"step": 0, "count": 0, "seconds": 0.0, "groups": []}
-        checkpoints.save(run, 0, {f"method.{k}": v for k, v in weights.items()}, counters)
+        counters = {"step": 0, "count": 0, "seconds": 0.0, "groups": [], "lacks": lacks}
+        checkpoints.save(run, 0, {f"method.{k}": v for k, v in stored.items()}, counters)
         return {"imported": path.name, **figures}
 
     return perform(Plan(config, run, environment=about, model=model), store)
+
+
+def _tensors(
+    source: Official, config: VAEConfig | SSLConfig, path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What the run stores of its method, by name, and the parts of it that the file lacks: they are
+    as in a new run, where a target network starts as a copy of the online one."""
+    if isinstance(config, VAEConfig):
+        return nn.ModuleDict({"network": source.module}).state_dict(), []
+    method = build_method(config, About(recipe(config.augmentation, *source.units)))
+    heads = {"projector": source.projector, "predictor": source.predictor}
+    network = _join({"backbone": source.module, **heads})
+    theirs = _join({"network": network, "target": source.target}).state_dict()
+    ours = method.state_dict()
+    others = [k for k in theirs if k not in ours or theirs[k].shape != ours[k].shape]
+    missing = sorted(ours.keys() - theirs.keys())
+    if others := others + [k for k in missing if k.startswith("network.")]:
+        raise ConfigError(
+            f"{path} is not of the network that method={config.method!r} has here (the first "
+            f"difference is {others[0]}): load_official reads it."
+        )
+    copies = {k: theirs.get(k.replace("target.", "network.", 1), ours[k]) for k in missing}
+    return theirs | copies, sorted({k.partition(".")[0] for k in missing})
+
+
+def _join(parts: dict[str, nn.Module | None]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
 
 def _config(source: Official, values: dict[str, Any], path: Path) -> VAEConfig | SSLConfig:
@@ -100,7 +123,7 @@ def _config(source: Official, values: dict[str, Any], path: Path) -> VAEConfig |
         facts |= {"projection_dim": layers[-1].out_features}
         if source.kind == "simsiam":
             facts |= {"pairing": "imagenet" if len(layers) == 3 else "cifar"}
-        if (source.kind, values.get("method")) != ("plain", "uel"):
+        if (source.kind, values.get("method")) not in (("plain", "uel"), ("moco", "simclr")):
             facts |= {"method": source.kind}
         fields = {"adversary": "idaa" if module.adversarial_norms else "none"} | fields
     for name, value in facts.items():
