@@ -8,7 +8,7 @@ L2-normalised z (B, D); a `vae` has encode(x) → (μ, log σ²) and decode(z) �
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -309,6 +309,73 @@ def probe_weights(scores: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def predict(weights: Tensor, x: Tensor) -> Tensor:
     """Classes (Q,) of features (Q, D) under weights (D + 1, C)."""
     return (x @ weights[:-1] + weights[-1]).argmax(1)
+
+
+def barlow(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
+    """Barlow Twins, Eq. 1 and 2, entry by entry."""
+    n, d = z1.shape
+    total = z1.new_zeros(())
+    for i in range(d):
+        for j in range(d):
+            c = sum(z1[b, i] * z2[b, j] for b in range(n)) / n
+            total = total + ((1 - c) ** 2 if i == j else weight * c**2)
+    return total
+
+
+def descriptor(params: dict[str, Tensor], i: int, keys: Sequence[str], jitter: Sequence[float]):
+    """ω of sample i as a list (docs/spec/siblings.md §1.2), for strengths of at most 1."""
+    H, W = params["source"][i].tolist()
+    top, left, h, w = params["crop"][i].tolist()
+    flipped = params["flip"][i].item() == 1
+    cx = (left + w / 2) / W
+    b, c, s, hue = params["color"][i].tolist()
+    values = {
+        "blur": params["blur"][i].tolist(),
+        "color": [
+            (b - 1) / (2 * jitter[0]),
+            (c - 1) / (2 * jitter[1]),
+            (s - 1) / (2 * jitter[2]),
+            hue / (2 * jitter[3]),
+        ],
+        "color_diff": params["color_diff"][i].tolist(),
+        "crop": [(top + h / 2) / H, 1 - cx if flipped else cx, h / H, w / W],
+        "flip": params["flip"][i].tolist(),
+        "grayscale": params["gray"][i].tolist(),
+    }
+    return [number for key in sorted(keys) for number in values[key]]
+
+
+def augself(
+    heads: Mapping[str, nn.Module], weights: Mapping[str, float], h: Sequence[Tensor],
+    params: Sequence[dict[str, Tensor]], jitter: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """Σ λ_k L_k of AugSelf (spec siblings.md §1.5), pair by pair, both orders."""
+    pairs = [(a, b, i) for a, b in ((0, 1), (1, 0)) for i in range(len(h[0]))]
+    rows = torch.stack([torch.cat([h[a][i], h[b][i]]) for a, b, i in pairs])
+    total = h[0].new_zeros(())
+    for name, weight in weights.items():
+        out = heads[name](rows)
+        errors = []
+        for y, (a, b, i) in zip(out, pairs, strict=True):
+            one, two = params[a], params[b]
+            flips = [p["flip"][i].item() for p in (one, two)]
+            if name == "flip":
+                sign = 1 if flips[0] == flips[1] else -1
+                errors.append(-F.logsigmoid(sign * y[0]))
+                continue
+            if name == "crop":  # x in the frame of a, both unflipped else
+                plain = [dict(p, flip=torch.zeros_like(p["flip"])) for p in (one, two)]
+                crops = [descriptor(p, i, ["crop"], jitter) for p in plain]
+                target = [u - v for u, v in zip(*crops, strict=True)]
+                target[1] *= -1 if flips[0] else 1
+            elif name == "color":
+                colors = [descriptor(p, i, ["color"], jitter) for p in (one, two)]
+                target = [u - v for u, v in zip(*colors, strict=True)]
+            else:
+                target = [one["blur"][i].item() - two["blur"][i].item()]
+            errors += [(torch.tanh(u) - v) ** 2 for u, v in zip(y, target, strict=True)]
+        total = total + weight * torch.stack(errors).mean()
+    return total
 
 
 def rsa_beta(beta0: float, s: int, steps: int) -> float:

@@ -21,7 +21,7 @@ from idaa_lib.views import recipe
 
 SIZE, B, N = 16, 4, 24
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
-METHODS = ("simclr", "plain", "uel", "simsiam", "moco", "byol", "rsa", "fixmatch")
+METHODS = ("simclr", "plain", "uel", "simsiam", "moco", "byol", "barlow", "rsa", "fixmatch")
 ADVERSARIES = ("none", "clae", "idaa", "random_sign")
 
 

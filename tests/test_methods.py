@@ -36,9 +36,15 @@ from idaa_lib.views import RECIPES, View, keyed_generator, recipe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 B, SIZE, QUEUE = 5, 16, 16
-METHOD_NAMES = ("simclr", "plain", "uel", "simsiam", "moco", "byol", "rsa", "ipirm")
-# SimSiam's two pairings are two methods here.
-VARIANTS = (*METHOD_NAMES, "simsiam/imagenet")
+METHOD_NAMES = ("simclr", "plain", "uel", "simsiam", "moco", "byol", "barlow", "rsa", "ipirm")
+ALL_KEYS = ("blur", "color", "color_diff", "crop", "flip", "grayscale")
+# SimSiam's two pairings are two methods here; so are methods that are conditioned as CASSLE's, on
+# all there is, and those with AugSelf's heads.
+CASSLE, AUGSELF = (
+    ("simclr/cassle", "byol/cassle"), ("moco/augself", "simsiam/augself"),
+)  # fmt: skip
+VARIANTS = (*METHOD_NAMES, "simsiam/imagenet", *CASSLE, *AUGSELF)
+WEIGHTS = {"blur": 0.2, "color": 0.5, "crop": 0.7, "flip": 0.3}
 # Within a training, where β of RSA is neither its first value nor its last.
 MOMENT = Moment(step=2, steps=8, progress=torch.tensor(0.25, dtype=torch.float64))
 # Sides of each image in two partitions of IP-IRM, the first two and the second two of the 6.
@@ -56,8 +62,19 @@ def knobs_of(variant, **knobs):
 
 
 def values_of(variant):
-    name, _, pairing = variant.partition("/")
-    return {"method": name} | ({"pairing": pairing} if pairing else {})
+    name, _, kind = variant.partition("/")
+    own = {
+        "": {},
+        "imagenet": {"pairing": "imagenet"},
+        "cassle": {"condition": ALL_KEYS, "gamma_depth": 2, "gamma_width": 6},
+        "augself": {"augself": WEIGHTS},
+    }
+    return {"method": name} | own[kind]
+
+
+def views_of(variant):
+    """Views that draw what a variant needs: RSA photometry, CASSLE and AugSelf all there is."""
+    return {"rsa": "rsa"}.get(variant, "cassle" if variant in CASSLE + AUGSELF else "none")
 
 
 def a_config(variant, adversary="idaa", **values):
@@ -66,8 +83,7 @@ def a_config(variant, adversary="idaa", **values):
 
 
 def a_method(variant, adversary="idaa", n=0, **values):
-    plain = "rsa" if variant == "rsa" else "none"  # RSA needs photometry
-    config = a_config(variant, adversary, **{"augmentation": plain} | values)
+    config = a_config(variant, adversary, **{"augmentation": views_of(variant)} | values)
     views = recipe(config.augmentation, SIZE, MEAN, STD)
     n = n or 6 * (variant == "ipirm")
     about = About(views, torch.zeros(n), batch_size=config.batch_size, seed=config.seed)
@@ -87,7 +103,13 @@ def noise(seed, n=B):
 
 
 def two_views(n=B):
-    return View(noise(3, n), {}), View(noise(4, n), {})
+    """Views of noise, with parameters as the recipe `cassle` draws them of sources of 20 × 30."""
+    views, params = recipe("cassle", SIZE, MEAN, STD), []
+    for seed in (5, 6):
+        drawn = views.parameters(views.numbers(n, keyed_generator(seed)), (20, 30))
+        drawn["color_diff"] = 0.1 * torch.randn(n, 3, generator=keyed_generator(seed, 1))
+        params.append({name: value.double() for name, value in drawn.items()})
+    return View(noise(3, n), params[0]), View(noise(4, n), params[1])
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +136,14 @@ class Oracle:
     """The three losses of a step by spec §2 and §4; for MoCo and BYOL by the general rule; for RSA
     by docs/spec/siblings.md §3.2 at `MOMENT`, its two views aggressive and weak alike."""
 
-    def __init__(self, variant, method, v1, v2):
+    def __init__(self, variant, method, views):
         self.contrasts = {
             "simclr": reference.nt_xent, "plain": reference.one_way, "uel": reference.spreading,
             "ipirm": reference.nt_xent,
         }  # fmt: skip
-        self.variant, self.method, self.v1, self.v2 = variant, method, v1, v2
+        self.method, (self.v1, self.v2) = method, (view.images for view in views)
+        self.whole, (self.variant, _, kind) = variant, variant.partition("/")
+        self.params, self.kind = [view.params for view in views], kind
 
     def contrast(self, z1, z2):
         return self.contrasts[self.variant](z1, z2, 0.3)
@@ -136,11 +160,20 @@ class Oracle:
     def zp(self, x, adversarial=False, target=False):
         """z and its prediction, where there is one; of any length."""
         net = self.method.target if target else self.method.network
-        z = net.projector(net.backbone(x, adversarial=adversarial))
+        h = net.backbone(x, adversarial=adversarial)
+        if self.kind == "cassle":  # x′ has the parameters of its view
+            params = self.params[x is self.v2]
+            rows = [
+                reference.descriptor(params, i, ALL_KEYS, (0.4, 0.4, 0.4, 0.1)) for i in range(B)
+            ]
+            gamma = net.projector.gamma(torch.tensor(rows, dtype=torch.float64))
+            z = net.projector.head(torch.cat([h, gamma], 1))
+        else:
+            z = net.projector(h)
         return z, net.predictor(z) if hasattr(net, "predictor") else None
 
     def both(self, p1, z1, p2, z2):
-        scale = 1 if self.variant == "simsiam" else 0.5
+        scale = {"simsiam": 1, "byol/cassle": 2}.get(self.whole, 0.5)
         return scale * (reference.negative_cosine(p1, z2) + reference.negative_cosine(p2, z1))
 
     def rsa(self, p1, p2, both=True):
@@ -152,6 +185,21 @@ class Oracle:
         return sum(beta * d(p, q) + (1 - beta) * d(p, t) for p, q, t in directions)
 
     def clean(self):
+        if self.kind != "augself":
+            return self.contrastive()
+        net, second = self.method.network, self.method.network
+        if self.variant == "moco":  # the second view's features are the key encoder's, held
+            second = self.method.target
+        h = net.backbone(self.v1), second.backbone(self.v2)
+        jitter = (0.4, 0.4, 0.4, 0.1)
+        return self.contrastive() + reference.augself(
+            net.differences, WEIGHTS, h, self.params, jitter
+        )
+
+    def contrastive(self):
+        if self.variant == "barlow":
+            z1, z2 = self.zp(self.v1)[0], self.zp(self.v2)[0]
+            return reference.barlow(z1, z2, 0.0051)
         if self.variant == "ipirm":
             z1, z2 = self.unit(self.v1), self.unit(self.v2)
             return reference.ip_irm(z1, z2, torch.arange(B), PARTITIONS, 0.3)
@@ -171,6 +219,8 @@ class Oracle:
             return self.contrast(self.unit(self.v1, True).detach(), self.unit(x, True))
         if self.variant == "moco":
             return self.nce(self.unit(x, True))
+        if self.variant == "barlow":
+            return reference.barlow(self.zp(x, True)[0], self.zp(self.v2)[0].detach(), 0.0051)
         if self.variant == "rsa":
             return self.rsa(self.zp(x, True)[1], self.zp(self.v2)[1], both=False)
         aim = (
@@ -187,9 +237,11 @@ class Oracle:
         if self.variant == "moco":
             return self.nce(self.unit(x, True))
         z, p = self.zp(x, True)
+        if self.variant == "barlow":
+            return reference.barlow(z, self.zp(self.v2)[0], 0.0051)
         if self.variant == "rsa":
             return self.rsa(p, self.zp(self.v2)[1])
-        beside = self.v1 if self.variant == "simsiam" else self.v2
+        beside = self.v2 if self.whole in ("simsiam/imagenet", "byol", "byol/cassle") else self.v1
         z_beside, p_beside = self.zp(beside)
         if self.variant == "byol":
             z, z_beside = self.zp(x, True, target=True)[0], self.zp(beside, target=True)[0]
@@ -205,7 +257,7 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
     x = views[0].images
     method = a_method(variant, adversary)
     twin = copy.deepcopy(method)
-    oracle = Oracle(variant, twin, *(view.images for view in views))
+    oracle = Oracle(variant, twin, views)
     step = method.step(views, BATCH, MOMENT)
     loss, expected = step.loss, oracle.clean()
     if adversary != "none":
@@ -244,7 +296,7 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
 @pytest.mark.parametrize("variant", ["plain", "uel", "simsiam", "simsiam/imagenet"])
 def test_reusing_the_anchor_changes_no_attack(variant, reuse_anchor, vae):
     method, views = a_method(variant), two_views()
-    oracle = Oracle(variant, copy.deepcopy(method), *(view.images for view in views))
+    oracle = Oracle(variant, copy.deepcopy(method), views)
     seen = method.network.backbone.bn1_adv.num_batches_tracked
     adversary = IDAA(vae, 0.4, steps=2, reuse_anchor=reuse_anchor)
     attack = adversary(views[0].images, method.step(views, BATCH, Moment()).attack_loss)
@@ -282,7 +334,7 @@ def adversaries(vae, epsilon):
 def test_epsilon_0_gives_the_adversarial_loss_of_the_view_itself(variant, vae):
     for still, moving in zip(adversaries(vae, 0.0), adversaries(vae, 0.4), strict=True):
         views, method = two_views(), a_method(variant)
-        oracle = Oracle(variant, copy.deepcopy(method), *(view.images for view in views))
+        oracle = Oracle(variant, copy.deepcopy(method), views)
         itself = oracle.adversarial(views[0].images)
         step = method.step(views, BATCH, MOMENT)
         attack, other = (
@@ -313,11 +365,11 @@ def test_of_the_backbone_s_norms_the_adversarial_ones_alone_see_the_attacked_vie
         step.adversarial_loss(x_adv)
         for name, seen in batches_seen(method).items():
             target, backbone = name.startswith("target."), "backbone." in name
-            if target and variant in ("moco", "rsa"):
+            if target and not variant.startswith("byol"):
                 assert seen == before[name], name  # of clean views alone
             elif backbone and name.endswith("_adv"):
                 assert seen == (1 if target else passes), name
-            elif backbone:
+            elif backbone or ".differences." in name:  # AugSelf's heads see clean views alone
                 assert seen == before[name], name
             else:
                 assert seen > before[name], name  # a head's norms are shared
@@ -379,7 +431,7 @@ def test_the_queue_keeps_the_newest_keys_and_the_key_encoder_follows():
     for i in range(4):  # of 5 keys each: round the end of 16 places
         views = View(noise(10 + i), {}), View(noise(20 + i), {})
         step = method.step(views, BATCH, Moment())
-        for row, key in enumerate(step.carry["keys"]):
+        for row, key in enumerate(step.carry["queued"]):
             expected[(5 * i + row) % QUEUE] = key
         method.after_step(step, Moment(step=i, steps=4))
         targets = [0.8 * t + 0.2 * p for t, p in zip(targets, network.parameters(), strict=True)]
@@ -459,7 +511,10 @@ def a_shared_step(variant, rank, processes, wrap):
     inner = method.network
     method.network = wrap(inner)
     part = slice(rank * 6 // processes, (rank + 1) * 6 // processes)
-    views = tuple(View(view.images[part], {}) for view in two_views(6))
+    views = tuple(
+        View(view.images[part], {name: value[part] for name, value in view.params.items()})
+        for view in two_views(6)
+    )
     step = method.step(views, {"images": torch.arange(6)[part]}, Moment())
     torch.manual_seed(2)
     attack = IDAA(VAE(8, SIZE, width=4).double(), 0.5)(step.attacked.images, step.attack_loss)
@@ -526,10 +581,11 @@ PUBLISHED = {
     "byol": (200, 128, 0.06, 5e-4, "sgd", "byol"),
     "rsa": (200, 256, 0.1, 5e-4, "sgd", "rsa"),
     "ipirm": (400, 256, 1e-3, 1e-6, "adam", "ipirm"),
+    "barlow": (200, 128, 0.06, 5e-4, "sgd", "simclr"),
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PUBLISHED)
 def test_the_loop_trains_as_published(variant):
     epochs, batch, rate, decay, optimizer, views = PUBLISHED[variant]
     config = SSLConfig(preset="paper", dataset="imagenet", **values_of(variant))
@@ -544,6 +600,8 @@ def test_the_loop_trains_as_published(variant):
     for step in (0, 7, 5 * epochs // 2, 5 * epochs - 1):
         fit.train_step(step, {}, {})
         expected = [rate * schedule(step) for schedule in fit.schedules]
+        if variant == "barlow":  # biases and norms (the paper, §3)
+            expected[1] *= 0.024
         assert [group["lr"] for group in groups] == pytest.approx(expected)
 
 
@@ -581,7 +639,7 @@ def test_a_cosine_by_epoch(variant):
         cosine.step()
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("simclr", "ipirm")])
+@pytest.mark.parametrize("variant", [v for v in PUBLISHED if v not in ("simclr", "ipirm")])
 def test_the_optimiser_is_sgd_with_momentum_and_decay_of_every_parameter(variant):
     method, fit = published(variant, 5, weight_decay=0.3, learning_rate=0.1)
     optimizer, groups = fit.optimizer, fit.optimizer.param_groups
@@ -654,7 +712,7 @@ def test_heads_are_the_papers():
     [("resnet18", (2, 2, 2, 2), "bn2"), ("resnet50", (3, 4, 6, 3), "bn3")],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_simsiam_s_imagenet_pairing_and_rsa_alone_start_residual_branches_at_zero(
+def test_simsiam_s_imagenet_pairing_rsa_and_augself_s_heads_alone_start_residual_branches_at_0(
     variant, backbone, depths, last
 ):
     weights = {
@@ -669,7 +727,7 @@ def test_simsiam_s_imagenet_pairing_and_rsa_alone_start_residual_branches_at_zer
         for twin in ("", "_adv")
     }
     assert ends < weights.keys()
-    zero = ends if variant in ("simsiam/imagenet", "rsa") else set()
+    zero = ends if variant in ("simsiam/imagenet", "rsa", *CASSLE, *AUGSELF) else set()
     for name, weight in weights.items():
         assert torch.equal(weight, torch.full_like(weight, float(name not in zero))), name
 
@@ -776,11 +834,14 @@ def attacked_by(adversary, vae_run):
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
-@pytest.mark.parametrize("variant", VARIANTS[1:])  # SimCLR's are in test_train.py
+@pytest.mark.parametrize("variant", [*METHOD_NAMES[1:], "simclr/cassle", "moco/augself"])
 def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
     outputs, monkeypatch, vae_run, shallow, variant, adversary
 ):
+    """SimCLR's are in test_train.py."""
     own = knobs_of(variant, queue=16, projection_dim=8, momentum=0.9)
+    if variant in CASSLE + AUGSELF:
+        own["augmentation"] = "cassle"
     config = SSLConfig(
         **TINY, **values_of(variant), **own, **attacked_by(adversary, vae_run), backbone=shallow
     )
@@ -820,6 +881,10 @@ LEARNS = {
     "byol": dict(learning_rate=0.2, epochs=5, projection_dim=64, momentum=0.98),
     "ipirm": dict(learning_rate=0.003, epochs=2),
     "rsa": dict(learning_rate=0.05, epochs=5, projection_dim=64, momentum=0.98),
+    "barlow": dict(learning_rate=0.1, epochs=4),
+    "simclr/cassle": dict(learning_rate=0.003, epochs=3),
+    "moco/augself": dict(learning_rate=0.03, epochs=3),
+    "simsiam/augself": dict(learning_rate=0.05, epochs=5, projection_dim=128),
 }
 
 
@@ -832,12 +897,14 @@ def knn_top1(encoder, limit=1000):
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LEARNS)
 def test_training_lowers_the_loss_and_lifts_knn(
     outputs, monkeypatch, vae_run, shallow, variant, adversary
 ):
-    gray = {"gray": 0.2} if variant == "rsa" else {}  # which needs photometry
-    monkeypatch.setitem(RECIPES, "simclr", {"crop_scale": (0.3, 1.0), "flip": 0.5} | gray)
+    further = {"gray": 0.2} if variant == "rsa" else {}  # which needs photometry
+    if variant in CASSLE + AUGSELF:
+        further = {"gray": 0.1, "blur": 0.1, "jitter": (0.1,) * 4, "jitter_probability": 0.5}
+    monkeypatch.setitem(RECIPES, "simclr", {"crop_scale": (0.3, 1.0), "flip": 0.5} | further)
     values = dict(size=SIZE, width=8, backbone=shallow, limit=512, batch_size=32, device="cpu")
     values |= dict(log_every=1, knn_every=9, checkpoint_every=9, augmentation="simclr")
     values |= knobs_of(variant, projection_dim=32, queue=64) | attacked_by(adversary, vae_run)

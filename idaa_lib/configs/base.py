@@ -323,6 +323,7 @@ def read(model: type[BaseModel], name: str, value: Any) -> Any:
     if dict in kinds:
         with contextlib.suppress(ValueError):
             return json.loads(value)
+        return _pairs(value)
     if value.strip().lower() in WORDS:
         return WORDS[value.strip().lower()]
     with contextlib.suppress(ValueError, ZeroDivisionError):
@@ -359,12 +360,23 @@ def _list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
+def _pairs(text: str) -> dict[str, Any] | str:
+    """A dict of 'crop=0.5, color=1/2'; the text itself where it is none."""
+    pairs = [part.partition("=") for part in re.split(r"[,\s]+", text.strip()) if part]
+    if not all(equals for _, equals, _ in pairs):
+        return text
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        return {name: _number(number) for name, _, number in pairs}
+    return text
+
+
 # What pydantic says in words of its own, by the type of its error.
 RULES = {
     "list_type": "a list of values",
     "int_type": "a whole number",
     "float_type": "a number (8/255 will do)",
     "too_short": "one value or more",
+    "dict_type": "pairs of name and value, as 'crop=0.5, color=0.5'",
 }
 
 
@@ -378,5 +390,5 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         owner, names = model.__qualname__.split(".")[0], ", ".join(model.model_fields)
         return f"{owner} has no knob {field!r}; its knobs are {names}."
     rule = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    place = "".join(f"[{part!r}]" for part in first["loc"][1:] if isinstance(part, str))
+    place = "".join(f"[{part!r}]" for part in first["loc"][1:2] if isinstance(part, str))
     return f"{field}{place} must be {RULES.get(first['type'], rule)}, and is {first['input']!r}."

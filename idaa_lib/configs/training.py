@@ -151,6 +151,10 @@ class EncoderConfig(TrainingConfig):
     width: Positive = RECIPE
     stem: Literal["cifar", "mini", "imagenet"] = "cifar"
 
+    def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
+        self.chosen("method").check(self)
+        return super()._derive(explicit)
+
     @property
     def needs_vae(self) -> bool:
         return self.chosen("adversary").needs_vae

@@ -163,6 +163,14 @@ class Method(nn.Module):
         self._makers: dict[Recipe, Callable[[Tensor, Tensor], Any]] = {}
 
     @classmethod
+    def check(cls, config: Any) -> None:
+        """Whether knobs and fields of a configuration can be together.
+
+        Raises:
+            ConfigError: they cannot; one sentence that says what to do.
+        """
+
+    @classmethod
     def official_protocol(cls, config: Any) -> OfficialProtocol:
         """The published evaluation of a run with this configuration."""
         return cls.official
@@ -243,13 +251,17 @@ class Method(nn.Module):
         return {"attacked": view, "attack_loss": ascend, "adversarial_loss": learn}
 
     def two_view_step(
-        self, loss: Tensor, views: tuple[View, ...], embeddings: tuple[Tensor, Tensor], *attack: Any
+        self,
+        loss: Tensor,
+        views: tuple[View, ...],
+        embeddings: tuple[Embedding, Embedding],
+        *attack: Any,
     ) -> Step:
-        """The `Step` of a loss of two views, whose embeddings are (B, D); the first is attacked as
-        the two functions of `attack_on` say."""
+        """The `Step` of a loss of two views and their embeddings; the first view is attacked as the
+        two functions of `attack_on` say."""
         return Step(
             loss,
-            embeddings=(embeddings[0].detach(), embeddings[1].detach()),
+            embeddings=(embeddings[0].z.detach(), embeddings[1].z.detach()),
             pictures={"view 1": views[0].images, "view 2": views[1].images},
             **self.attack_on(views[0], *attack),
         )
@@ -273,7 +285,8 @@ class Method(nn.Module):
         self.network.compile(dynamic=False)  # a few sizes, each with kernels of its own
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups: `params` and, where not the run's, `weight_decay`, `schedule`, `warmup`."""
+        """Groups: `params` and, where not the run's, `weight_decay`, `schedule`, `warmup`; `rate`
+        is a factor of the run's rate."""
         return [{"params": list(self.network.parameters())}]
 
     def encoder(self, layer: str) -> nn.Module:

@@ -16,28 +16,27 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from idaa_lib import configs
 from idaa_lib.configs.base import Positive, Share
 from idaa_lib.methods.base import (
     About,
     Batch,
-    Method,
     Moment,
     Step,
     follow,
     frozen_copy,
     register_method,
 )
+from idaa_lib.methods.cassle import Conditioned, augself_head
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.heads import Network, mlp
 from idaa_lib.views import View
 
 
 @register_method("byol")
-class BYOL(Method):
-    class Options(configs.Options):
+class BYOL(Conditioned):
+    class Options(Conditioned.Options):
         """momentum: τ of the moving average at the start, in [0, 1]."""
 
         projection_dim: Positive = 256
@@ -50,11 +49,17 @@ class BYOL(Method):
         super().__init__(options, backbone, about)
         features, dim = backbone.feature_dim, options.projection_dim
         hidden = 2 * features  # 4096 for a ResNet-50 in the paper, 1024 for CIFAR's
-        projector, predictor = (
-            mlp(inputs, hidden, dim, last_bias=self.last_bias) for inputs in (features, dim)
-        )
+
+        def head(inputs: int, augself: int) -> nn.Module:
+            if self.as_augself:
+                return augself_head(inputs, augself, dim)
+            return mlp(inputs, hidden, dim, last_bias=self.last_bias)
+
+        projector = self.conditioned(features, lambda inputs: head(inputs, augself=features))
+        predictor = head(dim, augself=4096)
         self.network = Network(backbone, projector=projector, predictor=predictor)
         self.target = frozen_copy(Network(backbone, projector=projector))
+        self.add_difference_heads(features)
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         v1, v2 = views
@@ -62,12 +67,13 @@ class BYOL(Method):
         t1, t2 = self._aim(v1), self._aim(v2)
 
         def loss_of(p: Tensor, t: Tensor) -> Tensor:  # of the first view, online and target
-            return (negative_cosine(p, t2) + negative_cosine(online2.p, t)) / 2
+            both = negative_cosine(p, t2) + negative_cosine(online2.p, t)
+            return 2 * both if self.as_augself else both / 2
 
         return self.two_view_step(
             loss_of(online1.p, t1),
             views,
-            (online1.z, online2.z),
+            (online1, online2),
             lambda e, at_start: negative_cosine(e.p, t2),
             lambda e, v_adv: loss_of(e.p, self._aim(v_adv, adversarial=True)),
         )

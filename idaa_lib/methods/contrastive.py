@@ -54,10 +54,11 @@ class Contrastive(Method):
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         v1, v2 = views
-        z1, z2 = gather(self.embed(v1).z), gather(self.embed(v2).z)  # (B, D) of all processes
+        e1, e2 = self.embed(v1), self.embed(v2)
+        z1, z2 = gather(e1.z), gather(e2.z)  # (B, D) of all processes
 
         def adversarial_loss(e: Embedding, v_adv: View) -> Tensor:
             return self.contrast(z1, gather(e.z))
 
         loss = self.contrast(z1, z2)
-        return self.two_view_step(loss, views, (z1, z2), self.ascent(v1), adversarial_loss)
+        return self.two_view_step(loss, views, (e1, e2), self.ascent(v1), adversarial_loss)

@@ -223,7 +223,7 @@ class IPIRM(SimCLR):
         self._present: Tensor | None = None
 
     def projector(self, features: int, dim: int) -> nn.Module:
-        return mlp(features, 512, dim, bias=False)
+        return self.conditioned(features, lambda inputs: mlp(inputs, 512, dim, bias=False))
 
     # --- minimisation -----------------------------------------------------------------------------
 
@@ -272,14 +272,15 @@ class IPIRM(SimCLR):
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         v1, v2 = views
         index = gather(batch["images"])  # in the order that one process has (§2.2)
-        z1, z2 = gather(self.embed(v1).z), gather(self.embed(v2).z)  # (B, D) of all processes
+        e1, e2 = self.embed(v1), self.embed(v2)
+        z1, z2 = gather(e1.z), gather(e2.z)  # (B, D) of all processes
         loss, parts = self.objective(z1, z2, index)
 
         def adversarial_loss(e: Embedding, v_adv: View) -> Tensor:
             return self.objective(gather(e.z), z2, index)[0]
 
-        step = self.two_view_step(loss, views, (z1, z2), self.ascent(v1), adversarial_loss)
-        step.parts = {name: value.detach() for name, value in parts.items()}
+        step = self.two_view_step(loss, views, (e1, e2), self.ascent(v1), adversarial_loss)
+        step.parts |= {name: value.detach() for name, value in parts.items()}
         return step
 
     # --- maximisation -----------------------------------------------------------------------------

@@ -13,19 +13,17 @@ CUDA devices the statistics are of all processes (SyncBatchNorm).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from idaa_lib import configs
 from idaa_lib.configs import ConfigError
 from idaa_lib.configs.base import Positive, Rate, Share
 from idaa_lib.methods.base import (
     About,
     Batch,
-    Method,
     Moment,
     Step,
     follow,
@@ -34,6 +32,7 @@ from idaa_lib.methods.base import (
     register_method,
     similarity,
 )
+from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.nets.heads import Embedding, Network, mlp
 from idaa_lib.views import View
 
@@ -49,16 +48,19 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
 
 @register_method("moco")
-class MoCo(Method):
+class MoCo(Conditioned):
     """First view: query; second view: key, of an encoder that follows the query's."""
 
-    class Options(configs.Options):
-        """queue: keys that are held. momentum: of the moving average, in [0, 1]."""
+    class Options(Conditioned.Options):
+        """queue: embeddings that are held: keys, or by queue_source the queries, as CASSLE's and
+        AugSelf's code has it (a fault: spec/siblings.md §1.8). momentum: of the moving average, in
+        [0, 1]."""
 
         projection_dim: Positive = 128
         temperature: Rate = 0.1
         queue: Positive = 4096
         momentum: Share = 0.99
+        queue_source: Literal["key", "query"] = "key"
 
     recordable = True
     queue: Tensor
@@ -71,9 +73,13 @@ class MoCo(Method):
                 f"queue must hold a batch of {about.batch_size} keys, and is {options.queue}."
             )
         d = backbone.feature_dim
-        projector = mlp(d, d, options.projection_dim, norm=False)
+        augself, dim = self.as_augself, options.projection_dim
+        projector = self.conditioned(
+            d, lambda inputs: mlp(inputs, d, dim, norm=augself, bias=not augself)
+        )
         self.network = Network(backbone, projector=projector)
         self.target = frozen_copy(self.network)
+        self.add_difference_heads(d)
         queue = torch.randn(options.queue, options.projection_dim)
         self.register_buffer("queue", F.normalize(queue, dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # its place in the queue
@@ -82,19 +88,20 @@ class MoCo(Method):
         v1, v2 = views
         query = self.embed(v1)
         with torch.no_grad():
-            k = self.target(v2.images, self.describe(v2)).z  # (B, D)
+            key = self.target(v2.images, self.describe(v2))
 
         def loss_of(e: Embedding, _: Any = None) -> Tensor:
-            return info_nce(e.z, k, self.queue, self.options.temperature)
+            return info_nce(e.z, key.z, self.queue, self.options.temperature)
 
-        step = self.two_view_step(loss_of(query), views, (query.z, k), loss_of, loss_of)
-        step.carry["keys"] = gather(k)
+        step = self.two_view_step(loss_of(query), views, (query, key), loss_of, loss_of)
+        queued = key if self.options.queue_source == "key" else query
+        step.carry["queued"] = gather(queued.z.detach())
         return step
 
     @torch.no_grad()
     def after_step(self, step: Step, moment: Moment) -> None:
         follow(self.target, self.network, self.options.momentum)
-        keys = step.carry["keys"]
+        keys = step.carry["queued"]
         places = torch.arange(len(keys), device=keys.device)
         self.queue[(self.oldest + places) % len(self.queue)] = keys.to(self.queue.dtype)
         self.oldest.add_(len(keys)).remainder_(len(self.queue))

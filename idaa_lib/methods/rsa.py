@@ -107,11 +107,11 @@ class RSA(BYOL):
         step = self.two_view_step(
             both(online1.p),
             (a1, a2),
-            (online1.z, online2.z),
+            (online1, online2),
             lambda e, at_start: direction(e.p, online2.p, t2),
             lambda e, v_adv: both(e.p),
         )
-        step.parts = {
+        step.parts |= {
             "beta": weight,
             "aggressive_weak": -negative_cosine(online1.p.detach(), t2),
             "aggressive_aggressive": -negative_cosine(online1.p.detach(), online2.p),

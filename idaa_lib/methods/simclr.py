@@ -5,13 +5,17 @@ The recipe is the official IDAA release's (docs/spec/idaa.md §2 and §4).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idaa_lib.configs.base import Rate
-from idaa_lib.methods.base import OfficialProtocol, register_method, similarity
+from idaa_lib.methods.base import About, OfficialProtocol, register_method, similarity
+from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.methods.contrastive import Contrastive
+from idaa_lib.nets.heads import mlp
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -27,14 +31,24 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 
 @register_method("simclr")
-class SimCLR(Contrastive):
-    class Options(Contrastive.Options):
+class SimCLR(Conditioned, Contrastive):
+    class Options(Conditioned.Options, Contrastive.Options):
         """temperature: τ of the loss."""
 
         temperature: Rate = 0.5
 
     recordable = True
     official = OfficialProtocol("SimCLR", "projector", 0.5, "backbone", "last", 256)
+
+    def __init__(self, options: Any, backbone: Any, about: About) -> None:
+        super().__init__(options, backbone, about)
+        self.add_difference_heads(backbone.feature_dim)
+
+    def projector(self, features: int, dim: int) -> nn.Module:
+        augself = self.as_augself  # its code has a BatchNorm in SimCLR's and MoCo's projector
+        return self.conditioned(
+            features, lambda inputs: mlp(inputs, features, dim, norm=augself, bias=not augself)
+        )
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
         return nt_xent(z1, z2, self.options.temperature)

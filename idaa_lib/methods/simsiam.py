@@ -13,20 +13,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from idaa_lib import configs
 from idaa_lib.configs.base import Positive
 from idaa_lib.methods.base import (
     About,
     Batch,
-    Method,
     Moment,
     OfficialProtocol,
     Step,
     anchored,
     register_method,
 )
+from idaa_lib.methods.cassle import Conditioned, augself_head
 from idaa_lib.nets.heads import Embedding, Network, mlp
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import View
@@ -41,11 +40,13 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 
 
 @register_method("simsiam")
-class SimSiam(Method):
+class SimSiam(Conditioned):
     """The attack starts at its own anchor, but a predictor lies between: its gradient is not 0."""
 
-    class Options(configs.Options):
-        """pairing: as IDAA's authors developed it for CIFAR, or for ImageNet."""
+    class Options(Conditioned.Options):
+        """pairing: as IDAA's authors developed it for CIFAR, or for ImageNet. heads: of `augself`
+        the projector has 3 layers where pairing is `imagenet`, else 2; the loss is the mean, and
+        the predictor's rate constant, with both."""
 
         projection_dim: Positive = 2048
         pairing: Literal["cifar", "imagenet"] = "cifar"
@@ -56,13 +57,21 @@ class SimSiam(Method):
         super().__init__(options, backbone, about)
         self.cifar, dim = options.pairing == "cifar", options.projection_dim
         d = backbone.feature_dim
-        if self.cifar:
-            projector = mlp(d, dim, dim, last_norm=True)
-        else:
+        if not self.cifar:
             zero_residuals(backbone)
-            projector = mlp(d, d, dim, layers=3, last_norm=True, affine=False, bias=False)
-        predictor = mlp(dim, max(1, dim // 4), dim, bias=self.cifar)
+
+        def project(inputs: int) -> nn.Module:
+            if self.as_augself:
+                return augself_head(inputs, dim, dim, 2 if self.cifar else 3, last_norm=True)
+            if self.cifar:
+                return mlp(inputs, dim, dim, last_norm=True)
+            return mlp(inputs, d, dim, layers=3, last_norm=True, affine=False, bias=False)
+
+        projector = self.conditioned(d, project)
+        biased = self.cifar and not self.as_augself
+        predictor = mlp(dim, max(1, dim // 4), dim, bias=biased)
         self.network = Network(backbone, projector=projector, predictor=predictor)
+        self.add_difference_heads(d)
 
     @classmethod
     def official_protocol(cls, config: Any) -> OfficialProtocol:
@@ -79,20 +88,21 @@ class SimSiam(Method):
         return self.two_view_step(
             self._both(e1, e2),
             views,
-            (e1.z, e2.z),
+            (e1, e2),
             lambda e, at_start: negative_cosine(e.p, anchor(e.z, at_start)),
             lambda e, v_adv: self._both(e1 if self.cifar else e2, e),
         )
 
     def _both(self, a: Embedding, b: Embedding) -> Tensor:
         both = negative_cosine(a.p, b.z) + negative_cosine(b.p, a.z)
-        return both if self.cifar else both / 2
+        return both if self.cifar and not self.as_augself else both / 2
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """On CIFAR the predictor learns at a constant rate, from the start."""
+        """On CIFAR and in AugSelf's code the predictor learns at a constant rate from the start."""
         (group,) = super().param_groups()
-        if not self.cifar:
+        if not (self.cifar or self.as_augself):
             return [group]
         predictor = list(self.network.get_submodule("predictor").parameters())
-        body = group["params"][: -len(predictor)]
+        own = {id(p) for p in predictor}
+        body = [p for p in group["params"] if id(p) not in own]
         return [{"params": body}, {"params": predictor, "schedule": "constant", "warmup": 0}]

@@ -94,7 +94,7 @@ class Fit:
         groups = method.param_groups()
         if config.optimizer == "lars":
             groups = [part for group in groups for part in spare_vectors(group, adapt=False)]
-        self.schedules = []
+        self.schedules, self.factors = [], [group.pop("rate", 1.0) for group in groups]
         for group in groups:
             group.setdefault("weight_decay", config.weight_decay)
             name, warmup = (group.pop(key, getattr(config, key)) for key in ("schedule", "warmup"))
@@ -233,7 +233,8 @@ class Fit:
     def train_step(self, step: int, images: Batch, batch: Batch) -> dict[str, Tensor]:
         """One step on this process's part of a batch, uint8 images and their indices by name; the
         scalars to log, which a recorded step overwrites at the next one."""
-        self._rates = [self.config.learning_rate * schedule(step) for schedule in self.schedules]
+        rate, schedules = self.config.learning_rate, zip(self.schedules, self.factors, strict=True)
+        self._rates = [rate * factor * schedule(step) for schedule, factor in schedules]
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             held = isinstance(group["lr"], Tensor)  # a recording reads it
             group["lr"] = group["lr"].fill_(rate) if held else rate

@@ -81,6 +81,12 @@ class Recipe:
         return int(min(max(2 * (self.size // 20) + 1, low), high))
 
     @property
+    def jitter_range(self) -> tuple[list[float], list[float]]:
+        """Least and greatest values of the four parts of `color`."""
+        *factors, hue = self.jitter
+        return [*(max(0, 1 - f) for f in factors), -hue], [*(1 + f for f in factors), hue]
+
+    @property
     def columns(self) -> dict[str, int]:
         """How many numbers a view takes for what, in the order of drawing; 0 where never."""
         jitter, blur = self.jitter_probability > 0, self.blur > 0
@@ -132,9 +138,7 @@ class Recipe:
         color = row(NO_JITTER, source).expand(len(source), 4)
         order = torch.arange(4, device=source.device).expand(len(source), 4)
         if self.jitter_probability:
-            *factors, hue = self.jitter
-            low = row([*(max(0, 1 - f) for f in factors), -hue], source)
-            high = row([*(1 + f for f in factors), hue], source)
+            low, high = (row(ends, source) for ends in self.jitter_range)
             jittered = low.lerp(high, uniform["color"])
             color = torch.where(happens("jitter", self.jitter_probability), jittered, color)
             order = uniform["order"].argsort(1)
