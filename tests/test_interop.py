@@ -21,8 +21,10 @@ from torch.nn import functional as F
 
 import idaa_lib
 from idaa_lib import ConfigError, interop, runs
+from idaa_lib.__main__ import main
 from idaa_lib.adversaries import IDAA
 from idaa_lib.evaluate.encoders import Encoder, features
+from idaa_lib.methods.cassle import NEUTRAL
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.resnet import torchvision_weights
 from idaa_lib.runs import checkpoints
@@ -524,6 +526,30 @@ def test_units_make_another_run_and_the_command_says_all(outputs, tmp_path):
         assert found["again"] == run
 
 
+def test_import_is_a_command(outputs, tmp_path, capsys):
+    path = tmp_path / "model_epoch292.pth"
+    torch.save(dict(vae_state(32, dim=8, d=16)), path)
+    words = [
+        "import",
+        str(path),
+        "dataset=photos",
+        "limit=50",
+        "kappa=3/10",
+        "mean=0.5 0.5 0.5",
+        "dim=8",
+    ]
+    assert main(words) == 0
+    run = idaa_lib.import_run(path, "photos", limit=50, kappa=0.3, dim=8, mean=(0.5,) * 3)
+    assert capsys.readouterr().out.startswith(str(run.path))
+    assert main(["import", str(tmp_path / "x.pth"), "dataset=photos"]) == 2
+    assert main([*words, "method=simclr"]) == 2
+    assert main(["export"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].startswith("ConfigError: There is no checkpoint")
+    assert errors[1] == "ConfigError: VAEConfig has no field 'method'."
+    assert errors[2].startswith("`python -m idaa_lib import model_epoch292.pth")
+
+
 @pytest.mark.parametrize("name", ["plain_best.t", "simsiam_best.t", "checkpoint_0099.pth.tar"])
 def test_a_published_encoder_becomes_a_run(name, outputs, tmp_path):
     make, pack, kind, legacy, pool, _, units = FILES[name]
@@ -811,6 +837,210 @@ def test_every_tensor_of_a_siblings_file_counts(model, tmp_path):
     torch.save(state | {f"{keys[-1]}s": torch.ones(1)}, tmp_path / "x.pth")
     with pytest.raises(ConfigError, match=f"beside what belongs there, {re.escape(keys[-1])}s"):
         interop.load_official(tmp_path / "x.pth")
+
+
+KEYS = ("blur", "color", "color_diff", "crop", "flip", "grayscale")
+README = tuple(key for key in KEYS if key != "flip")
+# name → the projector that the published code builds after d features, what its forward needs, the
+# predictor, and: method, keys of the condition, injection that must be said
+LAYOUTS = {
+    "moco, pretrain.py": (lambda d: perceptron(d, d, 6), None, "moco", (), None),
+    "moco, proj-none": (
+        lambda d: PublishedProjector(nn.Identity(), perceptron(d, d, 6), "none"),
+        None, "moco", (), None),
+    "moco, README": (lambda d: told(d, 13, perceptron(d + 8, d, 6)), None, "moco", README, None),
+    "moco, with flip": (lambda d: told(d, 14, perceptron(d + 8, d, 6)), None, "moco", KEYS, None),
+    "moco, raw": (
+        lambda d: PublishedProjector(nn.Identity(), perceptron(d + 13, d, 6)),
+        None, "moco", README, None),
+    "moco, add": (
+        lambda d: told(d, 13, perceptron(d, d, 6), "add", d), None, "moco", README, "add"),
+    "moco, multiply": (
+        lambda d: told(d, 13, perceptron(d, d, 6), "mul", d), None, "moco", README, "multiply"),
+    "byol, AugSelf's width": (
+        lambda d: perceptron(d, 24, 6), lambda: perceptron(6, 24, 6), "byol", (), None),
+    "simsiam on STL-10": (
+        lambda d: perceptron(d, 8, 8, last_bias=False, last=[nn.BatchNorm1d(8)]),
+        lambda: perceptron(8, 2, 8), "simsiam", (), None),
+    "simsiam on ImageNet, conditioned": (
+        lambda d: told(d, 13, perceptron(
+            d + 8, 8, 8, 8, last_bias=False, last=[nn.BatchNorm1d(8)])),
+        lambda: perceptron(8, 2, 8), "simsiam", README, None),
+    "barlow": (
+        lambda d: perceptron(
+            d, 8, 8, 8, last_bias=False, last=[nn.BatchNorm1d(8, affine=False)]),
+        None, "barlow", (), None),
+}  # fmt: skip
+
+
+def told(d, known, projector, injection="cat", outputs=8):
+    """Six layers of γ that end in a BatchNorm."""
+    last = [nn.BatchNorm1d(outputs)]
+    gamma = perceptron(known, *[8] * 5, outputs, last_bias=False, last=last)
+    return PublishedProjector(gamma, projector, injection)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_file_of_cassle_computes_what_its_model_does(name, tmp_path):
+    make, make_predictor, kind, keys, injection = LAYOUTS[name]
+    backbone = diverse(Narrow("resnet18", "imagenet"))
+    projector = diverse(make(backbone.features), 1)
+    parts = {"backbone": backbone, "projector": projector}
+    if make_predictor:
+        parts["predictor"] = diverse(make_predictor(), 2)
+    torch.save(pack(**parts), tmp_path / "ckpt-last.pth")
+    found = interop.load_official(tmp_path / "ckpt-last.pth", injection=injection)
+    assert (found.kind, found.epoch, found.module.stem) == (kind, 3, "imagenet")
+    assert (found.size, found.mean, found.std) == (96, (0.43, 0.42, 0.39), (0.27, 0.26, 0.27))
+    assert found.knobs["condition"] == keys
+    x = images()
+    h = backbone(x)
+    torch.testing.assert_close(found.module(x), h, **CLOSE)
+    omega = torch.randn(len(x), sum(len(NEUTRAL[key]) for key in keys))
+    z = projector(h, omega) if isinstance(projector, PublishedProjector) else projector(h)
+    torch.testing.assert_close(found.projector(*[h, omega][: 1 + bool(keys)]), z, **CLOSE)
+    if keys:  # the layer `projector` is z at the neutral condition
+        neutral = torch.tensor([[v for key in keys for v in NEUTRAL[key]]], dtype=torch.float)
+        z = projector(h, neutral.expand(len(h), -1))
+        assert (found.projector(h, omega) - z).abs().max() > 0.01
+    whole = found.encoder("projector").module(x)
+    torch.testing.assert_close(whole, F.normalize(z, dim=1), **CLOSE)
+    if make_predictor:
+        torch.testing.assert_close(found.predictor(z), parts["predictor"](z), **CLOSE)
+    else:
+        assert found.predictor is None
+
+
+@torch.no_grad()
+def test_a_file_of_augself_brings_its_heads(outputs, tmp_path):
+    """DataParallel's prefixes, a ResNet-50, and a run of it."""
+    backbone = diverse(Narrow("resnet50", "imagenet"))
+    d = backbone.features
+    projector = diverse(perceptron(d, d, 6), 1)
+    heads = {k: diverse(perceptron(2 * d, 512, 512, n), n) for k, n in (("crop", 4), ("color", 4))}
+    parallel = nn.DataParallel(backbone)
+    torch.save(
+        pack(backbone=parallel, projector=projector, ss_predictor=heads), tmp_path / "ckpt-500.pth"
+    )
+    found = interop.load_official(tmp_path / "ckpt-500.pth")
+    assert (found.kind, found.size, (found.mean, found.std)) == ("moco", 224, IMAGENET)
+    x = images(64)
+    h = backbone(x)
+    torch.testing.assert_close(found.module(x), h, **CLOSE)
+    pairs = torch.cat([h, h.flip(0)], 1)
+    for name, head in heads.items():
+        torch.testing.assert_close(found.differences[name](pairs), head(pairs), **CLOSE)
+    run = idaa_lib.import_run(
+        tmp_path / "ckpt-500.pth", "photos", method="simclr", size=32, limit=64
+    )
+    config = run.config
+    assert (config.preset, config.method, config.condition) == ("augself-imagenet100", "simclr", ())
+    assert config.augself == {"color": 0.5, "crop": 0.5}
+    encoder = idaa_lib.load_encoder(run)
+    torch.testing.assert_close(encoder.module(x), h, **CLOSE)
+    tensors, state = checkpoints.load(run)
+    stored = checkpoints.under("method.network.differences.crop.", tensors)
+    assert torch.equal(stored["6.weight"], heads["crop"][6].weight)
+    assert state["lacks"] == []
+
+
+def test_a_file_of_cassle_becomes_a_run_that_a_training_continues(outputs, tmp_path, capsys):
+    backbone = diverse(Narrow("resnet18", "imagenet"))
+    d = backbone.features
+    projector = diverse(told(d, 13, perceptron(d + 8, d, 6)), 1)
+    path = tmp_path / "ckpt-200.pth"
+    torch.save(pack(backbone=backbone, projector=projector), path)
+    run = idaa_lib.import_run(path, "photos", size=32, limit=64, queue=128)
+    config = run.config
+    assert (config.preset, config.method, config.condition) == ("cassle-stl10", "moco", README)
+    assert (config.gamma_depth, config.gamma_width, config.injection) == (6, 8, "concatenate")
+    text = "crop, color, color_diff, blur, grayscale"
+    values = {"size": 32, "limit": 64, "queue": 128}
+    assert idaa_lib.import_run(path, "photos", condition=text, **values) == run
+    x = images()
+    encoder = idaa_lib.load_encoder(run, "projector")
+    neutral = torch.tensor([[v for key in README for v in NEUTRAL[key]]], dtype=torch.float)
+    with torch.no_grad():
+        z = projector(backbone(x), neutral.expand(len(x), -1))
+        torch.testing.assert_close(encoder.module(x), F.normalize(z, dim=1), **CLOSE)
+    # The target is not in the file: as in a new run, it starts as the online network.
+    tensors, _ = checkpoints.load(run)
+    online = checkpoints.under("method.network.", tensors)
+    target = checkpoints.under("method.target.", tensors)
+    assert target.keys() == online.keys()
+    assert all(torch.equal(target[k], online[k]) for k in online)
+    capsys.readouterr()
+    values = {"epochs": 1, "batch_size": 32, "device": "cpu"}
+    idaa_lib.train_ssl(config.replace(continue_from=run.id, **values))
+    assert f"{run.id} lacks oldest, queue, target for this run" in capsys.readouterr().out
+    for values, sentence in (
+        ({"method": "barlow"}, "has method='moco', not 'barlow'"),
+        ({"heads": "own"}, "has heads='augself', not 'own'"),
+        ({"gamma_width": 64}, "has gamma_width=8, not 64"),
+        ({"stem": "cifar"}, "has stem='imagenet', not 'cifar'"),
+        ({"projection_dim": 64}, "has projection_dim=6, not 64"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            idaa_lib.import_run(path, "photos", limit=64, **values)
+    wide = diverse(perceptron(d, 24, 6), 1), diverse(perceptron(6, 24, 6), 2)
+    torch.save(pack(backbone=backbone, projector=wide[0], predictor=wide[1]), path)
+    with pytest.raises(ConfigError, match="not of the network that method='byol' has here"):
+        idaa_lib.import_run(path, "photos", limit=64)
+
+
+def test_a_condition_that_the_tensors_contradict_is_refused(tmp_path):
+    backbone = Narrow("resnet18", "imagenet")
+    d = backbone.features
+
+    def refusal(projector, **how):
+        torch.save(pack(backbone=backbone, projector=projector), tmp_path / "ckpt-200.pth")
+        with pytest.raises(ConfigError) as raised:
+            interop.load_official(tmp_path / "ckpt-200.pth", **how)
+        assert re.fullmatch(r"[^\n]+\.", str(raised.value)), raised.value
+        return str(raised.value)
+
+    readme = told(d, 13, perceptron(d + 8, d, 6))
+    assert "given 13 values of a view, and condition='crop' names 4" in refusal(
+        readme, condition="crop"
+    )
+    assert "given 5 values of a view, and condition='' names 0" in refusal(
+        told(d, 5, perceptron(d + 8, d, 6))
+    )
+    assert "condition[0]" not in refusal(readme, condition="crop, zoom")
+    assert "zoom" in refusal(readme, condition="crop, zoom")
+    assert "injection must be 'concatenate'" in refusal(readme, injection="add")
+    added = told(d, 13, perceptron(d, d, 6), "add", d)
+    assert "injection must be 'add' or 'multiply', as its tensors have it, and is None" in refusal(
+        added
+    )
+    assert "and is 'concatenate'" in refusal(added, injection="concatenate")
+    plain_ = perceptron(d, d, 6)
+    assert "its projector is given no condition" in refusal(plain_, condition="crop")
+    torch.save(PublishedRSA().state_dict(), tmp_path / "x.pth.tar")
+    with pytest.raises(ConfigError, match="are of CASSLE's files, and it is of 'rsa'"):
+        interop.load_official(tmp_path / "x.pth.tar", injection="add")
+
+
+def test_files_of_the_siblings_that_are_not_read_are_named(tmp_path):
+    backbone = Narrow("resnet18", "imagenet")
+    d = backbone.features
+    moco = perceptron(d, d, 6)
+    v3 = perceptron(d, 24, 24, 6, last_bias=False, last=[nn.BatchNorm1d(6, affine=False)])
+    hyper = nn.ModuleDict({"projector_hn": perceptron(13, 8, 99)})
+    vit = nn.ParameterDict({"cls_token": torch.zeros(1, 1, 4)})
+    small = Narrow("resnet18", "cifar")
+    for name, content in (
+        ("MoCo-v3", pack(backbone=backbone, projector=v3)),
+        ("MoCo-v3", {"state_dict": {"module.momentum_encoder.conv1.weight": torch.zeros(1)}}),
+        ("SwAV", pack(backbone=backbone, projector=moco, prototypes=nn.Linear(6, 100, False))),
+        ("hypernetwork", pack(backbone=backbone, projector=hyper)),
+        (r"vision transformer \(ViT\)", pack(backbone=vit, projector=moco)),
+        (r"first convolution is 3×3, .* 7×7", pack(backbone=small, projector=moco)),
+    ):
+        torch.save(content, tmp_path / "ckpt-200.pth")
+        with pytest.raises(ConfigError, match=name):
+            interop.load_official(tmp_path / "ckpt-200.pth")
 
 
 # --- out ------------------------------------------------------------------------------------

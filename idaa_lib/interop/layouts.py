@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 
 from idaa_lib.configs import ConfigError
 from idaa_lib.data.cached import CIFAR_UNITS
+from idaa_lib.methods.cassle import NEUTRAL, Conditioned
 from idaa_lib.nets import build_backbone
-from idaa_lib.nets.heads import mlp
+from idaa_lib.nets.heads import ConditionedProjector, mlp
 from idaa_lib.nets.resnet import SHAPES, ResNet
 from idaa_lib.nets.vae import VAE
 
 Channels = tuple[float, ...]
 Units = tuple[int, Channels, Channels]  # size, mean, std
+Keys = str | Sequence[str] | None  # of a condition
 Names = dict[str, str]  # parts of our names → of a file's, replaced one after another
 
 
@@ -42,6 +45,17 @@ class Layout(NamedTuple):
     kind: str
     names: Names
     stems: dict[int, str] | None = None
+
+
+class Content(NamedTuple):
+    """What a file holds: its kind, our parts without storage, its names for them, the published
+    units, and what it says of the knobs of its method."""
+
+    kind: str
+    parts: dict[str, Any]
+    names: Names
+    units: Units
+    knobs: dict[str, Any]
 
 
 SIMSIAM_IMAGENET, CASSLE, IPIRM, RSA = "encoder.fc.", "backbone.", "g.", "encoder_q_head."
@@ -89,6 +103,11 @@ SHORTCUTS: dict[str, Names] = {
 }
 # What the published networks have beside a tensor, whether they ever run it or not.
 BESIDE = {".ds_bn1.": ".ds_bn1_adv.", "projector.layer1.": "projector.layer2."}
+# What a condition of 13 values names, as in CASSLE's README; of 14 in its invariance script.
+PUBLISHED_KEYS = {
+    13: ("blur", "color", "color_diff", "crop", "grayscale"),
+    14: ("blur", "color", "color_diff", "crop", "flip", "grayscale"),
+}
 # Parts of names that only files have which are not read.
 OTHERS = {
     "cls_token": "a vision transformer (ViT)",
@@ -107,8 +126,10 @@ RSA_UNITS: dict[str, Units] = {
 }
 
 
-def read_layout(state: State, file: str) -> tuple[str, dict[str, Any], Names, Units]:
-    """The kind of a file; our parts without storage; its names for them; the published units.
+def read_layout(
+    state: State, file: str, condition: Keys = None, injection: str | None = None
+) -> Content:
+    """What the tensors of `file` are of; condition, injection: as in `load_official`.
 
     Raises:
         ConfigError: it is of no kind that is read, or its tensors make no network of that kind.
@@ -124,23 +145,25 @@ def read_layout(state: State, file: str) -> tuple[str, dict[str, Any], Names, Un
             f"published projects (it has {some})."
         )
     kind, names, _ = layout = LAYOUTS[mark]
+    if mark != CASSLE and (condition or injection):
+        raise ConfigError(f"condition and injection are of CASSLE's files, and it is of {kind!r}.")
     with torch.device("meta"):  # which draws none of the caller's random numbers either
         if kind == "vae":
             vae = _vae(state)
-            units = CIFAR_UNITS if vae.size in (32, 84) else IMAGENET_UNITS
-            return kind, {"vae": vae}, names, (vae.size, *units)
+            mean, std = CIFAR_UNITS if vae.size in (32, 84) else IMAGENET_UNITS
+            return Content(kind, {"vae": vae}, names, (vae.size, mean, std), {})
         backbone, shortcuts = _backbone(state, layout)
-        names = names | shortcuts
+        d = backbone.feature_dim
         if mark == CASSLE:
-            kind, heads, others = _cassle_heads(state, backbone.feature_dim)
-            names |= others
+            kind, heads, others, knobs = _cassle_heads(state, d, condition, injection)
         else:
-            heads = _heads(mark, state, backbone.feature_dim)
+            heads, others, knobs = _heads(mark, state, d), {}, {}
         parts: dict[str, Any] = {"backbone": backbone, **heads}
         if mark == RSA:
             online = {"backbone": backbone, "projector": heads["projector"]}
             parts["target"] = copy.deepcopy(nn.ModuleDict(online))
-    return kind, parts, names, _units(mark, backbone, file)
+    units = _units(mark, backbone, file)
+    return Content(kind, parts, names | shortcuts | others, units, knobs)
 
 
 def rename(name: str, names: Names) -> str:
@@ -235,14 +258,16 @@ def _heads(mark: str, state: State, d: int) -> dict[str, nn.Module]:
     return {"projector": projector, "predictor": predictor}
 
 
-def _cassle_heads(state: State, d: int) -> tuple[str, dict[str, nn.Module], Names]:
-    """The framework of a file of CASSLE or AugSelf, its heads after d features (siblings.md §1.4),
-    and their names."""
+def _cassle_heads(
+    state: State, d: int, condition: Keys, injection: str | None
+) -> tuple[str, dict[str, nn.Module], Names, dict[str, Any]]:
+    """The framework of a file of CASSLE or AugSelf, its heads after d features (siblings.md §1.3 to
+    §1.5), their names and knobs."""
     has = lambda *parts: any(key.startswith(parts) for key in state)  # noqa: E731
     outputs = lambda key: state[f"{key}.weight"].shape[0]  # noqa: E731
     at = "projector.projector." if has("projector.projector.") else "projector."
     last = 6 if has(f"{at}6.") else 3  # of three linear layers, or of two
-    hidden, dim = outputs(f"{at}0"), outputs(f"{at}{last}")
+    inputs, hidden, dim = state[f"{at}0.weight"].shape[1], outputs(f"{at}0"), outputs(f"{at}{last}")
     norm = f"{at}{last + 1}."
     last_norm, affine = has(norm), has(f"{norm}weight", f"{norm}bias")
     if has("predictor."):
@@ -252,8 +277,60 @@ def _cassle_heads(state: State, d: int) -> tuple[str, dict[str, nn.Module], Name
     else:
         kind = "barlow" if last == 6 else "moco"
     end = {"last_norm": last_norm, "affine": affine, "last_bias": not last_norm}
-    projector = mlp(d, hidden, dim, last // 3 + 1, bias=False, **end)
-    heads: dict[str, nn.Module] = {"projector": projector}
+    projector: nn.Module = mlp(inputs, hidden, dim, last // 3 + 1, bias=False, **end)
+    projector, knobs = _condition(state, projector, d, inputs - d, condition, injection)
+    heads, names = {"projector": projector}, {"projector.": at}
+    if knobs["condition"]:
+        names = {"projector.gamma.": "projector.aug_processor.", "projector.head.": at}
     if has("predictor."):
         heads["predictor"] = mlp(dim, outputs("predictor.0"), dim, bias=False)
-    return kind, heads, {"projector.": at}
+    if has("ss_predictor."):
+        names |= {"differences.": "ss_predictor."}
+        predicted = sorted({k.split(".")[1] for k in state if k.startswith("ss_predictor.")})
+        sizes = {k: [outputs(f"ss_predictor.{k}.{i}") for i in (0, 6)] for k in predicted}
+        heads["differences"] = nn.ModuleDict(
+            {k: mlp(2 * d, width, values, 3, bias=False) for k, (width, values) in sizes.items()}
+        )
+    return kind, heads, names, {"heads": "augself", **knobs}
+
+
+def _condition(
+    state: State, head: nn.Module, d: int, added: int, condition: Keys, injection: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The projector that `head`, with inputs `added` to d features, and γ in `state` make, and its
+    knobs."""
+    options: dict[str, Any] = {"condition": condition or ()}
+    keys: tuple[str, ...] = Conditioned.Options(**options).condition
+    numbers = [int(k.split(".")[2]) for k in state if k.startswith("projector.aug_processor.")]
+    if not (numbers or added):
+        if keys or injection:
+            raise ConfigError(
+                "its projector is given no condition: leave condition and injection out."
+            )
+        return head, {"condition": ()}
+    gamma: nn.Module = nn.Identity()
+    knobs: dict[str, Any] = {"gamma": "raw"}
+    known = added
+    if numbers:
+        depth = max(numbers) // 3 + 1
+        first = state["projector.aug_processor.0.weight"]
+        width, known = first.shape
+        gamma = mlp(known, width, added or d, depth, bias=False, last_bias=False, last_norm=True)
+        knobs = {"gamma": "mlp", "gamma_depth": depth, "gamma_width": width}
+    ways = ("concatenate",) if added else ("add", "multiply")
+    if injection is None and added:
+        injection = "concatenate"
+    if injection is None or injection not in ways:
+        raise ConfigError(
+            f"injection must be {' or '.join(map(repr, ways))}, as its tensors have it, and is "
+            f"{injection!r}."
+        )
+    keys = keys or PUBLISHED_KEYS.get(known, ())
+    neutral = [value for key in keys for value in NEUTRAL[key]]
+    if len(neutral) != known:
+        raise ConfigError(
+            f"its projector is given {known} values of a view, and condition="
+            f"{', '.join(keys)!r} names {len(neutral)}."
+        )
+    knobs |= {"condition": keys, "injection": injection}
+    return ConditionedProjector(head, gamma, injection, neutral), knobs

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from idaa_lib.interop.layouts import (
     BESIDE,
     SIMSIAM_IMAGENET,
     Channels,
+    Keys,
     Names,
     State,
     Units,
@@ -41,6 +42,8 @@ class Official:
     module: the VAE, or the backbone: images (B, 3, size, size) → h (B, D).
     projector: h → z before its L2 norm; predictor: z → p; None where there is none.
     target: RSA's target network, its `backbone` and `projector`; None where a file has none.
+    differences: AugSelf's heads by name, [h_a ; h_b] → (B, ·); None where there are none.
+    knobs: what a file of CASSLE or AugSelf says of the knobs of its method.
     size, mean, std: of the normalised images that it expects.
     epoch, acc (kNN top-1 on test images, percent): as the file or its name says; else None.
     """
@@ -55,6 +58,8 @@ class Official:
     epoch: int | None
     acc: float | None
     target: nn.Module | None = None
+    differences: nn.ModuleDict | None = None
+    knobs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def units(self) -> Units:
@@ -80,6 +85,8 @@ def load_official(
     size: int | None = None,
     mean: Channels | None = None,
     std: Channels | None = None,
+    condition: Keys = None,
+    injection: str | None = None,
 ) -> Official:
     """Read a checkpoint of IDAA (VAE, SimCLR), Plain or UEL, SimSiam, CASSLE, AugSelf, IP-IRM, RSA.
 
@@ -94,15 +101,20 @@ def load_official(
             CASSLE and AugSelf: STL-10's (96 px) for a ResNet-18, else ImageNet's (224). IP-IRM:
             CIFAR-10's at 32 px, whatever it was trained on. RSA: by the data set in the file's
             name; else CIFAR's at 32 px without max-pooling, ImageNet's at 224 with it.
+        condition: what CASSLE's projector is told of a view, as the knob of this name; None for its
+            README's, with `flip` where it takes 14 values.
+        injection: `add` or `multiply`, where features and γ(ω) are not concatenated: no tensor
+            tells which.
     Raises:
         ConfigError: the file is missing or damaged, would run code, or is none of these (ViT, SwAV,
             MoCo-v3 and hypernetworks are not read); tensors are missing, left over or of another
-            shape, and which.
+            shape, and which; condition or injection is not what the tensors have.
     """
     path = Path(path).expanduser()
     state, epoch, acc = _read(path)
     try:
-        kind, parts, names, published = read_layout(state, path.name)
+        content = read_layout(state, path.name, condition, injection)
+        kind, parts, names, published, knobs = content
         _fill(parts, state, names)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -114,8 +126,18 @@ def load_official(
         _, module.mean, module.std = units
     if epoch is None and (name := re.search(_EPOCH, path.stem)):
         epoch = int(name[1])
-    projector, predictor, target = map(parts.get, ("projector", "predictor", "target"))
-    return Official(kind, module, projector, predictor, *units, epoch, acc, target)
+    heads = {k: parts.get(k) for k in ("projector", "predictor", "target", "differences")}
+    return Official(
+        kind,
+        module,
+        size=units[0],
+        mean=units[1],
+        std=units[2],
+        epoch=epoch,
+        acc=acc,
+        knobs=knobs,
+        **heads,
+    )
 
 
 # In a file's name: model_epoch292, ckpt-500, model_400, Train_cifar10_RSA_aa_200.
@@ -139,6 +161,9 @@ def _read(path: Path) -> tuple[State, int | None, float | None]:
         raise ConfigError(f"{path} is cut short, damaged or no PyTorch checkpoint.") from error
     about: Mapping[str, Any] = {}
     if isinstance(content, Mapping) and isinstance(content.get("backbone"), Mapping):
+        trainer = content.get("trainer") or {}
+        if "iteration" in trainer and trainer.get("epoch_length"):
+            about = {"epoch": trainer["iteration"] // trainer["epoch_length"]}
         content = dict(_flatten({k: content[k] for k in _CASSLE if k in content}))
     elif isinstance(content, Mapping):
         for name in ("net", "model", "state_dict"):  # Plain and UEL, SimCLR, SimSiam (spec §4)
