@@ -38,13 +38,15 @@ class Layout(NamedTuple):
 
     Fields:
         kind: `vae`, or the method.
-        stems: side of the first convolution → the stem that the project has with it. None: the
+        stems: side of the first convolution → the stem that the project has with it. Empty: the
             names of shortcuts tell.
+        project: whose files these are, where others would not do.
     """
 
     kind: str
     names: Names
-    stems: dict[int, str] | None = None
+    stems: dict[int, str] = {}
+    project: str = ""
 
 
 class Content(NamedTuple):
@@ -75,7 +77,7 @@ LAYOUTS = {
             "predictor.3.": "predictor.layer2.",
         },
     ),
-    CASSLE: Layout("moco", {}, {7: "imagenet"}),
+    CASSLE: Layout("moco", {}, {7: "imagenet"}, "CASSLE and AugSelf"),
     "projector.": Layout("simclr", {"backbone.": "encoder."}),
     "net.": Layout("plain", {"backbone.": "net.", "projector.": "net.fc."}),
     "linear.": Layout("plain", {"backbone.": "", "projector.": "linear."}),
@@ -84,6 +86,7 @@ LAYOUTS = {
         {"backbone.conv1.": "f.0.", "backbone.bn1.": "f.1.", "projector.": "g."}
         | {f"backbone.layer{i}.": f"f.{i + 2}." for i in (1, 2, 3, 4)},
         {3: "cifar"},
+        "IP-IRM",
     ),
     RSA: Layout(
         "rsa",
@@ -95,6 +98,7 @@ LAYOUTS = {
             "predictor.": "pred.",
         },
         {3: "cifar", 7: "imagenet"},
+        "RSA",
     ),
 }
 SHORTCUTS: dict[str, Names] = {
@@ -144,7 +148,7 @@ def read_layout(
             f"it is no VAE, SimCLR, Plain, UEL, SimSiam, CASSLE, AugSelf, IP-IRM or RSA of the "
             f"published projects (it has {some})."
         )
-    kind, names, _ = layout = LAYOUTS[mark]
+    kind, names, *_ = layout = LAYOUTS[mark]
     if mark != CASSLE and (condition or injection):
         raise ConfigError(f"condition and injection are of CASSLE's files, and it is of {kind!r}.")
     with torch.device("meta"):  # which draws none of the caller's random numbers either
@@ -217,14 +221,14 @@ def _backbone(state: State, layout: Layout) -> tuple[ResNet, Names]:
         raise ConfigError(f"its stages of {depths} blocks make none of {', '.join(SHAPES)}.")
     width, _, kernel, _ = state[rename("backbone.conv1.weight", layout.names)].shape
     shortcuts = next((s for s in SHORTCUTS if any(s in key for key in state)), None)
-    if layout.stems is None:
+    if not layout.stems:
         stem = "cifar" if shortcuts is None else "imagenet" if kernel == 7 else "mini"
     elif kernel in layout.stems:
         stem = layout.stems[kernel]
     else:
         sides = " or ".join(f"{side}×{side}" for side in layout.stems)
         raise ConfigError(
-            f"its first convolution is {kernel}×{kernel}, and that of its kind ({layout.kind}) "
+            f"its first convolution is {kernel}×{kernel}, and that of files of {layout.project} is "
             f"{sides}."
         )
     norms = rename("backbone.bn1_adv.weight", layout.names) in state
