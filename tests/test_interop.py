@@ -1,10 +1,12 @@
 """Weights from elsewhere and to elsewhere: files with the published names against an oracle that
 computes on those names (docs/spec/idaa.md §1, §4), and exports read back as their targets do."""
 
+import itertools
 import os
 import pickle
 import re
 import shlex
+from collections import OrderedDict
 
 import onnx
 import onnxruntime
@@ -19,10 +21,13 @@ from torch.nn import functional as F
 
 import idaa_lib
 from idaa_lib import ConfigError, interop, runs
+from idaa_lib.__main__ import main
 from idaa_lib.adversaries import IDAA
 from idaa_lib.evaluate.encoders import Encoder, features
+from idaa_lib.methods.cassle import NEUTRAL
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.resnet import torchvision_weights
+from idaa_lib.runs import checkpoints
 
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -467,7 +472,7 @@ def test_what_is_no_checkpoint_of_theirs_is_one_sentence(tmp_path, monkeypatch):
         ("page.pt", "is cut short, damaged or no PyTorch checkpoint"),
         ("harm.pt", r"was not loaded: it holds more than tensors, and wants \w+.mkdir to be run"),
         ("old_harm.pt", "was not loaded"),
-        ("torchvision.pt", "it is no VAE, SimCLR, Plain, UEL or SimSiam .*bn1.bias"),
+        ("torchvision.pt", "it is no VAE, SimCLR, .* IP-IRM or RSA .*bn1.bias"),
         ("other.pt", "no state dict"),
         ("list.pt", "no state dict"),
         ("nothing.pt", "no tensor at all"),
@@ -521,6 +526,30 @@ def test_units_make_another_run_and_the_command_says_all(outputs, tmp_path):
         assert found["again"] == run
 
 
+def test_import_is_a_command(outputs, tmp_path, capsys):
+    path = tmp_path / "model_epoch292.pth"
+    torch.save(dict(vae_state(32, dim=8, d=16)), path)
+    words = [
+        "import",
+        str(path),
+        "dataset=photos",
+        "limit=50",
+        "kappa=3/10",
+        "mean=0.5 0.5 0.5",
+        "dim=8",
+    ]
+    assert main(words) == 0
+    run = idaa_lib.import_run(path, "photos", limit=50, kappa=0.3, dim=8, mean=(0.5,) * 3)
+    assert capsys.readouterr().out.startswith(str(run.path))
+    assert main(["import", str(tmp_path / "x.pth"), "dataset=photos"]) == 2
+    assert main([*words, "method=simclr"]) == 2
+    assert main(["export"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].startswith("ConfigError: There is no checkpoint")
+    assert errors[1] == "ConfigError: VAEConfig has no field 'method'."
+    assert errors[2].startswith("`python -m idaa_lib import model_epoch292.pth")
+
+
 @pytest.mark.parametrize("name", ["plain_best.t", "simsiam_best.t", "checkpoint_0099.pth.tar"])
 def test_a_published_encoder_becomes_a_run(name, outputs, tmp_path):
     make, pack, kind, legacy, pool, _, units = FILES[name]
@@ -555,6 +584,466 @@ def test_a_uel_file_is_a_run_of_uel_where_one_says_so(outputs, tmp_path):
     assert (run.config.method, run.config.augmentation) == ("uel", "normal")
     with pytest.raises(ConfigError, match="has method='plain', not 'simclr'"):
         idaa_lib.import_run(tmp_path / "x_best.t", "photos", method="simclr")
+
+
+# --- the sibling systems (docs/spec/siblings.md §1.10, §2.9, §3.7) ---------------------------
+# The models are written as the published code has them, on torchvision's ResNets: their own state
+# dicts have the published names.
+
+
+class Narrow(torchvision.models.ResNet):
+    """Torchvision's ResNet with 4 channels where it has 64, or with 64, and without `fc`."""
+
+    def __init__(self, name, stem, width=4):
+        self.share = 64 // width
+        block = torchvision.models.resnet
+        super().__init__(block.Bottleneck if name == "resnet50" else block.BasicBlock, BLOCKS[name])
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = self.maxpool if stem in ("imagenet", "mini") else nn.Identity()
+        self.features, self.fc = self.fc.in_features // self.share, nn.Identity()
+
+    def _make_layer(self, block, planes, *how, **options):
+        self.inplanes = self.inplanes // self.share if planes == 64 else self.inplanes
+        return super()._make_layer(block, planes // self.share, *how, **options)
+
+
+def perceptron(*sides, biases=False, last_bias=True, last=()):
+    layers = []
+    for inputs, outputs in itertools.pairwise(sides[:-1]):
+        layers += [nn.Linear(inputs, outputs, bias=biases), nn.BatchNorm1d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(*sides[-2:], bias=last_bias), *last)
+
+
+class PublishedRSA(nn.Module):
+    def __init__(self, name="resnet18", stem="cifar", dim=6):
+        super().__init__()
+        self.encoder_q, self.encoder_k = Narrow(name, stem), Narrow(name, stem)
+        d = self.encoder_q.features
+        head = lambda inputs: perceptron(inputs, 2 * d, dim, biases=True, last_bias=False)  # noqa: E731
+        self.encoder_q_head, self.encoder_k_head, self.pred = head(d), head(d), head(dim)
+
+
+class PublishedIPIRM(nn.Module):
+    def __init__(self, name="resnet18", width=4, dim=6):
+        super().__init__()
+        net = Narrow(name, "cifar", width)
+        gone = nn.Linear, nn.MaxPool2d
+        parts = [
+            m
+            for k, m in net.named_children()
+            if k not in ("maxpool", "fc") and not isinstance(m, gone)
+        ]
+        self.f = nn.Sequential(*parts)
+        self.g = perceptron(net.features, 512, dim)
+
+    def forward(self, x):
+        feature = self.f(x).flatten(1)
+        return F.normalize(feature, dim=-1), F.normalize(self.g(feature), dim=-1)
+
+
+class PublishedProjector(nn.Module):
+    """CASSLE's `AugProjector`: [h ; γ(ω)] where γ has outputs, or h + γ(ω)."""
+
+    def __init__(self, processor, projector, injection="cat"):
+        super().__init__()
+        self.aug_processor, self.projector, self.injection = processor, projector, injection
+
+    def forward(self, h, omega):
+        code = self.aug_processor(omega)
+        match self.injection:
+            case "add":
+                return self.projector(h + code)
+            case "mul":
+                return self.projector(h * code)
+            case "none":
+                return self.projector(h)
+        return self.projector(torch.cat([h, code], 1))
+
+
+def diverse(module, seed=0):
+    """All tensors drawn from `seed`: fresh norms would hide a mix-up."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        if tensor.ndim == 1:  # a norm's, or a bias
+            positive = name.endswith(("running_var", "weight"))
+            tensor.copy_(
+                torch.rand(tensor.shape, generator=generator) + (0.5 if positive else -0.5)
+            )
+        elif tensor.ndim:
+            spread = (2 / tensor[0].numel()) ** 0.5
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
+    return module.eval()
+
+
+def pack(**parts):
+    """As CASSLE's and AugSelf's logger saves them."""
+    content = {
+        name: part.state_dict() for name, part in parts.items() if isinstance(part, nn.Module)
+    }
+    content |= {
+        k: {n: h.state_dict() for n, h in v.items()}
+        for k, v in parts.items()
+        if isinstance(v, dict)
+    }
+    training = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.03}]}
+    return content | {
+        "optimizers": [training],
+        "schedulers": [{"T_max": 500, "last_epoch": 3}],
+        "trainer": OrderedDict(epoch_length=10, max_epochs=500, iteration=30),
+    }
+
+
+def images(size=32, n=3):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "stem", "file", "size", "units"), [
+    ("resnet18", "cifar", "Train_cifar10_RSA_aa_200.pth.tar", 32, CIFAR),
+    ("resnet18", "cifar", "Train_stl10_RSA_aa_200.pth.tar", 64,
+     ((0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686))),
+    ("resnet50", "imagenet", "TrainMulti_ImageNet-100_RSA_200_beta0.4_lr0.2_wd0.0001.pth.tar", 224,
+     IMAGENET),
+])  # fmt: skip
+def test_a_file_of_rsa_computes_what_its_model_does(name, stem, file, size, units, tmp_path):
+    model = diverse(PublishedRSA(name, stem))
+    state = model.state_dict()
+    torch.save(wrapped(state) if "Multi" in file else state, tmp_path / file)
+    found = interop.load_official(tmp_path / file)
+    assert (found.kind, found.epoch, found.module.stem) == ("rsa", 200, stem)
+    assert (found.size, (found.mean, found.std)) == (size, units)
+    x = images()
+    h = model.encoder_q(x)
+    torch.testing.assert_close(found.module(x), h, **CLOSE)
+    torch.testing.assert_close(found.projector(h), model.encoder_q_head(h), **CLOSE)
+    z = model.encoder_q_head(h)
+    torch.testing.assert_close(found.predictor(z), model.pred(z), **CLOSE)
+    t = found.target["backbone"](x)
+    torch.testing.assert_close(t, model.encoder_k(x), **CLOSE)
+    torch.testing.assert_close(found.target["projector"](t), model.encoder_k_head(t), **CLOSE)
+    assert (t - h).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_max_pooling_would_give_other_features_and_no_complaint(tmp_path):
+    """The trap of a 3×3 stem: the same tensors, with another network behind them."""
+    model = diverse(PublishedRSA())
+    torch.save(model.state_dict(), tmp_path / "x.pth.tar")
+    pooled = Narrow("resnet18", "mini").eval()
+    pooled.load_state_dict(model.encoder_q.state_dict())  # strict
+    x = images()
+    found, h = interop.load_official(tmp_path / "x.pth.tar").module(x), model.encoder_q(x)
+    assert (pooled(x) - h).norm() > 0.3 * h.norm()
+    torch.testing.assert_close(found, h, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 4), ("resnet50", 64)])
+def test_a_file_of_ipirm_computes_what_its_model_does(name, width, tmp_path):
+    model = diverse(PublishedIPIRM(name, width))
+    torch.save(wrapped(model.state_dict()), tmp_path / "model_400.pth")
+    found = interop.load_official(tmp_path / "model_400.pth")
+    assert (found.kind, found.epoch, found.module.stem) == ("ipirm", 400, "cifar")
+    assert (found.size, (found.mean, found.std)) == (32, CIFAR)
+    x = images(16, 2)
+    feature, z = model(x)
+    torch.testing.assert_close(F.normalize(found.module(x), dim=1), feature, **CLOSE)
+    torch.testing.assert_close(found.encoder("projector").module(x), z, **CLOSE)
+
+
+def test_a_file_of_rsa_becomes_a_run_with_its_target(outputs, tmp_path):
+    model = diverse(PublishedRSA())
+    torch.save(model.state_dict(), tmp_path / "Train_cifar100_RSA_aa_200.pth.tar")
+    path = tmp_path / "Train_cifar100_RSA_aa_200.pth.tar"
+    run = idaa_lib.import_run(path, "photos", beta0=0.3, limit=64)
+    config = run.config
+    assert (config.method, config.stem, config.backbone) == ("rsa", "cifar", "resnet18")
+    assert (config.beta0, config.augmentation, config.projection_dim) == (0.3, "rsa", 6)
+    tensors, state = checkpoints.load(run)
+    assert state["lacks"] == []
+    target = {k.removeprefix("encoder_k."): v for k, v in model.state_dict().items()}
+    stored = checkpoints.under("method.target.backbone.", tensors)
+    assert torch.equal(stored["conv1.weight"], target["conv1.weight"])
+    encoder = idaa_lib.load_encoder(run)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.module(images()), model.encoder_q(images()), **CLOSE)
+    for values, sentence in (
+        ({"stem": "mini"}, "has stem='cifar', not 'mini'"),
+        ({"method": "byol"}, "has method='rsa', not 'byol'"),
+        ({"backbone": "resnet50"}, "has backbone='resnet18', not 'resnet50'"),
+        ({"augmentation": "none"}, "draws no aggressive view"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            idaa_lib.import_run(path, "photos", limit=64, **values)
+
+
+def test_what_a_file_of_ipirm_lacks_starts_as_in_a_new_run(outputs, tmp_path, capsys):
+    model = diverse(PublishedIPIRM())
+    torch.save(wrapped(model.state_dict()), tmp_path / "model_25.pth")
+    run = idaa_lib.import_run(tmp_path / "model_25.pth", "photos", limit=64)
+    assert (run.config.method, run.config.batch_size) == ("ipirm", 256)
+    images_ = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    for layer, column in (("backbone", 0), ("projector", 1)):
+        encoder = idaa_lib.load_encoder(run, layer)
+        found = features(encoder.module, images_, *encoder[1:])
+        mean, std = (torch.tensor(u)[:, None, None] for u in CIFAR)
+        with torch.no_grad():
+            wanted = model((images_ / 255 - mean) / std)[column]
+        torch.testing.assert_close(F.normalize(found, dim=1), wanted, **CLOSE)
+    config = run.config.replace(
+        continue_from=run.id, epochs=1, batch_size=32, maximize_iter=1, device="cpu"
+    )
+    capsys.readouterr()
+    trained = idaa_lib.train_ssl(config)
+    assert f"{run.id} lacks fitted, partitions for this run: new ones are made." in (
+        capsys.readouterr().out
+    )
+    tensors, _ = checkpoints.load(trained)
+    assert tensors["method.partitions"].shape == (2, 64)
+    assert tensors["method.fitted"] == 1
+    # Again, with room for another number of partitions: from our own run, which has them.
+    longer = config.replace(continue_from=trained.id, epochs=2)
+    assert checkpoints.load(idaa_lib.train_ssl(longer))[0]["method.fitted"] == 2
+    assert f"{trained.id} lacks" in capsys.readouterr().out
+
+
+def test_the_kind_of_a_file_decides_its_stem(tmp_path):
+    for model, sentence in (
+        (PublishedIPIRM(), "first convolution is 7×7, and that of files of IP-IRM is 3×3"),
+        (PublishedRSA(), "first convolution is 5×5, and that of files of RSA is 3×3 or 7×7"),
+    ):
+        state, side = model.state_dict(), 7 if "7×7" in sentence[:30] else 5
+        key = next(iter(state))
+        state[key] = torch.zeros(*state[key].shape[:2], side, side)
+        torch.save(state, tmp_path / "x.pth")
+        with pytest.raises(ConfigError, match=sentence):
+            interop.load_official(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("model", [PublishedRSA, PublishedIPIRM])
+def test_every_tensor_of_a_siblings_file_counts(model, tmp_path):
+    state = model().state_dict()
+    keys = [k for k in state if k.endswith(("0.1.bn2.bias", "4.1.bn2.bias", "3.weight"))]
+    assert len(keys) > 1
+    for key in keys:
+        torch.save({k: v for k, v in state.items() if k != key}, tmp_path / "x.pth")
+        with pytest.raises(ConfigError, match=f"it lacks {re.escape(key)}"):
+            interop.load_official(tmp_path / "x.pth")
+    torch.save(state | {f"{keys[-1]}s": torch.ones(1)}, tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match=f"beside what belongs there, {re.escape(keys[-1])}s"):
+        interop.load_official(tmp_path / "x.pth")
+
+
+KEYS = ("blur", "color", "color_diff", "crop", "flip", "grayscale")
+README = tuple(key for key in KEYS if key != "flip")
+# name → the projector that the published code builds after d features, what its forward needs, the
+# predictor, and: method, keys of the condition, injection that must be said
+LAYOUTS = {
+    "moco, pretrain.py": (lambda d: perceptron(d, d, 6), None, "moco", (), None),
+    "moco, proj-none": (
+        lambda d: PublishedProjector(nn.Identity(), perceptron(d, d, 6), "none"),
+        None, "moco", (), None),
+    "moco, README": (lambda d: told(d, 13, perceptron(d + 8, d, 6)), None, "moco", README, None),
+    "moco, with flip": (lambda d: told(d, 14, perceptron(d + 8, d, 6)), None, "moco", KEYS, None),
+    "moco, raw": (
+        lambda d: PublishedProjector(nn.Identity(), perceptron(d + 13, d, 6)),
+        None, "moco", README, None),
+    "moco, add": (
+        lambda d: told(d, 13, perceptron(d, d, 6), "add", d), None, "moco", README, "add"),
+    "moco, multiply": (
+        lambda d: told(d, 13, perceptron(d, d, 6), "mul", d), None, "moco", README, "multiply"),
+    "byol, AugSelf's width": (
+        lambda d: perceptron(d, 24, 6), lambda: perceptron(6, 24, 6), "byol", (), None),
+    "simsiam on STL-10": (
+        lambda d: perceptron(d, 8, 8, last_bias=False, last=[nn.BatchNorm1d(8)]),
+        lambda: perceptron(8, 2, 8), "simsiam", (), None),
+    "simsiam on ImageNet, conditioned": (
+        lambda d: told(d, 13, perceptron(
+            d + 8, 8, 8, 8, last_bias=False, last=[nn.BatchNorm1d(8)])),
+        lambda: perceptron(8, 2, 8), "simsiam", README, None),
+    "barlow": (
+        lambda d: perceptron(
+            d, 8, 8, 8, last_bias=False, last=[nn.BatchNorm1d(8, affine=False)]),
+        None, "barlow", (), None),
+}  # fmt: skip
+
+
+def told(d, known, projector, injection="cat", outputs=8):
+    """Six layers of γ that end in a BatchNorm."""
+    last = [nn.BatchNorm1d(outputs)]
+    gamma = perceptron(known, *[8] * 5, outputs, last_bias=False, last=last)
+    return PublishedProjector(gamma, projector, injection)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_file_of_cassle_computes_what_its_model_does(name, tmp_path):
+    make, make_predictor, kind, keys, injection = LAYOUTS[name]
+    backbone = diverse(Narrow("resnet18", "imagenet"))
+    projector = diverse(make(backbone.features), 1)
+    parts = {"backbone": backbone, "projector": projector}
+    if make_predictor:
+        parts["predictor"] = diverse(make_predictor(), 2)
+    torch.save(pack(**parts), tmp_path / "ckpt-last.pth")
+    found = interop.load_official(tmp_path / "ckpt-last.pth", injection=injection)
+    assert (found.kind, found.epoch, found.module.stem) == (kind, 3, "imagenet")
+    assert (found.size, found.mean, found.std) == (96, (0.43, 0.42, 0.39), (0.27, 0.26, 0.27))
+    assert found.knobs["condition"] == keys
+    x = images()
+    h = backbone(x)
+    torch.testing.assert_close(found.module(x), h, **CLOSE)
+    omega = torch.randn(len(x), sum(len(NEUTRAL[key]) for key in keys))
+    z = projector(h, omega) if isinstance(projector, PublishedProjector) else projector(h)
+    torch.testing.assert_close(found.projector(*[h, omega][: 1 + bool(keys)]), z, **CLOSE)
+    if keys:  # the layer `projector` is z at the neutral condition
+        neutral = torch.tensor([[v for key in keys for v in NEUTRAL[key]]], dtype=torch.float)
+        z = projector(h, neutral.expand(len(h), -1))
+        assert (found.projector(h, omega) - z).abs().max() > 0.01
+    whole = found.encoder("projector").module(x)
+    torch.testing.assert_close(whole, F.normalize(z, dim=1), **CLOSE)
+    if make_predictor:
+        torch.testing.assert_close(found.predictor(z), parts["predictor"](z), **CLOSE)
+    else:
+        assert found.predictor is None
+
+
+@torch.no_grad()
+def test_a_file_of_augself_brings_its_heads(outputs, tmp_path):
+    """DataParallel's prefixes, a ResNet-50, and a run of it."""
+    backbone = diverse(Narrow("resnet50", "imagenet"))
+    d = backbone.features
+    projector = diverse(perceptron(d, d, 6), 1)
+    heads = {k: diverse(perceptron(2 * d, 512, 512, n), n) for k, n in (("crop", 4), ("color", 4))}
+    parallel = nn.DataParallel(backbone)
+    torch.save(
+        pack(backbone=parallel, projector=projector, ss_predictor=heads), tmp_path / "ckpt-500.pth"
+    )
+    found = interop.load_official(tmp_path / "ckpt-500.pth")
+    assert (found.kind, found.size, (found.mean, found.std)) == ("moco", 224, IMAGENET)
+    x = images(64)
+    h = backbone(x)
+    torch.testing.assert_close(found.module(x), h, **CLOSE)
+    pairs = torch.cat([h, h.flip(0)], 1)
+    for name, head in heads.items():
+        torch.testing.assert_close(found.differences[name](pairs), head(pairs), **CLOSE)
+    run = idaa_lib.import_run(
+        tmp_path / "ckpt-500.pth", "photos", method="simclr", size=32, limit=64
+    )
+    config = run.config
+    assert (config.preset, config.method, config.condition) == ("augself-imagenet100", "simclr", ())
+    assert config.augself == {"color": 0.5, "crop": 0.5}
+    encoder = idaa_lib.load_encoder(run)
+    torch.testing.assert_close(encoder.module(x), h, **CLOSE)
+    tensors, state = checkpoints.load(run)
+    stored = checkpoints.under("method.network.differences.crop.", tensors)
+    assert torch.equal(stored["6.weight"], heads["crop"][6].weight)
+    assert state["lacks"] == []
+
+
+def test_a_file_of_cassle_becomes_a_run_that_a_training_continues(outputs, tmp_path, capsys):
+    backbone = diverse(Narrow("resnet18", "imagenet"))
+    d = backbone.features
+    projector = diverse(told(d, 13, perceptron(d + 8, d, 6)), 1)
+    path = tmp_path / "ckpt-200.pth"
+    torch.save(pack(backbone=backbone, projector=projector), path)
+    run = idaa_lib.import_run(path, "photos", size=32, limit=64, queue=128)
+    config = run.config
+    assert (config.preset, config.method, config.condition) == ("cassle-stl10", "moco", README)
+    assert (config.gamma_depth, config.gamma_width, config.injection) == (6, 8, "concatenate")
+    text = "crop, color, color_diff, blur, grayscale"
+    values = {"size": 32, "limit": 64, "queue": 128}
+    assert idaa_lib.import_run(path, "photos", condition=text, **values) == run
+    x = images()
+    encoder = idaa_lib.load_encoder(run, "projector")
+    neutral = torch.tensor([[v for key in README for v in NEUTRAL[key]]], dtype=torch.float)
+    with torch.no_grad():
+        z = projector(backbone(x), neutral.expand(len(x), -1))
+        torch.testing.assert_close(encoder.module(x), F.normalize(z, dim=1), **CLOSE)
+    # The target is not in the file: as in a new run, it starts as the online network.
+    tensors, _ = checkpoints.load(run)
+    online = checkpoints.under("method.network.", tensors)
+    target = checkpoints.under("method.target.", tensors)
+    assert target.keys() == online.keys()
+    assert all(torch.equal(target[k], online[k]) for k in online)
+    capsys.readouterr()
+    values = {"epochs": 1, "batch_size": 32, "device": "cpu"}
+    idaa_lib.train_ssl(config.replace(continue_from=run.id, **values))
+    assert f"{run.id} lacks oldest, queue, target for this run" in capsys.readouterr().out
+    for values, sentence in (
+        ({"method": "barlow"}, "has method='moco', not 'barlow'"),
+        ({"heads": "own"}, "has heads='augself', not 'own'"),
+        ({"gamma_width": 64}, "has gamma_width=8, not 64"),
+        ({"stem": "cifar"}, "has stem='imagenet', not 'cifar'"),
+        ({"projection_dim": 64}, "has projection_dim=6, not 64"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            idaa_lib.import_run(path, "photos", limit=64, **values)
+    wide = diverse(perceptron(d, 24, 6), 1), diverse(perceptron(6, 24, 6), 2)
+    torch.save(pack(backbone=backbone, projector=wide[0], predictor=wide[1]), path)
+    with pytest.raises(ConfigError, match="not of the network that method='byol' has here"):
+        idaa_lib.import_run(path, "photos", limit=64)
+
+
+def test_a_condition_that_the_tensors_contradict_is_refused(tmp_path):
+    backbone = Narrow("resnet18", "imagenet")
+    d = backbone.features
+
+    def refusal(projector, **how):
+        torch.save(pack(backbone=backbone, projector=projector), tmp_path / "ckpt-200.pth")
+        with pytest.raises(ConfigError) as raised:
+            interop.load_official(tmp_path / "ckpt-200.pth", **how)
+        assert re.fullmatch(r"[^\n]+\.", str(raised.value)), raised.value
+        return str(raised.value)
+
+    readme = told(d, 13, perceptron(d + 8, d, 6))
+    assert "given 13 values of a view, and condition='crop' names 4" in refusal(
+        readme, condition="crop"
+    )
+    assert "given 5 values of a view, and condition='' names 0" in refusal(
+        told(d, 5, perceptron(d + 8, d, 6))
+    )
+    assert "condition[0]" not in refusal(readme, condition="crop, zoom")
+    assert "zoom" in refusal(readme, condition="crop, zoom")
+    assert "injection must be 'concatenate'" in refusal(readme, injection="add")
+    added = told(d, 13, perceptron(d, d, 6), "add", d)
+    assert "injection must be 'add' or 'multiply', as its tensors have it, and is None" in refusal(
+        added
+    )
+    assert "and is 'concatenate'" in refusal(added, injection="concatenate")
+    plain_ = perceptron(d, d, 6)
+    assert "its projector is given no condition" in refusal(plain_, condition="crop")
+    torch.save(PublishedRSA().state_dict(), tmp_path / "x.pth.tar")
+    with pytest.raises(ConfigError, match="are of CASSLE's files, and it is of 'rsa'"):
+        interop.load_official(tmp_path / "x.pth.tar", injection="add")
+
+
+def test_files_of_the_siblings_that_are_not_read_are_named(tmp_path):
+    backbone = Narrow("resnet18", "imagenet")
+    d = backbone.features
+    moco = perceptron(d, d, 6)
+    v3 = perceptron(d, 24, 24, 6, last_bias=False, last=[nn.BatchNorm1d(6, affine=False)])
+    hyper = nn.ModuleDict({"projector_hn": perceptron(13, 8, 99)})
+    vit = nn.ParameterDict({"cls_token": torch.zeros(1, 1, 4)})
+    small = Narrow("resnet18", "cifar")
+    for name, content in (
+        ("MoCo-v3", pack(backbone=backbone, projector=v3)),
+        ("MoCo-v3", {"state_dict": {"module.momentum_encoder.conv1.weight": torch.zeros(1)}}),
+        ("SwAV", pack(backbone=backbone, projector=moco, prototypes=nn.Linear(6, 100, False))),
+        ("hypernetwork", pack(backbone=backbone, projector=hyper)),
+        (r"vision transformer \(ViT\)", pack(backbone=vit, projector=moco)),
+        (
+            "first convolution is 3×3, and that of files of CASSLE and AugSelf is 7×7",
+            pack(backbone=small, projector=moco),
+        ),
+    ):
+        torch.save(content, tmp_path / "ckpt-200.pth")
+        with pytest.raises(ConfigError, match=name):
+            interop.load_official(tmp_path / "ckpt-200.pth")
 
 
 # --- out ------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, SSLConfig, VAEConfig
-from idaa_lib.interop.official import Channels, Official, load_official
+from idaa_lib.configs.base import read
+from idaa_lib.interop.layouts import Channels, Keys
+from idaa_lib.interop.official import Official, load_official
 from idaa_lib.methods import About, build_method
 from idaa_lib.nets.resnet import SHAPES
 from idaa_lib.runs import Run, Writer, checkpoints
@@ -23,32 +25,44 @@ from idaa_lib.views import recipe
 
 def import_run(
     path: str | Path,
-    dataset: str,
+    dataset: str | None = None,
     *,
     size: int | None = None,
     mean: Channels | None = None,
     std: Channels | None = None,
+    condition: Keys = None,
+    injection: str | None = None,
     **values: Any,
 ) -> Run:
     """A published checkpoint as a finished run, for every notebook, `load_encoder` and `load_vae`.
 
     `environment.json` says which file it came from, with its SHA-256; the same file with the same
-    values is the same run. A VAE's figures are measured on the validation images of `dataset`.
+    values is the same run. What a file lacks (target networks, MoCo's queue, IP-IRM's partitions)
+    is as in a new run, and a training that continues this one says so. A VAE's figures are measured
+    on the validation images of `dataset`.
 
     Args:
-        dataset: the images that it was trained on, or is to be used with, as in a configuration.
-        size, mean, std: as in `load_official`.
+        dataset: the images that it was trained on, or is to be used with, as in a configuration;
+            None: the preset's.
+        size, mean, std, condition, injection: as in `load_official`.
         values: what else is known of its training, as fields of VAEConfig or SSLConfig (`kappa`,
-            `adversary`, `epsilon`, …); what is not said is the preset `paper`'s.
+            `adversary`, `epsilon`, …); what is not said is the preset `paper`'s, of CASSLE and
+            AugSelf that of their name.
     Raises:
         ConfigError: as `load_official`; values that the file contradicts; images that cannot be
             read.
     """
     path = Path(path).expanduser()
-    source = load_official(path, size=size, mean=mean, std=std)
-    arguments = {"size": size, "mean": mean, "std": std, **values}
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    config = _config(source, {"dataset": resolve_path(dataset), **arguments}, path)
+    units: dict[str, Any] = {"size": size, "mean": mean, "std": std}
+    units = {name: read(SSLConfig, name, value) for name, value in units.items()}
+    conditioning: dict[str, Any] = {"condition": condition, "injection": injection}
+    source = load_official(path, **units, **conditioning)
+    given = {k: v for k, v in (units | conditioning | values).items() if v is not None}
+    if dataset is not None:
+        values["dataset"] = resolve_path(dataset)
+    values |= {name: value for name, value in units.items() if value is not None}
+    config = _config(source, values, path)
+    stored, lacks = _tensors(source, config, path)
     data = open_images(config.dataset, config.split, config.size, config.limit, config.classes)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -60,49 +74,79 @@ def import_run(
         "epoch": source.epoch,
         "acc": source.acc,
         "path": str(path.resolve()),
-        "given": arguments,
+        "given": given,
     }
     model = {"size": source.size, "mean": source.mean, "std": source.std}
     model["classes"] = len(data.classes)
 
     def store(writer: Writer) -> dict[str, Any]:
-        transform, figures = recipe("none", *source.units), {}
+        figures: dict[str, Any] = {}
         if isinstance(config, VAEConfig):
-            weights = {f"network.{key}": v for key, v in source.module.state_dict().items()}
             val = open_images(config.dataset, "val", config.size, config.limit, config.classes)
-            figures = vae_figures(source.module, transform, val.images)
+            figures = vae_figures(source.module, recipe("none", *source.units), val.images)
             figures = {name.removesuffix("_val"): value for name, value in figures.items()}
             figures |= {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
-        else:
-            method = build_method(config, About(transform))
-            names = ("backbone", "projector", "predictor")
-            parts = [source.module, source.projector, source.predictor]
-            network = {name: part for name, part in zip(names, parts, strict=True) if part}
-            method.network.load_state_dict(nn.ModuleDict(network).state_dict())
-            weights = method.state_dict()
-        counters = {"step": 0, "count": 0, "seconds": 0.0, "groups": []}
-        checkpoints.save(run, 0, {f"method.{k}": v for k, v in weights.items()}, counters)
+        counters = {"step": 0, "count": 0, "seconds": 0.0, "groups": [], "lacks": lacks}
+        checkpoints.save(run, 0, {f"method.{k}": v for k, v in stored.items()}, counters)
         return {"imported": path.name, **figures}
 
     return perform(Plan(config, run, environment=about, model=model), store)
 
 
+def _tensors(
+    source: Official, config: VAEConfig | SSLConfig, path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What the run stores of its method, by name, and the parts of it that the file lacks: they are
+    as in a new run, where a target network starts as a copy of the online one."""
+    if isinstance(config, VAEConfig):
+        return nn.ModuleDict({"network": source.module}).state_dict(), []
+    method = build_method(config, About(recipe(config.augmentation, *source.units)))
+    heads = {"predictor": source.predictor, "differences": source.differences}
+    network = _join({"backbone": source.module, "projector": source.projector, **heads})
+    theirs = _join({"network": network, "target": source.target}).state_dict()
+    ours = method.state_dict()
+    others = [k for k in theirs if k not in ours or theirs[k].shape != ours[k].shape]
+    missing = sorted(ours.keys() - theirs.keys())
+    if others := others + [k for k in missing if k.startswith("network.")]:
+        raise ConfigError(
+            f"{path} is not of the network that method={config.method!r} has here (the first "
+            f"difference is {others[0]}): load_official reads it."
+        )
+    copies = {k: theirs.get(k.replace("target.", "network.", 1), ours[k]) for k in missing}
+    return theirs | copies, sorted({k.partition(".")[0] for k in missing})
+
+
+def _join(parts: dict[str, nn.Module | None]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+
+
 def _config(source: Official, values: dict[str, Any], path: Path) -> VAEConfig | SSLConfig:
     """The configuration that the file and the user's `values` make together."""
-    module, fields = source.module, {"preset": "paper"} | values
+    stage = VAEConfig if source.kind == "vae" else SSLConfig
+    values = {name: stage._read(name, value) for name, value in values.items()}
+    module = source.module
+    fields: dict[str, Any] = {"preset": "paper"}
+    if source.knobs:
+        system = "augself" if source.differences else "cassle"
+        data = "stl10" if module.shape == SHAPES["resnet18"] else "imagenet100"
+        fields = {"preset": f"{system}-{data}"}
+        weight = 1.0 if data == "stl10" else 0.5  # of AugSelf's heads, by its README
+        fields |= {"augself": dict.fromkeys([*(source.differences or ())], weight)}
+    fields |= values
     if source.kind == "vae":
         facts = {"dim": module.dim, "width": module.width}
     else:
         name = next(name for name, shape in SHAPES.items() if shape == module.shape)
         facts = {"backbone": name, "width": module.width, "stem": module.stem}
-        whole = source.encoder("projector").module
-        layers = [part for part in whole.modules() if isinstance(part, nn.Linear)]
+        head: Any = getattr(source.projector, "head", source.projector)
+        layers = [part for part in head.modules() if isinstance(part, nn.Linear)]
         facts |= {"projection_dim": layers[-1].out_features}
         if source.kind == "simsiam":
             facts |= {"pairing": "imagenet" if len(layers) == 3 else "cifar"}
-        if (source.kind, values.get("method")) != ("plain", "uel"):
+        if (source.kind, values.get("method")) not in (("plain", "uel"), ("moco", "simclr")):
             facts |= {"method": source.kind}
         fields = {"adversary": "idaa" if module.adversarial_norms else "none"} | fields
+        facts |= source.knobs
     for name, value in facts.items():
         if values.get(name, value) != value:
             raise ConfigError(f"{path} has {name}={value!r}, not {values[name]!r}.")

@@ -1,4 +1,6 @@
-"""Published checkpoints of IDAA and its baselines as modules (docs/spec/idaa.md §1, §4).
+"""Published checkpoints of IDAA, its baselines and the sibling systems as modules.
+
+Sources: docs/spec/idaa.md §1, §4; docs/spec/siblings.md §1.10, §2.9, §3.7.
 
 They are told apart by the names of their tensors. Nothing that a file holds is ever executed
 (`weights_only=True`), and a tensor too many or too few is an error that names it.
@@ -6,10 +8,9 @@ They are told apart by the names of their tensors. Nothing that a file holds is 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,32 @@ import torch
 from torch import Tensor, nn
 
 from idaa_lib.configs import ConfigError
-from idaa_lib.data.cached import CIFAR_UNITS
 from idaa_lib.evaluate.encoders import Encoder
-from idaa_lib.nets import build_backbone
-from idaa_lib.nets.heads import Embedder, mlp
-from idaa_lib.nets.resnet import SHAPES, ResNet
-from idaa_lib.nets.vae import VAE
-
-Channels = tuple[float, ...]
-_Units = tuple[int, Channels, Channels]  # size, mean, std
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from idaa_lib.interop.layouts import (
+    BESIDE,
+    SIMSIAM_IMAGENET,
+    Channels,
+    Keys,
+    Names,
+    State,
+    Units,
+    read_layout,
+    rename,
+)
+from idaa_lib.nets.heads import Embedder
 
 
 @dataclass(frozen=True)
 class Official:
     """A published checkpoint as modules: frozen, on the CPU, in eval mode.
 
-    kind: vae, simclr, simsiam, or plain (UEL's files are alike: one network, another loss).
+    kind: vae, simclr, simsiam, plain (UEL's files are alike: one network, another loss), ipirm,
+        rsa; of CASSLE and AugSelf moco (SimCLR's are alike), byol, simsiam or barlow.
     module: the VAE, or the backbone: images (B, 3, size, size) → h (B, D).
-    projector: h → z before its L2 norm; predictor: SimSiam's, z → p; None where there is none.
+    projector: h → z before its L2 norm; predictor: z → p; None where there is none.
+    target: RSA's target network, its `backbone` and `projector`; None where a file has none.
+    differences: AugSelf's heads by name, [h_a ; h_b] → (B, ·); None where there are none.
+    knobs: what a file of CASSLE or AugSelf says of the knobs of its method.
     size, mean, std: of the normalised images that it expects.
     epoch, acc (kNN top-1 on test images, percent): as the file or its name says; else None.
     """
@@ -49,9 +57,12 @@ class Official:
     std: Channels
     epoch: int | None
     acc: float | None
+    target: nn.Module | None = None
+    differences: nn.ModuleDict | None = None
+    knobs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def units(self) -> _Units:
+    def units(self) -> Units:
         return self.size, self.mean, self.std
 
     def encoder(self, layer: str = "backbone") -> Encoder:
@@ -74,24 +85,36 @@ def load_official(
     size: int | None = None,
     mean: Channels | None = None,
     std: Channels | None = None,
+    condition: Keys = None,
+    injection: str | None = None,
 ) -> Official:
-    """Read a checkpoint of IDAA (VAE, SimCLR), Plain or UEL, or SimSiam, of CIFAR or ImageNet.
+    """Read a checkpoint of IDAA (VAE, SimCLR), Plain or UEL, SimSiam, CASSLE, AugSelf, IP-IRM, RSA.
 
-    A stem whose BatchNorm output the published code discards (spec §8.7) comes back as the same
-    function: with a BatchNorm there that changes nothing in eval mode.
+    Whether max-pooling follows a stem of 3×3 no tensor tells: the kind of file does. A stem whose
+    BatchNorm output the published code discards (idaa.md §8.7) comes back as the same function:
+    with a BatchNorm there that changes nothing in eval mode.
 
     Args:
         size, mean, std: what no file says, where it is not as published. CIFAR's statistics for a
             CIFAR stem and for a VAE of 32 or 84 px, else ImageNet's (at 64 px an inference).
             32 px for a CIFAR stem, 224 for the ImageNet SimSiam, else 84 as mini-ImageNet.
+            CASSLE and AugSelf: STL-10's (96 px) for a ResNet-18, else ImageNet's (224). IP-IRM:
+            CIFAR-10's at 32 px, whatever it was trained on. RSA: by the data set in the file's
+            name; else CIFAR's at 32 px without max-pooling, ImageNet's at 224 with it.
+        condition: what CASSLE's projector is told of a view, as the knob of this name; None for its
+            README's, with `flip` where it takes 14 values.
+        injection: `add` or `multiply`, where features and γ(ω) are not concatenated: no tensor
+            tells which.
     Raises:
-        ConfigError: the file is missing or damaged, would run code, or is none of these; tensors
-            are missing, left over or of another shape, and which.
+        ConfigError: the file is missing or damaged, would run code, or is none of these (ViT, SwAV,
+            MoCo-v3 and hypernetworks are not read); tensors are missing, left over or of another
+            shape, and which; condition or injection is not what the tensors have.
     """
     path = Path(path).expanduser()
     state, epoch, acc = _read(path)
     try:
-        kind, parts, names, published = _networks(state)
+        content = read_layout(state, path.name, condition, injection)
+        kind, parts, names, published, knobs = content
         _fill(parts, state, names)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -101,21 +124,28 @@ def load_official(
         if units[0] != module.size:
             raise ConfigError(f"{path} is of a VAE for size={module.size}, not {size}.")
         _, module.mean, module.std = units
-    if epoch is None and (name := re.search(r"epoch_?(\d+)", path.stem)):
+    if epoch is None and (name := re.search(_EPOCH, path.stem)):
         epoch = int(name[1])
+    heads = {k: parts.get(k) for k in ("projector", "predictor", "target", "differences")}
     return Official(
-        kind, module, parts.get("projector"), parts.get("predictor"), *units, epoch, acc
+        kind,
+        module,
+        size=units[0],
+        mean=units[1],
+        std=units[2],
+        epoch=epoch,
+        acc=acc,
+        knobs=knobs,
+        **heads,
     )
 
 
-class _State(dict[str, Tensor]):
-    """Tensors by name."""
-
-    def __missing__(self, key: str) -> Tensor:
-        raise ConfigError(f"it lacks {key}.")
+# In a file's name: model_epoch292, ckpt-500, model_400, Train_cifar10_RSA_aa_200.
+_EPOCH = r"(?:epoch_?|ckpt-|model_|Train[\w-]*_)(\d+)"
+_CASSLE = ("backbone", "projector", "predictor", "prototypes", "ss_predictor")
 
 
-def _read(path: Path) -> tuple[_State, int | None, float | None]:
+def _read(path: Path) -> tuple[State, int | None, float | None]:
     """Tensors by name, without DataParallel's `module.`; epoch and accuracy where they are kept."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,15 +160,19 @@ def _read(path: Path) -> tuple[_State, int | None, float | None]:
             ) from error
         raise ConfigError(f"{path} is cut short, damaged or no PyTorch checkpoint.") from error
     about: Mapping[str, Any] = {}
-    if isinstance(content, Mapping):
+    if isinstance(content, Mapping) and isinstance(content.get("backbone"), Mapping):
+        trainer = content.get("trainer") or {}
+        if "iteration" in trainer and trainer.get("epoch_length"):
+            about = {"epoch": trainer["iteration"] // trainer["epoch_length"]}
+        content = dict(_flatten({k: content[k] for k in _CASSLE if k in content}))
+    elif isinstance(content, Mapping):
         for name in ("net", "model", "state_dict"):  # Plain and UEL, SimCLR, SimSiam (spec §4)
             if isinstance(content.get(name), Mapping):
                 about, content = content, content[name]
                 break
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ConfigError(f"{path} has no state dict, alone or as net, model or state_dict.")
-    prefix = "module." if all(key.startswith("module.") for key in content) else ""
-    state = _State((key.removeprefix(prefix), tensor) for key, tensor in content.items())
+    state = State(_flatten(content))
     epoch, acc = about.get("epoch"), about.get("acc")
     return (
         state,
@@ -147,118 +181,24 @@ def _read(path: Path) -> tuple[_State, int | None, float | None]:
     )
 
 
-# Parts of our names → of a file's; first by what only files of this kind have a name begin with.
-_Names = dict[str, str]
-_SIMSIAM_IMAGENET = "encoder.fc."
-_KINDS: dict[str, tuple[str, _Names]] = {
-    "fc11.": ("vae", {"vae.": ""}),
-    _SIMSIAM_IMAGENET: ("simsiam", {"backbone.": "encoder.", "projector.": "encoder.fc."}),
-    "projector.layer": (
-        "simsiam",
-        {
-            "projector.0.": "projector.layer1.0.",
-            "projector.1.": "projector.layer1.1.",
-            "projector.3.": "projector.layer3.0.",
-            "projector.4.": "projector.layer3.1.",
-            "predictor.0.": "predictor.layer1.0.",
-            "predictor.1.": "predictor.layer1.1.",
-            "predictor.3.": "predictor.layer2.",
-        },
-    ),
-    "projector.": ("simclr", {"backbone.": "encoder."}),
-    "net.": ("plain", {"backbone.": "net.", "projector.": "net.fc."}),
-    "linear.": ("plain", {"backbone.": "", "projector.": "linear."}),
-}
-_SHORTCUTS: dict[str, _Names] = {
-    ".ds_conv1.": {"shortcut.0.": "ds_conv1.", "shortcut_bn": "ds_bn1"},
-    ".downsample.": {"shortcut.0.": "downsample.0.", "shortcut_bn.": "downsample.1."},
-}
-# What the published networks have beside a tensor, whether they ever run it or not.
-_BESIDE = {".ds_bn1.": ".ds_bn1_adv.", "projector.layer1.": "projector.layer2."}
-
-
-def _networks(state: _State) -> tuple[str, dict[str, Any], _Names, _Units]:
-    """The kind; our parts without storage; the file's names; the published units."""
-    mark = next((mark for mark in _KINDS if any(key.startswith(mark) for key in state)), None)
-    if mark is None:
-        some = ", ".join(sorted(state)[:3]) or "no tensor at all"
-        raise ConfigError(
-            f"it is no VAE, SimCLR, Plain, UEL or SimSiam of the published projects (it has "
-            f"{some})."
-        )
-    kind, names = _KINDS[mark]
-    with torch.device("meta"):  # which draws none of the caller's random numbers either
-        if kind == "vae":
-            vae = _vae(state)
-            units = CIFAR_UNITS if vae.size in (32, 84) else _IMAGENET
-            return kind, {"vae": vae}, names, (vae.size, *units)
-        backbone, shortcuts = _backbone(state, names.get("backbone.", "backbone."))
-        parts = {"backbone": backbone, **_heads(mark, state, backbone.feature_dim)}
-    size = 32 if backbone.stem == "cifar" else 224 if mark == _SIMSIAM_IMAGENET else 84
-    units = CIFAR_UNITS if backbone.stem == "cifar" else _IMAGENET
-    return kind, parts, names | shortcuts, (size, *units)
-
-
-def _vae(state: _State) -> VAE:
-    """The variant by its first residual block, after one convolution of 3 modules a halving."""
-    residuals = [int(m[1]) for key in state if (m := re.match(r"encoder\.(\d+)\.convs\.", key))]
-    first = min(residuals, default=6)
-    d = state[f"encoder.{first}.convs.1.weight"].shape[0]
-    dim, flat = state["fc11.weight"].shape
-    times, side = first // 3, math.isqrt(flat // d)
-    size = {(2, 8): 32, (3, 8): 64, (3, 10): 84, (5, 7): 224}.get((times, side))
-    if size is None:
-        raise ConfigError(f"no published VAE halves its images {times} times, to {side} × {side}.")
-    return VAE(dim, size, d // 2)
-
-
-def _backbone(state: _State, prefix: str) -> tuple[ResNet, _Names]:
-    """The ResNet that the tensors under `prefix` are of, and what they call its shortcuts."""
-    layers = re.compile(rf"{re.escape(prefix)}layer([1-4])\.(\d+)\.")
-    blocks = {match.groups() for key in state if (match := layers.match(key))}
-    depths = tuple(sum(stage == s for stage, _ in blocks) for s in "1234")
-    shape = depths, f"{prefix}layer1.0.conv3.weight" in state
-    name = next((name for name, other in SHAPES.items() if other == shape), None)
-    if name is None:
-        raise ConfigError(f"its stages of {depths} blocks make none of {', '.join(SHAPES)}.")
-    width, _, kernel, _ = state[f"{prefix}conv1.weight"].shape
-    shortcuts = next((s for s in _SHORTCUTS if any(s in key for key in state)), None)
-    stem = "cifar" if shortcuts is None else "imagenet" if kernel == 7 else "mini"
-    norms = f"{prefix}bn1_adv.weight" in state
-    backbone = build_backbone(name, width=width, stem=stem, adversarial_norms=norms)
-    return backbone, {} if shortcuts is None else _SHORTCUTS[shortcuts]
-
-
-def _heads(mark: str, state: _State, d: int) -> dict[str, nn.Module]:
-    """Projector and predictor (spec §4) after d features."""
-    outputs = lambda key: state[f"{key}.weight"].shape[0]  # noqa: E731
-    match mark:
-        case "projector.":
-            return {"projector": mlp(d, d, outputs("projector.2"), norm=False)}
-        case "net." | "linear.":
-            head = "net.fc" if mark == "net." else "linear"
-            return {"projector": nn.Linear(d, outputs(head))}
-        case "projector.layer":
-            dim, hidden = outputs("projector.layer3.0"), outputs("predictor.layer1.0")
-            projector = mlp(d, dim, dim, last_norm=True)
-        case _:
-            dim, hidden = outputs("encoder.fc.6"), outputs("predictor.0")
-            projector = mlp(d, d, dim, 3, last_norm=True, affine=False, bias=False)
-    predictor = mlp(dim, hidden, dim, bias=mark != _SIMSIAM_IMAGENET)
-    return {"projector": projector, "predictor": predictor}
+def _flatten(content: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in mappings inside one another, by names joined with dots, without `module.`."""
+    wrapped = all(str(key).startswith("module.") for key in content)
+    for key, value in content.items():
+        name = at + (str(key).removeprefix("module.") if wrapped else str(key))
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{name}.")
+        else:
+            yield name, value
 
 
 @torch.no_grad()
-def _fill(parts: dict[str, Any], state: _State, names: _Names) -> None:
+def _fill(parts: dict[str, Any], state: State, names: Names) -> None:
     """Give the networks `parts`, made without storage, the tensors of a file; strict."""
     whole = nn.ModuleDict(parts)
     ours = whole.state_dict()
-    theirs: dict[str, Tensor] = {}
-    for key, tensor in ours.items():
-        for part, other in names.items():
-            key = key.replace(part, other)
-        theirs[key] = tensor
-    beside = {key.replace(*pair) for key in theirs for pair in _BESIDE.items()}
+    theirs = {rename(key, names): tensor for key, tensor in ours.items()}
+    beside = {key.replace(*pair) for key in theirs for pair in BESIDE.items()}
     faults = {
         "lacks": (theirs.keys() | beside) - state.keys(),
         "has, beside what belongs there,": state.keys() - theirs.keys() - beside,
@@ -278,7 +218,7 @@ def _fill(parts: dict[str, Any], state: _State, names: _Names) -> None:
     tensors = [state[key] for key in theirs]
     whole.load_state_dict(dict(zip(ours, tensors, strict=True)), assign=True)
     whole.float().eval().requires_grad_(False)
-    if "ds_conv1." in names.values() and _SIMSIAM_IMAGENET not in names.values():
+    if "ds_conv1." in names.values() and SIMSIAM_IMAGENET not in names.values():
         # ReLU sees conv1 itself, past the stem's norm (spec §8.7).
         for name, norm in parts["backbone"].named_children():
             if name in ("bn1", "bn1_adv"):

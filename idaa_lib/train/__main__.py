@@ -31,21 +31,31 @@ def main(words: list[str]) -> int:
     if not words or words[0] not in STAGES:
         print(__doc__, file=sys.stderr)
         return 2
-    values: dict[str, object] = {}
+    return answer(lambda: STAGES[words[0]](CONFIGS[words[0]](**read_words(words[1:]))))
+
+
+def read_words(words: list[str]) -> dict[str, Any]:
+    """The values that words of the command line give."""
+    values: dict[str, Any] = {}
+    for word in words:
+        if word.startswith("@"):
+            if (stored := read_json(Path(word[1:]))) is None:
+                raise ConfigError(f"There is no configuration {word[1:]}.")
+            values |= stored
+        elif word.endswith(".py") and "=" not in word:
+            import_file(Path(word))
+        elif "=" in word:
+            name, _, text = word.partition("=")
+            values[name] = text
+        else:
+            raise ValueError(f"{word!r} is neither name=value nor @file.json nor file.py.")
+    return values
+
+
+def answer(make: Callable[[], Run]) -> int:
+    """Print the run that `make` gives, or its error; the exit code."""
     try:
-        for word in words[1:]:
-            if word.startswith("@"):
-                if (stored := read_json(Path(word[1:]))) is None:
-                    raise ConfigError(f"There is no configuration {word[1:]}.")
-                values |= stored
-            elif word.endswith(".py") and "=" not in word:
-                import_file(Path(word))
-            elif "=" in word:
-                name, _, text = word.partition("=")
-                values[name] = text
-            else:
-                raise ValueError(f"{word!r} is neither name=value nor @file.json nor file.py.")
-        run = STAGES[words[0]](CONFIGS[words[0]](**values))
+        run = make()
     # What a user can mend is told in its sentence; anything else is our fault and keeps its trace.
     except (UserError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

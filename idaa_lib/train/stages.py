@@ -327,10 +327,21 @@ def _train(
 
 
 def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
-    """The tensors of the checkpoint that `continue_from` names, if they are this method's."""
+    """The tensors of the checkpoint that `continue_from` names, if they are this method's.
+
+    The method's own buffers (a queue, partitions of the data) are those of a new run where the
+    other run's have another shape, or are of an imported file that lacks them.
+    """
     if plan.start is None or (checkpoint := checkpoints.load(plan.start)) is None:
         return None
-    theirs = {k: v.shape for k, v in checkpoints.under("method.", checkpoint[0]).items()}
+    tensors, state = checkpoint
+    fresh = {f"method.{name}": buffer for name, buffer in method.named_buffers(recurse=False)}
+    lacks = state.get("lacks", [])
+    if lacks or any(k in tensors and tensors[k].shape != b.shape for k, b in fresh.items()):
+        names = lacks or [name.removeprefix("method.") for name in fresh]
+        print(f"{plan.start.id} lacks {', '.join(names)} for this run: new ones are made.")
+        tensors = tensors | fresh
+    theirs = {k: v.shape for k, v in checkpoints.under("method.", tensors).items()}
     ours = {k: v.shape for k, v in method.state_dict().items()}
     if theirs != ours:
         names = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
@@ -338,7 +349,7 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
             f"continue_from={plan.start.id!r} has other weights: {len(names)} differ in name or "
             f"shape, the first {names[0]} (other width, dim, method, or norms of an adversary)."
         )
-    return checkpoint[0]
+    return tensors
 
 
 def _check_disk(config: TrainingConfig, run: Run, method: nn.Module) -> None:
