@@ -602,6 +602,23 @@ def test_a_classifier_on_fresh_views_agrees_with_a_slow_loop(crops, of):
     assert curve == pytest.approx(tops if "best" in published else [])
 
 
+@pytest.mark.parametrize(
+    ("of", "epochs", "batch_size", "temperature"),
+    [("simsiam", 90, 4096, 0.5), ("ipirm", 100, 512, 0.3), ("rsa", 100, 64, 0.1),
+     ("rsa, large", 40, 256, 0.1)],
+)  # fmt: skip
+def test_length_and_batch_of_the_published_classifiers(of, epochs, batch_size, temperature):
+    """RSA's batch is that of the training, IP-IRM's τ of kNN too; a baseline has its system's."""
+    own = {"batch_size": 64} | ({"temperature": 0.3} if of == "ipirm" else {})
+    config = SSLConfig(**PUBLISHED[of]["run"] | own)
+    way = config.chosen("method").official_protocol(config)
+    given = way.classifier.epochs, way.batch_size, way.temperature
+    assert given == (epochs, batch_size, temperature)
+    baseline = {"ipirm": {"baseline": True}, "rsa": {"rsa_views": "aggressive"}}
+    other = config.replace(**baseline.get(config.method, {}))
+    assert other.chosen("method").official_protocol(other) == way
+
+
 @pytest.mark.parametrize("of", PUBLISHED)
 def test_a_classifier_leaves_the_encoder_s_statistics_and_modes(crops, of):
     norm = nn.BatchNorm2d(3)
