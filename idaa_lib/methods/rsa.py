@@ -60,7 +60,7 @@ class RSA(BYOL):
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         views = about.recipe
-        if options.rsa_views == "four" and not (
+        if options.rsa_views != "weak" and not (
             views.jitter_probability or views.gray or views.blur
         ):
             raise ConfigError(
