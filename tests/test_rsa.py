@@ -205,9 +205,11 @@ def test_lars_spares_vectors_alone():
 
 def test_bad_values_are_refused():
     for values, words in (
-        (dict(beta0=1.5), "beta0 must be less than or equal to 1"),
+        (dict(beta0=1.5), "beta0 must be less than or equal to 1, and is 1.5"),
+        (dict(beta0=-0.1), "beta0 must be greater than or equal to 0, and is -0.1"),
         (dict(rsa_views="three"), "rsa_views must be"),
         (dict(augmentation="none"), "augmentation='none' draws no aggressive view"),
+        (dict(augmentation="none", rsa_views="aggressive"), "augmentation='none' draws no"),
     ):
         with pytest.raises(ConfigError, match=words):
             a_method("rsa", **values)

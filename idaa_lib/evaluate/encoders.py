@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -129,19 +129,23 @@ def features(
     """
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     transform = transform or recipe("none", size, mean, std)
-    rows: list[Tensor] = []
-    parts = torch.arange(len(images)).split(batch_size or max(64, 2**19 // size**2))
-    numbers = torch.cat([transform.numbers(len(part), generator) for part in parts])
+    rows = []
+    batches = images.split(batch_size or max(64, 2**19 // size**2))
+    numbers: Iterable[Tensor] = (transform.numbers(len(batch), generator) for batch in batches)
+    if mixing is not None:  # an image's partner may be in any batch
+        numbers = [*numbers]
+        every, parts = torch.cat(numbers), [of.split(len(batches[0])) for of in mixing]
 
-    def view(index: Tensor) -> Tensor:
-        return transform.view(images[index].to(device), numbers[index]).images
+    def view(batch: Tensor, numbers: Tensor) -> Tensor:
+        return transform.view(batch.to(device), numbers).images
 
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
-        for part in parts:
-            x = view(part)
+        for i, (batch, own) in enumerate(zip(batches, numbers, strict=True)):
+            x = view(batch, own)
             if mixing is not None:
-                share, partner = (of[part] for of in mixing)
-                x = torch.lerp(view(partner), x, share.to(x)[:, None, None, None])
+                share, partner = (of[i] for of in parts)
+                other = view(images[partner], every[partner])
+                x = torch.lerp(other, x, share.to(x)[:, None, None, None])
             with autocast:
                 rows.append(module(x).float().to(output_device))
     return torch.cat(rows)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class Layout(NamedTuple):
 
     kind: str
     names: Names
-    stems: dict[int, str] = {}
+    stems: Mapping[int, str] = MappingProxyType({})
     project: str = ""
 
 

@@ -70,7 +70,7 @@ class RSA(BYOL):
     @classmethod
     def check(cls, config: Any) -> None:
         super().check(config)
-        if config.rsa_views == "four" and not draws(config) & {"color", "grayscale", "blur"}:
+        if config.rsa_views != "weak" and not draws(config) & {"color", "grayscale", "blur"}:
             raise ConfigError(
                 f"augmentation={config.augmentation!r} draws no aggressive view for method='rsa': "
                 f"take 'rsa', or another with colour or blur."
