@@ -233,7 +233,7 @@ def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     # References are the same for all, whatever the training.
     ours[about] = ours[about].mask(reference, None)
     ours = pd.concat([ours[~reference], ours[reference]]).drop_duplicates([*key, "seed"])
-    figures = ours.groupby(key, sort=False)[["value", "low", "high"]].apply(_interval_text)
+    figures = ours.groupby(key, sort=False)[["value", "low", "high"]].apply(interval_text)
     rows = figures.unstack(sort=False).join(ours.groupby("label")[about].agg(_values))
 
     theirs, _ = paper(frame)
@@ -272,9 +272,25 @@ def interval(mine: pd.DataFrame) -> tuple[float, float, float]:
     return tuple(mine[["value", "low", "high"]].iloc[0])
 
 
-def _interval_text(mine: pd.DataFrame) -> str:
+def interval_text(mine: pd.DataFrame) -> str:
     value, low, high = interval(mine)
     return f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def tabulate(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """For people: a row for each value of the columns `by`, a column each metric with its unit.
+
+    frame: `metric`, `value`, `low`, `high`, `unit`. Of one row the interval is its own, of several
+    Student's of their mean.
+    """
+    figures = frame.assign(heading=frame["metric"] + " (" + frame["unit"] + ")")
+    cells = figures.groupby([*by, "heading"], sort=False)[["value", "low", "high"]]
+    return (
+        cells.apply(interval_text)
+        .unstack("heading", sort=False)
+        .fillna("–")
+        .rename_axis(columns=None)
+    )
 
 
 def html_table(frame: pd.DataFrame, index: bool = True) -> str:

@@ -15,6 +15,7 @@ from idaa_lib.methods.augself import differences
 from idaa_lib.methods.barlow import redundancy
 from idaa_lib.methods.cassle import NEUTRAL, describe
 from idaa_lib.nets.heads import Hypernetwork
+from idaa_lib.runs import parameters
 from idaa_lib.views import View, keyed_generator, recipe
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -296,11 +297,19 @@ def test_the_same_condition_in_other_words_is_the_same_run():
     for condition, augself in (
         (["blur", "crop"], {"crop": 0.25, "flip": 0.5}),
         ("blur crop", '{"flip": 0.5, "crop": 0.25}'),
+        ("('blur', 'crop')", "{'crop': 0.25, 'flip': 0.5}"),  # as Python prints them
     ):
         other = SSLConfig(**base, condition=condition, augself=augself, heads="augself")
         assert other.identity() == one.identity()
     unused = {"condition", "injection", "gamma", "gamma_depth", "gamma_width", "augself", "heads"}
     assert not unused & SSLConfig(**base).identity().keys()
+
+
+def test_the_command_of_a_run_makes_its_configuration_again():
+    values = dict(method="moco", augmentation="cassle", condition=README, augself="crop=0.5")
+    config = SSLConfig(**values, queue=64)
+    words = dict(part.split("=", 1) for part in (f"{k}={v}" for k, v in parameters(config).items()))
+    assert SSLConfig(**words) == config
 
 
 BAD = [

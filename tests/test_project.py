@@ -19,6 +19,7 @@ from idaa_lib.configs import (
     SemiConfig,
     SSLConfig,
     SweepConfig,
+    SystemsConfig,
     TheoryConfig,
     TransferConfig,
     VAEConfig,
@@ -38,6 +39,7 @@ CONFIGS = {
     "08_identity_theory": TheoryConfig,
     "10_detection": DetectionConfig,
     "09_transfer": TransferConfig,
+    "11_identity_preserving_methods": SystemsConfig,
     "12_your_own_method": SSLConfig,
 }
 OWN = "12_your_own_method"

@@ -49,7 +49,7 @@ PARTS = ("origins", "results", "studies", "pictures", "trainings", "left_out")
 
 
 def page():
-    """All parts of the report, as notebook 11 shows them."""
+    """All parts of the report, as notebook 13 shows them."""
     report = Report()
     return "".join(getattr(report, part)().data for part in PARTS)
 

@@ -12,6 +12,7 @@ from idaa_lib.configs.stages import (
     DecomposeConfig,
     EvalConfig,
     SweepConfig,
+    SystemsConfig,
     TheoryConfig,
     TransferConfig,
 )

@@ -354,7 +354,7 @@ def _list(value: Any) -> Any:
     """A list as a tuple; so are '0.03, 8/255' and 0.1, as papermill sends lists."""
     if isinstance(value, str):
         value = re.split(r"[,\s]+", value.strip("()[], "))
-        value = [part for part in value if part]
+        value = [part.strip("'\"") for part in value if part]
         with contextlib.suppress(ValueError, ZeroDivisionError):
             return tuple(map(_number, value))
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -363,7 +363,11 @@ def _list(value: Any) -> Any:
 
 
 def _pairs(text: str) -> dict[str, Any] | str:
-    """A dict of 'crop=0.5, color=1/2'; the text itself where it is none."""
+    """A dict of 'crop=0.5, color=1/2', or of one as Python prints it; the text itself where it is
+    none."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        if isinstance(value := ast.literal_eval(text), dict):
+            return value
     pairs = [part.partition("=") for part in re.split(r"[,\s]+", text.strip()) if part]
     if not all(equals for _, equals, _ in pairs):
         return text

@@ -283,3 +283,17 @@ class CompareConfig(_Study):
                 raise ConfigError(f"ssl_of has fields of {method!r}, which methods does not name.")
             self._check_free(f"ssl_of[{method!r}]", fields, "ssl")
         return super()._derive(explicit)
+
+
+class SystemsConfig(CompareConfig):
+    """Systems that fight augmentations, side by side (notebook 11).
+
+    Fields (besides those of a comparison):
+        transfer_to: another data set, on which the encoders are judged too.
+    """
+
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "simclr_augself_heads", "cassle", "augself", "ipirm", "byol_rsa", "rsa",
+    )  # fmt: skip
+    adversaries: Annotated[tuple[str, ...], Field(min_length=1)] = ("none", "idaa")
+    transfer_to: str | None = None

@@ -2,57 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import features, load_encoder
 from idaa_lib.evaluate.invariance import read_differences, shuffle_condition
 from idaa_lib.evaluate.metrics import Interval
-from idaa_lib.identity.theory import retention
+from idaa_lib.identity.theory import Retention, retention
 from idaa_lib.runs import Run
-from idaa_lib.train.passes import count_passes
 from idaa_lib.views import keyed_generator, recipe
 
 
-def measure(run: Run, train: Tensor, test: Tensor, seed: int = 0) -> dict[str, Any]:
-    """Figures of a trained encoder's features and of its training; intervals as `Interval`.
+def find_own(run: Run, images: Tensor, seed: int = 0) -> Retention:
+    """How well a run's features find, of uint8 images (N, 3, H, W), the one that a mild view of it
+    came from: `theory.retention` among all N."""
+    encoder = load_encoder(run)
+    transform, generator = recipe("mild", *encoder[1:]), keyed_generator(seed)
+    views = features(encoder.module, images, *encoder[1:], transform=transform, generator=generator)
+    return retention(views, features(encoder.module, images, *encoder[1:]))
 
-    retrieved, nats: of mild views of test images, how often the own image is the nearest among all
-    test images (percent), and InfoNCE's bound on which image it is (`theory.Retention`). r2_colour,
-    r2_crop: `read_differences`. shuffled_omega_nats: of a conditioned run, the difference of
-    `shuffle_condition`. seconds_per_epoch, passes: what an epoch takes, and passes of a backbone an
-    image.
+
+def measure(run: Run, splits: Mapping[str, ImageSet], seed: int = 0) -> list[dict[str, Any]]:
+    """Rows `metric`, `value`, `low`, `high`, `unit` of a trained encoder; intervals over images.
+
+    own image found, own image: of `find_own`, retrieval@1 in percent and InfoNCE in nats. colour
+    read, crop read: R² of `read_differences`. shuffled ω: of a conditioned run what InfoNCE loses
+    in nats (`shuffle_condition`). an epoch: `seconds_per_epoch`.
 
     Args:
-        train, test: uint8 images (N, 3, H, W).
+        splits: `train`, to fit a regression, and `test`.
     """
-    encoder = load_encoder(run)
-    units = encoder[1:]
-    generator = keyed_generator(seed)
-    h = features(encoder.module, test, *units)
-    mild = features(
-        encoder.module, test, *units, transform=recipe("mild", *units), generator=generator
-    )
-    kept = retention(mild, h).row()
-    colour, crop = read_differences(encoder, train, test, seed).values()
-    values: dict[str, Any] = {
-        "retrieved": Interval(kept["retrieved"], kept["low"], kept["high"]),
-        "nats": Interval(kept["infonce"], kept["infonce_low"], kept["infonce_high"]),
-        "r2_colour": colour,
-        "r2_crop": crop,
-    }
+    train, test = (splits[name].images for name in ("train", "test"))
+    kept = find_own(run, test, seed).row()
+    colour, crop = read_differences(load_encoder(run), train, test, seed).values()
+    own = Interval(kept["retrieved"], kept["low"], kept["high"])
+    nats = Interval(kept["infonce"], kept["infonce_low"], kept["infonce_high"])
+    rows: list[tuple[str, Any, str]] = [
+        ("own image found", own, "%"), ("own image", nats, "nats"),
+        ("colour read", colour, "R²"), ("crop read", crop, "R²"),
+    ]  # fmt: skip
     if getattr(run.config, "condition", None):
-        values["shuffled_omega_nats"] = shuffle_condition(run, test, seed)["difference"]
-    return values | {
-        "seconds_per_epoch": seconds_per_epoch(run),
-        "passes": count_passes(run.config),
-    }
+        rows.append(("shuffled ω", shuffle_condition(run, test, seed)["difference"], "nats"))
+    nan = float("nan")
+    rows.append(("an epoch", Interval(seconds_per_epoch(run), nan, nan), "s"))
+    return [{"metric": name, **value._asdict(), "unit": unit} for name, value, unit in rows]
 
 
 def seconds_per_epoch(run: Run) -> float:
-    """Seconds that the steps of an epoch take, from the median of the logged speeds."""
-    speeds = [line["images_per_second"] for line in run.metrics() if "images_per_second" in line]
-    n = run.environment["dataset"]["n"]
-    return n / torch.tensor(speeds).median().item() if speeds else float("nan")
+    """Seconds of an epoch's steps, by the speed of the whole run."""
+    return run.environment["dataset"]["n"] / (run.summary or {})["images_per_second"]
+
+
+def knn_within(run: Run, seconds: float) -> float:
+    """Validation kNN in percent of the last epoch that ends within so many seconds of steps; of the
+    first one where none does."""
+    epoch = seconds_per_epoch(run)
+    readings = [(line["epoch"] + 1, line["knn_top1_val"]) for line in run.metrics()
+                if "knn_top1_val" in line]  # fmt: skip
+    within = [value for number, value in readings if number * epoch <= 1.001 * seconds]
+    return within[-1] if within else readings[0][1]

@@ -167,6 +167,24 @@ def _legend(figure: Figure, axes: Iterable[Any], least: int = 1) -> None:
         figure.legend(lines, labels, loc="outside lower center", ncols=columns)
 
 
+def plot_invariance(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """How far each layer of each run overlooks an augmentation: a panel an augmentation, a line a
+    run, from rows of `evaluate.invariance.invariance` by label; bands are 95 % intervals."""
+    names = list(dict.fromkeys(row["augmentation"] for own in rows.values() for row in own))
+    figure, axes = style.panels(len(names), 3, (4.6, 3.4))
+    for name, axis in zip(names, axes, strict=True):
+        for label, own in rows.items():
+            mine = [row for row in own if row["augmentation"] == name]
+            layers = [row["layer"] for row in mine]
+            axis.plot(layers, [row["value"] for row in mine], "o-", label=label, markersize=4)
+            ends = ([row[end] for row in mine] for end in ("low", "high"))
+            axis.fill_between(layers, *ends, alpha=0.2, lw=0)
+        axis.set(title=f"{name} alone", ylabel="invariance (difference of cosines)")
+        axis.tick_params(axis="x", rotation=45)
+    _legend(figure, axes)
+    return figure
+
+
 def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
     """Rows: true class, columns: predicted class; percent of the row."""
     from sklearn.metrics import confusion_matrix

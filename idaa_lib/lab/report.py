@@ -1,4 +1,4 @@
-"""What notebook 11 shows as HTML: all results, each with the commands that made it.
+"""What notebook 13 shows as HTML: all results, each with the commands that made it.
 
 `make report` executes it into one page that needs nothing beside itself. Only what may be compared
 stands in one table (`idaa_lib.results`). A run that cannot be read is named at the end, not lost.

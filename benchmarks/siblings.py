@@ -1,0 +1,116 @@
+"""`make siblings`: CASSLE, AugSelf, IP-IRM and RSA beside SimCLR and BYOL, with and without IDAA.
+
+    python benchmarks/siblings.py [dataset] [images] [epochs]
+
+Makes what notebook 11 shows, with a small encoder and a small budget; a stopped one goes on. One
+seed of each row, three of SimCLR, CASSLE, AugSelf, IP-IRM and RSA without an adversary. CIFAR-10 is
+$IDAA_CIFAR10_ZIP, else torchvision's. The result file holds what is finished.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+import record
+
+from idaa_lib import results, sweeps
+from idaa_lib.configs import SSLConfig, SystemsConfig
+from idaa_lib.data.cached import load
+from idaa_lib.evaluate.invariance import predict_differences
+from idaa_lib.evaluate.metrics import student_interval
+from idaa_lib.identity import systems
+from idaa_lib.train.passes import count_passes
+
+SEEDED = ("simclr_augself_heads", "cassle", "augself", "ipirm", "rsa")
+# Keys of the result file, by the metrics of `systems.measure`.
+KEYS = {
+    "own image found": "retention_found", "own image": "retention_nats",
+    "colour read": "r2_colour", "crop read": "r2_crop", "shuffled ω": "shuffled_omega_nats",
+    "an epoch": "seconds",
+}  # fmt: skip
+
+
+def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 10) -> None:
+    if dataset == "cifar10":
+        dataset = os.environ.get("IDAA_CIFAR10_ZIP", dataset)
+    fields: dict[str, Any] = {
+        "dataset": dataset,
+        "vae": {"limit": limit, "dim": 128, "width": 16, "epochs": 12},
+        "ssl": {"limit": limit, "width": 16, "epochs": epochs, "knn_every": 1},
+        "eval": {"limit": limit},
+        "jobs": 2,
+    }
+    grid = sweeps.cells(SystemsConfig(**fields, adversaries="none"))
+    seeded = fields | {"methods": SEEDED, "adversaries": "none", "seeds": (1, 2)}
+    grid += sweeps.cells(SystemsConfig(**seeded))
+    grid += sweeps.cells(SystemsConfig(**fields, adversaries="idaa"))
+    interrupted = False
+    try:
+        sweeps.check(sweeps.perform_all(sweeps.plan(grid), fields["jobs"], print))
+    except KeyboardInterrupt:
+        interrupted = True
+    rows = measure(grid, limit)
+    name = "siblings-photos" if dataset == "photos" else "siblings"
+    about = "photographs that ship in two dependencies" if dataset == "photos" else "CIFAR-10"
+    protocol = f"""{limit:,} training images of {about}, at most as many of each other split,
+ResNet-18 of width 16, clean protocol; demo preset (batch 128, rates for a short training),
+{epochs} epochs, each row with the views of its system; one VAE for all (m=128, width 16, 12
+epochs). Mean of n seeds with Student's 95 % interval where n > 1, else the interval over images.
+seconds: of an epoch's steps, two trainings at a time with one thread each. forward_passes: of a
+backbone, an image. It shows that each row trains and what its mechanism does, not which is
+best."""
+    if interrupted:
+        protocol += " Stopped before its end: rows that are missing were not made yet."
+    print(record.write(name, " ".join(protocol.split()), rows))
+
+
+def measure(grid: list[sweeps.Point], limit: int) -> list[dict[str, Any]]:
+    """The rows of the result file, of the points that are finished."""
+    finished = sweeps.finished(grid)
+    first = SSLConfig(**grid[0].ssl)
+    images = {s: load(first.dataset, s, first.size, limit) for s in ("train", "test")}
+    figures = []
+    for point, judged in finished:
+        run = results.training_of(judged)
+        assert run
+        about = {"system": point.labels["system"], "adversary": point.ssl["adversary"]}
+        figures += [about | row for row in systems.measure(run, images)]
+        passes = {"metric": "passes", "value": count_passes(run.config), "unit": "an image"}
+        figures.append(about | passes)
+        if getattr(run.config, "augself", None):
+            for name, score in predict_differences(run, images["test"].images).items():
+                row = {"metric": f"heads_r2_{name}", "unit": "R²", **score._asdict()}
+                figures.append(about | row)
+        frame = results.results([judged, run])
+        frame = frame[(frame["split"] == "test") & frame["metric"].isin(("kNN", "linear"))]
+        for _, row in frame.iterrows():
+            kept = {k: row[k] for k in ("metric", "value", "low", "high", "unit")}
+            if row["features"] == "encoder":
+                figures.append(about | kept)
+            else:  # what every encoder has to beat
+                system = row["features"].replace(" ", "_")
+                figures.append({"system": system, "adversary": "none"} | kept)
+    rows = []
+    for (metric, system, adversary), own in pd.DataFrame(figures).groupby(
+        ["metric", "system", "adversary"], sort=False
+    ):
+        values, unit = [*own["value"]], own["unit"].iloc[0]
+        spread = (
+            [*student_interval(values)[1:]] if len(values) > 1 else own[["low", "high"]].iloc[0]
+        )
+        ends = [round(float(end), 4) for end in spread]
+        what = f"{KEYS.get(metric, metric.lower())}_{system}_{adversary}"
+        if metric == "passes":
+            what = f"forward_{what}"
+        known = None if any(end != end for end in ends) else ends
+        rows.append(record.row(what, round(fmean(values), 4), unit, len(values), known))
+    return rows
+
+
+if __name__ == "__main__":
+    words: list[Any] = sys.argv[1:]
+    main(*words[:1], *map(int, words[1:]))
