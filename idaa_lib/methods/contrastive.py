@@ -61,4 +61,5 @@ class Contrastive(Method):
             return self.contrast(z1, gather(e.z))
 
         loss = self.contrast(z1, z2)
-        return self.two_view_step(loss, views, (e1, e2), self.ascent(v1), adversarial_loss)
+        both = e1._replace(z=z1), e2._replace(z=z2)
+        return self.two_view_step(loss, views, both, self.ascent(v1), adversarial_loss)

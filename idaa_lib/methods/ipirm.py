@@ -204,7 +204,8 @@ class IPIRM(SimCLR):
         def adversarial_loss(e: Embedding, v_adv: View) -> Tensor:
             return self.objective(gather(e.z), z2, index)[0]
 
-        step = self.two_view_step(loss, views, (e1, e2), self.ascent(v1), adversarial_loss)
+        both = e1._replace(z=z1), e2._replace(z=z2)
+        step = self.two_view_step(loss, views, both, self.ascent(v1), adversarial_loss)
         step.parts |= {name: value.detach() for name, value in parts.items()}
         return step
 
