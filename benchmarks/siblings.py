@@ -1,6 +1,7 @@
 """`make siblings`: CASSLE, AugSelf, IP-IRM and RSA beside SimCLR and BYOL, with and without IDAA.
 
     python benchmarks/siblings.py [dataset] [images] [epochs]
+    python benchmarks/siblings.py steps      # how long a step of each takes, in turns
 
 Makes what notebook 11 shows, with a small encoder and a small budget; a stopped one goes on. One
 seed of each row, three of SimCLR, CASSLE, AugSelf, IP-IRM and RSA without an adversary. CIFAR-10 is
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import os
 import sys
-from statistics import fmean
+import time
+from statistics import fmean, quantiles
 from typing import Any
 
 import pandas as pd
 import record
+import sides
 
 from idaa_lib import results, sweeps
 from idaa_lib.configs import SSLConfig, SystemsConfig
@@ -23,6 +26,7 @@ from idaa_lib.data.cached import load
 from idaa_lib.evaluate.invariance import predict_differences
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.identity import systems
+from idaa_lib.nets.vae import VAE
 from idaa_lib.train.passes import count_passes
 
 SEEDED = ("simclr_augself_heads", "cassle", "augself", "ipirm", "rsa")
@@ -44,16 +48,17 @@ def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 10) -> None:
         "eval": {"limit": limit},
         "jobs": 2,
     }
-    grid = sweeps.cells(SystemsConfig(**fields, adversaries="none"))
-    seeded = fields | {"methods": SEEDED, "adversaries": "none", "seeds": (1, 2)}
-    grid += sweeps.cells(SystemsConfig(**seeded))
-    grid += sweeps.cells(SystemsConfig(**fields, adversaries="idaa"))
+    seeded = {"methods": SEEDED, "adversaries": "none"}
+    studies = [{"adversaries": "none"}, {"adversaries": "idaa"}]
+    studies += [seeded | {"seeds": (seed,)} for seed in (1, 2)]
+    grids = [sweeps.cells(SystemsConfig(**fields | study)) for study in studies]
     interrupted = False
     try:
-        sweeps.check(sweeps.perform_all(sweeps.plan(grid), fields["jobs"], print))
+        for grid in grids:  # what a stop leaves out are further seeds
+            sweeps.check(sweeps.perform_all(sweeps.plan(grid), fields["jobs"], print))
     except KeyboardInterrupt:
         interrupted = True
-    rows = measure(grid, limit)
+    rows = measure([point for grid in grids for point in grid], limit)
     name = "siblings-photos" if dataset == "photos" else "siblings"
     about = "photographs that ship in two dependencies" if dataset == "photos" else "CIFAR-10"
     protocol = f"""{limit:,} training images of {about}, at most as many of each other split,
@@ -111,6 +116,40 @@ def measure(grid: list[sweeps.Point], limit: int) -> list[dict[str, Any]]:
     return rows
 
 
+def time_steps(turns: int = 15) -> None:
+    """Seconds of a step of each row, in turns within one process, and their ratio to SimCLR's."""
+    works = {}
+    for point in sweeps.cells(SystemsConfig(dataset="photos")):
+        adversary = point.ssl["adversary"]
+        config = SSLConfig(**point.ssl)
+        vae = VAE(128, config.size, 16, (0.5,) * 3, (0.25,) * 3) if config.needs_vae else None
+        works[point.labels["system"], adversary] = sides.train_steps(config, vae)
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in works}
+    for turn in range(turns + 2):
+        for key, work in works.items():
+            start = time.perf_counter()
+            work()
+            if turn > 1:  # the first ones warm up
+                seconds[key].append(time.perf_counter() - start)
+    base = seconds["simclr_augself_heads", "none"]
+    rows = []
+    for (system, adversary), own in seconds.items():
+        ratios = [a / b for a, b in zip(own, base, strict=True)]
+        for what, values, unit in (("seconds", own, "s a step"), ("ratio", ratios, "ratio")):
+            low, middle, high = quantiles(values, n=4)
+            spread = [round(low, 4), round(high, 4)]
+            key = f"{what}_{system}_{adversary}"
+            rows.append(record.row(key, round(middle, 4), unit, turns, spread))
+    protocol = """A step of the training loop with its views, ResNet-18 of width 16, batch 128,
+32 px, a VAE of width 16 (m=128), IP-IRM with one partition; all rows in turns within one process.
+Median and quartiles of n turns; ratio: to SimCLR with AugSelf's heads and no adversary, in the
+same turn."""
+    print(record.write("siblings-steps", " ".join(protocol.split()), rows))
+
+
 if __name__ == "__main__":
     words: list[Any] = sys.argv[1:]
-    main(*words[:1], *map(int, words[1:]))
+    if words == ["steps"]:
+        time_steps()
+    else:
+        main(*words[:1], *map(int, words[1:]))

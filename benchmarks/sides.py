@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from idaa_lib.adversaries import IDAA, Adversary
+from idaa_lib.adversaries import IDAA, Adversary, build_adversary
 from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.evaluate.encoders import features
 from idaa_lib.evaluate.knn import knn
@@ -284,6 +284,17 @@ def _fit(adversary: Any) -> Work:
     return _steps(Fit(accelerator, method, data.images, config, attack), BATCH, 1)
 
 
+def train_steps(config: SSLConfig, vae: VAE | None) -> Work:
+    """A step of any training on photographs; IP-IRM has one partition."""
+    data = images(2 * config.batch_size)
+    method = build_method(config, _about(config, data))
+    if hasattr(method, "keep"):
+        method.keep(torch.arange(len(data.images)) % 2)
+    attack = build_adversary(config, vae)
+    accelerator = make_accelerator(config, outputs_root())
+    return _steps(Fit(accelerator, method, data.images, config, attack), config.batch_size, 1)
+
+
 def vae_ours() -> Work:
     data = images(VAE_STEPS * VAE_BATCH)
     config = VAEConfig(preset="cifar10", dataset="photos", batch_size=VAE_BATCH, compile=COMPILE)
@@ -312,7 +323,7 @@ def _steps(fit: Fit, batch: int, steps: int) -> Work:
 
 
 def _about(config: Any, data: Any) -> About:
-    views = recipe("simclr", 32, data.mean, data.std)
+    views = recipe(config.augmentation, 32, data.mean, data.std)
     return About(views, data.labels, len(data.classes), config.epochs, config.batch_size)
 
 
