@@ -89,17 +89,22 @@ def sensitivity(config: SweepConfig) -> list[Point]:
 
     The middle is what the recipes say of what is not varied; it is a point of every axis whose
     values contain it. Along the further axes there is each value without an adversary too.
+
+    Hyper-parameters are chosen on a validation split, whatever the preset: it is held out of all
+    trainings, and every point is judged by the clean protocol.
     """
     shared = _shared(config)
+    shared["eval"] = {"protocol": "clean"} | shared["eval"]
+    vae, ssl = ({"split": "train"} | fields for fields in (config.vae, config.ssl))
     # At a fixed κ another dim is another β: β is held, or two things would change at once.
-    held = {name: value for name, value in config.vae.items() if name != "kappa"}
-    held["beta"] = VAEConfig(**shared["all"] | config.vae).beta
+    held = {name: value for name, value in vae.items() if name != "kappa"}
+    held["beta"] = VAEConfig(**shared["all"] | vae).beta
     axes: dict[str, Sequence[Any]] = {"epsilon": config.epsilons, "beta": config.betas}
     axes |= {"dim": config.dims, **config.axes}
     places = []
     for axis, values in axes.items():
         stage = "vae" if axis in ("beta", "dim") else "ssl"
-        fixed = shared | {"vae": held if stage == "vae" else config.vae, "ssl": config.ssl}
+        fixed = shared | {"vae": held if stage == "vae" else vae, "ssl": ssl}
         cross: dict[str, dict[str, Sequence[Any]]] = {"vae": {}, "ssl": {}}
         cross[stage][axis] = values
         cross["ssl"]["adversary"] = [config.adversary] + ["none"] * (axis in config.axes)

@@ -323,6 +323,15 @@ def test_further_axes_have_each_value_with_the_adversary_and_without():
         SweepConfig(axes={"epochs": 3})
 
 
+@pytest.mark.parametrize("preset", ["demo", "paper"])
+def test_a_study_chooses_on_images_that_are_held_out_whatever_the_preset(preset):
+    grid = sweeps.sensitivity(SweepConfig(preset=preset, axes={"batch_size": [64]}))
+    for point in grid:
+        stages = VAEConfig(**point.vae), SSLConfig(**point.ssl)
+        assert [config.split for config in stages] == ["train", "train"]
+        assert EvalConfig(**point.eval).protocol == "clean"
+
+
 def test_over_dim_the_beta_of_the_middle_is_held():
     grid = sweeps.sensitivity(SweepConfig(epsilons=(), betas=(), dims=(32, 128, 512)))
     assert [p.vae["beta"] for p in grid] == pytest.approx([0.4] * 3)
