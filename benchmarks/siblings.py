@@ -34,7 +34,7 @@ from idaa_lib.nets.vae import VAE
 from idaa_lib.train.passes import count_passes
 from idaa_lib.views import keyed_generator
 
-SEEDED = ("simclr_augself_heads", "cassle", "augself", "ipirm", "rsa")
+SEEDED = ("simclr_heads", "cassle", "augself", "ipirm", "rsa")
 # Keys of the result file, by the metrics of `systems.measure`.
 KEYS = {
     "own image found": "retention_found", "own image": "retention_nats",
@@ -136,7 +136,7 @@ def time_steps(turns: int = 15) -> None:
             work()
             if turn > 1:  # the first ones warm up
                 seconds[key].append(time.perf_counter() - start)
-    base = seconds["simclr_augself_heads", "none"]
+    base = seconds["simclr_heads", "none"]
     rows = []
     for (system, adversary), own in seconds.items():
         ratios = [a / b for a, b in zip(own, base, strict=True)]

@@ -293,7 +293,7 @@ class SystemsConfig(CompareConfig):
     """
 
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "simclr_augself_heads", "cassle", "augself", "ipirm", "byol_rsa", "rsa",
+        "simclr_heads", "cassle", "augself", "ipirm", "byol_rsa", "rsa",
     )  # fmt: skip
     adversaries: Annotated[tuple[str, ...], Field(min_length=1)] = ("none", "idaa")
     transfer_to: str | None = None

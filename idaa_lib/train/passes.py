@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import torch
@@ -40,8 +42,9 @@ def count_passes(config: EncoderConfig) -> float:
         return torch.nn.functional.normalize(torch.randn(N, 16, generator=generator), dim=1)
 
     work = Work(torch.zeros(N, 3, 1, 1, dtype=torch.uint8), embed, lambda message: None)
-    for epoch in range(config.epochs):
-        method.before_epoch(epoch, work)
+    with contextlib.redirect_stdout(io.StringIO()):  # it says how few images these are
+        for epoch in range(config.epochs):
+            method.before_epoch(epoch, work)
     before, count = count / config.epochs, 0
     for module in method.modules():
         if hasattr(module, "feature_dim"):
