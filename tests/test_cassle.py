@@ -199,6 +199,28 @@ def test_a_baseline_with_augself_s_heads_has_the_projector_and_nothing_else(meth
     torch.testing.assert_close(*losses)
 
 
+def test_heads_follow_a_condition_unless_they_are_given():
+    of = lambda **knobs: SSLConfig(method="byol", augmentation="cassle", **knobs)  # noqa: E731
+    assert of().heads is None and of(heads="own").identity() == of().identity()
+    assert of(condition="crop").heads == of(augself="crop=1").heads == "augself"
+    assert of(condition="crop", heads="own").heads == "own"
+    assert of(augself="crop=0").identity() == of().identity()  # a head without weight is none
+    plain, conditioned = (
+        a_method(method="byol"),
+        a_method(method="byol", condition=README, heads="own"),
+    )
+    for name, p in plain.network.predictor.named_parameters():
+        assert p.shape == conditioned.network.predictor.get_parameter(name).shape
+
+
+@pytest.mark.parametrize("method", ["rsa", "ipirm"])
+def test_rsa_and_ip_irm_keep_their_heads_under_a_condition(method):
+    plain, conditioned = (a_method(method=method, condition=keys).network for keys in ("", README))
+    assert str(conditioned.projector.head[1:]) == str(plain.projector[1:])  # but for its inputs
+    if method == "rsa":
+        assert str(conditioned.predictor) == str(plain.predictor)
+
+
 def test_other_conditions_move_the_loss_and_the_target_has_its_own_gamma():
     own = a_method(method="byol", condition=README)
     assert own.target.projector.gamma is not own.network.projector.gamma
@@ -307,7 +329,7 @@ def test_the_same_condition_in_other_words_is_the_same_run():
 
 def test_the_command_of_a_run_makes_its_configuration_again():
     values = dict(method="moco", augmentation="cassle", condition=README, augself="crop=0.5")
-    config = SSLConfig(**values, queue=64)
+    config = SSLConfig(**values, queue=256)
     words = dict(part.split("=", 1) for part in (f"{k}={v}" for k, v in parameters(config).items()))
     assert SSLConfig(**words) == config
 
@@ -327,6 +349,11 @@ BAD = [
     (dict(augself="crop=-0.5"), "augself.'crop'. must be greater than or equal to 0, and is -0.5"),
     (dict(augself="rot=1"), "augself.'rot'. must be 'blur', .* or 'flip', and is 'rot'"),
     (dict(augself="crop"), "augself must be pairs of name and value, as 'crop=0.5"),
+    (dict(method="rsa", rsa_views="weak", condition="color"), "draws no color, which condition"),
+    (dict(method="rsa", rsa_views="weak", augmentation="none"), "draws no aggressive view"),
+    (dict(method="ipirm", heads="augself"), "heads='augself' is not for this method"),
+    (dict(method="ipirm", retain_group=0), "retain_group must be 'all' or 'one' or greater than 0"),
+    (dict(method="ipirm", env_num=300, constrain="strict"), "env_num must be less than or equal"),
     (dict(gamma_depth=0), "gamma_depth must be greater than 0"),
     (dict(queue_source="both", method="moco"), "queue_source must be 'key' or 'query'"),
 ]

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import reference
 import torch
+import torch.distributed as dist
 from conftest import outcome
 from test_methods import (
     BATCH,
@@ -570,3 +571,23 @@ def test_three_subsets_without_the_relaxed_constraint():
     penalties = [reference.irm_penalty(z1[k::3], z2[k::3], 0.5) for k in range(3)]
     expected = nt_xent(z1, z2, 0.3) + sum(losses) / 3 + 0.2 * sum(penalties) / 3
     torch.testing.assert_close(method.objective(z1, z2, torch.arange(9))[0], expected)
+
+
+def fit_in_a_process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    method = a_method("ipirm", "none", n=12, maximize_iter=1)
+
+    def embed(layer, **how):  # by running statistics of its own
+        return F.normalize(torch.randn(12, 4, generator=keyed_generator(rank)), dim=1)
+
+    for epoch in (0, 1):
+        method.before_epoch(epoch, SimpleNamespace(embed=embed, pulse=lambda message: None))
+    torch.save(method.present(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_all_processes_have_the_partitions_of_the_first(tmp_path):
+    torch.multiprocessing.spawn(fit_in_a_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert len(first) == 2 and torch.equal(first, second)

@@ -918,10 +918,10 @@ LEARNS = {
     "ipirm": dict(learning_rate=0.003, epochs=2),
     "ipirm/mixup": dict(learning_rate=0.003, epochs=2),
     "rsa": dict(learning_rate=0.02, epochs=10, projection_dim=64, momentum=0.9),
-    "barlow": dict(learning_rate=0.1, epochs=4),
+    "barlow": dict(learning_rate=0.05, epochs=10),
     "simclr/cassle": dict(learning_rate=0.003, epochs=3),
     "moco/augself": dict(learning_rate=0.03, epochs=3),
-    "simsiam/augself": dict(learning_rate=0.05, epochs=5, projection_dim=128),
+    "simsiam/augself": dict(learning_rate=0.05, epochs=12, projection_dim=128),
 }
 
 

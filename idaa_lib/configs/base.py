@@ -388,13 +388,18 @@ RULES = {
 
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     """The first complaint of pydantic as one sentence with the field, the value and the rule."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = errors[0]
     field = str(first["loc"][0]) if first["loc"] else model.__name__
     if first["type"] == "value_error":  # raised by our own code: a sentence already
         return str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
         owner, names = model.__qualname__.split(".")[0], ", ".join(model.model_fields)
         return f"{owner} has no knob {field!r}; its knobs are {names}."
-    rule = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    place = "".join(f"[{part!r}]" for part in first["loc"][1:2] if isinstance(part, str))
-    return f"{field}{place} must be {RULES.get(first['type'], rule)}, and is {first['input']!r}."
+    own = [e for e in errors if e["loc"][:1] == first["loc"][:1]]
+    rules = [e["msg"].removeprefix("Input should be ").removeprefix("a valid ") for e in own]
+    rules = [RULES.get(e["type"], rule) for e, rule in zip(own, rules, strict=True)]
+    keyed = field in model.model_fields and dict in _kinds(model.model_fields[field].annotation)
+    place = "".join(f"[{part!r}]" for part in first["loc"][1:2] if keyed)
+    rule = rules[0] if keyed or len(first["loc"]) == 1 else " or ".join(dict.fromkeys(rules))
+    return f"{field}{place} must be {rule}, and is {first['input']!r}."

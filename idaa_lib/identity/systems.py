@@ -33,7 +33,7 @@ def measure(run: Run, splits: Mapping[str, ImageSet], seed: int = 0) -> list[dic
     in nats (`shuffle_condition`). an epoch: `seconds_per_epoch`.
 
     Args:
-        splits: `train`, to fit a regression, and `test`.
+        splits: `train`, to fit a regression, `test`, and `val`, on which ω is shuffled.
     """
     train, test = (splits[name].images for name in ("train", "test"))
     kept = find_own(run, test, seed).row()
@@ -45,7 +45,9 @@ def measure(run: Run, splits: Mapping[str, ImageSet], seed: int = 0) -> list[dic
         ("colour read", colour, "R²"), ("crop read", crop, "R²"),
     ]  # fmt: skip
     if getattr(run.config, "condition", None):
-        rows.append(("shuffled ω", shuffle_condition(run, test, seed)["difference"], "nats"))
+        rows.append(
+            ("shuffled ω", shuffle_condition(run, splits["val"].images, seed)["difference"], "nats")
+        )
     nan = float("nan")
     rows.append(("an epoch", Interval(seconds_per_epoch(run), nan, nan), "s"))
     return [{"metric": name, **value._asdict(), "unit": unit} for name, value, unit in rows]
@@ -63,4 +65,4 @@ def knn_within(run: Run, seconds: float) -> float:
     readings = [(line["epoch"] + 1, line["knn_top1_val"]) for line in run.metrics()
                 if "knn_top1_val" in line]  # fmt: skip
     within = [value for number, value in readings if number * epoch <= 1.001 * seconds]
-    return within[-1] if within else readings[0][1]
+    return (within[-1:] or [value for _, value in readings[:1]] or [float("nan")])[0]

@@ -132,6 +132,8 @@ def _config(source: Official, values: dict[str, Any], path: Path) -> VAEConfig |
         fields = {"preset": f"{system}-{data}"}
         weight = 1.0 if data == "stl10" else 0.5  # of AugSelf's heads, by its README
         fields |= {"augself": dict.fromkeys([*(source.differences or ())], weight)}
+    if source.kind in ("ipirm", "rsa") and str(values.get("dataset")).startswith("stl10"):
+        fields["source_size"] = 96  # of which their code cuts its crops
     fields |= values
     if source.kind == "vae":
         facts = {"dim": module.dim, "width": module.width}

@@ -47,7 +47,7 @@ class Barlow(Conditioned):
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__(options, backbone, about)
         d, dim = backbone.feature_dim, options.projection_dim
-        projector = self.conditioned(
+        projector = self.condition_projector(
             d, lambda inputs: augself_head(inputs, dim, dim, 3, last_norm=True, affine=False)
         )
         self.network = Network(backbone, unit=False, projector=projector)

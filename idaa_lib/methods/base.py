@@ -455,6 +455,13 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def agree(values: Tensor) -> Tensor:
+    """The first process's values, in all of them: what each found by itself may differ."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(values, 0)
+    return values
+
+
 def gather(z: Tensor) -> Tensor:
     """Embeddings (B, D) of all processes (processes · B, D), with gradient; z itself for one.
 

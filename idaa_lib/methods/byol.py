@@ -51,11 +51,13 @@ class BYOL(Conditioned):
         hidden = 2 * features  # 4096 for a ResNet-50 in the paper, 1024 for CIFAR's
 
         def head(inputs: int, augself: int) -> nn.Module:
-            if self.as_augself:
+            if self.has_augself_heads:
                 return augself_head(inputs, augself, dim)
             return mlp(inputs, hidden, dim, last_bias=self.last_bias)
 
-        projector = self.conditioned(features, lambda inputs: head(inputs, augself=features))
+        projector = self.condition_projector(
+            features, lambda inputs: head(inputs, augself=features)
+        )
         predictor = head(dim, augself=4096)
         self.network = Network(backbone, projector=projector, predictor=predictor)
         self.target = frozen_copy(Network(backbone, projector=projector))
@@ -68,7 +70,7 @@ class BYOL(Conditioned):
 
         def loss_of(p: Tensor, t: Tensor) -> Tensor:  # of the first view, online and target
             both = negative_cosine(p, t2) + negative_cosine(online2.p, t)
-            return 2 * both if self.as_augself else both / 2
+            return 2 * both if self.has_augself_heads else both / 2
 
         return self.two_view_step(
             loss_of(online1.p, t1),

@@ -1,4 +1,5 @@
-"""CASSLE (Przewięźlikowski et al. 2023; docs/spec/siblings.md §1): a projector that is told how.
+"""CASSLE (Przewięźlikowski et al. 2023; docs/spec/siblings.md §1): a projector that is given the
+parameters of the augmentation.
 
 z_v = π([h_v ; γ(ω_v)]): ω_v describes how view v was drawn, and the loss stays the method's. The
 projector can then compare views without the backbone forgetting what augmentations change; only
@@ -9,7 +10,7 @@ method whose `Options` are `Conditioned.Options`; AugSelf's heads (`augself`) ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
@@ -64,20 +65,6 @@ def augself_head(inputs: int, hidden: int, outputs: int, layers: int = 2, **how:
     )
 
 
-def draws(config: Any) -> set[str]:
-    """The keys of ω that differ between views of a configuration's augmentation."""
-    views = find_recipe(config.augmentation, config.size, (0, 0, 0), (1, 1, 1))
-    happens = {
-        "crop": views.crop_scale is not None,
-        "flip": views.flip,
-        "color": views.jitter_probability,
-        "color_diff": views.jitter_probability,
-        "blur": views.blur,
-        "grayscale": views.gray,
-    }
-    return {key for key, probability in happens.items() if probability}
-
-
 def _in_order(keys: tuple[str, ...]) -> tuple[str, ...]:
     for key in keys:
         if keys.count(key) > 1:
@@ -86,7 +73,7 @@ def _in_order(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _sort(weights: dict[str, float]) -> dict[str, float]:
-    return dict(sorted(weights.items()))
+    return {name: weight for name, weight in sorted(weights.items()) if weight}
 
 
 Key = Literal["blur", "color", "color_diff", "crop", "flip", "grayscale"]
@@ -100,9 +87,11 @@ class Conditioned(Method):
         """condition: what of a view's parameters the projector is given, of blur, color,
         color_diff, crop, flip and grayscale; empty: nothing. injection: how; `hypernetwork` is a
         toy. gamma: γ is an MLP of gamma_depth layers and gamma_width, or the parameters `raw`.
-        augself: weights of AugSelf's heads, as in "crop=0.5, color=0.5". heads: the method's own,
-        or those of AugSelf's code with its scale of the loss (§1.4); condition and augself take
-        `augself` in any case."""
+        augself: weights of AugSelf's heads, as in "crop=0.5, color=0.5". heads: the method's `own`,
+        or those of AugSelf's code (`augself`) with its initial weights and scale of the loss
+        (§1.4): the default where there is a condition or augself."""
+
+        own_heads_alone: ClassVar[bool] = False  # whether there are no others for the method
 
         condition: Annotated[tuple[Key, ...], AfterValidator(_in_order)] = ()
         injection: Literal["concatenate", "add", "multiply", "hypernetwork"] = "concatenate"
@@ -110,19 +99,38 @@ class Conditioned(Method):
         gamma_depth: Positive = 6
         gamma_width: Positive = 64
         augself: Annotated[dict[Head, NonNegative], AfterValidator(_sort)] = Field({})
-        heads: Literal["own", "augself"] = Field("own", validate_default=True)
+        heads: Literal["own", "augself"] | None = Field(None, validate_default=True)
 
         @field_validator("heads")
         @classmethod
-        def _follow(cls, heads: str, info: ValidationInfo) -> str:
-            needs = info.data.get("condition") or info.data.get("augself")
-            return "augself" if needs else heads
+        def _choose_heads(cls, heads: str | None, info: ValidationInfo) -> str | None:
+            if cls.own_heads_alone:
+                if heads == "augself":
+                    raise ConfigError("heads='augself' is not for this method: leave it out.")
+                return None
+            if info.data.get("condition") or info.data.get("augself"):
+                return heads or "augself"
+            return "augself" if heads == "augself" else None
+
+    @classmethod
+    def draws(cls, config: Any) -> set[str]:
+        """The keys of ω that differ between views of a configuration's augmentation."""
+        views = find_recipe(config.augmentation, config.size, (0, 0, 0), (1, 1, 1))
+        happens = {
+            "crop": views.crop_scale is not None,
+            "flip": views.flip,
+            "color": views.jitter_probability,
+            "color_diff": views.jitter_probability,
+            "blur": views.blur,
+            "grayscale": views.gray,
+        }
+        return {key for key, probability in happens.items() if probability}
 
     @classmethod
     def check(cls, config: Any) -> None:
         super().check(config)
         for field in ("condition", "augself"):
-            missing = sorted(set(getattr(config, field)) - draws(config))
+            missing = sorted(set(getattr(config, field)) - cls.draws(config))
             if missing:
                 raise ConfigError(
                     f"augmentation={config.augmentation!r} draws no {missing[0]}, which {field} "
@@ -131,18 +139,18 @@ class Conditioned(Method):
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__(options, backbone, about)
-        if self.as_augself:  # its initial weights
+        if self.has_augself_heads:  # its initial weights
             for module in backbone.modules():
                 if isinstance(module, nn.Conv2d):
                     module.reset_parameters()
             zero_residuals(backbone)
 
     @property
-    def as_augself(self) -> bool:
+    def has_augself_heads(self) -> bool:
         """Whether heads and scale of the loss are those of AugSelf's code."""
         return self.options.heads == "augself"
 
-    def conditioned(self, features: int, build: Callable[[int], nn.Module]) -> nn.Module:
+    def condition_projector(self, features: int, build: Callable[[int], nn.Module]) -> nn.Module:
         """The projector that `build` makes for so many inputs, conditioned as the options say."""
         own = self.options
         if not own.condition:

@@ -35,6 +35,7 @@ from idaa_lib.methods.base import (
     OfficialProtocol,
     Step,
     Work,
+    agree,
     anchored,
     gather,
     register_method,
@@ -67,8 +68,9 @@ class IPIRM(SimCLR):
         mixup: first views are mixed; mixup_max: in the maximisation too (§2.4). baseline: L_all
         alone; debiased: τ⁺ of DCL's loss for it (§2.6)."""
 
+        own_heads_alone = True
         projection_dim: Positive = 128
-        env_num: Annotated[int, Field(ge=2)] = 2
+        env_num: Annotated[int, Field(ge=2, le=256)] = 2  # a side is a byte
         maximize_iter: Positive = 50
         penalty_weight: NonNegative = 0.2
         irm_weight_maxim: NonNegative = 0.5
@@ -149,7 +151,7 @@ class IPIRM(SimCLR):
         )  # fmt: skip
 
     def projector(self, features: int, dim: int) -> nn.Module:
-        return self.conditioned(features, lambda inputs: mlp(inputs, 512, dim, bias=False))
+        return self.condition_projector(features, lambda inputs: mlp(inputs, 512, dim, bias=False))
 
     # --- minimisation -----------------------------------------------------------------------------
 
@@ -327,7 +329,8 @@ class IPIRM(SimCLR):
             scores = self.scores
         scores = scores.to(self.partitions.device)
         args = embeddings, scores, own, key, fitting, not own.offline, work.pulse
-        scores = fit_partition(*args)
+        # Running statistics of BatchNorm may be each process's own, and so the embeddings.
+        scores = agree(fit_partition(*args).contiguous())
         if not own.random_init:
             self.scores.copy_(scores)
         self.keep(scores.argmax(1))

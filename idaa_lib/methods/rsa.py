@@ -32,10 +32,11 @@ from idaa_lib.methods.base import (
     register_method,
 )
 from idaa_lib.methods.byol import BYOL
-from idaa_lib.methods.cassle import draws
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import Recipe, View
+
+PHOTOMETRY = {"color", "color_diff", "grayscale", "blur"}  # what a weak view has none of
 
 
 def distance(p: Tensor, z: Tensor) -> Tensor:
@@ -60,6 +61,7 @@ class RSA(BYOL):
         BYOL sees under this recipe, two views for both networks, without β: `aggressive` (the
         baseline of RSA's tables) or `weak`."""
 
+        own_heads_alone = True
         projection_dim: Positive = 128
         beta0: Share = 0.4
         rsa_views: Literal["four", "aggressive", "weak"] = "four"
@@ -68,9 +70,15 @@ class RSA(BYOL):
     last_bias = False
 
     @classmethod
+    def draws(cls, config: Any) -> set[str]:
+        keys = super().draws(config)
+        return keys - PHOTOMETRY if config.rsa_views == "weak" else keys
+
+    @classmethod
     def check(cls, config: Any) -> None:
         super().check(config)
-        if config.rsa_views != "weak" and not draws(config) & {"color", "grayscale", "blur"}:
+        views = cls.draws(config)
+        if not views or (config.rsa_views != "weak" and not views & PHOTOMETRY):
             raise ConfigError(
                 f"augmentation={config.augmentation!r} draws no aggressive view for method='rsa': "
                 f"take 'rsa', or another with colour or blur."

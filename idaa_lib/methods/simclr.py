@@ -45,8 +45,10 @@ class SimCLR(Conditioned, Contrastive):
         self.add_difference_heads(backbone.feature_dim)
 
     def projector(self, features: int, dim: int) -> nn.Module:
-        augself = self.as_augself  # its code has a BatchNorm in SimCLR's and MoCo's projector
-        return self.conditioned(
+        augself = (
+            self.has_augself_heads
+        )  # its code has a BatchNorm in SimCLR's and MoCo's projector
+        return self.condition_projector(
             features, lambda inputs: mlp(inputs, features, dim, norm=augself, bias=not augself)
         )
 

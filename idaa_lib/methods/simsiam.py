@@ -62,14 +62,14 @@ class SimSiam(Conditioned):
             zero_residuals(backbone)
 
         def project(inputs: int) -> nn.Module:
-            if self.as_augself:
+            if self.has_augself_heads:
                 return augself_head(inputs, dim, dim, 2 if self.cifar else 3, last_norm=True)
             if self.cifar:
                 return mlp(inputs, dim, dim, last_norm=True)
             return mlp(inputs, d, dim, layers=3, last_norm=True, affine=False, bias=False)
 
-        projector = self.conditioned(d, project)
-        biased = self.cifar and not self.as_augself
+        projector = self.condition_projector(d, project)
+        biased = self.cifar and not self.has_augself_heads
         predictor = mlp(dim, max(1, dim // 4), dim, bias=biased)
         self.network = Network(backbone, projector=projector, predictor=predictor)
         self.add_difference_heads(d)
@@ -101,12 +101,12 @@ class SimSiam(Conditioned):
 
     def _both(self, a: Embedding, b: Embedding) -> Tensor:
         both = negative_cosine(a.p, b.z) + negative_cosine(b.p, a.z)
-        return both if self.cifar and not self.as_augself else both / 2
+        return both if self.cifar and not self.has_augself_heads else both / 2
 
     def param_groups(self) -> list[dict[str, Any]]:
         """On CIFAR and in AugSelf's code the predictor learns at a constant rate from the start."""
         (group,) = super().param_groups()
-        if not (self.cifar or self.as_augself):
+        if not (self.cifar or self.has_augself_heads):
             return [group]
         predictor = list(self.network.get_submodule("predictor").parameters())
         own = {id(p) for p in predictor}

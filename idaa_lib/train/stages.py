@@ -330,14 +330,16 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
     """The tensors of the checkpoint that `continue_from` names, if they are this method's.
 
     The method's own buffers (a queue, partitions of the data) are those of a new run where the
-    other run's have another shape, or are of an imported file that lacks them.
+    other run's have another shape, are of other images, or are of an imported file that lacks them.
     """
     if plan.start is None or (checkpoint := checkpoints.load(plan.start)) is None:
         return None
     tensors, state = checkpoint
     fresh = {f"method.{name}": buffer for name, buffer in method.named_buffers(recurse=False)}
     lacks = state.get("lacks", [])
-    if lacks or any(k in tensors and tensors[k].shape != b.shape for k, b in fresh.items()):
+    other = plan.start.environment.get("dataset", {}).get("fingerprint") != plan.data.fingerprint
+    shapes = any(k in tensors and tensors[k].shape != b.shape for k, b in fresh.items())
+    if lacks or shapes or (other and fresh):
         names = lacks or [name.removeprefix("method.") for name in fresh]
         print(f"{plan.start.id} lacks {', '.join(names)} for this run: new ones are made.")
         tensors = tensors | fresh
