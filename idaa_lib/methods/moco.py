@@ -66,16 +66,12 @@ class MoCo(Conditioned):
     queue: Tensor
     oldest: Tensor
 
-    @classmethod
-    def check(cls, config: Any) -> None:
-        super().check(config)
-        if config.queue < config.batch_size:
-            raise ConfigError(
-                f"queue must hold a batch of {config.batch_size} keys, and is {config.queue}."
-            )
-
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__(options, backbone, about)
+        if options.queue < about.batch_size:  # not in `check`: an imported run may have a short one
+            raise ConfigError(
+                f"queue must hold a batch of {about.batch_size} keys, and is {options.queue}."
+            )
         d = backbone.feature_dim
         augself, dim = self.has_augself_heads, options.projection_dim
         projector = self.condition_projector(
