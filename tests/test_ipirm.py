@@ -59,6 +59,7 @@ from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.runs import Stopped
 from idaa_lib.train import locate, train_ssl
 from idaa_lib.train.loop import Fit
+from idaa_lib.train.stages import _weights_of
 from idaa_lib.views import keyed_generator, recipe
 
 OFFICIAL = IPIRM.Options(temperature=0.5, irm_temp=0.5, irm_weight_maxim=0.5)
@@ -591,3 +592,15 @@ def test_all_processes_have_the_partitions_of_the_first(tmp_path):
     torch.multiprocessing.spawn(fit_in_a_process, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert len(first) == 2 and torch.equal(first, second)
+
+
+def test_a_continued_training_takes_no_partitions_of_other_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
+    small = dict(size=16, width=4, limit=16, batch_size=8, epochs=1, device="cpu")
+    run = train_ssl(SSLConfig(**small, method="ipirm", augmentation="ipirm"))
+    data = run.environment["dataset"]
+    views = recipe("ipirm", 16, (0.5,) * 3, (0.25,) * 3)
+    method = build_method(run.config, About(views, torch.zeros(data["n"])))
+    for fingerprint, count in ((data["fingerprint"], 1), ("of other images", 0)):
+        plan = SimpleNamespace(start=run, data=SimpleNamespace(fingerprint=fingerprint))
+        assert _weights_of(plan, method)["method.fitted"] == count
