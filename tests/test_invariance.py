@@ -158,7 +158,7 @@ def test_runs_without_condition_or_heads_are_refused(outputs, images):
 def test_the_own_image_is_looked_for_among_all(conditioned, images):
     test = images["test"].images
     encoder = load_encoder(conditioned)
-    kept = systems.find_own(conditioned, test)
+    kept = systems.find_own(encoder, test)
     how = dict(transform=recipe("mild", *encoder[1:]), generator=keyed_generator(0))
     views = features(encoder.module, test, *encoder[1:], **how)
     expected = retention(views, features(encoder.module, test, *encoder[1:]))

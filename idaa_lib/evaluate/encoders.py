@@ -60,19 +60,13 @@ def load_encoder(
         tensors = {name: value for name, value in tensors.items() if "_adv." not in name}
         _fill(module, f"method.{place}", tensors, run)
     else:
-        module = load_method(run, epoch).encoder(layer)
+        module = _trained_method(run, tensors).encoder(layer)
     return Encoder(module.eval().requires_grad_(False), *_units(run))
 
 
 def load_method(run: Run, epoch: int | None = None) -> Method:
-    """The trained method of a run, with all its networks, on the CPU, in eval mode.
-
-    A buffer as long as the data serves training alone: here it stays as it begins.
-    """
-    method, tensors = _method(run), _tensors(run, epoch)
-    fresh = {f"method.{name}": buffer for name, buffer in method.named_buffers()}
-    tensors |= {k: b for k, b in fresh.items() if k in tensors and b.shape != tensors[k].shape}
-    return _fill(method, "method.", tensors, run).eval()
+    """The trained method of a run, with all its networks, on the CPU, in eval mode."""
+    return _trained_method(run, _tensors(run, epoch)).eval()
 
 
 def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
@@ -206,6 +200,15 @@ def _method(run: Run) -> Method:
     """The method of `run` with the weights it had before training."""
     transform = recipe(run.config.augmentation, *_units(run))
     return build_method(run.config, About(transform, classes=run.model["classes"]))
+
+
+def _trained_method(run: Run, tensors: dict[str, Tensor]) -> Method:
+    """The method of `run` with a checkpoint's tensors. A buffer as long as the data serves training
+    alone: here it stays as it begins."""
+    method = _method(run)
+    fresh = {f"method.{name}": buffer for name, buffer in method.named_buffers()}
+    lengths = {k: b for k, b in fresh.items() if k in tensors and b.shape != tensors[k].shape}
+    return _fill(method, "method.", tensors | lengths, run)
 
 
 def _fill(module: M, prefix: str, tensors: dict[str, Tensor], run: Run) -> M:

@@ -51,28 +51,24 @@ def invariance(run: Run, images: Tensor, seed: int = 0) -> list[dict[str, Any]]:
     Args:
         images: uint8 (N, 3, H, W).
     """
-    method, rows = load_method(run), []
+    method = load_method(run)
     units = method.recipe.size, method.recipe.mean, method.recipe.std
+    transforms, plain = single_augmentations(*units), recipe("none", *units)
+    generators = {name: keyed_generator(seed, i) for i, name in enumerate(transforms)}
+    gaps: dict[tuple[str, str], list[Tensor]] = {}
     with evaluating(method):
-        for number, (name, transform) in enumerate(single_augmentations(*units).items()):
-            generator, plain = keyed_generator(seed, number), recipe("none", *units)
-            gaps: dict[str, list[Tensor]] = {}
-            for part in images.split(BATCH):
-                x, y = (
-                    _layers(method, plain(part, None)),
-                    _layers(method, transform(part, generator)),
-                )
-                for layer in x:
-                    own, other = (
-                        F.cosine_similarity(x[layer], t) for t in (y[layer], y[layer].flip(0))
-                    )
-                    gaps.setdefault(layer, []).append(own - other)
-            rows += [
-                {"augmentation": name, "layer": layer}
-                | bootstrap_interval(torch.cat(gap))._asdict()
-                for layer, gap in gaps.items()
-            ]
-    return rows
+        for part in images.split(BATCH):
+            x = _layers(method, plain(part, None))
+            for name, transform in transforms.items():
+                y = _layers(method, transform(part, generators[name]))
+                for layer, outputs in y.items():
+                    own = F.cosine_similarity(x[layer], outputs)
+                    other = F.cosine_similarity(x[layer], outputs.flip(0))
+                    gaps.setdefault((name, layer), []).append(own - other)
+    return [
+        {"augmentation": name, "layer": layer, **bootstrap_interval(torch.cat(gap))._asdict()}
+        for (name, layer), gap in gaps.items()
+    ]
 
 
 def read_differences(
@@ -89,9 +85,8 @@ def read_differences(
     """
     from sklearn.linear_model import RidgeCV
 
-    sets = {}
+    sets, views = {}, recipe("cassle", *encoder[1:])
     for split, images in (("train", train), ("test", test)):
-        views = recipe("cassle", *encoder[1:])
         pairs, a, b = _draw_pairs(encoder.module, images, views, (seed, split == "test"))
         sets[split] = pairs.double(), differences(a, b, views)
     mean, std = sets["train"][0].mean(0), sets["train"][0].std(0).clamp_min(1e-6)

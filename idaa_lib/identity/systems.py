@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from idaa_lib.data.cached import ImageSet
-from idaa_lib.evaluate.encoders import features, load_encoder
+from idaa_lib.evaluate.encoders import Encoder, features, load_encoder
 from idaa_lib.evaluate.invariance import read_differences, shuffle_condition
 from idaa_lib.evaluate.metrics import Interval
 from idaa_lib.identity.theory import Retention, retention
@@ -16,10 +16,9 @@ from idaa_lib.runs import Run
 from idaa_lib.views import keyed_generator, recipe
 
 
-def find_own(run: Run, images: Tensor, seed: int = 0) -> Retention:
-    """How well a run's features find, of uint8 images (N, 3, H, W), the one that a mild view of it
-    came from: `theory.retention` among all N."""
-    encoder = load_encoder(run)
+def find_own(encoder: Encoder, images: Tensor, seed: int = 0) -> Retention:
+    """How well an encoder's features find, of uint8 images (N, 3, H, W), the one that a mild view
+    of it came from: `theory.retention` among all N."""
     transform, generator = recipe("mild", *encoder[1:]), keyed_generator(seed)
     views = features(encoder.module, images, *encoder[1:], transform=transform, generator=generator)
     return retention(views, features(encoder.module, images, *encoder[1:]))
@@ -36,8 +35,9 @@ def measure(run: Run, splits: Mapping[str, ImageSet], seed: int = 0) -> list[dic
         splits: `train`, to fit a regression, `test`, and `val`, on which ω is shuffled.
     """
     train, test = (splits[name].images for name in ("train", "test"))
-    kept = find_own(run, test, seed).row()
-    colour, crop = read_differences(load_encoder(run), train, test, seed).values()
+    encoder = load_encoder(run)
+    kept = find_own(encoder, test, seed).row()
+    colour, crop = read_differences(encoder, train, test, seed).values()
     own = Interval(kept["retrieved"], kept["low"], kept["high"])
     nats = Interval(kept["infonce"], kept["infonce_low"], kept["infonce_high"])
     rows: list[tuple[str, Any, str]] = [
