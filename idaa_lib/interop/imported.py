@@ -57,7 +57,7 @@ def import_run(
     units = {name: read(SSLConfig, name, value) for name, value in units.items()}
     conditioning: dict[str, Any] = {"condition": condition, "injection": injection}
     source = load_official(path, **units, **conditioning)
-    given = {k: v for k, v in (units | conditioning | values).items() if v is not None}
+    arguments = {k: v for k, v in (units | conditioning | values).items() if v is not None}
     if dataset is not None:
         values["dataset"] = resolve_path(dataset)
     values |= {name: value for name, value in units.items() if value is not None}
@@ -74,7 +74,7 @@ def import_run(
         "epoch": source.epoch,
         "acc": source.acc,
         "path": str(path.resolve()),
-        "given": given,
+        "given": arguments,
     }
     model = {"size": source.size, "mean": source.mean, "std": source.std}
     model["classes"] = len(data.classes)

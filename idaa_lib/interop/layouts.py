@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from idaa_lib.configs import ConfigError
 from idaa_lib.data.cached import CIFAR_UNITS
-from idaa_lib.methods.cassle import NEUTRAL, Conditioned
+from idaa_lib.methods.augself import augself_head
+from idaa_lib.methods.cassle import Conditioned, neutral_condition
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.heads import ConditionedProjector, mlp
 from idaa_lib.nets.resnet import SHAPES, ResNet
@@ -281,20 +282,20 @@ def _cassle_heads(
         _refuse("MoCo-v3")
     else:
         kind = "barlow" if last == 6 else "moco"
-    end = {"last_norm": last_norm, "affine": affine, "last_bias": not last_norm}
-    projector: nn.Module = mlp(inputs, hidden, dim, last // 3 + 1, bias=False, **end)
+    end = {"last_norm": last_norm, "affine": affine}
+    projector = augself_head(inputs, hidden, dim, last // 3 + 1, **end)
     projector, knobs = _condition(state, projector, d, inputs - d, condition, injection)
     heads, names = {"projector": projector}, {"projector.": at}
     if knobs["condition"]:
         names = {"projector.gamma.": "projector.aug_processor.", "projector.head.": at}
     if has("predictor."):
-        heads["predictor"] = mlp(dim, outputs("predictor.0"), dim, bias=False)
+        heads["predictor"] = augself_head(dim, outputs("predictor.0"), dim)
     if has("ss_predictor."):
         names |= {"differences.": "ss_predictor."}
         predicted = sorted({k.split(".")[1] for k in state if k.startswith("ss_predictor.")})
         sizes = {k: [outputs(f"ss_predictor.{k}.{i}") for i in (0, 6)] for k in predicted}
         heads["differences"] = nn.ModuleDict(
-            {k: mlp(2 * d, width, values, 3, bias=False) for k, (width, values) in sizes.items()}
+            {k: augself_head(2 * d, width, values, 3) for k, (width, values) in sizes.items()}
         )
     return kind, heads, names, {"heads": "augself", **knobs}
 
@@ -315,12 +316,12 @@ def _condition(
         return head, {"condition": ()}
     gamma: nn.Module = nn.Identity()
     knobs: dict[str, Any] = {"gamma": "raw"}
-    known = added
+    count = added  # values of a condition
     if numbers:
         depth = max(numbers) // 3 + 1
         first = state["projector.aug_processor.0.weight"]
-        width, known = first.shape
-        gamma = mlp(known, width, added or d, depth, bias=False, last_bias=False, last_norm=True)
+        width, count = first.shape
+        gamma = augself_head(count, width, added or d, depth, last_norm=True)
         knobs = {"gamma": "mlp", "gamma_depth": depth, "gamma_width": width}
     ways = ("concatenate",) if added else ("add", "multiply")
     if injection is None and added:
@@ -330,11 +331,11 @@ def _condition(
             f"injection must be {' or '.join(map(repr, ways))}, as its tensors have it, and is "
             f"{injection!r}."
         )
-    keys = keys or PUBLISHED_KEYS.get(known, ())
-    neutral = [value for key in keys for value in NEUTRAL[key]]
-    if len(neutral) != known:
+    keys = keys or PUBLISHED_KEYS.get(count, ())
+    neutral = neutral_condition(keys)
+    if len(neutral) != count:
         raise ConfigError(
-            f"its projector is given {known} values of a view, and condition="
+            f"its projector is given {count} values of a view, and condition="
             f"{', '.join(keys)!r} names {len(neutral)}."
         )
     knobs |= {"condition": keys, "injection": injection}

@@ -7,6 +7,7 @@ augmentation parameters: L = L_SSL + Σ_k λ_k L_k, over both orders of the pair
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,16 @@ from idaa_lib.views.recipes import NO_JITTER
 WIDTHS = {"blur": 1, "color": 4, "crop": 4, "flip": 1}  # outputs of a head
 
 
+def augself_head(inputs: int, hidden: int, outputs: int, layers: int = 2, **how: Any) -> nn.Module:
+    """A head of §1.4: no bias before a BatchNorm; the last layer has one, or the other."""
+    return mlp(
+        inputs, hidden, outputs, layers, bias=False, last_bias=not how.get("last_norm"), **how
+    )
+
+
 def difference_heads(features: int, names: Iterable[str]) -> nn.ModuleDict:
     """Heads (B, 2 · features) → (B, ·) by the name of what they predict."""
-    return nn.ModuleDict(
-        {k: mlp(2 * features, 512, WIDTHS[k], 3, bias=False) for k in sorted(names)}
-    )
+    return nn.ModuleDict({k: augself_head(2 * features, 512, WIDTHS[k], 3) for k in sorted(names)})
 
 
 def relative_crop(params: Params) -> Tensor:

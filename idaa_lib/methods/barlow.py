@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.configs.base import NonNegative, Positive
+from idaa_lib.methods.augself import augself_head
 from idaa_lib.methods.base import About, Batch, Moment, Step, gather, register_method, similarity
-from idaa_lib.methods.cassle import Conditioned, augself_head
+from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.nets.heads import Embedding, Network
 from idaa_lib.views import View
 

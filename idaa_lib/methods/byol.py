@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from idaa_lib.configs.base import Positive, Share
+from idaa_lib.methods.augself import augself_head
 from idaa_lib.methods.base import (
     About,
     Batch,
@@ -28,7 +29,7 @@ from idaa_lib.methods.base import (
     frozen_copy,
     register_method,
 )
-from idaa_lib.methods.cassle import Conditioned, augself_head
+from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.heads import Network, mlp
 from idaa_lib.views import View

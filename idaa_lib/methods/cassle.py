@@ -20,6 +20,7 @@ from idaa_lib import configs
 from idaa_lib.configs import ConfigError
 from idaa_lib.configs.base import NonNegative, Positive
 from idaa_lib.methods.augself import (
+    augself_head,
     difference_heads,
     difference_losses,
     relative_color,
@@ -58,11 +59,9 @@ def describe(params: Params, keys: Sequence[str], recipe: Recipe) -> Tensor:
     return torch.cat([parts[key] for key in sorted(keys)], 1)
 
 
-def augself_head(inputs: int, hidden: int, outputs: int, layers: int = 2, **how: Any) -> nn.Module:
-    """A head of §1.4: no bias before a BatchNorm; the last layer has one, or the other."""
-    return mlp(
-        inputs, hidden, outputs, layers, bias=False, last_bias=not how.get("last_norm"), **how
-    )
+def neutral_condition(keys: Sequence[str]) -> list[float]:
+    """ω of a view without augmentation (§1.2)."""
+    return [value for key in sorted(keys) for value in NEUTRAL[key]]
 
 
 def _in_order(keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -155,12 +154,12 @@ class Conditioned(Method):
         own = self.options
         if not own.condition:
             return build(features)
-        neutral = [value for key in own.condition for value in NEUTRAL[key]]
-        known = len(neutral)
+        neutral = neutral_condition(own.condition)
+        count = len(neutral)
 
         def gamma(outputs: int) -> nn.Module:
             width, depth = own.gamma_width, own.gamma_depth
-            return augself_head(known, width, outputs, depth, last_norm=True)
+            return augself_head(count, width, outputs, depth, last_norm=True)
 
         if own.injection == "hypernetwork":
             layers = [layer for layer in build(features).modules() if isinstance(layer, nn.Linear)]
@@ -172,14 +171,21 @@ class Conditioned(Method):
                 )
             return Hypernetwork(sides, gamma, neutral)
         width = own.gamma_width if own.injection == "concatenate" else features
-        if own.gamma == "raw" and own.injection != "concatenate" and known != features:
+        if own.gamma == "raw" and own.injection != "concatenate" and count != features:
             raise ConfigError(
                 f"injection={own.injection!r} with gamma='raw' needs as many values in condition "
-                f"({known}) as there are features ({features}): take gamma='mlp'."
+                f"({count}) as there are features ({features}): take gamma='mlp'."
             )
         code = gamma(width) if own.gamma == "mlp" else nn.Identity()
-        added = (width if own.gamma == "mlp" else known) * (own.injection == "concatenate")
+        added = (width if own.gamma == "mlp" else count) * (own.injection == "concatenate")
         return ConditionedProjector(build(features + added), code, own.injection, neutral)
+
+    def two_layer_projector(self, features: int, dim: int) -> nn.Module:
+        """SimCLR's and MoCo's, conditioned as the options say; AugSelf's code has a BatchNorm."""
+        augself = self.has_augself_heads
+        return self.condition_projector(
+            features, lambda inputs: mlp(inputs, features, dim, norm=augself, bias=not augself)
+        )
 
     def describe(self, view: View) -> Tensor | None:
         keys = self.options.condition

@@ -33,7 +33,7 @@ from idaa_lib.methods.base import (
     similarity,
 )
 from idaa_lib.methods.cassle import Conditioned
-from idaa_lib.nets.heads import Embedding, Network, mlp
+from idaa_lib.nets.heads import Embedding, Network
 from idaa_lib.views import View
 
 
@@ -73,10 +73,7 @@ class MoCo(Conditioned):
                 f"queue must hold a batch of {about.batch_size} keys, and is {options.queue}."
             )
         d = backbone.feature_dim
-        augself, dim = self.has_augself_heads, options.projection_dim
-        projector = self.condition_projector(
-            d, lambda inputs: mlp(inputs, d, dim, norm=augself, bias=not augself)
-        )
+        projector = self.two_layer_projector(d, options.projection_dim)
         self.network = Network(backbone, projector=projector)
         self.target = frozen_copy(self.network)
         self.add_difference_heads(d)

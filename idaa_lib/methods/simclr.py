@@ -15,7 +15,6 @@ from idaa_lib.configs.base import Rate
 from idaa_lib.methods.base import About, OfficialProtocol, register_method, similarity
 from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.methods.contrastive import Contrastive
-from idaa_lib.nets.heads import mlp
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -45,12 +44,7 @@ class SimCLR(Conditioned, Contrastive):
         self.add_difference_heads(backbone.feature_dim)
 
     def projector(self, features: int, dim: int) -> nn.Module:
-        augself = (
-            self.has_augself_heads
-        )  # its code has a BatchNorm in SimCLR's and MoCo's projector
-        return self.condition_projector(
-            features, lambda inputs: mlp(inputs, features, dim, norm=augself, bias=not augself)
-        )
+        return self.two_layer_projector(features, dim)
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
         return nt_xent(z1, z2, self.options.temperature)

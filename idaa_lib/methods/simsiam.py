@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from idaa_lib.configs.base import Positive
+from idaa_lib.methods.augself import augself_head
 from idaa_lib.methods.base import (
     About,
     Batch,
@@ -26,7 +27,7 @@ from idaa_lib.methods.base import (
     anchored,
     register_method,
 )
-from idaa_lib.methods.cassle import Conditioned, augself_head
+from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.nets.heads import Embedding, Network, mlp
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import View

@@ -116,30 +116,30 @@ def train_ssl(config: SSLConfig) -> Run:
         bank = _open(config, "train", config.limit)
 
     @functools.cache
-    def judged() -> tuple[ImageSet, ImageSet]:
+    def validation_sets() -> tuple[ImageSet, ImageSet]:
         return labelled(bank), labelled(val)
 
     def validate(method: Method) -> dict[str, float]:
         z = _features(plan, method, "backbone", val)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z).item()}
-        neighbours, asked = judged()
-        if len(neighbours) and len(asked):
+        neighbours, queries = validation_sets()
+        if len(neighbours) and len(queries):
             features_ = _features(plan, method, "backbone", neighbours)
-            labels, queries = neighbours.labels.to(z.device), z[(val.labels >= 0).to(z.device)]
-            guess = knn(features_, labels, queries, classes=len(bank.classes))
-            top1, low, high, _ = accuracy(guess.cpu(), asked.labels)
+            labels, rows = neighbours.labels.to(z.device), z[(val.labels >= 0).to(z.device)]
+            guess = knn(features_, labels, rows, classes=len(bank.classes))
+            top1, low, high, _ = accuracy(guess.cpu(), queries.labels)
             figures |= {"knn_top1_val": top1, "knn_low_val": low, "knn_high_val": high}
         return figures
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
         if "knn_top1_val" not in figures:
             return figures | {"n_val": len(val)}
-        neighbours, asked = judged()
+        neighbours, queries = validation_sets()
         k = min(200, len(neighbours))
         protocol = f"clean: backbone features, k={k}, τ=0.5, last epoch, validation split"
         if config.split == "trainval":
             protocol += ", whose images were trained on without their labels"
-        return figures | {"knn_protocol": protocol, "n_val": len(asked)}
+        return figures | {"knn_protocol": protocol, "n_val": len(queries)}
 
     return _train(plan, method, validate, summarise, config.knn_every)
 
