@@ -4,14 +4,13 @@ from idaa_lib.methods import barlow, byol, fixmatch, ipirm, moco, plain, rsa, si
 from idaa_lib.methods.base import (
     METHODS,
     About,
-    Classifier,
     Method,
     Moment,
-    OfficialProtocol,
     Step,
     build_method,
     register_method,
 )
+from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 
 __all__ = [
     "METHODS",

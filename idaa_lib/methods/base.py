@@ -11,15 +11,15 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from idaa_lib import configs
 from idaa_lib.configs import EncoderConfig
+from idaa_lib.methods.protocols import OfficialProtocol
 from idaa_lib.nets import build_backbone, initial_weights
 from idaa_lib.nets.heads import Embedder, Embedding
 from idaa_lib.registry import CHOICES, register
@@ -113,64 +113,6 @@ class Step:
     embeddings: tuple[Tensor, Tensor] | None = None
     pictures: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
     carry: dict[str, Any] = field(default_factory=dict)
-
-
-class Classifier(NamedTuple):
-    """A published linear classifier that sees another view of each image in each epoch.
-
-    Fields:
-        optimizer, schedule: names of `methods.schedules`. rate: the learning rate at its highest,
-            of 256 images and scaled by the batch where `scaled`.
-        epochs: how many. best: it is judged after the one that is best on test; else the last.
-        augmentation: the recipe of its views; None for crops of 8 % and more, and flips.
-        deviation: of its first weights, and its biases start at 0; None for torch's own start.
-        standardise: features are L2-normalised, and then standardised by mean and variance of the
-            training images without augmentation.
-        drop_last: batches that are not full are left out.
-        middle: tested on the middle of the images, as large as a view; else on all of them.
-        drifts: the published code leaves the encoder's BatchNorm in training mode; here it is in
-            eval mode, and the label says so.
-    """
-
-    optimizer: str
-    rate: float
-    schedule: str
-    epochs: int
-    best: bool = True
-    scaled: bool = False
-    weight_decay: float = 0.0
-    augmentation: str | None = None
-    deviation: float | None = 0.01
-    standardise: bool = False
-    drop_last: bool = False
-    middle: bool = True
-    drifts: bool = False
-
-
-class OfficialProtocol(NamedTuple):
-    """How the official code judges a method's encoder (docs/spec/idaa.md §5, siblings.md §2.6,
-    §3.4).
-
-    Fields:
-        of: whose protocol it is. knn, linear: the layer that each of the two looks at.
-        temperature: of kNN, which is that of the best epoch on test.
-        linear_epoch: the epoch that the linear classifier is of, that one (`best`) or the `last`.
-        batch_size: of the linear classifier.
-        classifier: on fresh views; None for the one on features that were made once.
-        whole: images are those that the training's crops were cut of, not resized to its size.
-        knn_note: what our kNN has other than the published one.
-    """
-
-    of: str
-    knn: str
-    temperature: float
-    linear: str
-    linear_epoch: Literal["best", "last"]
-    batch_size: int
-    classifier: Classifier | None = None
-    whole: bool = False
-    # IDAA's bank is faulty, and SimSiam's authors have another.
-    knn_note: str = " (bank without the release's fault)"
 
 
 class Method(nn.Module):
@@ -267,19 +209,6 @@ class Method(nn.Module):
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         """The losses of the views that `draw` made of a batch, and what may be attacked."""
         raise NotImplementedError(f"{type(self).__name__} has no `step`, which gives its losses.")
-
-    def embed_together(self, images: Tensor, adversarial: bool = False) -> Tensor:
-        """z (n, D) of images (n, 3, H, W) that every process has, in their order: each embeds a
-        part of them, or all where they are too few for batch statistics of a part."""
-        alone = not (dist.is_available() and dist.is_initialized())
-        processes = 1 if alone else dist.get_world_size()
-        if processes == 1 or len(images) < 2 * processes:
-            return self.embed(View(images, {}), adversarial).z
-        parts = images.tensor_split(processes)
-        most = len(parts[0])
-        z = self.embed(View(parts[dist.get_rank()], {}), adversarial).z
-        rows = gather(F.pad(z, (0, 0, 0, most - len(z)))).chunk(processes)
-        return torch.cat([row[: len(part)] for row, part in zip(rows, parts, strict=True)])
 
     def attack_on(
         self,
@@ -455,9 +384,14 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def count_processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def agree(values: Tensor) -> Tensor:
-    """The first process's values, in all of them: what each found by itself may differ."""
-    if dist.is_available() and dist.is_initialized():
+    """The first process's values, in all of them: what each has by itself may differ."""
+    if count_processes() > 1:
         dist.broadcast(values, 0)
     return values
 
@@ -468,5 +402,4 @@ def gather(z: Tensor) -> Tensor:
     Every process then has the whole loss, and the mean of gradients that DistributedDataParallel
     takes is the gradient of one process with the whole batch.
     """
-    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-    return z if alone else _Gather.apply(z)
+    return _Gather.apply(z) if count_processes() > 1 else z

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,13 +31,12 @@ from idaa_lib.configs.base import NonNegative, Positive, Rate
 from idaa_lib.methods.base import (
     About,
     Batch,
-    Classifier,
     Moment,
-    OfficialProtocol,
     Step,
     Work,
     agree,
     anchored,
+    count_processes,
     gather,
     register_method,
     similarity,
@@ -50,6 +50,7 @@ from idaa_lib.methods.partitions import (
     mix,
     penalty,
 )
+from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.nets.heads import Embedding, mlp
 from idaa_lib.views import View, keyed_generator
@@ -219,6 +220,18 @@ class IPIRM(SimCLR):
             shape = sizes["images"], 1 + self.capacity, 2
             drawn["mixup"] = torch.rand(shape, generator=generator)
         return drawn
+
+    def embed_together(self, images: Tensor, adversarial: bool = False) -> Tensor:
+        """z (n, D) of images (n, 3, H, W) that every process has, in their order: each embeds a
+        part of them, or all where they are too few for batch statistics of a part."""
+        processes = count_processes()
+        if processes == 1 or len(images) < 2 * processes:
+            return self.embed(View(images, {}), adversarial).z
+        parts = images.tensor_split(processes)
+        most = len(parts[0])
+        z = self.embed(View(parts[dist.get_rank()], {}), adversarial).z
+        rows = gather(F.pad(z, (0, 0, 0, most - len(z)))).chunk(processes)
+        return torch.cat([row[: len(part)] for row, part in zip(rows, parts, strict=True)])
 
     def contrast_mixed(
         self, images: Tensor, z2: Tensor, draws: Tensor, adversarial: bool = False

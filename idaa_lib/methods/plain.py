@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idaa_lib.configs.base import Positive, Rate
-from idaa_lib.methods.base import OfficialProtocol, register_method, similarity
+from idaa_lib.methods.base import register_method, similarity
 from idaa_lib.methods.contrastive import Contrastive
+from idaa_lib.methods.protocols import OfficialProtocol
 
 
 def one_way(f1: Tensor, f2: Tensor, temperature: float, reduction: str = "mean") -> Tensor:

@@ -25,13 +25,12 @@ from idaa_lib.configs.base import Positive, Share
 from idaa_lib.methods.base import (
     About,
     Batch,
-    Classifier,
     Moment,
-    OfficialProtocol,
     Step,
     register_method,
 )
 from idaa_lib.methods.byol import BYOL
+from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import Recipe, View

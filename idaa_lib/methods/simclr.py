@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idaa_lib.configs.base import Rate
-from idaa_lib.methods.base import About, OfficialProtocol, register_method, similarity
+from idaa_lib.methods.base import About, register_method, similarity
 from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.methods.contrastive import Contrastive
+from idaa_lib.methods.protocols import OfficialProtocol
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:

@@ -20,14 +20,13 @@ from idaa_lib.methods.augself import augself_head
 from idaa_lib.methods.base import (
     About,
     Batch,
-    Classifier,
     Moment,
-    OfficialProtocol,
     Step,
     anchored,
     register_method,
 )
 from idaa_lib.methods.cassle import Conditioned
+from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 from idaa_lib.nets.heads import Embedding, Network, mlp
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import View
