@@ -233,8 +233,7 @@ def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     # References are the same for all, whatever the training.
     ours[about] = ours[about].mask(reference, None)
     ours = pd.concat([ours[~reference], ours[reference]]).drop_duplicates([*key, "seed"])
-    figures = ours.groupby(key, sort=False)[["value", "low", "high"]].apply(interval_text)
-    rows = figures.unstack(sort=False).join(ours.groupby("label")[about].agg(_values))
+    rows = _interval_table(ours, ["label"]).join(ours.groupby("label")[about].agg(_values))
 
     theirs, _ = paper(frame)
     theirs = theirs.assign(heading=_heading(theirs, by))
@@ -272,9 +271,15 @@ def interval(mine: pd.DataFrame) -> tuple[float, float, float]:
     return tuple(mine[["value", "low", "high"]].iloc[0])
 
 
-def interval_text(mine: pd.DataFrame) -> str:
+def _interval_text(mine: pd.DataFrame) -> str:
     value, low, high = interval(mine)
     return f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _interval_table(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """A row for each value of the columns `by`, a column for each of `heading`: interval texts."""
+    figures = frame.groupby([*by, "heading"], sort=False)[["value", "low", "high"]]
+    return figures.apply(_interval_text).unstack(sort=False)
 
 
 def tabulate(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -283,14 +288,8 @@ def tabulate(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     frame: `metric`, `value`, `low`, `high`, `unit`. Of one row the interval is its own, of several
     Student's of their mean.
     """
-    figures = frame.assign(heading=frame["metric"] + " (" + frame["unit"] + ")")
-    cells = figures.groupby([*by, "heading"], sort=False)[["value", "low", "high"]]
-    return (
-        cells.apply(interval_text)
-        .unstack("heading", sort=False)
-        .fillna("–")
-        .rename_axis(columns=None)
-    )
+    rows = frame.assign(heading=frame["metric"] + " (" + frame["unit"] + ")")
+    return _interval_table(rows, by).fillna("–").rename_axis(columns=None)
 
 
 def html_table(frame: pd.DataFrame, index: bool = True) -> str:
@@ -413,11 +412,7 @@ def labels(chosen: Sequence[Run]) -> dict[str, Run]:
 def field_text(field: str, value: Any, equals: str = " = ") -> str:
     """`ε = 0.3`: a field and its value, short."""
     symbol = {"epsilon": "ε", "beta": "β"}.get(field, field)
-    if field in (
-        "vae",
-        "continue_from",
-        "dataset",
-        "classes",
-    ):  # of an id its hash, of a path its last part
+    if field in ("vae", "continue_from", "dataset", "classes"):
+        # Of an id its hash, of a path its last part.
         value = str(value).rsplit("/", 1)[-1].rsplit("-", 1)[-1]
     return f"{symbol}{equals}{value:g}" if isinstance(value, float) else f"{symbol}{equals}{value}"

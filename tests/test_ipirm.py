@@ -198,7 +198,7 @@ def test_a_tint_of_half_the_photographs_is_found(tint, low, high):
         colour = features(lambda x: x.mean((2, 3)), tinted, 32, views.mean, views.std, **how)
         return F.normalize(colour - colour.mean(0), dim=1)
 
-    method.before_epoch(0, SimpleNamespace(embed=embed, pulse=lambda message: None))
+    method.before_epoch(0, SimpleNamespace(embed=embed, pulse=lambda message: None, say=print))
     (partition,) = method.present()
     assert low <= compare_sides(partition, half).value <= high
 
@@ -480,7 +480,7 @@ def maximised(monkeypatch, **values):
         mixings.append(mixing)
         return torch.rand(8, 4, generator=generator)
 
-    work = SimpleNamespace(embed=embed, pulse=lambda message: None, mixings=mixings)
+    work = SimpleNamespace(embed=embed, pulse=lambda message: None, say=print, mixings=mixings)
     for epoch in range(5):
         method.before_epoch(epoch, work)
     method.mixings = mixings
@@ -583,7 +583,9 @@ def fit_in_a_process(rank, folder):
         return F.normalize(torch.randn(12, 4, generator=keyed_generator(rank)), dim=1)
 
     for epoch in (0, 1):
-        method.before_epoch(epoch, SimpleNamespace(embed=embed, pulse=lambda message: None))
+        method.before_epoch(
+            epoch, SimpleNamespace(embed=embed, pulse=lambda message: None, say=print)
+        )
     torch.save(method.present(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

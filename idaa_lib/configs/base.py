@@ -396,10 +396,14 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         owner, names = model.__qualname__.split(".")[0], ", ".join(model.model_fields)
         return f"{owner} has no knob {field!r}; its knobs are {names}."
-    own = [e for e in errors if e["loc"][:1] == first["loc"][:1]]
-    rules = [e["msg"].removeprefix("Input should be ").removeprefix("a valid ") for e in own]
-    rules = [RULES.get(e["type"], rule) for e, rule in zip(own, rules, strict=True)]
+    # Behind the field stands an entry's key or number; of a union the name of each kind.
     keyed = field in model.model_fields and dict in _kinds(model.model_fields[field].annotation)
+    depth = 2 if keyed or any(isinstance(part, int) for part in first["loc"][1:2]) else 1
+    own = [e for e in errors if e["loc"][:depth] == first["loc"][:depth]]
+    rules = [
+        RULES.get(e["type"], e["msg"].removeprefix("Input should be ").removeprefix("a valid "))
+        for e in own
+    ]
     place = "".join(f"[{part!r}]" for part in first["loc"][1:2] if keyed)
-    rule = rules[0] if keyed or len(first["loc"]) == 1 else " or ".join(dict.fromkeys(rules))
+    rule = " or ".join(dict.fromkeys(rules))
     return f"{field}{place} must be {rule}, and is {first['input']!r}."

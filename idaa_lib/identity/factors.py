@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy import stats
+from scipy.stats import contingency
 from torch import Tensor
 
 from idaa_lib.evaluate.metrics import LEVELS
@@ -50,31 +51,22 @@ def known_factors(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     Brightness and saturation (of HSV) above their median or not; the hue of the mean colour of the
     border, an eighth of the image wide, in six sectors, or gray; the class by labels (N,).
     """
+    from skimage.color import rgb2hsv  # a second to import
+
     x = images.float() / 255
     height, width = x.shape[2:]
     inside = torch.zeros(height, width, dtype=torch.bool)
     inside[height // 8 : -(height // 8) or None, width // 8 : -(width // 8) or None] = True
     border = x[:, :, ~inside] if not inside.all() else x.flatten(2)
-    hue, saturation = _hue_and_saturation(border.mean(2))
+    hue, saturation, _ = torch.as_tensor(rgb2hsv(border.mean(2).numpy())).unbind(1)
     sector = (hue * 6).round().long() % 6
     measures = {
         "brightness": x.mean((1, 2, 3)),
-        "saturation": _hue_and_saturation(x)[1].mean((1, 2)),
+        "saturation": torch.as_tensor(rgb2hsv(x.numpy(), channel_axis=1))[:, 1].mean((1, 2)),
     }
     factors = {name: (value > value.median()).long() for name, value in measures.items()}
     factors["colour of the border"] = torch.where(saturation < GRAY, 6, sector)
     return factors | ({"class": labels} if (labels >= 0).any() else {})
-
-
-def _hue_and_saturation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Hue in turns and saturation (N, …), in [0, 1], of colours (N, 3, …) in [0, 1]."""
-    high, low = x.amax(1), x.amin(1)
-    spread = (high - low).clamp(min=1e-8)
-    r, g, b = x.unbind(1)
-    hue = torch.where(r == high, (g - b) / spread % 6, torch.where(
-        g == high, (b - r) / spread + 2, (r - g) / spread + 4
-    ))  # fmt: skip
-    return hue / 6, (high - low) / high.clamp(min=1e-8)
 
 
 def compare_sides(sides: Tensor, factor: Tensor, draws: int = 2000) -> Agreement:
@@ -84,12 +76,8 @@ def compare_sides(sides: Tensor, factor: Tensor, draws: int = 2000) -> Agreement
     is the mean over sides of the share of their images that it speaks for, so that sides of unequal
     size have the same chance.
     """
-    known = factor >= 0
-    table = torch.zeros(int(factor.max()) + 1, int(sides.max()) + 1, dtype=torch.long)
-    ones = torch.ones_like(factor[known])
-    table.index_put_((factor[known], sides[known].long()), ones, accumulate=True)
-    counts = table.numpy()
-    counts = counts[counts.sum(1) > 0][:, counts.sum(0) > 0]
+    valid = factor >= 0
+    counts = contingency.crosstab(factor[valid].numpy(), sides[valid].numpy()).count
     rows, columns = counts.sum(1), counts.sum(0)
 
     def find(tables: np.ndarray) -> np.ndarray:  # (…, values, sides)

@@ -81,11 +81,13 @@ class Work:
             each by the recipe `transform`, drawn from `generator`, mixed as `mixing` says; as
             `evaluate.encoders.features`.
         pulse: takes a message, and raises where the training shall stop.
+        say: prints a sentence for the user, of several processes in the first alone.
     """
 
     images: Tensor
     embed: Callable[..., Tensor]
     pulse: Callable[[str], None]
+    say: Callable[[str], object] = print
 
 
 @dataclass

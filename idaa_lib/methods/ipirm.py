@@ -316,7 +316,9 @@ class IPIRM(SimCLR):
         key, n = (self.about.seed, epoch), self.about.n
         fitting = ONLINE_MIXED if own.mixup_max and not own.offline else PLAIN
         if epoch == 0 and n < fitting.batch:
-            print(f"partition: {n} images are one batch of the maximisation, not {fitting.batch}.")
+            work.say(
+                f"partition: {n} images are one batch of the maximisation, not {fitting.batch}."
+            )
         embedded: Embedded | None = None
 
         def embeddings(number: int, batches: Sequence[Tensor]) -> Embedded:

@@ -229,7 +229,8 @@ class Fit:
             with self._unwrapped() as method:
                 return features(method.encoder(layer), self.feed.images, *units, **how)
 
-        work = Work(self.feed.images, embed, pulse)
+        say = print if self.writer else lambda sentence: None
+        work = Work(self.feed.images, embed, pulse, say)
         self.method.before_epoch(steps.step // self.per_epoch, work)
 
     def train_step(self, step: int, images: Batch, batch: Batch) -> dict[str, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from idaa_lib.adversaries import build_adversary
 from idaa_lib.configs import EncoderConfig
 from idaa_lib.methods import About, Moment, build_method
-from idaa_lib.methods.base import Work
+from idaa_lib.methods.base import Loss, Work
 from idaa_lib.nets.vae import VAE
 from idaa_lib.views import keyed_generator, recipe
 
@@ -41,10 +39,10 @@ def count_passes(config: EncoderConfig) -> float:
         generator = keyed_generator(count)
         return torch.nn.functional.normalize(torch.randn(N, 16, generator=generator), dim=1)
 
-    work = Work(torch.zeros(N, 3, 1, 1, dtype=torch.uint8), embed, lambda message: None)
-    with contextlib.redirect_stdout(io.StringIO()):  # it says how few images these are
-        for epoch in range(config.epochs):
-            method.before_epoch(epoch, work)
+    silent = lambda message: None  # noqa: E731
+    work = Work(torch.zeros(N, 3, 1, 1, dtype=torch.uint8), embed, silent, silent)
+    for epoch in range(config.epochs):
+        method.before_epoch(epoch, work)
     before, count = count / config.epochs, 0
     for module in method.modules():
         if hasattr(module, "feature_dim"):
@@ -55,12 +53,17 @@ def count_passes(config: EncoderConfig) -> float:
     images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
     moment = Moment(steps=2, numbers=method.numbers({"images": N}, generator))
     step = method.step(method.draw({"images": images}, batch, moment), batch, moment)
-    losses = [] if isinstance(step.loss, Tensor) else [closure() for closure in step.loss]
+    _run(step.loss)
     if step.attacked and step.attack_loss and step.adversarial_loss and config.adversary != "none":
         units = {"mean": views.mean, "std": views.std}
         vae = VAE(8, config.size, 8, **units) if config.needs_vae else None
         adversary = build_adversary(narrow, vae, **units)
         x_adv = adversary(step.attacked.images, step.attack_loss, generator).images
-        adversarial = step.adversarial_loss(x_adv)
-        losses += [adversarial] if isinstance(adversarial, Tensor) else [c() for c in adversarial]
+        _run(step.adversarial_loss(x_adv))
     return (before + count) / N
+
+
+def _run(loss: Loss) -> None:
+    """Make the passes that a loss of closures has yet to make."""
+    for closure in () if isinstance(loss, Tensor) else loss:
+        closure()
