@@ -1,6 +1,8 @@
 """What all tests share: data and outputs of their own, and a list of what was skipped and why."""
 
 import os
+import shutil
+import signal
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,8 @@ import torch
 
 from idaa_lib.configs import SSLConfig
 from idaa_lib.methods import Moment
-from idaa_lib.runs import checkpoints, steps
+from idaa_lib.runs import Stopped, checkpoints, steps
+from idaa_lib.train import locate
 from idaa_lib.train.loop import Fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +107,15 @@ def outputs(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope="module")
+def module_outputs(tmp_path_factory):
+    """A folder of run directories for the tests of a file."""
+    folder = tmp_path_factory.mktemp("outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IDAA_OUTPUTS", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def cifar10_zip():
     """The 60,000 images of CIFAR-10 as a zip of class folders."""
@@ -115,3 +127,23 @@ def cifar10_zip():
             pytest.fail(text)
         pytest.skip(text)
     return path
+
+
+def whole_and_resumed(train, config, monkeypatch, after, total):
+    """`outcome` of a training, and of the same one that Ctrl-C stops after so many of its steps and
+    that goes on then."""
+    whole = outcome(train(config))
+    shutil.rmtree(locate(config).path)
+    original = Fit.train_step
+
+    def step(fit, *args):
+        values = original(fit, *args)
+        if fit.steps.step == after - 1:  # counted after the step
+            signal.raise_signal(signal.SIGINT)
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "train_step", step)
+        with pytest.raises(Stopped, match=f"after step {after} of {total} and saved"):
+            train(config)
+    return whole, outcome(train(config))

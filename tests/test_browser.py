@@ -40,15 +40,12 @@ def context():
 
 
 @pytest.fixture(scope="module")
-def outputs(context, tmp_path_factory):
+def outputs(context, module_outputs):
     """Two VAEs, so that one can be changed for the other, and an encoder."""
-    folder = tmp_path_factory.mktemp("outputs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IDAA_OUTPUTS", str(folder))
-        train_vae(VAEConfig(**SMALL, dim=8, epochs=1))
-        train_vae(VAEConfig(**SMALL, dim=16, epochs=3))
-        train_ssl(SSLConfig(**SMALL, epochs=1))
-        yield folder
+    train_vae(VAEConfig(**SMALL, dim=8, epochs=1))
+    train_vae(VAEConfig(**SMALL, dim=16, epochs=3))
+    train_ssl(SSLConfig(**SMALL, epochs=1))
+    return module_outputs
 
 
 @pytest.fixture(scope="module")

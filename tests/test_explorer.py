@@ -31,13 +31,10 @@ NOW = datetime.datetime.now(datetime.UTC)
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("outputs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IDAA_OUTPUTS", str(folder))
-        train_vae(VAEConfig(**SMALL, epochs=1, dim=8))
-        train_vae(VAEConfig(**SMALL, epochs=3, dim=16))  # the newest
-        yield folder
+def outputs(module_outputs):
+    train_vae(VAEConfig(**SMALL, epochs=1, dim=8))
+    train_vae(VAEConfig(**SMALL, epochs=3, dim=16))  # the newest
+    return module_outputs
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ naive one, what the norms see, the averaged weights, what is labelled, and whole
 import copy
 import functools
 import math
-import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ import skimage.data
 import torch
 import torch.distributed as dist
 import torchvision
-from conftest import fit_of, outcome, views_of
+from conftest import fit_of, views_of, whole_and_resumed
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import stats
 from test_methods import ADVERSARIES, attacked_by, knn_top1
@@ -33,9 +31,8 @@ from idaa_lib.methods.plain import one_way
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.heads import Embedding
 from idaa_lib.nets.vae import VAE
-from idaa_lib.runs import Stopped, checkpoints
+from idaa_lib.runs import checkpoints
 from idaa_lib.train import locate, samples, train_semi, train_vae
-from idaa_lib.train.loop import Fit
 from idaa_lib.views import Recipe, View, keyed_generator, normalise, recipe
 from idaa_lib.views.randaugment import INDEX, OPERATIONS, RandAugment, augment, cutout, strengths_of
 
@@ -647,21 +644,7 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
     outputs, vae_run, monkeypatch, adversary
 ):
     config = SemiConfig(**TINY, **attacked_by(adversary, vae_run))
-    whole = outcome(train_semi(config))
-    shutil.rmtree(locate(config).path)
-    original = Fit.train_step
-
-    def step(self, *args):
-        values = original(self, *args)
-        if self.steps.step == 8:  # counted after the step; in the middle of the second epoch
-            signal.raise_signal(signal.SIGINT)
-        return values
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Fit, "train_step", step)
-        with pytest.raises(Stopped, match="after step 9 of 12 and saved"):
-            train_semi(config)
-    again = outcome(train_semi(config))
+    whole, again = whole_and_resumed(train_semi, config, monkeypatch, 9, 12)
     assert whole[0].keys() == again[0].keys()
     assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
     assert whole[1:] == again[1:]

@@ -38,11 +38,8 @@ SMALL = dict(
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("outputs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IDAA_OUTPUTS", str(folder))
-        yield folder
+def outputs(module_outputs):
+    return module_outputs
 
 
 @pytest.fixture(scope="module")

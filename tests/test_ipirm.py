@@ -7,8 +7,6 @@ test_methods.py.
 import copy
 import itertools
 import math
-import shutil
-import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +14,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from conftest import outcome
+from conftest import outcome, whole_and_resumed
 from test_methods import (
     BATCH,
     DRAWS,
@@ -56,9 +54,7 @@ from idaa_lib.methods.partitions import (
     soft_loss,
 )
 from idaa_lib.methods.simclr import nt_xent
-from idaa_lib.runs import Stopped
-from idaa_lib.train import locate, train_ssl
-from idaa_lib.train.loop import Fit
+from idaa_lib.train import train_ssl
 from idaa_lib.train.stages import _weights_of
 from idaa_lib.views import keyed_generator, recipe
 
@@ -405,21 +401,7 @@ def test_a_view_is_mixed_with_that_of_its_partner():
 def test_a_run_goes_on_bit_for_bit_after_a_maximisation_of_mixed_images(outputs, monkeypatch):
     own = dict(mixup=True, mixup_max=True, offline=False, maximize_iter=1, projection_dim=8)
     config = SSLConfig(**TINY, method="ipirm", **own)
-    whole = outcome(train_ssl(config))
-    shutil.rmtree(locate(config).path)
-    step = Fit.train_step
-
-    def stop_at_3(fit, *args):
-        values = step(fit, *args)
-        if fit.steps.step == 2:
-            signal.raise_signal(signal.SIGINT)
-        return values
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Fit, "train_step", stop_at_3)
-        with pytest.raises(Stopped, match="after step 3 of 4"):
-            train_ssl(config)
-    again = outcome(train_ssl(config))
+    whole, again = whole_and_resumed(train_ssl, config, monkeypatch, 3, 4)
     assert again[0]["method.fitted"] == 2
     assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
     assert whole[1:] == again[1:]

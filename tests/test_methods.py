@@ -5,8 +5,6 @@ import copy
 import functools
 import importlib
 import math
-import shutil
-import signal
 from itertools import product
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from conftest import fit_of, outcome
+from conftest import fit_of, whole_and_resumed
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,8 +28,7 @@ from idaa_lib.nets import BACKBONES
 from idaa_lib.nets.resnet import ResNet
 from idaa_lib.nets.vae import VAE
 from idaa_lib.registry import CHOICES
-from idaa_lib.runs import Stopped
-from idaa_lib.train import locate, train_ssl, train_vae
+from idaa_lib.train import train_ssl, train_vae
 from idaa_lib.train.loop import Fit
 from idaa_lib.views import RECIPES, View, keyed_generator, recipe
 
@@ -881,21 +878,7 @@ def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
     config = SSLConfig(
         **TINY, **values_of(variant), **own, **attacked_by(adversary, vae_run), backbone=shallow
     )
-    whole = outcome(train_ssl(config))
-    shutil.rmtree(locate(config).path)
-    step = Fit.train_step
-
-    def stop_at_3(fit, *args):
-        values = step(fit, *args)
-        if fit.steps.step == 2:  # counted after the step
-            signal.raise_signal(signal.SIGINT)
-        return values
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Fit, "train_step", stop_at_3)
-        with pytest.raises(Stopped, match="after step 3 of 4"):
-            train_ssl(config)
-    again = outcome(train_ssl(config))
+    whole, again = whole_and_resumed(train_ssl, config, monkeypatch, 3, 4)
     assert whole[0].keys() == again[0].keys()
     assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
     assert whole[1:] == again[1:]

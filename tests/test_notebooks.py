@@ -34,11 +34,8 @@ def figures(run: Run):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("outputs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IDAA_OUTPUTS", str(folder))
-        yield folder
+def outputs(module_outputs):
+    return module_outputs
 
 
 def execute(notebook, parameters, folder, name="out"):

@@ -138,38 +138,18 @@ PUBLISHED = {
     "rsa-cifar100": (256, 200, 0.1, 5e-4, "sgd", "cosine", 0.3, 128, 32, "cifar", None),
     "rsa-stl10": (256, 200, 0.1, 5e-4, "sgd", "cosine", 0.4, 128, 64, "cifar", 96),
     "rsa-imagenet100": (
-        256,
-        200,
-        0.2,
-        1e-4,
-        "sgd",
-        "cosine_by_step",
-        0.4,
-        256,
-        224,
-        "imagenet",
-        256,
+        256, 200, 0.2, 1e-4, "sgd", "cosine_by_step", 0.4, 256, 224, "imagenet", 256
     ),
     "rsa-imagenet": (
-        2048,
-        200,
-        4.8,
-        1e-6,
-        "lars",
-        "cosine_by_step",
-        0.4,
-        256,
-        224,
-        "imagenet",
-        256,
+        2048, 200, 4.8, 1e-6, "lars", "cosine_by_step", 0.4, 256, 224, "imagenet", 256
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_recipes_are_as_specified(preset):
-    given = {"dataset": "imagenet"} if "imagenet" in preset else {}
-    config = SSLConfig(preset=preset, **given)
+    data = {"dataset": "imagenet"} if "imagenet" in preset else {}
+    config = SSLConfig(preset=preset, **data)
     names = ("batch_size", "epochs", "learning_rate", "weight_decay", "optimizer", "schedule")
     names += ("beta0", "projection_dim", "size", "stem", "source_size")
     values = tuple(getattr(config, name) for name in names)

@@ -270,18 +270,15 @@ FIGURES = ("information", "parts", "exchange", "curves", "equal_hardness", "cand
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("outputs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IDAA_OUTPUTS", str(folder))
-        for dim in (4, 8):
-            train_vae(VAEConfig(**SMALL, dim=dim, beta=1.0))
-        train_vae(VAEConfig(**SMALL, dim=8, beta=4.0))
-        train_vae(VAEConfig(**SMALL | {"epochs": 2}, dim=8, beta=16.0))  # another training
-        train_ssl(SSLConfig(**SMALL))
-        train_ssl(SSLConfig(**SMALL, adversary="clae"))  # no fair witness
-        train_ssl(SSLConfig(**SMALL, seed=1))
-        yield folder
+def outputs(module_outputs):
+    for dim in (4, 8):
+        train_vae(VAEConfig(**SMALL, dim=dim, beta=1.0))
+    train_vae(VAEConfig(**SMALL, dim=8, beta=4.0))
+    train_vae(VAEConfig(**SMALL | {"epochs": 2}, dim=8, beta=16.0))  # another training
+    train_ssl(SSLConfig(**SMALL))
+    train_ssl(SSLConfig(**SMALL, adversary="clae"))  # no fair witness
+    train_ssl(SSLConfig(**SMALL, seed=1))
+    return module_outputs
 
 
 @pytest.fixture(scope="module")
