@@ -362,5 +362,5 @@ BAD = [
 @pytest.mark.parametrize(("values", "words"), BAD)
 def test_what_makes_no_sense_is_refused_in_a_sentence(values, words):
     with pytest.raises(ConfigError, match=words) as error:
-        a_method(**{"method": "simclr"} | values)
+        SSLConfig(**{"method": "simclr"} | values)
     assert str(error.value).count("\n") == 0 and str(error.value).endswith(".")

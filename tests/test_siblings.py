@@ -16,7 +16,9 @@ MOCO = dict(
     optimizer="sgd", schedule="cosine", warmup=0, heads="augself", augmentation="cassle",
     stem="imagenet", learning_rate=0.03,
 )  # fmt: skip
-IN100 = dict(size=224, backbone="resnet50", epochs=500, weight_decay=1e-4)
+IN100 = dict(
+    classes="imagenet100.txt", size=224, backbone="resnet50", epochs=500, weight_decay=1e-4
+)
 STL = dict(
     dataset="stl10-all", size=96, source_size=96, backbone="resnet18", epochs=200,
     weight_decay=5e-4, mean=(0.43, 0.42, 0.39), std=(0.27, 0.26, 0.27),
@@ -40,7 +42,7 @@ RSA = dict(
 RSA_PHOTOGRAPHS = RSA | dict(
     backbone="resnet50", stem="imagenet", size=224, projection_dim=256, schedule="cosine_by_step"
 )
-IMAGENET = "dataset=<ImageNet> classes=imagenet100.txt"
+IMAGENET = "dataset=<ImageNet>"
 LINES = {
     f"preset=cassle-imagenet100 {IMAGENET} method=moco "
     'condition="crop, color, color_diff, blur, grayscale" seed=1': MOCO | IN100 | CASSLE,

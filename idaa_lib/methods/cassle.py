@@ -26,7 +26,7 @@ from idaa_lib.methods.augself import (
     relative_color,
     relative_crop,
 )
-from idaa_lib.methods.base import About, Method, Step
+from idaa_lib.methods.base import About, Method, Step, build_method
 from idaa_lib.nets.heads import ConditionedProjector, Embedding, Hypernetwork, mlp
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import Params, Recipe, View
@@ -62,6 +62,10 @@ def describe(params: Params, keys: Sequence[str], recipe: Recipe) -> Tensor:
 def neutral_condition(keys: Sequence[str]) -> list[float]:
     """ω of a view without augmentation (§1.2)."""
     return [value for key in sorted(keys) for value in NEUTRAL[key]]
+
+
+def _views(config: Any) -> Recipe:
+    return find_recipe(config.augmentation, config.size, (0, 0, 0), (1, 1, 1))
 
 
 def _in_order(keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -114,7 +118,7 @@ class Conditioned(Method):
     @classmethod
     def draws(cls, config: Any) -> set[str]:
         """The keys of ω that differ between views of a configuration's augmentation."""
-        views = find_recipe(config.augmentation, config.size, (0, 0, 0), (1, 1, 1))
+        views = _views(config)
         happens = {
             "crop": views.crop_scale is not None,
             "flip": views.flip,
@@ -135,6 +139,9 @@ class Conditioned(Method):
                     f"augmentation={config.augmentation!r} draws no {missing[0]}, which {field} "
                     f"names: leave it out, or take another augmentation, such as 'cassle'."
                 )
+        if config.condition and config.injection != "concatenate":
+            with torch.device("meta"):  # whether the projector can be, before data are read
+                build_method(config, About(_views(config)))
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__(options, backbone, about)
