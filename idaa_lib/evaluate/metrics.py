@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # scipy.stats, half a second to import, comes with its first use
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,14 +43,14 @@ def accuracy(predictions: Tensor, labels: Tensor) -> Accuracy:
     bootstrap are exact here and not simulated.
     """
     n, right = len(labels), (predictions == labels).sum().item()
-    low, high = 100 * stats.binom.ppf(LEVELS, n, right / n) / n
+    low, high = 100 * scipy.stats.binom.ppf(LEVELS, n, right / n) / n
     return Accuracy(100 * right / n, float(low), float(high), n)
 
 
 def student_interval(values: Tensor | Sequence[float]) -> Interval:
     """The mean of at least two independent values (n,) with Student's interval: seeds, draws."""
     x = np.asarray(values, dtype=np.float64)
-    half = stats.t.ppf(LEVELS[1], len(x) - 1) * stats.sem(x)
+    half = scipy.stats.t.ppf(LEVELS[1], len(x) - 1) * scipy.stats.sem(x)
     return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
 
 
@@ -59,7 +59,7 @@ def bootstrap_interval(values: Tensor) -> Interval:
     x = values.double().cpu().numpy()
     if len(x) < 2:
         return Interval(*3 * [float(x.mean())])
-    low, high = stats.bootstrap(
+    low, high = scipy.stats.bootstrap(
         (x,), np.mean, n_resamples=2000, batch=100, method="percentile", rng=0
     ).confidence_interval
     return Interval(float(x.mean()), float(low), float(high))
