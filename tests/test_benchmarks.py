@@ -16,6 +16,7 @@ import record
 import sides
 import speed
 
+from idaa_lib import SSLConfig, sweeps
 from idaa_lib.nets import build_backbone
 from idaa_lib.runs import machine as environment
 
@@ -99,9 +100,38 @@ def test_the_page_of_speed_has_the_newest_figure_of_each_machine():
     assert (max(files), sum(files)) == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["demo", "hops", "methods", "precision", "slider"])
+@pytest.mark.parametrize("name", ["demo", "evidence", "hops", "methods", "precision", "slider"])
 def test_a_benchmark_finds_what_it_uses(name):
     importlib.import_module(name)
+
+
+def test_adversaries_are_compared_seed_by_seed():
+    """Pairs differ by 1, 2 and 3 points, whatever the seeds do: 2 ± t(.975; 2) / √3. A seed that
+    one of two lacks is in neither side of their difference."""
+    import evidence
+
+    own = {"none": {0: 50.0, 1: 60.0, 2: 70.0}, "idaa": {0: 51.0, 1: 62.0, 2: 73.0}}
+    rows = {r["what"]: r for r in evidence.compare({"knn": own | {"clae": {2: 72.5}}})}
+    difference = rows["evidence_difference_idaa_none_knn"]
+    assert (difference["value"], difference["n"]) == (2.0, 3)
+    half = 4.302653 / 3**0.5
+    assert difference["spread"] == pytest.approx([2 - half, 2 + half], abs=1e-3)
+    assert rows["evidence_knn_idaa"]["value"] == 62.0
+    alone = rows["evidence_difference_idaa_clae_knn"]
+    assert (alone["value"], alone["n"], alone["spread"]) == (0.5, 1, None)
+
+
+def test_the_evidence_trains_one_vae_and_differs_by_adversary_and_seed_alone():
+    import evidence
+
+    grid = evidence.grid()
+    tasks = [task.config for task in sweeps.plan(grid).values()]
+    assert [config.stage for config in tasks].count("vae") == 1
+    trainings = [config for config in tasks if config.stage == "ssl"]
+    assert len(trainings) == len(evidence.ADVERSARIES) * len(evidence.SEEDS) == len(grid)
+    own = {"adversary", "seed", *(knob["knob"] for knob in SSLConfig.knobs())}
+    common = [{k: v for k, v in config if k not in own} for config in trainings]
+    assert all(config == common[0] for config in common)
 
 
 def test_what_stops_a_benchmark_loses_no_part_before_it(monkeypatch):
