@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, SSLConfig
 from idaa_lib.methods import About, Moment, build_method
-from idaa_lib.methods.base import gather
 from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.nets.heads import Embedding
+from idaa_lib.nets.processes import gather
 from idaa_lib.nets.vae import VAE
 from idaa_lib.views import View, keyed_generator, recipe
 

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from idaa_lib.configs.base import NonNegative, Positive
 from idaa_lib.methods.augself import augself_head
-from idaa_lib.methods.base import About, Batch, Moment, Step, gather, register_method, similarity
+from idaa_lib.methods.base import About, Batch, Moment, Step, register_method, similarity
 from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.nets.heads import Embedding, Network
+from idaa_lib.nets.processes import gather
 from idaa_lib.views import View
 
 VECTOR_RATE = 0.024  # of biases and norms, beside the rate of the weights

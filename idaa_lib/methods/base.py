@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from idaa_lib import configs
@@ -368,40 +367,3 @@ def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     slow: list[Tensor] = [*target.parameters()]
     fast: list[Tensor] = [*online.parameters()]
     torch._foreach_lerp_(slow, fast[: len(slow)], 1 - momentum)
-
-
-class _Gather(torch.autograd.Function):
-    """All processes' rows; each row's gradient is the sum of what every process has for it."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, z.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def count_processes() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def agree(values: Tensor) -> Tensor:
-    """The first process's values, in all of them: what each has by itself may differ."""
-    if count_processes() > 1:
-        dist.broadcast(values, 0)
-    return values
-
-
-def gather(z: Tensor) -> Tensor:
-    """Embeddings (B, D) of all processes (processes · B, D), with gradient; z itself for one.
-
-    Every process then has the whole loss, and the mean of gradients that DistributedDataParallel
-    takes is the gradient of one process with the whole batch.
-    """
-    return _Gather.apply(z) if count_processes() > 1 else z

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from idaa_lib import configs
 from idaa_lib.configs.base import Positive
-from idaa_lib.methods.base import About, Batch, Method, Moment, Step, anchored, gather
+from idaa_lib.methods.base import About, Batch, Method, Moment, Step, anchored
 from idaa_lib.nets.heads import Embedding, Network, mlp
+from idaa_lib.nets.processes import gather
 from idaa_lib.views import View
 
 

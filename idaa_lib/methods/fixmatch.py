@@ -43,12 +43,12 @@ from idaa_lib.methods.base import (
     anchored,
     follow,
     frozen_copy,
-    gather,
     register_method,
 )
 from idaa_lib.methods.plain import one_way
 from idaa_lib.methods.schedules import spare_vectors
 from idaa_lib.nets.heads import Embedder, Embedding, Network
+from idaa_lib.nets.processes import gather
 from idaa_lib.views import Recipe, View, keyed_generator
 from idaa_lib.views.randaugment import RandAugment
 

@@ -34,10 +34,7 @@ from idaa_lib.methods.base import (
     Moment,
     Step,
     Work,
-    agree,
     anchored,
-    count_processes,
-    gather,
     register_method,
     similarity,
 )
@@ -53,6 +50,7 @@ from idaa_lib.methods.partitions import (
 from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.nets.heads import Embedding, mlp
+from idaa_lib.nets.processes import agree, count_processes, gather
 from idaa_lib.views import View, keyed_generator
 
 VIEWS, START, SHARES = 11, 13, 15  # streams of a maximisation's random numbers

@@ -7,8 +7,8 @@ the adversarial loss is the same with x′ as the query.
 On CIFAR the values are those of the authors' CIFAR-10 demo (queue 4096, EMA .99, τ .1), with v2's
 projector and views; on ImageNet v2 has 65536, .999 and .2. Between GPUs MoCo shuffles the keys'
 samples, so that a part's BatchNorm statistics do not give its positives away, and the demo imitates
-that by parts of a batch. Not done here: a process normalises all its keys together, and on several
-CUDA devices the statistics are of all processes (SyncBatchNorm).
+that by parts of a batch. Not done here: all keys of a batch are normalised together, of all
+processes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from idaa_lib.methods.base import (
     Step,
     follow,
     frozen_copy,
-    gather,
     register_method,
     similarity,
 )
 from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.nets.heads import Embedding, Network
+from idaa_lib.nets.processes import gather
 from idaa_lib.views import View
 
 

@@ -42,6 +42,7 @@ class Steps:
         at_epoch_end: epoch → values to log after its last step (validation).
         check: raises RunError where what would be saved is broken.
         agree: whether any process wants to stop, from whether this one does.
+        average: of a line's scalars (n,), over all processes.
         track: given each line of the log and its step (experiment trackers, pictures).
     On a GPU a line of the log makes nobody wait: it is written after the step by whose end its
     scalars have come, and before the next line, validation, a checkpoint or a pause.
@@ -66,6 +67,7 @@ class Steps:
         at_epoch_end: Callable[[int], Mapping[str, float]] = lambda epoch: {},
         check: Callable[[], None] = lambda: None,
         agree: Callable[[bool], bool] = bool,
+        average: Callable[[Tensor], Tensor] = torch.Tensor.detach,
         track: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
     ) -> None:
         self.run, self.writer, self.total = run, writer, total
@@ -73,6 +75,7 @@ class Steps:
         self.log_every, self.checkpoint_every = log_every, checkpoint_every or per_epoch
         self._state, self._restore, self._check, self._agree = state, restore, check, agree
         self._at_log, self._at_epoch_end, self._track = at_log, at_epoch_end, track
+        self._average = average
         self.step, self.seconds = 0, 0.0  # done so far; spent in steps, without pauses
         self.saved: int | None = None  # the step of the last checkpoint
         self.sums: dict[str, Tensor] = {}  # over the `count` steps of the log interval under way
@@ -117,7 +120,7 @@ class Steps:
         self._write_line(wait=logs)
         if logs:
             means = {name: value / self.count for name, value in self.sums.items()}
-            self._line = Line(self.step, epoch, {**means, **self._at_log()})
+            self._line = Line(self.step, epoch, {**means, **self._at_log()}, self._average)
             self.sums, self.count = {}, 0
             self._write_line(wait=False)
         if ends or last:
@@ -240,10 +243,16 @@ class Steps:
 class Line:
     """A line of the log, whose scalars on the device come in one copy for which nothing waits."""
 
-    def __init__(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        step: int,
+        epoch: int,
+        values: Mapping[str, Any],
+        average: Callable[[Tensor], Tensor],
+    ) -> None:
         self.step, self.epoch, self.values = step, epoch, dict(values)
         tensors = {k: v.detach().float() for k, v in values.items() if isinstance(v, Tensor)}
-        stacked = torch.stack([*tensors.values()]) if tensors else torch.empty(0)
+        stacked = average(torch.stack([*tensors.values()])) if tensors else torch.empty(0)
         self.names = [*tensors]
         self.copy = stacked.to("cpu", non_blocking=stacked.is_cuda)  # into pinned memory
         self.event = torch.cuda.current_stream().record_event() if stacked.is_cuda else None

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from idaa_lib.configs import ConfigError, UserError
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
@@ -60,6 +62,8 @@ def answer(make: Callable[[], Run]) -> int:
     except (UserError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 130 if isinstance(error, Stopped) else 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)):  # of several processes, the first one speaks
         return 0
     print(run.path)

@@ -24,6 +24,7 @@ from idaa_lib.evaluate.metrics import alignment, embedding_std, uniformity
 from idaa_lib.methods import Method, Moment, Step
 from idaa_lib.methods.base import Batch, Loss, Work
 from idaa_lib.methods.schedules import build_optimizer, build_schedule, spare_vectors
+from idaa_lib.nets.processes import share_statistics
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
 from idaa_lib.runs.steps import State, Steps
 from idaa_lib.train import samples
@@ -86,10 +87,8 @@ class Fit:
         if compiles:
             torch.compiler.reset()  # a process may compile so much and no more
             method.compile_parts()
-        if processes > 1 and self.device.type == "cuda":
-            # Statistics of the global batch, as one process would have them (CUDA alone has this).
-            # In place: a target network beside `network` has them too.
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        if processes > 1:
+            share_statistics(method)
         self.recorded = Recorded(CudaGraph()) if self._recordable() else None
         groups = method.param_groups()
         if config.optimizer == "lars":
@@ -186,6 +185,7 @@ class Fit:
             at_epoch_end=self._at_epoch_end,
             check=self.adversary.check,
             agree=self._agree,
+            average=self._average,
             track=self._track,
         )
         steps.resume()
@@ -369,9 +369,14 @@ class Fit:
         with self._unwrapped() as method:
             return self.validate(method)
 
+    def _average(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "mean")
+
     def _agree(self, wants_to_stop: bool) -> bool:
         if self.processes == 1:
             return wants_to_stop
+        if self.steps.step % self.config.log_every and self.steps.step % self.per_epoch:
+            return False  # a word of all processes makes the host wait: not after each step
         flag = torch.tensor(float(wants_to_stop), device=self.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 

@@ -311,7 +311,8 @@ def _train(
         try:
             figures = fit.run(run, writer)
         finally:
-            accelerator.end_training()
+            for tracker in accelerator.trackers:
+                tracker.finish()
         if writer is None:
             return {}
         total, seconds = fit.total * method.images_per_step(), fit.steps.seconds

@@ -1,0 +1,85 @@
+"""Several processes as one: all their rows, with gradient, and statistics of the global batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class _Gather(torch.autograd.Function):
+    """All processes' rows; each row's gradient is the sum of what every process has for it."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def count_processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agree(values: Tensor) -> Tensor:
+    """The first process's values, in all of them: what each has by itself may differ."""
+    if count_processes() > 1:
+        dist.broadcast(values, 0)
+    return values
+
+
+def gather(z: Tensor) -> Tensor:
+    """Embeddings (B, D) of all processes (processes · B, D), with gradient; z itself for one.
+
+    Every process then has the whole loss, and the mean of gradients that DistributedDataParallel
+    takes is the gradient of one process with the whole batch.
+    """
+    return _Gather.apply(z) if count_processes() > 1 else z
+
+
+def share_statistics(network: nn.Module) -> None:
+    """Let each BatchNorm in `network` see the batch of all processes, as one process would."""
+    # In place: a target network beside it has them too.
+    if next(network.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.__class__ = SyncBatchNorm
+
+
+class SyncBatchNorm(_BatchNorm):
+    """A BatchNorm of the batch of all processes; torch's own one is for CUDA alone."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        others, shape = [d for d in range(x.ndim) if d != 1], [1, -1, *[1] * (x.ndim - 2)]
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+            count = wide.new_full((1,), x.numel() / x.shape[1])
+            *sums, n = gather(torch.cat([wide.sum(others), count])[None]).sum(0).split(x.shape[1])
+            mean = sums[0] / n
+            centred = wide - mean.view(shape)
+            variance = gather(centred.square().sum(others)[None]).sum(0) / n
+            y = centred * torch.rsqrt(variance + self.eps).view(shape)
+            if self.affine:
+                y = y * self.weight.view(shape) + self.bias.view(shape)
+        if self.running_mean is not None and self.running_var is not None:
+            momentum = self.momentum or 0.0
+            self.running_mean.lerp_(mean.detach(), momentum)
+            self.running_var.lerp_((variance * n / (n - 1)).detach(), momentum)
+        return y.to(x.dtype)
