@@ -27,8 +27,11 @@ test: setup  ## Lint, types and all tests (or those of TESTS="tests/test_nets.py
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	@$(PY) -m pytest -n auto --dist worksteal $(TESTS)
 
-lab: setup  ## Open JupyterLab on this machine only (its address has the token)
-	@$(ALLOCATOR) $(ENV)/bin/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks \
+# notebooks/labconfig turns off its news, and leaves all other settings of the user's and the site's.
+lab: setup  ## Open JupyterLab on this machine only, at notebook 00 (its address has the token)
+	@$(ALLOCATOR) JUPYTER_CONFIG_PATH="$(CURDIR)/notebooks$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+		$(ENV)/bin/jupyter lab --ip=127.0.0.1 \
+		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 report: setup  ## Write outputs/report.html: results, curves and pictures on one page

@@ -173,14 +173,14 @@ class Adversary:
 
 
 class Radius(Adversary.Options):
-    """epsilon: radius, in units of the point that is perturbed. norm: per sample."""
+    """epsilon: radius, in units of the point that is perturbed. norm: of δ, for each sample."""
 
     epsilon: NonNegative = 0.1
     norm: Literal["linf", "l2"] = "linf"
 
 
 class VAEOptions(Adversary.Options):
-    """vae: id or path of a VAE run (None: the newest that fits); dim: its bottleneck dimension
+    """vae: id or path of a VAE run (None: the newest that fits). dim: its bottleneck dimension
     (None: any)."""
 
     vae: str | None = None
@@ -207,11 +207,11 @@ class GradientAscent(Adversary):
     """
 
     class Options(Radius):
-        """steps, step_size: one step of ε as published; several default to 2.5·ε/steps each (Madry
-        et al. 2018, arXiv:1706.06083, §5). random_start: a uniform draw of the ball, not x.
-        reuse_anchor: the attacked embedding serves as its own anchor where it equals it exactly;
-        False lets the adversarial BatchNorm statistics see a step 3 times, as the official code.
-        """
+        """steps: of the gradient. step_size: None for ε at one step, as published, and 2.5·ε/steps
+        at several (Madry et al. 2018, arXiv:1706.06083, §5). random_start: a uniform draw of the
+        ball, not x. reuse_anchor: the attacked embedding serves as its own anchor where it equals
+        it exactly; False lets the adversarial BatchNorm statistics see a step 3 times, as the
+        official code."""
 
         steps: Positive = 1
         step_size: Rate | None = None

@@ -113,7 +113,7 @@ class Server:
         (cell,) = [c for c in content["cells"] if "parameters" in c["metadata"].get("tags", [])]
         source = "".join(cell["source"])
         for name, value in values.items():
-            source, n = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value!r}", source)
+            source, n = re.subn(rf"(?m)^{name}\b.*? = .*$", f"{name} = {value!r}", source)
             assert n == 1, f"notebook {notebook} has no parameter {name}"
         cell["source"] = source
         path.write_text(json.dumps(content))
@@ -121,7 +121,7 @@ class Server:
 
 @contextlib.contextmanager
 def jupyter(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
-    """JupyterLab on a copy of notebooks/, as its user finds it after the news prompt.
+    """JupyterLab on a copy of notebooks/, with the settings of `make lab`.
 
     Args:
         folder: for the copy, the log and Jupyter's own files.
@@ -131,15 +131,13 @@ def jupyter(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
     shutil.copytree(ROOT / "notebooks", notebooks, ignore=shutil.ignore_patterns(".*"))
     settings = folder / "settings"
     settings.mkdir()
-    overrides = {
-        "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"},
-        # A save happens where a test asks for it, so that what a second tab finds is known.
-        "@jupyterlab/docmanager-extension:plugin": {"autosave": False},
-    }
+    # A save happens where a test asks for it, so that what a second tab finds is known.
+    overrides = {"@jupyterlab/docmanager-extension:plugin": {"autosave": False}}
     (settings / "overrides.json").write_text(json.dumps(overrides))
     token = secrets.token_urlsafe(24)
     own = {name: str(folder / name.lower()) for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     own["JUPYTER_CONFIG_DIR"] = str(folder / "jupyter_config_dir")
+    own["JUPYTER_CONFIG_PATH"] = str(ROOT / "notebooks")
     # Jupyter looks for a free port first and listens later. Below the range from which the system
     # gives ports to whoever asks for any, nobody takes it in between.
     port = 10_000 + secrets.randbelow(20_000)

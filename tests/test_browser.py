@@ -245,6 +245,7 @@ def test_the_start_page_lists_the_runs_and_overlays_two(context, lab, outputs):
         page = notebook.page
         rows = page.locator(".idaa-runs-row")
         browser.until(page, lambda: rows.count() == len(runs.every()), "a row for each run")
+        assert page.get_by_text("official Jupyter news").count() == 0  # the settings of `make lab`
         for run in runs.find("vae"):
             row = page.locator(f'.idaa-runs-row:has([title="{run.id}"])')
             row.locator('.idaa-runs-pick input[type="checkbox"]').check()

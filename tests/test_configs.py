@@ -1,19 +1,29 @@
 """Configurations: what is read, what is refused, and in which words."""
 
 import json
+import re
 
 import pytest
+import torch
+import yaml
+from papermill.cli import _resolve_type
+from papermill.iorw import NoDatesSafeLoader
+from papermill.translators import translate_parameters
 
 from idaa_lib.configs import (
     PRESETS,
+    CompareConfig,
     ConfigError,
     DecomposeConfig,
     EvalConfig,
     SemiConfig,
     SSLConfig,
     SweepConfig,
+    TransferConfig,
     VAEConfig,
 )
+from idaa_lib.runs import CONFIGS
+from idaa_lib.train.__main__ import read_words
 
 ALL = (VAEConfig, SSLConfig, EvalConfig, DecomposeConfig, SweepConfig)
 
@@ -59,7 +69,7 @@ def test_every_preset_resolves_every_field_and_survives_json(config, preset):
         (VAEConfig, {"dim": 0}, ("dim", "0")),
         (VAEConfig, {"size": 65}, ("size", "65", "64 or 68")),
         (VAEConfig, {"kappa": 0.1, "beta": 0.1}, ("kappa=0.1", "beta=0.4", "give one of the two")),
-        (SweepConfig, {"dims": "32, many"}, ("dims", "'32'")),
+        (SweepConfig, {"dims": "32, many"}, ("dims", "'many'")),
         (SweepConfig, {"figure": 7}, ("figure", "6 or 5", "7")),
         (SweepConfig, {"seeds": ()}, ("seeds",)),
     ],
@@ -78,6 +88,97 @@ def test_what_cannot_be_is_one_sentence(config, values, words):
 )
 def test_numbers_arrive_as_papermill_sends_them(text, value):
     assert SSLConfig(adversary="idaa", epsilon=text).epsilon == value
+
+
+def by_hand(name, text):
+    return read_words([f"{name}={text}"])
+
+
+def by_papermill(name, text):
+    return inject({name: _resolve_type(text)})
+
+
+def by_yaml(name, text):
+    return inject(yaml.load(f"{name}: {text}", Loader=NoDatesSafeLoader))
+
+
+def inject(values):
+    """What a kernel has of parameters that papermill sends it."""
+    names: dict = {}
+    exec(translate_parameters("python3", "python", values, "Parameters"), names)
+    return {name: names[name] for name in values}
+
+
+NOTHING = ("None", "null", "NULL", "none", "")
+
+
+@pytest.mark.parametrize("way", [by_hand, by_papermill, by_yaml])
+@pytest.mark.parametrize(
+    ("config", "name", "spellings", "value"),
+    [
+        (SSLConfig, "epochs", ("100", "1e2", "1.0e2", "100.0", "1_00", "+100", "200/2"), 100),
+        (SSLConfig, "epochs", NOTHING, SSLConfig().epochs),
+        (SSLConfig, "limit", ("7", "7e0", "7."), 7),
+        (SSLConfig, "knn_every", NOTHING, 1),
+        (SSLConfig, "learning_rate", ("1e-3", "0.001", ".001", "1/1000"), 0.001),
+        (SSLConfig, "learning_rate", ("1", "1e0", "1.0"), 1.0),
+        (SSLConfig, "compile", ("true", "True", "TRUE", "yes", "on"), True),
+        (EvalConfig, "references", ("false", "False", "no", "off"), False),
+        (EvalConfig, "run", NOTHING, None),
+        (EvalConfig, "run", ("ssl-a",), "ssl-a"),
+        (SSLConfig, "adversary", ("none", "None", "null"), "none"),
+        (SSLConfig, "dataset", ("2024",), "2024"),
+        (SSLConfig, "dataset", ("None", "null"), "photos"),
+        (SSLConfig, "mean", ("0.5, 0.4, 1", "[0.5, 0.4, 1e0]", "(0.5 0.4 1)"), (0.5, 0.4, 1.0)),
+        (SSLConfig, "mean", NOTHING, None),
+        (SweepConfig, "dims", ("32, 64", "[32, 64]", "32 64", "[3.2e1, '64']"), (32, 64)),
+        (SweepConfig, "epsilons", ("0.1, 8/255", "[0.1, 8/255]", "[1e-1, 8/255]"), (0.1, 8 / 255)),
+        (SweepConfig, "seeds", ("10", "1e1", "[10]", "1_0"), (10,)),
+        (SweepConfig, "ssl", ('{"epochs": 3}', "{'epochs': 3}", "epochs=3"), {"epochs": 3}),
+        (SweepConfig, "ssl", ("None", "null"), {}),
+        (CompareConfig, "methods", ("moco, uel", "moco uel", "['moco', 'uel']"), ("moco", "uel")),
+        (TransferConfig, "datasets", ("cifar10, 2024", "[cifar10, 2024]"), ("cifar10", "2024")),
+        (TransferConfig, "datasets", ("None", "null"), ()),
+        (VAEConfig, "seed", ("18446744073709551615",), 2**64 - 1),
+    ],
+)  # fmt: skip
+def test_a_spelling_means_the_same_by_hand_and_by_papermill(config, name, spellings, value, way):
+    for text in spellings:
+        read = getattr(config(**way(name, text)), name)
+        assert (read, type(read)) == (value, type(value)), text
+
+
+@pytest.mark.parametrize("way", [by_hand, by_papermill, by_yaml])
+@pytest.mark.parametrize(
+    ("config", "name", "text", "words"),
+    [
+        (SSLConfig, "epochs", "2.5", "epochs must be a whole number, and is 2.5"),
+        (SSLConfig, "epochs", "nan", "epochs must be a whole number, and is nan"),
+        (SSLConfig, "epochs", "1e400", "epochs must be a whole number, and is inf"),
+        (SSLConfig, "epochs", "many", "epochs must be a whole number, and is 'many'"),
+        (SSLConfig, "epochs", "true", "epochs must be a whole number, and is True"),
+        (SSLConfig, "compile", "2", "compile must be True or False, and is 2"),
+        (SweepConfig, "dims", "[32, many]", "dims must be a whole number, and is 'many'"),
+        (SweepConfig, "ssl", "epochs", "ssl must be pairs of name and value"),
+    ],
+)
+def test_a_spelling_is_refused_alike_by_hand_and_by_papermill(config, name, text, words, way):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        config(**way(name, text))
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS.values() if "seed" in c.model_fields])
+def test_a_seed_beyond_64_bits_is_refused(config):
+    with pytest.raises(ConfigError, match=r"^seed must be less than 18446744073709551616, and is "):
+        config(seed=2**64)
+    assert config(seed=2**64 - 1).seed == torch.Generator().manual_seed(2**64 - 1).initial_seed()
+
+
+@pytest.mark.parametrize("value", [2024.1, True])
+def test_what_is_no_text_is_no_name(value):
+    """papermill makes 2024.10 a number: the folder's name cannot be had back."""
+    with pytest.raises(ConfigError, match=f"dataset must be text .*-r.*, and is {value}"):
+        SSLConfig(dataset=value)
 
 
 def test_text_is_read_by_the_type_of_its_field():
@@ -230,10 +331,17 @@ def test_a_name_that_papermill_injected_and_nobody_knows_is_refused():
         SSLConfig.from_notebook(kernel(PARAMETERS, "# Parameters\nepsilom = 0.3\n"))
 
 
+def test_a_field_that_is_not_in_the_cell_is_a_parameter_too():
+    injected = "# Parameters\nmean = [0.5, 0.5, 0.5]\nlog_every = 1e1\n"
+    config = SSLConfig.from_notebook(kernel(PARAMETERS, injected))
+    assert (config.mean, config.log_every) == ((0.5, 0.5, 0.5), 10)
+
+
 def test_the_configuration_cell_runs_again():
     """Names of later cells are no parameters, and a corrected cell replaces the one before."""
-    later = kernel(PARAMETERS, INJECTED, "figure = 1\nrows = []\n")
-    assert SSLConfig.from_notebook(later).epsilon == 0.3
+    later = kernel(PARAMETERS, INJECTED, "figure = 1\nsize = 7\nmean = rows = []\n")
+    config = SSLConfig.from_notebook(later)
+    assert (config.epsilon, config.size, config.mean) == (0.3, 32, None)
     wrong = PARAMETERS.replace("epsilon", "epsilom")
     with pytest.raises(ConfigError):
         SSLConfig.from_notebook(kernel(wrong))

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import coco
 import detect as detection
@@ -30,7 +31,7 @@ from idaa_lib import runs, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig
 from idaa_lib.evaluate.encoders import load_encoder
 from idaa_lib.nets import build_backbone, initial_weights
-from idaa_lib.runs import RunError, Stopped, checkpoints
+from idaa_lib.runs import Run, RunError, Stopped, checkpoints
 from idaa_lib.train import train_ssl
 from idaa_lib.views import keyed_generator
 
@@ -585,6 +586,27 @@ def test_the_table_has_trainings_with_their_seeds_and_the_paper_beside_coco_alon
         "mask_ap75": "35.9",
     }  # fmt: skip
     assert len(detection.compare(run)) == 5
+
+
+@pytest.mark.xdist_group("photos")
+def test_the_notebook_says_first_that_it_needs_a_run(outputs, tmp_path):
+    with pytest.raises(
+        RunError, match=r'no finished run with an ImageNet stem: run = "tiny" makes'
+    ):
+        sweeps.execute("10_detection", {"device": "cpu"}, tmp_path / "out.ipynb")
+
+
+def test_the_notebook_makes_a_tiny_run_on_request(monkeypatch):
+    """Its cell, with a training that only says what it is asked for."""
+    cells = json.loads((sweeps.FOLDER / "10_detection.ipynb").read_text(encoding="utf-8"))["cells"]
+    (source,) = ["".join(c["source"]) for c in cells if "train_ssl(" in "".join(c["source"])]
+    calls = []
+    monkeypatch.setattr("idaa_lib.train_ssl", lambda c: calls.append(c) or Run(Path("ssl/tiny-1")))
+    names = {"run": "tiny", "device": "cpu"}
+    exec(source, names)
+    (config,) = calls
+    assert (config.stem, config.preset, config.device) == ("imagenet", "demo", "cpu")
+    assert names["run"] == Run(Path("ssl/tiny-1")).reference
 
 
 @pytest.mark.xdist_group("photos")

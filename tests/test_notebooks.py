@@ -52,7 +52,7 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     execute("03_train_ssl", SMALL | {"adversary": "idaa"}, tmp_path)
     (ssl,) = runs.find("ssl")
     assert ssl.config.vae == vae.id
-    assert figures(ssl) == {"curves.png", "collapse.png"}
+    assert figures(ssl) == {"views.png", "curves.png", "collapse.png"}
 
     execute("02_decompose", {"images": 3}, tmp_path)
     assert {"decomposition.png", "idaa_and_clae.png", "where.png", "spectra.png"} <= figures(vae)

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import stats
 from skimage.color import rgb2lab
 
+from idaa_lib.evaluate.metrics import embedding_std
 from idaa_lib.lab import pictures, plots, style
 from idaa_lib.runs import Run
 
@@ -318,3 +319,14 @@ def test_a_log_axis_keeps_its_powers(tmp_path):
     plots.save(figure, tmp_path / "figure.png")
     plots.save(figure, tmp_path / "figure.png")
     assert "mathdefault" not in re.sub("<!--.*?-->", "", style.svg(figure), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_a_test_split_of_a_few_images_has_its_figures(n):
+    features, labels = torch.randn(n, 8), torch.zeros(n, dtype=torch.int64)
+    images, classes = torch.zeros(n, 3, 8, 8, dtype=torch.uint8), ("cat", "dog")
+    points = plots.embedding_map(features, labels, classes).axes[0].collections[0].get_offsets()
+    assert points.shape == (n, 2) and np.isfinite(points).all()
+    assert len(plots.neighbours(features, images, labels, [0], classes).axes) == n
+    assert plots.confusion(labels, labels, classes).axes
+    assert embedding_std(features[:1]) == 0

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from detect import DetectionConfig
+from papermill import inspect_notebook
 
 from idaa_lib.configs import (
     CompareConfig,
@@ -131,26 +133,74 @@ def test_a_notebook_is_stripped_and_named_for_any_kernel(path):
             assert cell["execution_count"] is None
 
 
-@pytest.mark.parametrize(
-    "path",
-    [p for p in NOTEBOOKS if p.stem not in ("00_start_here", "13_report")],
-    ids=lambda p: p.stem,
-)  # fmt: skip - which have none
-def test_a_notebook_s_parameters_are_the_fields_of_its_configuration(path):
-    config = CONFIGS[path.stem]
-    cells = json.loads(path.read_text())["cells"]
+def cells_of(stem):
+    return json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def recipe_values(config, name):
+    """What stands in [] behind a parameter: its value by each recipe that is meant for all."""
+    presets: dict[str, list[str]] = {}
+    for preset in ("demo", "cifar10", "paper"):
+        if (config.recipes / f"{preset}.toml").exists():
+            value = getattr(config(preset=preset), name)
+            parts = value if isinstance(value, tuple) else ("all" if value is None else value,)
+            text = ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in parts)
+            presets.setdefault(text, []).append(preset)
+    each = ["/".join(names) + ": " + text for text, names in presets.items()]
+    return "; ".join(each) if len(each) > 1 else text
+
+
+@pytest.mark.parametrize("stem", CONFIGS)
+def test_a_notebook_s_parameters_are_few_and_papermill_explains_each(stem):
+    """At most 20, which give the configuration's own defaults; each has a type, a meaning and the
+    recipes' values. Fields that are not among them stand in a table of the notebook."""
+    config, cells = CONFIGS[stem], cells_of(stem)
     (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    source = "".join(cell["source"])
+    source, names = "".join(cell["source"]), dict[str, Any]()
     assert source.startswith("# Parameters: ")  # how `from_notebook` knows it
-    names: dict = {}
     exec(source, names)
-    del names["__builtins__"]
-    if path.stem == OWN:  # some of the fields, and the knobs that its own file registers
+    names = {k: v for k, v in names.items() if not k.startswith("__")}
+    assert len(names) <= 20
+    help = inspect_notebook(ROOT / "notebooks" / f"{stem}.ipynb")  # what --help-notebook prints
+    assert help.keys() == names.keys()
+    for name, about in help.items():
+        kind, (text, _, values) = about["inferred_type_name"], about["help"].partition(" [")
+        assert kind != "None" and len(text) > 5, name
+        if names[name] is None and getattr(config(), name, None) not in (None, "", (), {}):
+            assert kind == "dict" or values == recipe_values(config, name) + "]", name
+    if stem == OWN:  # the knobs that its own file registers are there too
         names = {k: v for k, v in names.items() if k in config.model_fields}
         assert config(**names | {"method": "simclr", "adversary": "idaa"}).limit == names["limit"]
         return
-    assert names.keys() == config.model_fields.keys()
     assert config(**names) == config()
+    table = f"{config.__name__}.fields()" in "".join("".join(c["source"]) for c in cells)
+    assert table or names.keys() == config.model_fields.keys()
+
+
+@pytest.mark.parametrize("stem", CONFIGS)
+def test_a_notebook_says_what_it_computes_as_a_formula(stem):
+    texts = ["".join(c["source"]) for c in cells_of(stem) if c["cell_type"] == "markdown"]
+    formulas = re.findall(r"(?s)\n\n\$\$(.+?)\$\$", "\n".join(texts))
+    assert formulas
+    assert all(text.count("{") == text.count("}") for text in formulas)
+    assert all(text.count("$") % 2 == 0 for text in texts)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values()], ids=lambda config: config.stage)
+def test_each_field_and_knob_has_a_meaning(config):
+    rows = config.fields()
+    assert {row["name"] for row in rows} >= config.model_fields.keys()
+    assert [row["name"] for row in rows if len(row["meaning"]) < 8] == []
+
+
+def test_make_lab_opens_the_first_notebook_without_news():
+    command = ["make", "-n", "--no-print-directory", "lab", f"ENV={sys.prefix}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb" in done.stdout
+    assert f'JUPYTER_CONFIG_PATH="{ROOT}/notebooks' in done.stdout
+    path = ROOT / "notebooks" / "labconfig" / "default_setting_overrides.json"
+    (notification,) = json.loads(path.read_text()).values()
+    assert notification["fetchNews"] == "false"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

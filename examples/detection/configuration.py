@@ -26,7 +26,8 @@ class DetectionConfig(Config):
         warmup: steps of linear warm-up. batch_size: images a step.
         learning_rate: None for 0.02 · batch_size / 16 in `paper` (linear scaling), 0.02 in `demo`.
         rois: regions sampled of each image (paper: 512).
-        log_every, checkpoint_every: steps. workers: processes that read images.
+        log_every: steps between two lines of the log. checkpoint_every: steps between two
+            checkpoints. workers: processes that read images.
         seed: of the heads' weights, batches, flips, sides and sampled regions.
     """
 

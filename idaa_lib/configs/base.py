@@ -21,7 +21,7 @@ from idaa_lib.registry import CHOICES
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch's generators take
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -52,6 +52,20 @@ class Values(BaseModel):
             raise ConfigError(_sentence(type(self), error)) from None
 
 
+def meanings(model: type[BaseModel]) -> dict[str, str]:
+    """Field → what it means: the sentences behind `field:` in the docstring of its class, or of a
+    base. Fields before one colon, as in `mean, std: …`, share them."""
+    texts: dict[str, str] = {}
+    name = f"(?:{'|'.join(model.model_fields)})"
+    heads = re.compile(rf"(?:^|(?<=[.):] ))({name}(?:, {name})*): ")
+    for kind in reversed(model.__mro__):
+        about = " ".join((vars(kind).get("__doc__") or "").partition("Raises:")[0].split())
+        _, *parts = heads.split(about)
+        for head, text in zip(parts[::2], parts[1::2], strict=True):
+            texts |= dict.fromkeys(head.split(", "), text.strip())
+    return texts
+
+
 class Options(Values):
     """The knobs of one method or one adversary: annotated fields with defaults, as in `power: float
     = 1.0`, with a range `Annotated[float, Field(ge=0)]` (pydantic's). Their names must not be those
@@ -62,8 +76,11 @@ class Config(Values):
     """What all stages share. Build it with keyword arguments; see the subclasses for the fields.
 
     A name is looked up in the stage's fields, then in the knobs (`Options`) of the chosen method,
-    then of the chosen adversary; all of them are attributes of the configuration. Fields that are
-    left out or None take the value of the recipe `preset` (a name, or the path of a TOML file).
+    then of the chosen adversary; all of them are attributes of the configuration.
+
+    Fields:
+        preset: the recipe, by its name or the path of a TOML file, whose values fields take that
+            are left out or None. device: auto, cpu, cuda or mps.
 
     Raises:
         ConfigError: one sentence naming the field, the value and what is allowed.
@@ -187,15 +204,30 @@ class Config(Values):
 
     @classmethod
     def _closest(cls, name: str) -> str:
-        names = [*cls.model_fields, *(row["knob"] for row in cls.knobs())]
-        near = get_close_matches(name, names, n=1)
+        near = get_close_matches(name, cls._names(), n=1)
         return f"; did you mean {near[0]!r}" if near else ""
 
     @classmethod
+    def _names(cls) -> list[str]:
+        return [row["name"] for row in cls.fields()]
+
+    @classmethod
+    def fields(cls) -> list[dict[str, Any]]:
+        """A row for each name that a configuration of the stage may set: its fields, then its
+        knobs. Each has the default (None: the recipe's) and what the name means."""
+        own, texts = cls.model_fields.items(), meanings(cls)
+        rows = [
+            {"name": name, "of": "all", "default": field.default, "meaning": texts.get(name, "")}
+            for name, field in own
+        ]
+        return rows + [{"name": row.pop("knob")} | row for row in cls.knobs()]
+
+    @classmethod
     def knobs(cls) -> list[dict[str, Any]]:
-        """A row for each knob of each registered choice: its name, what it is of, its default."""
+        """A row for each knob of each registered choice: of what it is, its default and meaning."""
         return [
             {"knob": name, "of": f"{choice} = {value}", "default": field.default}
+            | {"meaning": meanings(kind.Options).get(name, "")}
             for choice in cls.choices
             for value, kind in cls.registered(choice).items()
             for name, field in kind.Options.model_fields.items()
@@ -248,7 +280,7 @@ class Config(Values):
         train with the default. The names assigned in the kernel's parameter cells (their first
         line starts with `# Parameters`, as papermill's own does) are checked here instead; names
         that later cells assigned are no parameters, so running the cell again still works. In a
-        script, or without such a cell, each name that is a knob counts.
+        script, or without such a cell, each name that is a field or a knob counts.
         """
         cells = [cell for cell in names.get("In", []) if cell.startswith("# Parameters")]
         latest = {cell.partition("\n")[0]: cell for cell in cells}  # of a cell that ran again
@@ -263,8 +295,8 @@ class Config(Values):
                     f"are {', '.join(cls.model_fields)}{also if cls.choices else ''}."
                 )
         if not cells:
-            parameters = [row["knob"] for row in cls.knobs()]
-        return cls(**{n: names[n] for n in (*cls.model_fields, *parameters) if n in names})
+            parameters = cls._names()
+        return cls(**{name: names[name] for name in parameters if name in names})
 
     def changed(self) -> dict[str, Any]:
         """The names whose values differ from what the recipe gives beside `principal` ones."""
@@ -294,9 +326,11 @@ class Config(Values):
         return iter(self)
 
     def _repr_html_(self) -> str:
-        """For notebooks: what differs from the recipe, and all values behind a click."""
+        """For notebooks: what differs from the recipe; behind a click all values and meanings."""
         changes = ", ".join(f"{name} = {value}" for name, value in self.changed().items())
-        rows = "".join(f"<tr><td>{k}</td><td>{html.escape(str(v))}</td></tr>" for k, v in self)
+        texts = {k: v for model in (self, *self._options) for k, v in meanings(type(model)).items()}
+        lines = ((k, html.escape(str(v)), html.escape(texts.get(k, ""))) for k, v in self)
+        rows = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in lines)
         return (
             f"<details><summary>{type(self).__name__}, preset {html.escape(self.preset)}"
             f"{': ' + html.escape(changes) if changes else ''}</summary><table>{rows}</table>"
@@ -304,32 +338,43 @@ class Config(Values):
         )
 
 
-WORDS = {"": None, "none": None, "null": None, "true": True, "false": False}
+WORDS = {"none": None, "true": True, "yes": True, "on": True, "false": False, "no": False}
+WORDS |= {"off": False}
 
 
 def read(model: type[BaseModel], name: str, value: Any) -> Any:
-    """A value as meant: papermill and YAML send '8/255', '1e-3', '32 64' and 'true' as text."""
+    """A value as meant. Shells send text, papermill and YAML make of some of it a number, a list or
+    None: one spelling means the same by all three ('8/255', 1e2, '[32 64]', 'null', 'true')."""
     field = model.model_fields.get(name)
-    kinds = _kinds(field.annotation) if field else {object}
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    return _read(field.annotation, value) if field else value
+
+
+def _read(annotation: Any, value: Any) -> Any:
+    kinds, text = _kinds(annotation), isinstance(value, str)
+    word = value.strip() if text else ""
+    empty = not word and (types.NoneType in kinds or not kinds & {str, tuple, dict})
+    none = {"none"} if types.NoneType in kinds else set()  # else it may be a name: no adversary
+    if text and (empty or word == "None" or word.lower() in {"null", *none}):
+        return None
     if tuple in kinds:
-        # "" is an empty list, and "none" the name of an adversary.
-        return None if value == "None" else _list(value)
-    number = int in kinds and isinstance(value, str) and value.strip().isdecimal()
-    if str in kinds and not number:  # a run named 2024 comes as a number
-        return str(value) if whole and kinds <= {str, types.NoneType} else value
-    if float in kinds and whole:
-        return float(value)
-    if not isinstance(value, str):
-        return value
+        parts, item = _list(value), _item(annotation)
+        return tuple(_read(item, part) for part in parts) if isinstance(parts, tuple) else parts
     if dict in kinds:
         with contextlib.suppress(ValueError):
-            return json.loads(value)
+            return json.loads(value) if text else value
         return _pairs(value)
-    if value.strip().lower() in WORDS:
-        return WORDS[value.strip().lower()]
-    with contextlib.suppress(ValueError, ZeroDivisionError):
-        return _number(value)
+    if text and str in kinds and int not in kinds:
+        return value
+    if text:
+        value = _number(WORDS.get(word.lower(), value))
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and not kinds & {int, float}:  # a run named 2024
+        return str(value) if str in kinds else value
+    with contextlib.suppress(OverflowError):
+        if whole and float in kinds:
+            return float(value)
+    if isinstance(value, float) and int in kinds and value.is_integer():  # 1e2
+        return int(value)
     return value
 
 
@@ -345,18 +390,27 @@ def _kinds(annotation: Any) -> set[type]:
     return {origin or annotation}
 
 
-def _number(text: str) -> int | float:
-    number = Fraction(text)  # exact: a float holds 53 bits
-    return int(number) if number.denominator == 1 else float(number)
+def _item(annotation: Any) -> Any:
+    """What a list's annotation says of its items: int of `tuple[int, ...] | None`."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple:
+        return parts[0]
+    return next((item for part in parts if (item := _item(part)) is not None), None)
+
+
+def _number(value: Any) -> Any:
+    """The number that a text stands for, else the value itself."""
+    for kind in (int, float, lambda text: float(Fraction(text))):
+        with contextlib.suppress(ValueError, ArithmeticError):
+            return kind(value) if isinstance(value, str) else value
+    return value
 
 
 def _list(value: Any) -> Any:
     """A list as a tuple; so are '0.03, 8/255' and 0.1, as papermill sends lists."""
     if isinstance(value, str):
-        value = re.split(r"[,\s]+", value.strip("()[], "))
-        value = [part.strip("'\"") for part in value if part]
-        with contextlib.suppress(ValueError, ZeroDivisionError):
-            return tuple(map(_number, value))
+        parts = re.split(r"[,\s]+", value.strip("()[], "))
+        return tuple(part.strip("'\"") for part in parts if part)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (value,)
     return tuple(value) if isinstance(value, list | tuple) else value
@@ -371,9 +425,7 @@ def _pairs(text: str) -> dict[str, Any] | str:
     pairs = [part.partition("=") for part in re.split(r"[,\s]+", text.strip()) if part]
     if not all(equals for _, equals, _ in pairs):
         return text
-    with contextlib.suppress(ValueError, ZeroDivisionError):
-        return {name: _number(number) for name, _, number in pairs}
-    return text
+    return {name: _number(value) for name, _, value in pairs}
 
 
 # What pydantic says in words of its own, by the type of its error.
@@ -383,6 +435,8 @@ RULES = {
     "float_type": "a number (8/255 will do)",
     "too_short": "one value or more",
     "dict_type": "pairs of name and value, as 'crop=0.5, color=0.5'",
+    "bool_type": "True or False",
+    "string_type": "text (papermill's -r keeps as text what looks like a number)",
 }
 
 

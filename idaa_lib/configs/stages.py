@@ -32,14 +32,14 @@ class EvalConfig(Config):
     Fields:
         run: id or path of an SSL run (None: the newest finished one).
         dataset: None for the one that the run was trained on (of `stl10-all` its labelled images,
-            `stl10`); limit: of the images of each split.
+            `stl10`). limit: at most so many images of each split.
         classes: as in a training (None: the run's, where the dataset is its own).
         protocol: `clean` (penalty chosen on validation, all test images, test read once) or
             `official` (the published one of the run's method: its layers, τ and batch size, best
             test epoch of the linear classifier, partial batches dropped, and of a run with
             `keep_every` the best kept epoch on test; of IP-IRM, of RSA and of SimSiam's ImageNet
             pairing a classifier trained on fresh random views, without references).
-        k: neighbours of kNN (capped by the size of the bank). temperature: its τ (`clean`).
+        k: neighbours of kNN (capped by the size of the bank). temperature: τ of kNN (`clean`).
         precision: of the encoding: fp32, bf16, or auto (bf16 where it is native).
         references: also judge the encoder before training and raw pixels, as rows to stand beside.
         seed: of the official protocol's classifier.
@@ -73,10 +73,11 @@ class DecomposeConfig(Config):
         vae: id or path of a VAE run (None: the newest finished one).
         run: id or path of the SSL run whose encoder is attacked (None: the newest on the same
             images and size, an untrained encoder where there is none; `untrained`: that one).
-        dataset: None for the VAE's own. split, images: which part of it, and how many images are
-            attacked together and judged (pictures show the first of them).
-        only: of one class. indices: these come first. own: image file that comes before all.
-        epsilon: the largest radius, in units of z. norm, steps: of the attack.
+        dataset: None for the VAE's own. split: which part of it. images: how many are attacked
+            together and judged (pictures show the first of them).
+        only: images of this class alone. indices: these images come first. own: image file that
+            comes before all.
+        epsilon: the largest radius, in units of z. norm: of the attack. steps: of the attack.
         seed: which images, where they are not named, and the random signs.
     """
 
@@ -106,8 +107,8 @@ class TheoryConfig(Config):
         dataset: None for the VAE's own. split: which part of it the images come from.
         images: N, as many candidates; the most that an observer can know is log N.
         limit: labelled training images of the class probes.
-        augmentation: recipe of the candidates, which are other views of the same images: `mild`
-            (crops of 80 % and more, weak colours), or one that encoders are trained with.
+        augmentation: recipe of the candidates, other views of the same images. It is `mild` (crops
+            of 80 % and more, weak colours), or one that encoders are trained with.
         epsilons: radii, in units of z for IDAA and random sign, of normalised pixels for CLAE.
         seed: which images, their views, the signs and the noise.
     """
@@ -136,15 +137,15 @@ class TransferConfig(Config):
         run: id or path of an SSL run (None: the newest finished one).
         datasets: names, or paths of folders or zips (None: the one that the run was trained on);
             docs/transfer-data.md says how to lay out those that nobody can download for you.
-        limit: of the images of each split, of each data set.
+        limit: at most so many images of each split, of each data set.
         size: pixels a side (None: what the run was trained at; 224 where its stem is ImageNet's).
         precision: of the encoding: fp32, bf16, or auto (bf16 where it is native).
-        iterations, tolerance: at which the L-BFGS of each of the 45 penalties ends; below 1e-7 it
-            works in float64 (AugSelf's and CASSLE's own: 5000, 1e-10).
+        iterations: of the L-BFGS of each of the 45 penalties, at most. tolerance: at which it ends;
+            below 1e-7 it works in float64 (AugSelf's and CASSLE's own: 5000 and 1e-10).
         penalize_bias: AugSelf's and CASSLE's penalty, which counts the bias; its 45 strengths are
             then tried from the weakest on (docs/spec/siblings.md §1.7).
         fractions: shares of the training labels for the few-label probes. draws: of those labels.
-        ways, shots, queries: classes of an episode, labelled images and test images of each.
+        ways: classes of an episode. shots: labelled images of each. queries: test images of each.
         episodes: of each number of shots. few_shot: `centroid` or `ridge`.
         references: also judge the encoder before training, as rows to stand beside.
         seed: of the drawn labels and of the episodes.
@@ -181,8 +182,8 @@ class TransferConfig(Config):
     @classmethod
     def _read(cls, name: str, value: Any) -> Any:
         if name == "datasets" and isinstance(value, str):  # a path may hold spaces
-            parts = (part.strip(" '\"") for part in value.strip("()[] ").split(","))
-            return tuple(part for part in parts if part)
+            parts = [part.strip(" '\"") for part in value.strip("()[] ").split(",")]
+            value = parts[0] if parts in (["None"], ["null"]) else [part for part in parts if part]
         return super()._read(name, value)
 
 
@@ -193,8 +194,8 @@ class _Study(Config):
         dataset: of every run of the study.
         seeds: each gives a run; several give error bars.
         jobs: notebooks that run at a time; they share the processor's threads.
-        vae, ssl, eval: further fields of the three stages, as a dict or as JSON text; not those
-            that the study sets itself.
+        vae, ssl, eval: further fields of that stage, as a dict or as JSON text; not those that the
+            study sets itself.
     """
 
     sets: ClassVar[frozenset[str]]  # fields of SSLConfig that the study sets itself
@@ -256,7 +257,7 @@ class CompareConfig(_Study):
     """The paper's main table: method × adversary, kNN and linear (notebook 06).
 
     Fields (besides those of every study):
-        methods, adversaries: the table's rows: registered methods, or names in `systems`.
+        methods: the table's rows, registered methods or names in `systems`. adversaries: of each.
         launch: make what is missing; else the table is of the finished runs alone.
         elsewhere: another data set, a row more for each method: IDAA with a VAE that was trained
             there (does what it holds transfer?).

@@ -39,9 +39,9 @@ class TrainingConfig(Config):
             papers crop the originals: 96 for STL-10, 256 or more for photographs at 224.
         split: `train` (a validation part held out) or `trainval` (all, as the papers do).
         mean, std: that images are normalised with, per channel in [0, 1] (None: the data set's).
-        epochs, batch_size (global, over all processes), learning_rate (at its highest).
-        optimizer, schedule, warmup (epochs, at most a tenth of all), weight_decay: as in
-            `methods.schedules`.
+        epochs: passes over the images. batch_size: images a step, of all processes together.
+        learning_rate: at its highest. warmup: epochs of a rising rate. weight_decay: of weights.
+        optimizer, schedule: by name, as in `methods.schedules`.
         augmentation: recipe of random views: simclr, simsiam, normal, byol, cassle, ipirm, rsa or
             none.
         precision: fp32 (on a GPU without TF32), bf16, or auto (bf16 where it is native).
@@ -51,7 +51,7 @@ class TrainingConfig(Config):
         checkpoint_every: epochs between two checkpoints (the last two are kept).
         tracker: none, tensorboard, wandb, mlflow.
         continue_from: a finished run of the same shape to start from, as a run of its own.
-        device: auto, cpu, cuda, mps. seed: of initial weights, batches, views and noise.
+        seed: of initial weights, batches, views and noise.
     """
 
     circumstances = Config.circumstances | {"compile", "log_every", "checkpoint_every", "precision"}
@@ -166,7 +166,7 @@ class EncoderConfig(TrainingConfig):
 
     Fields (besides those of every training stage):
         method, adversary: registered names. The knobs of each are its `Options`: flat names too.
-        backbone: a registered backbone; width: channels of its first stage. stem: `cifar` (3×3),
+        backbone: a registered backbone. width: channels of its first stage. stem: `cifar` (3×3),
             `mini` (3×3 and max-pooling) or `imagenet` (7×7 and max-pooling).
     """
 
@@ -209,8 +209,9 @@ class SSLConfig(EncoderConfig):
 class SemiConfig(EncoderConfig):
     """Semi-supervised training of a classifier by FixMatch (docs/spec/idaa.md §2, §5).
 
-    Fields: those of every training of an encoder (width: 16·k of WRN-28-k; batch_size: labelled
-    images a step), and FixMatch's knobs.
+    Fields (besides those of every training of an encoder, and FixMatch's knobs):
+        width: channels of the first stage, 16·k of WRN-28-k. batch_size: labelled images a step.
+        epochs: passes over the unlabelled images, or of `steps_per_epoch` steps.
     """
 
     stage = "semi"

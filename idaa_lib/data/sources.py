@@ -231,9 +231,11 @@ def find_source(
             return kind(path, name, classes)
     if source in FOLDERS:
         raise FileNotFoundError(f"{source} is not in {places[1]}: put it there as {LAYOUT} says")
+    digits = " (papermill -p reads 2024_01 as 202401: give such a name with -r)"
     raise FileNotFoundError(
         f"source={str(source)!r} is no known data set, and neither {places[0]} nor {places[1]} is "
-        f"there: give the path of a folder or zip of images, or one of {', '.join(NAMES)}"
+        f"there{digits if str(source).isdecimal() else ''}: give the path of a folder or zip of "
+        f"images, or one of {', '.join(NAMES)}"
     )
 
 

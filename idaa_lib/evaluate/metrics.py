@@ -104,6 +104,8 @@ def embedding_std(features: Tensor) -> Tensor:
     1 on a full sphere, 0 in a collapse to a point (Chen & He 2021, arXiv:2011.10566, Fig. 2).
     """
     z = F.normalize(features.float(), dim=1)
+    if len(z) < 2:
+        return z.new_zeros(())
     return z.std(0).mean() * z.shape[1] ** 0.5
 
 

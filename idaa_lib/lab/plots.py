@@ -208,9 +208,11 @@ def embedding_map(features: Tensor, labels: Tensor, classes: Sequence[str]) -> F
     from sklearn.manifold import TSNE
 
     n, d = features.shape
-    flat = PCA(min(50, n, d), random_state=0).fit_transform(features.numpy())
-    perplexity = min(30, (n - 1) / 3)
-    place = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat)
+    place = np.zeros((n, 2))
+    if n > 1:  # one image has no neighbours
+        flat = PCA(min(50, n, d), random_state=0).fit_transform(features.numpy())
+        how: dict[str, Any] = dict(perplexity=min(30, (n - 1) / 3), init="pca", random_state=0)
+        place = TSNE(**how).fit_transform(flat)
     figure, axis = style.axes(figsize=(8, 5.4))
     colours = sns.color_palette("husl", len(classes)) if len(classes) > 7 else PALETTE
     for c, name in enumerate(classes):

@@ -38,7 +38,8 @@ from idaa_lib.views import View
 @register_method("byol")
 class BYOL(Conditioned):
     class Options(Conditioned.Options):
-        """momentum: τ of the moving average at the start, in [0, 1]."""
+        """projection_dim: D of the embeddings. momentum: τ of the moving average at the start, in
+        [0, 1]."""
 
         projection_dim: Positive = 256
         momentum: Share = 0.99

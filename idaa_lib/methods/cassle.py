@@ -88,8 +88,9 @@ class Conditioned(Method):
 
     class Options(configs.Options):
         """condition: what of a view's parameters the projector is given, of blur, color,
-        color_diff, crop, flip and grayscale; empty: nothing. injection: how; `hypernetwork` is a
-        toy. gamma: γ is an MLP of gamma_depth layers and gamma_width, or the parameters `raw`.
+        color_diff, crop, flip and grayscale; empty: nothing. injection: how it is given;
+        `hypernetwork` is a toy. gamma: γ is an MLP, or the parameters `raw`. gamma_depth,
+        gamma_width: layers of the MLP and their width.
         augself: weights of AugSelf's heads, as in "crop=0.5, color=0.5". heads: the method's `own`,
         or those of AugSelf's code (`augself`) with its initial weights and scale of the loss
         (§1.4): the default where there is a condition or augself."""

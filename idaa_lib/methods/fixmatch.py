@@ -108,7 +108,7 @@ class FixMatch(Method):
             of strong views; 0 is training on the labels alone.
         ema_decay: of the averaged weights; BatchNorm's statistics move by 1 − ema_decay a step.
         contrast: what x′ of a weak view is held to: `infonce`, the features of its view among those
-            of the batch, at `temperature`; `ce`, its pseudo-label.
+            of the batch; `ce`, its pseudo-label. temperature: τ of `infonce`.
         """
 
         labels_per_class: Positive = 25

@@ -59,13 +59,14 @@ VIEWS, START, SHARES = 11, 13, 15  # streams of a maximisation's random numbers
 @register_method("ipirm")
 class IPIRM(SimCLR):
     class Options(SimCLR.Options):
-        """env_num: K. maximize_iter: epochs between two partitions. penalty_weight: λ₁;
-        irm_weight_maxim: λ₂ of the maximisation. irm_temp: T of both penalties. constrain: balance
-        of the subsets. retain_group: keep `all` partitions, `one`, or the last n. keep_cont: add
-        L_all. random_init: scores start at random, not at the partition before. offline: views are
-        embedded once a maximisation, not once an epoch of it. nonorm: sums over 2n. dummy: §2.2.
-        mixup: first views are mixed; mixup_max: in the maximisation too (§2.4). baseline: L_all
-        alone; debiased: τ⁺ of DCL's loss for it (§2.6)."""
+        """env_num: K, subsets of a partition. maximize_iter: epochs between two partitions.
+        penalty_weight: λ₁, of the minimisation. irm_weight_maxim: λ₂ of the maximisation. irm_temp:
+        T of both penalties. constrain: balance of the subsets. retain_group: keep `all` partitions,
+        `one`, or the last n. keep_cont: add L_all to the loss. random_init: scores start at random,
+        not at the partition before. offline: views are embedded once a maximisation, not once an
+        epoch of it. nonorm: sums over 2n, not means. dummy: scale of the penalty (§2.2). mixup:
+        first views are mixed. mixup_max: in the maximisation too (§2.4). baseline: L_all alone.
+        debiased: τ⁺ of DCL's loss for the baseline (§2.6)."""
 
         own_heads_alone = True
         projection_dim: Positive = 128

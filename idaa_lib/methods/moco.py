@@ -52,9 +52,9 @@ class MoCo(Conditioned):
     """First view: query; second view: key, of an encoder that follows the query's."""
 
     class Options(Conditioned.Options):
-        """queue: embeddings that are held: keys, or by queue_source the queries, as CASSLE's and
-        AugSelf's code has it (a fault: spec/siblings.md §1.8). momentum: of the moving average, in
-        [0, 1]."""
+        """projection_dim: D of the embeddings. temperature: τ of the loss. queue: how many
+        embeddings are held. queue_source: which, keys, or queries as CASSLE's and AugSelf's code
+        has it (a fault: spec/siblings.md §1.8). momentum: of the moving average, in [0, 1]."""
 
         projection_dim: Positive = 128
         temperature: Rate = 0.1

@@ -35,6 +35,8 @@ class Plain(Contrastive):
     """
 
     class Options(Contrastive.Options):
+        """temperature: τ of the loss."""
+
         projection_dim: Positive = 128
         temperature: Rate = 0.1
 

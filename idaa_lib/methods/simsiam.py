@@ -45,9 +45,10 @@ class SimSiam(Conditioned):
     """The attack starts at its own anchor, but a predictor lies between: its gradient is not 0."""
 
     class Options(Conditioned.Options):
-        """pairing: as IDAA's authors developed it for CIFAR, or for ImageNet. heads: of `augself`
-        the projector has 3 layers where pairing is `imagenet`, else 2; the loss is the mean, and
-        the predictor's rate constant, with both."""
+        """projection_dim: D of the embeddings. pairing: as IDAA's authors developed it for CIFAR,
+        or for ImageNet. heads: `own`, or those of AugSelf's code (`augself`), where the projector
+        has 3 layers if pairing is `imagenet`, else 2; the loss is the mean, and the predictor's
+        rate constant, with both."""
 
         projection_dim: Positive = 2048
         pairing: Literal["cifar", "imagenet"] = "cifar"
