@@ -154,8 +154,9 @@ def key_figures(run: Run) -> list[dict[str, Any]]:
     return linear if run.stage == "transfer" else own
 
 
-def headline(figures: Sequence[dict[str, Any]], text: str = "{value:.1f} {unit}") -> str:
-    """The first of a run's key figures in a line, such as `kNN 41.3 %, linear 44.0 %, test`."""
+def headline(figures: Sequence[dict[str, Any]]) -> str:
+    """The first of a run's key figures in a line, such as `kNN 41.3 %, linear 44.0 %, test`; where
+    one has a `text`, that stands for its value."""
     if not figures:
         return ""
     first, count = figures[0], 2
@@ -163,7 +164,14 @@ def headline(figures: Sequence[dict[str, Any]], text: str = "{value:.1f} {unit}"
     if "dataset" in first:  # a transfer
         more, count = len(figures) - 1, 1
         where = f" on {first['dataset']}, test" + (f"; {more} more data sets" if more else "")
-    return ", ".join(f"{f['metric']} {text.format(**f)}" for f in figures[:count]) + where
+    texts = [f.get("text") or number_text(f["value"], f["unit"]) for f in figures]
+    named = [f"{f['metric']} {t} {f['unit']}" for f, t in zip(figures, texts, strict=True)]
+    return ", ".join(named[:count]) + where
+
+
+def number_text(value: float, unit: str) -> str:
+    """A percentage with one decimal, any other value with three digits."""
+    return f"{value:.1f}" if unit == "%" else f"{value:.3g}"
 
 
 # --- views ----------------------------------------------------------------------------------------

@@ -44,7 +44,6 @@ class Row(NamedTuple):
     figures: list[dict[str, Any]]  # `results.key_figures`
     family: str  # what it has in common with runs of other seeds
     training: str  # id of the training that an evaluation judges
-    tags: list[str]
     progress: str  # of a run under way
     size: int  # bytes
     stamps: tuple[int, ...]  # of the files that it is made from
@@ -58,7 +57,7 @@ def row_of(run: Run) -> Row:
     try:
         config, look, method, adversary = run.config, process.look(run), "–", "–"
         hidden = HIDDEN | config.circumstances
-        changed = {k: v for k, v in config.changed().items() if k not in hidden}
+        changed = {k: v for k, v in config.changed().items() if k not in hidden and v != ""}
         if "beta" in changed:  # which says the same
             changed.pop("kappa", None)
         judged = Path(config.run or "").name if run.stage in results.JUDGING else ""
@@ -81,16 +80,16 @@ def row_of(run: Run) -> Row:
             "data": Path(config.dataset or getattr(about, "dataset", "–")).name,
             "method": method, "adversary": adversary,
             "differs from preset": ", ".join(differs), "seed": str(config.seed),
-            "result": look.reason or results.headline(figures), "tags": ", ".join(tags := run.tags),
+            "result": look.reason or results.headline(figures), "tags": ", ".join(run.tags),
         }  # fmt: skip
         if state == "going":
             texts["state"] = f"{SIGNS[state]} {look.word}"
             progress += f", {clock(look.state.get('seconds_left'))} left"
         family = json.dumps([run.stage, images, fields], sort_keys=True)
-        return Row(state, texts, figures, family, judged, tags, progress, size, stamps)
+        return Row(state, texts, figures, family, judged, progress, size, stamps)
     except results.DAMAGE as error:
         texts |= {"state": f"{SIGNS[DAMAGED]} {DAMAGED}", "result": str(error)}
-        return Row(DAMAGED, texts, [], run.id, "", [], "", size, stamps)
+        return Row(DAMAGED, texts, [], run.id, "", "", size, stamps)
 
 
 def stamp(run: Run) -> tuple[int, ...]:
@@ -125,11 +124,12 @@ def tabulate(rows: Mapping[Run, Row], means: bool) -> tuple[pd.DataFrame, list[l
     lines, members = [], [*families.values()]
     for group in members:
         mine = [rows[run] for run in group]
-        line = {name: _join(row.texts.get(name, "") for row in mine) for name in COLUMNS}
+        line = {name: join(row.texts.get(name, "") for row in mine) for name in COLUMNS}
         if len(mine) > 1:
             states = Counter(row.state for row in mine)
             line["state"] = ", ".join(f"{SIGNS[s]} {n} {s}" for s, n in states.items())
-            line["result"] = results.headline(_means(mine), "{text} {unit}") or line["result"]
+            line["result"] = results.headline(_means(mine)) or line["result"]
+            line["started"] = max(row.texts["started"] for row in mine)
             line["seed"] = ", ".join(sorted({row.texts.get("seed", "") for row in mine}, key=int))
         figures = [tests.get(run.id, {}) for run in group]
         for column in TESTS.values():
@@ -157,17 +157,21 @@ def _means(mine: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _write(figures: Sequence[Mapping[str, Any]]) -> str:
     """`41.3 [36.0, 46.2]`: of one its interval over test images, of several Student's of their
-    mean."""
-    if not figures:
+    mean; nothing where their n or protocol differ."""
+    if len({(figure.get("n"), figure.get("protocol")) for figure in figures}) != 1:
         return ""
     values = [figure["value"] for figure in figures]
     own: Any = [figures[0].get(end) for end in ("value", "low", "high")]
-    value, low, high = student_interval(values) if len(values) > 1 else own
-    return f"{value:.1f}" if low is None else f"{value:.1f} [{low:.1f}, {high:.1f}]"
+    ends = student_interval(values) if len(values) > 1 else own
+    texts = [results.number_text(x, figures[0]["unit"]) for x in ends if x is not None]
+    return texts[0] if len(texts) == 1 else f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
-def _join(texts: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(filter(None, texts)))
+def join(texts: Iterable[str]) -> str:
+    """Each different text once; of texts that differ each of their parts."""
+    unique = dict.fromkeys(filter(None, texts))
+    parts = dict.fromkeys(part for text in unique for part in text.split(", "))
+    return ", ".join(unique if len(unique) == 1 else parts)
 
 
 def _order(texts: pd.Series) -> pd.Categorical:
@@ -175,7 +179,3 @@ def _order(texts: pd.Series) -> pd.Categorical:
     present = {text for text in texts if text}
     order = sorted(present, key=lambda text: (float(text.replace(",", " ").split()[0]), text))
     return pd.Categorical(texts.where(texts != ""), order, ordered=True)
-
-
-def mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"

@@ -26,17 +26,19 @@ from idaa_lib.lab import plots, process, style
 from idaa_lib.lab.kernel import guarded
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import link, notebook_of
-from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIZE, TESTS, Row, mebibytes, row_of, stamp, tabulate
+from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIZE, TESTS, Row, join, row_of, stamp, tabulate
 from idaa_lib.runs import Run, RunError
 
 STYLE = (Path(__file__).parent / "runs.css").read_text(encoding="utf-8")
-# Columns that are there on request.
+RATED = [COLUMNS.index(name) for name in TESTS.values()]
+# Columns that are shown on request; the search is in what each row shows without it.
 ASIDE = [i for i, name in enumerate(COLUMNS) if "official" in name or name in (SIZE, "id")]
 # Options of DataTables and of itables.
 TABLE: dict[str, Any] = {
     "columnDefs": [
-        {"targets": [COLUMNS.index(name) for name in (*TESTS.values(), "seed")], "type": "num"},
-        {"targets": ASIDE, "visible": False},
+        {"targets": [*RATED, COLUMNS.index("seed")], "type": "num"},
+        {"targets": RATED, "orderSequence": ["desc", "asc"]},
+        {"targets": ASIDE, "visible": False, "searchable": False},
         *({"targets": i, "className": f"idaa-{name.split()[0]}"} for i, name in enumerate(COLUMNS)),
     ],
     "order": [[COLUMNS.index("started"), "desc"]],
@@ -47,11 +49,7 @@ TABLE: dict[str, Any] = {
         {"extend": "colvis", "text": "Columns", "align": "button-right", "background": False},
         {"extend": "csv", "text": "CSV", "title": None, "filename": "runs", "bom": True},
     ],
-    "language": {
-        "search": "Search", "searchPlaceholder": "such as: clae ε=0.3", "zeroRecords": "None fits.",
-        "info": "_START_ to _END_ of _TOTAL_", "infoEmpty": "", "infoFiltered": "(of _MAX_)",
-        "emptyTable": "None yet.", "select": {"rows": ""},
-    },
+    "language": {"searchPlaceholder": "such as: clae ε=0.3"},
     "select": {"style": "multi", "keys": True},
     "pageLength": 20,
     "stateSave": True,
@@ -108,9 +106,13 @@ class RunsPage:
         self.tags = _named(widgets.Text(placeholder="tags, with commas"), "tags")
         self.tag = self._button("tag", "Tag", self._tag)
         acts = self.open, self.watch, self.resume, self.delete, self.tags, self.tag
+        bars = _bar(self.chosen, *acts), self.confirm
+        if read_only:
+            for widget in (*bars, *acts, self.yes, self.no):
+                widget.close()  # so that no message of a browser reaches it
         parts = (
             widgets.HTML(f"<style>{STYLE}</style>"), _bar(self.means, again, self.head), self.table,
-            _bar(self.chosen, *(() if read_only else acts)), self.confirm,
+            *((self.chosen,) if read_only else bars),
             self.status, self.links, self.live, self.accuracy, self.diff, self.curves,
         )  # fmt: skip
         self.ui = widgets.VBox(parts)
@@ -138,7 +140,11 @@ class RunsPage:
     def refresh(self, redraw: bool = False) -> None:
         """Look at all run directories anew; `redraw` also what is shown of the chosen ones."""
         with self._lock:
-            present = {run: self._look(run) for run in runs.every()}
+            root = runs.outputs_root()  # not `runs.every`, whose order costs a look into each run
+            paths = (
+                path for stage in runs.CONFIGS for path in (root / stage).glob("*/config.json")
+            )
+            present = {run: self._look(run) for run in (Run(path.parent) for path in paths)}
             # A run keeps its line, so that a click that is on its way means what was clicked.
             old = {run: present.pop(run) for run in self._rows if run in present}
             before, self._rows = self._rows, old | present
@@ -186,8 +192,7 @@ class RunsPage:
             )
         rows = [row for row in self._rows.values() if row.state == "going"]
         names = [f"{row.texts['method']} {row.texts['run']}: {row.progress}" for row in rows]
-        more = f"; {len(rows) - 3} more" if len(rows) > 3 else ""
-        return html.escape(f"▶ {'; '.join(names[:3])}{more}") if rows else ""
+        return html.escape(f"▶ {'; '.join(names)}") if rows else ""
 
     # --- the chosen ones ----------------------------------------------------------------------
 
@@ -204,9 +209,7 @@ class RunsPage:
         self._unask()
         self.status.value = self.links.value = ""
         self._buttons()
-        rows = [self._rows[run] for run in self.picked]
-        tags = [tag for row in rows for tag in row.tags]
-        self.tags.value = ", ".join(dict.fromkeys(tags))
+        self.tags.value = join(self._rows[run].texts.get("tags", "") for run in self.picked)
         sound = [run for run in self.picked if self._rows[run].state != DAMAGED]
         stages = {s: [run for run in sound if run.stage == s] for s in runs.CONFIGS}
         groups = [group for group in stages.values() if group]
@@ -305,6 +308,10 @@ def _named(widget: Any, name: str) -> Any:
 
 def _bar(*children: widgets.Widget) -> widgets.HBox:
     return _named(widgets.HBox(children), "bar")
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
 
 
 def _many(n: int, thing: str) -> str:
