@@ -43,7 +43,7 @@ report: setup  ## Write outputs/report.html: results, curves and pictures on one
 app: setup  ## Serve the explorer and the runs as web pages without code (its address has the token)
 	@$(ALLOCATOR) JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PATH=$(CURDIR)/notebooks/app \
 		$(ENV)/bin/voila notebooks/app --template=idaa --classic_tree=True --strip_sources=True \
-		--show_tracebacks=True --VoilaConfiguration.allow_template_override=NO --token \
+		--VoilaConfiguration.allow_template_override=NO --token \
 		--Voila.ip=127.0.0.1 --no-browser --MappingKernelManager.cull_idle_timeout=600
 
 browser:  ## Install Chromium for the browser tests (Debian, Ubuntu)

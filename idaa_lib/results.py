@@ -143,18 +143,35 @@ def _figures(run: Run) -> Iterator[dict[str, Any]]:
             yield figure | {"metric": f"x found from {part}", "value": values["retrieved"]}
 
 
-def headline(run: Run) -> str:
-    """The key figures of a run in a line, such as `kNN 41.3 %, linear 44.0 %, test`."""
+def key_figures(run: Run) -> list[dict[str, Any]]:
+    """What a line has room for of a run: its encoder's own figures, on test images if there are
+    any, of a transfer the linear ones; of an evaluation with its `evaluation` protocol."""
     own = [figure for figure in _figures(run) if figure["features"] == "encoder"]
     own = [figure for figure in own if figure["split"] == "test"] or own
-    if run.stage == "transfer":
-        linear = [figure for figure in own if figure["metric"].startswith("linear")]
-        own, more = linear[:1], len(linear) - 1
-        where = f" on {own[0]['dataset']}, test" + (f"; {more} more data sets" if more else "")
-    else:
-        where = f", {own[0]['split']}" if own else ""
-        where += f", {run.config.protocol}" if run.stage == "eval" else ""
-    return ", ".join(f"{f['metric']} {f['value']:.1f} {f['unit']}" for f in own[:2]) + where
+    if run.stage == "eval":
+        own = [figure | {"evaluation": run.config.protocol} for figure in own]
+    linear = [figure for figure in own if figure["metric"].startswith("linear")]
+    return linear if run.stage == "transfer" else own
+
+
+def headline(figures: Sequence[dict[str, Any]]) -> str:
+    """The first of a run's key figures in a line, such as `kNN 41.3 %, linear 44.0 %, test`; where
+    one has a `text`, that stands for its value."""
+    if not figures:
+        return ""
+    first, count = figures[0], 2
+    where = f", {first['split']}" + (f", {first['evaluation']}" if "evaluation" in first else "")
+    if "dataset" in first:  # a transfer
+        more, count = len(figures) - 1, 1
+        where = f" on {first['dataset']}, test" + (f"; {more} more data sets" if more else "")
+    texts = [f.get("text") or number_text(f["value"], f["unit"]) for f in figures]
+    named = [f"{f['metric']} {t} {f['unit']}" for f, t in zip(figures, texts, strict=True)]
+    return ", ".join(named[:count]) + where
+
+
+def number_text(value: float, unit: str) -> str:
+    """A percentage with one decimal, any other value with three digits."""
+    return f"{value:.1f}" if unit == "%" else f"{value:.3g}"
 
 
 # --- views ----------------------------------------------------------------------------------------

@@ -546,12 +546,10 @@ def picture_all(outputs: Path) -> None:
             start = Notebook(context, server, "00_start_here")
             start.page.set_viewport_size(TALL)
             start.run_all()
-            start.page.locator(".idaa-runs-filter-stage select").select_option("ssl")
-            until(start.page, lambda: "eval" not in text_of(start.page, ".idaa-runs-table"), "ssl")
-            finished = start.page.locator(".idaa-runs-row", has_text="finished")
-            trained = finished.filter(has_text="SimCLR").filter(has_text="validation")
-            for row in trained.all()[:3]:
-                row.locator("input").check()
+            search = start.page.locator('.idaa-runs-table input[type="search"]')
+            search.fill("ssl finished SimCLR validation")
+            for row in start.page.locator(".idaa-runs-table tbody tr").all()[:3]:
+                row.click()
             chosen = start.page.get_by_text("3 runs chosen")
             until(start.page, chosen.count, "three runs chosen")
             names = start.page.locator(".idaa-runs-curves svg text", has_text="vae")

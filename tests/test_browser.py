@@ -19,6 +19,7 @@ import psutil
 import pytest
 from conftest import REQUIRED
 from PIL import Image
+from test_runs_page import made
 
 from idaa_lib import results, runs
 from idaa_lib.configs import DecomposeConfig, SSLConfig, VAEConfig
@@ -238,18 +239,25 @@ def test_without_a_trained_run_it_says_what_to_run_first(context, lab, tmp_path)
         notebook.close()
 
 
-def test_the_start_page_lists_the_runs_and_overlays_two(context, lab, outputs):
+def lines(page, column="id"):
+    """The texts of a column of the runs page's table, as it stands."""
+    return page.locator(f".idaa-runs-table tbody td.idaa-{column}").all_inner_texts()
+
+
+def choose_runs(page, *chosen):
+    for run in chosen:
+        page.locator(".idaa-runs-table tbody tr", has_text=run.id[-8:]).first.click()
+
+
+def test_the_start_page_sorts_searches_and_overlays_two(context, lab, outputs):
     notebook = browser.Notebook(context, lab, "00_start_here")
     try:
         notebook.run_all()
-        page = notebook.page
-        rows = page.locator(".idaa-runs-row")
-        browser.until(page, lambda: rows.count() == len(runs.every()), "a row for each run")
+        page, vaes = notebook.page, runs.find("vae")
+        browser.until(page, lambda: len(lines(page, "run")) == len(runs.every()), "all runs")
         assert page.get_by_text("official Jupyter news").count() == 0  # the settings of `make lab`
-        for run in runs.find("vae"):
-            row = page.locator(f'.idaa-runs-row:has([title="{run.id}"])')
-            row.locator('.idaa-runs-pick input[type="checkbox"]').check()
-        names = results.labels(runs.find("vae"))
+        choose_runs(page, *vaes)
+        names = results.labels(vaes)
         assert len(names) == 2
 
         def overlaid():
@@ -260,6 +268,22 @@ def test_the_start_page_lists_the_runs_and_overlays_two(context, lab, outputs):
         assert page.locator(".idaa-runs-curves svg").count() == 1
         differ = browser.text_of(page, ".idaa-runs-diff")
         assert "dim" in differ and "epochs" in differ
+
+        page.get_by_role("columnheader", name="differs from preset").click()
+        texts = lines(page, "differs")
+        assert texts == sorted(texts) and len({*texts}) > 1
+        page.locator('.idaa-runs-table input[type="search"]').fill("clae ε=0.3")
+        assert lines(page, "run") == []
+        # Search, order and choice stay while the table follows what happens.
+        run = made(SSLConfig(adversary="clae", epsilon=0.3))
+        browser.until(page, lambda: lines(page, "run") == [run.id[-8:]], "the new run alone")
+        choose_runs(page, run)
+        chosen = page.locator(".idaa-runs-chosen")
+        browser.until(page, lambda: "3 runs" in chosen.inner_text(), "three runs chosen")
+        page.locator('.idaa-runs-table input[type="search"]').fill("")
+        texts = lines(page, "differs")
+        assert texts == sorted(texts) and len(texts) == len(runs.every())
+        assert page.locator(".idaa-runs-table tr.selected").count() == 3
         browser.show(notebook.page, ".idaa-runs")
         browser.shot(page, "00_start_here")
         assert browser.status(page) == ""
@@ -336,7 +360,7 @@ def test_the_app_asks_for_its_token(app):
         assert app.token not in command.read_text()
 
 
-def test_the_app_is_the_explorer_without_code(context, app):
+def test_the_app_is_the_explorer_and_the_runs_without_code(context, app, outputs):
     page = context.new_page()
     seen = browser.watch(page)
     try:
@@ -355,8 +379,15 @@ def test_the_app_is_the_explorer_without_code(context, app):
         browser.show(page, ".idaa-explorer")
         browser.shot(page, "app_explorer")
         page.get_by_role("link", name="Runs").click()
-        rows = page.locator(".idaa-runs-row")
-        browser.until(page, lambda: rows.count() == len(runs.every()), "a row for each run")
+        # Visitors read: nothing to press that changes a run, no path of this machine.
+        run = made(VAEConfig(seed=9), error=f"There is no {outputs / 'x.zip'}.")
+        browser.until(page, lambda: len(lines(page, "run")) == len(runs.every()), "all runs")
+        assert "There is no …/x.zip." in lines(page, "result")
+        choose_runs(page, run, *runs.find("vae"))
+        browser.until(page, page.locator(".idaa-runs-curves svg").count, "curves")
+        assert str(outputs) not in page.content()
+        buttons = page.locator(".idaa-runs button.jupyter-button:visible")
+        assert buttons.all_inner_texts() == ["Refresh"]
         browser.shot(page, "app_runs")
         # The page that was left ended its kernel, with a request that outlives it.
         seen.failed = [told for told in seen.failed if "/api/shutdown/" not in told]

@@ -2,10 +2,12 @@
 
 import html
 import json
+import os
 import re
 import shlex
 import shutil
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -14,7 +16,7 @@ from idaa_lib import results, runs
 from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.lab import notebook, process
 from idaa_lib.lab.kernel import guarded
-from idaa_lib.lab.runs import RunsPage
+from idaa_lib.lab.runs import RunsPage, hide_paths
 from idaa_lib.runs import Run, RunError
 from idaa_lib.train import train_vae
 
@@ -49,19 +51,15 @@ def judgement(top1, n=100, protocol="clean: backbone"):
 
 
 def texts(page):
-    """The cells of each row on the page, by run id."""
-    found = {}
-    for line in page.table.children[1:]:
-        value = line.children[1].value
-        cells = re.findall(r'<span class="idaa-(\w+)">(.*?)</span>', value)
-        found[html.unescape(re.search(r'title="(.*?)"', value)[1])] = dict(cells)
-    return found
+    """The lines of the table, by run id."""
+    frame = page.table.df.astype(object).fillna("").astype(str)
+    return {line["id"]: line for line in frame.to_dict("records")}
 
 
 def pick(page, *chosen):
-    for line in page.table.children[1:]:
-        told = html.unescape(line.children[1].value)
-        line.children[0].value = any(f'title="{run.id}"' in told for run in chosen)
+    """Choose these lines, as a click on each does."""
+    ids = [*page.table.df["id"]]
+    page.table.selected_rows = [ids.index(run.id) for run in chosen]
 
 
 @pytest.fixture
@@ -175,66 +173,131 @@ def test_rows_say_state_reason_result_and_damage(outputs, going):
     page = RunsPage()
     rows = texts(page)
     assert page.status.value == ""
-    assert rows[ssl.id]["state"] == "✓ finished"
-    told = {
-        k: rows[ssl.id][k] for k in ("data", "method", "adversary", "differs", "seed", "result")
-    }
-    assert told == {
-        "data": "photos", "method": "SimCLR", "adversary": "CLAE", "differs": "ε=0.05",
-        "seed": "4", "result": "kNN 41.3 %, validation",
+    expected = {
+        "state": "✓ finished", "data": "photos", "method": "SimCLR", "adversary": "CLAE",
+        "differs from preset": "ε=0.05", "seed": "4", "result": "kNN 41.3 %, validation",
     }  # fmt: skip
+    assert expected.items() <= rows[ssl.id].items()
     assert rows[going.id]["state"] == "▶ going"
-    assert rows[stopped.id]["state"] == "◼ interrupted<small>7 of 20</small>"
+    assert going.id[-8:] in page.head.value
+    assert rows[stopped.id]["state"] == "◼ interrupted, 7 of 20"
     assert rows[failed.id]["state"].startswith("✗ failed")
+    assert rows[failed.id]["result"] == "The loss is nan <b>here</b>: lower learning_rate."
+    assert "<b>here" not in json.dumps(page.table.get_state())  # it is text, and no HTML
     assert rows[broken.id]["state"] == "⚠ damaged"
-    shown = "".join(line.children[1].value for line in page.table.children[1:])
-    assert "The loss is nan &lt;b&gt;here&lt;/b&gt;: lower learning_rate." in shown
-    assert "is damaged" in shown
+    assert "is damaged" in rows[broken.id]["result"]
 
 
-def test_filters_by_stage_state_and_words(outputs):
-    vae, ssl = made(VAEConfig(), {}), made(SSLConfig(adversary="clae"), {})
-    other = made(SSLConfig(adversary="clae", seed=1))
+def test_a_training_has_what_its_evaluations_found(outputs):
+    ssl, other = made(SSLConfig(), {"knn_top1_val": 41.26}), made(SSLConfig(seed=1), {})
+    judge = made(EvalConfig(run=ssl.id), judgement(40.04))
+    made(EvalConfig(run=str(ssl.path), protocol="official"), judgement(60.0, 96, "official: z"))
+    rows = texts(RunsPage())
+    assert rows[ssl.id]["result"] == "kNN 41.3 %, validation"
+    assert rows[judge.id]["result"] == "kNN 40.0 %, linear 40.0 %, test, clean"
+    for run in (ssl, judge):
+        assert rows[run.id]["test kNN (%)"] == "40.0 [36.0, 44.0]"
+        assert rows[run.id]["test linear (%)"] == "40.0 [36.0, 44.0]"
+    assert rows[ssl.id]["official kNN (%)"] == "60.0 [56.0, 64.0]"
+    assert rows[judge.id]["official kNN (%)"] == rows[other.id]["test kNN (%)"] == ""
+
+
+def test_accuracies_are_sorted_as_numbers(outputs):
+    values = (9.5, 100.0, 41.0)
+    for seed, value in enumerate(values):
+        made(EvalConfig(run=made(SSLConfig(seed=seed), {}).id), judgement(value))
+    frame = RunsPage().table.df
+    order = frame.sort_values("test kNN (%)")["test kNN (%)"].dropna().unique()
+    assert [float(text.split()[0]) for text in order] == sorted(values)
+
+
+def test_runs_of_several_seeds_are_one_line_on_request(outputs):
+    trainings = [made(SSLConfig(seed=s), {"knn_top1_val": 10.0 + s}) for s in (10, 2, 0)]
+    for run, value in zip(trainings, (40.0, 50.0, 60.0), strict=True):
+        made(EvalConfig(run=run.id), judgement(value))
+    other, stopped = made(SSLConfig(epsilon=0.3, adversary="clae"), {}), made(SSLConfig(seed=3))
     page = RunsPage()
-    assert texts(page).keys() == {vae.id, ssl.id, other.id}
-    page.stage.value = "ssl"
-    assert texts(page).keys() == {ssl.id, other.id}
-    page.state.value = "interrupted"
-    assert texts(page).keys() == {other.id}
-    page.stage.value = page.state.value = ""
-    page.text.value = "CLAE s0"
-    assert texts(page).keys() == {ssl.id}
-    page.text.value = "nothing"
-    assert texts(page) == {}
-    assert "None of 3 runs fits" in page.count.value
-
-
-def test_pages_of_twenty(outputs):
-    for seed in range(23):
-        made(VAEConfig(seed=seed), {})
-    page = RunsPage()
-    assert len(texts(page)) == 20
-    assert "page 1 of 2; 23 runs" in page.count.value
-    seen = set(texts(page))
-    page.older.click()
-    assert len(texts(page)) == 3
-    assert len(seen | set(texts(page))) == 23
-    assert page.older.disabled and not page.newer.disabled
-
-
-def test_only_rows_that_changed_are_sent(outputs):
-    still = made(VAEConfig(), {})
-    page = RunsPage()
-    (line,) = page.table.children[1:]
-    sent = []
-    for widget in (page.table, line.children[1], page.count, page.chosen):
-        widget.observe(lambda change: sent.append(change["owner"]))
+    pick(page, trainings[0])
+    page.means.value = True
+    frame = page.table.df
+    assert len(frame) == 3  # these, the other, and the evaluations of these
+    (line,) = frame[frame["id"].str.contains(trainings[0].id, regex=False)].to_dict("records")
+    assert line["seed"] == "0, 2, 3, 10"
+    assert line["state"] == "◼ 1 interrupted, ✓ 3 finished"
+    # Of 40, 50, 60 the mean is 50 and Student's half-width 4.3027 · 10 / √3.
+    assert line["test kNN (%)"] == line["test linear (%)"] == "50.0 [25.2, 74.8]"
+    assert line["result"] == "kNN 14.0 [0.9, 27.1] %, validation"
+    assert {*page.picked} == {*trainings, stopped}  # a line is all of its runs
+    # A newer evaluation, of fewer images, stands beside none of the others: no mean.
+    fewer = made(EvalConfig(run=trainings[1].id, limit=50), judgement(10.0, n=50))
+    runs.write_json(fewer.path / "state.json", fewer.state | {"started": time.time() + 60})
+    os.utime(fewer.path / "config.json", (time.time() + 60,) * 2)
     page.refresh()
-    assert sent == []
+    shown = page.table.df[page.table.df["seed"].astype(str) == "0, 2, 3, 10"]
+    assert shown["test kNN (%)"].isna().all()
+    page.means.value = False
+    assert {*texts(page)} >= {other.id, stopped.id} and {*page.picked} == {*trainings, stopped}
+
+
+def test_tags_stay_beside_the_run(outputs):
+    run, other = made(VAEConfig(), {}), made(VAEConfig(seed=1), {})
+    page = RunsPage()
+    pick(page, run, other)
+    page.tags.value = "for the paper, $5, for the paper"
+    page.tag.click()
+    pick(page, other)
+    assert page.tags.value == "for the paper, $5"
+    page.tags.value = ""
+    page.tag.click()
+    assert texts(page)[run.id]["tags"] == "for the paper, $5"
+    assert texts(page)[other.id]["tags"] == "" and page.picked == [other]
+    assert texts(RunsPage())[run.id]["tags"] == "for the paper, $5"
+    assert {*runs.every()} == {run, other} and made(VAEConfig(), {}) == run
+
+
+def test_only_a_table_that_changed_is_sent(outputs, going):
+    still = made(VAEConfig(), {})
+    page, sent = RunsPage(), []
+    pick(page, still)
+    for widget in (page.table, page.chosen, page.curves):
+        widget.observe(lambda change: sent.append(change["name"]))
+    runs.write_json(going.path / "state.json", going.state | {"step": 9, "steps": 20})
+    page.refresh()
+    assert "9 of 20" in page.head.value and sent == []  # a step further is no other table
     new = made(VAEConfig(seed=1), {})
     page.refresh()
-    assert texts(page).keys() == {still.id, new.id}
-    assert line in page.table.children  # the same widget: a tick in it stays
+    assert new.id in texts(page) and page.picked == [still]
+    (still.path / "config.json").unlink()
+    page.refresh()
+    assert still.id not in texts(page) and page.picked == []
+    pick(page, new)
+    assert page.picked == [new]
+
+
+def test_a_thousand_runs_are_read_once(outputs, monkeypatch):
+    first = made(SSLConfig(), {"knn_top1_val": 41.0})
+    files = {p.name: p.read_text() for p in first.path.glob("*.json")}
+    for seed in range(1, 1000):
+        folder = first.path.with_name(f"ssl-copy-{seed:08}")
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text.replace('"seed": 0', f'"seed": {seed}'))
+    reads = []
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
+    start = time.monotonic()
+    page = RunsPage()
+    shown = time.monotonic()
+    assert len(texts(page)) == 1000
+    assert len(reads) <= 9 * 1000 and shown - start < 60
+    reads.clear()
+    start = time.monotonic()
+    page.refresh()
+    assert reads == [] and time.monotonic() - start < 2
+    runs.Run(folder).tag(["x"])
+    page.refresh()
+    assert {path.parent for path in reads} == {folder}
+    assert texts(page)[folder.name]["tags"] == "x"
 
 
 def test_the_thread_follows_until_the_page_is_closed(outputs, monkeypatch):
@@ -267,6 +330,59 @@ def test_the_difference_is_exactly_the_fields_that_differ(outputs):
         "SimCLR + IDAA, width = 16, alpha = 1, ε = 0.3",
         "SimCLR + IDAA, width = 8, alpha = 2, ε = 0.1",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/srv/u/outputs/vae/x is damaged", "…/x is damaged"),
+        ("delete '/srv/u/a b.zip'; C:\\u\\v.py:3", "delete '…/a b.zip'; …/v.py:3"),
+        ("kNN/linear of 8/255, 66 images/s", "kNN/linear of 8/255, 66 images/s"),
+        ("<b>~/data/x</b><br/><i>a</i>", "<b>…/x</b><br/><i>a</i>"),
+        ('<svg xmlns="http://www.w3.org/2000/svg">', '<svg xmlns="http://www.w3.org/2000/svg">'),
+    ],
+)
+def test_a_visitor_sees_no_path(text, shown):
+    assert hide_paths(text) == shown
+
+
+def test_visitors_read(outputs):
+    broken = made(VAEConfig(dataset="/srv/private/x.zip", seed=1), {})
+    (broken.path / "config.json").write_text("{")
+    failed = made(VAEConfig(seed=2), error="There is no /srv/private/y.zip.")
+    judge = made(EvalConfig(run="/srv/private/ssl-gone"), judgement(40.0))
+    vaes = [made(VAEConfig(dataset=f"/srv/private/{n}.zip"), {}) for n in "ab"]
+    (vaes[0].path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
+    page = RunsPage(read_only=True)
+    pick(page, broken, failed, judge, *vaes)
+
+    def widgets_of(widget):
+        yield widget
+        for child in getattr(widget, "children", ()):
+            yield from widgets_of(child)
+
+    here = [*widgets_of(page.ui)]
+    state = str([widget.get_state() for widget in here])
+    assert str(outputs) not in state and "/srv" not in state
+    assert texts(page)[failed.id]["result"] == "There is no …/y.zip."
+    assert page.status.value == ""
+    assert "no curves" in page.curves.value and "a.zip" in page.diff.value
+    acts = page.open, page.watch, page.resume, page.delete, page.tag, page.tags, page.yes, page.no
+    assert not {*here} & {*acts}
+    assert all(act.comm is None for act in acts)  # nor can a message press one
+    empty = RunsPage(read_only=True)
+    assert str(outputs) not in empty.head.value
+
+
+def test_a_torn_log_is_a_sentence_and_the_others_are_drawn(outputs):
+    lines = [{"step": s, "loss": 9 - s, "epoch": 0} for s in range(3)]
+    torn, whole = (made(VAEConfig(seed=s), {}, lines=lines) for s in (0, 1))
+    log = torn.path / "metrics.jsonl"
+    log.write_text(log.read_text()[:-9] + log.read_text())
+    page = RunsPage()
+    pick(page, torn, whole)
+    assert page.status.value == "" and page.curves.value.count("<svg") == 1
+    assert f"{torn.id} has no curves" in page.curves.value
 
 
 def test_curves_and_accuracies_of_the_chosen(outputs):
@@ -399,7 +515,7 @@ def test_an_error_in_a_callback_is_seen(outputs):
 
 def test_without_runs_it_says_what_to_run_first(outputs):
     page = RunsPage()
-    assert "01_pretrain_vae.ipynb" in page.count.value
+    assert "01_pretrain_vae.ipynb" in page.head.value
     assert page.status.value == ""
 
 

@@ -410,7 +410,7 @@ def test_rows_of_both_encoders_with_their_intervals(made, photos):
     frame = results([photos])
     assert len(frame) == 10 and set(frame["features"]) == {"encoder", "untrained encoder"}
     assert len(plots.accuracies(frame, "dataset", "metric", "features").axes) == 1
-    assert "on photos, test" in row_of(photos).texts[-1]
+    assert "on photos, test" in row_of(photos).texts["result"]
     assert photos in made["cifar"].users()
 
 

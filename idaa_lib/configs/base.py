@@ -193,9 +193,10 @@ class Config(Values):
     @classmethod
     def _owner(cls, name: str) -> type[Values] | None:
         """The first model that has this name: the stage's own, or a registered choice's options."""
+        if name in cls.model_fields:
+            return cls
         kinds = (kind for choice in cls.choices for kind in cls.registered(choice).values())
-        models = (cls, *(kind.Options for kind in kinds))
-        return next((model for model in models if name in model.model_fields), None)
+        return next((kind.Options for kind in kinds if name in kind.Options.model_fields), None)
 
     @classmethod
     def _read(cls, name: str, value: Any) -> Any:

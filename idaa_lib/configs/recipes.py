@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,19 @@ def _documents(preset: str, folder: Path) -> Iterator[tuple[Path, dict[str, Any]
             f"preset must be one of {names} or the path of a .toml file, and is {preset!r}."
         )
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        stat = path.stat()
+        document = _read(path, stat.st_mtime_ns, stat.st_size)
     except (OSError, ValueError) as error:
         raise ConfigError(f"preset={preset!r} cannot be read: {error}.") from error
-    if base := document.pop("extends", None):
+    if base := document.get("extends"):
         yield from _documents(base, folder)
     yield path, document
+
+
+@lru_cache
+def _read(path: Path, time: int, size: int) -> dict[str, Any]:
+    """The document in a file; read again once the file has another time or size."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def _apply(

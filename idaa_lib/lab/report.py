@@ -108,7 +108,8 @@ class Report:
 
         def show(run: Run) -> str:
             config, seconds = run.config, (run.summary or {}).get("seconds", 0)
-            text = f"{config.epochs} epochs, seed {config.seed}, {results.headline(run)}"
+            figures = results.headline(results.key_figures(run))
+            text = f"{config.epochs} epochs, seed {config.seed}, {figures}"
             figure = plots.curves({run.id: run}, plots.CURVES[run.stage][:3])
             text = f"<p class='quiet'>{html.escape(text)}, {seconds:,.0f} s</p>"
             drawn = _svg(figure) if figure.axes else ""

@@ -1,26 +1,38 @@
-"""A run as a line of the runs page: state, configuration, result, size and age."""
+"""The table of the runs page: what each run directory says, a row a run or a row for all seeds."""
 
 from __future__ import annotations
 
 import contextlib
-import html
+import json
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from idaa_lib import results
+from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.lab import process
 from idaa_lib.runs import Run
+from idaa_lib.runs.progress import clock
 
 # A state is a sign and a word, never a colour alone.
 DAMAGED = "damaged"
 SIGNS = {
     "finished": "✓", "going": "▶", "interrupted": "◼", "failed": "✗", "new": "○", DAMAGED: "⚠",
 }  # fmt: skip
+# Where a training's row has what its evaluations found, by their protocol and metric.
+TESTS = {
+    (protocol, metric): f"{word} {metric} (%)"
+    for protocol, word in (("clean", "test"), ("official", "official"))
+    for metric in ("kNN", "linear")
+}
+SIZE = "size (MiB)"
 COLUMNS = (
-    "state", "run", "data", "method", "adversary", "differs from preset", "seed", "result",
-    "size", "age",
+    "state", "stage", "run", "data", "method", "adversary", "differs from preset", "seed", "result",
+    *TESTS.values(), "tags", "started", SIZE, "id",
 )  # fmt: skip
 # Fields with a column of their own.
 HIDDEN = {"preset", "seed", "dataset", "method", "adversary", "run"}
@@ -28,73 +40,142 @@ HIDDEN = {"preset", "seed", "dataset", "method", "adversary", "run"}
 
 class Row(NamedTuple):
     state: str  # one of SIGNS
-    texts: tuple[str | tuple[str, str], ...]  # of `cells`, up to the result
-    error: str  # why it is not finished
+    texts: dict[str, str]  # of COLUMNS
+    figures: list[dict[str, Any]]  # `results.key_figures`
+    family: str  # what it has in common with runs of other seeds
+    training: str  # id of the training that an evaluation judges
+    progress: str  # of a run under way
     size: int  # bytes
-    times: list[int]  # of the files that it is made from
-
-    def html(self, run: Run) -> str:
-        """The line as HTML; a failure's reason below."""
-        line = cells([*self.texts, mebibytes(self.size), _age(run.last_start)], run.id)
-        error = f'<div class="idaa-runs-error">{html.escape(self.error)}</div>'
-        return line + error * bool(self.error)
+    stamps: tuple[int, ...]  # of the files that it is made from
 
 
 def row_of(run: Run) -> Row:
-    """The line of a run, whatever the state of its files."""
-    size, times, name = run.size, file_times(run), (run.stage, run.id[-8:])
+    """What the files of a run say, whatever their state."""
+    stamps, size = stamp(run), run.size
+    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.last_start))
+    texts = {"stage": run.stage, "run": run.id[-8:], "started": started, "id": run.id}
     try:
         config, look, method, adversary = run.config, process.look(run), "–", "–"
         hidden = HIDDEN | config.circumstances
-        changed = {k: v for k, v in config.changed().items() if k not in hidden}
+        changed = {k: v for k, v in config.changed().items() if k not in hidden and v != ""}
         if "beta" in changed:  # which says the same
             changed.pop("kappa", None)
-        differs = [f"of {config.run[-8:]}"] if run.stage in results.JUDGING else []
+        judged = Path(config.run or "").name if run.stage in results.JUDGING else ""
+        differs = [f"of {judged[-8:]}"] if judged else []
         differs += [results.field_text(k, v, "=") for k, v in changed.items()]
         training = results.training_of(run)  # None: what it judged is gone
-        if training and hasattr(training.config, "adversary"):
-            method, adversary = results.title(training.config)
+        about = config if training == run else training and training.config
+        if hasattr(about, "adversary"):
+            method, adversary = results.title(about)
         state = "going" if look.word in process.UNDER_WAY else look.word
         progress = ""
         if state != "finished" and "steps" in look.state:
             progress = f"{look.state['step']:,} of {look.state['steps']:,}"
-        texts = (
-            (f"{SIGNS[state]} {look.word}", progress), name, Path(config.dataset or "–").name,
-            method, adversary, ", ".join(differs), str(config.seed), results.headline(run),
-        )  # fmt: skip
-        return Row(state, texts, look.reason, size, times)
+        figures = results.key_figures(run)
+        silent = {"seed", "run" if judged else "seed", *config.circumstances}
+        fields = {k: v for k, v in config.model_dump(mode="json").items() if k not in silent}
+        images = run.environment.get("dataset", {}).get("fingerprint")
+        texts |= {
+            "state": f"{SIGNS[state]} {look.word}" + f", {progress}" * bool(progress),
+            "data": Path(config.dataset or getattr(about, "dataset", "–")).name,
+            "method": method, "adversary": adversary,
+            "differs from preset": ", ".join(differs), "seed": str(config.seed),
+            "result": look.reason or results.headline(figures), "tags": ", ".join(run.tags),
+        }  # fmt: skip
+        if state == "going":
+            texts["state"] = f"{SIGNS[state]} {look.word}"
+            progress += f", {clock(look.state.get('seconds_left'))} left"
+        family = json.dumps([run.stage, images, fields], sort_keys=True)
+        return Row(state, texts, figures, family, judged, progress, size, stamps)
     except results.DAMAGE as error:
-        damaged = (f"{SIGNS[DAMAGED]} {DAMAGED}", name, "", "", "", run.id, "", "")
-        return Row(DAMAGED, damaged, str(error), size, times)
+        texts |= {"state": f"{SIGNS[DAMAGED]} {DAMAGED}", "result": str(error)}
+        return Row(DAMAGED, texts, [], run.id, "", "", size, stamps)
 
 
-def file_times(run: Run) -> list[int]:
+def stamp(run: Run) -> tuple[int, ...]:
     """When the files that a row is made from changed."""
     times = []
-    for name in ("config.json", "state.json", "process.json", "summary.json"):
+    for name in ("config.json", "state.json", "process.json", "summary.json", "tags.json"):
         with contextlib.suppress(OSError):
             times.append((run.path / name).stat().st_mtime_ns)
-    return times
+    return tuple(times)
 
 
-def cells(texts: Sequence[str | tuple[str, str]], title: str = "") -> str:
-    """One line of the table; of a pair, the second stands small below the first."""
-    line = ""
-    for name, text in zip(COLUMNS, texts, strict=True):
-        first, second = text if isinstance(text, tuple) else (text, "")
-        small = f"<small>{html.escape(second)}</small>" if second else ""
-        line += f'<span class="idaa-{name.split()[0]}">{html.escape(first)}{small}</span>'
-    return f'<div class="idaa-runs-cells" title="{html.escape(title)}">{line}</div>'
+def tabulate(rows: Mapping[Run, Row], means: bool) -> tuple[pd.DataFrame, list[list[Run]]]:
+    """The table as COLUMNS, and the runs of each of its lines.
+
+    A training has what was found by its newest evaluation of each protocol.
+
+    Args:
+        means: one line for runs that differ in their seed alone, with means over them.
+    """
+    ids = {run.id: row for run, row in rows.items()}
+    tests: dict[str, dict[str, Any]] = {}  # id → figures by their column
+    for run, row in sorted(rows.items(), key=lambda item: item[1].texts["started"]):
+        for figure in row.figures:
+            if column := TESTS.get((figure.get("evaluation", ""), figure["metric"])):
+                for name in (run.id, row.training):
+                    tests.setdefault(name, {})[column] = figure
+    families: dict[Hashable, list[Run]] = {}
+    for run, row in rows.items():
+        judged = ids.get(row.training)
+        family = (row.family, judged.family if judged else row.training) if means else run
+        families.setdefault(family, []).append(run)
+    lines, members = [], [*families.values()]
+    for group in members:
+        mine = [rows[run] for run in group]
+        line = {name: join(row.texts.get(name, "") for row in mine) for name in COLUMNS}
+        if len(mine) > 1:
+            states = Counter(row.state for row in mine)
+            line["state"] = ", ".join(f"{SIGNS[s]} {n} {s}" for s, n in states.items())
+            line["result"] = results.headline(_means(mine)) or line["result"]
+            line["started"] = max(row.texts["started"] for row in mine)
+            line["seed"] = ", ".join(sorted({row.texts.get("seed", "") for row in mine}, key=int))
+        figures = [tests.get(run.id, {}) for run in group]
+        for column in TESTS.values():
+            line[column] = _write([each[column] for each in figures if column in each])
+        lines.append(line | {SIZE: round(sum(row.size for row in mine) / 2**20, 1)})
+    frame = pd.DataFrame(lines, columns=COLUMNS)
+    for column in (*TESTS.values(), "seed"):
+        frame[column] = _order(frame[column])
+    return frame, members
 
 
-def mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
+def _means(mine: Sequence[Row]) -> list[dict[str, Any]]:
+    """The figures of the first of these with the mean over all of them as `text`."""
+
+    def key(figure: Mapping[str, Any]) -> Any:
+        return figure["metric"], figure["split"], figure.get("dataset")
+
+    every = [figure for row in mine for figure in row.figures]
+    first = {key(figure): figure for figure in reversed(every)}
+    return [
+        figure | {"text": _write([other for other in every if key(other) == name])}
+        for name, figure in reversed(first.items())
+    ]
 
 
-def _age(began: float) -> str:
-    """Time since then, in its largest unit."""
-    seconds = time.time() - began
-    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= length:
-            return f"{seconds // length:.0f} {unit}"
-    return "now"
+def _write(figures: Sequence[Mapping[str, Any]]) -> str:
+    """`41.3 [36.0, 46.2]`: of one its interval over test images, of several Student's of their
+    mean; nothing where their n or protocol differ."""
+    if len({(figure.get("n"), figure.get("protocol")) for figure in figures}) != 1:
+        return ""
+    values = [figure["value"] for figure in figures]
+    own: Any = [figures[0].get(end) for end in ("value", "low", "high")]
+    ends = student_interval(values) if len(values) > 1 else own
+    texts = [results.number_text(x, figures[0]["unit"]) for x in ends if x is not None]
+    return texts[0] if len(texts) == 1 else f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
+def join(texts: Iterable[str]) -> str:
+    """Each different text once; of texts that differ each of their parts."""
+    unique = dict.fromkeys(filter(None, texts))
+    parts = dict.fromkeys(part for text in unique for part in text.split(", "))
+    return ", ".join(unique if len(unique) == 1 else parts)
+
+
+def _order(texts: pd.Series) -> pd.Categorical:
+    """Texts that are sorted by the number that they begin with."""
+    present = {text for text in texts if text}
+    order = sorted(present, key=lambda text: (float(text.replace(",", " ").split()[0]), text))
+    return pd.Categorical(texts.where(texts != ""), order, ordered=True)

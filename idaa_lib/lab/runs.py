@@ -1,12 +1,15 @@
-"""All runs at a glance: a table with filters, the chosen ones side by side, and what to do to them.
+"""All runs at a glance: a table to sort and search, the chosen ones side by side, and what to do to
+them.
 
-States are read from the run directories, by a thread while the page is shown. A widget sends to the
-browser only what has changed.
+States are read from the run directories, by a thread while the page is shown. The table is itables'
+(DataTables), which sorts, searches, hides columns and writes CSV in the browser. It is sent again
+when a line is new or says something else; the browser remembers how it was sorted and searched.
 """
 
 from __future__ import annotations
 
 import html
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,49 +17,84 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
+import traitlets
 from IPython.display import display
+from itables.widget import ITable
 
 from idaa_lib import results, runs
 from idaa_lib.lab import plots, process, style
 from idaa_lib.lab.kernel import guarded
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import link, notebook_of
-from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIGNS, Row, cells, file_times, mebibytes, row_of
+from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIZE, TESTS, Row, join, row_of, stamp, tabulate
 from idaa_lib.runs import Run, RunError
 
-PAGE = 20  # rows
-STYLE = (Path(__file__).parent / "runs.css").read_text()
+STYLE = (Path(__file__).parent / "runs.css").read_text(encoding="utf-8")
+RATED = [COLUMNS.index(name) for name in TESTS.values()]
+# Columns that are shown on request; the search is in what each row shows without it.
+ASIDE = [i for i, name in enumerate(COLUMNS) if "official" in name or name in (SIZE, "id")]
+# Options of DataTables and of itables.
+TABLE: dict[str, Any] = {
+    "columnDefs": [
+        {"targets": [*RATED, COLUMNS.index("seed")], "type": "num"},
+        {"targets": RATED, "orderSequence": ["desc", "asc"]},
+        {"targets": ASIDE, "visible": False, "searchable": False},
+        *({"targets": i, "className": f"idaa-{name.split()[0]}"} for i, name in enumerate(COLUMNS)),
+    ],
+    "order": [[COLUMNS.index("started"), "desc"]],
+    "layout": {
+        "topStart": "search", "topEnd": "buttons", "bottomStart": "info", "bottomEnd": "paging",
+    },
+    "buttons": [
+        {"extend": "colvis", "text": "Columns", "align": "button-right", "background": False},
+        {"extend": "csv", "text": "CSV", "title": None, "filename": "runs", "bom": True},
+    ],
+    "language": {"searchPlaceholder": "such as: clae ε=0.3"},
+    "select": {"style": "multi", "keys": True},
+    "pageLength": 20,
+    "stateSave": True,
+    "stateDuration": -1,  # in this tab alone
+    "maxBytes": 0,
+    "showIndex": False,
+    "text_in_header_can_be_selected": False,  # a click sorts
+    "classes": "compact hover",
+    "style": "width:100%",
+}  # fmt: skip
 
 
 class RunsPage:
-    """The page as a widget, `ui`; `show()` displays it and keeps it up to date until `close()`."""
+    """The page as a widget, `ui`; `show()` displays it and keeps it up to date until `close()`.
+
+    Args:
+        read_only: for visitors: they change nothing and see no path of this machine.
+    """
 
     _present: RunsPage | None = None  # the one that a cell which runs again replaces
 
-    def __init__(self) -> None:
+    def __init__(self, read_only: bool = False) -> None:
         self.picked: list[Run] = []
         self._rows: dict[Run, Row] = {}
-        self._lines: dict[Run, tuple[widgets.HTML, widgets.HBox]] = {}
-        self._page = 0
+        self._members: list[list[Run]] = []  # the runs of each line
         self._panel: Panel | None = None
         self._closed = threading.Event()
         self._lock = threading.RLock()  # the refreshing thread and the callbacks share all this
+        self._read_only = read_only
 
-        self.status, self.count, self.chosen, self.links, self.accuracy, self.diff, self.curves = (
-            _named(widgets.HTML(), name)
-            for name in ("status", "count", "chosen", "links", "accuracy", "diff", "curves")
+        kind = VisitorsText if read_only else widgets.HTML
+        self.status, self.head, self.chosen, self.links, self.accuracy, self.diff, self.curves = (
+            _named(kind(), name)
+            for name in ("status", "head", "chosen", "links", "accuracy", "diff", "curves")
         )
-        self.head, self.question = _named(widgets.HTML(cells(COLUMNS)), "head"), widgets.HTML()
-        self.table, self.live = _named(widgets.VBox([self.head]), "table"), widgets.VBox()
+        self.question, self.live = widgets.HTML(), widgets.VBox()
         self._safe = guarded(self.status)
-        self.stage = self._filter("stage", [("all stages", ""), *((s, s) for s in runs.CONFIGS)])
-        states = [(f"{sign} {state}", state) for state, sign in SIGNS.items()]
-        self.state = self._filter("state", [("all states", ""), *states])
-        self.text = widgets.Text(placeholder="words of the id, such as: clae epsilon=0.3")
-        _named(self.text, "filter-text").observe(self._safe(self._turn), "value")
+        self.means = widgets.Checkbox(
+            description="means over seeds", indent=False, layout=widgets.Layout(width="auto")
+        )
+        _named(self.means, "means").observe(self._safe(lambda _: self._fill()), "value")
         again = self._button("refresh", "Refresh", lambda: self.refresh(redraw=True))
-        self.older = self._button("older", "older ›", lambda: self._turn(step=1))
-        self.newer = self._button("newer", "‹ newer", lambda: self._turn(step=-1))
+        self.table = _named(ITable(**TABLE), "table")
+        self._picking = self._safe(lambda _: self._pick())
+        self.table.observe(self._picking, "selected_rows")
         self.open = self._button("open", "Open notebook", self._open)
         self.watch = self._button("watch", "Watch", lambda: self._attach(self.picked[0]))
         self.resume = self._button("resume", "Resume", self._resume)
@@ -65,10 +103,16 @@ class RunsPage:
         self.no = self._button("no", "No", self._unask)
         self.yes.button_style = "danger"
         self.confirm = _named(_bar(self.question, self.yes, self.no), "confirm")
+        self.tags = _named(widgets.Text(placeholder="tags, with commas"), "tags")
+        self.tag = self._button("tag", "Tag", self._tag)
+        acts = self.open, self.watch, self.resume, self.delete, self.tags, self.tag
+        bars = _bar(self.chosen, *acts), self.confirm
+        if read_only:
+            for widget in (*bars, *acts, self.yes, self.no):
+                widget.close()  # so that no message of a browser reaches it
         parts = (
-            widgets.HTML(f"<style>{STYLE}</style>"), _bar(self.stage, self.state, self.text, again),
-            self.table, _bar(self.newer, self.count, self.older),
-            _bar(self.chosen, self.open, self.watch, self.resume, self.delete), self.confirm,
+            widgets.HTML(f"<style>{STYLE}</style>"), _bar(self.means, again, self.head), self.table,
+            *((self.chosen,) if read_only else bars),
             self.status, self.links, self.live, self.accuracy, self.diff, self.curves,
         )  # fmt: skip
         self.ui = widgets.VBox(parts)
@@ -96,77 +140,82 @@ class RunsPage:
     def refresh(self, redraw: bool = False) -> None:
         """Look at all run directories anew; `redraw` also what is shown of the chosen ones."""
         with self._lock:
-            self._rows = {run: self._look(run) for run in runs.every()}
-            self.picked = [run for run in self.picked if run in self._rows]
-            self._fill()
-            if redraw:
+            root = runs.outputs_root()  # not `runs.every`, whose order costs a look into each run
+            paths = (
+                path for stage in runs.CONFIGS for path in (root / stage).glob("*/config.json")
+            )
+            present = {run: self._look(run) for run in (Run(path.parent) for path in paths)}
+            # A run keeps its line, so that a click that is on its way means what was clicked.
+            old = {run: present.pop(run) for run in self._rows if run in present}
+            before, self._rows = self._rows, old | present
+            if self._rows != before or self.table.df is None:
+                self._fill()
+            known = [(before[run], self._rows[run]) for run in self.picked if run in before]
+            if redraw or any(old.texts != new.texts for old, new in known):
                 self._choose()
-            else:
-                self._buttons()
 
     def _look(self, run: Run) -> Row:
         """The run's row; what cannot have changed is not read again."""
         row = self._rows.get(run)
-        if row and row.state != "going" and row.times == file_times(run):
+        if row and row.state != "going" and row.stamps == stamp(run):
             return row
         return row_of(run)
 
     def _fill(self) -> None:
-        """The page's rows, from what `refresh` found."""
-        words = self.text.value.lower().split()
-        fitting = [
-            run
-            for run, row in self._rows.items()
-            if self.stage.value in ("", run.stage)
-            and self.state.value in ("", row.state)
-            and all(word in run.id.lower() for word in words)
-        ]
-        pages = max(1, -(-len(fitting) // PAGE))
-        self._page = min(max(self._page, 0), pages - 1)
-        page = fitting[self._page * PAGE : (self._page + 1) * PAGE]
-        for run in page:
-            if run not in self._lines:
-                self._lines[run] = self._line(run)
-            self._lines[run][0].value = self._rows[run].html(run)
-        self.table.children = (self.head, *(self._lines[run][1] for run in page))
-        self.count.value = f"page {self._page + 1} of {pages}; {_many(len(fitting), 'run')}"
-        if not self._rows:
-            self.count.value = (
-                f"No runs in {html.escape(str(runs.outputs_root()))} yet. Start with "
-                f"<b>01_pretrain_vae.ipynb</b>, or with <code>make demo</code> in a terminal."
-            )
-        elif not fitting:
-            self.count.value = f"None of {_many(len(self._rows), 'run')} fits these filters."
-        self.newer.disabled, self.older.disabled = self._page == 0, self._page == pages - 1
-
-    def _line(self, run: Run) -> tuple[widgets.HTML, widgets.HBox]:
-        pick = widgets.Checkbox(value=run in self.picked, indent=False, tooltip=run.id)
-        _named(pick, "pick").observe(self._safe(lambda c: self._pick(run, c["new"])), "value")
-        text = widgets.HTML()
-        return text, _named(widgets.HBox([pick, text]), "row")
-
-    def _turn(self, _: Any = None, step: int | None = None) -> None:
-        """Another page, or another filter and its first page."""
+        """The table from what `refresh` read, with the same runs chosen."""
         with self._lock:
-            self._page = 0 if step is None else self._page + step
-            self._fill()
+            frame, self._members = tabulate(self._rows, self.means.value)
+            if self._read_only:
+                texts = frame[["data", "differs from preset", "result"]].map(hide_paths)
+                frame = frame.assign(**texts)
+            # A size that grows is no reason to send all lines again.
+            old = self.table.df
+            if old is None or not frame.drop(columns=SIZE).equals(old.drop(columns=SIZE)):
+                picked = {run for run in self.picked if run in self._rows}
+                lines = [i for i, group in enumerate(self._members) if picked & {*group}]
+                self.table.unobserve(self._picking, "selected_rows")
+                # First none: a table that is built anew must find no chosen line to restore.
+                self.table.selected_rows = []
+                self.table.update(frame, selected_rows=lines, **TABLE)
+                self.table.observe(self._picking, "selected_rows")
+                self._pick()
+            self.head.value = self._write_head()
+            self._buttons()
+
+    def _write_head(self) -> str:
+        """What is under way, or where to start."""
+        if not self._rows:
+            where = "" if self._read_only else f" in {html.escape(str(runs.outputs_root()))}"
+            return (
+                f"No runs{where} yet. Start with <b>01_pretrain_vae.ipynb</b>, or with "
+                f"<code>make demo</code> in a terminal."
+            )
+        rows = [row for row in self._rows.values() if row.state == "going"]
+        names = [f"{row.texts['method']} {row.texts['run']}: {row.progress}" for row in rows]
+        return html.escape(f"▶ {'; '.join(names)}") if rows else ""
 
     # --- the chosen ones ----------------------------------------------------------------------
 
-    def _pick(self, run: Run, ticked: bool) -> None:
+    def _pick(self) -> None:
+        """Take over which lines are chosen in the table."""
         with self._lock:
-            self.picked = [other for other in self.picked if other != run] + [run] * ticked
-            self._choose()
+            picked = [run for i in self.table.selected_rows for run in self._members[i]]
+            if picked != self.picked:
+                self.picked = picked
+                self._choose()
 
     def _choose(self) -> None:
         """Show the chosen runs side by side: accuracies, configuration, curves."""
         self._unask()
         self.status.value = self.links.value = ""
         self._buttons()
+        self.tags.value = join(self._rows[run].texts.get("tags", "") for run in self.picked)
         sound = [run for run in self.picked if self._rows[run].state != DAMAGED]
         stages = {s: [run for run in sound if run.stage == s] for s in runs.CONFIGS}
-        self.accuracy.value = accuracies(stages["ssl"], stages["eval"])
         groups = [group for group in stages.values() if group]
+        ids = {run.id for run in sound}
+        judging = [run for run, row in self._rows.items() if ids & {run.id, row.training}]
+        self.accuracy.value = accuracies([run for run in judging if run.stage == "eval"])
         self.diff.value = "".join(map(differences, groups))
         self.curves.value = "".join(map(curves, groups))
 
@@ -175,12 +224,13 @@ class RunsPage:
         trainings = all(run.stage in plots.CURVES for run in self.picked)
         size = mebibytes(sum(self._rows[run].size for run in self.picked))
         text = f"{_many(len(self.picked), 'run')} chosen, {size}:"
-        self.chosen.value = text if self.picked else "Choose runs to compare them."
+        self.chosen.value = text if self.picked else "Click on runs to compare them."
         self.open.disabled = not states or DAMAGED in states
         self.watch.disabled = states != ["going"] or not trainings
         resumable = states in (["interrupted"], ["failed"], ["new"])
         self.resume.disabled = not (resumable and trainings)  # an evaluation starts over
         self.delete.disabled = not states or "going" in states
+        self.tags.disabled = self.tag.disabled = not states
 
     def _open(self) -> None:
         self.links.value = "<br>".join(link(run, notebook_of(run)) for run in self.picked)
@@ -188,6 +238,12 @@ class RunsPage:
     def _resume(self) -> None:
         (run,) = self.picked
         self._attach(process.start(run.config))
+
+    def _tag(self) -> None:
+        tags = [tag for text in self.tags.value.split(",") if (tag := text.strip())]
+        for run in self.picked:
+            run.tag(tags)
+        self.refresh()
 
     def _attach(self, run: Run) -> None:
         """The live panel of a run, in the place of the one before."""
@@ -220,21 +276,28 @@ class RunsPage:
         for run in self.picked:
             try:
                 freed += run.delete()
-                self._lines.pop(run, None)
             except RunError as error:
                 kept.append(html.escape(str(error)))
         self.refresh(redraw=True)
         self.status.value = "<br>".join([f"{mebibytes(freed)} freed.", *kept])
 
-    def _filter(self, name: str, options: list[tuple[str, str]]) -> widgets.Dropdown:
-        menu = widgets.Dropdown(options=options, layout=widgets.Layout(width="140px"))
-        menu.observe(self._safe(self._turn), "value")
-        return _named(menu, f"filter-{name}")
-
     def _button(self, name: str, label: str, act: Callable[[], None]) -> widgets.Button:
         button = widgets.Button(description=label, layout=widgets.Layout(width="auto"))
         button.on_click(self._safe(lambda _: act()))
         return _named(button, name)
+
+
+class VisitorsText(widgets.HTML):
+    """HTML in which no path of this machine stands."""
+
+    @traitlets.validate("value")
+    def _hide(self, proposal: Any) -> str:
+        return hide_paths(proposal["value"])
+
+
+def hide_paths(text: str) -> str:
+    """The text with the last part alone of each path from the root of this machine."""
+    return re.sub(r"(?<![\w<:/…])(?:~|[A-Za-z]:)?[/\\](?:[^\s<>/\\\"']+[/\\])+", "…/", text)
 
 
 def _named(widget: Any, name: str) -> Any:
@@ -247,6 +310,10 @@ def _bar(*children: widgets.Widget) -> widgets.HBox:
     return _named(widgets.HBox(children), "bar")
 
 
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
+
+
 def _many(n: int, thing: str) -> str:
     return f"{n:,} {thing}{'s' * (n != 1)}"
 
@@ -254,12 +321,11 @@ def _many(n: int, thing: str) -> str:
 # --- the chosen runs as HTML: nothing where there is nothing to compare ---------------------------
 
 
-def accuracies(trainings: Sequence[Run], evaluations: Sequence[Run]) -> str:
-    """Accuracies of evaluations, those of these trainings included; a row each."""
-    users = [run for training in trainings for run in training.users()]
-    judging = [run for run in dict.fromkeys([*evaluations, *users]) if run.stage == "eval"]
-    frame = results.results([run for run in judging if run.finished])
-    frame["label"] += ", seed " + frame["seed"].astype(str)
+def accuracies(evaluations: Sequence[Run]) -> str:
+    """Accuracies of finished evaluations, a row each."""
+    frame = results.results([run for run in evaluations if run.finished])
+    # Of a training that is gone the seed is unknown.
+    frame["label"] += frame["seed"].map(lambda seed: f", seed {seed}" if pd.notna(seed) else "")
     return "".join(f"<h4>{html.escape(g.title)}</h4>{g.html()}" for g in results.groups(frame))
 
 
@@ -275,8 +341,13 @@ def differences(chosen: Sequence[Run]) -> str:
 
 
 def curves(chosen: Sequence[Run]) -> str:
-    """Training curves of runs of one stage, overlaid."""
-    stage = chosen[0].stage
-    figure = plots.curves(results.labels(chosen), plots.CURVES.get(stage, ()))
-    heading = f"<h4>Curves of {_many(len(chosen), 'run')}: {stage}</h4>"
-    return heading + style.svg(figure) if figure.axes else ""
+    """Training curves of runs of one stage, overlaid; a sentence on each whose log is damaged."""
+    stage, lines, damage = chosen[0].stage, {}, ""
+    for label, run in results.labels(chosen).items():
+        try:
+            lines[label] = run.metrics()
+        except results.DAMAGE as error:
+            damage += f"<p>{html.escape(f'{run.id} has no curves: {error}')}</p>"
+    figure = plots.curves(lines, plots.CURVES.get(stage, ()))
+    heading = f"<h4>Curves of {_many(len(lines), 'run')}: {stage}</h4>"
+    return damage + (heading + style.svg(figure) if figure.axes else "")

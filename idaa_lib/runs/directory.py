@@ -18,7 +18,7 @@ import shlex
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,6 +211,15 @@ class Run:
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
         return [json.loads(line) for line in lines[:-1] if line]
+
+    @property
+    def tags(self) -> list[str]:
+        """The words that a person gave the run, beside its id and its configuration."""
+        return (read_json(self.path / "tags.json") or {}).get("tags", [])
+
+    def tag(self, tags: Iterable[str]) -> None:
+        """Give the run these tags in place of those that it has."""
+        write_json(self.path / "tags.json", {"tags": list(dict.fromkeys(tags))})
 
     def figure(self, name: str) -> Path:
         """Where the figure `name` of this run belongs (the folder is made)."""
