@@ -28,6 +28,8 @@ from idaa_lib.adversaries import IDAA
 from idaa_lib.evaluate.encoders import Encoder, features
 from idaa_lib.interop import imported
 from idaa_lib.interop.imported import read_name
+from idaa_lib.lab import explorer
+from idaa_lib.lab.rows import row_of
 from idaa_lib.methods.cassle import NEUTRAL
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.resnet import torchvision_weights
@@ -546,12 +548,11 @@ def renamed(state, prefix):
          r"\d+ missing num_batches_tracked set to 0"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["simclr", "simsiam_mini", "vae"])
+@pytest.mark.parametrize("make", [lambda: simsiam(True, "ds")[0], lambda: vae_state(32, 6, 16)])
 def test_what_others_wrap_around_a_state_dict_is_taken_off_and_said(
-    name, pack, note, tmp_path, capsys
+    make, pack, note, tmp_path, capsys
 ):
-    make = {"simclr": lambda: simclr(True)[0], "simsiam_mini": lambda: simsiam(False, "ds")[0]}
-    state = make.get(name, lambda: vae_state(32, dim=6, d=16))()
+    state = make()
     torch.save(dict(state), tmp_path / "plain.pt")
     plain_ = interop.load_official(tmp_path / "plain.pt")
     assert capsys.readouterr().out == ""
@@ -652,6 +653,10 @@ def test_what_a_published_file_does_not_say_is_unknown_to_who_looks(outputs, tmp
     torch.save(dict(vae_state(32, dim=8, d=16)), tmp_path / "model_epoch292.pth")
     vae_ = idaa_lib.import_run(tmp_path / "model_epoch292.pth", **values)
     assert {"kappa", "beta"} <= vae_.config.unknown and "beta" not in vae_.summary
+    assert "unknown" in str(row_of(vae_).texts)  # its seed, on the page of runs
+    assert explorer._vae_name(vae_).startswith("β unknown, dim 8")
+    assert explorer._ssl_name(bare).startswith("simclr + an unknown adversary, ε unknown")
+    assert explorer._ssl_name(named).startswith("simclr + IDAA ε 0.03")
     vae_ = idaa_lib.import_run(tmp_path / "model_epoch292.pth", **values, beta=0.5)
     assert not {"kappa", "beta"} & vae_.config.unknown
     assert vae_.summary["beta"] == 0.5

@@ -60,7 +60,8 @@ def row_of(run: Run) -> Row:
             progress = f"{look.state['step']:,} of {look.state['steps']:,}"
         texts = (
             (f"{SIGNS[state]} {look.word}", progress), name, Path(config.dataset or "–").name,
-            method, adversary, ", ".join(differs), str(config.seed), results.headline(run),
+            method, adversary, ", ".join(differs), str(config.stated()["seed"]),
+            results.headline(run),
         )  # fmt: skip
         return Row(state, texts, look.reason, size, times)
     except results.DAMAGE as error:
