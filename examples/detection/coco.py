@@ -139,10 +139,8 @@ class CocoSet(Dataset[tuple[Tensor, Target]]):
         except OSError as error:
             raise ConfigError(f"{path} is no image that can be read ({whose}).") from error
         upright = stored[::-1] if note >= 5 else stored
-        width, height = (
-            about.setdefault("width", upright[0]),
-            about.setdefault("height", upright[1]),
-        )
+        width = about.setdefault("width", upright[0])
+        height = about.setdefault("height", upright[1])
         if (width, height) not in (stored, upright):
             raise ConfigError(
                 f"{path} has {stored[0]} × {stored[1]} pixels, and {self.annotations} says "

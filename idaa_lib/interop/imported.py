@@ -132,9 +132,8 @@ def read_name(path: Path) -> dict[str, Any]:
     encoder; of a VAE its folder, `vae_cifar10_dim512_kl0.1_simclr/model_epoch292.pth`.
     """
     number = r"(\d+(?:\.\d+)?(?:e-\d+)?)"
-    vae = re.fullmatch(
-        rf"vae_(?:(\w+)_)?dim\d+_kl{number}_(simclr|simsiam|normal)", path.parent.name
-    )
+    folder = path.absolute().parent.name
+    vae = re.fullmatch(rf"vae_(?:(\w+)_)?dim\d+_kl{number}_(simclr|simsiam|normal)", folder)
     if vae and path.name.startswith("model_epoch"):
         fields: dict[str, Any] = {"dataset": vae[1], "kappa": vae[2], "augmentation": vae[3]}
     elif beginning := re.match(r"([^\W_]+)_resnet\d+_batch_(\d+)_", path.name):
