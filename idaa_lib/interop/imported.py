@@ -172,7 +172,7 @@ def _config(
     if source.knobs:
         system = "augself" if source.differences else "cassle"
         data = "stl10" if module.shape == SHAPES["resnet18"] else "imagenet100"
-        fields = {"preset": f"{system}-{data}"}
+        fields = {"preset": f"{system}-{data}", "classes": ""}  # which go with the recipe's images
         weight = 1.0 if data == "stl10" else 0.5  # of AugSelf's heads, by its README
         fields |= {"augself": dict.fromkeys([*(source.differences or ())], weight)}
     if source.kind in ("ipirm", "rsa") and str(values.get("dataset")).startswith("stl10"):
