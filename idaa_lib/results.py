@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from idaa_lib import runs
-from idaa_lib.configs import UserError
+from idaa_lib.configs import UNKNOWN, UserError
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.methods import METHODS
 from idaa_lib.runs import Run, RunError
@@ -34,15 +34,16 @@ PROBES = {"knn": "kNN", "linear": "linear", "ema": "top-1"}
 JUDGING = ("eval", "transfer")
 COLUMNS = (
     "run", "stage", "training", "label", "method", "adversary", "seed", "epochs", "images",
-    "backbone", "width", "dataset", "size", "classes", "features", "metric", "value", "low", "high",
-    "unit", "n", "split", "labels", "protocol", "limit", "fingerprint", "version", "alike",
+    "backbone", "width", "normalisation", "dataset", "size", "classes", "features", "metric",
+    "value", "low", "high", "unit", "n", "split", "labels", "protocol", "limit", "fingerprint",
+    "version", "alike",
 )  # fmt: skip
 # The rule: what two figures have in common that may stand in one column of a table.
 SAME = ["fingerprint", "limit", "n", "protocol", "version"]
 # What a notebook shows of tidy results.
 SHOWN = ["dataset", "features", "metric", "value", "low", "high", "unit", "n", "labels", "protocol"]
 # What a published figure has in common with those that it stands beside, where it says it.
-AGREE = ["size", "classes", "backbone", "width"]
+AGREE = ["size", "classes", "backbone", "width", "normalisation"]
 OWN_COLUMNS = {"seed", "dataset", "labels_per_class"}  # fields that a label need not say
 OF_TRAINING = ("seed", "epochs", "images")  # what a table says of trainings beside their labels
 DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, OSError)
@@ -99,15 +100,24 @@ def _about(run: Run) -> dict[str, Any]:
     if (training := training_of(run)) is None:
         return about | {"training": run.config.run, "method": "", "adversary": ""}
     config = training.config
-    method, adversary = title(config)
+    (method, adversary), stated = title(config), config.stated()
     return about | {
-        "training": training.id, "method": method, "adversary": adversary, "seed": config.seed,
-        "epochs": getattr(config, "epochs", None),
+        "training": training.id, "method": method, "adversary": adversary, "seed": stated["seed"],
+        "epochs": stated.get("epochs"),
         "images": training.environment.get("dataset", {}).get("n"),
         "backbone": getattr(config, "backbone", None), "width": getattr(config, "width", None),
+        "normalisation": _normalisation(training),
         # A protocol may test larger images than the encoder was trained on.
         "size": config.size if run.stage == "eval" else about["size"],
     }  # fmt: skip
+
+
+def _normalisation(training: Run) -> str | None:
+    """Mean and std that a training's images are normalised with, as docs/paper.csv writes them."""
+    if not (training.path / "model.json").exists():
+        return None
+    units = {name: " ".join(f"{v:.4g}" for v in training.model[name]) for name in ("mean", "std")}
+    return f"mean {units['mean']}, std {units['std']}"
 
 
 def _figures(run: Run) -> Iterator[dict[str, Any]]:
@@ -275,7 +285,9 @@ def _natural(text: str) -> list[Any]:
 
 
 def _values(column: pd.Series) -> str:
-    return ", ".join(f"{value:,}" for value in sorted(set(column.dropna()))) or "–"
+    values = {*column.dropna()}
+    numbers = [f"{value:,}" for value in sorted(values - {UNKNOWN})]
+    return ", ".join([*numbers, *values & {UNKNOWN}]) or "–"
 
 
 def interval(mine: pd.DataFrame) -> tuple[float, float, float]:
@@ -377,6 +389,8 @@ def title(config: Any) -> tuple[str, str]:
     if config.stage == "theory":
         return f"identity of {config.images} images", ""
     adversary = ADVERSARIES.get(config.adversary, config.adversary)
+    if "adversary" in config.unknown:
+        adversary = "an unknown adversary"
     return getattr(METHODS.get(config.method), "__name__", config.method), adversary
 
 
@@ -390,11 +404,13 @@ def name_of(run: Run) -> str:
 
 
 def differing(chosen: Sequence[Run]) -> dict[str, list[Any]]:
-    """Field → its value in each run (None: it has no such field), for the fields that differ."""
-    dumps = [dict(run.config) for run in chosen]
+    """Field → its value in each run (None: it has no such field), for the fields that differ where
+    they are known."""
+    dumps = [run.config.stated() for run in chosen]
     fields = dict.fromkeys(name for dump in dumps for name in dump)
     values = {name: [dump.get(name) for dump in dumps] for name in fields}
-    return {name: row for name, row in values.items() if any(v != row[0] for v in row)}
+    known = {name: [v for v in row if v != UNKNOWN] for name, row in values.items()}
+    return {name: values[name] for name, row in known.items() if any(v != row[0] for v in row)}
 
 
 def apart(chosen: Sequence[Run], hidden: Collection[str] = ()) -> list[str]:
@@ -414,7 +430,7 @@ def apart(chosen: Sequence[Run], hidden: Collection[str] = ()) -> list[str]:
             own = field in config.changed() and field != "vae"
             if field in type(config).model_fields or len(within) > 1 or own:
                 texts[i] += f", {field_text(field, value)}"
-    return texts
+    return [text + ", of a file" * bool(c.unknown) for text, c in zip(texts, configs, strict=True)]
 
 
 def labels(chosen: Sequence[Run]) -> dict[str, Run]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -156,7 +157,9 @@ def test_boxes_are_cut_to_the_image_and_slivers_left_out(tmp_path):
         (lambda f: (f / "annotations.json").unlink(), "There is no .*annotations.json"),
         (lambda f: (f / "annotations.json").write_text("[]"), "not in COCO's format"),
         (lambda f: (f / "annotations.json").write_text("{"), "not in COCO's format"),
-        (lambda f: (f / "b.png").unlink(), "b.png, which is missing"),
+        (lambda f: (f / "b.png").unlink(), r"b.png, which is missing \(image 14\)"),
+        (lambda f: (f / "a.png").unlink(), "a.png, which is missing .image 7 of annotation 1"),
+        (lambda f: (f / "a.png").write_text("<html>"), "a.png is no image that can be read"),
     ],
 )
 def test_a_broken_set_is_one_sentence(tmp_path, spoil, sentence):
@@ -167,9 +170,119 @@ def test_a_broken_set_is_one_sentence(tmp_path, spoil, sentence):
         CocoSet(folder, path)
 
 
-def test_an_object_of_no_category_is_told(tmp_path):
-    with pytest.raises(ConfigError, match="KeyError: 4"):
-        CocoSet(*drawn_set(tmp_path / "set", [{"category_id": 4, "bbox": [1, 1, 5, 5]}]))
+NAN, INF = float("nan"), float("inf")
+SQUARE = [2, 1, 8, 1, 8, 5, 2, 5]
+RUNS = {"counts": [30, 5, 5, 5, 155], "size": [10, 20]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"category_id": 4}, "has category_id 4, which is not listed"),
+        ({"image_id": 99}, "is of image 99, which is not listed"),
+        *(({"bbox": box}, "not x, y, width and height") for box in (
+            [1, 1, NAN, 5], [1, INF, 5, 5], [1, 1, -5, 5], [1, 1, 5], [], None, "1 1 5 5",
+            [1, 1, None, 5])),
+        *(({"segmentation": [[*SQUARE[:-1], value]]}, "in finite numbers")
+          for value in (NAN, INF, -INF, None, "5")),
+        ({"segmentation": [SQUARE[:-1]]}, "in finite numbers"),
+        ({"segmentation": [[2, 1, 8, 1e9, 8, 5]]}, "far outside of its image of 20 × 10"),
+        *(({"segmentation": polygons}, "three points that are not in line") for polygons in (
+            [[2, 1]], [[2, 1, 8, 5]], [[2, 1, 4, 2, 8, 4]], [[3, 3] * 5], [[], [2, 1, 8, 5]])),
+        ({"segmentation": "RLE"}, "neither polygons nor runs"),
+        ({"segmentation": RUNS | {"size": [20, 10]}}, r"mask of \[20, 10\] pixels, and its image"),
+        ({"segmentation": RUNS | {"counts": [30, 5, 5, 5]}}, "runs do not fill its image"),
+        ({"segmentation": RUNS | {"counts": [30, 5, NAN]}}, "runs do not fill its image"),
+        ({"segmentation": RUNS | {"counts": [210, -10]}}, "runs do not fill its image"),
+    ],
+)  # fmt: skip
+def test_an_annotation_that_would_train_something_wrong_is_named(tmp_path, changes, sentence):
+    """As labelling tools and scripts leave them: NaN would take all memory at the first batch."""
+    good = {"category_id": 3, "bbox": [2, 1, 6, 4], "segmentation": [SQUARE]}
+    with pytest.raises(ConfigError, match=f"annotation 2 .*{sentence}") as raised:
+        CocoSet(*drawn_set(tmp_path / "set", [good, good | changes]))
+    assert re.fullmatch(r"[^\n]+\.", str(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("changes", "unmasked"),
+    [
+        ({"segmentation": [SQUARE, [2, 1], [3, 3, 4, 4], [], [2, 1, 4, 2, 8, 4]]}, 0),
+        ({"segmentation": SQUARE}, 0),  # a polygon that is not in a list of polygons
+        ({"segmentation": [SQUARE], "area": None, "iscrowd": 0}, 0),
+        ({"segmentation": [SQUARE], "area": NAN}, 0),
+        *(({"segmentation": nothing}, 1) for nothing in ([], [[]], None, {})),
+    ],
+)
+def test_what_is_harmless_in_an_annotation_trains(tmp_path, changes, unmasked):
+    good = {"category_id": 3, "bbox": [2, 1, 6, 4]}
+    data = CocoSet(*drawn_set(tmp_path / "set", [good | changes]), masks=not unmasked)
+    assert (data.useful, data.unmasked) == ([0], unmasked)
+    _, target = data[0]
+    assert target["area"].tolist() == [24]
+    assert unmasked or np.array_equal(target["masks"], [rectangle(2, 1, 8, 5)])
+
+
+def test_compressed_runs_are_those_of_pycocotools(tmp_path):
+    """A text that is damaged is refused: pycocotools reads other memory there, or crashes."""
+    draw = np.random.default_rng(0)
+    for density in (0, 0.02, 0.5, 1):
+        pixels = (draw.random((60, 90)) < density).astype("u1")
+        text = rle.encode(np.asfortranarray(pixels))["counts"].decode()
+        runs = np.diff([0, *np.flatnonzero(np.diff(pixels.ravel("F"), prepend=0)), pixels.size])
+        assert coco._read_runs(text) == [int(n) for n in runs]
+    whole = {"size": [60, 90], "counts": text}
+    pixels = (draw.random((60, 90)) < 0.3).astype("u1")
+    text = rle.encode(np.asfortranarray(pixels))["counts"].decode()
+    assert not coco._fault_of_runs(whole | {"counts": text}, 60, 90)
+    for damaged in ("", text[:-1], text[: len(text) // 2], text + "0P1", "é", "\0", text[3:]):
+        assert coco._fault_of_runs(whole | {"counts": damaged}, 60, 90), damaged
+
+
+def test_a_flat_box_is_not_trained_on_whatever_its_polygon(tmp_path):
+    flat = {"category_id": 3, "bbox": [2, 1, 6, 0], "segmentation": [[2, 1, 8, 1]]}
+    good = {"category_id": 3, "bbox": [2, 1, 6, 4], "segmentation": [SQUARE]}
+    data = CocoSet(*drawn_set(tmp_path / "set", [flat, good]))
+    _, target = for_training(*data[0])
+    assert len(target["masks"]) == 1 and target["masks"].sum() == 24
+
+
+def test_the_same_id_twice_is_refused(tmp_path):
+    """As of two exports that were joined: pycocotools would show one of them twice."""
+    good = {"category_id": 3, "bbox": [2, 1, 6, 4]}
+    with pytest.raises(ConfigError, match="more than one of its annotations with id 1"):
+        CocoSet(*drawn_set(tmp_path / "set", [good, good | {"id": 1}]))
+
+
+# How a viewer turns pixels that are stored with each note (EXIF 2.32, tag 274).
+TURNS = {
+    1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 3),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("note", TURNS)
+def test_a_photograph_is_read_as_it_was_annotated(tmp_path, note):
+    """Upright, as labelling tools show it, or as its pixels lie, where its sides say so."""
+    pixels = np.zeros((10, 20, 3), np.uint8)
+    pixels[:4, :6] = 255
+    exif = Image.Exif()
+    exif[274] = note
+    corner = {"category_id": 3, "bbox": [0, 0, 2, 2], "segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]]}
+    folder, path = drawn_set(tmp_path / "set", [corner], names=["a.jpg"])
+    Image.fromarray(pixels).save(folder / "a.jpg", exif=exif, quality=95)
+    upright, listed = TURNS[note](pixels), json.loads(path.read_text())
+    for wanted in (upright, upright if upright.shape == pixels.shape else pixels):
+        listed["images"][0] |= {"height": wanted.shape[0], "width": wanted.shape[1]}
+        path.write_text(json.dumps(listed))
+        image, target = CocoSet(folder, path)[0]
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - wanted).max() < 100
+        assert target["masks"].shape[1:] == image.shape[1:]
+    listed["images"][0] |= {"height": 40, "width": 80}
+    path.write_text(json.dumps(listed))
+    with pytest.raises(ConfigError, match=r"20 × 10 pixels, and .* says 80 × 40 .*annotation 1"):
+        CocoSet(folder, path)
 
 
 def test_synthetic_shapes_fill_their_boxes_and_are_drawn_once(shapes):

@@ -1,9 +1,11 @@
 """Weights from elsewhere and to elsewhere: files with the published names against an oracle that
 computes on those names (docs/spec/idaa.md §1, §4), and exports read back as their targets do."""
 
+import io
 import itertools
 import os
 import pickle
+import random
 import re
 import shlex
 from collections import OrderedDict
@@ -20,14 +22,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import idaa_lib
-from idaa_lib import ConfigError, interop, runs
+from idaa_lib import ConfigError, SSLConfig, VAEConfig, interop, results, runs
 from idaa_lib.__main__ import main
 from idaa_lib.adversaries import IDAA
 from idaa_lib.evaluate.encoders import Encoder, features
+from idaa_lib.interop import imported
+from idaa_lib.interop.imported import read_name
+from idaa_lib.lab import explorer
+from idaa_lib.lab.rows import row_of
 from idaa_lib.methods.cassle import NEUTRAL
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.resnet import torchvision_weights
 from idaa_lib.runs import checkpoints
+from idaa_lib.runs.machine import open_images
 
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -461,6 +468,7 @@ def test_what_is_no_checkpoint_of_theirs_is_one_sentence(tmp_path, monkeypatch):
     )  # fmt: skip
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "torchvision.pt")
     torch.save({"weights": state}, tmp_path / "other.pt")
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({}, tmp_path / "nothing.pt")
     for name, sentence in (
@@ -472,6 +480,8 @@ def test_what_is_no_checkpoint_of_theirs_is_one_sentence(tmp_path, monkeypatch):
         ("page.pt", "is cut short, damaged or no PyTorch checkpoint"),
         ("harm.pt", r"was not loaded: it holds more than tensors, and wants \w+.mkdir to be run"),
         ("old_harm.pt", "was not loaded"),
+        ("harm.pt", r"save its weights alone: torch.save\(model.state_dict\(\), 'weights.pth'\)"),
+        ("script.pt", "wants TorchScript to be run"),
         ("torchvision.pt", "it is no VAE, SimCLR, .* IP-IRM or RSA .*bn1.bias"),
         ("other.pt", "no state dict"),
         ("list.pt", "no state dict"),
@@ -484,7 +494,194 @@ def test_what_is_no_checkpoint_of_theirs_is_one_sentence(tmp_path, monkeypatch):
     assert interop.load_official(tmp_path / "old.pt").kind == "simclr"  # the format before 1.6
 
 
+def bytes_of(content, zipped=True):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_one_sentence_wherever_the_damage_is(zipped, tmp_path):
+    """Cut anywhere, or with bytes that changed: a state dict in a zip never loads with others."""
+    path, state = tmp_path / "x.pt", dict(vae_state(32, dim=2, d=16))
+    whole, draw = bytes_of(state, zipped), random.Random(0)
+    cuts = [whole[: len(whole) * part // 40] for part in range(40)]
+    changed = []
+    for _ in range(60):
+        content, at = bytearray(whole), draw.randrange(len(whole))
+        content[at : at + draw.choice((1, 8, 100))] = draw.randbytes(draw.choice((1, 8, 100)))
+        changed.append(bytes(content))
+    zeros = [whole[: len(whole) // 2].ljust(len(whole), b"\0"), b"\0" * 1000, whole[100:]]
+    refused = sentences = 0
+    for content in cuts + changed + zeros:
+        path.write_bytes(content)
+        try:
+            found = interop.load_official(path)
+        except ConfigError as error:
+            refused += re.fullmatch(r"[^\n]+\.", str(error)) is not None
+            sentences += 1
+        else:  # what changed is between the parts of the zip, or numbers alone
+            theirs = found.module.state_dict()
+            assert not zipped or all(torch.equal(theirs[key], state[key]) for key in state)
+    assert refused == sentences >= len(cuts) + len(zeros)
+
+
+# --- files of others ------------------------------------------------------------------------
+
+
+def renamed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("pack", "note"),
+    [
+        (lambda s: renamed(s, "module."), "module. taken off its names"),
+        (lambda s: renamed(s, "_orig_mod."), "_orig_mod. taken off its names"),
+        (lambda s: renamed(s, "module._orig_mod."), "_orig_mod., module. taken off its names"),
+        (lambda s: {"state_dict": renamed(s, "model."), "epoch": 3, "hyper_parameters": {"lr": 1}},
+         "model. taken off its names"),
+        (lambda s: {"model": {"state_dict": s}, "epoch": 3}, ""),
+        (lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {}}, "epoch": 3}, ""),
+        (lambda s: {"network": renamed(s, "module.")}, "module. taken off its names"),
+        (lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
+         r"\d+ missing num_batches_tracked set to 0"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("make", [lambda: simsiam(True, "ds")[0], lambda: vae_state(32, 6, 16)])
+def test_what_others_wrap_around_a_state_dict_is_taken_off_and_said(
+    make, pack, note, tmp_path, capsys
+):
+    state = make()
+    torch.save(dict(state), tmp_path / "plain.pt")
+    plain_ = interop.load_official(tmp_path / "plain.pt")
+    assert capsys.readouterr().out == ""
+    content = pack(dict(state))
+    torch.save(content, tmp_path / "other.pt")
+    found = interop.load_official(tmp_path / "other.pt")
+    assert re.fullmatch(rf"other.pt: {note}\.\n" if note else "", capsys.readouterr().out)
+    assert found.epoch == content.get("epoch") and found.kind == plain_.kind
+    theirs = found.module.state_dict()
+    for key, tensor in plain_.module.state_dict().items():
+        assert key.endswith("num_batches_tracked") or torch.equal(theirs[key], tensor), key
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_of_a_training_that_failed_are_refused(value, tmp_path):
+    state = simclr(True)[0]
+    key = "encoder.layer3.1.bn2_adv.running_var"
+    state[key][1] = value
+    torch.save(dict(state), tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=rf"x.pt: {key} hold values that are NaN or infinite"):
+        interop.load_official(tmp_path / "x.pt")
+
+
 # --- runs -----------------------------------------------------------------------------------
+
+
+ENCODER = "cifar100_resnet18_batch_16_alpha_0.5_adv_eps_0.03_proj_dim_6_bn_adv_momentum_0.01_seed_3"
+STATED = {
+    f"{ENCODER}_epoch_200.pt": dict(
+        dataset="cifar100", batch_size=16, alpha=0.5, epsilon=0.03, seed=3, epochs=200,
+        adversary="idaa"),
+    f"{ENCODER}_best.t": dict(
+        dataset="cifar100", batch_size=16, alpha=0.5, epsilon=0.03, seed=3, adversary="idaa"),
+    "cifar10_resnet50_batch_256_proj_dim_64_bn_adv_momentum_0.01_seed_1_epoch_0.pt": dict(
+        dataset="cifar10", batch_size=256, seed=1),
+    "miniImagenet_resnet18_batch_128_embed_dim512_method_clae_eps_0.03_alpha_1.0_bn_adv_momentum_"
+    "0.01_seed_2_best.t": dict(
+        dataset="mini-imagenet", batch_size=128, epsilon=0.03, alpha=1.0, adversary="clae", seed=2),
+    "miniImagenet_resnet18_batch_256_alpha_1.0_method_normal_eps_0.01_bn_adv_momentum_0.01_seed_1"
+    "_best.t": dict(dataset="mini-imagenet", batch_size=256, adversary="none", seed=1),
+    "cifar10_resnet18_batch_128_embed_dim_128_adv_eps_1.0_alpha_1.0_bn_adv_momentum_0.01seed5"
+    "_best.t": dict(
+        dataset="cifar10", batch_size=128, epsilon=1.0, alpha=1.0, adversary="idaa", seed=5),
+    "CIFAR10_resnet18_batch_256_alpha_1.0_adv_eps_0.03_proj_dim_64_bn_adv_momentum_0.01_trial_0"
+    "_epoch_100.pt": dict(  # CLAE's own
+        dataset="cifar10", batch_size=256, epsilon=0.03, alpha=1.0, epochs=100),
+    "tinyImagenet_resnet18_batch_128_proj_dim_64_bn_adv_momentum_0.01_seed_1_best.t": dict(
+        batch_size=128, seed=1),
+    "vae_cifar100_dim8_kl0.3_simsiam/model_epoch292.pth": dict(
+        dataset="cifar100", kappa=0.3, augmentation="simsiam"),
+    "vae_dim512_kl0.1_simclr/model_epoch92.pth": dict(kappa=0.1, augmentation="simclr"),
+    "model_epoch292.pth": {}, "plain_best.t": {}, "vae_mine/x.pth": {}, "ckpt-200.pth": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_an_official_name_is_read_as_its_code_writes_it(name, tmp_path):
+    """Names as the format strings of the official and the development code make them."""
+    fields = read_name(tmp_path / name)
+    stage = VAEConfig if "model_epoch" in name else SSLConfig
+    assert {key: stage._read(key, value) for key, value in fields.items()} == STATED[name]
+
+
+def test_what_a_published_file_does_not_say_is_unknown_to_who_looks(outputs, tmp_path, capsys):
+    values = {"limit": 64, "dataset": "photos"}
+    names = f"{ENCODER}_best.t", "simclr_best.t"
+    for name in names:
+        torch.save({"model": wrapped(simclr(True)[0]), "acc": 83.4, "epoch": 297}, tmp_path / name)
+    named, bare = (idaa_lib.import_run(tmp_path / name, **values) for name in names)
+    stated = named.config.stated()
+    assert {name: stated[name] for name in STATED[names[0]]} == STATED[names[0]] | {
+        "dataset": "photos"
+    }
+    assert (stated["backbone"], stated["width"], stated["projection_dim"]) == ("resnet18", 4, 6)
+    for name in ("epochs", "learning_rate", "optimizer", "schedule", "vae", "temperature"):
+        assert stated[name] == "unknown", name
+    unknown = bare.config.stated()
+    for name in ("batch_size", "epsilon", "alpha", "seed", "adversary", "epochs"):
+        assert unknown[name] == "unknown", name
+    assert "<td>batch_size</td><td>unknown</td>" in bare.config._repr_html_()
+    assert "seed='unknown'" in repr(bare.config)
+    assert results.name_of(named) == "SimCLR + IDAA"
+    assert results.name_of(bare) == "SimCLR + an unknown adversary"
+    judged = []
+    for run in (named, bare):
+        judged.append(runs.run_for(idaa_lib.EvalConfig(run=run.id), run.id))
+        with judged[-1].writing(idaa_lib.EvalConfig(run=run.id), {}) as writer:
+            writer.finish({"knn_top1": 50.0, "knn_n": 64})
+    frame = results.results(judged)
+    assert [*frame["seed"].unique()] == [3, "unknown"] and {*frame["epochs"]} == {"unknown"}
+    (group,) = results.groups(frame)
+    assert [*group.table["seed"]] == ["3", "unknown"]
+    assert all(label.endswith(", of a file") for label in group.table.index)
+    # A training that goes on from it has the recipe's values, and they are known.
+    more = bare.config.replace(adversary="clae", continue_from=bare.id)
+    assert "unknown" not in more.stated().values() and more.seed == 0
+    # So are κ and β of a VAE, in its figures too.
+    torch.save(dict(vae_state(32, dim=8, d=16)), tmp_path / "model_epoch292.pth")
+    vae_ = idaa_lib.import_run(tmp_path / "model_epoch292.pth", **values)
+    assert {"kappa", "beta"} <= vae_.config.unknown and "beta" not in vae_.summary
+    assert "unknown" in str(row_of(vae_).texts)  # its seed, on the page of runs
+    assert explorer._vae_name(vae_).startswith("β unknown, dim 8")
+    assert explorer._ssl_name(bare).startswith("simclr + an unknown adversary, ε unknown")
+    assert explorer._ssl_name(named).startswith("simclr + IDAA ε 0.03")
+    vae_ = idaa_lib.import_run(tmp_path / "model_epoch292.pth", **values, beta=0.5)
+    assert not {"kappa", "beta"} & vae_.config.unknown
+    assert vae_.summary["beta"] == 0.5
+
+
+def test_an_import_without_a_word_takes_the_data_of_its_name(
+    outputs, tmp_path, capsys, monkeypatch
+):
+    """`python -m idaa_lib import model_epoch292.pth`, where CIFAR-10 lies in the data folder."""
+    opened = []
+
+    def photos(dataset, *how):
+        opened.append(dataset)
+        return open_images("photos", *how[:2], 50, *how[3:])
+
+    monkeypatch.setattr(imported, "open_images", photos)
+    for name, dataset in (("vae_cifar100_dim8_kl0.1_simclr", "cifar100"), ("mine", "cifar10")):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "model_epoch292.pth"
+        torch.save(dict(vae_state(32, dim=8, d=16)), path)
+        opened.clear()
+        assert main(["import", str(path)]) == 0
+        run = runs.find("vae")[0]
+        assert {*opened} == {run.config.dataset} == {dataset}
+        assert str(run.path) in capsys.readouterr().out
 
 
 def test_a_published_vae_becomes_a_run(outputs, tmp_path):
@@ -512,7 +709,7 @@ def test_a_published_vae_becomes_a_run(outputs, tmp_path):
     assert idaa_lib.train_ssl(config).config.vae == run.id
 
 
-def test_units_make_another_run_and_the_command_says_all(outputs, tmp_path):
+def test_units_make_another_run_and_the_command_says_all(outputs, tmp_path, capsys):
     path = tmp_path / "model.pth"
     torch.save(dict(vae_state(32, dim=8, d=16)), path)
     half = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -520,10 +717,11 @@ def test_units_make_another_run_and_the_command_says_all(outputs, tmp_path):
     mended = idaa_lib.import_run(path, "photos", limit=50, kappa=0.3, **half)
     assert idaa_lib.load_vae(published).mean == CIFAR[0]
     assert idaa_lib.load_vae(mended).mean == half["mean"]
+    capsys.readouterr()
     for run in (published, mended):
-        _, _, code = shlex.split(runs.command(run))
-        exec(code.replace("idaa_lib.import_run", "again = idaa_lib.import_run"), found := {})
-        assert found["again"] == run
+        _, _, _, *words = shlex.split(runs.command(run))
+        assert main(words) == 0
+        assert str(run.path) in capsys.readouterr().out.splitlines()
 
 
 def test_import_is_a_command(outputs, tmp_path, capsys):

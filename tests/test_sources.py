@@ -3,6 +3,8 @@
 Folders, zips and STL-10's binary files are written here: it is known what should come out.
 """
 
+import os
+import pickle
 import re
 import zipfile
 from types import SimpleNamespace
@@ -45,6 +47,98 @@ def data(tmp_path, monkeypatch):
 
 def ssl(**values):
     return SSLConfig(**(TINY | {"projection_dim": 8} | values))
+
+
+# --- mini-ImageNet as its authors keep it
+
+
+def mini(folder, kind=list, protocol=4, labels=(7, 0, 3, 7, 0, 3) * 4, size=84):
+    """Both files; image i of train has red i, of test red 200 + i."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, first, n in (("train", 0, len(labels)), ("test", 200, 6)):
+        pixels = np.zeros((n, size, size, 3), np.uint8)
+        pixels[..., 0] = first + np.arange(n)[:, None, None]
+        arrays = pixels if kind is np.asarray else list(pixels)
+        content = {"images": arrays, "labels": kind(labels[:n])}
+        (folder / f"{part}.pkl").write_bytes(pickle.dumps(content, protocol))
+    return folder
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray, lambda v: [np.int64(x) for x in v]])
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_the_authors_pickles_of_mini_imagenet_are_read_as_they_are(data, kind, protocol):
+    mini(data / "mini-imagenet", kind, protocol)
+    test = images.load("mini-imagenet", "test", 84)
+    assert (test.name, test.classes, test.n) == ("mini-imagenet", ("0", "3", "7"), 6)
+    assert test.images[:, 0, 5, 5].tolist() == list(range(200, 206))
+    assert not test.images[:, 1:].any()
+    assert test.labels.tolist() == [2, 0, 1, 2, 0, 1]
+    parts = [images.load("mini-imagenet", part, 84) for part in ("train", "val", "trainval")]
+    assert sorted(parts[2].images[:, 0, 0, 0].tolist()) == list(range(24))
+    assert parts[0].n + parts[1].n == parts[2].n
+    for part in parts:
+        wanted = [(2, 0, 1)[int(red) % 3] for red in part.images[:, 0, 0, 0]]
+        assert part.labels.tolist() == wanted
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["IDAA_TEST_HARM"],)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"images": Harm(), "labels": [0]}, r"it wants \w+.mkdir to be run"),
+        ({"images": np.array([Harm()], object), "labels": [0]}, r"it wants \w+.mkdir to be run"),
+        ({"images": torch.zeros(1, 2, 2, 3), "labels": [0]}, r"it wants torch\S+ to be run"),
+        ({"image_data": np.zeros((1, 2, 2, 3), "u1"), "class_dict": {}}, "'images'"),
+        ({"images": np.zeros((1, 2, 2, 3)), "labels": [0]}, "its images are float64"),
+        ({"images": np.zeros((1, 3, 2, 2), "u1"), "labels": [0]}, "its images are uint8"),
+        ({"images": np.zeros((2, 2, 2, 3), "u1"), "labels": [0]}, "of 1 labels"),
+        ({"images": np.zeros((1, 2, 2, 3), "u1"), "labels": ["cat"]}, "of 1 labels"),
+        ({"images": np.zeros((1, 2, 2, 3), "u1"), "labels": [5]}, "has label 5, which train.pkl"),
+        (b"no pickle", "should be a pickled dict of images"),
+        (pickle.dumps({"images": np.zeros((1, 2, 2, 3), "u1"), "labels": [0]})[:-30], "pickled"),
+    ],
+)
+def test_a_pickle_that_is_none_of_theirs_is_one_sentence_and_runs_nothing(
+    tmp_path, data, monkeypatch, content, sentence
+):
+    monkeypatch.setenv("IDAA_TEST_HARM", str(tmp_path / "harm"))
+    content = content if isinstance(content, bytes) else pickle.dumps(content)
+    (mini(tmp_path / "mini") / "test.pkl").write_bytes(content)
+    with pytest.raises(ConfigError, match=sentence) as raised:
+        open_images(str(tmp_path / "mini"), "train", 84, None)
+    assert re.fullmatch(r"[^\n]+\.", str(raised.value))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_mini_imagenet_s_recipe_is_what_its_page_says(data):
+    """docs/mini-imagenet.md, docs/spec/idaa.md §1 and §4."""
+    with pytest.raises(ConfigError, match=r"mini-imagenet is not in .*: put it .* as docs/mini-im"):
+        open_images("mini-imagenet", "train", 84, None)
+    units = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=84)
+    units |= dict(dataset="mini-imagenet", split="trainval")
+    vae = VAEConfig(preset="mini-imagenet")
+    assert units.items() <= dict(vae).items()
+    assert (vae.dim, vae.width, vae.kappa, vae.epochs) == (512, 64, 0.1, 300)
+    sgd = dict(stem="mini", optimizer="sgd", learning_rate=0.03, weight_decay=5e-4)
+    batch = dict(epochs=100, batch_size=128, augmentation="normal")
+    for method, wanted in {
+        "simclr": dict(stem="imagenet", epochs=300, batch_size=256, learning_rate=3e-4,
+                       optimizer="adam", schedule="delayed_cosine", augmentation="simclr"),
+        "plain": sgd | batch | dict(schedule="delayed_cosine"),
+        "uel": sgd | batch | dict(schedule="constant"),
+        "simsiam": sgd | dict(epochs=300, batch_size=256, schedule="cosine_by_step", warmup=10,
+                              augmentation="simsiam", pairing="cifar"),
+    }.items():  # fmt: skip
+        config = SSLConfig(preset="mini-imagenet", method=method)
+        assert (units | wanted | dict(backbone="resnet18", width=64)).items() <= dict(
+            config
+        ).items()
+    assert CompareConfig(preset="mini-imagenet").dataset == "mini-imagenet"
+    assert EvalConfig(preset="mini-imagenet").protocol == "official"
 
 
 # --- classes=<file>

@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -40,6 +43,18 @@ AUGMENT = v2.Compose(
 )
 
 
+class _Upright(CocoDetection):
+    """torchvision's reader; images of the ids `turned` are turned as their note (EXIF) says."""
+
+    turned: frozenset[int] = frozenset()
+
+    def _load_image(self, id: int) -> Image.Image:
+        if id not in self.turned:
+            return super()._load_image(id)
+        with Image.open(Path(self.root) / self.coco.imgs[id]["file_name"]) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+
+
 class CocoSet(Dataset[tuple[Tensor, Target]]):
     """Item i: a uint8 image (3, H, W) and its `Target`, as annotated.
 
@@ -51,8 +66,12 @@ class CocoSet(Dataset[tuple[Tensor, Target]]):
     objects without a segmentation; `useful` lists the images with an object to train on;
     `fingerprint` is of the annotations, and of the images' names and sizes in bytes.
 
+    Polygons without an area are left out of an object that has others. A photograph with a note on
+    its orientation (EXIF) is read upright, unless its width and height are of the pixels as stored.
+
     Raises:
-        ConfigError: a file is missing, or is not in COCO's format.
+        ConfigError: a file is missing, or is not in COCO's format; an image or an annotation does
+            not fit, by its id.
     """
 
     def __init__(self, images: Path, annotations: Path, masks: bool = True) -> None:
@@ -62,36 +81,109 @@ class CocoSet(Dataset[tuple[Tensor, Target]]):
                 raise ConfigError(f"There is no {path}, which should hold a COCO-format set.")
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-                self.data = CocoDetection(images, annotations)
+                self.data = _Upright(images, annotations)
             self.coco, self.ids = self.data.coco, self.data.ids
             categories = sorted(self.coco.cats)
             self.classes = tuple(self.coco.cats[i]["name"] for i in categories)
             self._labels = {category: label for label, category in enumerate(categories, 1)}
             files = [images / self.coco.imgs[i]["file_name"] for i in self.ids]
-            objects = list(self.coco.anns.values())
-            for each in objects:
-                _ = self._labels[each["category_id"]]
-                _, _, width, height = each["bbox"]
-                each.setdefault("iscrowd", 0)
-                each.setdefault("area", width * height)
+            objects: list[dict[str, Any]] = self.coco.dataset["annotations"]
         except (OSError, ValueError, AssertionError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{annotations} is not in COCO's format ({type(error).__name__}: {error})."
             ) from error
         if not objects:
             raise ConfigError(f"{annotations} has no annotated object.")
+        digest = hashlib.sha256(annotations.read_bytes())
+        turned = [i for i, path in zip(self.ids, files, strict=True) if self._is_turned(i, path)]
+        self.data.turned = frozenset(turned)
+        for i, path in zip(self.ids, files, strict=True):
+            turn = " upright" * (i in self.data.turned)
+            digest.update(f"{path.name} {path.stat().st_size}{turn}\n".encode())
+        self.fingerprint = digest.hexdigest()
+        for kind in ("images", "annotations"):
+            numbers = Counter(each["id"] for each in self.coco.dataset.get(kind, ()))
+            if twice := [id_ for id_, n in numbers.items() if n > 1]:
+                raise ConfigError(
+                    f"{annotations} has more than one of its {kind} with id {twice[0]}: number "
+                    f"them anew."
+                )
+        for each in objects:
+            if fault := self._fault(each):
+                raise ConfigError(
+                    f"{annotations}: annotation {each['id']} {fault}; mend it, or take it out."
+                )
         self.objects = len(objects)
         self.unmasked = sum(not each.get("segmentation") for each in objects)
         annotated = [self.coco.imgToAnns[i] for i in self.ids]
         self.useful = [i for i, each in enumerate(annotated) if any(map(_is_trained_on, each))]
-        digest = hashlib.sha256(annotations.read_bytes())
-        for path in files:
-            try:
-                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            except OSError as error:
-                raise ConfigError(f"{annotations} names {path}, which is missing.") from error
-        self.fingerprint = digest.hexdigest()
         self.give_masks(masks)
+
+    def _is_turned(self, id_: int, path: Path) -> bool:
+        """Whether an image is to be turned as its note says.
+
+        Raises:
+            ConfigError: it is missing, no image, or of another size than stated.
+        """
+        about, objects = self.coco.imgs[id_], self.coco.imgToAnns.get(id_, ())
+        whose = f"image {id_}" + (f" of annotation {objects[0]['id']}" if objects else "")
+        try:
+            with Image.open(path) as image:
+                stored, exif = image.size, "exif" in image.info  # else a PNG would be decoded here
+                note = image.getexif().get(ExifTags.Base.Orientation, 1) if exif else 1
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{self.annotations} names {path}, which is missing ({whose}): add it, or take it "
+                f"out."
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"{path} is no image that can be read ({whose}).") from error
+        upright = stored[::-1] if note >= 5 else stored
+        width = about.setdefault("width", upright[0])
+        height = about.setdefault("height", upright[1])
+        if (width, height) not in (stored, upright):
+            raise ConfigError(
+                f"{path} has {stored[0]} × {stored[1]} pixels, and {self.annotations} says "
+                f"{width} × {height} ({whose}): give the images that were annotated."
+            )
+        return note > 1 and (width, height) == upright
+
+    def _fault(self, each: dict[str, Any]) -> str:
+        """What is wrong with an annotation. What is missing and harmless is filled, and polygons
+        without an area are taken out of an object that has others."""
+        image, box = self.coco.imgs.get(each["image_id"]), each.get("bbox", ())
+        if image is None:
+            return f"is of image {each['image_id']}, which is not listed"
+        if each.get("category_id") not in self._labels:
+            return f"has category_id {each.get('category_id')}, which is not listed"
+        if not _are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
+            return f"has the bbox {box}, not x, y, width and height in pixels"
+        each.setdefault("iscrowd", 0)
+        if not _are_numbers([each.get("area")]):
+            each["area"] = box[2] * box[3]
+        mask, height, width = each.get("segmentation"), image["height"], image["width"]
+        if not mask:
+            return ""
+        if isinstance(mask, dict):
+            return _fault_of_runs(mask, height, width)
+        if not isinstance(mask, list):
+            return f"has the segmentation {mask!r}, neither polygons nor runs (RLE)"
+        polygons = mask if isinstance(mask[0], list) else [mask]  # one alone, as some tools have it
+        for polygon in polygons:
+            if not _are_numbers(polygon) or len(polygon) % 2:
+                return "has a polygon that is not x, y, x, y, … in finite numbers"
+            for side, values in ((width, polygon[::2]), (height, polygon[1::2])):
+                if values and not -side <= min(values) <= max(values) <= 2 * side:
+                    return f"has a polygon far outside of its image of {width} × {height} pixels"
+        whole = [polygon for polygon in polygons if _has_area(polygon)]
+        if not (whole or any(polygons)):
+            each["segmentation"] = []
+        elif whole or not _is_trained_on(each):
+            nothing = {"size": [height, width], "counts": [height * width]}
+            each["segmentation"] = whole or nothing
+        else:
+            return "has a polygon without an area, which takes three points that are not in line"
+        return ""
 
     def give_masks(self, masks: bool) -> None:
         """From now on, targets have masks or not."""
@@ -124,6 +216,50 @@ class CocoSet(Dataset[tuple[Tensor, Target]]):
 
 def _is_trained_on(annotation: dict[str, Any]) -> bool:
     return not annotation["iscrowd"] and min(annotation["bbox"][2:]) >= 1
+
+
+def _are_numbers(values: Any) -> bool:
+    """Whether it is a list of finite numbers."""
+    try:
+        return isinstance(values, list) and math.isfinite(sum(values))
+    except TypeError:
+        return False
+
+
+def _has_area(polygon: Sequence[float]) -> bool:
+    """Whether the points x, y, x, y, … are three or more that do not lie in a line."""
+    offsets = np.reshape(polygon, (-1, 2)) - polygon[:2] if len(polygon) > 4 else np.zeros((1, 2))
+    x, y = offsets[np.square(offsets).sum(1).argmax()]  # the point that is farthest from the first
+    return bool(np.abs(offsets @ (y, -x)).max() > 1e-3)
+
+
+def _fault_of_runs(mask: dict[str, Any], height: int, width: int) -> str:
+    """What is wrong with a mask as runs (RLE) for an image of this size."""
+    runs, size = mask.get("counts"), mask.get("size")
+    if size != [height, width]:
+        return f"has a mask of {size} pixels, and its image has [{height}, {width}]"
+    with contextlib.suppress(IndexError):  # it ends within a number
+        runs = _read_runs(runs) if isinstance(runs, str) else runs
+        if _are_numbers(runs) and runs and min(runs) >= 0 and sum(runs) == height * width:
+            return ""
+    return "has a mask whose runs do not fill its image"
+
+
+def _read_runs(text: str) -> list[int]:
+    """The runs that pycocotools has compressed: of a text that is damaged it would read memory that
+    is not the mask's. Numbers of 5 bits a character, the lowest first, 16 a sign, 32 for more;
+    from the fourth on the change against the last but one.
+    """
+    runs, place = list[int](), 0
+    while place < len(text):
+        number, bits, part = 0, 0, 32
+        while part & 32:
+            part = ord(text[place]) - 48
+            number |= (part & 31) << bits
+            place, bits = place + 1, bits + 5
+        number -= (part & 16) << (bits - 4)
+        runs.append(number + runs[-2] if len(runs) > 2 else number)
+    return runs
 
 
 def for_training(image: Tensor, target: Target) -> tuple[Tensor, Target]:

@@ -5,7 +5,7 @@ A notebook's parameters are these names, in its `parameters` cell or not, so `pa
 value"); the object itself, and the `config.json` written from it, hold resolved values only.
 """
 
-from idaa_lib.configs.base import Config, ConfigError, Options, UserError
+from idaa_lib.configs.base import OFFICIAL, UNKNOWN, Config, ConfigError, Options, UserError
 from idaa_lib.configs.recipes import PRESETS
 from idaa_lib.configs.stages import (
     CompareConfig,

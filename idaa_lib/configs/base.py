@@ -25,6 +25,22 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch's generators take
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+UNKNOWN = "unknown"
+# What the published code calls a field, and what to write here (docs/official.md).
+OFFICIAL = {
+    "adv": "adversary=idaa",
+    "amp": "precision=bf16",
+    "batch_t": "temperature",
+    "eps": "epsilon",
+    "gpu": "device",
+    "kl": "kappa",
+    "low_dim": "projection_dim",
+    "lr": "learning_rate",
+    "mode": "augmentation",
+    "resnet": "backbone",
+    "vae_path": "vae=<id of the run that `python -m idaa_lib import` makes of the file>",
+}
+
 # The default of a field that a recipe governs: left out or None, it takes the recipe's value.
 RECIPE: Any = Field(default=None)
 
@@ -100,6 +116,8 @@ class Config(Values):
     recipes: ClassVar[Path] = Path(__file__).resolve().parent.parent / "recipes"
     # Named in every run id, whether the recipe sets them or not.
     principal: ClassVar[tuple[str, ...]] = ()
+    # Of a run that was imported: names whose values neither its file nor the user states.
+    unknown: ClassVar[frozenset[str]] = frozenset()
 
     preset: str = "demo"
 
@@ -118,10 +136,11 @@ class Config(Values):
         self.__dict__.update(self._derive(explicit))
 
     @classmethod
-    def restore(cls, values: Mapping[str, Any]) -> typing.Self:
+    def restore(cls, values: Mapping[str, Any], unknown: Iterable[str] = ()) -> typing.Self:
         """The configuration that `model_dump` gave as JSON, whatever became of its recipe since.
 
         Of a method or adversary that this process has not imported, the knobs are left out.
+        unknown: names whose values are the recipe's because nobody knows them (`stated`).
 
         Raises:
             ConfigError: a name that there is no longer.
@@ -134,6 +153,7 @@ class Config(Values):
             cls._check_names(values, chosen, models)
         config = cls.__new__(cls)
         config._fill(values, models)
+        config.__dict__["unknown"] = frozenset(unknown)  # no field: it is of no run's identity
         return config
 
     def _fill(self, values: Mapping[str, Any], models: Iterable[type[Options]]) -> None:
@@ -205,6 +225,9 @@ class Config(Values):
 
     @classmethod
     def _closest(cls, name: str) -> str:
+        ours = OFFICIAL.get(name, "")
+        if ours and cls._owner(ours.partition("=")[0]):
+            return f"; the published code's {name} is {ours} here"
         near = get_close_matches(name, cls._names(), n=1)
         return f"; did you mean {near[0]!r}" if near else ""
 
@@ -305,7 +328,12 @@ class Config(Values):
         plain: dict[str, Any] = {}
         with contextlib.suppress(ConfigError):  # the recipe is gone
             plain = dict(type(self)(preset=self.preset, **principal))
-        return {name: value for name, value in self if value != plain.get(name)}
+        known = (item for item in self if item[0] not in self.unknown)
+        return {name: value for name, value in known if value != plain.get(name)}
+
+    def stated(self) -> dict[str, Any]:
+        """Name → value, or UNKNOWN where nobody knows it: for people."""
+        return {name: UNKNOWN if name in self.unknown else value for name, value in self}
 
     def identity(self) -> dict[str, Any]:
         """What decides the result, as JSON values: names whose values are not their defaults.
@@ -324,13 +352,14 @@ class Config(Values):
         }
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
-        return iter(self)
+        return iter(self.stated().items())
 
     def _repr_html_(self) -> str:
         """For notebooks: what differs from the recipe; behind a click all values and meanings."""
         changes = ", ".join(f"{name} = {value}" for name, value in self.changed().items())
         texts = {k: v for model in (self, *self._options) for k, v in meanings(type(model)).items()}
-        lines = ((k, html.escape(str(v)), html.escape(texts.get(k, ""))) for k, v in self)
+        values = self.stated().items()
+        lines = ((k, html.escape(str(v)), html.escape(texts.get(k, ""))) for k, v in values)
         rows = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in lines)
         return (
             f"<details><summary>{type(self).__name__}, preset {html.escape(self.preset)}"

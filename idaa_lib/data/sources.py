@@ -7,6 +7,7 @@ with their splits and labels; `cached` decodes them.
 import hashlib
 import io
 import os
+import pickle
 import re
 import threading
 import zipfile
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from idaa_lib.data import photos
@@ -40,9 +42,9 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {  # name: class
 NAMES = ("photos", *TORCHVISION)
 # To train on, since most images have no label: what to judge with, those that have.
 LABELLED = {"stl10-unlabeled": "stl10", "stl10-all": "stl10"}
-# Data sets that nobody may hand on: folders in the data folder, laid out as this page says.
-FOLDERS = ("birdsnap", "cub200")
+# Data sets that nobody may hand on: folders in the data folder, laid out as a page says.
 LAYOUT = "docs/transfer-data.md"
+FOLDERS = {"birdsnap": LAYOUT, "cub200": LAYOUT, "mini-imagenet": "docs/mini-imagenet.md"}
 
 
 Member = tuple[str, int, int]  # name (a folder's ends in "/"), size, time of change in ns or CRC
@@ -150,6 +152,67 @@ class Zip(Source):
         return self._list(list(inside), read_bytes)
 
 
+class Pickles(Source):
+    """mini-ImageNet as the authors keep it: train.pkl and test.pkl, a dict each of `images`, uint8
+    (N, height, width, 3), and `labels`, N whole numbers."""
+
+    parts = ("train", "test")
+
+    def listing(self) -> Listing:
+        if self.classes:
+            raise ValueError(f"classes picks class folders, and {self.path} has none: leave it out")
+        parts = {part: _read_pickle(self.path / f"{part}.pkl") for part in self.parts}
+        numbers = sorted({*parts["train"][1]})
+        if others := sorted({*parts["test"][1]}.difference(numbers)):
+            raise ValueError(f"{self.path}/test.pkl has label {others[0]}, which train.pkl has not")
+        items = [(part, n) for part, (images, _) in parts.items() for n in range(len(images))]
+        places = {number: place for place, number in enumerate(numbers)}
+
+        def read(i: int) -> tuple[Image.Image, int]:
+            images, labels = parts[items[i][0]]
+            return Image.fromarray(images[items[i][1]]), places[labels[items[i][1]]]
+
+        return Listing(
+            tuple(map(str, numbers)),
+            [f"image {n} of {self.path}/{part}.pkl" for part, n in items],
+            [split_by_name(part, set(parts), str(n)) for part, n in items],
+            read,
+        )
+
+
+class _Arrays(pickle.Unpickler):
+    """What a pickle may hold here: arrays and plain values. Nothing else of it is ever called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        match module.replace("numpy._core", "numpy.core"), name:
+            case ("numpy", "ndarray" | "dtype") | ("_codecs", "encode"):
+                return super().find_class(module, name)
+            case ("numpy.core.multiarray", "_reconstruct") | ("numpy.core.numeric", "_frombuffer"):
+                return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+            case ("numpy.core.multiarray", "scalar"):
+                return lambda kind, content: np.frombuffer(content, kind)[0]
+        raise ValueError(f"it wants {module}.{name} to be run")
+
+
+def _read_pickle(path: Path) -> tuple[np.ndarray, list[int]]:
+    """Images (N, height, width, 3) and labels of a file of mini-ImageNet."""
+    try:
+        with path.open("rb") as file:
+            content = _Arrays(file, encoding="latin1").load()  # as Python 2 wrote arrays
+        images, labels = np.asarray(content["images"]), np.asarray(content["labels"]).tolist()
+        shape = (len(labels), *images.shape[1:3], 3)
+        if images.dtype != np.uint8 or images.shape != shape or {*map(type, labels)} != {int}:
+            raise ValueError(
+                f"its images are {images.dtype} {images.shape}, of {len(labels)} labels"
+            )
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(
+            f"{path} cannot be read ({error}): it should be a pickled dict of images, uint8 (N, "
+            f"height, width, 3), and labels, N whole numbers; or use class folders of JPEGs"
+        ) from error
+    return images, labels
+
+
 class Photos(Source):
     """The photographs inside two dependencies."""
 
@@ -228,9 +291,11 @@ def find_source(
     for path in places:
         if path.exists():
             kind, name = (Source, path.resolve().name) if path.is_dir() else (Zip, path.stem)
+            if all((path / f"{part}.pkl").is_file() for part in Pickles.parts):
+                kind = Pickles
             return kind(path, name, classes)
-    if source in FOLDERS:
-        raise FileNotFoundError(f"{source} is not in {places[1]}: put it there as {LAYOUT} says")
+    if page := FOLDERS.get(str(source)):
+        raise FileNotFoundError(f"{source} is not in {places[1]}: put it there as {page} says")
     digits = " (papermill -p reads 2024_01 as 202401: give such a name with -r)"
     raise FileNotFoundError(
         f"source={str(source)!r} is no known data set, and neither {places[0]} nor {places[1]} is "

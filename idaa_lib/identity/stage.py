@@ -182,6 +182,7 @@ def siblings(run: Run) -> dict[str, list[Run]]:
     def rest(run: Run) -> tuple[dict[str, Any], str]:
         axes = {"beta", "dim", "kappa"}  # κ follows from the others
         fields = {k: v for k, v in run.config.identity().items() if k not in axes}
+        fields["unknown"] = run.config.unknown  # of an imported one
         return fields, run.environment["dataset"]["fingerprint"]
 
     members = {axis: {getattr(run.config, axis): run} for axis in ("beta", "dim")}
@@ -210,6 +211,8 @@ def _measure(plan: Study) -> dict[str, Any]:
     bound, note = latent["bound"], "for a small enough δ; how small, the theorem does not say"
     if bound is None or bound <= 0:
         note = f"vacuous, and whatever β were at most log N − rate = {latent['limit']:,.1f}"
+    if "beta" in scene.run.config.unknown:
+        note += "; β of this VAE is unknown, and its recipe's is taken"
     interval = None if bound is None else 3 * [bound]
     claim = "Theorem 3.5: its bound on I(x′; y) > 0"
     plan.claim(claim, interval, "nats", section="latent", note=note)

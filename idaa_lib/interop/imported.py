@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,13 @@ def import_run(
 
     Args:
         dataset: the images that it was trained on, or is to be used with, as in a configuration;
-            None: the preset's.
+            None: what the name says, else the preset's.
         size, mean, std, condition, injection: as in `load_official`.
         values: what else is known of its training, as fields of VAEConfig or SSLConfig (`kappa`,
-            `adversary`, `epsilon`, …); what is not said is the preset `paper`'s, of CASSLE and
-            AugSelf that of their name.
+            `adversary`, `epsilon`, …). What the official name of the file says need not be given
+            (`read_name`). What nobody states is unknown (`Config.stated`); a training that
+            continues the run takes the preset `paper`'s value there, of CASSLE and AugSelf that of
+            their name.
     Raises:
         ConfigError: as `load_official`; values that the file contradicts; images that cannot be
             read.
@@ -61,7 +64,7 @@ def import_run(
     if dataset is not None:
         values["dataset"] = resolve_path(dataset)
     values |= {name: value for name, value in units.items() if value is not None}
-    config = _config(source, values, path)
+    config, unknown = _config(source, values, path)
     stored, lacks = _tensors(source, config, path)
     data = open_images(config.dataset, config.split, config.size, config.limit, config.classes)
     with path.open("rb") as file:
@@ -75,6 +78,7 @@ def import_run(
         "acc": source.acc,
         "path": str(path.resolve()),
         "given": arguments,
+        "unknown": unknown,
     }
     model = {"size": source.size, "mean": source.mean, "std": source.std}
     model["classes"] = len(data.classes)
@@ -85,7 +89,8 @@ def import_run(
             val = open_images(config.dataset, "val", config.size, config.limit, config.classes)
             figures = vae_figures(source.module, recipe("none", *source.units), val.images)
             figures = {name.removesuffix("_val"): value for name, value in figures.items()}
-            figures |= {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
+            known = {name: getattr(config, name) for name in ("kappa", "beta", "dim")}
+            figures |= {name: value for name, value in known.items() if name not in unknown}
         counters = {"step": 0, "count": 0, "seconds": 0.0, "groups": [], "lacks": lacks}
         checkpoints.save(run, 0, {f"method.{k}": v for k, v in stored.items()}, counters)
         return {"imported": path.name, **figures}
@@ -120,16 +125,54 @@ def _join(parts: dict[str, nn.Module | None]) -> nn.ModuleDict:
     return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
 
-def _config(source: Official, values: dict[str, Any], path: Path) -> VAEConfig | SSLConfig:
-    """The configuration that the file and the user's `values` make together."""
+def read_name(path: Path) -> dict[str, Any]:
+    """What the official name of a file says of its training, as fields and knobs.
+
+    `cifar10_resnet18_batch_256_alpha_1.0_adv_eps_0.1_proj_dim_64_…_seed_1_epoch_300.pt` of an
+    encoder; of a VAE its folder, `vae_cifar10_dim512_kl0.1_simclr/model_epoch292.pth`.
+    """
+    number = r"(\d+(?:\.\d+)?(?:e-\d+)?)"
+    folder = path.absolute().parent.name
+    vae = re.fullmatch(rf"vae_(?:(\w+)_)?dim\d+_kl{number}_(simclr|simsiam|normal)", folder)
+    if vae and path.name.startswith("model_epoch"):
+        fields: dict[str, Any] = {"dataset": vae[1], "kappa": vae[2], "augmentation": vae[3]}
+    elif beginning := re.match(r"([^\W_]+)_resnet\d+_batch_(\d+)_", path.name):
+        parts = {
+            "seed": r"seed_?(\d+)_", "epochs": r"_epoch_([1-9]\d*)\.pt$",
+            "epsilon": rf"_eps_{number}_", "alpha": rf"_alpha_{number}_",
+            "adversary": r"_method_(normal|clae|idaa)_",
+        }  # fmt: skip
+        matches = {name: re.search(part, path.name) for name, part in parts.items()}
+        fields = {"dataset": beginning[1], "batch_size": beginning[2]}
+        fields |= {name: match[1] for name, match in matches.items() if match}
+        if "_adv_eps_" in path.name and "seed" in fields:  # CLAE's own files have `trial` there
+            fields["adversary"] = "idaa"
+        if fields.get("adversary") == "normal":
+            fields["adversary"] = "none"
+            fields = {k: v for k, v in fields.items() if k not in ("epsilon", "alpha")}
+    else:
+        return {}
+    dataset = DATASETS.get(str(fields.pop("dataset")).lower())
+    return fields | ({"dataset": dataset} if dataset else {})
+
+
+# What official names call a data set.
+DATASETS = {"cifar10": "cifar10", "cifar100": "cifar100", "miniimagenet": "mini-imagenet"}
+
+
+def _config(
+    source: Official, values: dict[str, Any], path: Path
+) -> tuple[VAEConfig | SSLConfig, list[str]]:
+    """The configuration that the file, its name and the user's `values` make together; the names in
+    it of which none of the three says anything."""
     stage = VAEConfig if source.kind == "vae" else SSLConfig
-    values = {name: stage._read(name, value) for name, value in values.items()}
+    values = {name: stage._read(name, value) for name, value in (read_name(path) | values).items()}
     module = source.module
     fields: dict[str, Any] = {"preset": "paper"}
     if source.knobs:
         system = "augself" if source.differences else "cassle"
         data = "stl10" if module.shape == SHAPES["resnet18"] else "imagenet100"
-        fields = {"preset": f"{system}-{data}"}
+        fields = {"preset": f"{system}-{data}", "classes": ""}  # which go with the recipe's images
         weight = 1.0 if data == "stl10" else 0.5  # of AugSelf's heads, by its README
         fields |= {"augself": dict.fromkeys([*(source.differences or ())], weight)}
     if source.kind in ("ipirm", "rsa") and str(values.get("dataset")).startswith("stl10"):
@@ -152,12 +195,15 @@ def _config(source: Official, values: dict[str, Any], path: Path) -> VAEConfig |
     for name, value in facts.items():
         if values.get(name, value) != value:
             raise ConfigError(f"{path} has {name}={value!r}, not {values[name]!r}.")
-    if source.kind == "vae":
-        return VAEConfig(**fields | facts | {"size": source.size})
-    config = SSLConfig(**fields | facts | {"size": source.size})
-    if (config.adversary != "none") != module.adversarial_norms:
+    config = stage(**fields | facts | {"size": source.size})
+    if source.kind != "vae" and (config.adversary != "none") != module.adversarial_norms:
         raise ConfigError(
             f"adversary={config.adversary!r} does not go with {path}, whose network has "
             f"{'' if module.adversarial_norms else 'no '}adversarial norms."
         )
-    return config
+    known = {*values, *facts, *config.circumstances}
+    known |= {"beta", "kappa"} if known & {"beta", "kappa"} else set()
+    known |= {"adversary"} if fields.get("adversary") == "none" else set()
+    # The images that it is used with.
+    known |= {"dataset", "classes", "split", "limit", "size", "source_size", "mean", "std"}
+    return config, [name for name, _ in config if name not in known]

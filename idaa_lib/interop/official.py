@@ -9,6 +9,7 @@ They are told apart by the names of their tensors. Nothing that a file holds is 
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,19 +106,26 @@ def load_official(
             README's, with `flip` where it takes 14 values.
         injection: `add` or `multiply`, where features and γ(ω) are not concatenated: no tensor
             tells which.
+    What wrappers add to names (`module.`, `model.`, `_orig_mod.`) is taken off, and counters of
+    batches that old files lack are set to 0; both is printed.
+
     Raises:
         ConfigError: the file is missing or damaged, would run code, or is none of these (ViT, SwAV,
-            MoCo-v3 and hypernetworks are not read); tensors are missing, left over or of another
-            shape, and which; condition or injection is not what the tensors have.
+            MoCo-v3 and hypernetworks are not read); tensors are missing, left over, of another
+            shape, NaN or infinite, and which; condition or injection is not what the tensors have.
     """
     path = Path(path).expanduser()
-    state, epoch, acc = _read(path)
+    state, prefixes, epoch, acc = _read(path)
     try:
         content = read_layout(state, path.name, condition, injection)
         kind, parts, names, published, knobs = content
-        _fill(parts, state, names)
+        counters = _fill(parts, state, names)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+    notes = [f"{', '.join(prefixes)} taken off its names"] if prefixes else []
+    notes += [f"{counters} missing num_batches_tracked set to 0"] if counters else []
+    if notes:
+        print(f"{path.name}: {'; '.join(notes)}.")
     units = size or published[0], tuple(mean or published[1]), tuple(std or published[2])
     module: Any = parts["vae" if kind == "vae" else "backbone"]
     if kind == "vae":
@@ -143,49 +151,71 @@ def load_official(
 # In a file's name: model_epoch292, ckpt-500, model_400, Train_cifar10_RSA_aa_200.
 _EPOCH = r"(?:epoch_?|ckpt-|model_|Train[\w-]*_)(\d+)"
 _CASSLE = ("backbone", "projector", "predictor", "prototypes", "ss_predictor")
+# Where a state dict lies in a file: Plain and UEL, SimCLR, SimSiam (spec §4), then what others use.
+NESTS = ("net", "model", "state_dict", "model_state_dict", "network", "module")
+# What DataParallel and Lightning put before each name.
+PREFIXES = ("module.", "model.")
 
 
-def _read(path: Path) -> tuple[State, int | None, float | None]:
-    """Tensors by name, without DataParallel's `module.`; epoch and accuracy where they are kept."""
+def _read(path: Path) -> tuple[State, list[str], int | None, float | None]:
+    """Tensors by name, without the prefixes that follow; epoch and accuracy where they are kept."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if part := archive.testzip():  # bytes have changed, which torch does not see
+                    raise zipfile.BadZipFile(part)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"There is no checkpoint {path}.") from None
     except (IsADirectoryError, PermissionError) as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # a damaged file can raise anything
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if code := re.search(r"(?<=GLOBAL )[\w.]+|TorchScript", str(error)):
             raise ConfigError(
-                f"{path} was not loaded: it holds more than tensors, and wants {code[1]} to be run."
+                f"{path} was not loaded: it holds more than tensors, and wants {code[0]} to be "
+                f"run; if you trust it, open it where it was made, and save its weights alone: "
+                f"torch.save(model.state_dict(), 'weights.pth')."
             ) from error
-        raise ConfigError(f"{path} is cut short, damaged or no PyTorch checkpoint.") from error
+        raise ConfigError(
+            f"{path} is cut short, damaged or no PyTorch checkpoint: copy or download it again."
+        ) from error
     about: Mapping[str, Any] = {}
     if isinstance(content, Mapping) and isinstance(content.get("backbone"), Mapping):
         trainer = content.get("trainer") or {}
         if "iteration" in trainer and trainer.get("epoch_length"):
             about = {"epoch": trainer["iteration"] // trainer["epoch_length"]}
         content = dict(_flatten({k: content[k] for k in _CASSLE if k in content}))
-    elif isinstance(content, Mapping):
-        for name in ("net", "model", "state_dict"):  # Plain and UEL, SimCLR, SimSiam (spec §4)
-            if isinstance(content.get(name), Mapping):
-                about, content = content, content[name]
-                break
+    while isinstance(content, Mapping):
+        inner = (content[name] for name in NESTS if isinstance(content.get(name), Mapping))
+        if (state := next(inner, None)) is None:
+            break
+        about, content = {**about, **content}, state
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ConfigError(f"{path} has no state dict, alone or as net, model or state_dict.")
-    state = State(_flatten(content))
+        raise ConfigError(f"{path} has no state dict, alone or as {', '.join(NESTS)}.")
+    tensors, prefixes = dict(_flatten(content)), list[str]()
+    if any("_orig_mod." in key for key in tensors):  # of torch.compile, at any place
+        tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
+        prefixes.append("_orig_mod.")
+    while tensors and (
+        prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in tensors)), None)
+    ):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+        prefixes.append(prefix)
     epoch, acc = about.get("epoch"), about.get("acc")
     return (
-        state,
+        State(tensors),
+        prefixes,
         epoch if isinstance(epoch, int) else None,
         float(acc) if isinstance(acc, int | float | Tensor) else None,
     )
 
 
 def _flatten(content: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    """What is in mappings inside one another, by names joined with dots, without `module.`."""
+    """What is in mappings inside one another, by names joined with dots, the inner ones without
+    `module.`."""
     wrapped = all(str(key).startswith("module.") for key in content)
     for key, value in content.items():
-        name = at + (str(key).removeprefix("module.") if wrapped else str(key))
+        name = at + (str(key).removeprefix("module.") if wrapped and at else str(key))
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{name}.")
         else:
@@ -193,14 +223,24 @@ def _flatten(content: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, An
 
 
 @torch.no_grad()
-def _fill(parts: dict[str, Any], state: State, names: Names) -> None:
-    """Give the networks `parts`, made without storage, the tensors of a file; strict."""
+def _fill(parts: dict[str, Any], state: State, names: Names) -> int:
+    """Give the networks `parts`, made without storage, the tensors of a file; strict, but for
+    counters of batches, which no network here reads: how many of them the file lacks."""
     whole = nn.ModuleDict(parts)
     ours = whole.state_dict()
     theirs = {rename(key, names): tensor for key, tensor in ours.items()}
     beside = {key.replace(*pair) for key in theirs for pair in BESIDE.items()}
+    lacking = (theirs.keys() | beside) - state.keys()
+    counters = [key for key in lacking if key.endswith("num_batches_tracked")]
+    state |= {key: torch.tensor(0) for key in counters}
+    broken = sorted(key for key, tensor in state.items() if not tensor.isfinite().all())
+    if broken:
+        raise ConfigError(
+            f"{', '.join(broken[:3])}{' and more' if len(broken) > 3 else ''} hold values that are "
+            f"NaN or infinite: its training had failed; take a file of an earlier epoch."
+        )
     faults = {
-        "lacks": (theirs.keys() | beside) - state.keys(),
+        "lacks": lacking - {*counters},
         "has, beside what belongs there,": state.keys() - theirs.keys() - beside,
         "has other shapes:": {
             f"{key} is {tuple(state[key].shape)} and should be {tuple(tensor.shape)}"
@@ -224,3 +264,4 @@ def _fill(parts: dict[str, Any], state: State, names: Names) -> None:
             if name in ("bn1", "bn1_adv"):
                 norm.reset_parameters()
                 norm.running_var.fill_(1 - norm.eps)
+    return len(counters)

@@ -31,6 +31,7 @@ from idaa_lib.lab.grid import STYLE, Grid
 from idaa_lib.lab.kernel import guarded
 from idaa_lib.lab.style import COLOURS, NAMES, svg
 from idaa_lib.lab.walk import WalkPanel
+from idaa_lib.results import title
 from idaa_lib.runs import Run, RunError
 
 EQUAL_EPSILON, EQUAL_HARDNESS = "equal ε", "equal hardness"
@@ -382,10 +383,13 @@ def table(row: dict[str, float], engine: Engine, adversary: str, title: str) -> 
 def _vae_name(run: Run) -> str:
     c = run.config
     data = Path(c.dataset).name
-    return f"β {c.beta:.3g}, κ {c.kappa:.3g}, dim {c.dim} · {data} · {run.id[-8:]}"
+    weight = "β unknown" if "beta" in c.unknown else f"β {c.beta:.3g}, κ {c.kappa:.3g}"
+    return f"{weight}, dim {c.dim} · {data} · {run.id[-8:]}"
 
 
 def _ssl_name(run: Run) -> str:
     c = run.config
     attack = "" if c.adversary == "none" else f" + {NAMES[c.adversary]} ε {c.epsilon:.3g}"
+    if {"adversary", "epsilon"} & c.unknown:
+        attack = f" + {title(c)[1]}, ε unknown"
     return f"{c.method}{attack} · {Path(c.dataset).name} · {run.id[-8:]}"

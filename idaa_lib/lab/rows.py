@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -79,7 +80,7 @@ def row_of(run: Run) -> Row:
             "state": f"{SIGNS[state]} {look.word}" + f", {progress}" * bool(progress),
             "data": Path(config.dataset or getattr(about, "dataset", "–")).name,
             "method": method, "adversary": adversary,
-            "differs from preset": ", ".join(differs), "seed": str(config.seed),
+            "differs from preset": ", ".join(differs), "seed": str(config.stated()["seed"]),
             "result": look.reason or results.headline(figures), "tags": ", ".join(run.tags),
         }  # fmt: skip
         if state == "going":
@@ -130,7 +131,8 @@ def tabulate(rows: Mapping[Run, Row], means: bool) -> tuple[pd.DataFrame, list[l
             line["state"] = ", ".join(f"{SIGNS[s]} {n} {s}" for s, n in states.items())
             line["result"] = results.headline(_means(mine)) or line["result"]
             line["started"] = max(row.texts["started"] for row in mine)
-            line["seed"] = ", ".join(sorted({row.texts.get("seed", "") for row in mine}, key=int))
+            seeds = {row.texts.get("seed", "") for row in mine}
+            line["seed"] = ", ".join(sorted(seeds, key=_number))
         figures = [tests.get(run.id, {}) for run in group]
         for column in TESTS.values():
             line[column] = _write([each[column] for each in figures if column in each])
@@ -177,5 +179,13 @@ def join(texts: Iterable[str]) -> str:
 def _order(texts: pd.Series) -> pd.Categorical:
     """Texts that are sorted by the number that they begin with."""
     present = {text for text in texts if text}
-    order = sorted(present, key=lambda text: (float(text.replace(",", " ").split()[0]), text))
+    order = sorted(present, key=lambda text: (_number(text), text))
     return pd.Categorical(texts.where(texts != ""), order, ordered=True)
+
+
+def _number(text: str) -> float:
+    """The number that a text begins with; last of all where it begins with none (`unknown`)."""
+    try:
+        return float(text.replace(",", " ").split()[0])
+    except (ValueError, IndexError):
+        return math.inf

@@ -113,7 +113,8 @@ class Run:
     @property
     def config(self) -> Any:
         """The resolved configuration, as the class of its stage. (The knobs of a method that this
-        process has not imported are left out.)
+        process has not imported are left out.) Of an imported run, `stated()` says which values
+        nobody knows.
 
         Raises:
             RunError: this is no run directory, or another version of the library made it.
@@ -124,11 +125,13 @@ class Run:
                 f"{self.path} is no run directory: it needs a config.json, and to lie in a folder "
                 f"named by its stage ({', '.join(CONFIGS)})."
             )
-        version = self.environment.get("results_version", RESULTS_VERSION)
+        environment = self.environment
+        version = environment.get("results_version", RESULTS_VERSION)
         try:
             if version < RESULTS_VERSION:
                 raise ConfigError(f"its results are of version {version}, not {RESULTS_VERSION}")
-            return CONFIGS[self.stage].restore(values)
+            unknown = environment.get("imported", {}).get("unknown", ())
+            return CONFIGS[self.stage].restore(values, unknown)
         except ConfigError as error:
             raise RunError(
                 f"Run {self.id} was made by another version of this library "
@@ -470,8 +473,8 @@ def parameters(config: Config) -> dict[str, Any]:
 def command(run: Run) -> str:
     """The shell command that makes the run (or resumes it, or shows it)."""
     if source := run.environment.get("imported"):
-        options = [f"{name}={value!r}" for name, value in source["given"].items()]
-        arguments = ", ".join([repr(source["path"]), repr(run.config.dataset), *options])
-        return shlex.join(["python", "-c", f"import idaa_lib; idaa_lib.import_run({arguments})"])
+        given = {"dataset": run.config.dataset, **source["given"]}
+        words = [source["path"], *(f"{name}={value}" for name, value in given.items())]
+        return shlex.join(["python", "-m", "idaa_lib", "import", *words])
     words = [f"{name}={value}" for name, value in parameters(run.config).items()]
     return shlex.join(["python", "-m", "idaa_lib.train", run.stage, *words])

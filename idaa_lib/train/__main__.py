@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from idaa_lib.configs import ConfigError, UserError
+from idaa_lib.configs import OFFICIAL, ConfigError, UserError
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
 from idaa_lib.identity import study
@@ -46,11 +46,14 @@ def read_words(words: list[str]) -> dict[str, Any]:
             values |= stored
         elif word.endswith(".py") and "=" not in word:
             import_file(Path(word))
-        elif "=" in word:
+        elif "=" in word and not word.startswith("-"):
             name, _, text = word.partition("=")
             values[name] = text
         else:
-            raise ValueError(f"{word!r} is neither name=value nor @file.json nor file.py.")
+            name = word.lstrip("-").partition("=")[0].replace("-", "_")
+            ours = OFFICIAL.get(name)
+            hint = f"; the published code's {name} is {ours} here" if ours else ""
+            raise ValueError(f"{word!r} is neither name=value nor @file.json nor file.py{hint}.")
     return values
 
 
