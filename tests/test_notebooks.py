@@ -180,7 +180,9 @@ def test_the_demo_s_sweep_is_that_of_notebook_05_and_three_encoders():
     assert len(trainings) == 3 + 6
 
 
-def test_a_failing_point_stops_nothing_and_is_named_at_the_end(outputs, tmp_path, monkeypatch):
+def test_a_failing_point_stops_nothing_and_is_named_at_the_end(
+    outputs, tmp_path, monkeypatch, capsys
+):
     """Of three trainings one fails: its evaluation is left out, all else is there."""
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
     direct = lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)  # noqa: E731
@@ -188,11 +190,14 @@ def test_a_failing_point_stops_nothing_and_is_named_at_the_end(outputs, tmp_path
     fixed = {"all": {"device": "cpu", "limit": 128}, "eval": {"references": False}}
     fixed["ssl"] = {"width": 4, "epochs": 1, "batch_size": 32}
     grid = sweeps.points({"fixed": fixed, "cross": {"ssl": {"learning_rate": [1e-3, 1e30, 1e-4]}}})
-    told = []
-    outcomes = sweeps.perform_all(sweeps.plan(grid), 2, told.append)
+    counts = []
+    outcomes = sweeps.perform_all(sweeps.plan(grid), 2, lambda known: counts.append(len(known)))
     states = sorted(outcome.state for outcome in outcomes.values())
     assert states == ["failed", *4 * ["finished"], "left out"]
-    assert len(told) == 6 and "6 of 6" in told[-1]
+    assert counts == [2, 4, 6]  # an encoder and its evaluation at a time
+    lines = capsys.readouterr().out
+    assert "4 of 6 runs finished · 0 going · 1 failed · 1 left out · about 0:00 left" in lines
+    assert "lower learning_rate" in lines
     (failed,) = (o for o in outcomes.values() if o.state == "failed")
     assert failed.id.startswith("ssl-") and "lower learning_rate" in failed.error
     assert len(sweeps.finished(grid)) == 2
