@@ -373,7 +373,7 @@ def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, caps
         assert values["state"] == "finished"
         last = run.metrics()[-1]["reconstruction_val"]
         assert values["validation reconstruction"] == f"{last:.4f}"
-        assert values["rate_nats"] == str(run.summary["rate_nats"])
+        assert values["rate_nats"] == f"{run.summary['rate_nats']:.4g}"
         assert picture.data == (run.path / "figures" / "curves.png").read_bytes()
 
 

@@ -47,8 +47,8 @@ FIGURES = {
 }
 BELOW = "The cells below did not run."
 NOTICE = (
-    "This notebook was opened anew while its cell waited. The training goes on, and the cells "
-    "below did not run: select this cell, then choose Run ▸ Run Selected Cell and All Below."
+    "This notebook was opened anew while its cell waited, so the cells below did not run: once the "
+    "training is over, select this cell and choose Run ▸ Run Selected Cell and All Below."
 )
 STYLE = "<style>.idaa-live-curves svg { max-width: 100%; height: auto; }</style>"
 
@@ -97,9 +97,10 @@ def _attach(run: Run) -> None:
     except KeyboardInterrupt:
         end = None
     panel.refresh()
-    if end is not None and end.word == "finished":
-        panel.curves.layout.display = "none"  # the record has them
-        return
+    if end is not None:
+        apart(panel.hide_curves)  # the record has them
+        if end.word == "finished":
+            return
     leave_record(run)
     if end is None:
         raise Stopped(
@@ -123,7 +124,8 @@ def leave_record(run: Run) -> None:
         return
     values = {key: value for line in lines for key, value in line.items()} | (run.summary or {})
     cells = {"state": run.state["state"], "step": f"{lines[-1]['step']:,}", **figures_of(values)}
-    cells |= {k: f"{v}" for k, v in (run.summary or {}).items() if k not in FIGURES}
+    further = {k: v for k, v in (run.summary or {}).items() if k not in FIGURES}
+    cells |= {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in further.items()}
     with pd.option_context("display.max_colwidth", None):
         display(pd.DataFrame({run.id: cells}))
     figure = plots.curves({run.id: lines}, plots.CURVES[run.stage])
@@ -238,6 +240,10 @@ class Panel:
             self._thread = threading.Thread(target=self._follow, daemon=True)
             self._thread.start()
 
+    def hide_curves(self) -> None:
+        """Until the run goes on."""
+        self.curves.layout.display = "none"
+
     def close(self) -> None:
         """Let go of the run, which goes on; the panel stays as it is."""
         self._closed = True
@@ -278,6 +284,8 @@ class Panel:
         self._undrawn |= self._readings.update()
         request = (runs.read_json(self.run.path / "control.json") or {}).get("request")
         going, paused = now.word == "going", now.word == "paused"
+        if going:
+            self.curves.layout.display = None
         enabled = {
             "start": now.word in ("new", "interrupted", "failed"),
             "pause": going and request not in ("pause", "stop"),

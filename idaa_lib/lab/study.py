@@ -21,7 +21,7 @@ def perform(
 ) -> dict[str, sweeps.Outcome]:
     """The outcomes of all runs of `grid`, as `sweeps.perform_all` gives them.
 
-    While it works, a table and a figure grow below the line that says how far it is. They go when
+    While it works, a table and a figure grow above the line that says how far it is. They go when
     all is done, for then the notebook shows them in full; after a stop they stay.
 
     Args:
@@ -33,15 +33,15 @@ def perform(
     attended()
     tasks = sweeps.plan(grid)
     outputs = [display(HTML(""), display_id=True) for _ in range(2)]
-    judged, draw_after = 0, 0.0
+    evaluations, draw_after = 0, 0.0
 
     def show(outcomes: Mapping[str, sweeps.Outcome]) -> None:
-        nonlocal judged, draw_after
+        nonlocal evaluations, draw_after
         count = sum(o.state == "finished" for key, o in outcomes.items() if key[:4] == "eval")
         start = time.monotonic()
-        if count == judged or start < draw_after:
+        if count == evaluations or start < draw_after:
             return
-        judged = count
+        evaluations = count
         with contextlib.suppress(Exception):  # others still train; the cells below say it
             frame = sweeps.table(grid)
             frame = frame[(frame["split"] == split) & (frame["features"] == "encoder")]

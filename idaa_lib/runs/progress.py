@@ -143,8 +143,8 @@ class Tally:
         text = f"{len(self.configs)} runs ({parts}): {len(done)} are finished"
         if left := len(self.configs) - len(done):
             seconds = self.seconds_left(done)
-            known = f"about {clock(seconds)} by the runs so far" if seconds else "no such run yet"
-            text += f", {left} are to be made, {self.jobs} at a time: {known}"
+            basis = f"about {clock(seconds)} by the runs so far" if seconds else "no such run yet"
+            text += f", {left} are to be made, {self.jobs} at a time: {basis}"
         return f"{text}."
 
     def line(self, states: Mapping[str, str]) -> tuple[float, str]:
