@@ -218,7 +218,7 @@ def perform_all(
     _cancelled = False
     outcomes: dict[str, Outcome] = {}
     tally = Tally({key: task.config for key, task in tasks.items()}, jobs, _going)
-    lines = Lines()
+    lines = Lines(30.0)
 
     def line() -> tuple[float, str]:
         return tally.line({key: outcome.state for key, outcome in list(outcomes.items())})

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
-from IPython.display import HTML, display
+from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
 
 from idaa_lib import results, sweeps
@@ -21,7 +21,7 @@ def perform(
 ) -> dict[str, sweeps.Outcome]:
     """The outcomes of all runs of `grid`, as `sweeps.perform_all` gives them.
 
-    While it works, a table and a figure grow above the line that says how far it is. They go when
+    While it works, a table and a figure grow below the line that says how far it is. They go when
     all is done, for then the notebook shows them in full; after a stop they stay.
 
     Args:
@@ -32,7 +32,7 @@ def perform(
     """
     attended()
     tasks = sweeps.plan(grid)
-    outputs = [display(HTML(""), display_id=True) for _ in range(2)]
+    outputs: list[DisplayHandle] = []
     evaluations, draw_after = 0, 0.0
 
     def show(outcomes: Mapping[str, sweeps.Outcome]) -> None:
@@ -47,6 +47,8 @@ def perform(
             frame = frame[(frame["split"] == split) & (frame["features"] == "encoder")]
             by = [name for name in (*grid[0].labels, "seed") if frame[name].notna().any()]
             rows = results.tabulate(frame.fillna(dict.fromkeys(by, "–")), by)
+            if not outputs:
+                outputs.extend(display(HTML(""), display_id=True) for _ in range(2))
             for output, part in zip(outputs, (rows, HTML(style.svg(draw(frame)))), strict=True):
                 output.update(part)
         draw_after = time.monotonic() + 4 * (time.monotonic() - start)

@@ -32,9 +32,11 @@ KERNEL = 12.0
 
 
 class Lines:
-    """A line of text that goes on changing: a notebook's is replaced, a log gets some of them."""
+    """A line of text that goes on changing: a notebook's is replaced, a log gets some of them,
+    `least` seconds apart at first."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: float = 5.0) -> None:
+        self.least = least
         self._start, self._updated, self._printed = time.monotonic(), 0.0, 0.0
         self._handle = _notebook_display()
 
@@ -44,9 +46,8 @@ class Lines:
         if self._handle is not None and (last or seconds - self._updated > 0.25):
             self._updated = seconds
             self._handle.update(_Bar(fraction, text))
-        # Log lines thin out: 5 s apart at first, a twentieth of the time so far later, 10 minutes
-        # at most.
-        if last or seconds - self._printed > min(600.0, max(5.0, 0.05 * seconds)):
+        # Later a twentieth of the time so far apart, 10 minutes at most.
+        if last or seconds - self._printed > min(600.0, max(self.least, 0.05 * seconds)):
             self._printed = seconds
             with contextlib.suppress(BrokenPipeError):  # a reader that left must not end the run
                 print(text, flush=True)
@@ -155,7 +156,8 @@ class Tally:
         names = sorted(stage + (f" {share:.0%}" if share else "") for stage, share in shares)
         parts.append(f"{len(names)} going" + (f" ({', '.join(names)})" if names else ""))
         parts += [f"{n} {state}" for state, n in counts.items()]
-        parts.append(f"about {clock(self.seconds_left(states))} left")
+        if (seconds := self.seconds_left(states)) is not None:
+            parts.append(f"about {clock(seconds)} left")
         return len(states) / max(1, len(self.configs)), " · ".join(parts)
 
 
