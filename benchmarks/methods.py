@@ -63,7 +63,7 @@ def main(
             grid += sweeps.cells(CompareConfig(preset="demo", **elsewhere))[1:]
         grid += sweeps.cells(CompareConfig(preset="demo", **simclr, seeds=(1, 2)))
     resumed, start = any(outputs_root().glob("*/*/config.json")), time.monotonic()
-    outcomes = sweeps.perform_all(sweeps.plan(grid), once.jobs, print)
+    outcomes = sweeps.perform_all(sweeps.plan(grid), once.jobs)
     minutes = (time.monotonic() - start) / 60
     sweeps.check(outcomes)
     frame = sweeps.table(grid)

@@ -60,7 +60,7 @@ def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 10) -> None:
     interrupted = False
     try:
         for grid in grids:  # what a stop leaves out are further seeds
-            sweeps.check(sweeps.perform_all(sweeps.plan(grid), fields["jobs"], print))
+            sweeps.check(sweeps.perform_all(sweeps.plan(grid), fields["jobs"]))
     except KeyboardInterrupt:
         interrupted = True
     rows = measure([point for grid in grids for point in grid], limit)

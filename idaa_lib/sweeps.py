@@ -40,6 +40,7 @@ from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.evaluate.encoders import judged_on
 from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, parameters, write_json
 from idaa_lib.runs.machine import hardware, resolve_paths
+from idaa_lib.runs.progress import Lines, Tally
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,11 +157,13 @@ class Task(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a task: the run's id, `finished`, `failed` or `left out`, a sentence why."""
+    """What became of a task: the run's id, `finished`, `failed` or `left out`, a sentence why, and
+    the seconds that it took, 0 if it was there already."""
 
     id: str
     state: str
     error: str | None = None
+    seconds: float = 0.0
 
 
 def plan(grid: Sequence[Point]) -> dict[str, Task]:
@@ -190,34 +193,50 @@ def _task(config: Config, **needs: str) -> tuple[str, Task]:
     return f"{config.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}", Task(config, needs)
 
 
+def outline(grid: Sequence[Point], jobs: int) -> str:
+    """How many runs the points take, how many are finished, and how long the others take by the
+    runs so far: a sentence to read before it starts."""
+    tasks = plan(grid)
+    tally = Tally({key: task.config for key, task in tasks.items()}, jobs)
+    return f"{len(grid)} points take {tally.plan(there(tasks))}"
+
+
 def perform_all(
-    tasks: Mapping[str, Task], jobs: int = 1, say: Callable[[str], object] = str
+    tasks: Mapping[str, Task],
+    jobs: int = 1,
+    show: Callable[[Mapping[str, Outcome]], object] = len,
 ) -> dict[str, Outcome]:
     """Key → outcome of all tasks, `jobs` at a time; one that fails stops only those that need it.
 
-    An interrupt stops the runs under way after their step, waits until they are saved, and starts
-    no more.
+    How it goes is printed, and `show` is called with all outcomes so far whenever there are more.
+    An encoder is judged at once, so that its figures are there while others train. An interrupt
+    stops the runs under way after their step, waits until they are saved, and starts no more.
     """
     from joblib import Parallel, delayed
 
     global _cancelled
-    _cancelled, began = False, time.monotonic()
+    _cancelled = False
     outcomes: dict[str, Outcome] = {}
+    tally = Tally({key: task.config for key, task in tasks.items()}, jobs, _going)
+    lines = Lines(30.0)
+
+    def line() -> tuple[float, str]:
+        return tally.line({key: outcome.state for key, outcome in list(outcomes.items())})
+
     try:
-        with _shared_threads(jobs):
-            while ready := {
-                key: task
-                for key, task in tasks.items()
-                if key not in outcomes and outcomes.keys() >= set(task.needs.values())
-            }:
-                calls = [delayed(_perform)(key, task, outcomes) for key, task in ready.items()]
+        with _shared_threads(jobs), lines.repeat(line):
+            while chains := _chains(tasks, outcomes):
+                calls = [delayed(_perform)(chain, outcomes) for chain in chains]
                 work = Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")
-                for key, outcome in work(calls):
-                    outcomes[key] = outcome
-                    minutes = (time.monotonic() - began) / 60
-                    left = minutes / len(outcomes) * (len(tasks) - len(outcomes))
-                    progress = f"{len(outcomes)} of {len(tasks)}, about {left:.0f} min left"
-                    say(f"{progress}: {outcome.id} {outcome.state}")
+                for news in work(calls):
+                    outcomes |= news
+                    for key, outcome in news.items():
+                        if outcome.state == "finished" and outcome.seconds:
+                            tally.seconds[tasks[key].config.stage].append(outcome.seconds)
+                        if outcome.error or outcome.seconds:
+                            print(f"{outcome.id}: {outcome.error or outcome.state}", flush=True)
+                    lines.show(*line(), last=len(outcomes) == len(tasks))
+                    show(outcomes)
     except BaseException:
         _cancelled = True
         # Again and again: a kernel that is still starting forgets what was asked before its run.
@@ -229,21 +248,41 @@ def perform_all(
     return outcomes
 
 
-def _perform(key: str, task: Task, outcomes: Mapping[str, Outcome]) -> tuple[str, Outcome]:
-    needs = {field: outcomes[other] for field, other in task.needs.items()}
-    for need in needs.values():
-        if need.state != "finished":
-            return key, Outcome(key, "left out", f"It needs {need.id}, which {need.state}.")
-    return key, perform(task.config.replace(**{f: need.id for f, need in needs.items()}))
+def _chains(tasks: Mapping[str, Task], outcomes: Mapping[str, Outcome]) -> list[dict[str, Task]]:
+    """The tasks that can begin now, each followed by those that wait for it alone."""
+    chains = []
+    for key, task in tasks.items():
+        if key not in outcomes and outcomes.keys() >= set(task.needs.values()):
+            chains.append(chain := {key: task})
+            last = key
+            while len(next_ := [k for k, t in tasks.items() if last in t.needs.values()]) == 1:
+                (last,) = next_
+                chain[last] = tasks[last]
+    return chains
+
+
+def _perform(chain: Mapping[str, Task], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """The outcomes of tasks of which each needs none but the one before and `outcomes`."""
+    news: dict[str, Outcome] = {}
+    for key, task in chain.items():
+        needs = {f: news.get(other) or outcomes[other] for f, other in task.needs.items()}
+        if lacks := [need for need in needs.values() if need.state != "finished"]:
+            reason = f"It needs {lacks[0].id}, which {lacks[0].state}."
+            news[key] = Outcome(key, "left out", reason)
+        else:
+            news[key] = perform(task.config.replace(**{f: need.id for f, need in needs.items()}))
+    return news
 
 
 def perform(config: Config) -> Outcome:
     """What became of the run of `config`, which is made if it is not there. Raises nothing that a
     further attempt, or another configuration, could mend."""
-    name = config.stage
+    name, start = config.stage, time.monotonic()
     try:
         name = locate(config).id
-        return Outcome(ensure(config).reference, "finished")
+        if run := _finished(config):
+            return Outcome(run.reference, "finished")
+        return Outcome(ensure(config).reference, "finished", None, time.monotonic() - start)
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return Outcome(name, "failed", f"{kind}{error}")
@@ -259,20 +298,26 @@ def check(outcomes: Mapping[str, Outcome]) -> None:
         )
 
 
+def there(tasks: Mapping[str, Task]) -> dict[str, Run]:
+    """Key → run of the tasks that are finished; nothing is started."""
+    runs: dict[str, Run] = {}
+    for key, (config, needs) in tasks.items():
+        if runs.keys() >= set(needs.values()):
+            names = {field: runs[other].reference for field, other in needs.items()}
+            if run := _finished(config.replace(**names)):
+                runs[key] = run
+    return runs
+
+
 def finished(grid: Sequence[Point]) -> list[tuple[Point, Run]]:
     """The points whose runs are all there, with the evaluation; nothing is started.
 
     Raises:
         ConfigError: as `plan`.
     """
-    there: dict[str, Run] = {}
-    for key, (config, needs) in plan(grid).items():
-        if there.keys() >= set(needs.values()):
-            names = {field: there[other].reference for field, other in needs.items()}
-            if run := _finished(config.replace(**names)):
-                there[key] = run
+    runs = there(plan(grid))
     ends = [[*_chain(point)][-1][0] for point in grid]
-    return [(point, there[key]) for point, key in zip(grid, ends, strict=True) if key in there]
+    return [(point, runs[key]) for point, key in zip(grid, ends, strict=True) if key in runs]
 
 
 def table(grid: Sequence[Point]) -> pd.DataFrame:
@@ -439,7 +484,7 @@ def main(words: Sequence[str]) -> int:
         grid = [point for each in sweep.get("grids", []) for point in points(each)]
         studies = [SweepConfig(**fields) for fields in sweep.get("studies", [])]
         varied = [point for study in studies for point in sensitivity(study)]
-        outcomes = perform_all(plan(grid + varied), sweep.get("jobs", 1), say)
+        outcomes = perform_all(plan(grid + varied), sweep.get("jobs", 1))
         own = [Run(outputs_root() / key.partition("-")[0] / outcomes[key].id) for key in plan(grid)]
         notebooks = [run.path / "notebook.ipynb" for run in own]
         # "@vae" is the run of that stage of the last point of the grids.

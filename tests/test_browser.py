@@ -328,6 +328,23 @@ def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
         count = len(run.metrics())  # the last validation's line too
         browser.until(page, lambda: readings(page) == count, f"{count} readings")
         browser.shot(page, "03_finished")
+        # The page that was left took the cells below the training along.
+        assert "the cells below did not run" in browser.status(page)
+        assert notebook.cells()["ran"] < notebook.cells()["count"]
+        notebook.run_all()
+        notebook.save()
+    finally:
+        notebook.close()
+
+    notebook = browser.Notebook(context, lab, "03_train_ssl")  # in a kernel that knows nothing
+    try:
+        record = notebook.page.locator(f'.jp-RenderedHTMLCommon:has-text("{run.id}")')
+        browser.until(notebook.page, lambda: record.count(), "the table of the run")
+        assert "finished" in record.first.text_content()
+        image = ".jp-RenderedImage img"
+        assert browser.picture(notebook.page, selector=image).std() > 10
+        browser.show(notebook.page, image)
+        browser.shot(notebook.page, "03_without_its_kernel")
     finally:
         notebook.close()
 

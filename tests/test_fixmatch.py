@@ -782,7 +782,8 @@ def test_the_notebook_runs_beside_labels_alone(outputs, tmp_path):
     assert kinds == {("none", 0.0), ("none", 1.0), ("clae", 1.0)}
     (run,) = (run for run in trained if run.config.adversary == "clae")
     assert {path.name for path in (run.path / "figures").glob("*.png")} == {
-        "views.png", "losses.png", "pseudo_labels.png", "accuracy.png", "validation.png",
+        "curves.png", "views.png", "losses.png", "pseudo_labels.png", "accuracy.png",
+        "validation.png",
     }  # fmt: skip
 
 

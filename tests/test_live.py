@@ -361,12 +361,20 @@ def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, caps
     run = live.train(VAE)
     assert run.finished
     assert pid_of(run) != os.getpid()
-    (ui,) = shown
+    ui, *record = shown
     assert "finished" in ui.children[3].value
+    assert "panel below is for a page with its kernel" in capsys.readouterr().out
     live._panels[run.path].close()
+    shown.clear()
     assert live.train(VAE) == run
     assert "is finished: showing its result" in capsys.readouterr().out
-    assert len(shown) == 1
+    for table, picture in (record, shown):
+        values = table[run.id]
+        assert values["state"] == "finished"
+        last = run.metrics()[-1]["reconstruction_val"]
+        assert values["validation reconstruction"] == f"{last:.4f}"
+        assert values["rate_nats"] == f"{run.summary['rate_nats']:.4g}"
+        assert picture.data == (run.path / "figures" / "curves.png").read_bytes()
 
 
 @pytest.fixture
@@ -380,7 +388,8 @@ def interruptible():
 def test_a_stop_and_an_interrupt_are_one_sentence_each(outputs, monkeypatch, interruptible):
     shown, run = threading.Event(), locate(LONG)
     monkeypatch.setattr(live, "attended", lambda: True)
-    monkeypatch.setattr(live, "display", lambda ui: shown.set())
+    records = []
+    monkeypatch.setattr(live, "display", lambda part: records.append(part) or shown.set())
 
     def then(act):
         """Once the cell shows its panel: a stop before it looks would make it start anew."""
@@ -407,6 +416,7 @@ def test_a_stop_and_an_interrupt_are_one_sentence_each(outputs, monkeypatch, int
     waiting.join()
     assert pid_of(run) == first
     live._panels[run.path].close()
+    assert records[-2][run.id]["state"] == "interrupted"  # a table, then a picture
 
     broken = VAE.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(RunError, match=r"failed\. .*lower learning_rate"):
@@ -420,6 +430,21 @@ from idaa_lib.lab import kernel, live
 print("attended", kernel.attended())
 live.train(VAEConfig(**{fields!r}))
 """
+
+
+def until_idle(client, request):
+    """What the kernel says until it is done with this request: its texts (also of widgets) and the
+    kinds of its messages."""
+    texts, kinds = "", []
+    while True:
+        message = client.get_iopub_msg(timeout=60)
+        content, kind = message["content"], message["msg_type"]
+        state = content.get("data", {}).get("state", {}) if kind == "comm_msg" else {}
+        texts += content.get("text", "") + str(state.get("value", ""))
+        kinds.append(kind)
+        mine = message["parent_header"].get("msg_id") == request
+        if mine and content.get("execution_state") == "idle":
+            return texts, kinds
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -444,11 +469,11 @@ def test_who_can_be_asked_for_input_is_in_front_of_the_kernel(outputs, asked):
             said += message["content"].get("text", "")
         assert f"attended {asked}" in said
         if asked:
+            below = client.execute("print('the cell below')")
             manager.interrupt_kernel()
-            while (message := client.get_iopub_msg(timeout=60))["msg_type"] != "error":
-                pass
-            assert message["content"]["ename"] == "Stopped"
-            assert len(message["content"]["traceback"]) == 1
+            texts, kinds = until_idle(client, below)
+            assert "No longer waiting for" in texts and "The cells below did not run." in texts
+            assert "error" not in kinds and "the cell below" not in texts
             assert look(run).word == "going"
     finally:
         client.stop_channels()
@@ -473,6 +498,7 @@ def test_while_the_cell_waits_its_buttons_are_answered_and_another_page_is_let_i
         subshell = client.get_control_msg(timeout=60)["content"]["subshell_id"]
         fields = {k: v for k, v in LONG if v is not None}
         client.execute(CELL.format(fields=fields), allow_stdin=True)
+        below = client.execute("print('the cell below')", allow_stdin=True)
         run, comm = locate(LONG), None
         while comm is None:
             message = client.get_iopub_msg(timeout=60)
@@ -489,10 +515,10 @@ def test_while_the_cell_waits_its_buttons_are_answered_and_another_page_is_let_i
         until(lambda: look(run).word == "paused", 30)
         other.start_channels()
         other.kernel_info()
-        while (message := client.get_iopub_msg(timeout=60))["msg_type"] != "error":
-            pass
-        assert message["content"]["ename"] == "Stopped"
-        assert "No longer waiting for" in message["content"]["evalue"]
+        texts, kinds = until_idle(client, below)
+        assert "No longer waiting for" in texts and "error" not in kinds
+        assert "opened anew while its cell waited" in texts  # in the panel, which outlives the cell
+        assert "the cell below" not in texts
         assert look(run).word == "paused"
         assert other.get_shell_msg(timeout=60)["msg_type"] == "kernel_info_reply"
     finally:

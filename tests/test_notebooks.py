@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import defaultdict
 
 import pandas as pd
 import pytest
@@ -42,6 +43,16 @@ def execute(notebook, parameters, folder, name="out"):
     return sweeps.execute(notebook, parameters, folder / f"{notebook}-{name}.ipynb")
 
 
+def outputs_of(path, call):
+    """Of the cell that calls this: the outputs by their type, `text` for what was printed."""
+    cells = json.loads(path.read_text())["cells"]
+    parts = defaultdict(list)
+    for output in next(c for c in cells if call in "".join(c["source"]))["outputs"]:
+        for kind, value in (output.get("data") or {"text": output["text"]}).items():
+            parts[kind].append("".join(value))
+    return parts
+
+
 @pytest.mark.xdist_group("photos")
 def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     execute("01_pretrain_vae", VAE, tmp_path)
@@ -49,8 +60,11 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     assert figures(vae) == {"reconstruction.png", "curves.png"}
 
     execute("02_decompose", {"images": 3}, tmp_path, "untrained")  # no encoder is there yet
-    execute("03_train_ssl", SMALL | {"adversary": "idaa"}, tmp_path)
+    trained = execute("03_train_ssl", SMALL | {"adversary": "idaa"}, tmp_path)
     (ssl,) = runs.find("ssl")
+    record = outputs_of(trained, "live.train")  # of a copy, which has no kernel
+    assert any(f"{ssl.summary['n_val']}" in html for html in record["text/html"])
+    assert len(record["image/png"]) == 1
     assert ssl.config.vae == vae.id
     assert figures(ssl) == {"views.png", "curves.png", "collapse.png"}
 
@@ -69,7 +83,12 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
         "epsilons": "0.1, 0.3", "betas": "6.4", "dims": "8", "jobs": 2, "device": "cpu",
         "eval": json.dumps({"limit": 128}), **{k: json.dumps(v) for k, v in stages.items()},
     }  # fmt: skip
-    execute("05_sensitivity", grid, tmp_path)
+    swept = execute("05_sensitivity", grid, tmp_path)
+    (plan,) = outputs_of(swept, "sweeps.outline")["text"]
+    sentence = "4 points take 5 runs (1 vae, 2 ssl, 2 eval): 3 are finished, 2 are to be made, "
+    assert plan.startswith(sentence + "2 at a time: about ")
+    lines = "".join(outputs_of(swept, "study.perform")["text"])
+    assert re.search(r"(\d+) of \1 runs finished · 0 going · about 0:00 left\n", lines)
     (study,) = (outputs / "sweep").iterdir()
     assert {path.name for path in study.iterdir()} == {
         "config.json", "sensitivity.csv", "sensitivity.png",
@@ -180,7 +199,9 @@ def test_the_demo_s_sweep_is_that_of_notebook_05_and_three_encoders():
     assert len(trainings) == 3 + 6
 
 
-def test_a_failing_point_stops_nothing_and_is_named_at_the_end(outputs, tmp_path, monkeypatch):
+def test_a_failing_point_stops_nothing_and_is_named_at_the_end(
+    outputs, tmp_path, monkeypatch, capsys
+):
     """Of three trainings one fails: its evaluation is left out, all else is there."""
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
     direct = lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)  # noqa: E731
@@ -188,11 +209,14 @@ def test_a_failing_point_stops_nothing_and_is_named_at_the_end(outputs, tmp_path
     fixed = {"all": {"device": "cpu", "limit": 128}, "eval": {"references": False}}
     fixed["ssl"] = {"width": 4, "epochs": 1, "batch_size": 32}
     grid = sweeps.points({"fixed": fixed, "cross": {"ssl": {"learning_rate": [1e-3, 1e30, 1e-4]}}})
-    told = []
-    outcomes = sweeps.perform_all(sweeps.plan(grid), 2, told.append)
+    counts = []
+    outcomes = sweeps.perform_all(sweeps.plan(grid), 2, lambda known: counts.append(len(known)))
     states = sorted(outcome.state for outcome in outcomes.values())
     assert states == ["failed", *4 * ["finished"], "left out"]
-    assert len(told) == 6 and "6 of 6" in told[-1]
+    assert counts == [2, 4, 6]  # an encoder and its evaluation at a time
+    lines = capsys.readouterr().out
+    assert "4 of 6 runs finished · 0 going · 1 failed · 1 left out · about 0:00 left" in lines
+    assert "lower learning_rate" in lines
     (failed,) = (o for o in outcomes.values() if o.state == "failed")
     assert failed.id.startswith("ssl-") and "lower learning_rate" in failed.error
     assert len(sweeps.finished(grid)) == 2
@@ -240,7 +264,7 @@ def test_notebooks_of_a_sweep_file_get_the_runs_of_its_last_point(tmp_path, monk
     ((name, values, _),) = calls
     assert (name, values) == ("02_decompose", {"vae": vae.id, "run": ssl.id, "images": 3})
     said = capsys.readouterr().out
-    assert "3 of 3, about 0 min left" in said and "SimCLR + IDAA" in said and "Done" in said
+    assert "3 of 3 runs finished" in said and "SimCLR + IDAA" in said and "Done" in said
 
 
 def test_two_sweeps_in_two_processes_start_no_run_twice(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from idaa_lib import runs
 from idaa_lib.configs import VAEConfig
 from idaa_lib.runs import RunError, Stopped, checkpoints
+from idaa_lib.runs import steps as steps_module
 from idaa_lib.runs.steps import Line, Steps
 
 TOTAL = 23  # steps in epochs of 10; a line every 4
@@ -132,3 +134,48 @@ def test_a_line_of_a_gpu_is_copied_into_pinned_memory():
     assert line.copy.is_pinned()
     assert line.read() == {"loss": 2.5, "rate": 0.1, "x": 1.0}
     assert line.event.query()
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["between two steps", "within a step"])
+def test_speed_and_time_left_are_of_the_steps_alone(run, monkeypatch, within):
+    """Steps of 2 s, the second half of them of 1 s; 4 s of validation, 3 s a checkpoint, and a
+    pause of 6 s: none of these makes a step slower."""
+    now = 1e6
+    clock = SimpleNamespace(monotonic=lambda: now, time=lambda: now, sleep=lambda s: spend(s))
+    monkeypatch.setattr(steps_module, "time", clock)
+    states, pause = [], []
+
+    def spend(seconds):
+        nonlocal now
+        now += seconds
+        return {}
+
+    def request():
+        if steps.step == 5 and not pause and (within == bool(inside)):
+            pause.append(now)
+        return "pause" if pause and now < pause[0] + 6 else None
+
+    inside = []
+    with run.writing(VAEConfig(), {}) as writer:
+        writer.request = request
+        write = writer.state
+        writer.state = lambda **news: (states.append(news), write(**news))
+        steps = Steps(
+            run, writer, TOTAL, per_epoch=10, images=8, log_every=4,
+            state=lambda: ({}, spend(3)), restore=lambda *_: None,
+            at_epoch_end=lambda epoch: spend(4) or {"validation": 1.0},
+        )  # fmt: skip
+        for step in steps:
+            inside.append(step)
+            steps.pulse()
+            inside.clear()
+            spend(2 if step < 12 else 1)
+    assert now > 1e6 + 12 * 2 + 11 + 3 * 3 + 2 * 4 + 6 - 0.1
+    rates = {line["step"]: line["images_per_second"] for line in run.metrics()
+             if "images_per_second" in line}  # fmt: skip
+    assert rates == pytest.approx({s: 4.0 if s <= 12 else 8.0 for s in rates})
+    assert {8, 10, 12, 16, 23} <= rates.keys()
+    left = {s["step"]: s["seconds_left"] for s in states if "seconds_left" in s}
+    assert left == pytest.approx({s: (TOTAL - s) * (2 if s <= 12 else 1) for s in left})
+    assert steps.seconds == pytest.approx(12 * 2 + 11)
+    assert len(pause) == 1

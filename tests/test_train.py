@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import get_available_trackers
 from conftest import outcome
 from PIL import Image
 from reference import knn as naive_knn
@@ -269,6 +270,32 @@ def test_a_tracker_is_one_parameter(outputs, tracker):
     events = list(run.path.rglob("events.out.tfevents*"))
     assert events
     assert sum(p.stat().st_size for p in events) > 100
+
+
+@pytest.mark.parametrize(
+    ("tracker", "error", "help_"),
+    [
+        ("wandb", "api_key not configured (no-tty).\nCall wandb.login().", "run `wandb login`"),
+        ("mlflow", "Connection refused", "look at MLFLOW_TRACKING_URI"),
+        ("tensorboard", "", "leave tracker at 'none'"),
+    ],
+)
+def test_a_tracker_that_does_not_start_is_a_sentence_before_a_step(
+    outputs, monkeypatch, tracker, error, help_
+):
+    def refuse(*_):
+        raise RuntimeError(error)
+
+    available = [*map(str, get_available_trackers()), tracker]
+    monkeypatch.setattr("idaa_lib.train.accelerator.get_available_trackers", lambda: available)
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    with pytest.raises(ConfigError, match=help_) as caught:
+        train_vae(VAE.model_copy(update={"tracker": tracker}))
+    text = str(caught.value)
+    reason = error.splitlines()[0].rstrip(".") if error else "RuntimeError"
+    assert text.startswith(f"tracker={tracker!r} does not start ({reason})") and "\n" not in text
+    assert not runs.find("vae", finished=False)[0].metrics()
 
 
 # --- a user's mistakes ------------------------------------------------------------------------

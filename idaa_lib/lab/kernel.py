@@ -21,6 +21,7 @@ import ipywidgets as widgets
 from IPython import get_ipython
 
 from idaa_lib.configs import UserError
+from idaa_lib.runs import Stopped
 
 T = TypeVar("T")
 
@@ -38,8 +39,14 @@ def _request() -> dict[str, Any]:
 
 def attended() -> bool:
     """Whether a person sits in front of this kernel: the page that runs the cell can be asked for
-    input, as JupyterLab's can, and papermill's, nbclient's and Voilà's cannot."""
-    return bool(_request().get("content", {}).get("allow_stdin"))
+    input, as JupyterLab's can, and papermill's, nbclient's and Voilà's cannot.
+
+    There a `Stopped` is from now on a line of plain text, for no error happened; the cells below do
+    not run all the same. (Papermill's exit status needs the error.)
+    """
+    if person := bool(_request().get("content", {}).get("allow_stdin")):
+        get_ipython().set_custom_exc((Stopped,), lambda shell, kind, stop, *_, **__: print(stop))
+    return person
 
 
 def apart(act: Callable[[], T]) -> T:

@@ -12,10 +12,12 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+import pandas as pd
 from IPython.display import display
 from PIL import Image
 
@@ -43,6 +45,11 @@ FIGURES = {
     "lr": ("learning rate", "{:.3g}"),
     "images_per_second": ("speed", "{:,.0f} images/s"),
 }
+BELOW = "The cells below did not run."
+NOTICE = (
+    "This notebook was opened anew while its cell waited, so the cells below did not run: once the "
+    "training is over, select this cell and choose Run ▸ Run Selected Cell and All Below."
+)
 STYLE = "<style>.idaa-live-curves svg { max-width: 100%; height: auto; }</style>"
 
 
@@ -50,47 +57,84 @@ def train(config: TrainingConfig) -> Run:
     """The finished run of `config`: trained, resumed, attached to, or found.
 
     In front of a person a process of its own trains, and this waits beside its panel; headless the
-    training is here, with a log.
+    training is here, with a log. However it ends, its record (`leave_record`) stays in the cell.
 
     Raises:
         ConfigError, RunError: one sentence; also why the run failed.
         Stopped: the run was stopped and saved; or this no longer waits for it, while it goes on:
             the kernel was interrupted, or the notebook was opened anew.
     """
-    if not attended():
-        return stages.train(config)
-    own = stages.foreign(config).items()
-    if names := " and ".join(n for n, kind in own if not Path(SOURCES[kind][0]).is_file()):
+    person, own = attended(), stages.foreign(config).items()
+    names = " and ".join(n for n, kind in own if not Path(SOURCES[kind][0]).is_file())
+    if person and names:
         print(f"{names}: typed in this kernel, so training runs here and ends with it.")
-        return stages.train(config)
-    run = start(config)
-    if run.finished:
+    if names or not person:
+        run = stages.train(config)
+    elif (run := start(config)).finished:
         print(f"{run.id} is finished: showing its result.")
-        return run
+    else:
+        _attach(run)
+    leave_record(run)
+    return run
+
+
+def _attach(run: Run) -> None:
+    """Show the panel of `run` until it is finished. Raises as `train`."""
     if run.path not in _panels:
         _panels[run.path] = Panel(run)
     panel = _panels[run.path]
+    panel.notice = ""
+    print(
+        f"{run.id}: the panel below is for a page with its kernel. Elsewhere run this cell again, "
+        f"which attaches to the training or shows its result."
+    )
     try:
         display(panel.ui)
         panel.follow()
         end = _wait(run)
+        if end is None:
+            panel.notice = NOTICE
     except KeyboardInterrupt:
         end = None
+    panel.refresh()
+    if end is not None:
+        apart(panel.hide_curves)  # the record has them
+        if end.word == "finished":
+            return
+    leave_record(run)
     if end is None:
         raise Stopped(
             f"No longer waiting for {run.id}, which goes on in a process of its own: run this cell "
-            f"again to attach to it; the panel's buttons pause and stop it."
+            f"again to attach to it; the panel's buttons pause and stop it. {BELOW}"
         )
-    panel.refresh()
-    if end.word == "finished":
-        return run
     if end.reason:
         raise RunError(f"{run.id} {end.word}. {end.reason}")
     step, steps = end.state.get("step", 0), end.state.get("steps", "?")
     raise Stopped(
         f"{run.id} was stopped after step {step} of {steps} and saved: run this cell again to go "
-        f"on, or press start in the panel."
+        f"on, or press start in the panel. {BELOW}"
     )
+
+
+def leave_record(run: Run) -> None:
+    """Display the figures and curves of `run` as a table and a picture, which need no kernel; the
+    picture is kept as `figures/curves.png` too. Nothing where nothing was logged."""
+    lines = run.metrics()
+    if not lines:
+        return
+    values = {key: value for line in lines for key, value in line.items()} | (run.summary or {})
+    cells = {"state": run.state["state"], "step": f"{lines[-1]['step']:,}", **figures_of(values)}
+    further = {k: v for k, v in (run.summary or {}).items() if k not in FIGURES}
+    cells |= {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in further.items()}
+    with pd.option_context("display.max_colwidth", None):
+        display(pd.DataFrame({run.id: cells}))
+    figure = plots.curves({run.id: lines}, plots.CURVES[run.stage])
+    display(plots.save(figure, run.figure("curves.png")))
+
+
+def figures_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """What a person reads of a run's metrics or summary: name → value and unit."""
+    return {name: form.format(values[k]) for k, (name, form) in FIGURES.items() if k in values}
 
 
 # The one that `train` shows of each run: shown again, so that no older output of a cell goes stale.
@@ -157,7 +201,7 @@ class Panel:
         self._news = threading.Event()  # a button was pressed, or the panel closed
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._word = self._complaint = ""
+        self._word = self._complaint = self.notice = ""
         self._steps: int | None = None
         self._undrawn, self._draw_after = False, 0.0
         self._picture_time, self._shape = 0, ()
@@ -195,6 +239,10 @@ class Panel:
             self._closed = False
             self._thread = threading.Thread(target=self._follow, daemon=True)
             self._thread.start()
+
+    def hide_curves(self) -> None:
+        """Until the run goes on."""
+        self.curves.layout.display = "none"
 
     def close(self) -> None:
         """Let go of the run, which goes on; the panel stays as it is."""
@@ -236,6 +284,8 @@ class Panel:
         self._undrawn |= self._readings.update()
         request = (runs.read_json(self.run.path / "control.json") or {}).get("request")
         going, paused = now.word == "going", now.word == "paused"
+        if going:
+            self.curves.layout.display = None
         enabled = {
             "start": now.word in ("new", "interrupted", "failed"),
             "pause": going and request not in ("pause", "stop"),
@@ -246,7 +296,7 @@ class Panel:
             button.disabled = not enabled[name]
         if now.word != self._word:
             self._word, self._complaint = now.word, ""
-        reason = now.reason or self._complaint
+        reason = " ".join(filter(None, (now.reason or self._complaint, self.notice)))
         self.status.value = f"<b>{html.escape(reason)}</b>" if reason else ""
         self._steps = now.state.get("steps") or self._steps
         step = self._readings.latest("step") or 0
@@ -264,9 +314,8 @@ class Panel:
             "step": f"{step:,}" + (f" of {self._steps:,}" if self._steps else ""),
         }
         cells["epoch"] = f"{(latest('epoch') or 0) + 1} of {config.epochs}"
-        for key, (name, form) in FIGURES.items():
-            if (value := latest(key)) is not None:
-                cells[name] = form.format(value)
+        values = {key: latest(key) for key in FIGURES}
+        cells |= figures_of({k: value for k, value in values.items() if value is not None})
         if word in ("going", "pausing", "stopping", "paused"):
             cells["time left"] = clock(state.get("seconds_left"))
         names = {"resident": "memory", "cuda": "GPU memory, at most"}

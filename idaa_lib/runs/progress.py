@@ -1,8 +1,8 @@
 """Progress that reads well where it is read: a terminal, JupyterLab, a papermill or cluster log.
 
-A terminal gets tqdm's bar. Everything else gets lines: at most one every few seconds, fewer as the
-run lasts longer, because a bar in a log is thousands of lines. A notebook kernel gets its lines and
-one output that is updated in place, which papermill stores once.
+A terminal gets tqdm's bar of a training. Everything else gets lines: at most one every few seconds,
+fewer as the work lasts longer, because a bar in a log is thousands of lines. A notebook kernel gets
+its lines and one output that is updated in place, which papermill stores once.
 """
 
 from __future__ import annotations
@@ -10,15 +10,64 @@ from __future__ import annotations
 import contextlib
 import html
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from statistics import mean
 from typing import Any
 
 from tqdm import tqdm
 
+from idaa_lib.configs import Config
+from idaa_lib.runs.directory import Run, find
+
 # The values that a line of progress has room for.
 BRIEF = ("loss", "adversarial_loss", "reconstruction_val", "rate_nats_val", "knn_top1_val",
          "ema_top1_val")  # fmt: skip
+# tqdm's own rate and time left would count pauses.
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+# Seconds that a kernel takes to start, to import and to draw, beside the work of its run.
+KERNEL = 12.0
+
+
+class Lines:
+    """A line of text that goes on changing: a notebook's is replaced, a log gets some of them,
+    `least` seconds apart at first."""
+
+    def __init__(self, least: float = 5.0) -> None:
+        self.least = least
+        self._start, self._updated, self._printed = time.monotonic(), 0.0, 0.0
+        self._handle = _notebook_display()
+
+    def show(self, fraction: float, text: str, last: bool = False) -> None:
+        """Show `text` and a bar of which `fraction` is full; the `last` line is never left out."""
+        seconds = time.monotonic() - self._start
+        if self._handle is not None and (last or seconds - self._updated > 0.25):
+            self._updated = seconds
+            self._handle.update(_Bar(fraction, text))
+        # Later a twentieth of the time so far apart, 10 minutes at most.
+        if last or seconds - self._printed > min(600.0, max(self.least, 0.05 * seconds)):
+            self._printed = seconds
+            with contextlib.suppress(BrokenPipeError):  # a reader that left must not end the run
+                print(text, flush=True)
+
+    @contextlib.contextmanager
+    def repeat(self, line: Callable[[], tuple[float, str]]) -> Iterator[None]:
+        """Inside, what `line` gives (fraction, text) is shown every second, by a thread."""
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.wait(1.0):
+                self.show(*line())
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 class Progress:
@@ -26,11 +75,11 @@ class Progress:
 
     def __init__(self, name: str, total: int, step: int) -> None:
         self.name, self.total, self.step, self.pace = name, total, step, 0.0
-        self._start, self._updated, self._printed = time.monotonic(), 0.0, 0.0
-        self._bar = None
-        self._handle = _notebook_display()
-        if self._handle is None and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=step, desc=name, unit="step")
+        self._bar = self._lines = None
+        if _shell() is None and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=step, desc=name, bar_format=BAR)
+        else:
+            self._lines = Lines()
 
     @property
     def seconds_left(self) -> float | None:
@@ -47,24 +96,75 @@ class Progress:
         parts = [f"{name} {values[name]:.4g}" for name in BRIEF if name in values]
         if "images_per_second" in values:
             parts.append(f"{values['images_per_second']:.0f} images/s")
+        parts.append(f"{clock(self.seconds_left)} left")
         if self._bar is not None:
             self._bar.set_postfix_str(" · ".join(parts))
-            return
-        seconds, last = time.monotonic() - self._start, self.step >= self.total
-        parts = [self.name, f"epoch {epoch}", f"step {self.step}/{self.total}", *parts]
-        line = " · ".join([*parts, f"{clock(self.seconds_left)} left"])
-        if self._handle is not None and (last or seconds - self._updated > 0.25):
-            self._updated = seconds
-            self._handle.update(_Bar(self.step / self.total, line))
-        # Log lines thin out: 5 s apart at first, a twentieth of the time so far later.
-        if last or seconds - self._printed > max(5.0, 0.05 * seconds):
-            self._printed = seconds
-            with contextlib.suppress(BrokenPipeError):  # a reader that left must not end the run
-                print(line, flush=True)
+        elif self._lines is not None:
+            parts = [self.name, f"epoch {epoch}", f"step {self.step}/{self.total}", *parts]
+            self._lines.show(self.step / self.total, " · ".join(parts), self.step >= self.total)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class Tally:
+    """How the runs of a plan go, and how long the others take.
+
+    Args:
+        configs: the configuration of each run, by its key in the plan. jobs: runs at a time.
+        going: those that are being made, as the caller knows them from moment to moment.
+    """
+
+    def __init__(self, configs: Mapping[str, Config], jobs: int, going: Set[Run] = frozenset()):
+        self.configs, self.jobs, self.going = configs, jobs, going
+        # Stage → seconds that a run took: of this preset earlier, and of this plan as they come.
+        self.seconds: dict[str, list[float]] = {}
+        for config in configs.values():
+            if config.stage not in self.seconds:
+                alike = find(config.stage, preset=config.preset)
+                took = [(run.summary or {}).get("seconds") for run in alike]
+                self.seconds[config.stage] = [KERNEL + each for each in took if each is not None]
+
+    def seconds_left(self, done: Collection[str]) -> float | None:
+        """For all that is not done, by the mean of its stage; None where nothing is known of it."""
+        left = Counter(self.configs[key].stage for key in self.configs.keys() - set(done))
+        work: dict[str, float] = defaultdict(float)
+        for run in list(self.going):  # which other threads change
+            work[run.stage] += _share(run)
+        if not all(self.seconds[stage] for stage in left):
+            return None
+        seconds = (max(0.0, n - work[s]) * mean(self.seconds[s]) for s, n in left.items())
+        return sum(seconds) / self.jobs
+
+    def plan(self, done: Collection[str]) -> str:
+        """What is to be made, before it starts."""
+        stages = Counter(config.stage for config in self.configs.values())
+        parts = ", ".join(f"{n} {stage}" for stage, n in stages.items())
+        text = f"{len(self.configs)} runs ({parts}): {len(done)} are finished"
+        if left := len(self.configs) - len(done):
+            seconds = self.seconds_left(done)
+            basis = f"about {clock(seconds)} by the runs so far" if seconds else "no such run yet"
+            text += f", {left} are to be made, {self.jobs} at a time: {basis}"
+        return f"{text}."
+
+    def line(self, states: Mapping[str, str]) -> tuple[float, str]:
+        """The share of the runs that is done, and a sentence; `states` of those done, by key."""
+        counts = Counter(states.values())
+        parts = [f"{counts.pop('finished', 0)} of {len(self.configs)} runs finished"]
+        shares = [(run.stage, _share(run)) for run in list(self.going)]
+        names = sorted(stage + (f" {share:.0%}" if share else "") for stage, share in shares)
+        parts.append(f"{len(names)} going" + (f" ({', '.join(names)})" if names else ""))
+        parts += [f"{n} {state}" for state, n in counts.items()]
+        if (seconds := self.seconds_left(states)) is not None:
+            parts.append(f"about {clock(seconds)} left")
+        return len(states) / max(1, len(self.configs)), " · ".join(parts)
+
+
+def _share(run: Run) -> float:
+    """What is done of the steps of a training that goes, from 0 to 1; else 0."""
+    state = run.state
+    return state.get("step", 0) / state.get("steps", 1) if state["state"] == "going" else 0.0
 
 
 class _Bar:
@@ -83,11 +183,16 @@ class _Bar:
         return self.text
 
 
-def _notebook_display() -> Any:
-    """A display handle where a Jupyter kernel runs this process, else None."""
+def _shell() -> Any:
+    """IPython's shell where a Jupyter kernel runs this process, else None."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
-    if shell is None or not hasattr(shell, "kernel"):
+    return shell if hasattr(shell, "kernel") else None
+
+
+def _notebook_display() -> Any:
+    """A display handle in a Jupyter kernel, else None."""
+    if _shell() is None:
         return None
     from IPython.display import display
 

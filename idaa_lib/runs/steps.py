@@ -44,6 +44,8 @@ class Steps:
         agree: whether any process wants to stop, from whether this one does.
         average: of a line's scalars (n,), over all processes.
         track: given each line of the log and its step (experiment trackers, pictures).
+    Speed and time left are of the steps since the last line of the log alone: validation,
+    checkpoints and pauses between them do not count, nor a pause within one (`pulse`).
     On a GPU a line of the log makes nobody wait: it is written after the step by whose end its
     scalars have come, and before the next line, validation, a checkpoint or a pause.
     Raises (while iterating):
@@ -153,7 +155,10 @@ class Steps:
         """
         if self.writer is not None:
             self.writer.state(state="going", message=message)
-        if request := self._request():
+        start = time.monotonic()
+        request = self._request()
+        self.seconds -= time.monotonic() - start  # a pause is no time of the step
+        if request:
             raise Stopped(
                 f"Stopped ({request}) before step {self.step} of {self.total}: start the same run "
                 f"again to continue from its last checkpoint."
@@ -206,7 +211,7 @@ class Steps:
         if self.writer is None:
             return
         progress, (before, seconds) = self._progress, self._interval
-        if step > before:  # speed is of the last interval, without pauses and validation
+        if step > before:
             pace = (self.seconds - seconds) / (step - before)
             progress.pace = pace
             values = values | {"images_per_second": self.images / max(pace, 1e-9)}

@@ -14,6 +14,12 @@ from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.runs import Run
 from idaa_lib.runs.machine import torch_device, uses_bf16
 
+# What helps where a tracker does not start.
+HELP = {
+    "wandb": "run `wandb login` once, set WANDB_MODE=offline, ",
+    "mlflow": "look at MLFLOW_TRACKING_URI, ",
+}
+
 
 def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
     """Devices, precision and tracker of a run, as `config` and the launcher have them.
@@ -42,6 +48,9 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig, run: Run) -
     """Name the run and its configuration to the tracker, and keep its files in the run directory.
 
     Offline: WANDB_MODE=offline; MLflow writes below the run unless MLFLOW_TRACKING_URI says else.
+
+    Raises:
+        ConfigError: the tracker does not start: no login, no server.
     """
     if config.tracker == "none":
         return
@@ -50,4 +59,11 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig, run: Run) -
         "wandb": {"dir": str(run.path), "name": run.id},
         "mlflow": {"logging_dir": str(run.path / "mlruns"), "run_name": run.id},
     }
-    accelerator.init_trackers("idaa", values, {config.tracker: own.get(config.tracker, {})})
+    try:
+        accelerator.init_trackers("idaa", values, {config.tracker: own.get(config.tracker, {})})
+    except Exception as error:  # each tracker has its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"tracker={config.tracker!r} does not start ({reason}): {HELP.get(config.tracker, '')}"
+            f"or leave tracker at 'none'; metrics.jsonl has the same figures."
+        ) from error
