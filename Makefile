@@ -37,7 +37,8 @@ lab: setup  ## Open JupyterLab on this machine only, at notebook 00 (its address
 report: setup  ## Write outputs/report.html: results, curves and pictures on one page
 	@JUPYTER_PREFER_ENV_PATH=1 $(ENV)/bin/jupyter nbconvert --execute --to html --no-input \
 		--template=report --TemplateExporter.extra_template_basedirs=notebooks/templates \
-		--output-dir="$${IDAA_OUTPUTS:-outputs}" --output=report notebooks/13_report.ipynb
+		--output-dir="$$($(PY) -c 'import os; print(os.path.expanduser(os.environ.get("IDAA_OUTPUTS") or "outputs"))')" \
+		--output=report notebooks/13_report.ipynb
 
 # Loopback alone, a token that is new at each start, no code, no request that leaves this machine.
 app: setup  ## Serve the explorer and the runs as web pages without code (its address has the token)

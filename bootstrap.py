@@ -22,6 +22,7 @@ def fail(what, advice):
 
 
 def main(env):
+    sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all that is printed
     if sys.version_info < OLDEST:
         fail(
             f"this is Python {sys.version.split()[0]}, and 3.11 or newer is needed.",
@@ -36,7 +37,7 @@ def main(env):
     stamp = env / "idaa_lib.stamp"
     # Where the project lies counts too: the installation is editable, and points to it.
     wanted = hashlib.sha256((HERE / "pyproject.toml").read_bytes() + bytes(HERE)).hexdigest()
-    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
+    if python.exists() and stamp.exists() and stamp.read_text("utf-8") == wanted:
         return
     room = env if env.exists() else HERE
     free = shutil.disk_usage(room).free / 2**30
@@ -57,7 +58,7 @@ def main(env):
     done = run([*install, "-e", f"{HERE}[lab,dev]"], show=True)
     if done.returncode:
         fail(*diagnosis(done.stdout))
-    stamp.write_text(wanted)
+    stamp.write_text(wanted, "utf-8")
     print(f"The environment is ready ({time.monotonic() - began:.0f} s).", flush=True)
 
 
@@ -67,7 +68,8 @@ def run(command, show=False):
         [os.fspath(part) for part in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     lines = []
     for line in process.stdout:

@@ -39,7 +39,7 @@ class Side:
         self._process = subprocess.Popen(
             [sys.executable, str(script), name],
             env=environment,
-            text=True,
+            encoding="utf-8",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

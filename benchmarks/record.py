@@ -84,7 +84,7 @@ def write(name: str, protocol: str, rows: list[dict[str, Any]]) -> Path:
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(
-        command, cwd=RESULTS.parent, capture_output=True, text=True, check=True
+        command, cwd=RESULTS.parent, capture_output=True, encoding="utf-8", check=True
     ).stdout.strip()
 
 

@@ -199,7 +199,11 @@ def _seconds(name: str, turns: int) -> float:
 def _python(code: str) -> str:
     environment = os.environ | ALLOCATOR
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=environment,
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
     ).stdout
 
 

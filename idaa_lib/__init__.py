@@ -5,6 +5,9 @@ run = idaa_lib.train_ssl(idaa_lib.SSLConfig(adversary="idaa", epsilon=0.1))
 module, size, mean, std = idaa_lib.load_encoder(run)
 """
 
+import contextlib
+import sys
+
 from idaa_lib.adversaries import IDAA, Adversary, Attack, VAEOptions, register_adversary
 from idaa_lib.configs import ConfigError, EvalConfig, Options, SemiConfig, SSLConfig, VAEConfig
 from idaa_lib.data.cached import load
@@ -51,3 +54,7 @@ __all__ = [
     "train_ssl",
     "train_vae",
 ]
+
+# A console in another encoding than UTF-8 shows τ as \u03c4, where it would end a training.
+with contextlib.suppress(AttributeError):  # a notebook's output has every sign
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -28,11 +28,10 @@ from filelock import FileLock, Timeout
 from idaa_lib import results, train
 from idaa_lib.configs import (
     CompareConfig,
-    Config,
     EvalConfig,
+    ImagesConfig,
     SSLConfig,
     SweepConfig,
-    TrainingConfig,
     UserError,
     VAEConfig,
 )
@@ -152,7 +151,7 @@ class Task(NamedTuple):
     """A run to be: its configuration, and what it needs: field → the key of another task, whose
     run the field will name."""
 
-    config: Config
+    config: ImagesConfig
     needs: dict[str, str]
 
 
@@ -188,7 +187,8 @@ def _chain(point: Point) -> Iterator[tuple[str, Task]]:
     yield _task(EvalConfig(**point.eval), run=trained[0])
 
 
-def _task(config: Config, **needs: str) -> tuple[str, Task]:
+def _task(config: ImagesConfig, **needs: str) -> tuple[str, Task]:
+    config = resolve_paths(config)  # its notebook runs in another folder
     text = json.dumps([config.model_dump(mode="json"), needs], sort_keys=True)
     return f"{config.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}", Task(config, needs)
 
@@ -274,7 +274,7 @@ def _perform(chain: Mapping[str, Task], outcomes: Mapping[str, Outcome]) -> dict
     return news
 
 
-def perform(config: Config) -> Outcome:
+def perform(config: ImagesConfig) -> Outcome:
     """What became of the run of `config`, which is made if it is not there. Raises nothing that a
     further attempt, or another configuration, could mend."""
     name, start = config.stage, time.monotonic()
@@ -352,7 +352,7 @@ def locate(config: Any) -> Run:
     return (evaluation if config.stage == "eval" else train).locate(config)
 
 
-def _finished(config: Config) -> Run | None:
+def _finished(config: ImagesConfig) -> Run | None:
     """The finished run of `config`. An evaluation with references serves where none are asked."""
     kinds = [config]
     if isinstance(config, EvalConfig) and not config.references:
@@ -360,7 +360,7 @@ def _finished(config: Config) -> Run | None:
     return next((run for run in map(locate, kinds) if run.finished), None)
 
 
-def ensure(config: Config) -> Run:
+def ensure(config: ImagesConfig) -> Run:
     """The finished run of `config`, made by its notebook under papermill if it is not there yet.
 
     A file lock beside the run holds over processes and machines: of two that want the same run the
@@ -369,8 +369,7 @@ def ensure(config: Config) -> Run:
     Raises:
         RunError: the notebook failed; its executed copy lies in the run directory.
     """
-    if isinstance(config, TrainingConfig):  # the notebook runs in another folder
-        config = resolve_paths(config)
+    config = resolve_paths(config)
     if run := _finished(config):
         return run
     run, notebook = locate(config), NOTEBOOKS[config.stage]

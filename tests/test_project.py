@@ -91,14 +91,16 @@ def test_the_map_knows_every_room():
 @pytest.mark.parametrize("root", ["idaa_lib", "examples", "benchmarks"])
 def test_text_is_utf_8_whatever_the_locale(root):
     """A call that reads or writes text names its encoding: else the system's would decide."""
-    for path in (ROOT / root).rglob("*.py"):
+    for path in (ROOT / "bootstrap.py", *(ROOT / root).rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text("utf-8"))):
-            text = ast.unparse(call) if isinstance(call, ast.Call) else ""
-            name = text.partition("(")[0].rpartition(".")[2]
-            builtin = text.startswith("open(") and not re.search(r"['\"][rwax]?\+?b", text)
-            appended = re.search(r"\.open\('[rwa]'", text)
-            if builtin or appended or re.search(r"\.(read|write)_text$", text.partition("(")[0]):
-                assert re.search("encoding=|'utf-8'", text), (path.name, call.lineno, name)
+            if isinstance(call, ast.Call):
+                name = ast.unparse(call.func).rpartition(".")[2]
+                words = [ast.unparse(each) for each in (*call.args, *call.keywords)]
+                text = name in ("read_text", "write_text") or "text=True" in words
+                file = name in ("open", "fdopen") and re.search(r"'[rwax]\+?t?'", " ".join(words))
+                if text or file or ast.unparse(call.func) == "open":
+                    named = re.search(r"utf-8|'[rwax]?\+?b", " ".join(words))
+                    assert named, (path.name, call.lineno, ast.unparse(call))
 
 
 def test_the_core_imports_without_the_lab():

@@ -5,7 +5,15 @@ A notebook's parameters are these names, in its `parameters` cell or not, so `pa
 value"); the object itself, and the `config.json` written from it, hold resolved values only.
 """
 
-from idaa_lib.configs.base import OFFICIAL, UNKNOWN, Config, ConfigError, Options, UserError
+from idaa_lib.configs.base import (
+    OFFICIAL,
+    UNKNOWN,
+    Config,
+    ConfigError,
+    ImagesConfig,
+    Options,
+    UserError,
+)
 from idaa_lib.configs.recipes import PRESETS
 from idaa_lib.configs.stages import (
     CompareConfig,

@@ -12,6 +12,7 @@ from idaa_lib.configs.base import (
     RECIPE,
     Config,
     ConfigError,
+    ImagesConfig,
     NonNegative,
     Positive,
     Rate,
@@ -26,10 +27,10 @@ FIXED = frozenset(
 )
 
 
-class EvalConfig(Config):
+class EvalConfig(ImagesConfig):
     """Evaluation of a trained encoder on labelled images (docs/spec/idaa.md §5).
 
-    Fields:
+    Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
         run: id or path of an SSL run (None: the newest finished one).
         dataset: None for the one that the run was trained on (of `stl10-all` its labelled images,
             `stl10`). limit: at most so many images of each split.
@@ -66,10 +67,10 @@ class EvalConfig(Config):
         return {"temperature": type(self).model_fields["temperature"].default} if official else {}
 
 
-class DecomposeConfig(Config):
+class DecomposeConfig(ImagesConfig):
     """Pictures of what a VAE splits and what an attack moves (notebook 02).
 
-    Fields:
+    Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
         vae: id or path of a VAE run (None: the newest finished one).
         run: id or path of the SSL run whose encoder is attacked (None: the newest on the same
             images and size, an untrained encoder where there is none; `untrained`: that one).
@@ -96,10 +97,10 @@ class DecomposeConfig(Config):
     seed: Seed = 0
 
 
-class TheoryConfig(Config):
+class TheoryConfig(ImagesConfig):
     """How much identity the latent and the images hold (docs/spec/idaa.md §6, notebook 08).
 
-    Fields:
+    Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
         vae, run: id or path of the VAE and of the SSL run whose encoder is attacked, chosen as
             `DecomposeConfig` does where they are None; `untrained` is an encoder too.
         witness: id or path of the SSL run that judges identity, never the attacked one (None: the
@@ -130,10 +131,10 @@ class TheoryConfig(Config):
     device: str = "auto"
 
 
-class TransferConfig(Config):
+class TransferConfig(ImagesConfig):
     """Frozen features on other data: linear, few labels, few shots (docs/spec/idaa.md §5).
 
-    Fields:
+    Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
         run: id or path of an SSL run (None: the newest finished one).
         datasets: names, or paths of folders or zips (None: the one that the run was trained on);
             docs/transfer-data.md says how to lay out those that nobody can download for you.

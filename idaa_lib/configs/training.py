@@ -12,6 +12,7 @@ from idaa_lib.configs.base import (
     RECIPE,
     Config,
     ConfigError,
+    ImagesConfig,
     NonNegative,
     Positive,
     Rate,
@@ -27,10 +28,10 @@ Channels = tuple[float, float, float]
 FOLLOWS: Any = Field(default=None, validate_default=False)
 
 
-class TrainingConfig(Config):
+class TrainingConfig(ImagesConfig):
     """What the training stages share.
 
-    Fields:
+    Fields (besides `on_error` and `gray_bits`):
         dataset: `photos`, a torchvision name (`cifar10`, …), or the path of a folder or zip.
         classes: a text file that names the class folders to take, one a line, as `imagenet100.txt`
             does, which ships here (empty: all); a label is the place in it.

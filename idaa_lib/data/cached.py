@@ -14,8 +14,7 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from idaa_lib.data.decoding import Item, decode_items
+from idaa_lib.data.layout import HEIF, sha256
 from idaa_lib.data.sources import (
     Listing,
     Source,
@@ -35,12 +35,12 @@ from idaa_lib.data.sources import (
     find_source,
     read_classes,
     read_stamp,
-    sha256,
 )
 
 PARTS = ("train", "val", "test")
 SPLITS = {"train": slice(0, 1), "val": slice(1, 2), "test": slice(2, 3), "trainval": slice(0, 2)}
-VERSION = 3  # of the decoding and of the files of the cache: another number, another entry
+VERSION = 4  # of the decoding and of the files of the cache: another number, another entry
+Pool = tuple[dict[str, Any], np.ndarray, np.ndarray]  # what describes it, labels, pixels
 
 # The mean and std that papers normalise CIFAR with.
 CIFAR_UNITS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -56,7 +56,8 @@ class ImageSet:
     channel of pixels in [0, 1], alike for every split and limit: what papers use where the source
     is CIFAR-10 or CIFAR-100 (by name, or by class names and 32 px), else those of train and val;
     `fingerprint` tells apart any other pixels, labels or selection, alike on every machine;
-    `skipped`: how many files of the source `on_error="skip"` left out.
+    `skipped`: how many images of the source `on_error="skip"` left out; `notes`: sentences on what
+    else the source holds that is left out, or read in another way than it seems.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ImageSet:
     std: tuple[float, float, float]
     fingerprint: str
     skipped: int
+    notes: tuple[str, ...]
     contents: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
 
     def __len__(self) -> int:
@@ -129,6 +131,7 @@ def load(
     *,
     classes: str | Path | None = None,
     on_error: str = "raise",
+    gray_bits: int = 16,
     download: bool = True,
     data_dir: str | Path | None = None,
 ) -> ImageSet:
@@ -137,7 +140,9 @@ def load(
     source: one of `NAMES`, or the path of a folder or zip (also relative to the data folder), laid
     out as `arrange` says. limit: a random subset of the split, the same on every call.
     classes: a text file of class folders, as `read_classes` reads it: these alone, in its order.
-    on_error: "skip" leaves unreadable images out and counts them. data_dir: else `data_root()`.
+    on_error: "skip" leaves unreadable images out and counts them. gray_bits: that grey images in
+    16-bit files use (12 of many microscopes). data_dir: else `data_root()`. What is left out or
+    read in another way than it seems is printed, once in a process.
 
     A source that was opened before is not opened until its images are used: an index says what it
     holds, as long as nothing that `Source.watch` names has another size or time of change. The
@@ -150,6 +155,7 @@ def load(
         "split": (split, split in SPLITS, f"one of {', '.join(SPLITS)}"),
         "on_error": (on_error, on_error in ("raise", "skip"), '"raise" or "skip"'),
         "size": (size, type(size) is int and size > 0, "a positive number of pixels"),
+        "gray_bits": (gray_bits, gray_bits in range(1, 17), "1 to 16"),
         "limit": (limit, limit is None or (type(limit) is int and limit > 0), "None or n > 0"),
     }
     for name, (value, right, use) in rules.items():
@@ -157,15 +163,20 @@ def load(
             raise ValueError(f"{name}={value!r} is not allowed: use {use}")
     data = Path(data_dir).expanduser() if data_dir else data_root()
     chosen = read_classes(classes, data) if classes else ()
-    pool = _Pool(find_source(source, data, download, chosen), data / "cache", size, on_error)
-    about = pool.read_index() or pool.open()[0]
+    pool = _Pool(find_source(source, data, download, chosen), data / "cache", size, gray_bits)
+    name, about = pool.source.name, pool.read_index() or pool.open()[0]
+    if about["errors"] and on_error == "raise":
+        about = pool.open(again=True)[0]
+        if about["errors"]:
+            what = "replace what is broken, or leave it out by on_error='skip'"
+            raise ValueError(f"{_join(about['errors'].values())}: {what}")
+    for note in about["notes"]:
+        _say(pool.source.path, f"{name}: {note}.")
     counts, part = about["counts"], SPLITS[split]
     index = np.arange(sum(counts[: part.start]), sum(counts[: part.stop]))
-    name = pool.source.name
     if not len(index):
         there = ", ".join(f"{part} {n}" for part, n in zip(PARTS, counts, strict=True))
-        hint = ", or rename val/ to test/" if split == "test" else ""
-        raise ValueError(f"{name} has no image in split={split!r} ({there}): use another{hint}")
+        raise ValueError(f"{name} has no image in split={split!r} ({there}): add images to it")
     rows: Any = slice(index[0], index[-1] + 1)  # a view of the map: nothing is read yet
     if limit is not None and limit < len(index):
         rows = index = np.sort(np.random.default_rng(0).permutation(index)[:limit])
@@ -187,13 +198,25 @@ def load(
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
         fingerprint=_fingerprint(about["digest"], index),
-        skipped=about["skipped"],
+        skipped=len(about["errors"]),
+        notes=tuple(about["notes"]),
         contents=read,
     )
 
 
 def _fingerprint(digest: str, index: np.ndarray) -> str:
     return sha256(digest, index.astype("<i8").tobytes())
+
+
+@functools.cache
+def _say(source: Path, note: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first one speaks
+        print(note)
+
+
+def _join(errors: Collection[str]) -> str:
+    more = f"; and {len(errors) - 50} more" if len(errors) > 50 else ""
+    return "; ".join(sorted(errors)[:50]) + more
 
 
 @dataclass(frozen=True)
@@ -203,12 +226,13 @@ class _Pool:
     source: Source
     cache: Path
     size: int
-    on_error: str
+    bits: int
 
     def path(self, key: str, ending: str = "") -> Path:
         slug = re.sub(r"[^\w.-]", "_", self.source.name)
         classes = repr(self.source.classes) if self.source.classes else ""
-        digest = sha256(f"{key} {self.size} {self.on_error} {VERSION}{classes}")
+        rules = f"{VERSION}{' heif' * HEIF}{classes}" + f" {self.bits}" * (self.bits < 16)
+        digest = sha256(f"{key} {self.size} {rules}")
         return self.cache / f"{slug}-{self.size}-{digest[:16]}{ending}"
 
     def read_index(self) -> dict[str, Any] | None:
@@ -219,14 +243,18 @@ class _Pool:
                 return index["about"]
         return None
 
-    def open(self) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-        """What describes the pool, labels (N,), pixels (N, 3, size, size); decoded if need be."""
+    def open(self, again: bool = False) -> Pool:
+        """What describes the pool, labels (N,), pixels (N, 3, size, size); decoded if need be.
+
+        again: also where an image that could not be read can be read now, as no stamp tells.
+        """
         entry, stamps = self._scan()
-        if (pool := _read(entry)) is None:
+        if (pool := self._keep(entry, again)) is None:
             self.cache.mkdir(parents=True, exist_ok=True)
             with FileLock(self.cache / f"{self.source.path.name}.lock"):
                 entry, stamps = self._scan()
-                if (pool := _read(entry)) is None:  # no other process decoded it meanwhile
+                # Perhaps another process decoded it meanwhile.
+                if (pool := self._keep(entry, again)) is None:
                     listing = self.source.listing()  # may download, which changes the key
                     entry, stamps = self._scan()
                     self._build(entry, listing)
@@ -245,6 +273,14 @@ class _Pool:
         members = self.source.members()
         stamps = {path: read_stamp(path) for path in self.source.watch(members)}
         return self.path(repr(sorted(members))), stamps
+
+    def _keep(self, entry: Path, again: bool) -> Pool | None:
+        """As `_read`; None too where `again` finds what could not be read before."""
+        pool = _read(entry)
+        if pool and again and (places := [*map(int, pool[0]["errors"])]):
+            items = decode_items(self.source.listing(), places, self.size, self.bits)
+            return pool if all(item.error for item in items) else None
+        return pool
 
     def _build(self, entry: Path, listing: Listing) -> None:
         """Decode a source into `entry`, which appears in full or not at all; the lock is held."""
@@ -272,19 +308,20 @@ class _Pool:
         """Decode a source into a file: what `_read` gives, as JSON values."""
         order = sorted(range(len(listing.names)), key=lambda i: PARTS.index(listing.splits[i]))
         items: list[Item] = []
-        errors: list[str] = []
-        stream, title = decode_items(listing, order, self.size), f"decoding {self.source.name}"
+        errors: dict[str, str] = {}  # place in the listing: why it cannot be read
+        stream = decode_items(listing, order, self.size, self.bits)
+        title = f"decoding {self.source.name}"
         # Not through a map of the file: a disk that fills up would kill the process there.
         with open(file, "wb") as target:
             for item in tqdm(stream, title, len(order), unit="image", delay=2, mininterval=1):
                 if item.error:
-                    errors.append(item.error)
+                    errors[str(item.place)] = item.error
                 else:
                     target.write(item.pixels)
                     items.append(item._replace(pixels=None))
             target.flush()
             os.fsync(target.fileno())
-        self._check(listing, items, errors)
+        notes = self._check(listing, items, errors)
         labels = [item.label for item in items]
         counts = [sum(listing.splits[item.place] == part for item in items) for part in PARTS]
         shape = (len(items), 3, self.size, self.size)
@@ -304,31 +341,41 @@ class _Pool:
             "mean": list(mean),
             "std": list(std),
             "digest": sha256(f"{digest} {described}"),
-            "skipped": len(errors),
+            "errors": errors,
+            "notes": notes,
         }
         return {"about": about, "labels": labels, "shape": shape, "stamp": read_stamp(file)}
 
-    def _check(self, listing: Listing, items: list[Item], errors: list[str]) -> None:
-        """A warning where images are left out; ValueError where that may not be, or is too many."""
-        if errors and self.on_error == "raise":
-            more = f"; and {len(errors) - 50} more" if len(errors) > 50 else ""
-            broken = "; ".join(sorted(errors)[:50])
-            raise ValueError(f'{broken}{more}: replace what is broken, or pass on_error="skip"')
+    def _check(self, listing: Listing, items: list[Item], errors: dict[str, str]) -> list[str]:
+        """Sentences on what is left out, or not what it seems; ValueError where it is too much."""
         labels = {item.label for item in items}
         lost = [f"class {c!r}" for n, c in enumerate(listing.classes) if errors and n not in labels]
         lost += [] if any(listing.splits[item.place] == "train" for item in items) else ["train"]
-        broken = f"{len(errors)} of {len(listing.names)} images could not be read"
-        broken += f", first {errors[0]}" if errors else ""
-        if lost:
-            raise ValueError(f"{self.source.name} has no image for {lost[0]}: {broken}; add images")
+        n, notes = len(listing.names), [*listing.notes]
         if errors:
-            warnings.warn(f"{self.source.name} goes without some images: {broken}", stacklevel=2)
+            notes.append(f"{len(errors)} of {n} images cannot be read: {_join(errors.values())}")
+        if lost:
+            what = f"{self.source.name} has no image for {lost[0]}"
+            raise ValueError(f"{what}, and {notes[-1] if errors else f'{n} in all'}: add images")
+        peak = max(item.peak for item in items)
+        if 0 < peak < 2**14 and self.bits == 16:
+            notes.append(
+                f"its images of 16 bits are dark, since they use the values to {peak} alone: "
+                f"gray_bits={peak.bit_length()} makes those white"
+            )
+        if len(listing.classes) == 1:
+            notes.append(
+                f"it has one class alone, {listing.classes[0]!r}, so an accuracy is 100 % whatever "
+                f"the encoder is"
+            )
+        return notes
 
 
 def _measure(pixels: np.ndarray) -> tuple[Any, Any]:
     """Mean and std by channel of pixels in [0, 1], from sums that are exact on every machine.
 
-    A channel that is the same everywhere has no spread to divide by: at least one level.
+    A channel that is the same everywhere has no spread to divide by, and views whose hue is changed
+    have some in it: it gets that of another channel, or one level where none has more.
     """
     sums = np.zeros((2, 3), np.int64)
     for start in range(0, len(pixels), 1024):
@@ -336,10 +383,11 @@ def _measure(pixels: np.ndarray) -> tuple[Any, Any]:
         sums[0] += chunk.sum((0, 2, 3), dtype=np.int64)
         sums[1] += np.square(chunk, dtype=np.uint16).sum((0, 2, 3), dtype=np.int64)
     mean, square = sums / (pixels.size // 3)
-    return mean / 255, (np.sqrt(square - mean**2) / 255).clip(1 / 255)
+    std = np.sqrt(square - mean**2) / 255
+    return mean / 255, np.where(std < 1 / 255, std.max().clip(1 / 255), std)
 
 
-def _read(entry: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray] | None:
+def _read(entry: Path) -> Pool | None:
     """What describes a finished pool, its labels and pixels; None where it is not as written."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         seal, body = (entry / "about.json").read_text("utf-8").split("\n", 1)

@@ -13,7 +13,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from idaa_lib.data.layout import HEIF
 from idaa_lib.data.sources import Listing
+
+if HEIF:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 
 class Item(NamedTuple):
@@ -23,6 +29,7 @@ class Item(NamedTuple):
     pixels: Any = None  # uint8 (3, size, size)
     label: int = -1
     sides: tuple[int, int] = (0, 0)  # of the file, in pixels
+    peak: int = 0  # the highest value of an image of 16-bit grey
     error: str = ""
 
 
@@ -31,18 +38,21 @@ def decode(path: str | Path, size: int) -> Tensor:
 
     Raises OSError where it is missing or no image.
     """
-    with Image.open(path) as image:
-        return torch.tensor(_square(image, size))
+    with Image.open(Path(path).expanduser()) as image:
+        return torch.tensor(_square(image, size, 16))
 
 
-def decode_items(listing: Listing, order: list[int], size: int) -> Iterator[Item]:
-    """The items of a listing in this order, a few at a time in memory."""
+def decode_items(listing: Listing, order: list[int], size: int, bits: int) -> Iterator[Item]:
+    """The items of a listing in this order, a few at a time in memory.
+
+    bits: that grey images in 16-bit files use.
+    """
     rows = max(1, min(256, 2**24 // (3 * size**2)))
     run: Any = map
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
         for start in range(0, len(order), rows):
             begin = time.perf_counter()
-            items = list(run(partial(_decode, listing, size), order[start : start + rows]))
+            items = list(run(partial(_decode, listing, size, bits), order[start : start + rows]))
             # Threads fight for the interpreter where images are small: on 2 cores CIFAR-10's JPEGs
             # took 8 s with one and 12 s with two. At 500 x 400 pixels two are 1.9 times as fast.
             if (time.perf_counter() - begin) / len(items) > 1e-3:
@@ -50,10 +60,11 @@ def decode_items(listing: Listing, order: list[int], size: int) -> Iterator[Item
             yield from items
 
 
-def _decode(listing: Listing, size: int, place: int) -> Item:
+def _decode(listing: Listing, size: int, bits: int, place: int) -> Item:
     try:
         image, label = listing.read(place)
-        return Item(place, _square(image, size), label, image.size)
+        peak = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+        return Item(place, _square(image, size, bits), label, image.size, peak)
     except UnidentifiedImageError:  # whose own text names an address in memory
         why = "no image format that Pillow knows"
     except Exception as error:  # Pillow's plugins raise whatever a broken file trips them with
@@ -61,24 +72,28 @@ def _decode(listing: Listing, size: int, place: int) -> Item:
     return Item(place, error=f"{listing.names[place]} cannot be read ({why})")
 
 
-def _square(image: Image.Image, size: int) -> np.ndarray:
+def _square(image: Image.Image, size: int, bits: int) -> np.ndarray:
     """(3, size, size): the short side resized to `size`, the middle kept; exact if already so.
 
     Bilinear, which Pillow widens when it shrinks (antialiased): bicubic rings at edges, and an
     adversary with a budget of 8/255 should find no such halo in the data.
     """
-    image = ImageOps.fit(_rgb(image), (size, size), Image.Resampling.BILINEAR)
+    image = ImageOps.fit(_rgb(image, bits), (size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB of any mode: 16 bits scaled to 8 (not clipped), transparency laid on white."""
+def _rgb(image: Image.Image, bits: int) -> Image.Image:
+    """Upright RGB of any mode: 16 bits, of which grey uses `bits`, scaled to 8 (not clipped),
+    transparency laid on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # "I;16" and its kin, and the "I" of 16-bit PGM
-        deep = np.asarray(image)
-        if deep.min() < 0 or deep.max() > 65535:
-            raise ValueError("its values are not 16-bit: save it with 8 or 16 bits a channel")
-        return Image.fromarray((deep / 257).round().astype(np.uint8)).convert("RGB")
+        deep, white = np.asarray(image), 2**bits - 1
+        if deep.min() < 0 or deep.max() > white:
+            raise ValueError(
+                f"its values go from {deep.min()} to {deep.max()}, and those of {bits} bits from 0 "
+                f"to {white}: save it with 8 or 16 bits a channel, or correct gray_bits"
+            )
+        return Image.fromarray((deep / (white / 255)).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("its values are floats of unknown range: save it with 8 or 16 bits")
     if image.has_transparency_data:

@@ -2,16 +2,25 @@
 
 import hashlib
 import re
-import warnings
 from collections import Counter
+from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import PurePosixPath
 
-FORMATS = "avif bmp gif jfif jpe jpeg jpg pgm png ppm tif tiff webp"
+HEIF = find_spec("pillow_heif") is not None  # with which Pillow reads the photographs of iPhones
+FORMATS = "avif bmp gif jfif jpe jpeg jpg pgm png ppm tif tiff webp" + " heic heif" * HEIF
 EXTENSIONS = [f".{name}" for name in FORMATS.split()]
 # What systems and tools leave behind: hidden files, thumbnails, bins.
-HIDDEN = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN)(/|$)|Thumbs\.db$)")
+HIDDEN = re.compile(
+    r"(^|/)(\.|(__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN|lost\+found)(/|$)|Thumbs\.db$)"
+)
 PARTS = {"train": "train", "val": "val", "test": "test"}  # a folder's name in small letters: split
 PARTS |= {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
+
+
+def sha256(text: str, more: bytes = b"") -> str:
+    """In hexadecimal; names of files that are no UTF-8 count by their bytes."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape") + more).hexdigest()
 
 
 def split_by_name(part: str, parts: set[str], name: str) -> str:
@@ -20,7 +29,7 @@ def split_by_name(part: str, parts: set[str], name: str) -> str:
     Where the source has no val (or no test) of its own, a hash of the name decides: adding a file
     moves no other, and every machine agrees.
     """
-    bucket = int(hashlib.sha256(f"idaa:{name}".encode()).hexdigest(), 16) % 10
+    bucket = int(sha256(f"idaa:{name}"), 16) % 10
     if bucket == 0 and part in ("all", "train") and "val" not in parts:
         return "val"
     if part == "all":
@@ -29,14 +38,19 @@ def split_by_name(part: str, parts: set[str], name: str) -> str:
 
 
 def arrange(
-    where: str, members: list[str], classes: tuple[str, ...] = ()
-) -> tuple[list[str], list[str], list[str]]:
-    """The images among the members of a folder or zip, and each one's split and class ("": none).
+    where: str,
+    members: list[str],
+    classes: tuple[str, ...] = (),
+    broken: Collection[str] = (),
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """The images among the members of a folder or zip, each one's split and class ("": none), and
+    sentences that say what is left out or read in another way than its name says.
 
     Class folders may lie under train/, [val/,] test/, all of it in wrapping folders; what lies
-    deeper belongs to its class folder. Without test/, a hash of the names splits 80/10/10, without
-    val/ alone 90/10. Other files are counted in a warning. A folder's name ends in "/". With
-    `classes` the class folders of these names are taken alone.
+    deeper belongs to its class folder. Without test/, val/ takes its place; without both, a hash of
+    the names splits 80/10/10, without val/ alone 90/10. A folder's name ends in "/". With `classes`
+    the class folders of these names are taken alone. broken: links among the members that lead
+    nowhere.
 
     Raises ValueError where there is no image, a class folder is empty, only test/ has a class, one
     of `classes` is not there, or it is unclear what belongs where.
@@ -44,12 +58,11 @@ def arrange(
     names = sorted(name for name in members if not HIDDEN.search(name))
     kinds = {n: PurePosixPath(n).suffix.lower() for n in names if not n.endswith("/")}
     images = [name for name in kinds if kinds[name] in EXTENSIONS]
+    others = {name: kind for name, kind in kinds.items() if kind not in EXTENSIONS}
+    notes = _count({n: "broken link" if n in broken else kind for n, kind in others.items()})
     if not images:
-        raise ValueError(f"{where} holds no image: looked for {', '.join(EXTENSIONS)}")
-    others = [kind or "without extension" for kind in kinds.values() if kind not in EXTENSIONS]
-    if others:
-        counts = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(others).items()))
-        warnings.warn(f"{where} has files that are not read as images: {counts}", stacklevel=2)
+        looked = f"looked for {', '.join(EXTENSIONS)}"
+        raise ValueError("; ".join([f"{where} holds no image: {looked}", *notes]))
 
     filled = {str(folder) for name in kinds for folder in PurePosixPath(name).parents}
     empty = [name for name in names if name.endswith("/") and name[:-1] not in filled]
@@ -68,8 +81,19 @@ def arrange(
     beside = [name for name, f in folders.items() if not f or f[0] not in parts]
     if parts and beside:
         if splits != {"train"} or any(len(f) > 1 and f[0] in parts for f in folders.values()):
-            raise ValueError(f"{where} has {beside[0]!r} beside train/: move it inside, or away")
+            what = "/".join([*folders[beside[0]][:1], ""]) or "it"
+            raise ValueError(
+                f"{where} has {beside[0]!r} beside train/, in no split: move {what} away (or "
+                f"rename train/, if it is a class)"
+            )
         parts, splits = {}, set()  # a class of that name among others
+    if splits == {"train", "val"}:
+        parts = {folder: part.replace("val", "test") for folder, part in parts.items()}
+        splits = set(parts.values())
+        notes.append(
+            "there is no test/, so val/ is the test split, and a tenth of train/ is held out to "
+            "validate with"
+        )
 
     part_of = {name: parts[f[0]] if len(splits) > 1 else "all" for name, f in folders.items()}
     label_of = {name: "".join(f[bool(parts) :][:1]) for name, f in folders.items()}
@@ -89,15 +113,35 @@ def arrange(
     for name, label in label_of.items():
         if label and (part_of[name], label) not in holding:
             raise ValueError(f"class folder {name!r} of {where} holds no image: fill or remove it")
+        part = f"{folders[name][0]}/" if parts else ""
         if label and not {("train", label), ("all", label)} & holding:
             raise ValueError(
-                f"{where} has class {label!r} in {part_of[name]}/ but not in train/: add it"
+                f"{where} has class {label!r} in {part} but not in train/: add it there, or move "
+                f"{part}{label}/ away (all of {part}, if the classes of its images are unknown)"
             )
         if name not in empty and not label and any(label_of.values()):
+            if any(part_of[other] == part_of[name] and label_of[other] for other in images):
+                raise ValueError(
+                    f"{name!r} of {where} lies beside class folders: move it into one, or away if "
+                    f"its class is unknown"
+                )
             raise ValueError(
-                f"{name!r} of {where} lies beside class folders: move it into one, or away if its "
-                f"class is unknown"
+                f"{where} has no class folders in {part}, as {name!r} shows, and has them "
+                f"elsewhere: move {part} away, or its images into class folders"
             )
     inner = {name: "/".join(name.split("/")[depth + bool(parts) :]) for name in images}
     split_of = [split_by_name(part_of[name], splits, inner[name]) for name in images]
-    return images, split_of, [label_of[name] for name in images]
+    return images, split_of, [label_of[name] for name in images], notes
+
+
+def _count(kinds: dict[str, str]) -> list[str]:
+    """A sentence that counts files that are no images, by extension, if there are any."""
+    if not kinds:
+        return []
+    counts = Counter(kind or "without extension" for kind in kinds.values())
+    text = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+    if {".heic", ".heif"} & counts.keys():
+        text += "; pip install pillow-heif, and .heic is read"
+    if "" in kinds.values():
+        text += "; give images an extension, such as .jpg"
+    return [f"files that are not read as images: {text}"]

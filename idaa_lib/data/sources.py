@@ -4,16 +4,16 @@ Each source says what it consists of, cheap enough to be asked on every call, an
 with their splits and labels; `cached` decodes them.
 """
 
-import hashlib
 import io
 import os
 import pickle
 import re
+import stat
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,14 @@ class Listing:
     """What a source holds, before any decoding; `read(i)` gives item i in any mode, and its label.
 
     `names[i]` is what an error calls item i, `splits[i]` its split ("train", "val" or "test").
+    `notes`: sentences that say what of the source is left out, or read in another way.
     """
 
     classes: tuple[str, ...]
     names: list[str]
     splits: list[str]
     read: Callable[[int], tuple[Image.Image, int]]
+    notes: list[str] = field(default_factory=list)
 
 
 class Source:
@@ -74,9 +76,12 @@ class Source:
         self.path, self.name, self.classes = path.absolute(), name, classes
 
     def members(self) -> list[Member]:
-        """All that is not hidden: other content has other members."""
+        """All that is not hidden: other content has other members.
+
+        Raises ValueError where a folder may not be read.
+        """
         members: list[Member] = []
-        for folder, folders, files in os.walk(self.path, followlinks=True):
+        for folder, folders, files in os.walk(self.path, onerror=_refuse, followlinks=True):
             inner = Path(folder).relative_to(self.path).as_posix()
             base = "" if inner == "." else f"{inner}/"
             folders[:] = [name for name in folders if not HIDDEN.search(name)]
@@ -84,6 +89,9 @@ class Source:
             outside = not {*self.classes} & {*inner.split("/")}
             if outside and not PARTS.keys() & {name.lower() for name in folders}:
                 folders[:] = [name for name in folders if name in self.classes] or folders
+            loops = [name for name in folders if _leads_up(Path(folder, name))]
+            folders[:] = [name for name in folders if name not in loops]
+            members += [(f"{base}{name}", -1, -1) for name in loops]
             members += [(f"{base}{name}/", 0, 0) for name in folders]
             files = [name for name in files if not HIDDEN.search(name)]
             members += [(f"{base}{name}", *read_stamp(f"{folder}/{name}")) for name in files]
@@ -103,18 +111,27 @@ class Source:
 
     def listing(self) -> Listing:
         """Its items; may download them. ValueError where it is unclear what belongs where."""
-        names = [name for name, _, _ in self.members()]
-        return self._list(names, lambda name: (self.path / name).read_bytes())
+        members = self.members()
+        broken = {name for name, size, _ in members if size < 0}
 
-    def _list(self, members: list[str], read_bytes: Callable[[str], bytes]) -> Listing:
-        names, splits, folders = arrange(str(self.path), members, self.classes)
+        def read_bytes(name: str) -> bytes:
+            if not stat.S_ISREG((self.path / name).stat().st_mode):  # a pipe would never end
+                raise OSError("it is no file, but a folder, pipe or device")
+            return (self.path / name).read_bytes()
+
+        return self._list([name for name, _, _ in members], read_bytes, broken)
+
+    def _list(
+        self, members: list[str], read_bytes: Callable[[str], bytes], broken: Collection[str] = ()
+    ) -> Listing:
+        names, splits, folders, notes = arrange(str(self.path), members, self.classes, broken)
         classes = self.classes or tuple(sorted({folder for folder in folders if folder}))
         labels = {"": -1} | {folder: n for n, folder in enumerate(classes)}
 
         def read(i: int) -> tuple[Image.Image, int]:
             return Image.open(io.BytesIO(read_bytes(names[i]))), labels[folders[i]]
 
-        return Listing(classes, [f"{self.path}/{name}" for name in names], splits, read)
+        return Listing(classes, [f"{self.path}/{name}" for name in names], splits, read, notes)
 
 
 class Zip(Source):
@@ -138,9 +155,13 @@ class Zip(Source):
 
     def listing(self) -> Listing:
         names = [name for name, _, _ in self.members()]
-        # Some programs for Windows separate folders by backslashes: then no name has a slash.
-        mend = (lambda n: n.replace("\\", "/")) if "/" not in "".join(names) else str
-        inside = {mend(name): name for name in names}
+        # Some programs for Windows separate folders by backslashes, with a slash at most behind a
+        # folder's name. (Elsewhere a folder's name may hold one, and what it holds has a slash.)
+        windows = any("\\" in name and "/" not in name for name in names)
+        inside = {
+            name.replace("\\", "/") if windows and "/" not in name[:-1] else name: name
+            for name in names
+        }
         # One handle for all threads: each more would hold its own 60,000 entries of CIFAR-10. The
         # lock is needed, as ZipFile counts its open members without one.
         archive, lock = zipfile.ZipFile(self.path), threading.Lock()
@@ -336,5 +357,14 @@ def read_stamp(path: str | Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def sha256(text: str, more: bytes = b"") -> str:
-    return hashlib.sha256(text.encode() + more).hexdigest()
+def _refuse(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # of what is downloaded later
+        raise ValueError(
+            f"the folder {error.filename} cannot be read ({error.strerror}): change its rights, or "
+            f"move it away"
+        )
+
+
+def _leads_up(path: Path) -> bool:
+    """Whether it is a link to a folder that holds it, which would have no end."""
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())

@@ -160,9 +160,7 @@ def pixels(images: Tensor) -> Tensor:
     return images.flatten(1).float() / 255 - 0.5
 
 
-def open_splits(
-    dataset: str, size: int, limit: int | None, classes: str | None = None
-) -> dict[str, ImageSet]:
+def open_splits(dataset: str, size: int, limit: int | None, **reading: Any) -> dict[str, ImageSet]:
     """`train`, `val` and `test` of a data set to judge encoders on: the images that have a label.
 
     Raises:
@@ -173,7 +171,7 @@ def open_splits(
             f"dataset={dataset!r} is to train on, since most of its images have no label: evaluate "
             f"on {better!r}."
         )
-    splits = {s: open_images(dataset, s, size, limit, classes) for s in ("train", "val", "test")}
+    splits = {s: open_images(dataset, s, size, limit, **reading) for s in ("train", "val", "test")}
     splits = {name: labelled(split) for name, split in splits.items()}
     if bare := [name for name, split in splits.items() if not len(split)]:
         raise ConfigError(

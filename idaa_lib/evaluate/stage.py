@@ -28,10 +28,11 @@ from idaa_lib.evaluate.probe import linear_probe, official_probe
 from idaa_lib.methods import OfficialProtocol
 from idaa_lib.runs import Run, Writer, checkpoints
 from idaa_lib.runs.machine import (
-    classes_of,
     describe,
     open_images,
+    reading_of,
     resolve_path,
+    resolve_paths,
     torch_device,
     uses_bf16,
 )
@@ -88,15 +89,14 @@ def _plan(config: EvalConfig) -> _Evaluation:
         way = training.chosen("method").official_protocol(training)
         snapshots = {} if way.classifier else checkpoints.snapshots(source)
     dataset = resolve_path(config.dataset or judged_on(training.dataset))
-    classes = classes_of(training, dataset) if config.classes is None else config.classes
-    classes = classes and resolve_path(classes)
+    config = resolve_paths(config.replace(dataset=dataset))
+    reading = reading_of(config, training, dataset)
     # On crops an untrained encoder would take as long, and a probe cannot take pixels.
     references = config.references and not way.classifier
-    named = {"run": source.reference, "dataset": dataset, "classes": classes}
-    config = config.replace(**named, references=references)
+    config = config.replace(run=source.reference, **reading, references=references)
     # Of a source that keeps images larger than the views that training cuts of them.
     side = (way.whole and getattr(training, "source_size", None)) or training.size
-    splits = open_splits(dataset, side, config.limit, classes)
+    splits = open_splits(dataset, side, config.limit, **reading)
     if way.classifier and len(splits["train"].classes) < 2:
         raise ConfigError(
             f"dataset={dataset!r} has 1 class, and the official classifier of {way.of} needs two "
@@ -203,8 +203,9 @@ class _Evaluation(Plan):
             scores, values = clean.scores, {"penalty": clean.penalty, "top1_val": clean.score_val}
         elif way.classifier:
             size = self.side if way.whole else crops.enlarged(self.side)
+            dataset, reading = config.dataset, config.reading
             whole, tested = (
-                open_images(config.dataset, split, size, config.limit, config.classes).with_labels()
+                open_images(dataset, split, size, config.limit, **reading).with_labels()
                 for split in ("trainval", "test")
             )
             encoder = load_encoder(self.source, way.linear)
@@ -236,6 +237,7 @@ class _Evaluation(Plan):
             n = len(self.splits["train"]) + len(self.splits["val"])
             words = f"k={min(self.config.k, n)}, τ={way.temperature:g}"
             words += f", images of {self.side} px" if way.whole else ""
+        words += ", of one class, which is 100 % whatever the encoder is" * (self.classes == 1)
         if subject == "pixels":
             return f"{name}: raw pixels, {words}"
         return f"{name}: {LAYERS[layer]}, {words}, {epoch if subject == 'encoder' else 'untrained'}"

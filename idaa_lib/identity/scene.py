@@ -25,7 +25,7 @@ from idaa_lib.methods import About, build_method
 from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
-from idaa_lib.runs.machine import classes_of, open_images, resolve_path
+from idaa_lib.runs.machine import open_images, reading_of, resolve_path
 from idaa_lib.views import denormalise, keyed_generator, normalise, recipe
 
 Embed = Callable[[Tensor], Tensor]  # normalised images (N, 3, size, size) → features (N, D)
@@ -246,7 +246,8 @@ def open_scene(
     size, vae = run.config.size, load_vae(run).to(device)
     assert vae.mean is not None and vae.std is not None
     dataset = resolve_path(config.dataset or run.config.dataset)
-    data = open_images(dataset, config.split, size, None, classes_of(run.config, dataset))
+    reading = reading_of(config, run.config, dataset)
+    data = open_images(dataset, config.split, size, None, **reading)
     order = _order(config, data, n)
     pixels, labels = data.images[order], data.labels[order[:n]]
     names = [

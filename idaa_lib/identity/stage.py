@@ -34,9 +34,9 @@ from idaa_lib.identity.theory import Retention
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import Run, checkpoints
 from idaa_lib.runs.machine import (
-    classes_of,
     describe,
     open_images,
+    reading_of,
     resolve_path,
     torch_device,
 )
@@ -152,7 +152,7 @@ def study(config: TheoryConfig) -> Run:
 
 def plan_study(config: TheoryConfig) -> Study:
     """The run that `config` leads to, with its images, its VAE and the encoders' names."""
-    fields = {"vae", "run", "dataset", "split", "seed"}
+    fields = {"vae", "run", "dataset", "split", "seed", "on_error", "gray_bits"}
     images = DecomposeConfig(**config.model_dump(include=fields))
     device = torch_device(config.device)
     scene = open_scene(images, config.images, device)
@@ -160,9 +160,9 @@ def plan_study(config: TheoryConfig) -> Study:
     dataset = resolve_path(config.dataset or vae.config.dataset)
     names = {"vae": vae.reference, "run": scene.attacked, "witness": scene.witness(config.witness)}
     config = config.replace(**names, dataset=dataset)
-    classes = classes_of(vae.config, dataset)
-    data = open_images(dataset, config.split, size, None, classes)
-    train = open_images(dataset, "train", size, config.limit, classes)
+    reading = reading_of(config, vae.config, dataset)
+    data = open_images(dataset, config.split, size, None, **reading)
+    train = open_images(dataset, "train", size, config.limit, **reading)
     others = siblings(vae)
     weights = "".join(checkpoints.digest(run) for axis in others.values() for run in axis)
     encoders = {role: names[role] for role in ("run", "witness") if names[role] != UNTRAINED}

@@ -66,7 +66,7 @@ def import_run(
     values |= {name: value for name, value in units.items() if value is not None}
     config, unknown = _config(source, values, path)
     stored, lacks = _tensors(source, config, path)
-    data = open_images(config.dataset, config.split, config.size, config.limit, config.classes)
+    data = open_images(config.dataset, config.split, config.size, config.limit, **config.reading)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     run = runs.run_for(config, data.fingerprint, imported=digest)
@@ -86,7 +86,7 @@ def import_run(
     def store(writer: Writer) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         if isinstance(config, VAEConfig):
-            val = open_images(config.dataset, "val", config.size, config.limit, config.classes)
+            val = open_images(config.dataset, "val", config.size, config.limit, **config.reading)
             figures = vae_figures(source.module, recipe("none", *source.units), val.images)
             figures = {name.removesuffix("_val"): value for name, value in figures.items()}
             known = {name: getattr(config, name) for name in ("kappa", "beta", "dim")}

@@ -11,28 +11,27 @@ import threading
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
-from idaa_lib.configs import ConfigError, TrainingConfig
+from idaa_lib.configs import ConfigError, ImagesConfig, TrainingConfig
 from idaa_lib.data.cached import ImageSet, load
 from idaa_lib.data.sources import NAMES
 
+Reader = TypeVar("Reader", bound=ImagesConfig)
 PACKAGES = ("idaa_lib", "torch", "torchvision", "accelerate", "numpy", "scikit-learn", "pillow")
 
 
-def open_images(
-    dataset: str, split: str, size: int, limit: int | None, classes: str | None = None
-) -> ImageSet:
-    """The images of a source, or of the classes alone that the file `classes` names.
+def open_images(dataset: str, split: str, size: int, limit: int | None, **reading: Any) -> ImageSet:
+    """The images of a source; `reading` as `load` takes it.
 
     Raises:
         ConfigError: the source or the file is missing, unreadable, or lacks what it is asked for.
     """
     try:
-        return load(dataset, split, size, limit, classes=classes)
+        return load(dataset, split, size, limit, **reading)
     except (OSError, ValueError) as error:
         raise ConfigError(f"dataset={dataset!r}: {error}.") from error
 
@@ -54,15 +53,15 @@ def resolve_path(dataset: str) -> str:
     return str(path.resolve()) if dataset not in NAMES and path.exists() else dataset
 
 
-def resolve_paths(config: TrainingConfig) -> TrainingConfig:
+def resolve_paths(config: Reader) -> Reader:
     """The configuration with what it reads by path, `dataset` and `classes`, as `resolve_path`."""
-    classes = config.classes and resolve_path(config.classes)
-    return config.replace(dataset=resolve_path(config.dataset), classes=classes)
+    paths = {name: getattr(config, name) for name in ("dataset", "classes")}
+    return config.replace(**{name: resolve_path(path) for name, path in paths.items() if path})
 
 
-def classes_of(training: TrainingConfig, dataset: str) -> str:
-    """The field `classes` of a training where `dataset` is its own, elsewhere empty."""
-    return training.classes if dataset == training.dataset else ""
+def reading_of(config: ImagesConfig, training: TrainingConfig, dataset: str) -> dict[str, Any]:
+    """How a stage reads `dataset`: as its own fields say, else as the training whose data it is."""
+    return (training.reading if dataset == training.dataset else {}) | config.reading
 
 
 def torch_device(name: str) -> torch.device:
@@ -114,6 +113,7 @@ def describe(
             "mean": list(images.mean),
             "std": list(images.std),
             "skipped": images.skipped,
+            "notes": list(images.notes),
         }
     return about
 
@@ -139,9 +139,7 @@ def hardware(device: torch.device | None = None) -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        first, _, _ = info.read_text(encoding="utf-8").partition(
-            "\n\n"
-        )  # a paragraph for each processor
+        first = info.read_text(encoding="utf-8").partition("\n\n")[0]  # a paragraph for each
         lines = (line.partition(":") for line in first.splitlines())
         facts = {key.strip(): value.strip() for key, _, value in lines}
         name = facts.get("model name", name)
@@ -153,9 +151,10 @@ def hardware(device: torch.device | None = None) -> str:
 def _commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(
-            command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL, timeout=10
-        ).strip()
+        output = subprocess.check_output(
+            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, timeout=10
+        )
+        return output.decode().strip()
     return None
 
 

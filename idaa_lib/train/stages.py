@@ -196,7 +196,7 @@ def _begin(config: TrainingConfig, kind: type[TrainingConfig]) -> tuple[Training
 
 def _open(config: TrainingConfig, split: str, limit: int | None) -> ImageSet:
     """Images to judge with: of `size` pixels, at whatever size those to train on are kept."""
-    return open_images(config.dataset, split, config.size, limit, config.classes)
+    return open_images(config.dataset, split, config.size, limit, **config.reading)
 
 
 def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -> Tensor:
@@ -215,7 +215,7 @@ def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -
 def _plan(config: TrainingConfig) -> TrainingPlan:
     config = resolve_paths(config)
     kept = config.source_size or config.size
-    data = open_images(config.dataset, config.split, kept, config.limit, config.classes)
+    data = open_images(config.dataset, config.split, kept, config.limit, **config.reading)
     vae = start = None
     if isinstance(config, EncoderConfig) and config.needs_vae:
         vae = _choose_vae(config)
