@@ -22,11 +22,13 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torchvision.transforms.v2 import functional as F
 
-from idaa_lib.configs import ConfigError, VAEConfig
+from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.data import cached as images
 from idaa_lib.data import decoding, photos, sources
-from idaa_lib.runs.directory import outputs_root
-from idaa_lib.train.stages import locate, train_vae
+from idaa_lib.evaluate.stage import evaluate
+from idaa_lib.runs.directory import RunError, get, outputs_root
+from idaa_lib.sweeps import plan, points
+from idaa_lib.train.stages import locate, train_ssl
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = {"train": 0, "val": 1, "test": 2}
@@ -828,21 +830,23 @@ def test_formats_by_other_extensions_are_read_and_the_rest_is_counted(tmp_path):
 
 
 def test_what_is_left_out_is_said_before_training_and_kept(tmp_path, outputs, capsys):
-    class_folders(tmp_path / "pets")
+    class_folders(tmp_path / "pets", n=12)
     (tmp_path / "pets/train/dog/5.png").rename(tmp_path / "pets/train/dog/5.heic")
     (tmp_path / "pets/train/dog/4.png").write_bytes(b"<html>")
-    config = VAEConfig(
-        dataset=str(tmp_path / "pets"), epochs=1, width=4, dim=8, batch_size=4, device="cpu"
-    )
+    tiny = {"epochs": 1, "width": 4, "batch_size": 8, "projection_dim": 4, "device": "cpu"}
+    config = SSLConfig(dataset=str(tmp_path / "pets"), **tiny)
     with pytest.raises(ConfigError, match=r"dog/4\.png cannot .*on_error='skip'"):
-        train_vae(config)
+        train_ssl(config)
     assert not outputs.exists()
     capsys.readouterr()
-    run = train_vae(config.replace(on_error="skip"))
+    run = train_ssl(config.replace(on_error="skip"))
     printed, notes = capsys.readouterr().out, run.environment["dataset"]["notes"]
-    assert len(notes) == 2 and "1 .heic" in notes[0] and "1 of 23 images" in notes[1]
+    assert len(notes) == 2 and "1 .heic" in notes[0] and "1 of 47 images" in notes[1]
     for note in notes:
         assert printed.count(note) == 1
+    judged = evaluate(EvalConfig(run=run.id, references=False, device="cpu"))
+    assert judged.config.reading == run.config.reading  # of its own images, as they were trained on
+    assert judged.environment["dataset"]["notes"] == notes
     # A way of reading is known by what it gives, so the mended folder is the same run.
     (tmp_path / "pets/train/dog/4.png").unlink()
     assert locate(config) == run
@@ -980,6 +984,47 @@ def test_a_relative_folder_is_one_place_wherever_a_process_runs(
         assert roots == {ROOT / (value or default)}
     monkeypatch.setenv(variable, "~/own")
     assert root() == Path.home() / "own"
+
+
+def test_a_relative_data_folder_of_a_study_is_found_where_its_notebooks_run(tmp_path, monkeypatch):
+    class_folders(tmp_path / "pets")
+    fields = {"all": {"dataset": "pets"}, "ssl": {"adversary": "idaa"}}
+    monkeypatch.chdir(tmp_path)
+    tasks = plan(points({"fixed": fields})).values()
+    assert [task.config.stage for task in tasks] == ["vae", "ssl", "eval"]
+    assert {task.config.dataset for task in tasks} == {str(tmp_path / "pets")}
+
+
+def test_home_is_found_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    class_folders(tmp_path / "pets")
+    assert images.load("~/pets", "train").fingerprint
+    assert decoding.decode("~/pets/train/cat/0.png", 8).shape == (3, 8, 8)
+    with pytest.raises(RunError, match=f"at {tmp_path}/mine/x"):
+        get("ssl", "~/mine/x")
+
+
+def test_another_locale_than_utf_8_trains_and_writes_utf_8(tmp_path):
+    """As on many clusters; and what the console cannot show ends no training."""
+    if not shutil.which("localedef"):
+        pytest.skip("localedef, which makes a locale, is not installed")
+    name = "en_US.ISO-8859-1"
+    made = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / name]
+    if subprocess.run(made, capture_output=True).returncode:
+        pytest.skip("this system has no sources of locales")
+    class_folders(tmp_path / "pets", n=8)
+    own = {"LOCPATH": str(tmp_path), "LC_ALL": name, "IDAA_OUTPUTS": str(tmp_path / "τ")}
+    fields = [f"dataset={tmp_path / 'pets'}", "epochs=1", "batch_size=8", "width=4", "device=cpu"]
+    command = [sys.executable, "-X", "warn_default_encoding", "-m", "idaa_lib.train", *fields]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **own}
+    environment.pop("PYTHONIOENCODING", None)
+    done = subprocess.run([*command, *fields], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode("latin-1")
+    assert b"\\u03c4=0.5" in done.stdout
+    [summary] = (tmp_path / "τ").rglob("summary.json")
+    assert "τ=0.5" in summary.read_text("utf-8")
+    warned = [line for line in done.stderr.splitlines() if b"EncodingWarning" in line]
+    assert not [line for line in warned if b"/idaa_lib/" in line]
 
 
 def test_a_missing_source_says_where_it_was_looked_for(monkeypatch):

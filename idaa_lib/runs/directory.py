@@ -430,7 +430,9 @@ def get(stage: str, name: Run | str | None, **values: Any) -> Run:
     if isinstance(name, Run):
         run = name
     else:
-        run = Run(Path(name).resolve() if os.sep in name else outputs_root() / stage / name)
+        run = Run(
+            Path(name).expanduser().resolve() if os.sep in name else outputs_root() / stage / name
+        )
     if not (run.path / "config.json").exists():
         raise RunError(f"There is no {stage} run {run.id!r} at {run.path}.")
     if run.stage != stage:
