@@ -1015,7 +1015,7 @@ def test_another_locale_than_utf_8_trains_and_writes_utf_8(tmp_path):
     class_folders(tmp_path / "pets", n=8)
     own = {"LOCPATH": str(tmp_path), "LC_ALL": name, "IDAA_OUTPUTS": str(tmp_path / "τ")}
     fields = [f"dataset={tmp_path / 'pets'}", "epochs=1", "batch_size=8", "width=4", "device=cpu"]
-    command = [sys.executable, "-X", "warn_default_encoding", "-m", "idaa_lib.train", *fields]
+    command = [sys.executable, "-X", "warn_default_encoding", "-m", "idaa_lib.train", "ssl"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **own}
     environment.pop("PYTHONIOENCODING", None)
     done = subprocess.run([*command, *fields], capture_output=True, env=environment)
