@@ -845,7 +845,7 @@ def test_what_is_left_out_is_said_before_training_and_kept(tmp_path, outputs, ca
     for note in notes:
         assert printed.count(note) == 1
     judged = evaluate(EvalConfig(run=run.id, references=False, device="cpu"))
-    assert judged.config.reading == run.config.reading  # of its own images, as they were trained on
+    assert judged.config.on_error == "skip"  # of its own images, as they were trained on
     assert judged.environment["dataset"]["notes"] == notes
     # A way of reading is known by what it gives, so the mended folder is the same run.
     (tmp_path / "pets/train/dog/4.png").unlink()
