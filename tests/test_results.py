@@ -473,3 +473,38 @@ def test_a_label_says_what_differs_and_no_knob_of_another_method(outputs):
     for knob in ("mu", "temperature", "alpha", "labels_per_class"):
         assert knob not in first + second
     assert differing(both)["mu"] == [None, SemiConfig().mu]
+
+
+def test_a_label_names_beta_and_dim_of_the_vae_not_its_hash(outputs):
+    vaes = [finished(VAEConfig(beta=b, dim=d), {}, ("photos", "p"))
+            for b, d in ((4, 8), (1, 8), (1, 16))]  # fmt: skip
+    chosen = [finished(SSLConfig(adversary="idaa", vae=v.id), {}, ("photos", "p")) for v in vaes]
+    chosen.append(finished(SSLConfig(), {}, ("photos", "p")))  # needs none
+    several = ["dim = 8, β = 4", "dim = 8, β = 1", "dim = 16, β = 1"]
+    assert apart(chosen) == [*(f"SimCLR + IDAA, {text}" for text in several), "SimCLR"]
+    assert "vae" not in differing(chosen)
+    # Seeds of a VAE and its encoder are one thing to a study; a VAE of another seed is told.
+    third = finished(VAEConfig(beta=4, dim=8, seed=1), {}, ("photos", "p"))
+    for seed, text in ((1, ""), (0, ", VAE seed = 1")):
+        own = SSLConfig(adversary="idaa", vae=third.id, seed=seed)
+        both = [chosen[0], finished(own, {}, ("photos", "p"))]
+        assert apart(both, {"seed"}) == ["SimCLR + IDAA", f"SimCLR + IDAA{text}"]
+    # Where a VAE is gone, its hash is all there is.
+    third.delete()
+    assert re.search(r", vae = \w{8}$", apart(both, {"seed"})[1])
+
+
+def test_the_control_of_fixmatch_is_not_called_so(outputs):
+    both = [finished(SemiConfig(lambda_u=w), {}, ("photos", "p")) for w in (0.0, 1.0)]
+    assert apart(both) == ["labels alone", "FixMatch"]
+    assert set(results(both)["method"]) <= {"labels alone", "FixMatch"}
+
+
+def test_an_accuracy_has_an_interval_wherever_it_has_an_n(outputs):
+    summary = {"linear_top1": 50.0, "linear_top5": 80.0, "linear_n": 100, "linear_top1_val": 40.0}
+    run = finished(EvalConfig(run="gone"), summary | {"linear_n_val": 50}, ("photos", "p"))
+    frame = results([run]).set_index(["metric", "split"])
+    for key, share, n in ((("linear", "test"), 0.5, 100), (("linear top-5", "test"), 0.8, 100),
+                          (("linear", "validation"), 0.4, 50)):  # fmt: skip
+        ends = [100 / n * end for end in stats.binom.interval(0.95, n, share)]
+        assert frame.loc[key, ["low", "high"]].tolist() == pytest.approx(ends)
