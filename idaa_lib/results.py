@@ -73,11 +73,13 @@ def results(chosen: Sequence[Run], damage: list[str] | None = None) -> pd.DataFr
                 raise
             damage.append(f"{run.path}: {error}")
     unique = list(dict.fromkeys(run for run in trainings.values() if run))
-    labels, fields = apart(unique, OWN_COLUMNS), differing(unique)
-    own = {
-        run.id: {"label": labels[i]} | {name: values[i] for name, values in fields.items()}
-        for i, run in enumerate(unique)
-    }
+    own, fields = {}, dict[str, Any]()
+    for stage in dict.fromkeys(run.stage for run in unique):  # each among its like
+        members = [run for run in unique if run.stage == stage]
+        labels, values = apart(members, OWN_COLUMNS), differing(members)
+        fields |= values
+        for i, (run, label) in enumerate(zip(members, labels, strict=True)):
+            own[run.id] = {"label": label} | {name: row[i] for name, row in values.items()}
     records = [own.get(r["training"], {"label": r["training"]}) | r for r in records]
     columns = [*COLUMNS, *(field for field in fields if field not in COLUMNS)]
     frame = pd.DataFrame(records, columns=columns, dtype=object)  # a seed stays a whole number

@@ -115,7 +115,7 @@ def sensitivity(config: SweepConfig) -> list[Point]:
             labels = {"axis": axis, "at": point.labels[axis], "adversary": point.ssl["adversary"]}
             places.append(point._replace(labels=labels))
         if values and axis not in config.axes:
-            fixed = {**shared, "ssl": {k: v for k, v in ssl.items() if k not in knobs}}
+            fixed |= {"ssl": {k: v for k, v in ssl.items() if k not in knobs}}
             plain = {"ssl": {"adversary": ["none"]}}
             for point in points({"fixed": fixed, "cross": plain, "seeds": config.seeds}):
                 labels = {"axis": axis, "at": None, "adversary": "none"}

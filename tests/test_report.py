@@ -145,6 +145,8 @@ def test_every_finished_stage_is_there_once_and_seeds_are_in_their_order(outputs
     for name in ("labels alone", "FixMatch", "SimCLR"):
         assert trainings.count(f"<h3>{name}</h3>") == 1
         assert name in tables
+    for label in ("SimCLR", "labels alone", "FixMatch"):  # whatever other stages there are
+        assert f"<th>{label}</th>" in tables
     assert "R keeps more than G" in report.identity().data
     assert not report.damage
 

@@ -218,7 +218,8 @@ def parts(summary: Summary) -> Figure:
     for axis, values in zip(axes, panels, strict=True):
         mean, spread = _spread(values)
         colours = [LOOKS[part]["color"] for part in PARTS]
-        axis.bar(PARTS, mean, 0.62, yerr=spread, capsize=4, color=colours, alpha=0.7)
+        how: dict[str, Any] = dict(color=colours, ecolor=INK, capsize=4, alpha=0.7)
+        axis.bar(PARTS, mean, 0.62, yerr=spread, **how)
         axis.set(xlabel="linear probe on", ylabel="accuracy (%)", ylim=(0, 100))
         axis.grid(axis="x", visible=False)
     for axis, kind in zip(axes[2:], kinds, strict=True):

@@ -5,6 +5,7 @@ No axis is without a label and a unit; how they look is `style`'s.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def curves(runs: Mapping[str, Run | Sequence[Mapping[str, Any]]], keys: Sequence
                 limits = ([line[end] for line in lines] for end in ends)
                 shade = dict(color=how["color"], alpha=min(0.15, 0.4 / len(runs)), lw=0)
                 axis.fill_between(steps, *limits, **shade)
-        axis.set(xlabel="step", ylabel=LABELS.get(own, own))
+        axis.set(xlabel="step", ylabel=textwrap.fill(LABELS.get(own, own), 32))
         axis.xaxis.get_major_locator().set_params(integer=True)
     legend(figure, axes, least=2)
     return figure

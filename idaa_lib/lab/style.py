@@ -264,6 +264,7 @@ def _print(figure: Figure, width: float) -> tuple[Figure, Bbox]:
     figure.draw_without_rendering()
     below = sum(one.get_window_extent().height for one in figure.legends) / figure.dpi
     figure.set_size_inches(width, lines * down + below)
+    figure.draw_without_rendering()
     used = figure.get_tightbbox()
     return figure, Bbox.from_extents(0, used.y0 - 0.02, width, used.y1 + 0.02)
 
