@@ -247,7 +247,8 @@ def test_imagenet_s_rows_say_their_epochs(outputs):
     (group,) = groups(results([judged]))
     assert [*group.table.columns[:2]] == ["linear (%)", "linear top-5 (%)"]
     assert group.table.loc["SimSiam + IDAA, 200 epochs (paper)"].to_list()[:2] == ["70.6", "89.7"]
-    assert group.table.loc["SimSiam"].to_list()[:2] == ["2.00", "3.00"]
+    cells = group.table.loc["SimSiam"].to_list()[:2]
+    assert [cell.partition(" [")[0] for cell in cells] == ["2.00", "3.00"]
 
 
 # --- which runs stand in one table ---------------------------------------------------------------
@@ -321,7 +322,7 @@ def test_another_budget_is_a_row_that_says_so(outputs):
         semi(1.0, **values)
     rows = [name for name in beside(run).table.index if "paper" not in name]
     assert len(rows) == 4
-    for text in ("epochs = 3", "lambda_u = 0", "alpha = 0.5"):
+    for text in ("epochs = 3", "labels alone", "alpha = 0.5"):
         assert any(text in row for row in rows), rows
 
 

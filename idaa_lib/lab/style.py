@@ -247,7 +247,7 @@ def _print(figure: Figure, width: float) -> tuple[Figure, Bbox]:
     free = panels[0].get_aspect() == "auto"
     down = max(1.9, min(0.7, ratio) * across) if free else ratio * across
     for axis in figure.axes:
-        axis.tick_params(labelsize=POINTS)
+        axis.tick_params(which="both", labelsize=POINTS)
         names = [text.get_text() for text in axis.get_xticklabels()]
         if letter * sum(max(map(len, name.split("\n"))) for name in names) > across:
             axis.tick_params(axis="x", rotation=90)
