@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from idaa_lib import runs
 from idaa_lib.configs import UNKNOWN, UserError
-from idaa_lib.evaluate.metrics import student_interval
+from idaa_lib.evaluate.metrics import share_interval, student_interval
 from idaa_lib.methods import METHODS
 from idaa_lib.runs import Run, RunError
 
@@ -74,11 +74,13 @@ def results(chosen: Sequence[Run], damage: list[str] | None = None) -> pd.DataFr
                 raise
             damage.append(f"{run.path}: {error}")
     unique = list(dict.fromkeys(run for run in trainings.values() if run))
-    labels, fields = apart(unique, OWN_COLUMNS), differing(unique)
-    own = {
-        run.id: {"label": labels[i]} | {name: values[i] for name, values in fields.items()}
-        for i, run in enumerate(unique)
-    }
+    own, fields = {}, dict[str, Any]()
+    for stage in dict.fromkeys(run.stage for run in unique):  # each among its like
+        members = [run for run in unique if run.stage == stage]
+        labels, values = apart(members, OWN_COLUMNS), differing(members)
+        fields |= values
+        for i, (run, label) in enumerate(zip(members, labels, strict=True)):
+            own[run.id] = {"label": label} | {name: row[i] for name, row in values.items()}
     records = [own.get(r["training"], {"label": r["training"]}) | r for r in records]
     columns = [*COLUMNS, *(field for field in fields if field not in COLUMNS)]
     frame = pd.DataFrame(records, columns=columns, dtype=object)  # a seed stays a whole number
@@ -141,7 +143,10 @@ def _figures(run: Run) -> Iterator[dict[str, Any]]:
         # How many labels and images there were say the metric and the fingerprint.
         protocol = str(summary.get(f"{stem}_protocol", "")).partition(";")[0] or None
         about = {"metric": metric + " top-5" * (top == "5"), "value": value, "protocol": protocol}
-        about |= {"n": summary.get("n_val" if val else f"{stem}_n"), "features": FEATURES[prefix]}
+        about |= {"features": FEATURES[prefix]}
+        about["n"] = summary.get(f"{stem}_n{val}") or (summary.get("n_val") if val else None)
+        if about["n"] and ends.get("low") is None:
+            ends["low"], ends["high"] = share_interval([value / 100], about["n"])[:, 0]
         yield figure | about | ends | {"split": "validation" if val else "test"}
     figure["split"] = "validation"
     for key, unit in (("rate_nats", "nats"), ("reconstruction", "MSE")):
@@ -202,18 +207,28 @@ class Group(NamedTuple):
 
 
 def groups(frame: pd.DataFrame) -> list[Group]:
-    """Evaluations in tables that mix neither images, nor limits, n, protocols or versions."""
-    frame = frame[(frame["stage"] == "eval") & (frame["split"] == "test")]
+    """Test figures in tables that mix neither stages, images, limits, n, protocols or versions. Of
+    transfers it is the linear probe on all labels, a column each data set."""
+    frame = frame[frame["split"] == "test"]
+    other = (frame["stage"] == "transfer") & ~frame["metric"].str.startswith("linear")
+    frame = frame[~other]
     own = frame[frame["features"] == "encoder"]
-    kinds = (own["metric"] + own["alike"]).groupby(own["run"], sort=False).agg(frozenset)
+    metric = own["metric"].mask(own["stage"] == "semi", "")  # columns: how many labels a class
+    kinds = (own["stage"] + metric + own["alike"]).groupby(own["run"], sort=False).agg(frozenset)
     members = kinds.groupby(kinds, sort=False).groups.values()
-    return [_group(frame[frame["run"].isin(ids)], "metric") for ids in members]
+    parts = (frame[frame["run"].isin(ids)] for ids in members)
+    return [_group(part, _columns(part["stage"].iloc[0])) for part in parts]
+
+
+def _columns(stage: str) -> str:
+    """What the columns of a table of that stage are."""
+    return "dataset" if stage == "transfer" else "metric"
 
 
 def beside(run: Run) -> Group:
     """The test figures of a run with those of all finished runs that may stand beside them."""
     others = [other for other in runs.find(run.stage) if other != run]
-    by = "dataset" if run.stage == "transfer" else "metric"
+    by = _columns(run.stage)
 
     def test_figures(chosen: Sequence[Run]) -> pd.DataFrame:
         frame = results(chosen, damage=[])
@@ -268,7 +283,7 @@ def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     their_rows["epochs"] = theirs.groupby("label")["epochs"].first().replace("", "not stated")
     their_rows["seed"] = "not stated"
 
-    columns = sorted({*ours["heading"], *theirs["heading"]}, key=_natural)
+    columns = sorted({*ours["heading"], *theirs["heading"]}, key=natural)
     rows = pd.concat([rows, their_rows]).reindex(columns=[*columns, *about])
     return rows.fillna("–").rename_axis(index=None, columns=None)
 
@@ -279,7 +294,7 @@ def _heading(frame: pd.DataFrame, by: str) -> pd.Series:
     return (metric if by == "metric" else frame["dataset"] + metric.str[len("linear") :]) + " (%)"
 
 
-def _natural(text: str) -> list[Any]:
+def natural(text: str) -> list[Any]:
     """A key that sorts 4, 25 and 100 by size."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
@@ -391,6 +406,8 @@ def title(config: Any) -> tuple[str, str]:
     adversary = ADVERSARIES.get(config.adversary, config.adversary)
     if "adversary" in config.unknown:
         adversary = "an unknown adversary"
+    if getattr(config, "lambda_u", None) == 0:  # FixMatch's other half, the control
+        return "labels alone", adversary
     return getattr(METHODS.get(config.method), "__name__", config.method), adversary
 
 
@@ -405,12 +422,35 @@ def name_of(run: Run) -> str:
 
 def differing(chosen: Sequence[Run]) -> dict[str, list[Any]]:
     """Field → its value in each run (None: it has no such field), for the fields that differ where
-    they are known."""
+    they are known.
+
+    In place of `vae`, an id, stand the fields in which the VAEs differ, such as `beta` and `dim`,
+    where these tell all of them apart.
+    """
     dumps = [run.config.stated() for run in chosen]
     fields = dict.fromkeys(name for dump in dumps for name in dump)
     values = {name: [dump.get(name) for dump in dumps] for name in fields}
     known = {name: [v for v in row if v != UNKNOWN] for name, row in values.items()}
-    return {name: values[name] for name, row in known.items() if any(v != row[0] for v in row)}
+    differences = {k: values[k] for k, row in known.items() if any(v != row[0] for v in row)}
+    vaes = {name: _vae_fields(name) for name in differences.get("vae", ()) if name}
+    if len({repr(vae) for vae in vaes.values() if vae}) == len(vaes) > 1:
+        own = [vaes.get(name, {}) for name in differences.pop("vae")]
+        for field in dict.fromkeys(name for vae in own for name in vae):
+            row = [vae.get(field) for vae in own]
+            if len({repr(value) for value in row if value is not None}) > 1:
+                differences[field] = row
+    return differences
+
+
+def _vae_fields(name: str) -> dict[str, Any]:
+    """`beta`, `dim`, `VAE epochs` and so on of a VAE by its id; nothing once the VAE is gone."""
+    try:
+        config = runs.get("vae", name).config
+    except UserError:
+        return {}
+    silent = {*config.circumstances, "kappa"}  # β says what κ says
+    own = {field: value for field, value in config if field not in silent}
+    return {f if f in ("beta", "dim") else f"VAE {f}": value for f, value in own.items()}
 
 
 def apart(chosen: Sequence[Run], hidden: Collection[str] = ()) -> list[str]:
@@ -423,6 +463,9 @@ def apart(chosen: Sequence[Run], hidden: Collection[str] = ()) -> list[str]:
             # circumstances change nothing.
             silent = {*hidden, "method", "adversary", "run", "kappa", *config.circumstances}
             if field in silent or value is None or (config.stage, field) == ("vae", "dim"):
+                continue
+            seed = getattr(config, "seed", None)
+            if (field, value) in (("VAE seed", seed), ("lambda_u", 0)):  # seed and name say it
                 continue
             # What only this method or adversary has tells runs apart within it, or where it is
             # not the recipe's.
@@ -445,7 +488,7 @@ def labels(chosen: Sequence[Run]) -> dict[str, Run]:
 def field_text(field: str, value: Any, equals: str = " = ") -> str:
     """`ε = 0.3`: a field and its value, short."""
     symbol = {"epsilon": "ε", "beta": "β"}.get(field, field)
-    if field in ("vae", "continue_from", "dataset", "classes"):
+    if field.removeprefix("VAE ") in ("vae", "continue_from", "dataset", "classes"):
         # Of an id its hash, of a path its last part.
         value = str(value).rsplit("/", 1)[-1].rsplit("-", 1)[-1]
     return f"{symbol}{equals}{value:g}" if isinstance(value, float) else f"{symbol}{equals}{value}"

@@ -88,7 +88,8 @@ def sensitivity(config: SweepConfig) -> list[Point]:
     """The points of a sensitivity study: each axis around the middle, for each seed.
 
     The middle is what the recipes say of what is not varied; it is a point of every axis whose
-    values contain it. Along the further axes there is each value without an adversary too.
+    values contain it. Along the further axes there is each value without an adversary too; to ε, β
+    and dim a training without one is the same everywhere: one point, `at` None.
 
     Hyper-parameters are chosen on a validation split, whatever the preset: it is held out of all
     trainings, and every point is judged by the clean protocol.
@@ -101,6 +102,8 @@ def sensitivity(config: SweepConfig) -> list[Point]:
     held["beta"] = VAEConfig(**shared["all"] | vae).beta
     axes: dict[str, Sequence[Any]] = {"epsilon": config.epsilons, "beta": config.betas}
     axes |= {"dim": config.dims, **config.axes}
+    attack = f"adversary = {config.adversary}"
+    knobs = {row["knob"] for row in SSLConfig.knobs() if row["of"] == attack}
     places = []
     for axis, values in axes.items():
         stage = "vae" if axis in ("beta", "dim") else "ssl"
@@ -111,6 +114,12 @@ def sensitivity(config: SweepConfig) -> list[Point]:
         for point in points({"fixed": fixed, "cross": cross, "seeds": config.seeds}):
             labels = {"axis": axis, "at": point.labels[axis], "adversary": point.ssl["adversary"]}
             places.append(point._replace(labels=labels))
+        if values and axis not in config.axes:
+            fixed |= {"ssl": {k: v for k, v in ssl.items() if k not in knobs}}
+            plain = {"ssl": {"adversary": ["none"]}}
+            for point in points({"fixed": fixed, "cross": plain, "seeds": config.seeds}):
+                labels = {"axis": axis, "at": None, "adversary": "none"}
+                places.append(point._replace(labels=labels))
     return places
 
 

@@ -3,28 +3,38 @@
 import html
 import math
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, product
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.pylabtools import select_figure_formats
+from IPython.utils.capture import capture_output
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 from skimage.color import rgb2lab
+from test_runs_page import made
 
+from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.evaluate.metrics import embedding_std
 from idaa_lib.lab import pictures, plots, style
-from idaa_lib.runs import Run
 
 R = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def reading(epsilon, share):
+    found = 100 * (1 - share)
+    ends = dict(low=found - 5, high=found + 5)
     return dict(
-        epsilon=epsilon, loss_after=1 + share, loss_before=1.0, retrieved=100 * (1 - share), n=50
+        epsilon=epsilon, loss_after=1 + share, loss_before=1.0, retrieved=found, n=50, **ends
     )
 
 
@@ -34,19 +44,16 @@ CURVES = {
 }
 
 
-SIMILARITIES = [
-    {"step": s, "beta": 0.4 - 0.1 * s, "aggressive_weak": s / 9, "aggressive_aggressive": s / 8}
-    for s in range(5)
-]
-
-
 @pytest.fixture
-def run(tmp_path):
-    folder = tmp_path / "vae" / "a-run"
-    folder.mkdir(parents=True)
-    lines = [f'{{"step": {i}, "epoch": 0, "time": 0, "loss": {2 - 0.1 * i}}}\n' for i in range(9)]
-    (folder / "metrics.jsonl").write_text("".join(lines))
-    return Run(folder)
+def run(outputs):
+    lines = [{"step": i, "epoch": 0, "loss": 2 - 0.1 * i} for i in range(9)]
+    return made(VAEConfig(), {}, lines=lines)
+
+
+INVARIANCE = [
+    dict(augmentation=name, layer=layer, value=0.5, low=0.4, high=0.6)
+    for name in ("crop", "color") for layer in ("input", "layer1", "layer2")
+]  # fmt: skip
 
 
 def figures(run):
@@ -76,7 +83,9 @@ def figures(run):
         "confusion": plots.confusion(labels, labels, classes),
         "embedding_map": plots.embedding_map(features, labels, classes),
         "sensitivity": plots.sensitivity(rows),
-        "similarities": plots.plot_similarities({"a": SIMILARITIES, "b": SIMILARITIES}),
+        "invariance": plots.plot_invariance({"a": INVARIANCE, "b": INVARIANCE}),
+        "neighbours": plots.neighbours(features, torch.zeros(20, 3, 8, 8), labels, [0, 1], classes),
+        "image_rows": pictures.image_rows({"x": R, "a long name of a row": R}, "title"),
         "methods": plots.accuracies(compared, "metric", "method", "adversary"),
         "identity_curves": pictures.identity_curves(CURVES),
         "likeness": pictures.likeness(
@@ -87,7 +96,9 @@ def figures(run):
 
 def test_no_axis_is_without_a_name(run):
     for name, figure in figures(run).items():
-        shown = [axis for axis in figure.axes if axis.axison]
+        if name in ("neighbours", "image_rows"):  # their rows have names
+            continue
+        shown = figure.axes
         assert shown, name
         for axis in shown:
             # Of axes that share one, only the outermost repeat its name.
@@ -148,32 +159,21 @@ def test_accuracies_are_means_with_their_intervals_and_references_are_lines():
 def test_image_rows_show_the_pixels_and_no_more_columns_than_asked():
     pixels = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(2))
     figure = pictures.image_rows({"a": pixels, "b": 2 * pixels}, "title", columns=3, names="xyz")
-    assert len(figure.axes) == 6
-    shown = figure.axes[4].images[0].get_array()
+    (axis,) = figure.axes
+    assert len(axis.images) == 6
+    shown = axis.images[4].get_array()
     assert np.allclose(shown, (2 * pixels[1]).clamp(0, 1).permute(1, 2, 0))
-    assert [axis.get_title() for axis in figure.axes[:3]] == ["x", "y", "z"]
-
-
-def test_similarities_are_those_of_the_log_with_beta_below():
-    lines = [{"step": 1, "knn_top1_val": 3.0}, *SIMILARITIES]  # a line of validation has none
-    figure = plots.plot_similarities({"four views": lines})
-    above, below = figure.axes
-    logged = {name: [line[name] for line in SIMILARITIES] for name in SIMILARITIES[0]}
-    weak, both = above.lines
-    assert list(weak.get_ydata()) == logged["aggressive_weak"]
-    assert list(both.get_ydata()) == logged["aggressive_aggressive"]
-    assert list(below.lines[0].get_ydata()) == logged["beta"]
-    assert list(weak.get_xdata()) == logged["step"]
-    assert [text.get_text() for text in figure.legends[0].texts] == [*plots.SIMILARITIES.values()]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["x", "y", "z"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["a", "b"]
 
 
 def test_examples_of_partitions_are_of_their_sides():
     images = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 3, 4, 4)
     partitions = torch.stack([torch.arange(12) % 2, torch.arange(12) // 9])
     figure = pictures.plot_partitions(images, partitions, columns=3)
-    grid = np.array(figure.axes).reshape(4, 3)
+    grid = np.reshape([image.get_array()[0, 0, 0] for image in figure.axes[0].images], (4, 3))
     for row, (partition, side) in zip(grid, product(partitions, range(2)), strict=True):
-        numbers = [round(float(axis.images[0].get_array()[0, 0, 0]) * 255) for axis in row]
+        numbers = [round(float(value) * 255) for value in row]
         assert all(partition[number] == side for number in numbers) and len({*numbers}) == 3
     labels = [text.get_text() for text in figure.findobj(Text) if "side" in text.get_text()]
     assert labels[-1] == "partition 2, side 2: 25 %"
@@ -226,7 +226,7 @@ def contrast(a, b):
 
 def test_ink_and_lines_stand_out_on_light_and_on_dark_pages():
     assert contrast(style.INK, "white") > 7  # AAA for text
-    for colour in style.COLOURS.values():
+    for colour in [*style.COLOURS.values(), *style.OTHERS[1:]]:  # an SVG's ink is the page's
         assert contrast(colour, "white") > 3  # WCAG 1.4.11 for graphics
         assert contrast(colour, "#111111") > 3
 
@@ -288,28 +288,57 @@ def test_a_saved_figure_is_what_the_notebook_shows_and_pdf_on_request(tmp_path, 
         style.save(figure, tmp_path / "a.png")
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
-@pytest.mark.parametrize(
-    "names", [("$5 note", "$10 note", "_background"), ("US$ a$", "R&D <b>bold", "100%"),
-              ("a_b^c", "back\\slash", "猫")]
-)  # fmt: skip
-def test_classes_are_drawn_by_their_names_as_they_are(tmp_path, names):
+# A legend leaves out what begins with "_"; "$" opens a formula; 猫 is in few fonts.
+NAMES = ("$5 <b>note", "US$ \\frac$", "_background", "猫")
+
+
+@pytest.mark.filterwarnings("ignore:No font")
+def test_names_are_drawn_as_they_are(tmp_path):
+    """Of classes, runs, methods, adversaries, parts: in every figure that takes names."""
+    names = NAMES
     draw = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(30, 4, generator=draw), torch.arange(30) % 3
-    pictures = torch.zeros(30, 3, 8, 8)
-    for figure in (
-        plots.confusion(labels, labels, names),
-        plots.embedding_map(features, labels, names),
-        plots.neighbours(features, pictures, labels, [0, 1, 2], names),
-    ):
-        plots.save(figure, tmp_path / "figure.png")
+    features, labels = torch.randn(20, 4, generator=draw), torch.arange(20) % 4
+    images, rows = torch.zeros(20, 3, 8, 8), dict.fromkeys(names, R)
+    frame = pd.DataFrame([
+        {"metric": a, "method": b, "adversary": c, "value": 1.0, "axis": "epsilon", "at": b}
+        for a, b, c in zip(names, names[1:] + names[:1], names[2:] + names[:2], strict=True)
+    ]).assign(low=0.0, high=2.0, features="encoder", split="validation", seed=0)  # fmt: skip
+    layers = [dict(augmentation=n, layer=n, value=0.5, low=0.4, high=0.6) for n in names]
+    drawn = {
+        "confusion": plots.confusion(labels, labels, names),
+        "embedding_map": plots.embedding_map(features, labels, names),
+        "neighbours": plots.neighbours(features, images, labels, [0, 1, 2, 3], names),
+        "curves": plots.curves({name: [{"step": 1, "loss": 1.0}] for name in names}, ["loss"]),
+        "accuracies": plots.accuracies(frame, "metric", "method", "adversary"),
+        "sensitivity": plots.sensitivity(frame.assign(metric="kNN")),
+        "invariance": plots.plot_invariance(dict.fromkeys(names, layers)),
+        "image_rows": pictures.image_rows(rows, names[0], names=names),
+        "energy_maps": pictures.energy_maps(rows),
+        "spectra": pictures.spectra(rows),
+        "likeness": pictures.likeness((0, 1), dict.fromkeys(names, torch.rand(2, 2))),
+    }
+    for kind, figure in drawn.items():
         text = html.unescape(style.svg(figure))
-        assert all(name in text for name in names)
-    legend = [
-        entry.get_text()
-        for entry in plots.embedding_map(features, labels, names).axes[0].get_legend().texts
-    ]
-    assert legend == [f" {name}" for name in names]
+        assert all(name in text for name in names), kind
+    for kind in ("embedding_map", "curves", "accuracies", "sensitivity", "invariance", "spectra"):
+        entries = [text.get_text().strip() for text in drawn[kind].legends[0].texts]
+        assert sorted(entries) == sorted(names), kind
+    style.save(drawn["accuracies"], tmp_path / "figure.png", "single")
+
+
+def test_a_letter_of_another_font_is_drawn_by_it_or_said(monkeypatch):
+    fonts = {"§": "STIXGeneral", "猫": None}
+    monkeypatch.setattr(style, "_font", lambda letter: fonts.get(letter, "DejaVu Sans"))
+    figure = pictures.image_rows({"§": R, "x": R, "猫": R})
+    with pytest.warns(UserWarning, match="No font of this machine has '猫'.*install.* for CJK"):
+        style.svg(figure)
+    labels = [text.get_fontfamily() for text in figure.axes[0].get_yticklabels()]
+    assert labels == [["DejaVu Sans", "STIXGeneral"], ["DejaVu Sans"], ["DejaVu Sans"]]
+
+
+@pytest.mark.parametrize("letter", ["ε", "′", "₂", "x"])
+def test_our_own_signs_are_in_our_font(letter):
+    assert style._font(letter) == "DejaVu Sans"
 
 
 def test_a_log_axis_keeps_its_powers(tmp_path):
@@ -330,3 +359,138 @@ def test_a_test_split_of_a_few_images_has_its_figures(n):
     assert len(plots.neighbours(features, images, labels, [0], classes).axes) == n
     assert plots.confusion(labels, labels, classes).axes
     assert embedding_std(features[:1]) == 0
+
+
+# --- a figure where it is shown -------------------------------------------------------------------
+
+
+def test_a_user_s_matplotlib_stays_as_it_is():
+    code = """if True:
+        import matplotlib
+        before = dict(matplotlib.rcParams)
+        import idaa_lib.lab.explorer, idaa_lib.lab.report, idaa_lib.lab.runs
+        from idaa_lib.lab import plots
+        plots.curves({"a": [{"step": 1, "loss": 1.0}]}, ["loss"])
+        changed = {k for k, v in matplotlib.rcParams.items() if v != before[k]}
+        assert not changed, changed
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_figures_drawn_in_threads_leave_it_as_it_is():
+    before = dict(mpl.rcParams)
+    with ThreadPoolExecutor(3) as pool:
+        drawn = [*pool.map(lambda _: style.svg(pictures.spectra({"R": R})), range(3))]
+    assert len({*drawn}) == 1 and dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize("formats", [(), ("png",)], ids=["plain", "inline"])
+def test_a_figure_at_the_end_of_a_cell_shows_itself_once(formats):
+    """Also where matplotlib's own way to show figures is there."""
+    shell = InteractiveShell.instance()
+    select_figure_formats(shell, formats)
+    with capture_output() as shown:
+        assert shell.display_formatter.format(pictures.spectra({"R": R})) == ({}, {})
+    (output,) = shown.outputs
+    assert "image/png" in output.data
+    InteractiveShell.clear_instance()
+
+
+def test_a_column_of_a_paper(run):
+    """Text of 8 pt, no title; nothing is cut off, no panel loses its labels."""
+    drawn = figures(run)
+    double = [(name, 6.9) for name in ("methods", "identity_curves", "sensitivity")]
+    for name, inches in [*((name, 3.3) for name in drawn), *double]:
+        figure = drawn[name]
+        size, title = tuple(figure.get_size_inches()), figure.get_suptitle()
+        printed, box = style._print(figure, inches)
+        assert (box.x0, box.x1) == (0, inches)
+        # The figure itself stays as it is.
+        assert (tuple(figure.get_size_inches()), figure.get_suptitle()) == (size, title)
+        assert {text.get_fontsize() for text in printed.findobj(Text)} == {8}, name
+        assert not printed.get_suptitle()
+        used = printed.get_tightbbox()
+        assert used.x0 > -0.01 and used.x1 < inches + 0.01, name
+        for axis in printed.axes:
+            if name not in ("neighbours", "image_rows") and axis.get_label() != "<colorbar>":
+                below = axis.get_subplotspec().is_last_row()
+                assert axis.get_ylabel() or not axis.yaxis.get_tick_params()["labelleft"], name
+                assert axis.get_xlabel() or not below, name
+
+
+def test_a_column_s_files_are_exactly_as_wide(tmp_path):
+    figure = pictures.spectra({"R": R})
+    style.save(figure, tmp_path / "a.png", "single")
+    assert Image.open(tmp_path / "a.png").width == round(3.3 * 2 * style.DPI)
+    box = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", (tmp_path / "a.pdf").read_bytes())
+    assert float(box[1]) == pytest.approx(72 * 3.3, abs=0.1)
+    with pytest.raises(ValueError, match=r"'single' \(3.3 inches\) or .*, and is 'half'"):
+        style.save(figure, tmp_path / "a.png", "half")
+
+
+# --- lines of runs --------------------------------------------------------------------------------
+
+
+def lines_of(figure):
+    return [(ax.get_color(), ax.get_linestyle(), ax.get_marker()) for ax in figure.axes[0].lines]
+
+
+@pytest.mark.parametrize("points", [3, 100])
+def test_twelve_runs_are_twelve_lines_coloured_by_adversary(outputs, points):
+    logged = [{"step": i, "epoch": 0, "loss": 1.0} for i in range(points)]
+    adversaries = ["none", "clae", "idaa", "random_sign"]
+    chosen = {
+        f"{method} {adversary}": made(
+            SSLConfig(method=method, adversary=adversary), {}, f"{method} {adversary}", lines=logged
+        )
+        for method in ("simclr", "moco", "byol")
+        for adversary in adversaries
+    }
+    looks = lines_of(plots.curves(chosen, ["loss"]))
+    assert len({*looks}) == 12
+    assert [colour for colour, *_ in looks] == 3 * [style.COLOURS[name] for name in adversaries]
+    dashes = [rest for _, *rest in looks]
+    assert all(part == 4 * part[:1] for part in (dashes[:4], dashes[4:8], dashes[8:]))
+    # Of one method, and of none (VAEs), too.
+    for config in (SSLConfig(adversary="clae"), VAEConfig()):
+        same = {str(i): made(config.replace(seed=i), {}, lines=logged) for i in range(12)}
+        assert len({*lines_of(plots.curves(same, ["loss"]))}) == 12
+
+
+def test_an_adversary_of_one_s_own_has_a_colour_of_its_own():
+    own = [style.colour(name) for name in ("mine", "yours", "mine")]
+    assert own[0] == own[2] != own[1]
+    assert not {*own} & {style.COLOURS[name] for name in ("none", "idaa", "clae", "random_sign")}
+
+
+def test_runs_compare_by_the_loss_on_clean_pairs():
+    plain = [{"step": i, "loss": 4.0 - i} for i in range(3)]
+    attacked = [{"step": i, "loss": 8.0 - i, "clean_loss": 5.0 - i} for i in range(3)]
+    (axis,) = plots.curves({"plain": plain, "attacked": attacked}, ["loss"]).axes
+    assert [[*line.get_ydata()] for line in axis.lines] == [[4, 3, 2], [5, 4, 3]]
+    assert "clean pairs" in axis.get_ylabel()
+    (alone,) = plots.curves({"attacked": attacked}, ["loss"]).axes
+    assert [*alone.lines[0].get_ydata()] == [8, 7, 6] and "clean" not in alone.get_ylabel()
+
+
+def test_validation_has_its_interval_as_a_band():
+    ends = {"knn_low_val": 38.0, "knn_high_val": 43.0}
+    logged = [{"step": i, "knn_top1_val": 40.0 + i, **ends} for i in range(2)]
+    (axis,) = plots.curves({"": logged}, ["knn_top1_val"]).axes
+    (band,) = axis.collections
+    assert {y for _, y in band.get_paths()[0].vertices} == {38, 43}
+
+
+def test_no_adversary_is_a_line_over_epsilon():
+    row = dict(axis="epsilon", metric="kNN", split="validation", features="encoder", seed=0)
+    frame = pd.DataFrame([
+        row | dict(at=0.1, adversary="IDAA", value=41.0, low=40.0, high=42.0),
+        row | dict(at=0.3, adversary="IDAA", value=43.0, low=42.0, high=44.0),
+        row | dict(at=None, adversary="no adversary", value=39.0, low=38.0, high=40.0),
+    ])  # fmt: skip
+    figure = plots.sensitivity(frame)
+    line = figure.axes[0].lines[-1]
+    assert {*line.get_ydata()} == {39} and line.get_color() == style.COLOURS["none"]
+    assert line.get_label() == "no adversary"
+    assert figure.axes[0].patches[-1].get_bbox().extents[[1, 3]].tolist() == [38, 40]

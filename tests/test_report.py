@@ -9,10 +9,19 @@ import subprocess
 import pandas as pd
 import pytest
 from browser import recipe
+from scipy import stats
 from test_runs_page import judgement, made
 
 from idaa_lib import runs, sweeps
-from idaa_lib.configs import EvalConfig, SSLConfig, SweepConfig, VAEConfig
+from idaa_lib.configs import (
+    EvalConfig,
+    SemiConfig,
+    SSLConfig,
+    SweepConfig,
+    TheoryConfig,
+    TransferConfig,
+    VAEConfig,
+)
 from idaa_lib.lab.report import Report, papermill
 from idaa_lib.sweeps import folder_of
 
@@ -45,7 +54,7 @@ class Checker(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-PARTS = ("origins", "results", "studies", "pictures", "trainings", "left_out")
+PARTS = ("origins", "results", "studies", "pictures", "identity", "trainings", "left_out")
 
 
 def page():
@@ -107,6 +116,39 @@ def test_it_has_every_figure_and_its_command(filled):
     ) in text
     vae = filled[0]
     assert f"02_decompose.ipynb -p vae {vae.id}" in text
+
+
+def test_every_finished_stage_is_there_once_and_seeds_are_in_their_order(outputs):
+    lines = [{"step": s, "loss": 9 - s, "epoch": 0} for s in range(3)]
+    for seed in (10, 2, 0):
+        values = {"knn_top1_val": 40.0 + seed, "knn_low_val": 38.0, "knn_high_val": 60, "n_val": 50}
+        own = made(SSLConfig(seed=seed), values, lines=lines)
+        made(EvalConfig(run=own.id), judgement(40.0 + seed))
+    test = {"ema_top1": 61.0, "ema_low": 55.0, "ema_high": 67.0, "ema_n": 90, "ema_protocol": "e"}
+    for weight in (0.0, 1.0):
+        made(SemiConfig(lambda_u=weight), test | {"ema_top1": 61.0 + weight}, lines=lines)
+    row = dict(dataset="pets", metric="top-1", probe="linear", features="encoder", value=71.5)
+    rows = [row | dict(low=70.0, high=73.0, n=90, protocol="t")]
+    made(TransferConfig(run=own.id), {"rows": rows, "left_out": {}})
+    claim = dict(claim="R keeps more than G", value=3.25, low=1.0, high=5.0, unit="points")
+    claims = [claim | dict(n=20, verdict="more", note="", section="parts")]
+    made(TheoryConfig(vae="v"), {"claims": claims, "n": 20})
+    report = Report()
+    tables, trainings = report.results().data, report.trainings().data
+    for shown in ("71.50 [70.00, 73.00]", "61.00 [55.00, 67.00]", "62.00 [55.00, 67.00]"):
+        assert tables.count(shown) == 1
+    # Means over seeds with Student's interval, seeds by size; the control has its own name.
+    low, high = stats.t.interval(0.95, 2, loc=44.0, scale=stats.sem([40.0, 42.0, 50.0]))
+    mean = f"44.00 [{low:.2f}, {high:.2f}]"
+    assert mean in tables and mean in trainings and "0, 2, 10" in tables
+    assert [int(seed) for seed in re.findall(r"epochs, seed (\d+), kNN", trainings)] == [0, 2, 10]
+    for name in ("labels alone", "FixMatch", "SimCLR"):
+        assert trainings.count(f"<h3>{name}</h3>") == 1
+        assert name in tables
+    for label in ("SimCLR", "labels alone", "FixMatch"):  # whatever other stages there are
+        assert f"<th>{label}</th>" in tables
+    assert "R keeps more than G" in report.identity().data
+    assert not report.damage
 
 
 def test_no_table_mixes_protocols_limits_or_sizes(filled):

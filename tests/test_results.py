@@ -64,6 +64,11 @@ def mean(values):
     return f"{stats.tmean(values):.2f} [{low:.2f}, {high:.2f}]"
 
 
+def share(percent, n=1000):
+    low, high = (100 / n * end for end in stats.binom.interval(0.95, n, percent / 100))
+    return f"{percent:.2f} [{low:.2f}, {high:.2f}]"
+
+
 # --- the paper's figures -------------------------------------------------------------------------
 
 
@@ -259,7 +264,8 @@ def test_imagenet_s_rows_say_their_epochs(outputs):
     (group,) = groups(results([judged]))
     assert [*group.table.columns[:2]] == ["linear (%)", "linear top-5 (%)"]
     assert group.table.loc["SimSiam + IDAA, 200 epochs (paper)"].to_list()[:2] == ["70.6", "89.7"]
-    assert group.table.loc["SimSiam"].to_list()[:2] == ["2.00", "3.00"]
+    cells = group.table.loc["SimSiam"].to_list()[:2]
+    assert [cell.partition(" [")[0] for cell in cells] == ["2.00", "3.00"]
 
 
 # --- which runs stand in one table ---------------------------------------------------------------
@@ -313,9 +319,9 @@ def test_the_fixmatch_table_has_labels_adversaries_and_seeds(outputs):
         *(f"{n} labels a class (%)" for n in (4, 25, 100)), "seed", "epochs", "images",
     ]  # fmt: skip
     assert table.iloc[:, :4].T.to_dict("list") == {
-        "FixMatch": [mean([44.0, 42.0, 41.0]), "61.00", "–", "0, 1, 2"],
-        "FixMatch + CLAE": ["43.00", "–", "–", "0"],
-        "FixMatch + IDAA": ["50.00", "–", "–", "0"],
+        "FixMatch": [mean([44.0, 42.0, 41.0]), share(61), "–", "0, 1, 2"],
+        "FixMatch + CLAE": [share(43), "–", "–", "0"],
+        "FixMatch + IDAA": [share(50), "–", "–", "0"],
         "FixMatch (paper)": ["47.76", "66.30", "74.13", "not stated"],
         "FixMatch + CLAE (paper)": ["50.34", "68.58", "74.54", "not stated"],
         "FixMatch + IDAA (paper)": ["52.88", "68.96", "75.28", "not stated"],
@@ -333,7 +339,7 @@ def test_another_budget_is_a_row_that_says_so(outputs):
         semi(1.0, **values)
     rows = [name for name in beside(run).table.index if "paper" not in name]
     assert len(rows) == 4
-    for text in ("epochs = 3", "lambda_u = 0", "alpha = 0.5"):
+    for text in ("epochs = 3", "labels alone", "alpha = 0.5"):
         assert any(text in row for row in rows), rows
 
 
@@ -490,3 +496,38 @@ def test_a_label_says_what_differs_and_no_knob_of_another_method(outputs):
     for knob in ("mu", "temperature", "alpha", "labels_per_class"):
         assert knob not in first + second
     assert differing(both)["mu"] == [None, SemiConfig().mu]
+
+
+def test_a_label_names_beta_and_dim_of_the_vae_not_its_hash(outputs):
+    vaes = [finished(VAEConfig(beta=b, dim=d), {}, ("photos", "p"))
+            for b, d in ((4, 8), (1, 8), (1, 16))]  # fmt: skip
+    chosen = [finished(SSLConfig(adversary="idaa", vae=v.id), {}, ("photos", "p")) for v in vaes]
+    chosen.append(finished(SSLConfig(), {}, ("photos", "p")))  # needs none
+    several = ["dim = 8, β = 4", "dim = 8, β = 1", "dim = 16, β = 1"]
+    assert apart(chosen) == [*(f"SimCLR + IDAA, {text}" for text in several), "SimCLR"]
+    assert "vae" not in differing(chosen)
+    # Seeds of a VAE and its encoder are one thing to a study; a VAE of another seed is told.
+    third = finished(VAEConfig(beta=4, dim=8, seed=1), {}, ("photos", "p"))
+    for seed, text in ((1, ""), (0, ", VAE seed = 1")):
+        own = SSLConfig(adversary="idaa", vae=third.id, seed=seed)
+        both = [chosen[0], finished(own, {}, ("photos", "p"))]
+        assert apart(both, {"seed"}) == ["SimCLR + IDAA", f"SimCLR + IDAA{text}"]
+    # Where a VAE is gone, its hash is all there is.
+    third.delete()
+    assert re.search(r", vae = \w{8}$", apart(both, {"seed"})[1])
+
+
+def test_the_control_of_fixmatch_is_not_called_so(outputs):
+    both = [finished(SemiConfig(lambda_u=w), {}, ("photos", "p")) for w in (0.0, 1.0)]
+    assert apart(both) == ["labels alone", "FixMatch"]
+    assert set(results(both)["method"]) <= {"labels alone", "FixMatch"}
+
+
+def test_an_accuracy_has_an_interval_wherever_it_has_an_n(outputs):
+    summary = {"linear_top1": 50.0, "linear_top5": 80.0, "linear_n": 100, "linear_top1_val": 40.0}
+    run = finished(EvalConfig(run="gone"), summary | {"linear_n_val": 50}, ("photos", "p"))
+    frame = results([run]).set_index(["metric", "split"])
+    for key, share, n in ((("linear", "test"), 0.5, 100), (("linear top-5", "test"), 0.8, 100),
+                          (("linear", "validation"), 0.4, 50)):  # fmt: skip
+        ends = [100 / n * end for end in stats.binom.interval(0.95, n, share)]
+        assert frame.loc[key, ["low", "high"]].tolist() == pytest.approx(ends)

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from idaa_lib.lab.style import PALETTE
+from idaa_lib.lab import style
 
 
+@style.look()
 def pictures(
     images: Sequence[Tensor],
     rows: Mapping[str, Sequence[Target]],
@@ -27,8 +28,8 @@ def pictures(
             `threshold` are left out.
         classes: names of labels 1, 2, ….
     """
-    figure = Figure(figsize=(2.6 * len(images), 2.3 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(images), squeeze=False)
+    size = (2.6 * len(images), 2.3 * len(rows))
+    figure, grid = style.axes(len(rows), len(images), figsize=size, squeeze=False)
     for line, (label, targets) in zip(grid, rows.items(), strict=True):
         line[0].set_ylabel(label)
         for axis, image, objects in zip(line, images, targets, strict=True):
@@ -39,7 +40,7 @@ def pictures(
                 score = objects["scores"][i].item() if "scores" in objects else None
                 if score is not None and score < threshold:
                     continue
-                colour = PALETTE[name % len(PALETTE)]
+                colour = style.PALETTE[name % len(style.PALETTE)]
                 if "masks" in objects:
                     mask = objects["masks"][i].bool().numpy()
                     tint = [255 * part for part in to_rgb(colour)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy  # scipy.stats, half a second to import, comes with its first use
@@ -37,14 +37,19 @@ def top1(predictions: Tensor, labels: Tensor) -> float:
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> Accuracy:
-    """Top-1 accuracy of predictions (Q,) with its 95 % percentile bootstrap over images.
+    """Top-1 accuracy of predictions (Q,) with its 95 % percentile bootstrap over images."""
+    n, right = len(labels), (predictions == labels).sum().item()
+    low, high = share_interval([right / n], n)[:, 0]
+    return Accuracy(100 * right / n, float(low), float(high), n)
+
+
+def share_interval(shares: Any, n: int) -> np.ndarray:
+    """Ends (2, K) in percent of the 95 % percentile bootstrap of shares (K,) in [0, 1] of n images.
 
     Resampling n zeros and ones with replacement gives a binomial count, so the quantiles of the
     bootstrap are exact here and not simulated.
     """
-    n, right = len(labels), (predictions == labels).sum().item()
-    low, high = 100 * scipy.stats.binom.ppf(LEVELS, n, right / n) / n
-    return Accuracy(100 * right / n, float(low), float(high), n)
+    return 100 * scipy.stats.binom.ppf(np.transpose([LEVELS]), n, shares) / n
 
 
 def student_interval(values: Tensor | Sequence[float]) -> Interval:

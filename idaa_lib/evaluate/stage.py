@@ -201,6 +201,7 @@ class _Evaluation(Plan):
         if not way.of:
             clean = linear_probe(train, val, z["test"], classes=self.classes)
             scores, values = clean.scores, {"penalty": clean.penalty, "top1_val": clean.score_val}
+            values["n_val"] = len(val[1])
         elif way.classifier:
             size = self.side if way.whole else crops.enlarged(self.side)
             dataset, reading = config.dataset, config.reading

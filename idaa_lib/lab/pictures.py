@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,40 +12,42 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from idaa_lib.evaluate.metrics import share_interval
 from idaa_lib.identity.stage import PARTS
 from idaa_lib.lab import style
-from idaa_lib.lab.style import COLOURS, INK, NAMES, PALETTE
+from idaa_lib.lab.style import COLOURS, INK, NAMES, OTHERS, entry, legend, look, looks
 
 
+@look()
 def image_rows(
-    rows: Mapping[str, Tensor], title: str = "", columns: int = 8, names: Sequence[str] = ()
+    rows: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]],
+    title: str = "",
+    columns: int = 8,
+    names: Sequence[str] = (),
 ) -> Figure:
-    """Images in labelled rows, the first `columns` of each.
+    """Images in labelled rows, the first `columns` of each. Cell (i, j) is the unit square at
+    (j, i) of the one axes.
 
     Args:
         rows: label → pixels in [0, 1] (N, 3, H, W); values outside are clipped.
         names: of the columns.
     """
-    rows = {label: images[:columns] for label, images in rows.items()}
-    n, lines = max(len(images) for images in rows.values()), len(rows)
+    labels, rows = zip(*(rows.items() if isinstance(rows, Mapping) else rows), strict=True)
+    lines, n = len(rows), max(len(images[:columns]) for images in rows)
     # In inches: cells of one, room for the names of rows and columns and for the title.
-    left, top = 0.3 + 0.085 * max(map(len, rows)), 0.04 + 0.34 * bool(title) + 0.24 * bool(names)
-    width, height = left + 1.04 * n, top + 1.04 * lines
-    figure, axes = style.axes(lines, n, figsize=(width, height), layout=None, squeeze=False)
-    figure.subplots_adjust(
-        left=left / width, right=1, bottom=0, top=1 - top / height, wspace=0.04, hspace=0.04
-    )
-    for line, (label, images) in zip(axes, rows.items(), strict=True):
-        for axis in line:
-            axis.axis("off")
-        for axis, image in zip(line, images, strict=False):
-            axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-        # The first cell's left edge carries the row's name; its axes are off, so as text.
-        line[0].text(-0.1, 0.5, label, transform=line[0].transAxes, ha="right", va="center")
-    for axis, name in zip(axes[0], names, strict=False):
-        axis.set_title(name, fontsize="small", fontweight="normal", pad=3)
+    size = (n + 0.3 + 0.085 * max(map(len, labels)), lines + 0.3 * bool(title) + 0.2 * bool(names))
+    figure, axis = style.axes(figsize=size, layout="compressed")
+    for line, images in enumerate(rows):
+        for column, image in enumerate(images[:columns].clamp(0, 1)):
+            cell = (column + 0.02, column + 0.98, line + 0.98, line + 0.02)
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", extent=cell)
+    axis.set(xlim=(0, n), ylim=(lines, 0), frame_on=False)
+    axis.set_xticks(np.arange(len(names)) + 0.5, names)
+    axis.set_yticks(np.arange(lines) + 0.5, labels)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.grid(False)
     if title:
-        figure.suptitle(title, fontsize="medium", fontweight="bold", y=0.998, va="top")
+        figure.suptitle(title, fontweight="bold")
     return figure
 
 
@@ -72,6 +75,7 @@ def partition_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return table[columns]
 
 
+@look()
 def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
     """Where in the image something lives: per-pixel RMS over images and channels, on one scale.
 
@@ -79,7 +83,9 @@ def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
         maps: label → differences or parts (N, 3, H, W), normalised units.
     """
     energy = {label: part.square().mean((0, 1)).sqrt().numpy() for label, part in maps.items()}
-    figure, axes = style.axes(1, len(maps), figsize=(2.6 * len(maps) + 0.6, 3), squeeze=False)
+    size = (2.6 * len(maps) + 0.6, 3)
+    how: dict[str, Any] = dict(layout="compressed", sharey=True, squeeze=False)
+    figure, axes = style.axes(1, len(maps), figsize=size, **how)
     highest = max(part.max() for part in energy.values())
     for axis, (label, part) in zip(axes.flat, energy.items(), strict=True):
         image = axis.imshow(part, cmap="magma", vmin=0, vmax=highest)
@@ -90,14 +96,16 @@ def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
+@look()
 def spectra(parts: Mapping[str, Tensor]) -> Figure:
     """In which frequencies something lives: radially averaged power of (N, 3, H, W)."""
     figure, axis = style.axes(figsize=(6.4, 4))
-    for label, part in parts.items():
-        axis.plot(*radial_power(part), label=label, marker="o", markersize=3)
+    hows = looks(zip(itertools.cycle(OTHERS), parts, strict=False))
+    for (label, part), how in zip(parts.items(), hows, strict=True):
+        axis.plot(*radial_power(part), **how, label=entry(label), markersize=3)
     axis.set(xlabel="spatial frequency (cycles per image)", yscale="log")
     axis.set(ylabel="mean power (normalised units²)", title="Which frequencies each part holds")
-    axis.legend()
+    legend(figure, [axis])
     return figure
 
 
@@ -111,6 +119,7 @@ def radial_power(part: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(rings), mean[:rings]
 
 
+@look()
 def likeness(shares: Sequence[float], cosines: Mapping[str, Any]) -> Figure:
     """Whose image is it, as a part goes over from image a to image b?
 
@@ -124,7 +133,7 @@ def likeness(shares: Sequence[float], cosines: Mapping[str, Any]) -> Figure:
             axis.plot(shares, column, marker=marker, markersize=3.5, label=f"to {who}")
         axis.set(title=name, xlabel="share of b (1 = exchanged)")
     axes[0, 0].set(ylabel="cosine by the witness")
-    axes[0, 0].legend(fontsize="x-small")
+    legend(figure, axes.flat)
     return figure
 
 
@@ -136,8 +145,8 @@ LOOKS: dict[str, dict[str, Any]] = {
     name: dict(label=label, marker=marker, color=color, markersize=4)
     for name, label, marker, color in (
         ("x", "x", "x", INK),
-        ("G", "G(x)", "D", PALETTE[4]),
-        ("R", "R(x)", "v", PALETTE[3]),
+        ("G", "G(x)", "D", OTHERS[2]),
+        ("R", "R(x)", "v", OTHERS[3]),
         *(
             (name, NAMES[name], marker, COLOURS[name])
             for name, marker in (("idaa", "o"), ("clae", "s"), ("random_sign", "^"))
@@ -147,19 +156,21 @@ LOOKS: dict[str, dict[str, Any]] = {
 _THIN: dict[str, Any] = dict(color=INK, linewidth=0.8, linestyle=":")
 
 
+@look()
 def identity_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Hardness and retrieval over ε, and retrieval over hardness: adversary → rows by ε.
 
     Rows are those of `scene.Reading`. The right panel compares adversaries where it is fair: at an
     equal loss.
     """
-    figure, (left, middle, right) = style.axes(1, 3, figsize=(10.2, 2.9))
+    figure, (left, middle, right) = style.axes(1, 3, figsize=(10.2, 3.2))
     for name, curve in curves.items():
-        keys = ("epsilon", "loss_after", "retrieved")
-        epsilon, loss, retrieved = ([row[key] for row in curve] for key in keys)
+        keys = ("epsilon", "loss_after", "retrieved", "low", "high")
+        epsilon, loss, retrieved, *ends = ([row[key] for row in curve] for key in keys)
         left.plot(epsilon, loss, **LOOKS[name])
-        middle.plot(epsilon, retrieved, **LOOKS[name])
-        right.plot(loss, retrieved, **LOOKS[name])
+        for axis, at in ((middle, epsilon), (right, loss)):
+            axis.plot(at, retrieved, **LOOKS[name])
+            _band(axis, at, ends, LOOKS[name])
     row = next((row for curve in curves.values() for row in curve), {"n": 0})
     left.axhline(row.get("loss_before", 0), **_THIN)
     left.set(ylabel="loss at x′ (nats)", title="Hardness")
@@ -169,30 +180,32 @@ def identity_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
         axis.set(xscale="log", xlabel="ε (z; CLAE: normalised pixels)")
     for axis in (middle, right):
         axis.set(ylabel=f"x found among {row['n']} (%)", ylim=(-5, 105))
-    left.legend(fontsize="x-small", loc="upper left")
+    legend(figure, [left])
     return figure
 
 
+@look()
 def information(summary: Summary) -> Figure:
     """I(z; y) and its bounds from batches of K."""
     latent = summary["latent"]
     k, lower, upper = np.array(latent["batches"]).T
     figure, axis = style.axes(figsize=(7.6, 3.8))
-    axis.plot(k, upper, marker="v", markersize=4, color=PALETTE[1], label="upper, leave-one-out")
-    axis.axhline(latent["rate"], color=PALETTE[4], linestyle="-.", label="rate (upper)")
+    axis.plot(k, upper, marker="v", markersize=4, color=OTHERS[2], label="upper, leave-one-out")
+    axis.axhline(latent["rate"], color=OTHERS[2], linestyle="-.", label="rate (upper)")
     axis.axhline(summary["log_n"], color=INK, linestyle=":", label="log N")
-    axis.axhline(latent["information"], color=PALETTE[0], label="I(z; y), exact aggregate")
+    axis.axhline(latent["information"], color=INK, label="I(z; y), exact aggregate")
     axis.plot(k, np.log(k), color=INK, linewidth=0.8, linestyle="--", label="log K")
-    axis.plot(k, lower, marker="^", markersize=4, color=PALETTE[2], label="lower, batch of K")
+    axis.plot(k, lower, marker="^", markersize=4, color=OTHERS[3], label="lower, batch of K")
     axis.set(xlabel="batch size K (images)", ylabel="I(z; y) (nats)", xscale="log")
     axis.set(title=f"Which of {summary['n']} images is it? What a sampled z says")
     axis.set_yscale("symlog", linthresh=10, linscale=2)
     axis.set_ylim(0, 1.3 * max(upper.max(), latent["rate"], 10))
     _ticks(axis, k)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    legend(figure, [axis])
     return figure
 
 
+@look()
 def parts(summary: Summary) -> Figure:
     """x, G and R by the witness (percent, nats) and by linear probes (percent)."""
     rows, probes, n = [summary["parts"][part] for part in PARTS], summary["probes"], summary["n"]
@@ -205,7 +218,8 @@ def parts(summary: Summary) -> Figure:
     for axis, values in zip(axes, panels, strict=True):
         mean, spread = _spread(values)
         colours = [LOOKS[part]["color"] for part in PARTS]
-        axis.bar(PARTS, mean, 0.62, yerr=spread, capsize=4, color=colours)
+        how: dict[str, Any] = dict(color=colours, ecolor=INK, capsize=4, alpha=0.7)
+        axis.bar(PARTS, mean, 0.62, yerr=spread, **how)
         axis.set(xlabel="linear probe on", ylabel="accuracy (%)", ylim=(0, 100))
         axis.grid(axis="x", visible=False)
     for axis, kind in zip(axes[2:], kinds, strict=True):
@@ -227,6 +241,7 @@ def exchange(summary: Summary) -> Figure:
     return likeness(summary["exchange"]["shares"], summary["exchange"]["cosines"])
 
 
+@look()
 def equal_hardness(summary: Summary) -> Figure:
     """IDAA less CLAE, and less random signs, at the same loss; label consistency over the loss."""
     curves, claims = summary["curves"], pd.DataFrame(summary["claims"])
@@ -239,41 +254,46 @@ def equal_hardness(summary: Summary) -> Figure:
             fits = (claims["adversary"] == name) & (claims["at"] == "hardness")
             rows = claims[fits & (claims["by"] == measure)]
             mean, spread = _spread(rows[["value", "low", "high"]].to_numpy(float))
-            look = LOOKS[name] | dict(label=f"IDAA − {NAMES[name]}", linestyle="", capsize=3)
-            axis.errorbar(shift * rows["epsilon"], mean, yerr=spread, **look)
+            how = LOOKS[name] | dict(label=f"IDAA − {NAMES[name]}", linestyle="", capsize=3)
+            axis.errorbar(shift * rows["epsilon"], mean, yerr=spread, **how)
         axis.axhline(0, color=INK, linewidth=0.8)
         axis.set(xscale="log", xlabel="ε of IDAA (units of z)", ylabel=f"difference in {unit}")
         axis.set_xlim(epsilons[0] / 1.6, epsilons[-1] * 1.6)
         _ticks(axis, epsilons)
     axes[0].set(title="Identity at equal hardness")
     axes[1].set(title="above 0: IDAA keeps more")
-    axes[0].legend(fontsize="x-small")
     if labelled:
         for name, curve in curves.items():
             loss, same = ([row[key] for row in curve] for key in ("loss_after", "consistency"))
             axes[2].plot(loss, same, **LOOKS[name])
+            _band(axes[2], loss, share_interval(np.divide(same, 100), summary["n"]), LOOKS[name])
         axes[2].set(xlabel="loss at x′ (nats)", ylabel="same class as x (%)", ylim=(-5, 105))
         axes[2].set(title="Label consistency")
+    legend(figure, axes)
     return figure
 
 
+@look()
 def candidates(summary: Summary) -> Figure:
     """retrieval@1 over the number of candidates."""
     k, attacked = summary["among"]["k"], summary.get("among_attacked", {})
     radii = attacked.get("radii", {})
     figure, axis = style.axes(figsize=(6.4, 3.6))
     for name, curve in (summary["among"] | attacked).items():
-        if look := LOOKS.get(name):
-            label = f"{look['label']} x′, ε = {radii[name]:.2g}" if name in radii else look["label"]
-            axis.plot(k, curve, **look | {"label": label})
+        if line := LOOKS.get(name):
+            label = f"{line['label']} x′, ε = {radii[name]:.2g}" if name in radii else line["label"]
+            axis.plot(k, curve, **line | {"label": label})
+            # A mean of chances, which varies at most as a share of hits does.
+            _band(axis, k, share_interval(np.divide(curve, 100), summary["n"]), line)
     axis.plot(k, [100 / i for i in k], label="by chance", **_THIN)
     axis.set(xscale="log", xlabel="candidates", ylabel="x found (%)", ylim=(-5, 105))
     axis.set(title="Identity over the number of candidates")
     _ticks(axis, [i for i in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if i <= summary["n"]])
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    legend(figure, [axis])
     return figure
 
 
+@look()
 def vaes(summary: Summary) -> Figure | None:
     """Information, identity and hardness over β and over dim; None where there is one VAE alone."""
     names = {"beta": "β (nats KL per nat NLL)", "dim": "dim m"}
@@ -311,17 +331,10 @@ def vaes(summary: Summary) -> Figure | None:
 def hardness_table(summary: Summary) -> pd.DataFrame:
     """Each adversary at each ε that was read: hardness and identity."""
     columns = {
-        "epsilon": "ε",
-        "loss_after": "loss (nats)",
-        "cosine": "cos z, z′",
-        "l2": "‖x′ − x‖₂",
-        "linf": "‖x′ − x‖∞",
-        "retrieved": "found (%)",
-        "mrr": "MRR",
-        "infonce": "InfoNCE (nats)",
-        "fano": "Fano (nats)",
-        "consistency": "same class (%)",
-    }
+        "epsilon": "ε", "loss_after": "loss (nats)", "cosine": "cos z, z′", "l2": "‖x′ − x‖₂",
+        "linf": "‖x′ − x‖∞", "retrieved": "found (%)", "mrr": "MRR", "infonce": "InfoNCE (nats)",
+        "fano": "Fano (nats)", "consistency": "same class (%)",
+    }  # fmt: skip
     rows = [{"": NAMES[name], **row} for name, curve in summary["curves"].items() for row in curve]
     table = pd.DataFrame(rows)
     return table[["", *(key for key in columns if key in table)]].rename(columns=columns).round(3)
@@ -343,6 +356,10 @@ def _spread(rows: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
     """Means (N,) and the two sides of their intervals (2, N) of rows (mean, low, high)."""
     mean, low, high = np.array(rows).reshape(-1, 3).T
     return mean, np.maximum(0, [mean - low, high - mean])
+
+
+def _band(axis: Any, at: Sequence[float], ends: Any, line: Mapping[str, Any]) -> None:
+    axis.fill_between(at, *ends, color=line["color"], alpha=0.15, linewidth=0)
 
 
 def _ticks(axis: Any, values: Sequence[float]) -> None:

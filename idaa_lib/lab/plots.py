@@ -5,7 +5,8 @@ No axis is without a label and a unit; how they look is `style`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,112 +14,102 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from idaa_lib.lab import style
-from idaa_lib.lab.style import COLOURS, INK, PALETTE
+from idaa_lib.lab.pictures import image_rows
+from idaa_lib.lab.style import INK, OTHERS, PALETTE, entry, legend, look, looks
 from idaa_lib.lab.style import save as save  # what notebooks call beside the figures
-from idaa_lib.results import interval
+from idaa_lib.results import interval, title
 from idaa_lib.runs import Run
 
 LABELS = {
-    "loss": "loss (unit of its method)",
-    "clean_loss": "loss on clean pairs (same unit)",
-    "adversarial_loss": "loss on (x, x′) (same unit)",
-    "reconstruction": "reconstruction (MSE)",
+    "loss": "loss (unit of its method)", "clean_loss": "loss on clean pairs (unit of its method)",
+    "adversarial_loss": "loss on (x, x′) (same unit)", "reconstruction": "reconstruction (MSE)",
     "kl": "KL term of the loss (nats / 3m)",
     "reconstruction_val": "validation reconstruction (MSE)",
     "rate_nats_val": "rate on validation (nats per image)",
-    "knn_top1_val": "validation kNN top-1 (%)",
-    "ema_top1_val": "validation top-1 (%)",
+    "knn_top1_val": "validation kNN top-1 (%)", "ema_top1_val": "validation top-1 (%)",
     "supervised_loss": "loss on labelled images (nats)",
-    "unsupervised_loss": "loss on strong views (nats)",
-    "believed": "pseudo-labels believed (%)",
-    "believed_right": "believed and right (%)",
-    "pseudo_top1": "pseudo-labels right (%)",
-    "alignment": "alignment (squared distance)",
-    "uniformity": "uniformity (log mean kernel)",
+    "unsupervised_loss": "loss on strong views (nats)", "believed": "pseudo-labels believed (%)",
+    "believed_right": "believed and right (%)", "pseudo_top1": "pseudo-labels right (%)",
+    "alignment": "alignment (squared distance)", "uniformity": "uniformity (log mean kernel)",
     "embedding_std": "embedding std (√D · std, sphere = 1)",
-    "effective_rank": "effective rank of features",
-    "moved": "‖x′ − x‖₂ (normalised units)",
-    "loss_classifier": "classes of regions (nats)",
-    "loss_box_reg": "boxes of regions (smooth L1)",
-    "loss_mask": "masks (nats per pixel)",
+    "effective_rank": "effective rank of features", "moved": "‖x′ − x‖₂ (normalised units)",
+    "aggressive_weak": "cosine of aᵢ and wⱼ: aggressive, weak",
+    "aggressive_aggressive": "cosine of aᵢ and aⱼ: both aggressive",
+    "beta": "weight β of the online targets", "loss_classifier": "classes of regions (nats)",
+    "loss_box_reg": "boxes of regions (smooth L1)", "loss_mask": "masks (nats per pixel)",
     "loss_objectness": "objectness of anchors (nats)",
-    "loss_rpn_box_reg": "boxes of anchors (smooth L1)",
-    "lr": "learning rate",
+    "loss_rpn_box_reg": "boxes of anchors (smooth L1)", "lr": "learning rate",
     "images_per_second": "speed (images/s)",
-}
+}  # fmt: skip
 # What is drawn of a run of each stage, where it was logged.
 CURVES = {
     "vae": ("loss", "reconstruction_val", "rate_nats_val", "lr", "images_per_second"),
-    "ssl": (
-        "loss",
-        "adversarial_loss",
-        "knn_top1_val",
-        "effective_rank",
-        "lr",
-        "images_per_second",
-    ),
+    "ssl": ("loss", "adversarial_loss", "knn_top1_val", "effective_rank", "lr",
+            "images_per_second"),
     "semi": ("loss", "adversarial_loss", "believed", "pseudo_top1", "ema_top1_val", "lr"),
-}
+}  # fmt: skip
 
 
+@look()
 def curves(runs: Mapping[str, Run | Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> Figure:
     """Training curves, a panel a key, a line a run: label → run, or the lines of its metrics.jsonl.
 
-    In an SVG a line is a group whose id is its key.
+    The adversary gives the colour, the method dashes and marker. Where several runs are drawn, the
+    loss of attacked ones is that on clean pairs, which compares. Bands are 95 % intervals over the
+    validation images. In an SVG a line is a group whose id is its key.
     """
     readings = {name: run.metrics() if isinstance(run, Run) else run for name, run in runs.items()}
     keys = [k for k in keys if any(k in line for lines in readings.values() for line in lines)]
     if not keys:
         return Figure()
+    several = len(runs) > 1
     figure, axes = style.panels(len(keys), 3, (4.6, 3.2))
     for key, axis in zip(keys, axes, strict=True):
-        for i, (label, lines) in enumerate(readings.items()):  # a run has one colour in all panels
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                marker = "o" if len(points) <= 20 else None
-                look = dict(label=label, gid=key, color=f"C{i}", marker=marker, markersize=4)
-                axis.plot(*zip(*points, strict=True), **look)
-        axis.set(xlabel="step", ylabel=LABELS.get(key, key))
+        own = key
+        for (label, lines), how in zip(readings.items(), _lines(runs), strict=True):
+            if not (lines := [line for line in lines if key in line]):
+                continue
+            if key == "loss" and several and any("clean_loss" in line for line in lines):
+                own = "clean_loss"
+            steps = [line["step"] for line in lines]
+            values = [line.get(own, line[key]) for line in lines]
+            few = len(lines) <= 20
+            marks = dict(marker=how["marker"] if several or few else None)
+            marks |= dict(markersize=4, markevery=None if few else 0.1)
+            axis.plot(steps, values, **how | marks, label=entry(label), gid=key)
+            ends = [key.replace("top1", end) for end in ("low", "high")]
+            if "top1" in key and all(end in line for line in lines for end in ends):
+                limits = ([line[end] for line in lines] for end in ends)
+                shade = dict(color=how["color"], alpha=min(0.15, 0.4 / len(runs)), lw=0)
+                axis.fill_between(steps, *limits, **shade)
+        axis.set(xlabel="step", ylabel=textwrap.fill(LABELS.get(own, own), 32))
         axis.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, axes, least=2)
+    legend(figure, axes, least=2)
     return figure
 
 
-# Of RSA's log: mean cosines of predictions, and β (docs/spec/siblings.md §3.2).
-SIMILARITIES = {
-    "aggressive_weak": "aᵢ and wⱼ: aggressive, weak",
-    "aggressive_aggressive": "aᵢ and aⱼ: both aggressive",
-}
+def _lines(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The look of each run's line."""
+    configs = [run.config if isinstance(run, Run) else None for run in runs.values()]
+    adversaries = [getattr(config, "adversary", None) for config in configs]
+    colours = [
+        style.colour(name) if name else OTHERS[i % len(OTHERS)]
+        for i, name in enumerate(adversaries)
+    ]
+    pairs = zip(configs, adversaries, strict=True)
+    methods = [title(config)[0] if name else i for i, (config, name) in enumerate(pairs)]
+    return looks(zip(colours, methods, strict=True))
 
 
-def plot_similarities(runs: Mapping[str, Run | Sequence[Mapping[str, Any]]]) -> Figure:
-    """Cosines of RSA's predictions with weak and with aggressive views over the training, and β
-    below them, a column a run: label → run, or the lines of its metrics.jsonl."""
-    size = (0.8 + 4.6 * len(runs), 4.8)
-    how: dict[str, Any] = dict(sharex="col", sharey="row", squeeze=False, height_ratios=(3, 1))
-    figure, grid = style.axes(2, len(runs), figsize=size, **how)
-    for (above, below), (label, run) in zip(grid.T, runs.items(), strict=True):
-        lines = run.metrics() if isinstance(run, Run) else run
-        lines = [line for line in lines if "beta" in line]
-        steps = [line["step"] for line in lines]
-        for colour, (key, name) in zip(PALETTE, SIMILARITIES.items(), strict=False):
-            above.plot(steps, [line[key] for line in lines], color=colour, label=name)
-        below.plot(steps, [line["beta"] for line in lines], color=INK)
-        above.set(title=label)
-        below.set(xlabel="step")
-        below.margins(y=0.15)
-        below.xaxis.get_major_locator().set_params(integer=True)
-    grid[0, 0].set(ylabel="mean cosine")
-    grid[1, 0].set(ylabel="weight β")
-    _legend(figure, grid[0])
-    return figure
-
-
+@look()
 def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> Figure:
     """Means of tidy results with their 95 % intervals, and a dot a seed where there are several.
+
+    Bands are the intervals of the lines.
 
     Args:
         frame: of `results.results`, of one split. panels, groups, colours: its columns, such as
@@ -129,8 +120,14 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
     own = frame[frame["features"] == "encoder"] if with_lines else frame
     names = [*frame[panels].unique()]
     places, members = [*own[groups].unique()], [*own[colours].unique()]
+    plain = [OTHERS[i % len(OTHERS)] for i in range(len(members))]
+    shades = map(style.colour, members) if colours == "adversary" else plain
+    hows = looks(zip(shades, members, strict=True))
     most = 2 if len(names) > 1 else 1
-    figure, axes = style.panels(len(names), most, (max(4.8, 1.2 + 0.9 * len(places)), 3.6))
+    texts = [str(place).replace(", ", ",\n") for place in places]
+    letters = max(8, *(len(line) for text in texts for line in text.split("\n")))
+    size = (max(4.8, 1.2 + 0.1 * letters * len(places)), 3.6)
+    figure, axes = style.panels(len(names), most, size)
     for name, axis in zip(names, axes, strict=True):
         mine = own[own[panels] == name]
         for (member, place), rows in mine.groupby([colours, groups], sort=False):
@@ -138,70 +135,72 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
             at = places.index(place) + (i - (len(members) - 1) / 2) * 0.8 / len(members)
             mean, low, high = interval(rows)
             spread = None if np.isnan(low) else [[mean - low], [high - mean]]
-            look = dict(fmt="D", color=COLOURS.get(member, PALETTE[i % len(PALETTE)]))
-            axis.errorbar(at, mean, spread, label=member, markersize=6, capsize=4, **look)
+            how = dict(fmt=hows[i]["marker"], color=hows[i]["color"], markersize=6, capsize=4)
+            axis.errorbar(at, mean, spread, label=entry(member), **how)
             if len(rows) > 1:
                 axis.plot([at] * len(rows), rows["value"], ".", color=INK, markersize=4)
         if with_lines:
             lines = frame[(frame["features"] != "encoder") & (frame[panels] == name)]
-            levels = lines.drop_duplicates("features")[["features", "value"]].values
-            for (what, level), dash in zip(levels, "-:", strict=False):
-                axis.axhline(level, color=INK, lw=1, ls=dash, alpha=0.6, label=what)
+            kinds = lines.groupby("features", sort=False)
+            for (what, rows), dash in zip(kinds, "-:", strict=False):
+                _level(axis, rows[:1], what, color=INK, lw=1, ls=dash)
         axis.set(title=str(name), xlabel=groups, ylabel="accuracy (%)")
-        axis.set_xticks(range(len(places)), [str(place).replace(", ", ",\n") for place in places])
+        axis.set_xticks(range(len(places)), texts)
         axis.grid(axis="x", visible=False)
         axis.margins(x=0.2 / len(places), y=0.15)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
-def _legend(figure: Figure, axes: Iterable[Any], least: int = 1) -> None:
-    """One for all panels, below them: names of runs are long, and would hide the curves."""
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        lines, labels = axis.get_legend_handles_labels()
-        handles |= dict(zip(labels, lines, strict=True))
-    if len(handles) >= least:
-        columns = min(4 if max(map(len, handles)) < 24 else 2, len(handles))
-        lines, labels = [*handles.values()], [*handles]
-        figure.legend(lines, labels, loc="outside lower center", ncols=columns)
+def _level(axis: Any, rows: pd.DataFrame, label: str, **how: Any) -> None:
+    """A line at what results have, with their interval as a band."""
+    level, *ends = interval(rows)
+    axis.axhline(level, label=entry(label), **how)
+    axis.axhspan(*np.nan_to_num(ends, nan=level), color=how["color"], alpha=0.1, lw=0)
 
 
+@look()
 def plot_invariance(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """How far each layer of each run overlooks an augmentation: a panel an augmentation, a line a
     run, from rows of `evaluate.invariance.invariance` by label; bands are 95 % intervals."""
     names = list(dict.fromkeys(row["augmentation"] for own in rows.values() for row in own))
     figure, axes = style.panels(len(names), 3, (4.6, 3.4))
     for name, axis in zip(names, axes, strict=True):
-        for label, own in rows.items():
+        for (label, own), how in zip(rows.items(), _lines(rows), strict=True):
             mine = [row for row in own if row["augmentation"] == name]
             layers = [row["layer"] for row in mine]
-            axis.plot(layers, [row["value"] for row in mine], "o-", label=label, markersize=4)
+            axis.plot(layers, [row["value"] for row in mine], **how, label=entry(label), ms=4)
             ends = ([row[end] for row in mine] for end in ("low", "high"))
-            axis.fill_between(layers, *ends, alpha=0.2, lw=0)
-        axis.set(title=f"{name} alone", ylabel="invariance (difference of cosines)")
+            axis.fill_between(layers, *ends, color=how["color"], alpha=0.2, lw=0)
+        axis.set(title=f"{name} alone", xlabel="layer")
+        axis.set(ylabel="invariance (difference of cosines)")
         axis.tick_params(axis="x", rotation=45)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
+@look()
 def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
     """Rows: true class, columns: predicted class; percent of the row."""
     from sklearn.metrics import confusion_matrix
 
     n = len(classes)
     share = confusion_matrix(labels, predictions, labels=range(n), normalize="true")
-    figure, axis = style.axes(figsize=(0.52 * n + 2.2, 0.46 * n + 1.6))
+    figure, axis = style.axes(figsize=(0.52 * n + 2.2, 0.46 * n + 1.6), layout="compressed")
     sns.heatmap(
         100 * share, annot=n <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, ax=axis,
-        xticklabels=classes, yticklabels=classes, cbar_kws={"label": "percent of the true class"},
+        xticklabels=False, yticklabels=False, cbar_kws={"label": "percent of the true class"},
     )  # fmt: skip
-    axis.set(
-        xlabel="predicted class", ylabel="true class", title="Confusion of the linear probe on test"
-    )
+    # Not by seaborn, which draws them before names are known to be no formulas.
+    crowded = max(map(len, classes)) > 6
+    axis.set_xticks(np.arange(n) + 0.5, classes, rotation=90 if crowded else 0)
+    axis.set_yticks(np.arange(n) + 0.5, classes)
+    axis.set(xlabel="predicted class", ylabel="true class", aspect="equal")
+    axis.set(title="Confusion of the linear probe on test")
     return figure
 
 
+@look()
 def embedding_map(features: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
     """t-SNE (after PCA to 50 dimensions) of features (N, D), coloured by class."""
     from sklearn.decomposition import PCA
@@ -217,8 +216,7 @@ def embedding_map(features: Tensor, labels: Tensor, classes: Sequence[str]) -> F
     colours = sns.color_palette("husl", len(classes)) if len(classes) > 7 else PALETTE
     for c, name in enumerate(classes):
         mine = place[labels.numpy() == c]
-        legend = f" {name}"  # one that begins with "_" would be left out of the legend
-        axis.scatter(*mine.T, s=12, color=colours[c], label=legend, linewidths=0)
+        axis.scatter(*mine.T, s=12, color=colours[c], label=entry(name), linewidths=0)
         # Neighbouring hues are hard to tell apart: the name stands at the middle of its class.
         if len(mine):
             middle = np.median(mine, axis=0)
@@ -229,7 +227,7 @@ def embedding_map(features: Tensor, labels: Tensor, classes: Sequence[str]) -> F
         ylabel="t-SNE 2 (arbitrary units)",
         title=f"Test features, {n:,} images",
     )
-    axis.legend(fontsize="small", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend(figure, [axis])
     return figure
 
 
@@ -240,34 +238,27 @@ def neighbours(
     z = torch.nn.functional.normalize(features, dim=1)
     similarity = z[list(queries)] @ z.T
     similarity[torch.arange(len(queries)), list(queries)] = -torch.inf
-    count = min(8, len(z) - 1)
-    near = similarity.topk(count, dim=1).indices
-    size = (1.07 * (count + 1), 1.1 * len(queries))
-    figure, axes = style.axes(len(queries), count + 1, figsize=size, layout=None, squeeze=False)
-    for line, q, nearest in zip(axes, queries, near, strict=True):
-        name = classes[int(labels[q])]
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
-        for axis, i in zip(line, [q, *nearest.tolist()], strict=True):
-            axis.imshow(images[i].permute(1, 2, 0).numpy())
-            axis.set(xticks=[], yticks=[])
-            same = labels[i] == labels[q]
-            colour = INK if i == q else (PALETTE[2] if same else PALETTE[1])
-            for side in axis.spines.values():
-                side.set(color=colour, linewidth=2.5)
-    axes[0, 0].set_title("query", fontsize="small")
-    axes[0, (count + 1) // 2].set_title(
-        "nearest first: green = same class, orange = another", fontsize="small"
-    )
-    figure.subplots_adjust(wspace=0.08, hspace=0.12)
+    near = similarity.topk(min(8, len(z) - 1), dim=1).indices
+    indices = torch.cat([torch.tensor(queries)[:, None], near], 1)  # (Q, 1 + 8)
+    names, pixels = [classes[int(labels[q])] for q in queries], images[indices] / 255
+    text = "Query, then nearest first: green = same class, orange = another"
+    figure = image_rows([*zip(names, pixels, strict=True)], text, indices.shape[1])
+    for line, column in np.ndindex(*indices.shape):
+        same = labels[indices[line, column]] == labels[queries[line]]
+        colour = INK if column == 0 else PALETTE[2] if same else PALETTE[1]
+        frame: dict[str, Any] = dict(fill=False, ec=colour, lw=2.5)
+        figure.axes[0].add_patch(Rectangle((column + 0.02, line + 0.02), 0.96, 0.96, **frame))
     return figure
 
 
+@look()
 def sensitivity(frame: pd.DataFrame) -> Figure:
     """Validation accuracy over ε, β, dim and further axes: a column each, kNN above, linear below.
 
     Args:
         frame: of `sweeps.table`, with the columns `axis` and `at`. Intervals are over images, or
-            over several seeds. Values that are not numbers stand side by side.
+            over several seeds. Values that are not numbers stand side by side; results without
+            a value (`at`), such as those of no adversary over ε, are a line.
     """
     names = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
     frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
@@ -277,7 +268,8 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
         2, len(columns), figsize=size, sharey="row", sharex="col", squeeze=False
     )
     for column, axis in enumerate(columns):
-        mine = frame[frame["axis"] == axis]
+        everywhere = frame[(frame["axis"] == axis) & frame["at"].isna()]
+        mine = frame[(frame["axis"] == axis) & frame["at"].notna()]
         numbers = pd.to_numeric(mine["at"], errors="coerce")  # a table from a file has text
         numeric = bool(numbers.notna().all())
         mine = mine.assign(at=numbers if numeric else mine["at"].astype(str))
@@ -289,8 +281,10 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
                 mean, low, high = np.array([*points.values()]).T
                 panel.errorbar(
                     [*points], mean, np.nan_to_num([mean - low, high - mean]),
-                    marker="o", capsize=4, color=COLOURS[adversary], label=adversary,
+                    marker="o", capsize=4, color=style.colour(adversary), label=entry(adversary),
                 )  # fmt: skip
+            for adversary, group in everywhere[everywhere["metric"] == probe].groupby("adversary"):
+                _level(panel, group, adversary, color=style.colour(adversary), ls="--")
             if numeric:  # epochs are tried in steps, all else in factors
                 panel.set(xscale="linear" if axis == "epochs" else "log")
                 panel.set_xticks(values, [f"{value:g}" for value in values])
@@ -299,7 +293,7 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
             panel.minorticks_off()
             panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
         panels[-1, column].set(xlabel=names.get(axis, axis.replace("_", " ")))
-    _legend(figure, panels.flat, least=2)
+    legend(figure, panels.flat, least=2)
     seeds = frame["seed"].nunique()
     of = f"{seeds} trainings a point" if seeds > 1 else "the images of 1 training a point"
     figure.suptitle(f"Sensitivity, with 95 % intervals over {of}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import re
 import shlex
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 
 from idaa_lib import results, runs
 from idaa_lib.configs import SweepConfig
-from idaa_lib.lab import plots, style
+from idaa_lib.lab import pictures, plots, style
 from idaa_lib.runs import NOTEBOOKS, Run
 from idaa_lib.runs.machine import hardware, versions
 
@@ -37,9 +38,12 @@ class Report:
 
     def __init__(self) -> None:
         self.damage: list[str] = []
-        finished = [run for run in runs.every() if run.finished]
+        stages = [*runs.CONFIGS]  # seeds in their order: 10 after 2
+        order = lambda run: (stages.index(run.stage), results.natural(run.id))  # noqa: E731
+        finished = sorted((run for run in runs.every() if run.finished), key=order)
         self.frame = results.results(finished, self.damage)
-        self.runs = {run.id: run for run in finished if run.id in set(self.frame["run"])}
+        damaged = tuple(line.partition(": ")[0] for line in self.damage)
+        self.runs = {run.id: run for run in finished if str(run.path) not in damaged}
 
     def _each(self, parts: Iterable[Any], show: Callable[[Any], str], empty: str) -> HTML:
         """What `show` makes of each part, but for damaged ones; where there is none, `empty`."""
@@ -48,7 +52,9 @@ class Report:
             try:
                 text += show(part)
             except results.DAMAGE as error:
-                self.damage.append(f"{getattr(part, 'path', part)}: {error}")
+                members = part if isinstance(part, list) else [part]
+                names = ", ".join(str(getattr(member, "path", member)) for member in members)
+                self.damage.append(f"{names}: {error}")
         return HTML(text or f"<p>{empty}</p>")
 
     def origins(self) -> HTML:
@@ -66,7 +72,7 @@ class Report:
         return HTML(f"<dl>{''.join(items)}</dl>")
 
     def results(self) -> HTML:
-        """The evaluations, in tables of those that may be compared."""
+        """The test figures of all stages, in tables of those that may be compared."""
 
         def show(group: results.Group) -> str:
             lines = [line for name in group.runs for line in _lineage(self.runs[name])]
@@ -103,20 +109,41 @@ class Report:
         vaes = [run for run in self.runs.values() if run.stage == "vae"]
         return self._each(vaes, show, "No pictures yet: run notebooks/02_decompose.ipynb.")
 
-    def trainings(self) -> HTML:
-        """The curves and the figures of each training."""
+    def identity(self) -> HTML:
+        """The claims of each study of identity, with their verdicts."""
 
         def show(run: Run) -> str:
-            config, seconds = run.config, (run.summary or {}).get("seconds", 0)
-            figures = results.headline(results.key_figures(run))
-            text = f"{config.epochs} epochs, seed {config.seed}, {figures}"
-            figure = plots.curves({run.id: run}, plots.CURVES[run.stage][:3])
-            text = f"<p class='quiet'>{html.escape(text)}, {seconds:,.0f} s</p>"
+            table = results.html_table(pictures.verdict_table(run.summary or {}), index=False)
+            return _heading(run) + table + _commands(_lineage(run))
+
+        studies = [run for run in self.runs.values() if run.stage == "theory"]
+        return self._each(studies, show, "No study yet: run notebooks/08_identity_theory.ipynb.")
+
+    def trainings(self) -> HTML:
+        """The curves and the figures of each training, those of several seeds together."""
+
+        def show(members: list[Run]) -> str:
+            text, named = "", results.labels(members)
+            for run in members:
+                stated, seconds = run.config.stated(), (run.summary or {}).get("seconds", 0)
+                figures = results.headline(results.key_figures(run))
+                line = f"{stated['epochs']} epochs, seed {stated['seed']}, {figures}"
+                text += f"<p class='quiet'>{html.escape(line)}, {seconds:,.0f} s</p>"
+            if len(members) > 1:
+                own = self.frame["run"].isin([run.id for run in members])
+                table = results.tabulate(self.frame[own], ["label", "split"]).reset_index()
+                text += results.html_table(table, index=False)
+            figure = plots.curves(named, plots.CURVES[members[0].stage][:3])
             drawn = _svg(figure) if figure.axes else ""
-            return _heading(run) + drawn + text + _commands(_lineage(run))
+            lines = itertools.chain.from_iterable(map(_lineage, members))
+            return _heading(*members) + drawn + text + _commands(lines)
 
         trainings = [run for run in self.runs.values() if run.stage in plots.CURVES]
-        return self._each(trainings, show, "No training yet: run notebooks/01_pretrain_vae.ipynb.")
+        groups: dict[Any, list[Run]] = {}
+        for run, label in zip(trainings, results.apart(trainings, {"seed"}), strict=True):
+            groups.setdefault((run.stage, label), []).append(run)
+        empty = "No training yet: run notebooks/01_pretrain_vae.ipynb."
+        return self._each(groups.values(), show, empty)
 
     def left_out(self) -> HTML:
         """What could not be read, and why. The last part: the others add to it."""
@@ -143,8 +170,9 @@ def papermill(notebook: str, parameters: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _heading(run: Run) -> str:
-    return f"<h3>{html.escape(results.name_of(run))}</h3><p class='quiet'>{run.id}</p>"
+def _heading(*members: Run) -> str:
+    ids = "<br>".join(run.id for run in members)
+    return f"<h3>{html.escape(results.name_of(members[0]))}</h3><p class='quiet'>{ids}</p>"
 
 
 def _commands(lines: Iterable[str]) -> str:
