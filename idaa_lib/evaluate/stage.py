@@ -27,14 +27,8 @@ from idaa_lib.evaluate.metrics import accuracy, effective_rank, embedding_std, t
 from idaa_lib.evaluate.probe import linear_probe, official_probe
 from idaa_lib.methods import OfficialProtocol
 from idaa_lib.runs import Run, Writer, checkpoints
-from idaa_lib.runs.machine import (
-    classes_of,
-    describe,
-    open_images,
-    resolve_path,
-    torch_device,
-    uses_bf16,
-)
+from idaa_lib.runs.choice import classes_of
+from idaa_lib.runs.machine import describe, open_images, resolve_path, torch_device, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
 
 # What stands in one table beside the run's own encoder.
@@ -88,7 +82,7 @@ def _plan(config: EvalConfig) -> _Evaluation:
         way = training.chosen("method").official_protocol(training)
         snapshots = {} if way.classifier else checkpoints.snapshots(source)
     dataset = resolve_path(config.dataset or judged_on(training.dataset))
-    classes = classes_of(training, dataset) if config.classes is None else config.classes
+    classes = classes_of(source, dataset) if config.classes is None else config.classes
     classes = classes and resolve_path(classes)
     # On crops an untrained encoder would take as long, and a probe cannot take pixels.
     references = config.references and not way.classifier

@@ -83,7 +83,7 @@ def curves(runs: Mapping[str, Run | Sequence[Mapping[str, Any]]], keys: Sequence
                 axis.plot(*zip(*points, strict=True), **look)
         axis.set(xlabel="step", ylabel=LABELS.get(key, key))
         axis.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, axes, least=2)
+    _legend(figure, axes)
     return figure
 
 

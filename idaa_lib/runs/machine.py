@@ -60,11 +60,6 @@ def resolve_paths(config: TrainingConfig) -> TrainingConfig:
     return config.replace(dataset=resolve_path(config.dataset), classes=classes)
 
 
-def classes_of(training: TrainingConfig, dataset: str) -> str:
-    """The field `classes` of a training where `dataset` is its own, elsewhere empty."""
-    return training.classes if dataset == training.dataset else ""
-
-
 def torch_device(name: str) -> torch.device:
     """The device that a configuration names; `auto` is a CUDA GPU where there is one, else the CPU.
 
