@@ -227,11 +227,12 @@ def _columns(stage: str) -> str:
 
 def beside(run: Run) -> Group:
     """The test figures of a run with those of all finished runs that may stand beside them."""
-    others = [other for other in runs.find(run.stage) if other != run]
+    damage: list[str] = []
+    others = [other for other in runs.find(run.stage, left_out=damage) if other != run]
     by = _columns(run.stage)
 
     def test_figures(chosen: Sequence[Run]) -> pd.DataFrame:
-        frame = results(chosen, damage=[])
+        frame = results(chosen, damage)
         frame = frame[(frame["split"] == "test") & (frame["features"] == "encoder")]
         frame = frame[frame["metric"].str.startswith("linear")] if by == "dataset" else frame
         return frame[frame["alike"].isin(frame[frame["run"] == run.id]["alike"])]
@@ -239,7 +240,9 @@ def beside(run: Run) -> Group:
     members = set(test_figures([run, *others])["run"])
     # Once more, of these alone: a label says what differs between them.
     frame = test_figures([run, *(other for other in others if other.id in members)])
-    return _group(frame.sort_values("label", kind="stable"), by)
+    group = _group(frame.sort_values("label", kind="stable"), by)
+    protocols = [group.protocols, *runs.report_left_out(damage)]
+    return group._replace(protocols="\n".join(protocols))
 
 
 def _group(frame: pd.DataFrame, by: str) -> Group:
@@ -418,6 +421,26 @@ def name_of(run: Run) -> str:
         return run.config.run
     method, adversary = title(training.config)
     return method if adversary in ("", ADVERSARIES["none"]) else f"{method} + {adversary}"
+
+
+def full_name(run: Run, config: Any = None) -> str:
+    """`SimCLR + IDAA ε 0.1 · photos · 1a2b3c4d`, `VAE β 0.4, dim 128 · …`: what a training is, its
+    images, its seed where it is not 0, and the end of its id.
+
+    config: of a run that is not there yet.
+    """
+    config = config or run.config
+    stated, (what, adversary) = config.stated(), title(config)
+    number = lambda value: value if value == UNKNOWN else f"{value:.3g}"  # noqa: E731
+    if config.stage == "vae":
+        what = f"VAE β {number(stated['beta'])}, dim {config.dim}"
+    elif config.adversary != "none":
+        epsilon = stated.get("epsilon")  # which an adversary of one's own may lack
+        what += f" + {adversary}" + (f" ε {number(epsilon)}" if epsilon is not None else "")
+    if config.stage == "semi":
+        what += f", {config.labels_per_class} labels a class"
+    words = [what, Path(config.dataset).name.removesuffix(".zip"), f"seed {stated['seed']}"]
+    return " · ".join([*words[: 3 if config.seed else 2], run.id[-8:]])
 
 
 def differing(chosen: Sequence[Run]) -> dict[str, list[Any]]:

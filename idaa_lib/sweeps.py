@@ -37,7 +37,17 @@ from idaa_lib.configs import (
 )
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.evaluate.encoders import judged_on
-from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, parameters, write_json
+from idaa_lib.runs import (
+    NOTEBOOKS,
+    Run,
+    RunError,
+    get,
+    outputs_root,
+    parameters,
+    report_left_out,
+    write_json,
+)
+from idaa_lib.runs.directory import STARTER
 from idaa_lib.runs.machine import hardware, resolve_paths
 from idaa_lib.runs.progress import Lines, Tally
 
@@ -49,6 +59,8 @@ RECIPES = Path(__file__).resolve().parent / "recipes" / "sweeps"
 # Runs that notebooks of this process are making now, and whether no further one may start.
 _going: set[Run] = set()
 _cancelled = False
+# What a kernel runs first, so that its runs are known as a sweep's (`Run.note_start`).
+SWEEP = f"exec_lines=__import__('os').environ['{STARTER}'] = 'sweep'"
 
 # --- grids ----------------------------------------------------------------------------------------
 
@@ -307,24 +319,32 @@ def check(outcomes: Mapping[str, Outcome]) -> None:
         )
 
 
-def there(tasks: Mapping[str, Task]) -> dict[str, Run]:
-    """Key → run of the tasks that are finished; nothing is started."""
+def there(tasks: Mapping[str, Task], left_out: list[str] | None = None) -> dict[str, Run]:
+    """Key → run of the tasks that are finished; nothing is started.
+
+    left_out: takes a sentence for each run that cannot be read, or whose weights, on which the ids
+    of others depend, are gone.
+    """
     runs: dict[str, Run] = {}
     for key, (config, needs) in tasks.items():
         if runs.keys() >= set(needs.values()):
             names = {field: runs[other].reference for field, other in needs.items()}
-            if run := _finished(config.replace(**names)):
-                runs[key] = run
+            try:
+                if (run := _finished(config.replace(**names))) and run.config and run.summary:
+                    runs[key] = run
+            except RunError as error:
+                if left_out is not None:
+                    left_out.append(str(error))
     return runs
 
 
-def finished(grid: Sequence[Point]) -> list[tuple[Point, Run]]:
+def finished(grid: Sequence[Point], left_out: list[str] | None = None) -> list[tuple[Point, Run]]:
     """The points whose runs are all there, with the evaluation; nothing is started.
 
     Raises:
         ConfigError: as `plan`.
     """
-    runs = there(plan(grid))
+    runs = there(plan(grid), left_out)
     ends = [[*_chain(point)][-1][0] for point in grid]
     return [(point, runs[key]) for point, key in zip(grid, ends, strict=True) if key in runs]
 
@@ -342,15 +362,25 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
 
 
 def missing(grid: Sequence[Point]) -> str:
-    """Which points have no finished evaluation, and how they come about, in a sentence."""
-    there = [point for point, _ in finished(grid)]
+    """Which points have no finished evaluation, how they come about, and what cannot be read."""
+    left_out: list[str] = []
+    there = [point for point, _ in finished(grid, left_out)]
     lacking = [
         " × ".join(str(v) for v in point.labels.values() if v) + f" (seed {point.ssl['seed']})"
         for point in grid
         if point not in there
     ]
     text = f"{len(lacking)} of {len(grid)} points are missing: {', '.join(lacking)}. "
-    return text + "They are made with launch = True." if lacking else "Every point has its runs."
+    text = text + "They are made with launch = True." if lacking else "Every point has its runs."
+    return "\n".join([text, *report_left_out(left_out)])
+
+
+def vaes(grid: Sequence[Point]) -> str:
+    """The names of the VAEs that finished points have, in a line."""
+    trainings = [results.training_of(run) for _, run in finished(grid)]
+    ids = dict.fromkeys(getattr(run.config, "vae", None) for run in trainings if run)
+    names = [results.full_name(get("vae", name)) for name in ids if name]
+    return f"vae: {'; '.join(names) or 'none yet'}"
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -424,7 +454,7 @@ def execute(notebook: str, parameters: Mapping[str, Any], output: Path) -> Path:
                 progress_bar=False, cwd=str(FOLDER),
                 # ipykernel warns of unencrypted TCP at every start (the port is this machine's) and
                 # reports the interrupt that ends it; an error in a cell is raised all the same.
-                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+                extra_arguments=[f"--IPKernelApp.{o}" for o in ("log_level=CRITICAL", SWEEP)],
             )  # fmt: skip
         except PapermillExecutionError as error:
             failed = output.with_name(f"{output.stem}.failed.ipynb")

@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from idaa_lib.lab.background import Background
 from idaa_lib.lab.engine import EPSILONS, GAIN, SHARES, STRIP, Engine
 from idaa_lib.lab.explorer import EQUAL_HARDNESS, Explorer
 from idaa_lib.lab.grid import Grid
-from idaa_lib.runs import find
+from idaa_lib.runs import Run, find
 from idaa_lib.runs.machine import open_images
 from idaa_lib.train import train_ssl, train_vae
 from idaa_lib.train.samples import grid
@@ -450,6 +451,33 @@ def test_without_a_vae_it_says_what_to_run_first(tmp_path, monkeypatch):
     assert "01_pretrain_vae" in explorer.status.value
     assert "Traceback" not in explorer.status.value
     assert find("vae") == []
+
+
+def test_runs_that_cannot_be_used_are_left_out_and_named(outputs, tmp_path, monkeypatch):
+    """A VAE that is newer and pruned, cut off, changed by a bit, or damaged takes nobody down."""
+    copy = tmp_path / "outputs"
+    shutil.copytree(outputs, copy)
+    monkeypatch.setenv("IDAA_OUTPUTS", str(copy))
+    sound = find("vae")[0]
+    weights = next((sound.path / "checkpoints").rglob("tensors.safetensors"))
+    content, name = weights.read_bytes(), weights.relative_to(sound.path)
+    kinds = {"pruned": None, "cut": content[:-9], "bit": content[:-1] + b"\x01", "config": content}
+    for kind, bytes_ in kinds.items():
+        run = Run(shutil.copytree(sound.path, sound.path.with_name(f"vae-{kind}")))
+        (run.path / "starts.json").write_text('{"person": 4e9}')
+        if kind == "config":
+            (run.path / "config.json").write_text('{"preset": "de')
+        (run.path / name).unlink()
+        if bytes_ is not None:
+            (run.path / name).write_bytes(bytes_)
+    explorer = Explorer(CONFIG)
+    assert explorer.status.value == "" and explorer.engine.scene.run == sound
+    names = [key for _, key in explorer.vae.options]
+    assert sound.id in names and not {"vae-pruned", "vae-cut", "vae-config"} & {*names}
+    for kind in ("pruned", "cut", "config"):
+        assert f"Left out: vae-{kind}: " in explorer.left_out.value
+    explorer.engine = None
+    assert explorer._background.settle()
 
 
 # --- the background ----------------------------------------------------------------------------

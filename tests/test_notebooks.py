@@ -58,6 +58,7 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     execute("01_pretrain_vae", VAE, tmp_path)
     (vae,) = runs.find("vae")
     assert figures(vae) == {"reconstruction.png", "curves.png"}
+    assert vae.starts.keys() == {"sweep"}  # as `sweeps.execute` runs it
 
     execute("02_decompose", {"images": 3}, tmp_path, "untrained")  # no encoder is there yet
     trained = execute("03_train_ssl", SMALL | {"adversary": "idaa"}, tmp_path)
@@ -68,7 +69,11 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     assert ssl.config.vae == vae.id
     assert figures(ssl) == {"views.png", "curves.png", "collapse.png"}
 
-    execute("02_decompose", {"images": 3}, tmp_path)
+    executed = execute("02_decompose", {"images": 3}, tmp_path)
+    names = [f"vae: {results.full_name(vae)}", f"run: {results.full_name(ssl)}"]
+    cell = next(c for c in json.loads(executed.read_text())["cells"] if c.get("id") == "02-02")
+    text = "".join(cell["outputs"][0]["text"])
+    assert all(name in text for name in names) and f'as in run = "{ssl.id[-8:]}"' in text
     assert {"decomposition.png", "idaa_and_clae.png", "where.png", "spectra.png"} <= figures(vae)
 
     execute("04_evaluate", {"limit": 128}, tmp_path)

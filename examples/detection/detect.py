@@ -158,7 +158,10 @@ def compare(run: Run) -> list[dict[str, str]]:
     configuration and results version. A training is its configuration without the seed.
     """
     keys = [key for key in run.summary or {} if "_ap" in key]
-    others = [other for other in runs.find("detection") if judged_as(other) == judged_as(run)]
+    others = []
+    for other in runs.find("detection"):
+        with contextlib.suppress(*results.DAMAGE):
+            others += [other] * (judged_as(other) == judged_as(run))
     summaries: dict[str, list[Mapping[str, float]]] = {}
     for name, other in zip(training_names(others), others, strict=True):
         summaries.setdefault(name, []).append(other.summary or {})

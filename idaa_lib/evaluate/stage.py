@@ -27,10 +27,10 @@ from idaa_lib.evaluate.metrics import accuracy, effective_rank, embedding_std, t
 from idaa_lib.evaluate.probe import linear_probe, official_probe
 from idaa_lib.methods import OfficialProtocol
 from idaa_lib.runs import Run, Writer, checkpoints
+from idaa_lib.runs.choice import reading_of
 from idaa_lib.runs.machine import (
     describe,
     open_images,
-    reading_of,
     resolve_path,
     resolve_paths,
     torch_device,
@@ -90,7 +90,7 @@ def _plan(config: EvalConfig) -> _Evaluation:
         snapshots = {} if way.classifier else checkpoints.snapshots(source)
     dataset = resolve_path(config.dataset or judged_on(training.dataset))
     config = resolve_paths(config.replace(dataset=dataset))
-    reading = reading_of(config, training, dataset)
+    reading = reading_of(config, source, dataset)
     # On crops an untrained encoder would take as long, and a probe cannot take pixels.
     references = config.references and not way.classifier
     config = config.replace(run=source.reference, **reading, references=references)

@@ -38,7 +38,8 @@ from idaa_lib.evaluate.probe import (
     principal_axes,
 )
 from idaa_lib.runs import Run, Writer, checkpoints
-from idaa_lib.runs.machine import describe, reading_of, resolve_path, torch_device, uses_bf16
+from idaa_lib.runs.choice import reading_of
+from idaa_lib.runs.machine import describe, resolve_path, torch_device, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.runs.steps import Steps
 from idaa_lib.views import keyed_generator
@@ -77,7 +78,7 @@ def _plan(config: TransferConfig) -> _Transfer:
     targets, left_out = [], {}
     for name in dict.fromkeys(names):
         try:
-            reading = reading_of(config, training, name)
+            reading = reading_of(config, source, name)
             targets.append(open_splits(name, size, config.limit, **reading))
         except ConfigError as error:
             left_out[name] = str(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from idaa_lib import runs
 from idaa_lib.adversaries import CLAE, IDAA, Anchor, Direction, RandomSign
-from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
+from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig, TheoryConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.data.decoding import decode
 from idaa_lib.evaluate.encoders import load_encoder, load_vae
@@ -25,9 +25,11 @@ from idaa_lib.methods import About, build_method
 from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
-from idaa_lib.runs.machine import open_images, reading_of, resolve_path
+from idaa_lib.runs.choice import first, reading_of
+from idaa_lib.runs.machine import open_images, resolve_path
 from idaa_lib.views import denormalise, keyed_generator, normalise, recipe
 
+C = TypeVar("C", DecomposeConfig, TheoryConfig)
 Embed = Callable[[Tensor], Tensor]  # normalised images (N, 3, size, size) → features (N, D)
 
 KINDS: dict[str, Any] = {"idaa": IDAA, "clae": CLAE, "random_sign": RandomSign}
@@ -172,26 +174,8 @@ class Scene:
         return lambda x: module(normalise(self.pixels(x), mean, std))
 
     def witness(self, name: str | None = None) -> str:
-        """The run that judges identity, never the attacked one: `name`, else the newest other.
-
-        Those come first that no adversary taught to see past its changes, then those of another
-        seed (the same one begins with the same weights). `untrained` where there is no other.
-
-        Raises:
-            RunError: there is no such run. ConfigError: it is the attacked encoder.
-        """
-        if name is None:
-            others = {run.reference: run.config for run in _encoders(self.run)}
-            attacked = others.pop(self.attacked, None)
-            seed = attacked and attacked.seed
-
-            def rank(name: str) -> tuple[bool, bool]:
-                return others[name].adversary != "none", others[name].seed == seed
-
-            return min(others, key=rank, default=UNTRAINED)
-        if name != UNTRAINED and (name := runs.get("ssl", name).reference) == self.attacked:
-            raise ConfigError(f"witness={name!r} is the encoder that is attacked: name another.")
-        return name
+        """The run that judges identity, as `_witness` chooses it."""
+        return _witness(self.run, self.attacked, name)
 
 
 class Witness:
@@ -242,11 +226,12 @@ def open_scene(
     Raises:
         RunError: there is no finished VAE run. ConfigError: the images are not there.
     """
-    run, n = runs.get("vae", config.vae), images or config.images
+    config, n = name_runs(config), images or config.images
+    run, attacked = runs.get("vae", config.vae), str(config.run)
     size, vae = run.config.size, load_vae(run).to(device)
     assert vae.mean is not None and vae.std is not None
     dataset = resolve_path(config.dataset or run.config.dataset)
-    reading = reading_of(config, run.config, dataset)
+    reading = reading_of(config, run, dataset)
     data = open_images(dataset, config.split, size, None, **reading)
     order = _order(config, data, n)
     pixels, labels = data.images[order], data.labels[order[:n]]
@@ -262,14 +247,52 @@ def open_scene(
         pixels, names = torch.cat([own[None], pixels]), ["your own", *names]
         labels = torch.cat([torch.tensor([-1]), labels])
     x = normalise(pixels, vae.mean, vae.std).to(device)
-    attacked = config.run
-    if attacked is None:
-        attacked = next((fit.reference for fit in _encoders(run)), UNTRAINED)
-    elif attacked != UNTRAINED:
-        attacked = runs.get("ssl", attacked).reference
-    config = config.replace(vae=run.reference, run=attacked)
     about = labels[:n], tuple(names[:n]), tuple(data.classes), vae.mean, vae.std
     return Scene(config, run, attacked, vae, x[:n], x[n:], *about)
+
+
+def name_runs(config: C) -> C:
+    """The configuration with its VAE, the attacked encoder and the witness named: where they are
+    None, the VAE that None means (`runs.choice`), the first encoder of its images, or `untrained`,
+    and another one (`_witness`).
+
+    Raises:
+        RunError: there is no such run. ConfigError: the witness is the attacked encoder.
+    """
+    vae, attacked = runs.get("vae", config.vae), config.run
+    if attacked is None:
+        run = first(_encoders(vae))
+        attacked = run.reference if run else UNTRAINED
+    elif attacked != UNTRAINED:
+        attacked = runs.get("ssl", attacked).reference
+    names = {"vae": vae.reference, "run": attacked}
+    if isinstance(config, TheoryConfig):
+        names["witness"] = _witness(vae, attacked, config.witness)
+    return config.replace(**names)
+
+
+def _witness(vae: Run, attacked: str, name: str | None) -> str:
+    """The run that judges identity, never the attacked one: `name`, else another one of the VAE's
+    images.
+
+    Those come first that no adversary taught to see past its changes, then those of another seed
+    (the same one begins with the same weights). `untrained` where there is no other.
+
+    Raises:
+        RunError: there is no such run. ConfigError: it is the attacked encoder.
+    """
+    if name is None:
+        others = [run for run in _encoders(vae) if run.reference != attacked]
+        seed = None if attacked == UNTRAINED else runs.get("ssl", attacked).config.seed
+
+        def rank(run: Run) -> tuple[bool, bool]:
+            return run.config.adversary != "none", run.config.seed == seed
+
+        witness = first(sorted(others, key=rank))
+        return witness.reference if witness else UNTRAINED
+    if name != UNTRAINED and (name := runs.get("ssl", name).reference) == attacked:
+        raise ConfigError(f"witness={name!r} is the encoder that is attacked: name another.")
+    return name
 
 
 def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:
@@ -291,6 +314,6 @@ def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:
 
 
 def _encoders(vae: Run) -> list[Run]:
-    """Finished SSL runs on the images and of the size of a VAE, newest first."""
+    """Finished SSL runs on the images and of the size of a VAE, the one that None means first."""
     names = ("dataset", "classes", "size")
-    return runs.find("ssl", **{name: getattr(vae.config, name) for name in names})
+    return runs.usable("ssl", **{name: getattr(vae.config, name) for name in names})

@@ -29,17 +29,21 @@ from idaa_lib.evaluate.encoders import load_vae
 from idaa_lib.evaluate.metrics import bootstrap_interval
 from idaa_lib.evaluate.probe import CLEAN, linear_probe
 from idaa_lib.identity import theory
-from idaa_lib.identity.scene import ADVERSARIES, BATCH, UNTRAINED, Scene, Witness, open_scene, read
+from idaa_lib.identity.scene import (
+    ADVERSARIES,
+    BATCH,
+    UNTRAINED,
+    Scene,
+    Witness,
+    name_runs,
+    open_scene,
+    read,
+)
 from idaa_lib.identity.theory import Retention
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import Run, checkpoints
-from idaa_lib.runs.machine import (
-    describe,
-    open_images,
-    reading_of,
-    resolve_path,
-    torch_device,
-)
+from idaa_lib.runs.choice import reading_of
+from idaa_lib.runs.machine import describe, open_images, resolve_path, torch_device
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.views import keyed_generator, normalise, recipe
 
@@ -152,20 +156,21 @@ def study(config: TheoryConfig) -> Run:
 
 def plan_study(config: TheoryConfig) -> Study:
     """The run that `config` leads to, with its images, its VAE and the encoders' names."""
+    config = name_runs(config)
     fields = {"vae", "run", "dataset", "split", "seed", "on_error", "gray_bits"}
     images = DecomposeConfig(**config.model_dump(include=fields))
     device = torch_device(config.device)
     scene = open_scene(images, config.images, device)
     vae, size = scene.run, scene.run.config.size
     dataset = resolve_path(config.dataset or vae.config.dataset)
-    names = {"vae": vae.reference, "run": scene.attacked, "witness": scene.witness(config.witness)}
-    config = config.replace(**names, dataset=dataset)
-    reading = reading_of(config, vae.config, dataset)
+    config = config.replace(dataset=dataset)
+    reading = reading_of(config, vae, dataset)
     data = open_images(dataset, config.split, size, None, **reading)
     train = open_images(dataset, "train", size, config.limit, **reading)
     others = siblings(vae)
     weights = "".join(checkpoints.digest(run) for axis in others.values() for run in axis)
-    encoders = {role: names[role] for role in ("run", "witness") if names[role] != UNTRAINED}
+    encoders = {"run": config.run, "witness": config.witness}
+    encoders = {role: name for role, name in encoders.items() if name != UNTRAINED}
     digests = {role: checkpoints.digest(runs.get("ssl", name)) for role, name in encoders.items()}
     digests |= {"vae": checkpoints.digest(vae), "train": train.fingerprint}
     digests["others"] = hashlib.sha256(weights.encode()).hexdigest()
@@ -186,8 +191,8 @@ def siblings(run: Run) -> dict[str, list[Run]]:
         return fields, run.environment["dataset"]["fingerprint"]
 
     members = {axis: {getattr(run.config, axis): run} for axis in ("beta", "dim")}
-    for other in runs.find("vae", dataset=run.config.dataset, size=run.config.size):
-        with contextlib.suppress(UserError, KeyError):  # it is damaged
+    for other in runs.usable("vae", size=run.config.size):
+        with contextlib.suppress(UserError, KeyError, TypeError):  # it is damaged
             same_dim = other.config.dim == run.config.dim
             same_beta = math.isclose(other.config.beta, run.config.beta, rel_tol=1e-6)
             axis = "beta" if same_dim else "dim"

@@ -31,8 +31,8 @@ from idaa_lib.lab.grid import STYLE, Grid
 from idaa_lib.lab.kernel import guarded
 from idaa_lib.lab.style import COLOURS, NAMES, svg
 from idaa_lib.lab.walk import WalkPanel
-from idaa_lib.results import title
-from idaa_lib.runs import Run, RunError
+from idaa_lib.results import full_name
+from idaa_lib.runs import RunError
 
 EQUAL_EPSILON, EQUAL_HARDNESS = "equal ε", "equal hardness"
 FAIRNESS = {
@@ -84,6 +84,7 @@ class Explorer:
         self.engine: Engine | None = None  # None until a VAE was found
         self.own = config.own
         self.status = _control("status", widgets.HTML)
+        self.left_out = _control("left-out", widgets.HTML)
         self._guard = guarded(self.status)
         self._offering = 0  # the thread that sets choices now: those are no requests
         self._attack = (ADVERSARIES[0], config.epsilon)  # what the picture shows
@@ -152,7 +153,7 @@ class Explorer:
         wrapped = widgets.Layout(flex_flow="row wrap")
         controls = [widgets.HBox(line, layout=wrapped) for line in lines]
         displays = self.status, self.still, self.picture, self.meters, over, self.folds
-        self.ui = _control("explorer", widgets.VBox, children=[*controls, *displays])
+        self.ui = _control("explorer", widgets.VBox, children=[*controls, *displays, self.left_out])
 
     def _listen(self) -> None:
         """From now on controls act: what the first load set in them was no request."""
@@ -215,9 +216,13 @@ class Explorer:
     def _offer(self, engine: Engine) -> None:
         """The choices that fit, with the engine's own chosen."""
         scene = engine.scene
-        vaes = {run.reference: _vae_name(run) for run in (*runs.find("vae"), scene.run)}
-        fits = runs.find("ssl", size=scene.run.config.size)
-        encoders = {scene.attacked: scene.attacked} | {r.reference: _ssl_name(r) for r in fits}
+        left_out: list[str] = []
+        vaes = {r.reference: full_name(r) for r in (*runs.usable("vae", left_out), scene.run)}
+        fits = runs.usable("ssl", left_out, size=scene.run.config.size)
+        encoders = {scene.attacked: scene.attacked} | {r.reference: full_name(r) for r in fits}
+        self.left_out.value = "".join(
+            f"<div>{html.escape(line)}</div>" for line in runs.report_left_out(left_out)
+        )
         encoders |= {UNTRAINED: "a ResNet-18 before training"}
         classes = {"": "all classes"} | {name: name for name in scene.classes}
         self._offering = threading.get_ident()
@@ -378,18 +383,3 @@ def table(row: dict[str, float], engine: Engine, adversary: str, title: str) -> 
     )
     style = "margin:6px 0 0 112px;line-height:1.6"
     return f'<div style="{style}"><b>{html.escape(title)}</b><table>{cells}</table></div>'
-
-
-def _vae_name(run: Run) -> str:
-    c = run.config
-    data = Path(c.dataset).name
-    weight = "β unknown" if "beta" in c.unknown else f"β {c.beta:.3g}, κ {c.kappa:.3g}"
-    return f"{weight}, dim {c.dim} · {data} · {run.id[-8:]}"
-
-
-def _ssl_name(run: Run) -> str:
-    c = run.config
-    attack = "" if c.adversary == "none" else f" + {NAMES[c.adversary]} ε {c.epsilon:.3g}"
-    if {"adversary", "epsilon"} & c.unknown:
-        attack = f" + {title(c)[1]}, ε unknown"
-    return f"{c.method}{attack} · {Path(c.dataset).name} · {run.id[-8:]}"

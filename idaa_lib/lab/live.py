@@ -28,6 +28,7 @@ from idaa_lib.lab.kernel import apart, attended, newcomer
 from idaa_lib.lab.process import UNDER_WAY, Look, launch, look, start
 from idaa_lib.registry import SOURCES
 from idaa_lib.runs import Run, RunError, Stopped
+from idaa_lib.runs.directory import read_lines
 from idaa_lib.runs.progress import clock
 from idaa_lib.train import stages
 
@@ -182,7 +183,7 @@ class Readings:
                 file.seek(0)
             new = file.read()
         whole = new[: new.rfind(b"\n") + 1].splitlines(keepends=True)
-        self.lines += [json.loads(line) for line in whole]
+        self.lines += read_lines(self.path, whole, len(self.lines) + 1)
         if whole:
             self._offset, self._last = self._offset + sum(map(len, whole)), whole[-1]
         return rewound or bool(whole)
@@ -281,7 +282,11 @@ class Panel:
 
     def _refresh(self) -> None:
         now = look(self.run)
-        self._undrawn |= self._readings.update()
+        damage = ""
+        try:
+            self._undrawn |= self._readings.update()
+        except RunError as error:  # the buttons work all the same
+            damage = str(error)
         request = (runs.read_json(self.run.path / "control.json") or {}).get("request")
         going, paused = now.word == "going", now.word == "paused"
         if going:
@@ -296,7 +301,7 @@ class Panel:
             button.disabled = not enabled[name]
         if now.word != self._word:
             self._word, self._complaint = now.word, ""
-        reason = " ".join(filter(None, (now.reason or self._complaint, self.notice)))
+        reason = " ".join(filter(None, (now.reason or self._complaint or damage, self.notice)))
         self.status.value = f"<b>{html.escape(reason)}</b>" if reason else ""
         self._steps = now.state.get("steps") or self._steps
         step = self._readings.latest("step") or 0

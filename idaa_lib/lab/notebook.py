@@ -1,14 +1,68 @@
-"""A run's notebook, and where JupyterLab opens it."""
+"""The runs that a notebook uses; a run's own notebook, and where JupyterLab opens it."""
 
 from __future__ import annotations
 
+import contextlib
 import html
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from idaa_lib import runs, sweeps
-from idaa_lib.runs import Run
+from idaa_lib.configs import Config, TrainingConfig
+from idaa_lib.identity.scene import UNTRAINED, name_runs
+from idaa_lib.results import full_name
+from idaa_lib.runs import Run, RunError
+from idaa_lib.train import stages
+
+C = TypeVar("C", bound=Config)
+# Fields that name a run → how it is found.
+USES: dict[str, Callable[[str], Run]] = {
+    "run": runs.encoder, "witness": runs.encoder, "vae": lambda name: runs.get("vae", name),
+}  # fmt: skip
+
+
+def choose(config: C, **needs: Any) -> C:
+    """The configuration with the runs that it uses named; prints what they are, how to choose
+    others, and which ones cannot be used.
+
+    Args:
+        needs: values that an encoder must have where None chooses it.
+    Raises:
+        RunError: there is no such run. ConfigError: the images of a training cannot be read.
+    """
+    values: Any = config
+    lines, left_out = dict[str, str](), list[str]()
+    if isinstance(values, TrainingConfig):
+        values, own = stages.settle(values)
+        lines["this run"] = f"{full_name(own, values)} ({own.state['state']})"
+    elif "vae" in type(values).model_fields:
+        values = name_runs(values)
+    else:
+        run = runs.encoder(values.run) if values.run else runs.get("ssl", None, **needs)
+        values = values.replace(run=run.reference)
+    chosen = {field: name for field in USES if (name := getattr(values, field, None))}
+    for field, name in chosen.items():
+        if name == UNTRAINED:
+            lines[field] = "a ResNet-18 before training"
+            continue
+        run = USES[field](name)
+        lines[field] = full_name(run)
+        runs.usable(run.stage, left_out)
+        if field == "run" and "vae" not in chosen and (vae := getattr(run.config, "vae", None)):
+            with contextlib.suppress(RunError):  # it is gone, and nothing here needs it
+                lines["its vae"] = full_name(runs.get("vae", vae))
+    text = [f"{field}: {line}" for field, line in lines.items()]
+    if chosen:
+        field, name = next(iter(chosen.items()))
+        text.append(
+            f"To use another one, write the last eight characters of its id into the parameters, "
+            f'as in {field} = "{name[-8:]}"; notebook 00 lists all runs.'
+        )
+    print(*text, *runs.report_left_out(left_out), sep="\n")
+    return values
 
 
 def notebook_of(run: Run) -> Path:

@@ -22,7 +22,7 @@ from filelock import FileLock
 from idaa_lib import runs
 from idaa_lib.configs import TrainingConfig
 from idaa_lib.registry import SOURCES
-from idaa_lib.runs import Run, machine
+from idaa_lib.runs import Run, RunError, machine
 from idaa_lib.train import stages
 
 # Words of `look` for a run that a process is at.
@@ -40,6 +40,7 @@ def start(config: TrainingConfig) -> Run:
         ConfigError, RunError: one sentence, where it can be known before the process starts.
     """
     config, run = stages.settle(config)
+    run.note_start(config)
     launch(run, config)
     return run
 
@@ -93,6 +94,8 @@ def look(run: Run) -> Look:
     if word == "going":
         return Look("paused" if state.get("paused") else "going", state)
     process = runs.read_json(run.path / "process.json") or {}
+    if process and not {"pid", "born", "host"} <= process.keys():
+        raise RunError(f"{run.path / 'process.json'} is damaged: delete it.")
     # Whether that process was the run's writer at all.
     wrote = state.get("heartbeat", 0.0) > process.get("started", 0.0)
     lives = bool(process) and _lives(process)  # of a finished run too: a zombie goes by that

@@ -1,5 +1,6 @@
 """Run directories, what is saved in them, and the machine that made them."""
 
+from idaa_lib.runs.choice import encoder, find, get, report_left_out, usable
 from idaa_lib.runs.directory import (
     CONFIGS,
     NOTEBOOKS,
@@ -9,10 +10,7 @@ from idaa_lib.runs.directory import (
     Stopped,
     Writer,
     command,
-    encoder,
     every,
-    find,
-    get,
     outputs_root,
     parameters,
     read_json,

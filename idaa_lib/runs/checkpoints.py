@@ -10,6 +10,7 @@ protocol chooses among them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from idaa_lib.runs.directory import Run, RunError, read_json, write_json
@@ -72,10 +74,28 @@ def load(run: Run) -> tuple[Tensors, dict[str, Any]] | None:
 
 def digest(run: Run) -> str:
     """Hash of the latest checkpoint's tensors: what another run that starts from it names."""
-    latest = read_json(run.path / "latest.json")
-    if latest is None:
+    if (folder := _latest(run)) is None:
         raise RunError(f"Run {run.id} has no checkpoint.")
-    return _digest(run.path / "checkpoints" / str(latest["step"]))
+    return _digest(folder)
+
+
+def are_there(run: Run) -> bool:
+    """Whether the last weights are there, not cut off; they are not read through."""
+    try:
+        folder = _latest(run)
+        if folder is None:
+            return False
+        with safe_open(folder / "tensors.safetensors", "pt"):
+            return True
+    except (RunError, OSError, SafetensorError):
+        return False
+
+
+def are_whole(run: Run) -> bool:
+    """Whether the last weights are as they were written."""
+    with contextlib.suppress(RunError, OSError):
+        return (folder := _latest(run)) is not None and _is_whole(folder)
+    return False
 
 
 def under(prefix: str, tensors: Tensors) -> Tensors:
@@ -128,10 +148,17 @@ def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _latest(run: Run) -> Path | None:
+    """The folder of the last checkpoint, there or not; None where there was none."""
+    if (latest := read_json(run.path / "latest.json")) is None:
+        return None
+    return run.path / "checkpoints" / str(latest.get("step"))
+
+
 def _digest(folder: Path) -> str:
-    sums = read_json(folder / "checksums.json")
-    if not sums:
-        raise RunError(f"{folder} is damaged: it has no checksums.json.")
+    sums = read_json(folder / "checksums.json") or {}
+    if "tensors.safetensors" not in sums:
+        raise RunError(f"{folder} is damaged: it has no checksums.json with that of its weights.")
     return sums["tensors.safetensors"]
 
 
@@ -141,7 +168,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    if not path.exists():
+    if not path.is_file():
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

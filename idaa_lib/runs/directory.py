@@ -18,7 +18,7 @@ import shlex
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from idaa_lib.runs.machine import birth, is_alive, torch_device, uses_bf16
 # Raised whenever the same configuration would give other numbers than before.
 RESULTS_VERSION = 5
 
+# Variable of the environment that names who starts runs, where it is no person.
+STARTER = "IDAA_STARTER"
 # Seconds without a heartbeat after which a run on another machine counts as interrupted.
 SILENCE = 600
 
@@ -83,17 +85,39 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The content, None where there is no such file.
+    """The object that a file holds, None where there is no such file.
 
     Raises:
-        RunError: it is no JSON.
+        RunError: it cannot be read, or holds no JSON object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {str(value)[:40]!r}, not an object")
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}): delete it, or its folder.") from error
+    return value
+
+
+def read_lines(path: Path, lines: Sequence[str | bytes], first: int = 1) -> list[dict[str, Any]]:
+    """The readings in whole lines of a metrics.jsonl, `first` the number of the first one.
+
+    Raises:
+        RunError: a line is no reading.
+    """
+    readings = []
+    for number, line in enumerate(lines, first):
+        reading = None
+        with contextlib.suppress(ValueError, RecursionError):
+            reading = json.loads(line) if line.strip() else {}
+        if not isinstance(reading, dict) or (reading and "step" not in reading):
+            raise RunError(
+                f"{path} is damaged: line {number} is no reading; delete that line to see the rest."
+            )
+        readings += [reading] * bool(reading)
+    return readings
 
 
 @dataclass(frozen=True)
@@ -128,7 +152,7 @@ class Run:
         environment = self.environment
         version = environment.get("results_version", RESULTS_VERSION)
         try:
-            if version < RESULTS_VERSION:
+            if version != RESULTS_VERSION:
                 raise ConfigError(f"its results are of version {version}, not {RESULTS_VERSION}")
             unknown = environment.get("imported", {}).get("unknown", ())
             return CONFIGS[self.stage].restore(values, unknown)
@@ -175,14 +199,17 @@ class Run:
         A run that says it is going while its process is gone was killed: interrupted. On another
         machine a heartbeat that is older than `SILENCE` tells. Readers take no lock.
         """
-        values = read_json(self.path / "state.json") or {"state": "new"}
+        values = {"state": "new"} | (read_json(self.path / "state.json") or {})
         if self.finished:
             values["state"] = "finished"
         elif values["state"] == "going":
-            here = values["host"] == socket.gethostname()
-            recent = time.time() - values["heartbeat"] < SILENCE
-            if not (is_alive(values["pid"], values.get("born")) if here else recent):
-                values["state"] = "interrupted"
+            try:
+                here = values["host"] == socket.gethostname()
+                recent = time.time() - values["heartbeat"] < SILENCE
+                if not (is_alive(values["pid"], values.get("born")) if here else recent):
+                    values["state"] = "interrupted"
+            except (KeyError, TypeError) as error:
+                raise RunError(f"{self.path / 'state.json'} is damaged: delete it.") from error
         return values
 
     @property
@@ -193,12 +220,41 @@ class Run:
         return self.id if usual else str(self.path)
 
     @property
+    def starts(self) -> dict[str, float]:
+        """`person` and `sweep` → when each asked for this run last, in seconds since 1970.
+
+        Of a run that an earlier version made: its last start, and a sweep's where a sweep locked
+        it. Empty where nothing is known.
+        """
+        with contextlib.suppress(RunError):
+            times = read_json(self.path / "starts.json")
+            if times is None:
+                who = "sweep" if (self.path / ".sweep").exists() else "person"
+                times = {who: (read_json(self.path / "state.json") or {}).get("started")}
+            return {who: t for who, t in times.items() if isinstance(t, int | float)}
+        return {}
+
+    @property
     def last_start(self) -> float:
-        """In seconds since 1970: every start replaces config.json. 0 once the run is gone."""
-        try:
-            return (self.path / "config.json").stat().st_mtime
-        except OSError:
-            return 0.0
+        """When it was worked on last, in seconds since 1970, as it is stored: files that are copied
+        get other times. 0 where nothing is known."""
+        with contextlib.suppress(RunError):
+            started = (read_json(self.path / "state.json") or {}).get("started")
+            if isinstance(started, int | float):
+                return started
+        return max(self.starts.values(), default=0.0)
+
+    def note_start(self, config: Config) -> None:
+        """Record who starts this run, now; of a finished one also where what it names by content
+        lies now, as `config` has it: a folder of images may have been moved."""
+        who = os.environ.get(STARTER, "person")
+        with contextlib.suppress(OSError, RunError):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "starts.json", self.starts | {who: time.time()})
+            stored, values = read_json(self.path / "config.json"), config.model_dump(mode="json")
+            places = {name: values[name] for name in config.pointers & values.keys()}
+            if stored is not None and self.finished and stored != stored | places:
+                write_json(self.path / "config.json", stored | places)
 
     @property
     def size(self) -> int:
@@ -210,10 +266,18 @@ class Run:
         return total
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl (a line still being written is left out)."""
+        """The readings of metrics.jsonl (a line still being written is left out).
+
+        Raises:
+            RunError: a line is damaged.
+        """
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        return [json.loads(line) for line in lines[:-1] if line]
+        try:
+            return read_lines(path, path.read_bytes().split(b"\n")[:-1])
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RunError(f"{path} cannot be read ({error}).") from error
 
     @property
     def tags(self) -> list[str]:
@@ -269,6 +333,7 @@ class Run:
             if model is not None:
                 write_json(self.path / "model.json", dict(model))
             (self.path / "control.json").unlink(missing_ok=True)
+            self.note_start(config)
             writer.state(state="going", started=time.time(), error=None)
             yield writer
         except (KeyboardInterrupt, Stopped):
@@ -289,9 +354,13 @@ class Run:
     def users(self) -> list[Run]:
         """Runs whose configuration names this one: trained with it, continued from it, judges of
         it."""
-        names = [json.dumps(name, ensure_ascii=False) for name in (self.reference, str(self.path))]
-        texts = ((run, (run.path / "config.json").read_text(encoding="utf-8")) for run in every())
-        return [run for run, text in texts if any(name in text for name in names)]
+        names, users = {self.reference, str(self.path)}, []
+        for run in every():
+            with contextlib.suppress(RunError):  # it is damaged
+                values = read_json(run.path / "config.json") or {}
+                if names & {value for value in values.values() if isinstance(value, str)}:
+                    users.append(run)
+        return users
 
     def delete(self) -> int:
         """Remove the directory; the bytes that this freed.
@@ -386,75 +455,19 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
     if vae := digests.get("vae"):
         words.append(f"vae={vae[:4]}")
     text = re.sub(r"[^\w.=-]+", "_", "-".join([config.stage, *words]))[:120]
-    return Run(outputs_root() / config.stage / f"{text}-s{getattr(config, 'seed', 0)}-{digest}")
+    run = Run(outputs_root() / config.stage / f"{text}-s{getattr(config, 'seed', 0)}-{digest}")
+    if "dataset" not in config.principal or run.path.exists():
+        return run
+    # The folder of images may have had another name when this run was made.
+    before = sorted(run.path.parent.glob(f"*-{digest}/config.json"))
+    return Run(before[0].parent) if before else run
 
 
-def every() -> list[Run]:
-    """All runs of all stages, whatever their state, damaged ones too, newest first."""
-    folders = (path for stage in CONFIGS for path in (outputs_root() / stage).glob("*/config.json"))
-    return sorted((Run(path.parent) for path in folders), key=lambda run: -run.last_start)
-
-
-def find(stage: str, *, finished: bool = True, **values: Any) -> list[Run]:
-    """Runs of a stage, newest first, whose configuration has these values. Those that are damaged
-    or of another version of the library are left out."""
-    if stage not in CONFIGS:
-        raise RunError(f"There is no stage {stage!r}; there are {', '.join(CONFIGS)}.")
-
-    def fits(run: Run) -> bool:
-        with contextlib.suppress(RunError):
-            config = run.config
-            return all(getattr(config, name, None) == value for name, value in values.items())
-        return False
-
-    runs = [run for run in every() if run.stage == stage and (run.finished or not finished)]
-    return [run for run in runs if fits(run)]
-
-
-def get(stage: str, name: Run | str | None, **values: Any) -> Run:
-    """The finished run with this id or path; None takes the newest that has these values.
-
-    Raises:
-        RunError: there is none, or it is not finished.
-    """
-    notebook = NOTEBOOKS[stage]
-    if name is None:
-        candidates = find(stage, **values)
-        if not candidates:
-            wish = " and ".join(f"{k}={v}" for k, v in values.items() if v != "")
-            raise RunError(
-                f"There is no finished {stage} run{' with ' + wish if wish else ''} under "
-                f"{outputs_root() / stage}: make one with notebooks/{notebook}.ipynb."
-            )
-        return candidates[0]
-    if isinstance(name, Run):
-        run = name
-    else:
-        run = Run(
-            Path(name).expanduser().resolve() if os.sep in name else outputs_root() / stage / name
-        )
-    if not (run.path / "config.json").exists():
-        raise RunError(f"There is no {stage} run {run.id!r} at {run.path}.")
-    if run.stage != stage:
-        raise RunError(
-            f"{run.path} is a run of stage {run.stage!r}, and one of {stage!r} is needed."
-        )
-    if not run.finished:
-        raise RunError(
-            f"Run {run.id} is {run.state['state']}, not finished: start it again with "
-            f"notebooks/{notebook}.ipynb (it goes on from its last checkpoint)."
-        )
-    return run
-
-
-def encoder(name: Run | str | None) -> Run:
-    """The finished run whose encoder is meant, by id or path: of stage ssl, the newest for None,
-    or semi where the name says so.
-
-    Raises: as `get`.
-    """
-    stage = name.stage if isinstance(name, Run) else Path(name or "").name.partition("-")[0]
-    return get("semi" if stage == "semi" else "ssl", name)
+def every(*stages: str) -> list[Run]:
+    """All runs of these stages, or of all, whatever their state, damaged ones too, newest first."""
+    root = outputs_root()
+    paths = [path for stage in stages or CONFIGS for path in (root / stage).glob("*/config.json")]
+    return sorted((Run(path.parent) for path in paths), key=lambda run: -run.last_start)
 
 
 def parameters(config: Config) -> dict[str, Any]:

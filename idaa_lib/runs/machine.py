@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from idaa_lib.configs import ConfigError, ImagesConfig, TrainingConfig
+from idaa_lib.configs import ConfigError, ImagesConfig
 from idaa_lib.data.cached import ImageSet, load
 from idaa_lib.data.sources import NAMES
 
@@ -57,11 +57,6 @@ def resolve_paths(config: Reader) -> Reader:
     """The configuration with what it reads by path, `dataset` and `classes`, as `resolve_path`."""
     paths = {name: getattr(config, name) for name in ("dataset", "classes")}
     return config.replace(**{name: resolve_path(path) for name, path in paths.items() if path})
-
-
-def reading_of(config: ImagesConfig, training: TrainingConfig, dataset: str) -> dict[str, Any]:
-    """How a stage reads `dataset`: as its own fields say, else as the training whose data it is."""
-    return (training.reading if dataset == training.dataset else {}) | config.reading
 
 
 def torch_device(name: str) -> torch.device:

@@ -20,7 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from idaa_lib.configs import Config
-from idaa_lib.runs.directory import Run, find
+from idaa_lib.runs.choice import find
+from idaa_lib.runs.directory import Run
 
 # The values that a line of progress has room for.
 BRIEF = ("loss", "adversarial_loss", "reconstruction_val", "rate_nats_val", "knn_top1_val",

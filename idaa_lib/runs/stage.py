@@ -39,10 +39,11 @@ def perform(plan: Plan, body: Callable[[Writer], Mapping[str, Any]]) -> Run:
             as interrupted or failed.
     """
     run = plan.run
+    config: Config = plan.config
     if run.finished:
+        run.note_start(config)
         print(f"{run.id} is finished: showing its result.")
         return run
-    config: Config = plan.config
     with run.writing(config, plan.environment, plan.model) as writer:
         if run.finished:  # another process was faster between the look and the lock
             return run

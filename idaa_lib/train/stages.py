@@ -33,6 +33,7 @@ from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import rate
 from idaa_lib.registry import CHOICES, SOURCES, source
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
+from idaa_lib.runs.choice import has_images
 from idaa_lib.runs.machine import describe, labelled, open_images, resolve_paths, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train.accelerator import make_accelerator, start_trackers
@@ -274,7 +275,7 @@ def _choose_vae(config: EncoderConfig) -> Run:
         print(f"vae: {run.id} (the newest that fits)")
         return run
     run = runs.get("vae", config.vae)
-    if run.config.dataset != config.dataset:
+    if not has_images(run, config.dataset, config.classes):
         print(f"vae: {run.id} was trained on {run.config.dataset}, not on {config.dataset}.")
     for name, value in needs.items():
         if (other := getattr(run.config, name)) != value:

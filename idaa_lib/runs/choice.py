@@ -1,0 +1,160 @@
+"""Which run is meant: by its id, by the last eight characters of it, by its path, or by None.
+
+None means the first of the finished runs that fit: one whose weights are there comes before one
+that was pruned, then one that a person started before one that a sweep made, then what was started
+last. Of a sweep's own those come first that differ least from their recipe: the others are what it
+varied. The times are stored (`Run.starts`), so a copy of `outputs/` changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from idaa_lib.configs import ConfigError, ImagesConfig, TrainingConfig
+from idaa_lib.runs import checkpoints
+from idaa_lib.runs.directory import CONFIGS, NOTEBOOKS, Run, RunError, every, outputs_root
+from idaa_lib.runs.machine import open_images
+
+
+def find(
+    stage: str, *, finished: bool = True, left_out: list[str] | None = None, **values: Any
+) -> list[Run]:
+    """Runs of a stage whose configuration has these values, the one that None means first.
+
+    A `dataset`, and its `classes`, are compared by content (`has_images`): a folder may have been
+    moved. Runs that are damaged or of another version of the library are left out.
+
+    Args:
+        left_out: takes a sentence for each of those.
+    """
+    if stage not in CONFIGS:
+        raise RunError(f"There is no stage {stage!r}; there are {', '.join(CONFIGS)}.")
+    images = {k: v for k, v in values.items() if k in ("dataset", "classes")}
+    images = images if "dataset" in images else {}
+    plain = {name: value for name, value in values.items() if name not in images}
+    fingerprint, runs = functools.cache(_fingerprint), []  # many runs are of one set of images
+    for run in every(stage):
+        try:
+            config = run.config
+            if finished and not run.finished:
+                continue
+            if any(getattr(config, name, None) != value for name, value in plain.items()):
+                continue
+            if not images or has_images(run, **images, fingerprint=fingerprint):
+                runs.append(run)
+        except RunError as error:
+            if left_out is not None:
+                left_out.append(f"{run.id}: {error}")
+    return sorted(runs, key=_order)
+
+
+def _order(run: Run) -> tuple[bool, bool, int, float]:
+    """Places a run by the rule; its configuration is sound."""
+    pruned = issubclass(CONFIGS[run.stage], TrainingConfig) and not checkpoints.are_there(run)
+    if (person := run.starts.get("person")) is not None:
+        return pruned, False, 0, -person
+    config = run.config
+    changes = config.changed().keys() - config.circumstances - config.pointers
+    return pruned, True, len(changes), -max(run.starts.values(), default=0.0)
+
+
+def usable(stage: str, left_out: list[str] | None = None, **values: Any) -> list[Run]:
+    """Those of `find` whose weights are there; `left_out` takes the others too."""
+    runs = find(stage, left_out=left_out, **values)
+    there = [run for run in runs if checkpoints.are_there(run)]
+    if left_out is not None:
+        left_out += [f"{run.id}: its weights are gone." for run in runs if run not in there]
+    return there
+
+
+def report_left_out(sentences: Iterable[str]) -> list[str]:
+    """A line for each of the first three, and how many more there are."""
+    lines = [f"Left out: {sentence}" for sentence in dict.fromkeys(sentences)]
+    more = [f"Left out: {len(lines) - 3} more, which notebook 00 shows."]
+    return lines[:3] + more * (len(lines) > 3)
+
+
+def first(candidates: list[Run]) -> Run | None:
+    """The first one whose weights are as they were written; None where there is none."""
+    return next((run for run in candidates if checkpoints.are_whole(run)), None)
+
+
+def get(stage: str, name: Run | str | None, **values: Any) -> Run:
+    """The finished run that a name means; None means the best that has these values.
+
+    Raises:
+        RunError: there is none, or it is not finished.
+    """
+    notebook = NOTEBOOKS[stage]
+    if name is None:
+        candidates = find(stage, **values)
+        if not candidates:
+            wish = " and ".join(f"{k}={v}" for k, v in values.items() if v != "")
+            raise RunError(
+                f"There is no finished {stage} run{' with ' + wish if wish else ''} under "
+                f"{outputs_root() / stage}: make one with notebooks/{notebook}.ipynb."
+            )
+        return first(candidates) or candidates[0]
+    if isinstance(name, Run):
+        run = name
+    elif os.sep in name:
+        run = Run(Path(name).expanduser().resolve())
+    else:
+        folder = outputs_root() / stage
+        ends = [*folder.glob(f"*-{name}")] if re.fullmatch("[0-9a-f]{8}", name) else []
+        run = Run(ends[0] if ends else folder / name)
+    if not (run.path / "config.json").exists():
+        raise RunError(f"There is no {stage} run {run.id!r} at {run.path}.")
+    if run.stage != stage:
+        raise RunError(
+            f"{run.path} is a run of stage {run.stage!r}, and one of {stage!r} is needed."
+        )
+    if not run.finished:
+        raise RunError(
+            f"Run {run.id} is {run.state['state']}, not finished: start it again with "
+            f"notebooks/{notebook}.ipynb (it goes on from its last checkpoint)."
+        )
+    return run
+
+
+def encoder(name: Run | str | None) -> Run:
+    """The finished run whose encoder is meant: of stage ssl, or semi where the name says so.
+
+    Raises: as `get`.
+    """
+    stage = name.stage if isinstance(name, Run) else Path(name or "").name.partition("-")[0]
+    return get("semi" if stage == "semi" else "ssl", name)
+
+
+def has_images(run: Run, dataset: str, classes: str = "", *, fingerprint: Any = None) -> bool:
+    """Whether a training read images of `dataset` (of its class folders `classes` alone), by
+    content. By name where nobody can look: the images, or what the run says of them, are gone."""
+    config, about, content = run.config, run.environment.get("dataset"), None
+    stored = about.get("fingerprint") if isinstance(about, dict) else None
+    if isinstance(config, TrainingConfig) and stored is not None:
+        part = config.split, config.source_size or config.size, config.limit
+        reading = config.reading | {"classes": classes}
+        content = (fingerprint or _fingerprint)(dataset, *part, **reading)
+    if content is None:
+        return (config.dataset, getattr(config, "classes", "")) == (dataset, classes)
+    return content == stored
+
+
+def _fingerprint(dataset: str, *part: Any, **reading: Any) -> str | None:
+    try:
+        return open_images(dataset, *part, **reading).fingerprint
+    except ConfigError:
+        return None
+
+
+def reading_of(config: ImagesConfig, training: Run, dataset: str) -> dict[str, Any]:
+    """How a stage reads `dataset`: as its own fields say, else as the training whose images they
+    are."""
+    own = training.config
+    same = has_images(training, dataset, own.classes)
+    return (own.reading if same else {}) | config.reading

@@ -1,0 +1,287 @@
+"""Which run None means, and that damaged, pruned and copied ones mislead nobody."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from idaa_lib import results, runs, sweeps, train_ssl, train_vae
+from idaa_lib.configs import EvalConfig, SSLConfig, TransferConfig, VAEConfig
+from idaa_lib.lab import rows
+from idaa_lib.lab.live import Panel
+from idaa_lib.lab.notebook import choose
+from idaa_lib.lab.runs import RunsPage, curves
+from idaa_lib.results import full_name
+from idaa_lib.runs import RunError, checkpoints
+from idaa_lib.runs.stage import Plan, perform
+from idaa_lib.train import stages
+
+SMALL = {"limit": 24, "width": 4, "batch_size": 8, "epochs": 1, "device": "cpu", "size": 16}
+
+
+def made(config, who=None, at=None, weights=True, summary=None, lines=()):
+    """A finished run that a `sweep` or a `person` started at a time, written by hand."""
+    run = runs.run_for(config, "pixels")
+    with run.writing(config, {"dataset": {"name": "photos", "fingerprint": "pixels"}}) as writer:
+        for line in lines:
+            writer.log(**line)
+        checkpoints.save(run, 1, {"w": torch.ones(3)}, {"step": 1})
+        writer.finish(summary or {})
+    if not weights:
+        shutil.rmtree(run.path / "checkpoints")
+    if at is not None:
+        (run.path / "starts.json").write_text(json.dumps({who: at}))
+        change(run, "state.json", started=at)
+    return run
+
+
+def change(run, name, **values):
+    path = run.path / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# --- the rule ------------------------------------------------------------------------------------
+
+
+def test_weights_before_persons_before_times(outputs):
+    """All combinations, made in any order; an integer stands for each part of the rule."""
+    kinds = [*itertools.product((True, False), ("person", "sweep"), (1e9, 2e9))]
+    random.Random(0).shuffle(kinds)
+    tree = {kind: made(VAEConfig(seed=7 + i), kind[1], kind[2], kind[0])
+            for i, kind in enumerate(kinds)}  # fmt: skip
+    best = sorted(kinds, key=lambda k: 100 * k[0] + 10 * (k[1] == "person") + k[2] / 1e9)[::-1]
+    assert runs.find("vae") == [tree[kind] for kind in best]
+    assert runs.get("vae", None) == tree[True, "person", 2e9]
+    assert runs.usable("vae") == [tree[kind] for kind in best if kind[0]]
+
+
+def test_of_a_sweep_s_own_the_recipe_s_comes_before_what_was_varied(outputs):
+    """After `make demo` the last point has dim = 512, which nobody asked for."""
+    middle = made(VAEConfig(), "sweep", 1e9)
+    varied = [made(VAEConfig(dim=dim), "sweep", 1e9 + dim) for dim in (32, 512)]
+    assert runs.find("vae") == [middle, *varied[::-1]]
+    asked = made(VAEConfig(dim=64), "person", 1e8)
+    assert runs.get("vae", None) == asked
+
+
+def test_a_copy_with_other_times_of_files_changes_nothing(outputs, monkeypatch, tmp_path):
+    for seed, (who, at) in enumerate(itertools.product(("sweep", "person"), (1e9, 3e9, 2e9))):
+        made(VAEConfig(seed=seed), who, at)
+    order, page = [run.id for run in runs.find("vae")], [run.id for run in runs.every()]
+    ages = {run.id: run.last_start for run in runs.every()}
+    copy = tmp_path / "copy"
+    shutil.copytree(outputs, copy, copy_function=shutil.copyfile)
+    for path in copy.rglob("*"):
+        os.utime(path, (random.random() * 1e9,) * 2)
+    monkeypatch.setenv("IDAA_OUTPUTS", str(copy))
+    assert [run.id for run in runs.find("vae")] == order
+    assert [run.id for run in runs.every()] == page
+    assert {run.id: run.last_start for run in runs.every()} == ages
+
+
+def test_what_a_sweep_made_and_a_person_then_starts_is_a_person_s(outputs, monkeypatch):
+    def start(config, starter=None):
+        with monkeypatch.context() as patch:
+            if starter:
+                patch.setenv("IDAA_STARTER", starter)
+            return perform(Plan(config, runs.run_for(config, "pixels")), lambda writer: {})
+
+    asked = start(VAEConfig(dim=64))
+    swept = [start(VAEConfig(seed=seed), "sweep") for seed in (1, 2)]
+    assert runs.get("vae", None) == asked and swept[0].starts.keys() == {"sweep"}
+    start(VAEConfig(seed=1))  # shown: it is finished
+    assert runs.find("vae") == [swept[0], asked, swept[1]]
+    start(VAEConfig(dim=64), "sweep")  # a sweep that passes by takes nothing away
+    assert runs.find("vae") == [swept[0], asked, swept[1]]
+
+
+def test_runs_of_before_are_told_apart_by_the_lock_of_their_sweep(outputs):
+    tree = [made(VAEConfig(seed=seed), "person", 1e9 + seed) for seed in range(4)]
+    for run in tree:
+        (run.path / "starts.json").unlink()
+    for run in tree[2:]:
+        (run.path / ".sweep").touch()
+    assert runs.find("vae") == [tree[1], tree[0], tree[3], tree[2]]
+    assert [run.last_start for run in tree] == [1e9, 1e9 + 1, 1e9 + 2, 1e9 + 3]
+
+
+def test_a_run_is_meant_by_the_end_of_its_id(outputs):
+    run, other = made(SSLConfig()), made(SSLConfig(adversary="clae"))
+    assert [runs.get("ssl", r.id[-8:]) for r in (run, other)] == [run, other]
+    with pytest.raises(RunError, match="no ssl run '0123abcd'"):
+        runs.get("ssl", "0123abcd")
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+FILES = ("config", "state", "environment", "model", "summary", "latest", "starts", "process")
+DAMAGE = {
+    "empty": b"",
+    "torn": b'{"preset": "de',
+    "binary": b"\x80\x00\xff",
+    "list": b"[1, 2]",
+    "number": b"5",
+    "nothing": b"null",
+    "nested": b"[" * 100_000,
+    "other": b'{"results_version": "x", "preset": [], "state": "going", "step": {}, "dataset": 3}',
+    "folder": None,
+}
+
+
+def damage(run, name, content):
+    path = run.path / f"{name}.json"
+    path.unlink(missing_ok=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+
+
+@pytest.fixture
+def ruins(outputs):
+    """A sound VAE and encoder, and newer runs of which one file each is damaged in one way."""
+    vae, ssl = made(VAEConfig(), "person", 1e9), made(SSLConfig(), "person", 1e9)
+    broken = []
+    for seed, (name, kind) in enumerate(itertools.product(FILES, DAMAGE), 1):
+        config = SSLConfig(seed=seed) if seed % 2 else VAEConfig(seed=seed)
+        run = made(config, "sweep" if name == "starts" else "person", 2e9)
+        damage(run, name, DAMAGE[kind])
+        broken.append(run)
+    return vae, ssl, broken
+
+
+def test_damage_is_a_sentence_and_takes_nobody_down(ruins):
+    vae, ssl, broken = ruins
+    assert set(runs.every()) == {vae, ssl, *broken}
+    left_out = []
+    for run in (*runs.usable("vae", left_out), *runs.usable("ssl", left_out)):
+        assert run.config and checkpoints.digest(run)
+        run.users()
+    kinds = {run.path.name for run in broken}
+    assert left_out and {line.partition(":")[0] for line in left_out} <= kinds
+    assert all(run.id in " ".join(left_out) for run in broken[: len(DAMAGE)])  # config.json
+    states = [rows.row_of(run).state for run in broken]
+    assert {*states} <= rows.SIGNS.keys() and {*states[: len(DAMAGE)]} == {rows.DAMAGED}
+    sentences = []
+    frame = results.results([run for run in runs.every() if run.finished], sentences)
+    assert {vae.id, ssl.id}.isdisjoint("".join(sentences)) and len(frame) == 0
+    assert RunsPage().status.value == ""
+
+
+def test_the_first_whole_one_is_taken(outputs):
+    """Weights that are cut off, changed by a bit, or gone."""
+    sound = made(VAEConfig(), "sweep", 1e9)
+    files = [
+        made(VAEConfig(seed=seed), "person", 2e9).path / "checkpoints/1/tensors.safetensors"
+        for seed in range(1, 5)
+    ]
+    content = files[0].read_bytes()
+    files[0].write_bytes(content[:-1])
+    files[1].write_bytes(content[:-1] + b"\x01")
+    files[2].unlink()
+    (files[3].parent / "checksums.json").unlink()
+    assert runs.get("vae", None) == sound
+
+
+def test_a_torn_reading_is_a_sentence_beside_the_curves_of_the_others(outputs):
+    lines = [{"step": s, "epoch": 0, "loss": 9.0 - s} for s in range(3)]
+    sound, torn = (made(SSLConfig(seed=seed), lines=lines) for seed in (0, 1))
+    path = torn.path / "metrics.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    for bad in (
+        b'{"step": 1, "lo{"step": 2}\n',
+        b"5\n",
+        b'{"loss": 1}\n',
+        b"\xff\xfe\n",
+        b"[" * 9999 + b"\n",
+    ):
+        path.write_bytes(b"".join([whole[0], bad, whole[2]]))
+        with pytest.raises(RunError, match="line 2 is no reading"):
+            torn.metrics()
+    drawn, panel = curves([sound, torn]), Panel(torn)
+    assert drawn.count("<svg") == 1 and "Curves of 1 run" in drawn
+    for text in (drawn, panel.status.value):
+        assert "line 2 is no reading" in text and "Traceback" not in text
+
+
+# --- the same images in another place ------------------------------------------------------------
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of class folders of noise."""
+    numbers = np.random.default_rng(0)
+    for part, n in {"train": 12, "test": 3}.items():
+        for name, i in itertools.product(("cat", "dog", "owl"), range(n)):
+            path = tmp_path / "first" / part / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(numbers.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    return tmp_path / "first"
+
+
+@pytest.mark.parametrize("classes", ["", "dog\ncat\n"])
+def test_a_folder_that_was_moved_is_the_same(outputs, photographs, tmp_path, capsys, classes):
+    """No circle of "there is no VAE, make one" and "it is finished"."""
+    fields = dict(SMALL)
+    if classes:
+        fields["classes"] = str(tmp_path / "classes.txt")
+        (tmp_path / "classes.txt").write_text(classes)
+    vae = train_vae(VAEConfig(dataset=str(photographs), dim=4, **fields))
+    moved = photographs.rename(tmp_path / "second")
+    encoder = SSLConfig(dataset=str(moved), adversary="idaa", **fields)
+    assert stages.settle(encoder)[0].vae == vae.id
+    assert stages.settle(encoder.replace(vae=vae.id))[0].vae == vae.id
+    assert "was trained on" not in capsys.readouterr().out
+    assert runs.find("vae", dataset=str(moved), classes=fields.get("classes", "")) == [vae]
+    assert runs.find("vae", dataset="photos", size=16) == []
+    # Started again, it knows the new place, and other runs do.
+    assert vae.config.dataset == str(photographs)
+    assert train_vae(VAEConfig(dataset=str(moved), dim=4, **fields)) == vae
+    assert vae.config.dataset == str(moved)
+    # Other images are others, whatever their folder's name.
+    other = moved / "train" / "cat" / "0.png"
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(other)
+    with pytest.raises(RunError, match="no finished vae run with dataset="):
+        stages.settle(encoder)
+
+
+# --- what notebooks say --------------------------------------------------------------------------
+
+
+def test_a_notebook_s_configuration_names_its_runs(outputs, capsys):
+    vae = train_vae(VAEConfig(**SMALL, dim=4))
+    ssl = train_ssl(SSLConfig(**SMALL, adversary="idaa", epsilon="8/255", seed=3))
+    damage(made(SSLConfig(seed=5)), "config", b"{")
+    assert full_name(vae) == f"VAE β 3.2, dim 4 · photos · {vae.id[-8:]}"
+    assert full_name(ssl) == f"SimCLR + IDAA ε 0.0313725 · photos · seed 3 · {ssl.id[-8:]}"
+    for config in (EvalConfig(), TransferConfig(), EvalConfig(run=ssl.id[-8:])):
+        chosen = choose(config)
+        said = capsys.readouterr().out
+        assert chosen.run == ssl.id
+        assert f"run: {full_name(ssl)}\nits vae: {full_name(vae)}\n" in said
+        assert f'as in run = "{ssl.id[-8:]}"' in said and "Left out: " in said
+    config = choose(SSLConfig(**SMALL, adversary="idaa"))
+    assert config.vae == vae.id and f"vae: {full_name(vae)}" in capsys.readouterr().out
+
+
+def code(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", sorted(sweeps.FOLDER.glob("*.ipynb")), ids=lambda p: p.stem)
+def test_every_notebook_names_what_it_uses_where_its_configuration_is(path):
+    """By `choose` in the cell that reads its parameters; a study by its plan's VAEs. 00 and 13
+    choose none, since they show all runs."""
+    cells = code(path)
+    reads = [cell for cell in cells if ".from_notebook(globals())" in cell]
+    study = "sweeps.plan(" in "".join(cells)
+    assert (len(reads) == 1) == (path.stem[:2] not in ("00", "13"))
+    if study:
+        assert "sweeps.vaes(grid)" in "".join(cells[1:4])
+    elif reads:
+        assert cells.index(reads[0]) <= 2 and " = choose(" in reads[0]
+    assert "this run" not in "".join(cells)
