@@ -69,6 +69,13 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     assert figures(ssl) == {"views.png", "curves.png", "collapse.png"}
 
     execute("02_decompose", {"images": 3}, tmp_path)
+    # What the explorer showed is there without a kernel.
+    cells = json.loads((tmp_path / "02_decompose-out.ipynb").read_text())["cells"]
+    (cell,) = [cell for cell in cells if "Explorer(config)" in "".join(cell["source"])]
+    kinds = [set(output.get("data", {})) for output in cell["outputs"]]
+    assert {"image/png"} in [kind - {"text/plain"} for kind in kinds]
+    tables = ["".join(output.get("data", {}).get("text/html", "")) for output in cell["outputs"]]
+    assert any("x itself found (%)" in table and "IDAA, ε = 0.1" in table for table in tables)
     assert {"decomposition.png", "idaa_and_clae.png", "where.png", "spectra.png"} <= figures(vae)
 
     execute("04_evaluate", {"limit": 128}, tmp_path)

@@ -147,11 +147,17 @@ LOOKS: dict[str, dict[str, Any]] = {
 _THIN: dict[str, Any] = dict(color=INK, linewidth=0.8, linestyle=":")
 
 
-def identity_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+# What a witness looks for among candidates: x as it is (notebook 02), or another view of it (08).
+SAME, VIEW = "x itself", "another view of x"
+
+
+def identity_curves(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], sought: str = VIEW
+) -> Figure:
     """Hardness and retrieval over ε, and retrieval over hardness: adversary → rows by ε.
 
-    Rows are those of `scene.Reading`. The right panel compares adversaries where it is fair: at an
-    equal loss.
+    Rows are those of `scene.Reading`; `sought` says what their witness looks for. The right panel
+    compares adversaries where it is fair: at an equal loss.
     """
     figure, (left, middle, right) = style.axes(1, 3, figsize=(10.2, 2.9))
     for name, curve in curves.items():
@@ -168,7 +174,7 @@ def identity_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
     for axis in (left, middle):
         axis.set(xscale="log", xlabel="ε (z; CLAE: normalised pixels)")
     for axis in (middle, right):
-        axis.set(ylabel=f"x found among {row['n']} (%)", ylim=(-5, 105))
+        axis.set(ylabel=f"{sought} found\namong {row['n']} (%)", ylim=(-5, 105))
     left.legend(fontsize="x-small", loc="upper left")
     return figure
 
@@ -210,7 +216,7 @@ def parts(summary: Summary) -> Figure:
         axis.grid(axis="x", visible=False)
     for axis, kind in zip(axes[2:], kinds, strict=True):
         axis.set(title=f"Pixels: {titles[kind]}")
-    axes[0].set(xlabel="seen by the witness", ylabel=f"x found among {n} (%)")
+    axes[0].set(xlabel="seen by the witness", ylabel=f"{VIEW} found among {n} (%)")
     axes[0].set(title="Witness: retrieval@1")
     axes[0].axhline(100 / n, **_THIN)
     fano = [row["fano"] for row in rows]
@@ -267,7 +273,7 @@ def candidates(summary: Summary) -> Figure:
             label = f"{look['label']} x′, ε = {radii[name]:.2g}" if name in radii else look["label"]
             axis.plot(k, curve, **look | {"label": label})
     axis.plot(k, [100 / i for i in k], label="by chance", **_THIN)
-    axis.set(xscale="log", xlabel="candidates", ylabel="x found (%)", ylim=(-5, 105))
+    axis.set(xscale="log", xlabel="candidates", ylabel=f"{VIEW} found (%)", ylim=(-5, 105))
     axis.set(title="Identity over the number of candidates")
     _ticks(axis, [i for i in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if i <= summary["n"]])
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
