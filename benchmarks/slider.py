@@ -56,7 +56,7 @@ def main() -> None:
         print(f"{row['what']:<32}{row['value']:>8.1f} ms  n = {row['n']}")
     protocol = (
         f"{IMAGES} images of 32 px, VAE of width 64 and dim 512, ResNet-18 of width 64, "
-        f"{kernel['threads']} threads of torch; IDAA, ε in steps of 0.02 of log10. slider_kernel: "
+        f"{kernel['threads']} threads of torch; IDAA, ε in steps of 0.01 of log10. slider_kernel: "
         f"in an IPython kernel, from setting the slider's value to the picture's value set, after "
         f"{WARM_UP} moves, all work in the background done before each; slider_kernel_busy: the "
         f"same while the background measures without end, 0.09 to 0.3 s between moves. "
@@ -107,20 +107,24 @@ def moves() -> dict[str, Any]:
 
     from idaa_lib.lab.explorer import Explorer
 
-    explorer = Explorer(DecomposeConfig(images=IMAGES, epsilon=0.1))
+    explorer = Explorer(DecomposeConfig(images=IMAGES))
     if explorer.status.value:
         raise RuntimeError(explorer.status.value)
     explorer.show()
-    background, picture = explorer._background, explorer.picture.image
+    background, picture, slider = (
+        explorer._background,
+        explorer.picture.image,
+        explorer.epsilon.slider,
+    )
 
     def move() -> float:
-        before, step = picture.value, random.choice((-0.02, 0.02))
+        before, step = picture.value, random.choice((-0.01, 0.01))
         # Back and forth within the slider's range, never to the value that it has.
-        target = min(max(explorer.epsilon.value * 10**step, 1e-2), 1.0)
-        if abs(target / explorer.epsilon.value - 1) < 1e-6:
+        target = min(max(slider.value * 10**step, 1e-2), 1.0)
+        if abs(target / slider.value - 1) < 1e-6:
             target = 0.1
         start = time.perf_counter()
-        explorer.epsilon.value = target
+        slider.value = target
         seconds = time.perf_counter() - start
         if picture.value == before:
             raise RuntimeError(f"ε = {target:g} brought no new picture: {explorer.status.value}")
@@ -138,7 +142,7 @@ def moves() -> dict[str, Any]:
     engine = explorer.engine
     assert engine is not None
     # A unit of work as the curves are made of, again and again.
-    background.request("curves", lambda: engine.meters("idaa", 0.5) is not None)
+    background.request("curves", lambda: engine.measure("idaa", 0.5) is not None)
     for n in range(WARM_UP + KERNEL_MOVES):
         time.sleep(random.uniform(0.09, 0.3))  # within, or after, the rest that moves ask for
         value = move()
@@ -155,7 +159,7 @@ def in_page() -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as name, browser.chromium() as context:
         environment = {"IDAA_OUTPUTS": os.environ["IDAA_OUTPUTS"]}
         with browser.jupyter(Path(name), environment) as server:
-            server.set("02_decompose", images=IMAGES, epsilon=0.1)
+            server.set("02_decompose", images=IMAGES)
             notebook = browser.Notebook(context, server, "02_decompose")
             notebook.run_all()
             page = notebook.page

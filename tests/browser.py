@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from idaa_lib.lab.controls import read_epsilon
+
 ROOT = Path(__file__).resolve().parent.parent
 # A CI artefact: git ignores it.
 SHOTS = ROOT / "outputs" / "screenshots"
@@ -330,9 +332,15 @@ def picture(
 
 
 def epsilon(page: Any) -> float:
-    """What the slider's readout says."""
-    text = text_of(page, ".idaa-epsilon .widget-readout")
-    return float(text.replace("−", "-").replace("\u202f", ""))
+    """What the field of ε says, once it is what the slider's handle says in words."""
+    field, handle = page.locator(".idaa-epsilon input"), page.locator(".idaa-epsilon .noUi-handle")
+
+    def same() -> float | None:
+        typed = read_epsilon(field.input_value())
+        place = float((handle.get_attribute("aria-valuetext") or "").removeprefix("ε = ") or "nan")
+        return typed if abs(place / typed - 1) < 0.02 else None
+
+    return until(page, same, "a field that says what the slider does")
 
 
 def measured_at(page: Any) -> float | None:
@@ -393,12 +401,12 @@ def moves(page: Any, times: int = 30) -> list[dict[str, float]]:
         last = mine;
       }});
       const number = (text) => parseFloat(text.replace('−', '-'));
-      const readout = document.querySelector('.idaa-epsilon .widget-readout');
+      const field = document.querySelector('.idaa-epsilon input');
       const meters = document.querySelector('.idaa-meters');
       const follow = () => {{
         const told = meters.textContent.match(/ε = ([0-9.e+-]+)/), move = state.at(-1);
         if (!told || !move || move.meters !== undefined) return;
-        if (Math.abs(number(told[1]) / number(readout.textContent) - 1) < 0.01)
+        if (Math.abs(number(told[1]) / number(field.value) - 1) < 0.01)
           move.meters = performance.now() - move.began;
       }};
       new MutationObserver(follow).observe(

@@ -7,6 +7,7 @@ that.
 
 import os
 import re
+import shutil
 import subprocess
 import urllib.error
 import urllib.request
@@ -103,7 +104,7 @@ def test_keys_and_mouse_move_epsilon(explorer):
     began, still = browser.epsilon(explorer), browser.pixels(explorer, ".idaa-still")
     browser.press(explorer, "ArrowRight")
     further = browser.picture(explorer, other_than=seen)
-    assert browser.epsilon(explorer) == pytest.approx(began * 10**0.02, rel=0.01)
+    assert browser.epsilon(explorer) == pytest.approx(began * 10**0.01, rel=0.01)
     assert browser.meters_follow(explorer) != told
     browser.press(explorer, "ArrowLeft")
     assert np.array_equal(browser.picture(explorer, other_than=further), seen)
@@ -123,6 +124,55 @@ def test_keys_and_mouse_move_epsilon(explorer):
     assert near < 2 < np.abs(rows(strong)[1].astype(int) - rows(x)[0]).mean()
 
 
+def type_epsilon(page, text):
+    page.locator(".idaa-epsilon input").fill(text)
+    page.keyboard.press("Enter")
+
+
+def test_epsilon_is_typed_exactly(explorer):
+    handle = explorer.locator(".idaa-epsilon .noUi-handle")
+    for text, epsilon in (("8/255", 8 / 255), ("0,05", 0.05), (".123", 0.123)):
+        type_epsilon(explorer, text)
+        browser.meters_follow(explorer)
+        # The slider's place follows, and does not take the number to its nearest step.
+        place = f"ε = {float(f'{10 ** round(np.log10(epsilon), 2):.3g}'):g}"
+        browser.until(explorer, lambda place=place: handle.get_attribute("aria-valuetext") == place,
+                      f"the slider at {place}")  # fmt: skip
+        assert explorer.locator(".idaa-epsilon input").input_value() == text
+        assert browser.measured_at(explorer) == pytest.approx(epsilon, rel=1e-5)
+    before = browser.pixels(explorer)
+    type_epsilon(explorer, "20")
+    problem = explorer.locator(".idaa-bad-status [role=alert]")
+    browser.until(explorer, problem.count, "what is wrong with 20")
+    assert "from 0.001 to 10" in problem.inner_text() and "20" in problem.inner_text()
+    assert explorer.locator(".idaa-epsilon.idaa-bad").count() == 1
+    assert np.array_equal(browser.pixels(explorer), before)
+    type_epsilon(explorer, "0.1")
+    browser.until(explorer, lambda: not problem.count(), "nothing that is wrong")
+    browser.meters_follow(explorer)
+
+
+def test_each_image_has_its_verdict_and_a_click_enlarges_it(explorer):
+    marks = explorer.locator(".idaa-kept, .idaa-lost")
+    browser.until(explorer, marks.count, "marks below the images")
+    texts = [mark.split() for mark in marks.all_text_contents()]
+    assert len(texts) == DecomposeConfig().images
+    assert all((sign == "✓") == (rank == "1") for sign, rank in texts)
+    kept = 100 * sum(sign == "✓" for sign, _ in texts) / len(texts)
+    assert f"{kept:.0f} % of {len(texts)} images" in browser.text_of(explorer, ".idaa-meters")
+    verdict = lambda: browser.text_of(explorer, ".idaa-verdict")  # noqa: E731
+    browser.until(explorer, lambda: "95 %" in verdict() or "No ε" in verdict(), "a verdict", 120)
+    explorer.locator(".idaa-still").click(position={"x": 2.5 * 2 * TILE, "y": 2.5 * 2 * TILE})
+    large = browser.picture(explorer, selector=".idaa-large")
+    x = rows(browser.pixels(explorer, ".idaa-still"))[0]
+    assert np.array_equal(large[:, :TILE], x[:, 2 * TILE : 3 * TILE])
+    choose(explorer, "chosen", 0)
+    # A person without eyes hears what the picture is; no tooltip says "null".
+    images = explorer.locator("img.idaa-pixels[src]:visible")
+    assert all(images.evaluate_all("all => all.map((e) => e.alt)"))
+    assert explorer.locator('.idaa-explorer [title="null"]:visible').count() == 0
+
+
 def rows(picture):
     """A grid's rows (R, 33, W, 3)."""
     return picture.reshape(-1, TILE, *picture.shape[1:])
@@ -136,7 +186,7 @@ def test_thirty_moves_each_bring_new_pixels_and_their_meters(explorer):
     assert len(moves) == 30
     for name in ("pixels", "meters"):
         print(f"{name}: median {median(move[name] for move in moves):.0f} ms of {len(moves)}")
-    assert browser.epsilon(explorer) == pytest.approx(began * 10 ** (30 * 0.02), rel=0.01)
+    assert browser.epsilon(explorer) == pytest.approx(began * 10 ** (30 * 0.01), rel=0.01)
     browser.meters_follow(explorer)
     assert not np.array_equal(browser.picture(explorer), before)
     assert browser.status(explorer) == ""
@@ -191,6 +241,8 @@ def test_save_writes_figures_and_the_code_that_makes_them(explorer, outputs):
 
 
 def test_a_second_tab_shows_the_same_and_follows(context, lab, opened, explorer):
+    type_epsilon(explorer, "0.5")  # away from both ends
+    browser.meters_follow(explorer)
     opened.save()
     second = browser.Notebook(context, lab, "02_decompose", fresh=False)
     try:
@@ -209,6 +261,24 @@ def test_a_second_tab_shows_the_same_and_follows(context, lab, opened, explorer)
         browser.picture(explorer, other_than=moved)
     finally:
         second.close()
+
+
+def test_without_its_kernel_the_notebook_shows_figure_and_table(context, lab, opened, explorer):
+    assert not explorer.locator("img:not(.idaa-pixels)").first.is_visible()  # widgets are there
+    opened.save()
+    shutil.copy(lab.folder / "02_decompose.ipynb", lab.folder / "02_later.ipynb")
+    later = browser.Notebook(context, lab, "02_later")
+    try:
+        cell = later.page.locator(".jp-CodeCell", has_text="Explorer(config)")
+        cell.scroll_into_view_if_needed()
+        picture = cell.locator('[data-mime-type="image/png"] img')
+        browser.until(later.page, picture.is_visible, "the figure")
+        assert picture.evaluate("e => e.naturalWidth") > 500
+        assert "x itself found (%)" in cell.locator("table").inner_text()
+        assert later.page.locator(".idaa-explorer").count() == 0
+        browser.shot(later.page, "02_without_kernel")
+    finally:
+        later.close()
 
 
 def test_it_works_after_restart_and_run_all(opened, explorer):
@@ -395,6 +465,13 @@ def test_the_app_is_the_explorer_and_the_runs_without_code(context, app, outputs
         assert page.locator(".jp-CodeCell .jp-InputArea, .cm-editor, .highlight").count() == 0
         browser.show(page, ".idaa-explorer")
         browser.shot(page, "app_explorer")
+        type_epsilon(page, "8/255")
+        browser.meters_follow(page)
+        page.locator(".idaa-meters a").click()  # the link to this setting
+        page.wait_for_url("**epsilon=8%2F255**")
+        field = page.locator(".idaa-epsilon input")
+        browser.until(page, lambda: field.count() and field.input_value() == "8/255", "its ε")
+        browser.meters_follow(page)
         page.get_by_role("link", name="Runs").click()
         # Visitors read: nothing to press that changes a run, no path of this machine.
         run = made(VAEConfig(seed=9), error=f"There is no {outputs / 'x.zip'}.")

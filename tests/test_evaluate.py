@@ -32,6 +32,7 @@ from idaa_lib.evaluate.metrics import (
     embedding_std,
     mean_per_class,
     mean_per_class_interval,
+    paired_difference,
     student_interval,
     top1,
     uniformity,
@@ -284,6 +285,29 @@ def test_the_interval_of_a_mean_is_the_bootstrap_s():
     resampled = values[torch.randint(1000, (9999, 1000), generator=generator)].mean(1)
     low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     assert bootstrap_interval(values) == pytest.approx((values.mean().item(), low, high), abs=0.01)
+
+
+def test_the_interval_of_a_paired_difference_covers_as_often_as_it_says():
+    # Exactly, over all tables of pairs that 20 images can have.
+    n, counts = 20, [(b, c) for b in range(21) for c in range(21 - b)]
+    hits = torch.zeros(len(counts), 2, n)
+    for i, (b, c) in enumerate(counts):
+        hits[i, 0, :b] = hits[i, 1, b : b + c] = 100
+    intervals = [paired_difference(*pair) for pair in hits]
+    for more, less in ((0.0, 0.0), (0.1, 0.1), (0.4, 0.1), (0.05, 0.6), (0.3, 0.3)):
+        law = scipy.stats.multinomial(n, (more, less, 1 - more - less))
+        true = 100 * (more - less)
+        covers = [low <= true <= high for _, low, high in intervals]
+        share = sum(
+            law.pmf((b, c, n - b - c)) * yes for (b, c), yes in zip(counts, covers, strict=True)
+        )
+        assert 0.93 < share <= 1 + 1e-9
+    a, b = hits[counts.index((7, 2))]
+    value, low, high = paired_difference(a, b)
+    assert value == pytest.approx(25)
+    assert paired_difference(b, a) == pytest.approx((-value, -high, -low))
+    value, low, high = paired_difference(a, a)  # none differs, and so few images say little
+    assert value == 0 and low == -high < -5
 
 
 def test_the_interval_of_seeds_is_student_s():

@@ -1,13 +1,18 @@
 """The ε explorer without a browser: pictures against the attack itself, meters against loops."""
 
 import datetime
+import html
 import io
+import json
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
@@ -18,8 +23,9 @@ from idaa_lib.adversaries import CLAE, IDAA, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig, VAEConfig
 from idaa_lib.identity.scene import ADVERSARIES, UNTRAINED
 from idaa_lib.lab.background import Background
+from idaa_lib.lab.controls import EQUAL_HARDNESS, Epsilon
 from idaa_lib.lab.engine import EPSILONS, GAIN, SHARES, STRIP, Engine
-from idaa_lib.lab.explorer import EQUAL_HARDNESS, Explorer
+from idaa_lib.lab.explorer import Explorer
 from idaa_lib.lab.grid import Grid
 from idaa_lib.runs import Run, find
 from idaa_lib.runs.machine import open_images
@@ -46,7 +52,8 @@ def engine(outputs):
 @pytest.fixture
 def explorer(outputs):
     made = Explorer(CONFIG)
-    assert made.status.value == ""
+    assert made.status.value == made.problems.value == ""
+    made.epsilon.value = 0.3
     yield made
     made.engine = None  # its curves are read no further
     assert made._background.settle()  # nothing of one test runs in the next
@@ -147,7 +154,7 @@ def test_random_signs_are_the_same_at_every_epsilon(engine):
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 def test_meters_agree_with_loops(engine, adversary):
-    shown, measured = engine.scene, engine.meters(adversary, 0.3)
+    shown, measured = engine.scene, engine.measure(adversary, 0.3).row
     x_adv, witness = shown.attack(adversary, 0.3), engine.witness.embed
     with torch.no_grad():
         of = lambda x: witness(x[None])[0].double()  # noqa: E731
@@ -171,7 +178,7 @@ def test_meters_agree_with_loops(engine, adversary):
 
 def test_without_a_change_identity_is_whole(engine):
     for adversary in ADVERSARIES:
-        measured = engine.meters(adversary, 1e-9)
+        measured = engine.measure(adversary, 1e-9).row
         assert measured["retrieved"] == 100
         assert measured["rank"] == 1
         assert measured["own"] == pytest.approx(1, abs=1e-5)
@@ -190,11 +197,13 @@ def test_curves_are_the_meters_and_equal_hardness_reads_them(outputs):
     assert engine.complete
     for adversary, curve in engine.curves.items():
         assert [row["epsilon"] for row in curve] == list(EPSILONS)
-        assert curve[8] == engine.meters(adversary, EPSILONS[8])
+        assert curve[8] == engine.measure(adversary, EPSILONS[8]).row
     for e in (0.1, 0.4):
         matched = engine.as_hard("clae", e)
         assert 0 < matched < 10
-        wanted, got = (engine.meters(*a)["loss_after"] for a in (("idaa", e), ("clae", matched)))
+        wanted, got = (
+            engine.measure(*a).row["loss_after"] for a in (("idaa", e), ("clae", matched))
+        )
         # Between two points of the curves the loss is interpolated.
         assert got == pytest.approx(wanted, abs=0.05)
     # IDAA is as hard as itself at its own ε, wherever its loss grows.
@@ -336,6 +345,145 @@ def test_moving_the_slider_changes_the_picture_and_the_meters_follow(explorer):
     assert explorer.status.value == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "epsilon"),
+    [("8/255", 8 / 255), ("0,05", 0.05), (" .123 ", 0.123), ("1e-2", 0.01), ("10", 10.0),
+     ("1 / 3", 1 / 3), ("0.12345678901", 0.12345678901), ("1/1000", 0.001)],
+)  # fmt: skip
+def test_epsilon_is_what_was_typed(text, epsilon):
+    control = Epsilon(0.1)
+    control.field.value = text
+    assert (control.value, control.field.value, control.complaint) == (epsilon, text, "")
+    assert abs(np.log10(control.slider.value / epsilon)) < 0.005  # the slider's place follows
+    # The page answers with the step next to it, which is no move.
+    control.slider.value = 10 ** (round(np.log10(epsilon) * 100) / 100)
+    assert (control.value, control.field.value) == (epsilon, text)
+    control.slider.value = 0.5
+    assert (control.value, control.field.value) == (0.5, "0.5")
+
+
+@pytest.mark.parametrize(
+    "text", ["20", "0", "-1", "0.0009", "wide", "", "1/0", "nan", "inf", "1,000.5"]
+)
+def test_what_is_no_epsilon_stays_marked_until_it_is_mended(text):
+    control = Epsilon(0.1)
+    control.field.value = text
+    assert (control.value, control.field.value) == (0.1, text)
+    assert repr(text) in control.complaint
+    control.field.value = "0.1"
+    assert control.complaint == ""
+    control.field.value = text
+    control.slider.value = 1.0
+    assert (control.value, control.field.value, control.complaint) == (1.0, "1", "")
+
+
+def test_epsilon_starts_where_training_has_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
+    train_vae(VAEConfig(**SMALL, epochs=1, dim=8))
+    assert Engine(CONFIG).trained_epsilon == IDAA.Options().epsilon
+    for adversary, epsilon in (("clae", 0.02), ("idaa", 0.4)):
+        train_ssl(SSLConfig(**SMALL, epochs=1, adversary=adversary, epsilon=epsilon))
+        explorer = Explorer(CONFIG)
+        expected = epsilon if adversary == "idaa" else IDAA.Options().epsilon  # CLAE's is of pixels
+        assert explorer.epsilon.value == expected
+        assert f"{expected:g} in training" in explorer.epsilon.mark.value
+        explorer.engine = None
+        assert explorer._background.settle()
+
+
+def test_the_verdict_compares_at_an_equal_loss(explorer):
+    assert explorer._background.settle()
+    engine = explorer.engine
+    idaa, clae = engine.at_equal_loss(0.3)
+    assert clae.row["epsilon"] == engine.as_hard("clae", 0.3)
+    text = html.unescape(explorer.verdict.value)
+    assert f"IDAA (ε = 0.3) keeps {idaa.row['retrieved']:.0f} % of 4 images" in text
+    assert f"{clae.row['retrieved']:.0f} %" in text and "95 %" in text
+    marks = re.findall(r">([✓✗]) (\d+)<", explorer.picture._bottom.value)
+    assert [(sign == "✓", int(rank)) for sign, rank in marks] == [
+        (rank == 1, rank) for rank in idaa.kept.ranks.tolist()
+    ]
+
+
+def test_all_images_are_shown_and_one_is_enlarged(explorer):
+    explorer.images.value = 40
+    assert settled(explorer)
+    assert decoded(explorer.picture.image.value, 3, 40).shape[1] == 40
+    explorer.chosen.value = 33
+    assert settled(explorer)
+    x, *_, x_adv, _ = decoded(explorer.large.image.value, 1, 6)[0]
+    scene = explorer.engine.scene
+    assert np.abs(x - cells(scene.pixels(scene.x))[33]).max() <= HALF
+    assert np.abs(x_adv - cells(scene.pixels(scene.attack("idaa", 0.3)))[33]).max() <= HALF
+    explorer.images.value = 4  # fewer than that one
+    assert settled(explorer)
+    assert explorer.chosen.value == -1 and explorer.status.value == ""
+
+
+def test_two_settings_are_seen_side_by_side(explorer):
+    assert settled(explorer)
+    picture = explorer.picture.image.value
+    explorer.pin.value = True
+    assert settled(explorer)
+    explorer.epsilon.field.value = "2"
+    assert settled(explorer)
+    assert explorer.pinned.image.value == picture != explorer.picture.image.value
+    assert "IDAA, ε = 2<" in explorer.meters.value
+    assert "pinned: IDAA, ε = 0.3<" in explorer.meters.value
+    explorer.pin.value = False
+    assert settled(explorer)
+    assert "pinned" not in explorer.meters.value
+
+
+def test_a_setting_comes_back_by_reset_and_by_a_link(explorer, monkeypatch):
+    assert settled(explorer)
+    start = explorer.setting
+    explorer.indices.value, explorer.seed.value, explorer.norm.value = "3, 17", 4, "l2"
+    explorer.adversary.value, explorer.epsilon.field.value = "random_sign", "8/255"
+    assert settled(explorer)
+    picture, setting = explorer.picture.image.value, explorer.setting
+    monkeypatch.setenv("QUERY_STRING", "token=x")
+    explorer._write_meters()
+    link = re.search(r'href="\?([^"]*)"', explorer.meters.value)[1]
+    explorer.reset.click()
+    assert settled(explorer)
+    assert explorer.setting == start | {"epsilon": "0.1"}
+    assert explorer.picture.image.value != picture
+    for query, complaint in ((html.unescape(link), ""), ("seed=many&epsilon=99", "seed must be")):
+        monkeypatch.setenv("QUERY_STRING", query)
+        visitor = Explorer(CONFIG)
+        assert settled(visitor)
+        assert complaint in visitor.problems.value
+        assert visitor.setting == (start | {"epsilon": "0.1"} if complaint else setting)
+        assert (visitor.picture.image.value == picture) == (not complaint)
+        visitor.engine = None
+        assert visitor._background.settle()
+
+
+def test_the_app_explains_what_notebook_02_explains():
+    folder = Path(__file__).resolve().parent.parent / "notebooks"
+    names = ("02_decompose.ipynb", "02-03"), ("app/01_explorer.ipynb", "explanation")
+    cells = [
+        cell["source"]
+        for name, key in names
+        for cell in json.loads((folder / name).read_text(encoding="utf-8"))["cells"]
+        if cell["id"] == key
+    ]
+    assert len(cells) == 2 and cells[0] == cells[1]
+
+
+def test_each_control_says_what_it_is_for(explorer):
+    def inside(widget):
+        yield widget
+        for child in getattr(widget, "children", ()):
+            yield from inside(child)
+
+    kinds = widgets.ValueWidget, widgets.Button
+    for widget in inside(explorer.ui):
+        if isinstance(widget, kinds) and not isinstance(widget, widgets.HTML | widgets.Image):
+            assert widget.tooltip, widget
+
+
 def test_the_marker_stands_at_epsilon(explorer):
     assert explorer._background.settle()
     where = []
@@ -359,7 +507,7 @@ def test_equal_hardness_sets_the_other_s_epsilon(explorer):
 
 def settled(explorer):
     """All but the curves over ε, which take their time."""
-    return explorer._background.settle("load", "paint", "meters", "fold")
+    return explorer._background.settle("load", "paint", "meters", "verdict", "fold")
 
 
 def test_other_choices_make_another_engine(explorer):
@@ -379,13 +527,23 @@ def test_other_choices_make_another_engine(explorer):
     assert explorer.engine.scene.config.steps == 2
     assert explorer.status.value == ""
     good = explorer.engine
-    explorer.indices.value = "three"
-    assert settled(explorer)
-    assert "indices" in explorer.status.value and "Traceback" not in explorer.status.value
-    assert explorer.engine is good  # a mistake costs nothing
-    explorer.indices.value = "3"
-    assert settled(explorer)
-    assert explorer.status.value == ""
+    for name, wrong, right in (
+        ("indices", "three", "3"), ("indices", "9999999", ""), ("images", 300, 5),
+        ("seed", -1, 2), ("steps", 0, 1), ("dataset", "/no/such/folder", ""),
+    ):  # fmt: skip
+        getattr(explorer, name).value = wrong
+        assert settled(explorer)
+        assert str(wrong) in explorer.problems.value
+        assert explorer.engine is good  # a mistake costs nothing
+        explorer.epsilon.slider.value = 0.5 if wrong == "three" else 0.7
+        assert settled(explorer)
+        assert str(wrong) in explorer.problems.value  # still, whatever else is done
+        assert "idaa-bad" in getattr(explorer, name)._dom_classes
+        getattr(explorer, name).value = right
+        assert settled(explorer)
+        assert explorer.problems.value == explorer.status.value == ""
+        assert "idaa-bad" not in getattr(explorer, name)._dom_classes
+        good = explorer.engine
 
 
 def test_an_image_of_one_s_own(explorer):
@@ -401,10 +559,12 @@ def test_an_image_of_one_s_own(explorer):
     explorer.forget.click()
     assert settled(explorer)
     assert explorer.engine.scene.config.own is None
+    good = explorer.engine
     explorer.upload.value = ({"name": "x.png", "type": "image/png", "size": 1,
                               "content": memoryview(b"text"), "last_modified": NOW},)  # fmt: skip
     assert settled(explorer)
-    assert "cannot be read" in explorer.status.value
+    assert "x.png cannot be read" in explorer.problems.value
+    assert explorer.engine is good
 
 
 def test_what_is_saved_can_be_made_again(explorer, outputs):
@@ -419,7 +579,14 @@ def test_what_is_saved_can_be_made_again(explorer, outputs):
     assert str(folder) in explorer.status.value
     names = {"picture.png", "strip.png", "spectra.png", "curves.png"}
     names |= {"walk.png", "exchange.png", "likeness.png"}
-    assert {path.name for path in folder.iterdir()} == names | {"again.py"}
+    assert {path.name for path in folder.iterdir()} == names | {"again.py", "setting.json"}
+    picture = explorer.picture.image.value
+    explorer.reset.click()
+    assert settled(explorer)
+    assert explorer.picture.image.value != picture
+    explorer.saved.value = folder / "setting.json"
+    assert settled(explorer)
+    assert explorer.picture.image.value == picture
     subprocess.run([sys.executable, folder / "again.py"], check=True, timeout=300)
     for name in names:
         old, new = (np.asarray(Image.open(p / name)) for p in (folder, folder / "again"))

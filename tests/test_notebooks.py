@@ -71,9 +71,16 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
 
     executed = execute("02_decompose", {"images": 3}, tmp_path)
     names = [f"vae: {results.full_name(vae)}", f"run: {results.full_name(ssl)}"]
-    cell = next(c for c in json.loads(executed.read_text())["cells"] if c.get("id") == "02-02")
+    cells = json.loads(executed.read_text())["cells"]
+    cell = next(c for c in cells if c.get("id") == "02-02")
     text = "".join(cell["outputs"][0]["text"])
     assert all(name in text for name in names) and f'as in run = "{ssl.id[-8:]}"' in text
+    # What the explorer showed is there without a kernel.
+    (cell,) = [cell for cell in cells if "Explorer(config)" in "".join(cell["source"])]
+    kinds = [set(output.get("data", {})) for output in cell["outputs"]]
+    assert {"image/png"} in [kind - {"text/plain"} for kind in kinds]
+    tables = ["".join(output.get("data", {}).get("text/html", "")) for output in cell["outputs"]]
+    assert any("x itself found (%)" in table and "IDAA, ε = 0.1" in table for table in tables)
     assert {"decomposition.png", "idaa_and_clae.png", "where.png", "spectra.png"} <= figures(vae)
 
     execute("04_evaluate", {"limit": 128}, tmp_path)

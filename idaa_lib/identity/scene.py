@@ -180,7 +180,8 @@ class Scene:
 
 class Witness:
     """A frozen encoder, named as by `Scene.witness`, that looks for each image of a scene among
-    candidates (M, 3, size, size), the i-th of which is of the i-th image."""
+    candidates (M, 3, size, size), the i-th of which is of the i-th image: that image itself in
+    notebook 02, another view of it in notebook 08, which is harder to find."""
 
     def __init__(self, scene: Scene, name: str, candidates: Tensor) -> None:
         self.name, self.embed = name, scene.encoder(name, "backbone", seed=1)

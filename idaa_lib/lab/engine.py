@@ -7,7 +7,7 @@ images, so each picture costs one decode and one small PNG.
 from __future__ import annotations
 
 from bisect import insort
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import itemgetter
 from pathlib import Path
 
@@ -15,14 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from idaa_lib import runs
+from idaa_lib.adversaries import IDAA
 from idaa_lib.configs import DecomposeConfig
-from idaa_lib.identity.scene import ADVERSARIES, BATCH, Scene, Witness, open_scene, read
+from idaa_lib.identity.scene import (
+    ADVERSARIES,
+    BATCH,
+    UNTRAINED,
+    Reading,
+    Scene,
+    Witness,
+    open_scene,
+    read,
+)
 from idaa_lib.lab import pictures
 from idaa_lib.lab.style import NAMES, save
 from idaa_lib.nets import evaluating
 from idaa_lib.train.samples import GAIN
 
-COLUMNS = 16  # images that a picture shows at most
+COLUMNS = 16  # images that a figure on paper shows at most
+LIVE = 32  # images that are decoded within a move of the slider; more of them in the background
 # Where the curves over ε are read: four a decade, which is what an eye needs.
 EPSILONS = tuple(float(e) for e in np.logspace(-3, 1, 17))
 STRIP = EPSILONS[4:]  # from 0.01 on: below, an eye sees nothing
@@ -47,29 +59,44 @@ class Engine:
 
     def __init__(self, config: DecomposeConfig, candidates: int = 500) -> None:
         self.scene: Scene = open_scene(config)
-        self.columns = min(COLUMNS, len(self.scene.x))
+        self.columns = len(self.scene.x)
         pool = self.scene.pool[: max(0, candidates - len(self.scene.x))]
         self.candidates = torch.cat([self.scene.x, pool])  # x_i is candidate i
         # adversary → its meters by ascending ε, filled by `advance`
         self.curves: dict[str, list[dict[str, float]]] = {name: [] for name in ADVERSARIES}
+        self.reading = lru_cache(8)(self.measure)
 
     @cached_property
     def witness(self) -> Witness:
         """The encoder that judges identity: another run than the attacked one, else untrained."""
         return Witness(self.scene, self.scene.witness(), self.candidates)
 
+    @cached_property
+    def trained_epsilon(self) -> float:
+        """IDAA's ε in the training of the attacked encoder; its default where that had none."""
+        default = IDAA.Options().epsilon
+        if self.scene.attacked == UNTRAINED:
+            return default
+        config = runs.get("ssl", self.scene.attacked).config
+        known = config.adversary == "idaa" and not {"adversary", "epsilon"} & config.unknown
+        return (known and config.epsilon) or default
+
+    def live(self, adversary: str) -> bool:
+        """Whether a picture at another ε is there within a move of the slider."""
+        return self.columns <= LIVE and self.scene.live(adversary)
+
     # --- pictures -----------------------------------------------------------------------------
 
     def still(self) -> dict[str, Tensor]:
         """The rows that no ε moves: name → pixels (columns, 3, size, size)."""
-        x, G, R = (part[: self.columns] for part in self.scene.parts.values())
+        x, G, R = self.scene.parts.values()
         rows = self.scene.pixels(x), self.scene.pixels(G), self._around_gray(R)
         return dict(zip(STILL, rows, strict=True))
 
     def moving(self, adversary: str, epsilon: float) -> dict[str, Tensor]:
         """The rows that follow ε."""
-        x, G, R = (part[: self.columns] for part in self.scene.parts.values())
-        x_adv = self.scene.attack(adversary, epsilon, self.columns)
+        x, G, R = self.scene.parts.values()
+        x_adv = self.scene.attack(adversary, epsilon)
         # CLAE leaves the latent alone: what is decoded is G(x) itself.
         decoded = G if adversary == "clae" else x_adv - R
         pixels = self.scene.pixels
@@ -95,16 +122,18 @@ class Engine:
 
     # --- identity -----------------------------------------------------------------------------
 
-    def meters(self, adversary: str, epsilon: float) -> dict[str, float]:
-        """How hard an attack is, and what identity the witness finds in its x′ (`Reading.row`)."""
-        return read(self.scene, self.witness, adversary, epsilon).row
+    def measure(self, adversary: str, epsilon: float) -> Reading:
+        """How hard an attack is, and what identity the witness finds in its x′; `reading` is the
+        same, and remembers the last ones."""
+        return read(self.scene, self.witness, adversary, epsilon)
 
     def advance(self) -> bool:
         """Read one further point of the curves over ε, coarse before fine; False: all are read."""
         for epsilon in (*EPSILONS[::4], *EPSILONS[2::4], *EPSILONS[1::2]):
             for adversary, curve in self.curves.items():
                 if all(row["epsilon"] != epsilon for row in curve):
-                    insort(curve, self.meters(adversary, epsilon), key=itemgetter("epsilon"))
+                    row = self.measure(adversary, epsilon).row
+                    insort(curve, row, key=itemgetter("epsilon"))
                     return True
         return False
 
@@ -125,6 +154,12 @@ class Engine:
         if (i := int(np.argmax(losses >= target))) == 0:
             return 0.0
         return float(np.exp(np.interp(target, losses[i - 1 : i + 1], where[i - 1 : i + 1])))
+
+    def at_equal_loss(self, epsilon: float) -> tuple[Reading, Reading] | None:
+        """The readings of IDAA at `epsilon` and of CLAE where it is as hard (`as_hard`); None where
+        it is nowhere, or IDAA is no harder than x."""
+        matched = self.as_hard("clae", epsilon)
+        return (self.reading("idaa", epsilon), self.reading("clae", matched)) if matched else None
 
     def _line(self, adversary: str) -> tuple[np.ndarray, np.ndarray]:
         """Losses over log ε."""
@@ -159,7 +194,7 @@ class Engine:
         z = self._latents[: self.columns] + amount * self.steps[kind][index]
         with evaluating(self.scene.vae):
             decoded = self.scene.vae.decode(z)
-        both = decoded, self.scene.parts["R"][: self.columns] + decoded
+        both = decoded, self.scene.parts["R"] + decoded
         return dict(zip(STEPPED, map(self.scene.pixels, both), strict=True))
 
     @torch.no_grad()
@@ -198,7 +233,8 @@ class Engine:
         while self.advance():
             pass
         rows = self.still() | self.moving(adversary, epsilon)
-        title, n, names = f"{NAMES[adversary]}, ε = {epsilon:.3g}", self.columns, self.scene.names
+        title, names = f"{NAMES[adversary]}, ε = {epsilon:.6g}", self.scene.names
+        n = min(COLUMNS, self.columns)
         figures = {
             "picture": pictures.image_rows(rows, title, n),
             "strip": pictures.image_rows(self.strip(index), "", len(STRIP), STRIP_NAMES),

@@ -2,8 +2,8 @@
 
 Where another ε costs one decode, the picture is drawn in the slider's own callback, and moves that
 arrive meanwhile collapse into the latest, as ipywidgets coalesces them. All else happens in the
-background, most urgent first: other images or networks, attacks of several steps, the meters, what
-is folded away, the curves over ε; each gives way to the next move.
+background, most urgent first: other images or networks, attacks of several steps, the meters, the
+verdict, what is folded away, the curves over ε; each gives way to the next move.
 """
 
 from __future__ import annotations
@@ -12,230 +12,275 @@ import datetime
 import hashlib
 import html
 import math
-import threading
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import ipywidgets as widgets
 import torch
 from IPython.display import HTML, display
+from torch import Tensor
 
 from idaa_lib import runs
-from idaa_lib.configs import DecomposeConfig
-from idaa_lib.data.sources import NAMES as DATASETS
-from idaa_lib.identity.scene import ADVERSARIES, UNTRAINED
-from idaa_lib.lab import pictures
+from idaa_lib.configs import ConfigError, DecomposeConfig, UserError
+from idaa_lib.data.decoding import decode
+from idaa_lib.identity.scene import ADVERSARIES, Reading
+from idaa_lib.lab import pictures, verdict
 from idaa_lib.lab.background import Background
+from idaa_lib.lab.controls import (
+    EQUAL_EPSILON,
+    FAIRNESS,
+    FIELDS,
+    HIGH,
+    LOW,
+    RELOADING,
+    SAVED,
+    Controls,
+    control,
+)
 from idaa_lib.lab.engine import MOVING, STILL, STRIP, STRIP_NAMES, Engine
 from idaa_lib.lab.grid import STYLE, Grid
-from idaa_lib.lab.kernel import guarded
+from idaa_lib.lab.kernel import attended, guarded, query
+from idaa_lib.lab.record import ALIVE, Record
 from idaa_lib.lab.style import COLOURS, NAMES, svg
 from idaa_lib.lab.walk import WalkPanel
-from idaa_lib.results import full_name
 from idaa_lib.runs import RunError
 
-EQUAL_EPSILON, EQUAL_HARDNESS = "equal ε", "equal hardness"
-FAIRNESS = {
-    EQUAL_EPSILON: "each attack at the slider's ε",
-    EQUAL_HARDNESS: "CLAE and random sign at the ε that makes them as hard as IDAA's",
-}
+HERE = Path(__file__).parent
+PAGE = (
+    f"<style>{(HERE / 'explorer.css').read_text(encoding='utf-8')}</style>"
+    f"<script>{(HERE / 'explorer.js').read_text(encoding='utf-8')}</script>"
+)
+
 FOLDS = ("One image over ε", "Spectra", "Walk in the latent: what is identity?")
-METERS = {
-    "x′ still finds its x": "{retrieved:.0f} % of {images} images, mean rank {rank:.1f} of {n} "
-    "candidates",
-    "cosine to its x · to the nearest other": "{own:.3f} · {nearest:.3f}",
-    "‖x′ − x‖₂ · ‖x′ − x‖∞ (normalised)": "{l2:.2f} · {linf:.2f}",
-    "contrastive loss at x → at x′ (nats)": "{loss_before:.3f} → {loss_after:.3f}",
-    "judged by": "{witness}",
-    "attacked": "{attacked}",
-}
-_OVER = """<style>
-.idaa-over { position: relative; width: fit-content; margin-left: 20px }
-.idaa-over .widget-html { margin: 0 }
-.idaa-marker { position: absolute; inset: 0; pointer-events: none }
-</style>"""
+LARGE = 150  # pixels a side of an enlarged image
 
 
-# Controls whose values choose another engine.
-RELOADING = ("vae", "encoder", "dataset", "only", "indices", "seed", "images", "steps", "norm")
-
-
-def _control(
-    name: str, kind: type[widgets.Widget], description: str = "", width: int = 0, **options: Any
-) -> Any:
-    """A widget of CSS class `idaa-<name>`; with a width (pixels), its label has a column."""
-    if width:
-        style = {"description_width": "80px"}
-        options |= {"layout": widgets.Layout(width=f"{width}px"), "style": style}
-    control = kind(description=description, **options) if description else kind(**options)
-    control.add_class(f"idaa-{name}")
-    return control
-
-
-class Explorer:
+class Explorer(Controls):
     """Controls, pictures, meters and curves over an `Engine`; `show()` displays them.
 
     Args:
-        config: VAE, attacked encoder, images, attack, and the ε at which the slider starts.
+        config: VAE, attacked encoder, images and attack. ε starts where training has it.
     """
 
     def __init__(self, config: DecomposeConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.engine: Engine | None = None  # None until a VAE was found
-        self.own = config.own
-        self.status = _control("status", widgets.HTML)
-        self.left_out = _control("left-out", widgets.HTML)
+        self.status = control("status", widgets.HTML)
         self._guard = guarded(self.status)
-        self._offering = 0  # the thread that sets choices now: those are no requests
-        self._attack = (ADVERSARIES[0], config.epsilon)  # what the picture shows
+        self._latest = ""  # the control that asked for the present engine
+        self._attack = (ADVERSARIES[0], 0.1)  # what the picture shows
+        self._rows: dict[str, Tensor] = {}  # of the picture
+        self._now: tuple[str, Reading] | None = None  # what the meters say, and of what
+        self._pinned: tuple[str, Reading] | None = None
         self._panels: tuple[Any, ...] = ()  # of the curves over ε: box in the figure, limits of ε
-        self._background = Background("load", "paint", "meters", "fold", "curves")
-        self._make_controls()
+        self._start: dict[str, Any] = {}  # the first setting
+        self.record: Record | None = None
+        self._background = Background("load", "paint", "meters", "verdict", "fold", "curves")
         self._make_displays()
+        self._list_saved()
         self._guard(self._load)()
         if self.engine is None:
             self.status.value += " Then run this cell again."
             self.ui.children = (self.status,)
-        else:
-            self._listen()
+            return
+        self._start = self.setting
+        self._listen()
+        if link := query():
+            name = Path(link.get("own", "")).name
+            self.open(link | ({"own": str(_folder() / "uploads" / name)} if name else {}))
 
     # --- widgets ------------------------------------------------------------------------------
 
-    def _make_controls(self) -> None:
-        config, number, choice = self.config, widgets.BoundedIntText, widgets.Dropdown
-        wide, narrow, short, late = 440, 215, 160, {"continuous_update": False}
-        self.vae = _control("vae", choice, "VAE", wide)
-        self.encoder = _control("encoder", choice, "attacked", wide)
-        self.dataset = _control("dataset", widgets.Combobox, "images of", narrow, **late)
-        self.dataset.options, self.dataset.placeholder = DATASETS, "the VAE's own"
-        self.only = _control("only", choice, "class", narrow)
-        self.indices = _control("indices", widgets.Text, "indices", narrow, **late)
-        self.indices.placeholder = "such as 3, 17"
-        self.seed = _control("seed", number, "seed", short, max=10**6)
-        self.images = _control("images", number, "images", short, min=2, max=256)
-        self.steps = _control("steps", number, "steps", short, min=1, max=100)
-        self.norm = _control("norm", choice, "norm", short, options=[("ℓ∞", "linf"), ("ℓ2", "l2")])
-        self.upload = _control("upload", widgets.FileUpload, "your image", accept="image/*")
-        self.forget = _control("forget", widgets.Button, "remove your image")
-        self.keep = _control("keep", widgets.Button, "Save", icon="save")
-        self.keep.tooltip = "figures and code"
-        self.epsilon = _control("epsilon", widgets.FloatLogSlider, "ε", wide, min=-3, max=1)
-        self.epsilon.step, self.epsilon.readout_format = 0.02, ".3g"
-        names = [(NAMES[adversary], adversary) for adversary in ADVERSARIES]
-        self.adversary = _control("adversary", widgets.ToggleButtons, options=names)
-        self.adversary.style.button_width = "104px"
-        self.fairness = _control("fairness", widgets.ToggleButtons, options=list(FAIRNESS))
-        self.fairness.tooltips, self.fairness.style.button_width = list(FAIRNESS.values()), "126px"
-        self.index = _control("chosen", number, "image", max=0)
-        for name in ("seed", "images", "steps", "norm", "epsilon"):
-            getattr(self, name).value = getattr(config, name)
-        self.dataset.value = config.dataset or ""
-        self.indices.value = ", ".join(map(str, config.indices))
-
     def _make_displays(self) -> None:
-        self.still, self.picture = Grid(STILL, "idaa-still"), Grid(MOVING, "idaa-picture")
+        self.still = Grid(STILL, "idaa-still", "The images x, G(x) and R(x)")
+        text = "The attacked images x′, what the decoder gives, and x′ − x"
+        self.picture = Grid(MOVING, "idaa-picture", text, marks=True)
+        self.pinned = Grid(
+            MOVING, "idaa-pinned", f"{text}: the setting that was pinned", marks=True
+        )
+        self.pinned.layout.display = "none"
+        self.large = Grid([""], "idaa-large", "One image, enlarged")
+        self.large.layout.display = "none"
         self.strip = Grid([f"{NAMES[a]} x′" for a in ADVERSARIES], "idaa-strip")
-        self.meters, self.curves, self.marker, self.spectra = (
-            _control(name, widgets.HTML) for name in ("meters", "curves", "marker", "spectra")
+        self.verdict, self.meters, self.curves, self.marker, self.spectra = (
+            control(name, widgets.HTML)
+            for name in ("verdict", "meters", "curves", "marker", "spectra")
         )
         self.walk = WalkPanel(self._background, self._guard)
         # The marker lies over the curves: moving it redraws nothing.
         over = widgets.Box([self.curves, self.marker], layout=widgets.Layout(overflow="visible"))
         over.add_class("idaa-over")
-        folded = widgets.VBox([self.index, self.strip]), self.spectra, self.walk.ui
-        self.folds = widgets.Accordion(folded, titles=FOLDS, selected_index=None)
-        lines = (
-            [self.vae, self.encoder],
-            [self.dataset, self.only, self.indices, self.seed],
-            [self.images, self.norm, self.steps, self.upload, self.forget, self.keep],
-            [self.epsilon, self.adversary, self.fairness],
+        self.folds = widgets.Accordion(
+            (self.strip, self.spectra, self.walk.ui), titles=FOLDS, selected_index=None
         )
-        wrapped = widgets.Layout(flex_flow="row wrap")
-        controls = [widgets.HBox(line, layout=wrapped) for line in lines]
-        displays = self.status, self.still, self.picture, self.meters, over, self.folds
-        self.ui = _control("explorer", widgets.VBox, children=[*controls, *displays, self.left_out])
+        grids = self.still, self.large, self.picture, self.pinned
+        texts = self.problems, self.status, self.verdict, self.meters
+        below = over, self.folds, widgets.HTML(ALIVE.format(name="idaa-explorer"))
+        children = [*self.lines, *texts, *grids, *below, self.left_out]
+        self.ui = control("explorer", widgets.VBox, children=children)
 
     def _listen(self) -> None:
         """From now on controls act: what the first load set in them was no request."""
-        reloading = [getattr(self, name) for name in RELOADING]
-        for controls, trait, act in (
-            ((self.epsilon, self.adversary, self.fairness), "value", lambda _: self._draw()),
-            (reloading, "value", lambda _: self._reload()),
-            ((self.upload,), "value", self._upload),
-            ((self.folds,), "selected_index", lambda _: self._unfold()),
-            ((self.index,), "value", lambda _: self._unfold()),
+        for name in RELOADING:
+            act = self._guard(lambda _, name=name: self._reload(name))
+            getattr(self, name).observe(act, "value")
+        for source, trait, act in (
+            (self.epsilon, "value", lambda _: self._draw()),
+            (self.epsilon, "complaint", lambda change: self.complain("epsilon", change["new"])),
+            (self.adversary, "value", lambda _: self._draw()),
+            (self.fairness, "value", lambda _: self._draw()),
+            (self.upload, "value", self._upload),
+            (self.pin, "value", lambda _: self._pin()),
+            (self.saved, "value", lambda change: self._reopen(change["new"])),
+            (self.chosen, "value", lambda _: self._enlarge()),
+            (self.chosen, "value", lambda _: self._unfold()),
+            (self.folds, "selected_index", lambda _: self._unfold()),
         ):
-            for control in controls:
-                control.observe(self._guard(act), trait)
+            source.observe(self._guard(act), trait)
         self.forget.on_click(self._guard(lambda _: self._take(None)))
         self.keep.on_click(self._guard(lambda _: self._save()))
+        self.reset.on_click(self._guard(lambda _: self.open(self._start)))
 
     def show(self) -> None:
-        display(HTML(STYLE + _OVER), self.ui)
+        """Display the widgets, and below them a figure and a table that stay without a kernel.
+
+        Where nobody sits in front of the page, as under papermill, this waits for what they show.
+        """
+        display(HTML(STYLE + PAGE), self.ui)
+        if self.engine is None or query() is not None:  # a page of Voilà's is never without one
+            return
+        self.record, engine = Record(), self.engine
+        self._background.request("verdict", self._guard(lambda: self._judge(engine)))
+        if not attended() and not self._background.settle(timeout=300):
+            self._keep_record(engine)
+
+    # --- settings -----------------------------------------------------------------------------
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What `open` brings back, as JSON: the images, networks and attack that are shown."""
+        if self.engine is None:
+            raise RunError("There is nothing to keep yet.")
+        fields = self.engine.scene.config.model_dump(mode="json", exclude={"preset", "epsilon"})
+        chosen = {"adversary": self.adversary.value, "fairness": self.fairness.value}
+        return fields | chosen | {"epsilon": self.epsilon.field.value}
+
+    def open(self, setting: Mapping[str, Any]) -> None:
+        """Show a `setting`; what one leaves out stays as it is. One that cannot be is said."""
+        try:
+            self._open(setting)
+        except ConfigError as error:
+            self.complain("saved", str(error))
+
+    def _open(self, setting: Mapping[str, Any]) -> None:
+        names = DecomposeConfig.model_fields.keys() - {"preset", "epsilon"}
+        config = self.config.replace(**{k: v for k, v in setting.items() if k in names})
+        for name, choices in (("adversary", ADVERSARIES), ("fairness", FAIRNESS)):
+            if (value := setting.get(name, getattr(self, name).value)) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, and is {value!r}.")
+            getattr(self, name).value = value
+        self.epsilon.field.value = str(setting.get("epsilon", self.epsilon.field.value))
+        self.config = config
+        self.put(config)
+        self._reload()
+
+    def _list_saved(self) -> None:
+        folders = sorted(_folder().glob("*/setting.json"), reverse=True)
+        with self.offer():
+            self.saved.options = [SAVED, *((path.parent.name, path) for path in folders)]
+            self.saved.value = ""
+
+    def _save(self) -> None:
+        """Figures, the setting, and code that makes them again, in a folder of their own."""
+        engine, setting, walk = self.engine, self.setting, self.walk.state
+        assert engine is not None
+        (adversary, epsilon), index = self._attack, max(0, self.chosen.value)
+        now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+        folder = _folder() / f"{now}-{adversary}-epsilon={epsilon:.3g}"
+
+        def work() -> None:
+            engine.save(folder, adversary, epsilon, index, walk)
+            runs.write_json(folder / "setting.json", setting)
+            self._list_saved()
+            place = folder if query() is None else folder.name  # a visitor has no folders here
+            self.status.value = f"Saved, with the code that makes it again: {place}"
+
+        self.status.value = "saving …"
+        self._background.request("fold", self._guard(work))
+
+    def _reopen(self, path: Path | str) -> None:
+        if isinstance(path, Path) and not self.offering:
+            self.open(runs.read_json(path) or {})
+
+    def _pin(self) -> None:
+        """Keep picture and meters as they are, below those that follow the slider."""
+        self.pinned.layout.display = None if self.pin.value else "none"
+
+        def work() -> None:
+            self._pinned = self._now if self.pin.value else None
+            if self._pinned is not None and self.engine is not None:
+                self.pinned.resize(self.engine.columns, self.engine.scene.x.shape[-1])
+                self.pinned.show(self._rows.values())
+                self.pinned.mark(verdict.marks(self._pinned[1].kept))
+            self._write_meters()
+
+        self._background.request("fold", self._guard(work))
 
     # --- other images, networks, attacks --------------------------------------------------------
 
-    def _reload(self) -> None:
-        if self._offering == threading.get_ident():
+    def _reload(self, name: str = "") -> None:
+        """Another engine, since the control `name` asks for it."""
+        if self.offering:
             return
+        self._latest = name
         self.status.value = "recomputing …"
         self._background.disturb()
-        self._background.request("load", self._guard(self._load))
+        self._background.request("load", self._guard(self._attempt))
 
-    def _request(self) -> DecomposeConfig:
-        """The configuration that the controls describe.
-
-        Raises:
-            ConfigError: indices that are no numbers, …
-        """
-        fields = {name: getattr(self, name).value for name in RELOADING}
-        fields |= {"run": fields.pop("encoder"), "own": self.own, "only": self.only.value or None}
-        fields["dataset"] = self.dataset.value.strip() or None
-        return DecomposeConfig(**dict(self.config) | fields)
+    def _attempt(self) -> None:
+        """Load what the controls ask for; one that holds what cannot be is marked, and said."""
+        try:
+            self._load()
+        except UserError as error:
+            self.status.value = ""
+            first = (re.match(r"\w+", str(error)) or [""])[0]
+            name = {field: name for name, field in FIELDS.items()}.get(first, first)
+            name = name if name in (*RELOADING, "upload") else self._latest or "dataset"
+            if self._latest:
+                self.complain(self._latest)
+            self.complain(name, str(error))
+        else:
+            for name in (*RELOADING, "upload", "saved"):
+                self.complain(name)
 
     def _load(self) -> None:
         """Another engine: the direction of its attack is computed once."""
-        engine = Engine(self.config if self.engine is None else self._request())
+        first = self.engine is None
+        engine = Engine(self.request())
         still = engine.still()
         engine.scene.directions("idaa")
-        columns, size = engine.columns, engine.scene.x.shape[-1]
-        self.engine = engine
-        self._offer(engine)
-        self.still.resize(columns, size, engine.scene.names)
+        columns, size, names = engine.columns, engine.scene.x.shape[-1], engine.scene.names
+        self.engine, self._rows, self._now = engine, {}, None
+        self.meters.value = ""  # those of other images
+        self._judge(engine)
+        self.list_choices(engine.scene)
+        self.still.resize(columns, size, names)
         self.picture.resize(columns, size)
+        self.large.resize(len(STILL) + len(MOVING), size, (*STILL, *MOVING), max(1, LARGE // size))
         self.strip.resize(len(STRIP), size, STRIP_NAMES)
-        self.index.max = columns - 1
-        self.forget.layout.display = None if self.own else "none"
+        self.forget.layout.display = None if engine.scene.config.own else "none"
         self.still.show(still.values())
         self.walk.open(engine)
         self.curves.value, self._panels = "<i>The curves over ε are being read …</i>", ()
+        self.epsilon.trained(engine.trained_epsilon)
+        if first:
+            self.epsilon.value = min(max(engine.trained_epsilon, LOW), HIGH)
         self._draw()
         self._unfold()
         self._background.request("curves", self._guard(lambda: self._advance(engine)))
-
-    def _offer(self, engine: Engine) -> None:
-        """The choices that fit, with the engine's own chosen."""
-        scene = engine.scene
-        left_out: list[str] = []
-        vaes = {r.reference: full_name(r) for r in (*runs.usable("vae", left_out), scene.run)}
-        fits = runs.usable("ssl", left_out, size=scene.run.config.size)
-        encoders = {scene.attacked: scene.attacked} | {r.reference: full_name(r) for r in fits}
-        self.left_out.value = "".join(
-            f"<div>{html.escape(line)}</div>" for line in runs.report_left_out(left_out)
-        )
-        encoders |= {UNTRAINED: "a ResNet-18 before training"}
-        classes = {"": "all classes"} | {name: name for name in scene.classes}
-        self._offering = threading.get_ident()
-        try:
-            for control, choices, value in (
-                (self.vae, vaes, scene.run.reference),
-                (self.encoder, encoders, scene.attacked),
-                (self.only, classes, scene.config.only or ""),
-            ):
-                control.options = [(name, key) for key, name in choices.items()]
-                control.value = value
-        finally:
-            self._offering = 0
 
     def _upload(self, change: Any) -> None:
         """An image of the user's own becomes the first; kept, so that code can find it again."""
@@ -243,16 +288,23 @@ class Explorer:
             return
         file = change["new"][0]
         content = bytes(file["content"])
-        name = hashlib.sha256(content).hexdigest()[:12] + Path(file["name"]).suffix
-        folder = runs.outputs_root() / "explorer" / "uploads"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
         self.upload.value = ()  # the same file may be given again
-        self._take(str(folder / name))
+        path = _folder() / "uploads" / hashlib.sha256(content).hexdigest()[:12]
+        path = path.with_suffix(Path(file["name"]).suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        try:
+            decode(path, 8)
+        except (OSError, ValueError):
+            path.unlink()
+            self.complain("upload", f"{file['name']} cannot be read as an image.")
+        else:
+            self.complain("upload")
+            self._take(str(path))
 
     def _take(self, own: str | None) -> None:
-        self.own = own
-        self._reload()
+        self.config = self.config.replace(own=own)
+        self._reload("upload")
 
     # --- a move -------------------------------------------------------------------------------
 
@@ -276,36 +328,72 @@ class Explorer:
             threads = torch.get_num_threads()
             torch.set_num_threads(1 if engine.scene.x.shape[-1] <= 48 else threads)
             try:
-                self.picture.show(engine.moving(adversary, epsilon).values())
+                self._rows = engine.moving(adversary, epsilon)
             finally:
                 torch.set_num_threads(threads)
+            self.picture.show(self._rows.values())
+            self._enlarge()
             self.status.value = ""
 
         def measure() -> None:
-            row = engine.meters(adversary, epsilon)
             if engine is self.engine:
-                self.meters.value = table(row, engine, adversary, title)
+                self._now = title, engine.reading(adversary, epsilon)
+                self.picture.mark(verdict.marks(self._now[1].kept))
+                self._write_meters()
 
-        if engine.scene.live(adversary):
+        if engine.live(adversary):
             paint()
         else:
-            self.status.value = f"attacking in {self.steps.value} steps …"
+            self.status.value = "attacking …"
             self._background.request("paint", self._guard(paint))
         self._background.request("meters", self._guard(measure))
+        self._background.request("verdict", self._guard(lambda: self._judge(engine)))
         if self.folds.selected_index == 1:  # the spectra
             self._unfold()
 
+    def _write_meters(self) -> None:
+        """The meters of what is shown, and of what is pinned."""
+        if self.engine is None or self._now is None:
+            return
+        readings = dict([self._now])
+        if self._pinned is not None:
+            readings[f"pinned: {self._pinned[0]}"] = self._pinned[1]
+        link = ""
+        if query() is not None:
+            fields = {k: v for k, v in self.setting.items() if v not in (None, "", [])}
+            fields |= {"indices": self.indices.value} if "indices" in fields else {}
+            fields |= {"own": Path(fields["own"]).name} if "own" in fields else {}
+            link = f' · <a href="?{html.escape(urlencode(fields))}">link to this setting</a>'
+        self.meters.value = verdict.meters(self.engine, readings, link)
+
+    def _judge(self, engine: Engine) -> None:
+        if engine is self.engine:
+            text = verdict.sentence(engine, self.epsilon.value)
+            self.verdict.value = f"<b>{html.escape(text)}</b>"
+            if engine.complete:
+                self._keep_record(engine)
+
+    def _keep_record(self, engine: Engine) -> None:
+        if self.record is None or self._now is None:
+            return
+        readings = dict([self._now])
+        if engine.complete and (pair := engine.at_equal_loss(self.epsilon.value)):
+            for adversary, reading in zip(("idaa", "clae"), pair, strict=True):
+                readings.setdefault(_title(adversary, reading.row["epsilon"]), reading)
+        self.record.keep(engine.curves, self.verdict.value, verdict.table(engine, readings))
+
     def _strength(self, engine: Engine, adversary: str, idaa: float) -> tuple[float | None, str]:
         """The ε to attack with where IDAA has ε = `idaa`, and a title; None: it is not read yet."""
-        name = NAMES[adversary]
         if self.fairness.value == EQUAL_EPSILON or adversary == "idaa":
-            return idaa, f"{name}, ε = {idaa:.3g}"
+            return idaa, _title(adversary, idaa)
         if not engine.complete:
             return None, "reading how hard each attack is over ε …"
         if (epsilon := engine.as_hard(adversary, idaa)) is not None:
-            return epsilon, f"{name}, ε = {epsilon:.3g}: as hard as IDAA at {idaa:.3g}"
+            name = f"{NAMES[adversary]}, ε = {epsilon:.3g}"
+            return epsilon, f"{name}: as hard as IDAA at {idaa:.6g}"
         hardest = max(engine.curves[adversary], key=lambda row: row["loss_after"])["epsilon"]
-        return hardest, f"{name}, ε = {hardest:.3g}: its hardest, not as hard as IDAA at {idaa:.3g}"
+        title = f"{_title(adversary, hardest)}: its hardest, not as hard as IDAA at {idaa:.6g}"
+        return hardest, title
 
     def _mark(self) -> None:
         """Draw a line at the present ε over the curves."""
@@ -326,15 +414,24 @@ class Explorer:
             return False
         more = engine.advance()
         if not more or {len(curve) for curve in engine.curves.values()} in ({5}, {9}):
-            figure = pictures.identity_curves(engine.curves)
+            figure = pictures.identity_curves(engine.curves, pictures.SAME)
             self.curves.value = svg(figure)
             self._panels = tuple((a.get_position(), a.get_xlim()) for a in figure.axes[:2])
             self._mark()
+            self._judge(engine)
             # A page of Voilà's that connected while these were measured has missed them.
             self.meters.send_state("value")
         if not more and self.fairness.value != EQUAL_EPSILON:
             self._draw()
         return more
+
+    def _enlarge(self) -> None:
+        """The chosen image alone: all that is shown of it, enlarged, and x′ over ε."""
+        index = self.chosen.value
+        self.large.layout.display = "none" if index < 0 else None
+        if index >= 0 and self._rows and self.engine is not None:
+            rows = (self.engine.still() | self._rows).values()
+            self.large.show([torch.stack([images[index] for images in rows])])
 
     def _unfold(self) -> None:
         """Draw what is open below; what is folded away costs nothing."""
@@ -344,7 +441,7 @@ class Explorer:
 
         def work() -> None:
             if fold == 0:
-                self.strip.show(engine.strip(self.index.value).values())
+                self.strip.show(engine.strip(max(0, self.chosen.value)).values())
             elif fold == 1:
                 self.spectra.value = svg(pictures.spectra(engine.parts(*self._attack)))
             else:
@@ -352,34 +449,11 @@ class Explorer:
 
         self._background.request("fold", self._guard(work))
 
-    def _save(self) -> None:
-        """Figures, and the code that makes them again, in a folder of their own."""
-        if (engine := self.engine) is None:
-            raise RunError("There is nothing to save yet.")
-        (adversary, epsilon), index, walk = self._attack, self.index.value, self.walk.state
-        now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        folder = runs.outputs_root() / "explorer" / f"{now}-{adversary}-epsilon={epsilon:.3g}"
 
-        def work() -> None:
-            engine.save(folder, adversary, epsilon, index, walk)
-            self.status.value = f"Saved, with the code that makes it again: {folder}"
-
-        self.status.value = "saving …"
-        self._background.request("fold", self._guard(work))
+def _folder() -> Path:
+    """Where settings are saved."""
+    return runs.outputs_root() / "explorer"
 
 
-def table(row: dict[str, float], engine: Engine, adversary: str, title: str) -> str:
-    """The meters as HTML, with who is attacked and who judges."""
-    judge = engine.witness.name
-    values = row | {
-        "images": len(engine.scene.x),
-        "witness": "an untrained ResNet-18 of another seed" if judge == UNTRAINED else judge,
-        "attacked": "nobody" if adversary == "random_sign" else engine.scene.attacked,
-    }
-    cells = "".join(
-        f'<tr><td style="padding-right:14px">{name}</td>'
-        f"<td>{html.escape(text.format_map(values))}</td></tr>"
-        for name, text in METERS.items()
-    )
-    style = "margin:6px 0 0 112px;line-height:1.6"
-    return f'<div style="{style}"><b>{html.escape(title)}</b><table>{cells}</table></div>'
+def _title(adversary: str, epsilon: float) -> str:
+    return f"{NAMES[adversary]}, ε = {epsilon:.6g}"

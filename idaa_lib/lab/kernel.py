@@ -12,10 +12,12 @@ import contextlib
 import contextvars
 import functools
 import html
+import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
+from urllib.parse import parse_qs
 
 import ipywidgets as widgets
 from IPython import get_ipython
@@ -47,6 +49,12 @@ def attended() -> bool:
     if person := bool(_request().get("content", {}).get("allow_stdin")):
         get_ipython().set_custom_exc((Stopped,), lambda shell, kind, stop, *_, **__: print(stop))
     return person
+
+
+def query() -> dict[str, str] | None:
+    """What the address of Voilà's page asks for; None where this kernel serves no such page."""
+    text = os.environ.get("QUERY_STRING")
+    return None if text is None else {name: last for name, (*_, last) in parse_qs(text).items()}
 
 
 def apart(act: Callable[[], T]) -> T:

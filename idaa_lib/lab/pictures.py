@@ -156,12 +156,18 @@ LOOKS: dict[str, dict[str, Any]] = {
 _THIN: dict[str, Any] = dict(color=INK, linewidth=0.8, linestyle=":")
 
 
+# What a witness looks for among candidates: x as it is (notebook 02), or another view of it (08).
+SAME, VIEW = "x itself", "another view of x"
+
+
 @look()
-def identity_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+def identity_curves(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], sought: str = VIEW
+) -> Figure:
     """Hardness and retrieval over ε, and retrieval over hardness: adversary → rows by ε.
 
-    Rows are those of `scene.Reading`. The right panel compares adversaries where it is fair: at an
-    equal loss.
+    Rows are those of `scene.Reading`; `sought` says what their witness looks for. The right panel
+    compares adversaries where it is fair: at an equal loss.
     """
     figure, (left, middle, right) = style.axes(1, 3, figsize=(10.2, 3.2))
     for name, curve in curves.items():
@@ -179,7 +185,7 @@ def identity_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
     for axis in (left, middle):
         axis.set(xscale="log", xlabel="ε (z; CLAE: normalised pixels)")
     for axis in (middle, right):
-        axis.set(ylabel=f"x found among {row['n']} (%)", ylim=(-5, 105))
+        axis.set(ylabel=f"{sought} found\namong {row['n']} (%)", ylim=(-5, 105))
     legend(figure, [left])
     return figure
 
@@ -224,7 +230,7 @@ def parts(summary: Summary) -> Figure:
         axis.grid(axis="x", visible=False)
     for axis, kind in zip(axes[2:], kinds, strict=True):
         axis.set(title=f"Pixels: {titles[kind]}")
-    axes[0].set(xlabel="seen by the witness", ylabel=f"x found among {n} (%)")
+    axes[0].set(xlabel="seen by the witness", ylabel=f"{VIEW} found among {n} (%)")
     axes[0].set(title="Witness: retrieval@1")
     axes[0].axhline(100 / n, **_THIN)
     fano = [row["fano"] for row in rows]
@@ -286,7 +292,7 @@ def candidates(summary: Summary) -> Figure:
             # A mean of chances, which varies at most as a share of hits does.
             _band(axis, k, share_interval(np.divide(curve, 100), summary["n"]), line)
     axis.plot(k, [100 / i for i in k], label="by chance", **_THIN)
-    axis.set(xscale="log", xlabel="candidates", ylabel="x found (%)", ylim=(-5, 105))
+    axis.set(xscale="log", xlabel="candidates", ylabel=f"{VIEW} found (%)", ylim=(-5, 105))
     axis.set(title="Identity over the number of candidates")
     _ticks(axis, [i for i in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if i <= summary["n"]])
     legend(figure, [axis])

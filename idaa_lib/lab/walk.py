@@ -13,9 +13,12 @@ import ipywidgets as widgets
 
 from idaa_lib.lab import pictures
 from idaa_lib.lab.background import Background
+from idaa_lib.lab.controls import control
 from idaa_lib.lab.engine import SHARE_NAMES, SHARES, STEPPED, Engine
 from idaa_lib.lab.grid import Grid
 from idaa_lib.lab.style import svg
+
+KINDS = ("principal direction", "coordinate")
 
 
 class WalkPanel:
@@ -24,22 +27,19 @@ class WalkPanel:
     def __init__(self, background: Background, guard: Callable[..., Any]) -> None:
         self._background, self._guard = background, guard
         self.engine: Engine | None = None
-        kinds = ["principal direction", "coordinate"]
-        self.kind = widgets.ToggleButtons(options=kinds, style={"button_width": "150px"})
-        self.index = widgets.BoundedIntText(0, 0, 0, description="which")
-        wide = {"width": "440px"}
-        self.amount = widgets.FloatSlider(
-            0, min=-6, max=6, step=0.1, description="step (std)", layout=wide
-        )
-        self.a = widgets.BoundedIntText(0, 0, 0, description="image a")
-        self.b = widgets.BoundedIntText(1, 0, 1, description="image b")
-        self.likeness = widgets.HTML()
-        for name in ("kind", "index", "amount", "a", "b", "likeness"):
-            getattr(self, name).add_class(f"idaa-walk-{name}")
-        for control in (self.kind, self.index, self.amount):
-            control.observe(guard(lambda _: self._step()), "value")
-        for control in (self.a, self.b):
-            control.observe(guard(lambda _: self.draw()), "value")
+        number = widgets.BoundedIntText
+        self.kind = control("walk-kind", widgets.ToggleButtons, options=KINDS)
+        self.kind.style.button_width = "150px"
+        self.index = control("walk-index", number, "which", max=0)
+        limits: dict[str, Any] = {"min": -6, "max": 6, "step": 0.1}
+        self.amount = control("walk-amount", widgets.FloatSlider, "step (std)", 440, **limits)
+        self.a, self.b = (control(f"walk-{x}", number, f"image {x}", max=1) for x in "ab")
+        self.b.value = 1
+        self.likeness = control("walk-likeness", widgets.HTML)
+        for widget in (self.kind, self.index, self.amount):
+            widget.observe(guard(lambda _: self._step()), "value")
+        for widget in (self.a, self.b):
+            widget.observe(guard(lambda _: self.draw()), "value")
         self.stepped = Grid(STEPPED, "idaa-walk")
         self.between = Grid(["R(a), z moves", "G(a), R moves"], "idaa-between")
         step, pair = [self.kind, self.index, self.amount], [self.a, self.b]
