@@ -351,7 +351,10 @@ def test_visitors_read(outputs):
     (broken.path / "config.json").write_text("{")
     failed = made(VAEConfig(seed=2), error="There is no /srv/private/y.zip.")
     judge = made(EvalConfig(run="/srv/private/ssl-gone"), judgement(40.0))
-    vaes = [made(VAEConfig(dataset=f"/srv/private/{n}.zip"), {}) for n in "ab"]
+    vaes = [
+        made(VAEConfig(dataset=f"/srv/private/{name}.zip", seed=seed), {})
+        for seed, name in enumerate("ab", 3)  # equal images of one seed would be one run
+    ]
     (vaes[0].path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
     page = RunsPage(read_only=True)
     pick(page, broken, failed, judge, *vaes)

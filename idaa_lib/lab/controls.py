@@ -29,10 +29,8 @@ FAIRNESS = {
 }
 # Controls whose values choose another engine.
 RELOADING = ("vae", "encoder", "dataset", "only", "indices", "seed", "images", "steps", "norm")
-FIELDS = {
-    "encoder": "run",
-    "upload": "own",
-}  # of the configuration, where a control has its own name
+# Controls that are named otherwise than their field of the configuration.
+FIELDS = {"encoder": "run", "upload": "own"}
 
 SAVED = ("open a saved …", "")  # what the menu of saved settings says, where none is open
 
@@ -185,13 +183,10 @@ class Controls:
         self.norm = control("norm", choice, "norm", short, options=[("ℓ∞", "linf"), ("ℓ2", "l2")])
         self.upload = control("upload", widgets.FileUpload, "your image", accept="image/*")
         self.forget = control("forget", widgets.Button, "remove your image")
-        self.reset = control(
-            "reset", widgets.Button, "Reset", layout={"width": "84px"}, icon="undo"
-        )
-        self.pin = control(
-            "pin", widgets.ToggleButton, "Pin", layout={"width": "84px"}, icon="thumb-tack"
-        )
-        self.keep = control("keep", widgets.Button, "Save", layout={"width": "84px"}, icon="save")
+        act, small = widgets.Button, dict[str, Any](layout={"width": "84px"})
+        self.reset = control("reset", act, "Reset", icon="undo", **small)
+        self.pin = control("pin", widgets.ToggleButton, "Pin", icon="thumb-tack", **small)
+        self.keep = control("keep", act, "Save", icon="save", **small)
         self.saved = control("saved", choice, options=[SAVED], layout={"width": "160px"})
         self.epsilon = Epsilon(0.1)
         names = [(NAMES[adversary], adversary) for adversary in ADVERSARIES]

@@ -239,7 +239,7 @@ class Engine:
             "picture": pictures.image_rows(rows, title, n),
             "strip": pictures.image_rows(self.strip(index), "", len(STRIP), STRIP_NAMES),
             "spectra": pictures.spectra(self.parts(adversary, epsilon)),
-            "curves": pictures.identity_curves(self.curves),
+            "curves": pictures.identity_curves(self.curves, pictures.SAME),
         }
         if walk:
             kind, which, amount, a, b = walk

@@ -46,7 +46,6 @@ from idaa_lib.lab.kernel import attended, guarded, query
 from idaa_lib.lab.record import ALIVE, Record
 from idaa_lib.lab.style import COLOURS, NAMES, svg
 from idaa_lib.lab.walk import WalkPanel
-from idaa_lib.runs import RunError
 
 HERE = Path(__file__).parent
 PAGE = (
@@ -125,8 +124,8 @@ class Explorer(Controls):
     def _listen(self) -> None:
         """From now on controls act: what the first load set in them was no request."""
         for name in RELOADING:
-            act = self._guard(lambda _, name=name: self._reload(name))
-            getattr(self, name).observe(act, "value")
+            reload = self._guard(lambda _, name=name: self._reload(name))
+            getattr(self, name).observe(reload, "value")
         for source, trait, act in (
             (self.epsilon, "value", lambda _: self._draw()),
             (self.epsilon, "complaint", lambda change: self.complain("epsilon", change["new"])),
@@ -162,26 +161,24 @@ class Explorer(Controls):
     @property
     def setting(self) -> dict[str, Any]:
         """What `open` brings back, as JSON: the images, networks and attack that are shown."""
-        if self.engine is None:
-            raise RunError("There is nothing to keep yet.")
+        assert self.engine is not None
         fields = self.engine.scene.config.model_dump(mode="json", exclude={"preset", "epsilon"})
         chosen = {"adversary": self.adversary.value, "fairness": self.fairness.value}
         return fields | chosen | {"epsilon": self.epsilon.field.value}
 
     def open(self, setting: Mapping[str, Any]) -> None:
         """Show a `setting`; what one leaves out stays as it is. One that cannot be is said."""
+        names = DecomposeConfig.model_fields.keys() - {"preset", "epsilon"}
         try:
-            self._open(setting)
+            config = self.config.replace(**{k: v for k, v in setting.items() if k in names})
+            for name, choices in (("adversary", ADVERSARIES), ("fairness", FAIRNESS)):
+                if (value := setting.get(name, getattr(self, name).value)) not in choices:
+                    wish = ", ".join(choices)
+                    raise ConfigError(f"{name} must be one of {wish}, and is {value!r}.")
+                getattr(self, name).value = value
         except ConfigError as error:
             self.complain("saved", str(error))
-
-    def _open(self, setting: Mapping[str, Any]) -> None:
-        names = DecomposeConfig.model_fields.keys() - {"preset", "epsilon"}
-        config = self.config.replace(**{k: v for k, v in setting.items() if k in names})
-        for name, choices in (("adversary", ADVERSARIES), ("fairness", FAIRNESS)):
-            if (value := setting.get(name, getattr(self, name).value)) not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}, and is {value!r}.")
-            getattr(self, name).value = value
+            return
         self.epsilon.field.value = str(setting.get("epsilon", self.epsilon.field.value))
         self.config = config
         self.put(config)

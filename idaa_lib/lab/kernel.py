@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import html
 import os
 import threading
@@ -97,22 +96,13 @@ def newcomer() -> Iterator[threading.Event]:
         del session.deserialize
 
 
-def guarded(status: widgets.HTML) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator of callbacks, whose errors no notebook shows: they are written into `status`.
-
-    A `UserError` shows as its sentence, anything else as its traceback; None comes back then.
-    """
-
-    def decorate(act: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(act)
-        def safe(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return act(*args, **kwargs)
-            except UserError as error:
-                status.value = f"<b>{html.escape(str(error))}</b>"
-            except Exception:
-                status.value = f"<pre>{html.escape(traceback.format_exc())}</pre>"
-
-        return safe
-
-    return decorate
+@contextlib.contextmanager
+def guarded(status: widgets.HTML) -> Iterator[None]:
+    """A context, and a decorator of callbacks, whose errors no notebook shows: they are written
+    into `status`, a `UserError` as its sentence, any other as its traceback; None comes back."""
+    try:
+        yield
+    except UserError as error:
+        status.value = f"<b>{html.escape(str(error))}</b>"
+    except Exception:
+        status.value = f"<pre>{html.escape(traceback.format_exc())}</pre>"

@@ -314,13 +314,10 @@ class Panel:
     def _table(self, word: str, state: dict[str, Any], step: int) -> str:
         """The figures as HTML."""
         latest, config = self._readings.latest, self.run.config
-        cells = {
-            "state": word,
-            "step": f"{step:,}" + (f" of {self._steps:,}" if self._steps else ""),
-        }
-        cells["epoch"] = f"{(latest('epoch') or 0) + 1} of {config.epochs}"
-        values = {key: latest(key) for key in FIGURES}
-        cells |= figures_of({k: value for k, value in values.items() if value is not None})
+        steps = f" of {self._steps:,}" if self._steps else ""
+        epoch = f"{(latest('epoch') or 0) + 1} of {config.epochs}"
+        cells = {"state": word, "step": f"{step:,}{steps}", "epoch": epoch}
+        cells |= figures_of({k: v for k in FIGURES if (v := latest(k)) is not None})
         if word in ("going", "pausing", "stopping", "paused"):
             cells["time left"] = clock(state.get("seconds_left"))
         names = {"resident": "memory", "cuda": "GPU memory, at most"}

@@ -147,10 +147,9 @@ LOOKS: dict[str, dict[str, Any]] = {
         ("x", "x", "x", INK),
         ("G", "G(x)", "D", OTHERS[2]),
         ("R", "R(x)", "v", OTHERS[3]),
-        *(
-            (name, NAMES[name], marker, COLOURS[name])
-            for name, marker in (("idaa", "o"), ("clae", "s"), ("random_sign", "^"))
-        ),
+        ("idaa", NAMES["idaa"], "o", COLOURS["idaa"]),
+        ("clae", NAMES["clae"], "s", COLOURS["clae"]),
+        ("random_sign", NAMES["random_sign"], "^", COLOURS["random_sign"]),
     )
 }
 _THIN: dict[str, Any] = dict(color=INK, linewidth=0.8, linestyle=":")
@@ -175,8 +174,7 @@ def identity_curves(
         epsilon, loss, retrieved, *ends = ([row[key] for row in curve] for key in keys)
         left.plot(epsilon, loss, **LOOKS[name])
         for axis, at in ((middle, epsilon), (right, loss)):
-            axis.plot(at, retrieved, **LOOKS[name])
-            _band(axis, at, ends, LOOKS[name])
+            _curve(axis, at, retrieved, ends, LOOKS[name])
     row = next((row for curve in curves.values() for row in curve), {"n": 0})
     left.axhline(row.get("loss_before", 0), **_THIN)
     left.set(ylabel="loss at x′ (nats)", title="Hardness")
@@ -271,8 +269,8 @@ def equal_hardness(summary: Summary) -> Figure:
     if labelled:
         for name, curve in curves.items():
             loss, same = ([row[key] for row in curve] for key in ("loss_after", "consistency"))
-            axes[2].plot(loss, same, **LOOKS[name])
-            _band(axes[2], loss, share_interval(np.divide(same, 100), summary["n"]), LOOKS[name])
+            ends = share_interval(np.divide(same, 100), summary["n"])
+            _curve(axes[2], loss, same, ends, LOOKS[name])
         axes[2].set(xlabel="loss at x′ (nats)", ylabel="same class as x (%)", ylim=(-5, 105))
         axes[2].set(title="Label consistency")
     legend(figure, axes)
@@ -288,9 +286,9 @@ def candidates(summary: Summary) -> Figure:
     for name, curve in (summary["among"] | attacked).items():
         if line := LOOKS.get(name):
             label = f"{line['label']} x′, ε = {radii[name]:.2g}" if name in radii else line["label"]
-            axis.plot(k, curve, **line | {"label": label})
             # A mean of chances, which varies at most as a share of hits does.
-            _band(axis, k, share_interval(np.divide(curve, 100), summary["n"]), line)
+            ends = share_interval(np.divide(curve, 100), summary["n"])
+            _curve(axis, k, curve, ends, line | {"label": label})
     axis.plot(k, [100 / i for i in k], label="by chance", **_THIN)
     axis.set(xscale="log", xlabel="candidates", ylabel=f"{VIEW} found (%)", ylim=(-5, 105))
     axis.set(title="Identity over the number of candidates")
@@ -364,7 +362,9 @@ def _spread(rows: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.maximum(0, [mean - low, high - mean])
 
 
-def _band(axis: Any, at: Sequence[float], ends: Any, line: Mapping[str, Any]) -> None:
+def _curve(axis: Any, at: Any, values: Any, ends: Any, line: Mapping[str, Any]) -> None:
+    """Values with their intervals as a band."""
+    axis.plot(at, values, **line)
     axis.fill_between(at, *ends, color=line["color"], alpha=0.15, linewidth=0)
 
 

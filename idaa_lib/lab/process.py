@@ -65,12 +65,10 @@ def launch(run: Run, config: TrainingConfig) -> None:
                 stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | own,
             )  # fmt: skip
         _children[process.pid] = process
-        about: dict[str, Any] = {
-            "pid": process.pid,
-            "born": machine.birth(process.pid),
-            "log": length,
-        }
-        about |= {"host": socket.gethostname(), "started": time.time()}
+        about = {
+            "pid": process.pid, "born": machine.birth(process.pid), "log": length,
+            "host": socket.gethostname(), "started": time.time(),
+        }  # fmt: skip
         runs.write_json(run.path / "process.json", about)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from IPython.display import HTML, DisplayHandle, Image
+from IPython.display import HTML, display
 
-from idaa_lib.lab import pictures
-from idaa_lib.lab.style import DPI
+from idaa_lib.lab import pictures, style
 
 # Stands in a widget: while the widgets are there, the record of the same cell is hidden.
 ALIVE = "<style>.jp-OutputArea-child:has(.{name}) ~ .jp-OutputArea-child {{display: none}}</style>"
@@ -20,9 +18,7 @@ class Record:
     """Two outputs of the running cell, a figure and a table, that are replaced as it goes on."""
 
     def __init__(self) -> None:
-        self._figure, self._table = DisplayHandle(), DisplayHandle()
-        for handle in (self._figure, self._table):
-            handle.display(HTML(""))
+        self._figure, self._table = (display(HTML(""), display_id=True) for _ in range(2))
         self._latest: tuple[Any, int] = (None, 0)
 
     def keep(
@@ -31,10 +27,9 @@ class Record:
         """Show curves over ε as PNG, and the verdict (HTML) over a table."""
         points = sum(map(len, curves.values()))
         if curves is not self._latest[0] or points != self._latest[1]:
-            self._latest, file = (curves, points), io.BytesIO()
+            self._latest = curves, points
             figure = pictures.identity_curves(curves, pictures.SAME)
-            figure.savefig(file, format="png", dpi=DPI)
-            self._figure.update(Image(file.getvalue(), width=round(96 * figure.get_figwidth())))
+            self._figure.update(style.picture(figure))
         content = {
             "text/plain": table.to_string(),
             "text/html": f"<p>{verdict}</p>{table.to_html()}",

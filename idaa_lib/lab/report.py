@@ -134,9 +134,10 @@ class Report:
                 table = results.tabulate(self.frame[own], ["label", "split"]).reset_index()
                 text += results.html_table(table, index=False)
             figure = plots.curves(named, plots.CURVES[members[0].stage][:3])
-            drawn = _svg(figure) if figure.axes else ""
+            if figure.axes:
+                text = _svg(figure) + text
             lines = itertools.chain.from_iterable(map(_lineage, members))
-            return _heading(*members) + drawn + text + _commands(lines)
+            return _heading(*members) + text + _commands(lines)
 
         trainings = [run for run in self.runs.values() if run.stage in plots.CURVES]
         groups: dict[Any, list[Run]] = {}

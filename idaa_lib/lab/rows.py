@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -73,19 +73,20 @@ def row_of(run: Run) -> Row:
         if state != "finished" and "steps" in look.state:
             progress = f"{look.state['step']:,} of {look.state['steps']:,}"
         figures = results.key_figures(run)
-        silent = {"seed", "run" if judged else "seed", *config.circumstances}
-        fields = {k: v for k, v in config.model_dump(mode="json").items() if k not in silent}
+        silent = {"seed", *config.circumstances} | ({"run"} if judged else set())
+        fields = config.model_dump(mode="json", exclude=silent)
         images = run.environment.get("dataset", {}).get("fingerprint")
         texts |= {
-            "state": f"{SIGNS[state]} {look.word}" + f", {progress}" * bool(progress),
+            "state": f"{SIGNS[state]} {look.word}",
             "data": Path(config.dataset or getattr(about, "dataset", "–")).name,
             "method": method, "adversary": adversary,
             "differs from preset": ", ".join(differs), "seed": str(config.stated()["seed"]),
             "result": look.reason or results.headline(figures), "tags": ", ".join(run.tags),
         }  # fmt: skip
         if state == "going":
-            texts["state"] = f"{SIGNS[state]} {look.word}"
             progress += f", {clock(look.state.get('seconds_left'))} left"
+        elif progress:
+            texts["state"] += f", {progress}"
         family = json.dumps([run.stage, images, fields], sort_keys=True)
         return Row(state, texts, figures, family, judged, progress, size, stamps)
     except results.DAMAGE as error:
@@ -132,7 +133,7 @@ def tabulate(rows: Mapping[Run, Row], means: bool) -> tuple[pd.DataFrame, list[l
             line["result"] = results.headline(_means(mine)) or line["result"]
             line["started"] = max(row.texts["started"] for row in mine)
             seeds = {row.texts.get("seed", "") for row in mine}
-            line["seed"] = ", ".join(sorted(seeds, key=_number))
+            line["seed"] = ", ".join(sorted(seeds, key=results.natural))
         figures = [tests.get(run.id, {}) for run in group]
         for column in TESTS.values():
             line[column] = _write([each[column] for each in figures if column in each])
@@ -145,16 +146,11 @@ def tabulate(rows: Mapping[Run, Row], means: bool) -> tuple[pd.DataFrame, list[l
 
 def _means(mine: Sequence[Row]) -> list[dict[str, Any]]:
     """The figures of the first of these with the mean over all of them as `text`."""
-
-    def key(figure: Mapping[str, Any]) -> Any:
-        return figure["metric"], figure["split"], figure.get("dataset")
-
-    every = [figure for row in mine for figure in row.figures]
-    first = {key(figure): figure for figure in reversed(every)}
-    return [
-        figure | {"text": _write([other for other in every if key(other) == name])}
-        for name, figure in reversed(first.items())
-    ]
+    alike: dict[Hashable, list[dict[str, Any]]] = {}
+    for figure in itertools.chain.from_iterable(row.figures for row in mine):
+        key = figure["metric"], figure["split"], figure.get("dataset")
+        alike.setdefault(key, []).append(figure)
+    return [figures[0] | {"text": _write(figures)} for figures in alike.values()]
 
 
 def _write(figures: Sequence[Mapping[str, Any]]) -> str:
@@ -178,14 +174,5 @@ def join(texts: Iterable[str]) -> str:
 
 def _order(texts: pd.Series) -> pd.Categorical:
     """Texts that are sorted by the number that they begin with."""
-    present = {text for text in texts if text}
-    order = sorted(present, key=lambda text: (_number(text), text))
+    order = sorted({text for text in texts if text}, key=results.natural)
     return pd.Categorical(texts.where(texts != ""), order, ordered=True)
-
-
-def _number(text: str) -> float:
-    """The number that a text begins with; last of all where it begins with none (`unknown`)."""
-    try:
-        return float(text.replace(",", " ").split()[0])
-    except (ValueError, IndexError):
-        return math.inf

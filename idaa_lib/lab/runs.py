@@ -32,13 +32,13 @@ from idaa_lib.runs import Run, RunError
 STYLE = (Path(__file__).parent / "runs.css").read_text(encoding="utf-8")
 RATED = [COLUMNS.index(name) for name in TESTS.values()]
 # Columns that are shown on request; the search is in what each row shows without it.
-ASIDE = [i for i, name in enumerate(COLUMNS) if "official" in name or name in (SIZE, "id")]
+OPTIONAL = [i for i, name in enumerate(COLUMNS) if "official" in name or name in (SIZE, "id")]
 # Options of DataTables and of itables.
 TABLE: dict[str, Any] = {
     "columnDefs": [
         {"targets": [*RATED, COLUMNS.index("seed")], "type": "num"},
         {"targets": RATED, "orderSequence": ["desc", "asc"]},
-        {"targets": ASIDE, "visible": False, "searchable": False},
+        {"targets": OPTIONAL, "visible": False, "searchable": False},
         *({"targets": i, "className": f"idaa-{name.split()[0]}"} for i, name in enumerate(COLUMNS)),
     ],
     "order": [[COLUMNS.index("started"), "desc"]],
@@ -272,14 +272,14 @@ class RunsPage:
 
     def _delete(self) -> None:
         self._unask()
-        freed, kept = 0, []
+        freed, refusals = 0, []
         for run in self.picked:
             try:
                 freed += run.delete()
             except RunError as error:
-                kept.append(html.escape(str(error)))
+                refusals.append(html.escape(str(error)))
         self.refresh(redraw=True)
-        self.status.value = "<br>".join([f"{mebibytes(freed)} freed.", *kept])
+        self.status.value = "<br>".join([f"{mebibytes(freed)} freed.", *refusals])
 
     def _button(self, name: str, label: str, act: Callable[[], None]) -> widgets.Button:
         button = widgets.Button(description=label, layout=widgets.Layout(width="auto"))

@@ -85,9 +85,7 @@ class Picture(Figure):
     """A figure that the end of a cell shows, as `save` would write it."""
 
     def _ipython_display_(self) -> None:
-        target = io.BytesIO()
-        _write(self, target)
-        display(_image(target.getvalue()))
+        display(picture(self))
 
 
 def axes(
@@ -174,6 +172,13 @@ def save(figure: Figure, path: Path | str, column: str | None = None) -> Image:
     if choice == "1" or column:
         _write(figure, path.with_suffix(".pdf"), bbox_inches=box)
     return _image(path.read_bytes(), dpi)
+
+
+def picture(figure: Figure) -> Image:
+    """A figure as `save` would write it, of which no file is kept."""
+    target = io.BytesIO()
+    _write(figure, target)
+    return _image(target.getvalue())
 
 
 def _image(png: bytes, dpi: int = DPI) -> Image:

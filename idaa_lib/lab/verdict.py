@@ -64,11 +64,11 @@ def sentence(engine: Engine, epsilon: float) -> str:
             return f"No ε of CLAE up to {EPSILONS[-1]:g} is as hard as IDAA with ε = {epsilon:.6g}."
         return f"IDAA with ε = {epsilon:.6g} does not make x harder: there is nothing to compare."
     idaa, clae = (reading.kept for reading in pair)
-    kept, other, n = idaa.hits.mean(), clae.hits.mean(), len(idaa.ranks)
+    own, other, n = idaa.hits.mean(), clae.hits.mean(), len(idaa.ranks)
     change = paired_difference(idaa.hits, clae.hits)
     text = (
         f"At a loss of {pair[0].row['loss_after']:.2f} nats IDAA (ε = {epsilon:.6g}) keeps "
-        f"{kept:.0f} % of {n} images, CLAE (ε = {pair[1].row['epsilon']:.3g}) {other:.0f} %: "
+        f"{own:.0f} % of {n} images, CLAE (ε = {pair[1].row['epsilon']:.3g}) {other:.0f} %: "
         f"{change.value:+.0f} points (95 %: {change.low:+.0f} … {change.high:+.0f}). "
         f"{TELLS[verdict(change)].format(n=n)}"
     )
