@@ -431,12 +431,12 @@ def full_name(run: Run, config: Any = None) -> str:
     """
     config = config or run.config
     stated, (what, adversary) = config.stated(), title(config)
-    number = lambda value: value if value == UNKNOWN else f"{value:.3g}"  # noqa: E731
     if config.stage == "vae":
-        what = f"VAE β {number(stated['beta'])}, dim {config.dim}"
+        what = f"VAE {field_text('beta', stated['beta'], ' ')}, dim {config.dim}"
     elif config.adversary != "none":
-        epsilon = stated.get("epsilon")  # which an adversary of one's own may lack
-        what += f" + {adversary}" + (f" ε {number(epsilon)}" if epsilon is not None else "")
+        what += f" + {adversary}"
+        if "epsilon" in stated:  # which an adversary of one's own may lack
+            what += f" {field_text('epsilon', stated['epsilon'], ' ')}"
     if config.stage == "semi":
         what += f", {config.labels_per_class} labels a class"
     words = [what, Path(config.dataset).name.removesuffix(".zip"), f"seed {stated['seed']}"]

@@ -19,6 +19,7 @@ from idaa_lib.lab.notebook import choose
 from idaa_lib.lab.runs import RunsPage, curves
 from idaa_lib.results import full_name
 from idaa_lib.runs import RunError, checkpoints
+from idaa_lib.runs.choice import reading_of
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train import stages
 
@@ -237,6 +238,10 @@ def test_a_folder_that_was_moved_is_the_same(outputs, photographs, tmp_path, cap
     assert "was trained on" not in capsys.readouterr().out
     assert runs.find("vae", dataset=str(moved), classes=fields.get("classes", "")) == [vae]
     assert runs.find("vae", dataset="photos", size=16) == []
+    own = {"classes": fields["classes"]} if classes else {}
+    assert reading_of(EvalConfig(), vae, str(moved)) == own
+    assert reading_of(EvalConfig(classes=""), vae, str(moved)) == {"classes": ""}
+    assert reading_of(EvalConfig(on_error="skip"), vae, "photos") == {"on_error": "skip"}
     # Started again, it knows the new place, and other runs do.
     assert vae.config.dataset == str(photographs)
     assert train_vae(VAEConfig(dataset=str(moved), dim=4, **fields)) == vae
@@ -246,6 +251,13 @@ def test_a_folder_that_was_moved_is_the_same(outputs, photographs, tmp_path, cap
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(other)
     with pytest.raises(RunError, match="no finished vae run with dataset="):
         stages.settle(encoder)
+
+
+def test_a_training_that_read_its_images_as_they_are_has_none_opened(outputs, monkeypatch):
+    """To compare them with other images would decode those at the training's size."""
+    monkeypatch.setattr("idaa_lib.runs.choice.open_images", None)
+    for config in (EvalConfig(), EvalConfig(gray_bits=12)):
+        assert reading_of(config, made(SSLConfig()), "food101") == config.reading
 
 
 # --- what notebooks say --------------------------------------------------------------------------
@@ -278,7 +290,7 @@ def test_every_notebook_names_what_it_uses_where_its_configuration_is(path):
     choose none, since they show all runs."""
     cells = code(path)
     reads = [cell for cell in cells if ".from_notebook(globals())" in cell]
-    study = "sweeps.plan(" in "".join(cells)
+    study = path.stem[:2] in ("05", "06", "11")
     assert (len(reads) == 1) == (path.stem[:2] not in ("00", "13"))
     if study:
         assert "sweeps.vaes(grid)" in "".join(cells[1:4])

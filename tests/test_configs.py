@@ -126,6 +126,7 @@ NOTHING = ("None", "null", "NULL", "none", "")
         (EvalConfig, "references", ("false", "False", "no", "off"), False),
         (EvalConfig, "run", NOTHING, None),
         (EvalConfig, "run", ("ssl-a",), "ssl-a"),
+        (EvalConfig, "classes", NOTHING[:-1], None),
         (SSLConfig, "adversary", ("none", "None", "null"), "none"),
         (SSLConfig, "dataset", ("2024",), "2024"),
         (SSLConfig, "dataset", ("None", "null"), "photos"),

@@ -26,7 +26,7 @@ from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.data import cached as images
 from idaa_lib.data import decoding, photos, sources
 from idaa_lib.evaluate.stage import evaluate
-from idaa_lib.runs.directory import RunError, get, outputs_root
+from idaa_lib.runs import RunError, get, outputs_root
 from idaa_lib.sweeps import plan, points
 from idaa_lib.train.stages import locate, train_ssl
 

@@ -28,7 +28,6 @@ from idaa_lib.adversaries import IDAA
 from idaa_lib.evaluate.encoders import Encoder, features
 from idaa_lib.interop import imported
 from idaa_lib.interop.imported import read_name
-from idaa_lib.lab import explorer
 from idaa_lib.lab.rows import row_of
 from idaa_lib.methods.cassle import NEUTRAL
 from idaa_lib.nets import build_backbone
@@ -654,9 +653,10 @@ def test_what_a_published_file_does_not_say_is_unknown_to_who_looks(outputs, tmp
     vae_ = idaa_lib.import_run(tmp_path / "model_epoch292.pth", **values)
     assert {"kappa", "beta"} <= vae_.config.unknown and "beta" not in vae_.summary
     assert "unknown" in str(row_of(vae_).texts)  # its seed, on the page of runs
-    assert explorer._vae_name(vae_).startswith("β unknown, dim 8")
-    assert explorer._ssl_name(bare).startswith("simclr + an unknown adversary, ε unknown")
-    assert explorer._ssl_name(named).startswith("simclr + IDAA ε 0.03")
+    # Notebooks name it so.
+    assert results.full_name(vae_).startswith("VAE β unknown, dim 8 · photos · ")
+    assert results.full_name(bare).startswith("SimCLR + an unknown adversary ε unknown · photos · ")
+    assert results.full_name(named).startswith("SimCLR + IDAA ε 0.03 · photos · seed 3 · ")
     vae_ = idaa_lib.import_run(tmp_path / "model_epoch292.pth", **values, beta=0.5)
     assert not {"kappa", "beta"} & vae_.config.unknown
     assert vae_.summary["beta"] == 0.5
@@ -668,9 +668,9 @@ def test_an_import_without_a_word_takes_the_data_of_its_name(
     """`python -m idaa_lib import model_epoch292.pth`, where CIFAR-10 lies in the data folder."""
     opened = []
 
-    def photos(dataset, *how):
+    def photos(dataset, split, size, limit, **reading):
         opened.append(dataset)
-        return open_images("photos", *how[:2], 50, *how[3:])
+        return open_images("photos", split, size, 50, **reading)
 
     monkeypatch.setattr(imported, "open_images", photos)
     for name, dataset in (("vae_cifar100_dim8_kl0.1_simclr", "cifar100"), ("mine", "cifar10")):

@@ -398,6 +398,8 @@ def read(model: type[BaseModel], name: str, value: Any) -> Any:
 
 
 def _read(annotation: Any, value: Any) -> Any:
+    if value == "" and Literal[""] in typing.get_args(annotation):  # which says something else
+        return value
     kinds, text = _kinds(annotation), isinstance(value, str)
     word = value.strip() if text else ""
     empty = not word and (types.NoneType in kinds or not kinds & {str, tuple, dict})

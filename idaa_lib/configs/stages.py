@@ -34,7 +34,7 @@ class EvalConfig(ImagesConfig):
         run: id or path of an SSL run (None: the newest finished one).
         dataset: None for the one that the run was trained on (of `stl10-all` its labelled images,
             `stl10`). limit: at most so many images of each split.
-        classes: as in a training (None: the run's, where the dataset is its own).
+        classes: as in a training (None: the run's, where the dataset is its own; "": all).
         protocol: `clean` (penalty chosen on validation, all test images, test read once) or
             `official` (the published one of the run's method: its layers, τ and batch size, best
             test epoch of the linear classifier, partial batches dropped, and of a run with
@@ -51,7 +51,7 @@ class EvalConfig(ImagesConfig):
 
     run: str | None = None
     dataset: str | None = None
-    classes: str | None = None
+    classes: str | Literal[""] | None = None
     limit: Positive | None = None
     protocol: Literal["clean", "official"] = "clean"
     k: Positive = 200

@@ -153,8 +153,10 @@ def _fingerprint(dataset: str, *part: Any, **reading: Any) -> str | None:
 
 
 def reading_of(config: ImagesConfig, training: Run, dataset: str) -> dict[str, Any]:
-    """How a stage reads `dataset`: as its own fields say, else as the training whose images they
-    are."""
-    own = training.config
-    same = has_images(training, dataset, own.classes)
-    return (own.reading if same else {}) | config.reading
+    """Arguments of `load` for a stage that reads `dataset`: those that its own fields set, then, of
+    a training on the same images, that one's."""
+    own = {name: value for name, value in training.config.reading.items() if value != ""}
+    # Most trainings have none, and to compare images means to decode them at the training's size.
+    if own and not has_images(training, dataset, training.config.classes):
+        own = {}
+    return own | config.reading
