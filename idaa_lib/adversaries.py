@@ -180,7 +180,7 @@ class Radius(Adversary.Options):
 
 
 class VAEOptions(Adversary.Options):
-    """vae: id or path of a VAE run (None: the newest that fits). dim: its bottleneck dimension
+    """vae: id or path of a VAE run (None: one that fits). dim: its bottleneck dimension
     (None: any)."""
 
     vae: str | None = None

@@ -45,7 +45,6 @@ SHOWN = ["dataset", "features", "metric", "value", "low", "high", "unit", "n", "
 # What a published figure has in common with those that it stands beside, where it says it.
 AGREE = ["size", "classes", "backbone", "width", "normalisation"]
 OWN_COLUMNS = {"seed", "dataset", "labels_per_class"}  # fields that a label need not say
-OF_TRAINING = ("seed", "epochs", "images")  # what a table says of trainings beside their labels
 DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, OSError)
 
 
@@ -271,7 +270,7 @@ def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     """
     import pandas as pd
 
-    about, key = list(OF_TRAINING), ["label", "heading"]
+    about, key = ["seed", "epochs", "images"], ["label", "heading"]  # about: of trainings
     reference = frame["features"] != "encoder"
     ours = frame.assign(heading=_heading(frame, by))
     ours["label"] = ours["label"].mask(reference, ours["features"])

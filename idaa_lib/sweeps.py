@@ -49,7 +49,7 @@ from idaa_lib.runs import (
 )
 from idaa_lib.runs.directory import STARTER
 from idaa_lib.runs.machine import hardware, resolve_paths
-from idaa_lib.runs.progress import Lines, Tally
+from idaa_lib.runs.progress import Lines, Tally, clock
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -219,7 +219,7 @@ def outline(grid: Sequence[Point], jobs: int) -> str:
     runs so far: a sentence to read before it starts."""
     tasks = plan(grid)
     tally = Tally({key: task.config for key, task in tasks.items()}, jobs)
-    return f"{len(grid)} points take {tally.plan(there(tasks))}"
+    return f"{len(grid)} points take {tally.plan(find_runs(tasks))}"
 
 
 def perform_all(
@@ -301,7 +301,7 @@ def perform(config: ImagesConfig) -> Outcome:
     name, start = config.stage, time.monotonic()
     try:
         name = locate(config).id
-        if run := _finished(config):
+        if run := _find(config):
             return Outcome(run.reference, "finished")
         return Outcome(ensure(config).reference, "finished", None, time.monotonic() - start)
     except Exception as error:
@@ -319,7 +319,7 @@ def check(outcomes: Mapping[str, Outcome]) -> None:
         )
 
 
-def there(tasks: Mapping[str, Task], left_out: list[str] | None = None) -> dict[str, Run]:
+def find_runs(tasks: Mapping[str, Task], left_out: list[str] | None = None) -> dict[str, Run]:
     """Key → run of the tasks that are finished; nothing is started.
 
     left_out: takes a sentence for each run that cannot be read, or whose weights, on which the ids
@@ -330,7 +330,7 @@ def there(tasks: Mapping[str, Task], left_out: list[str] | None = None) -> dict[
         if runs.keys() >= set(needs.values()):
             names = {field: runs[other].reference for field, other in needs.items()}
             try:
-                if (run := _finished(config.replace(**names))) and run.config and run.summary:
+                if (run := _find(config.replace(**names))) and run.config and run.summary:
                     runs[key] = run
             except RunError as error:
                 if left_out is not None:
@@ -344,18 +344,22 @@ def finished(grid: Sequence[Point], left_out: list[str] | None = None) -> list[t
     Raises:
         ConfigError: as `plan`.
     """
-    runs = there(plan(grid), left_out)
+    runs = find_runs(plan(grid), left_out)
     ends = [[*_chain(point)][-1][0] for point in grid]
     return [(point, runs[key]) for point, key in zip(grid, ends, strict=True) if key in runs]
 
 
 def table(grid: Sequence[Point]) -> pd.DataFrame:
-    """The tidy results of all points that are finished: their labels, then `results.results`."""
+    """The tidy results of all points that are finished: their labels, then `results.results`; which
+    runs are left out, since they cannot be read, is printed."""
     import pandas as pd
 
+    damage: list[str] = []
     ends = [(point.labels, run, results.training_of(run) or run) for point, run in finished(grid)]
     runs = list(dict.fromkeys([run for _, run, _ in ends] + [run for *_, run in ends]))
-    figures = results.results(runs)
+    figures = results.results(runs, damage)
+    if damage:
+        print(*report_left_out(damage), sep="\n")
     labels = pd.DataFrame([{**labels, "training": run.id} for labels, _, run in ends])
     beside = [name for name in labels if name not in figures]
     return labels[["training", *beside]].merge(figures, on="training") if ends else figures
@@ -364,11 +368,11 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
 def missing(grid: Sequence[Point]) -> str:
     """Which points have no finished evaluation, how they come about, and what cannot be read."""
     left_out: list[str] = []
-    there = [point for point, _ in finished(grid, left_out)]
+    present = [point for point, _ in finished(grid, left_out)]
     lacking = [
         " × ".join(str(v) for v in point.labels.values() if v) + f" (seed {point.ssl['seed']})"
         for point in grid
-        if point not in there
+        if point not in present
     ]
     text = f"{len(lacking)} of {len(grid)} points are missing: {', '.join(lacking)}. "
     text = text + "They are made with launch = True." if lacking else "Every point has its runs."
@@ -391,7 +395,7 @@ def locate(config: Any) -> Run:
     return (evaluation if config.stage == "eval" else train).locate(config)
 
 
-def _finished(config: ImagesConfig) -> Run | None:
+def _find(config: ImagesConfig) -> Run | None:
     """The finished run of `config`. An evaluation with references serves where none are asked."""
     kinds = [config]
     if isinstance(config, EvalConfig) and not config.references:
@@ -409,7 +413,7 @@ def ensure(config: ImagesConfig) -> Run:
         RunError: the notebook failed; its executed copy lies in the run directory.
     """
     config = resolve_paths(config)
-    if run := _finished(config):
+    if run := _find(config):
         return run
     run, notebook = locate(config), NOTEBOOKS[config.stage]
     run.path.mkdir(parents=True, exist_ok=True)
@@ -513,8 +517,7 @@ def main(words: Sequence[str]) -> int:
     here = Path.cwd()  # papermill changes it, in whatever thread
 
     def say(text: str) -> None:
-        minutes, seconds = divmod(round(time.monotonic() - began), 60)
-        print(f"[{minutes}:{seconds:02}] {text}", flush=True)
+        print(f"[{clock(time.monotonic() - began)}] {text}", flush=True)
 
     try:
         sweep = tomllib.loads(path.read_text(encoding="utf-8"))

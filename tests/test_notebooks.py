@@ -380,7 +380,7 @@ def test_over_dim_the_beta_of_the_middle_is_held():
 # --- the main table ------------------------------------------------------------------------------
 
 
-def test_the_table_is_filled_from_finished_runs(tmp_path, monkeypatch):
+def test_the_table_is_filled_from_finished_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
     small = {k: SMALL[k] for k in SMALL.keys() - {"device"}}
     config = CompareConfig(
@@ -403,6 +403,9 @@ def test_the_table_is_filled_from_finished_runs(tmp_path, monkeypatch):
     # Photographs are no images of the paper.
     assert [*group.table.index] == ["SimCLR", "untrained encoder", "raw pixels"]
     assert "official" not in group.protocols
+    (run.path / "model.json").write_text("[]")
+    assert sweeps.table(grid).empty
+    assert f"Left out: {run.path}: " in capsys.readouterr().out
 
 
 def test_the_table_ends_with_what_every_encoder_has_to_beat(outputs, tmp_path, monkeypatch):

@@ -288,7 +288,7 @@ def test_a_run_keeps_its_classes_wherever_it_is_judged(tmp_path, outputs, monkey
     assert rows[0]["n"] == 24
 
     vae = train_vae(VAEConfig(**TINY | {"limit": None}, dim=8, **_own(run)))
-    assert open_scene(DecomposeConfig(vae=vae.id, images=4)).classes == ("dog", "bee")
+    assert open_scene(DecomposeConfig(vae=vae.id, images=4)).data.classes == ("dog", "bee")
     train_vae(VAEConfig(**TINY | {"limit": None}, dim=8, dataset=str(root)))  # newer, of all
     chosen = stages.settle(ssl(adversary="idaa", limit=None, **_own(run)))[0]
     assert chosen.vae == vae.id

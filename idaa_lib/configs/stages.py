@@ -31,7 +31,7 @@ class EvalConfig(ImagesConfig):
     """Evaluation of a trained encoder on labelled images (docs/spec/idaa.md §5).
 
     Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
-        run: id or path of an SSL run (None: the newest finished one).
+        run: id or path of an SSL run (None: the last that a person started, else a sweep's).
         dataset: None for the one that the run was trained on (of `stl10-all` its labelled images,
             `stl10`). limit: at most so many images of each split.
         classes: as in a training (None: the run's, where the dataset is its own; "": all).
@@ -71,8 +71,8 @@ class DecomposeConfig(ImagesConfig):
     """Pictures of what a VAE splits and what an attack moves (notebook 02).
 
     Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
-        vae: id or path of a VAE run (None: the newest finished one).
-        run: id or path of the SSL run whose encoder is attacked (None: the newest on the same
+        vae: id or path of a VAE run (None: the last that a person started, else a sweep's).
+        run: id or path of the SSL run whose encoder is attacked (None: one on the same
             images and size, an untrained encoder where there is none; `untrained`: that one).
         dataset: None for the VAE's own. split: which part of it. images: how many are attacked
             together and judged (pictures show the first of them).
@@ -135,7 +135,7 @@ class TransferConfig(ImagesConfig):
     """Frozen features on other data: linear, few labels, few shots (docs/spec/idaa.md §5).
 
     Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
-        run: id or path of an SSL run (None: the newest finished one).
+        run: id or path of an SSL run (None: the last that a person started, else a sweep's).
         datasets: names, or paths of folders or zips (None: the one that the run was trained on);
             docs/transfer-data.md says how to lay out those that nobody can download for you.
         limit: at most so many images of each split, of each data set.

@@ -16,7 +16,7 @@ from idaa_lib.methods import About, Method, build_method
 from idaa_lib.nets import build_backbone, evaluating, initial_weights
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, RunError, checkpoints
-from idaa_lib.runs.machine import labelled, open_images
+from idaa_lib.runs.machine import drop_unlabelled, open_images
 from idaa_lib.views import Recipe, recipe
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,7 +45,7 @@ def load_encoder(
     which serve training; other layers from the method.
 
     Args:
-        run: a run, its id or path; None takes the newest SSL run.
+        run: a run, its id or path; None takes the SSL run that `EvalConfig` takes.
         layer: `backbone` gives features h (B, feature_dim); `projector` the L2-normalised z.
         epoch: of a snapshot that the run kept (`keep_every`); None takes the final weights.
     Raises:
@@ -84,7 +84,7 @@ def load_vae(run: Run | str | None = None, **values: object) -> VAE:
     """The VAE of a finished run, frozen, on the CPU, in eval mode.
 
     Args:
-        run: a run, its id or path; None takes the newest whose configuration has `values`.
+        run: a run, its id or path; None takes one whose configuration has `values`.
     Raises:
         RunError: there is no such run, it is not finished, or its weights do not fit.
     """
@@ -172,7 +172,7 @@ def open_splits(dataset: str, size: int, limit: int | None, **reading: Any) -> d
             f"on {better!r}."
         )
     splits = {s: open_images(dataset, s, size, limit, **reading) for s in ("train", "val", "test")}
-    splits = {name: labelled(split) for name, split in splits.items()}
+    splits = {name: drop_unlabelled(split) for name, split in splits.items()}
     if bare := [name for name, split in splits.items() if not len(split)]:
         raise ConfigError(
             f"dataset={dataset!r} has no labels to evaluate against in {' and '.join(bare)}."

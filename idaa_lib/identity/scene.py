@@ -46,19 +46,19 @@ class Scene:
     """Images under attack: x (N, 3, size, size), normalised as the VAE expects them.
 
     config has the norm, steps and seed of the attack; run is the VAE's, attacked names the attacked
-    encoder's, or is `untrained`. pool (M, 3, size, size) holds other images of the same split;
-    labels (N,) int64 are the classes of x, -1 where there is none.
+    encoder's, or is `untrained`. data is the split that they are of, and pool (M, 3, size, size)
+    holds other images of it; labels (N,) int64 are the classes of x, -1 where there is none.
     """
 
     config: DecomposeConfig
     run: Run
     attacked: str
     vae: VAE
+    data: ImageSet
     x: Tensor
     pool: Tensor
     labels: Tensor
     names: tuple[str, ...]
-    classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     _directions: dict[str, list[Direction]] = field(default_factory=dict, init=False)
@@ -173,9 +173,9 @@ class Scene:
             return module
         return lambda x: module(normalise(self.pixels(x), mean, std))
 
-    def witness(self, name: str | None = None) -> str:
-        """The run that judges identity, as `_witness` chooses it."""
-        return _witness(self.run, self.attacked, name)
+    def witness(self) -> str:
+        """The run that judges identity where none is named, as `_witness` chooses it."""
+        return _witness(self.run, self.attacked)
 
 
 class Witness:
@@ -248,8 +248,8 @@ def open_scene(
         pixels, names = torch.cat([own[None], pixels]), ["your own", *names]
         labels = torch.cat([torch.tensor([-1]), labels])
     x = normalise(pixels, vae.mean, vae.std).to(device)
-    about = labels[:n], tuple(names[:n]), tuple(data.classes), vae.mean, vae.std
-    return Scene(config, run, attacked, vae, x[:n], x[n:], *about)
+    about = labels[:n], tuple(names[:n]), vae.mean, vae.std
+    return Scene(config, run, attacked, vae, data, x[:n], x[n:], *about)
 
 
 def name_runs(config: C) -> C:
@@ -272,7 +272,7 @@ def name_runs(config: C) -> C:
     return config.replace(**names)
 
 
-def _witness(vae: Run, attacked: str, name: str | None) -> str:
+def _witness(vae: Run, attacked: str, name: str | None = None) -> str:
     """The run that judges identity, never the attacked one: `name`, else another one of the VAE's
     images.
 

@@ -161,12 +161,11 @@ def plan_study(config: TheoryConfig) -> Study:
     images = DecomposeConfig(**config.model_dump(include=fields))
     device = torch_device(config.device)
     scene = open_scene(images, config.images, device)
-    vae, size = scene.run, scene.run.config.size
+    vae, data = scene.run, scene.data
     dataset = resolve_path(config.dataset or vae.config.dataset)
     config = config.replace(dataset=dataset)
     reading = reading_of(config, vae, dataset)
-    data = open_images(dataset, config.split, size, None, **reading)
-    train = open_images(dataset, "train", size, config.limit, **reading)
+    train = open_images(dataset, "train", data.size, config.limit, **reading)
     others = siblings(vae)
     weights = "".join(checkpoints.digest(run) for axis in others.values() for run in axis)
     encoders = {"run": config.run, "witness": config.witness}

@@ -33,7 +33,7 @@ def export(
     encoder has them: (B, 3, size, size), normalised by its mean and std.
 
     Args:
-        source: a finished SSL run, its id or path (None: the newest); or an encoder, of
+        source: a finished SSL run, its id or path (None: as `load_encoder`); or an encoder, of
             `load_encoder` or `load_official`.
         format: `torchvision`, a state dict for `torchvision.models.resnet…` without `fc`;
             `safetensors`, the same names, for any encoder, with size, mean and std as metadata;

@@ -258,7 +258,7 @@ class Controls:
         lines = map(html.escape, runs.report_left_out(left_out))
         self.left_out.value = "".join(f"<div>{line}</div>" for line in lines)
         encoders |= {UNTRAINED: "a ResNet-18 before training"}
-        classes = {"": "all classes"} | {name: name for name in scene.classes}
+        classes = {"": "all classes"} | {name: name for name in scene.data.classes}
         images = {-1: "no image"} | dict(enumerate(scene.names))
         chosen = self.chosen.value if self.chosen.value in images else -1
         with self.offer():

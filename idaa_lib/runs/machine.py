@@ -36,7 +36,7 @@ def open_images(dataset: str, split: str, size: int, limit: int | None, **readin
         raise ConfigError(f"dataset={dataset!r}: {error}.") from error
 
 
-def labelled(images: ImageSet) -> ImageSet:
+def drop_unlabelled(images: ImageSet) -> ImageSet:
     """Those of the images that have a class; how many have none is printed where some have."""
     chosen = images.with_labels()
     if 0 < len(chosen) < len(images):
@@ -98,18 +98,9 @@ def describe(
         "commit": _commit(),
     }
     if images is not None:
-        about["dataset"] = {
-            "name": images.name,
-            "split": images.split,
-            "n": len(images),
-            "size": images.size,
-            "classes": len(images.classes),
-            "fingerprint": images.fingerprint,
-            "mean": list(images.mean),
-            "std": list(images.std),
-            "skipped": images.skipped,
-            "notes": list(images.notes),
-        }
+        names = ("name", "split", "n", "size", "fingerprint", "mean", "std", "skipped", "notes")
+        about["dataset"] = {name: getattr(images, name) for name in names}
+        about["dataset"]["classes"] = len(images.classes)
     return about
 
 

@@ -34,7 +34,7 @@ from idaa_lib.nets.vae import rate
 from idaa_lib.registry import CHOICES, SOURCES, source
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
 from idaa_lib.runs.choice import has_images
-from idaa_lib.runs.machine import describe, labelled, open_images, resolve_paths, uses_bf16
+from idaa_lib.runs.machine import describe, drop_unlabelled, open_images, resolve_paths, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train.accelerator import make_accelerator, start_trackers
 from idaa_lib.train.loop import Fit
@@ -118,7 +118,7 @@ def train_ssl(config: SSLConfig) -> Run:
 
     @functools.cache
     def validation_sets() -> tuple[ImageSet, ImageSet]:
-        return labelled(bank), labelled(val)
+        return drop_unlabelled(bank), drop_unlabelled(val)
 
     def validate(method: Method) -> dict[str, float]:
         z = _features(plan, method, "backbone", val)
@@ -158,8 +158,8 @@ def train_semi(config: SemiConfig) -> Run:
         raise ConfigError(f"dataset={config.dataset!r} has no labels to learn from.")
     labelled_subset(plan.data.labels, per_class, classes, config.seed)  # raises if it cannot
     method = build_method(plan.config, plan.about)
-    test = labelled(_open(config, "test", None))
-    if not (len(val := labelled(val)) and len(test)):
+    test = drop_unlabelled(_open(config, "test", None))
+    if not (len(val := drop_unlabelled(val)) and len(test)):
         raise ConfigError(f"dataset={config.dataset!r} has no labels to validate and test against.")
 
     def judge(method: Method, split: ImageSet) -> Accuracy:
@@ -192,6 +192,8 @@ def _begin(config: TrainingConfig, kind: type[TrainingConfig]) -> tuple[Training
     # limit bounds the cost of a demo, and a quarter of it is enough to see a curve.
     limit = None if config.limit is None else max(1, config.limit // 4)
     plan = _plan(config)
+    if plan.vae and not getattr(config, "vae", None):
+        print(f"vae: {plan.vae.id} (none was named, and it fits)")
     return plan, _open(config, "val", limit)
 
 
@@ -261,7 +263,7 @@ def foreign(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _choose_vae(config: EncoderConfig) -> Run:
-    """The VAE run asked for, or the newest that fits the data and size; which one is printed."""
+    """The VAE run asked for, or one that fits the data and size."""
     if not isinstance(config.options("adversary"), VAEOptions):
         raise ConfigError(
             f"adversary={config.adversary!r} needs a VAE, so its Options must be a subclass of "
@@ -271,9 +273,7 @@ def _choose_vae(config: EncoderConfig) -> Run:
     if config.dim is not None:
         needs["dim"] = config.dim
     if config.vae is None:
-        run = runs.get("vae", None, dataset=config.dataset, classes=config.classes, **needs)
-        print(f"vae: {run.id} (the newest that fits)")
-        return run
+        return runs.get("vae", None, dataset=config.dataset, classes=config.classes, **needs)
     run = runs.get("vae", config.vae)
     if not has_images(run, config.dataset, config.classes):
         print(f"vae: {run.id} was trained on {run.config.dataset}, not on {config.dataset}.")
