@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from idaa_lib import SSLConfig, VAEConfig
+from idaa_lib import SSLConfig, VAEConfig, runs
 from idaa_lib.methods import About, build_method
 from idaa_lib.nets.processes import share_statistics
 from idaa_lib.runs import checkpoints
@@ -86,6 +86,16 @@ def test_two_processes_train_as_one_does(which, configs, shared, module_outputs)
         common = ("loss", "clean_loss", "adversarial_loss", "moved")
         own, theirs = ({k: v for k, v in each.items() if k in common} for each in (line, other))
         assert own == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_one_process_where_two_were_asked_for_is_a_sentence(outputs):
+    words = [f"{name}={value}" for name, value in COMMON.items()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    command += ["--mixed_precision=no", "--num_machines=1", "--dynamo_backend=no"]
+    command += ["-m", "idaa_lib.train", "ssl", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode and "write torchrun --nproc_per_node=2 in place of" in done.stderr
+    assert not runs.find("ssl", finished=False)
 
 
 # --- statistics of the global batch

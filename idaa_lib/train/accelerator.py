@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -25,12 +26,20 @@ def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
     """Devices, precision and tracker of a run, as `config` and the launcher have them.
 
     Raises:
-        ConfigError: the device or the tracker is not there.
+        ConfigError: the device or the tracker is not there, or not the processes.
     """
     device = torch_device(config.device)
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and tracker not in (str(t) for t in get_available_trackers()):
         raise ConfigError(f"tracker={tracker!r} is not installed: pip install {tracker}.")
+    # Without GPUs `accelerate launch --num_processes n` starts one process, and says nothing.
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and not any(
+        name.endswith(("WORLD_SIZE", "PMI_SIZE")) for name in os.environ
+    ):
+        raise ConfigError(
+            "num_processes of accelerate launch is more than 1, and it started 1 process: on "
+            "processors write torchrun --nproc_per_node=2 in place of accelerate launch."
+        )
     # One kernel may train several runs, with settings of their own; Accelerate shares its state.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(
