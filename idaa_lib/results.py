@@ -510,7 +510,7 @@ def labels(chosen: Sequence[Run]) -> dict[str, Run]:
 def field_text(field: str, value: Any, equals: str = " = ") -> str:
     """`ε = 0.3`: a field and its value, short."""
     symbol = {"epsilon": "ε", "beta": "β"}.get(field, field)
-    if field.removeprefix("VAE ") in ("vae", "continue_from", "dataset", "classes"):
+    if field.removeprefix("VAE ") in ("vae", "witness", "continue_from", "dataset", "classes"):
         # Of an id its hash, of a path its last part.
         value = str(value).rsplit("/", 1)[-1].rsplit("-", 1)[-1]
     return f"{symbol}{equals}{value:g}" if isinstance(value, float) else f"{symbol}{equals}{value}"

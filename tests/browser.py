@@ -540,7 +540,7 @@ def picture_all(outputs: Path) -> None:
             shot(explorer.page, "docs_explorer")
             explorer.close()
 
-            server.set("03_train_ssl", adversary="idaa", epochs=6, seed=1, log_every=1)
+            server.set("03_train_ssl", adversary="idaa", epochs=6, seed=1)
             training = Notebook(context, server, "03_train_ssl")
             training.run_all(wait=False)
             figures = training.page.locator(".idaa-live-figures")

@@ -21,6 +21,7 @@ from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.lab import kernel, live, process
 from idaa_lib.lab.live import Panel, Readings
 from idaa_lib.lab.process import look, start
+from idaa_lib.results import full_name
 from idaa_lib.runs import RunError, Stopped, checkpoints, machine
 from idaa_lib.train import locate, samples, train_vae
 from idaa_lib.train.loop import Fit
@@ -369,7 +370,7 @@ def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, caps
     assert live.train(VAE) == run
     assert "is finished: showing its result" in capsys.readouterr().out
     for table, picture in (record, shown):
-        values = table[run.id]
+        values = table[full_name(run)]
         assert values["state"] == "finished"
         last = run.metrics()[-1]["reconstruction_val"]
         assert values["validation reconstruction"] == f"{last:.4f}"

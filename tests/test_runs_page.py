@@ -167,6 +167,7 @@ def test_a_deletion_that_broke_off_leaves_no_run(outputs, monkeypatch):
 def test_rows_say_state_reason_result_and_damage(outputs, going):
     ssl = made(SSLConfig(adversary="clae", epsilon=0.05, seed=4), {"knn_top1_val": 41.26})
     failed = made(VAEConfig(seed=2), error="The loss is nan <b>here</b>: lower learning_rate.")
+    idaa = made(SSLConfig(adversary="idaa"), {})
     broken = made(VAEConfig(seed=3), {})
     (broken.path / "config.json").write_text('{"preset": "de')
     stopped = made(VAEConfig(dim=32))
@@ -174,10 +175,11 @@ def test_rows_say_state_reason_result_and_damage(outputs, going):
     rows = texts(page)
     assert page.status.value == ""
     expected = {
-        "state": "✓ finished", "data": "photos", "method": "SimCLR", "adversary": "CLAE",
-        "differs from preset": "ε=0.05", "seed": "4", "result": "kNN 41.3 %, validation",
+        "state": "✓ finished", "data": "photos", "method": "SimCLR", "adversary": "CLAE ε=0.05",
+        "differs from preset": "", "seed": "4", "result": "kNN 41.3 %, validation",
     }  # fmt: skip
     assert expected.items() <= rows[ssl.id].items()
+    assert rows[idaa.id]["adversary"] == "IDAA ε=0.1"  # the recipe's, which is searched too
     assert rows[going.id]["state"] == "▶ going"
     assert going.id[-8:] in page.head.value
     assert rows[stopped.id]["state"] == "◼ interrupted, 7 of 20"

@@ -32,7 +32,7 @@ RELOADING = ("vae", "encoder", "dataset", "only", "indices", "seed", "images", "
 # Controls that are named otherwise than their field of the configuration.
 FIELDS = {"encoder": "run", "upload": "own"}
 
-SAVED = ("open a saved …", "")  # what the menu of saved settings says, where none is open
+SAVED = ("open saved …", "")  # what the menu of saved settings says, where none is open
 
 # What each control is for, in a sentence that its tooltip shows.
 TOOLTIPS = {
@@ -169,9 +169,10 @@ class Controls:
         self._complaints: dict[str, str] = {}  # control → what is wrong with what it holds
         self._offering = 0  # the thread that sets choices now
         number, choice = widgets.IntText, widgets.Dropdown
-        wide, narrow, short, late = 360, 180, 106, {"continuous_update": False}
-        self.vae = control("vae", choice, "VAE", wide)
-        self.encoder = control("encoder", choice, "attacked", wide)
+        narrow, short, late = 180, 106, {"continuous_update": False}
+        self.vae = control("vae", choice, "VAE", 360)
+        self.encoder = control("encoder", choice, "attacked", 360)
+        self.encoder.layout.flex, self.encoder.layout.max_width = "1 1 auto", "450px"
         self.dataset = control("dataset", widgets.Combobox, "images of", narrow, **late)
         self.dataset.options, self.dataset.placeholder = DATASETS, "VAE's own"
         self.only = control("only", choice, "class", narrow)
@@ -183,11 +184,11 @@ class Controls:
         self.norm = control("norm", choice, "norm", short, options=[("ℓ∞", "linf"), ("ℓ2", "l2")])
         self.upload = control("upload", widgets.FileUpload, "your image", accept="image/*")
         self.forget = control("forget", widgets.Button, "remove your image")
-        act, small = widgets.Button, dict[str, Any](layout={"width": "84px"})
+        act, small = widgets.Button, dict[str, Any](layout={"width": "76px"})
         self.reset = control("reset", act, "Reset", icon="undo", **small)
         self.pin = control("pin", widgets.ToggleButton, "Pin", icon="thumb-tack", **small)
         self.keep = control("keep", act, "Save", icon="save", **small)
-        self.saved = control("saved", choice, options=[SAVED], layout={"width": "160px"})
+        self.saved = control("saved", choice, options=[SAVED], layout={"width": "120px"})
         self.epsilon = Epsilon(0.1)
         names = [(NAMES[adversary], adversary) for adversary in ADVERSARIES]
         self.adversary = control("adversary", widgets.ToggleButtons, options=names)

@@ -27,6 +27,7 @@ from idaa_lib.lab import grid, plots, style
 from idaa_lib.lab.kernel import apart, attended, newcomer
 from idaa_lib.lab.process import UNDER_WAY, Look, launch, look, start
 from idaa_lib.registry import SOURCES
+from idaa_lib.results import full_name
 from idaa_lib.runs import Run, RunError, Stopped
 from idaa_lib.runs.directory import read_lines
 from idaa_lib.runs.progress import clock
@@ -128,8 +129,8 @@ def leave_record(run: Run) -> None:
     further = {k: v for k, v in (run.summary or {}).items() if k not in FIGURES}
     cells |= {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in further.items()}
     with pd.option_context("display.max_colwidth", None):
-        display(pd.DataFrame({run.id: cells}))
-    figure = plots.curves({run.id: lines}, plots.CURVES[run.stage])
+        display(pd.DataFrame({full_name(run): cells}))
+    figure = plots.curves({full_name(run): run}, plots.CURVES[run.stage])
     display(plots.save(figure, run.figure("curves.png")))
 
 

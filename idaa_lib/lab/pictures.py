@@ -100,7 +100,9 @@ def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
 def spectra(parts: Mapping[str, Tensor]) -> Figure:
     """In which frequencies something lives: radially averaged power of (N, 3, H, W)."""
     figure, axis = style.axes(figsize=(6.4, 4))
-    hows = looks(zip(itertools.cycle(OTHERS), parts, strict=False))
+    others = itertools.cycle(OTHERS)
+    colours = [COLOURS.get(label.partition(" x′")[0]) or next(others) for label in parts]
+    hows = looks(zip(colours, parts, strict=True))
     for (label, part), how in zip(parts.items(), hows, strict=True):
         axis.plot(*radial_power(part), **how, label=entry(label), markersize=3)
     axis.set(xlabel="spatial frequency (cycles per image)", yscale="log")

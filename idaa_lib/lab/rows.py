@@ -61,13 +61,16 @@ def row_of(run: Run) -> Row:
         changed = {k: v for k, v in config.changed().items() if k not in hidden and v != ""}
         if "beta" in changed:  # which says the same
             changed.pop("kappa", None)
+        training = results.training_of(run)  # None: what it judged is gone
+        about: Any = config if training == run else training and training.config
+        if hasattr(about, "adversary"):
+            method, adversary = results.title(about)
+            if about.adversary != "none" and (epsilon := about.stated().get("epsilon")) is not None:
+                adversary += f" {results.field_text('epsilon', epsilon, '=')}"
+                changed.pop("epsilon", None)
         judged = Path(config.run or "").name if run.stage in results.JUDGING else ""
         differs = [f"of {judged[-8:]}"] if judged else []
         differs += [results.field_text(k, v, "=") for k, v in changed.items()]
-        training = results.training_of(run)  # None: what it judged is gone
-        about = config if training == run else training and training.config
-        if hasattr(about, "adversary"):
-            method, adversary = results.title(about)
         state = "going" if look.word in process.UNDER_WAY else look.word
         progress = ""
         if state != "finished" and "steps" in look.state:

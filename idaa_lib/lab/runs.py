@@ -342,12 +342,13 @@ def differences(chosen: Sequence[Run]) -> str:
 
 def curves(chosen: Sequence[Run]) -> str:
     """Training curves of runs of one stage, overlaid; a sentence on each whose log is damaged."""
-    stage, lines, damage = chosen[0].stage, {}, ""
+    stage, sound, damage = chosen[0].stage, {}, ""
     for label, run in results.labels(chosen).items():
         try:
-            lines[label] = run.metrics()
+            run.metrics()
+            sound[label] = run
         except results.DAMAGE as error:
             damage += f"<p>{html.escape(f'{run.id} has no curves: {error}')}</p>"
-    figure = plots.curves(lines, plots.CURVES.get(stage, ()))
-    heading = f"<h4>Curves of {_many(len(lines), 'run')}: {stage}</h4>"
+    figure = plots.curves(sound, plots.CURVES.get(stage, ()))
+    heading = f"<h4>Curves of {_many(len(sound), 'run')}: {stage}</h4>"
     return damage + (heading + style.svg(figure) if figure.axes else "")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Mapping
 
 import pandas as pd
 
+from idaa_lib import runs
 from idaa_lib.evaluate.metrics import paired_difference
 from idaa_lib.identity.scene import UNTRAINED, Reading
 from idaa_lib.identity.stage import verdict
 from idaa_lib.identity.theory import Retention
 from idaa_lib.lab.engine import EPSILONS, Engine
 from idaa_lib.lab.pictures import SAME
+from idaa_lib.results import full_name
 
 # Column → its text, of a reading's row.
 METERS = {
@@ -45,13 +48,21 @@ def meters(engine: Engine, readings: Mapping[str, Reading], note: str = "") -> s
         values = reading.row | {"images": len(reading.kept.ranks)}
         cells = "".join(f"<td>{text.format_map(values)}</td>" for text in METERS.values())
         lines += f"<tr><td><b>{html.escape(title)}</b> </td>{cells}</tr>"
-    who = html.escape(f"judged by {judge(engine)} · attacked: {engine.scene.attacked}")
+    attacked = encoder_name(engine.scene.attacked)
+    who = html.escape(f"judged by {judge(engine)} · attacked: {attacked}")
     return f'<table><tr>{head}</tr>{lines}</table><div class="idaa-quiet">{who}{note}</div>'
 
 
 def judge(engine: Engine) -> str:
     name = engine.witness.name
-    return "an untrained ResNet-18 of another seed" if name == UNTRAINED else name
+    another = " of another seed" if name == UNTRAINED else ""
+    return encoder_name(name) + another
+
+
+@functools.cache
+def encoder_name(name: str) -> str:
+    """What a run, or `untrained`, is called in the notebooks; an id stays what it is."""
+    return "an untrained ResNet-18" if name == UNTRAINED else full_name(runs.encoder(name))
 
 
 def sentence(engine: Engine, epsilon: float) -> str:
@@ -87,7 +98,7 @@ def table(engine: Engine, readings: Mapping[str, Reading]) -> pd.DataFrame:
             "images": len(reading.kept.ranks),
             "among": reading.row["n"],
             "judged by": judge(engine),
-            "attacked": engine.scene.attacked,
+            "attacked": encoder_name(engine.scene.attacked),
         }
         for title, reading in readings.items()
     )
