@@ -417,7 +417,7 @@ def test_a_stop_and_an_interrupt_are_one_sentence_each(outputs, monkeypatch, int
     waiting.join()
     assert pid_of(run) == first
     live._panels[run.path].close()
-    assert records[-2][run.id]["state"] == "interrupted"  # a table, then a picture
+    assert records[-2][full_name(run)]["state"] == "interrupted"  # a table, then a picture
 
     broken = VAE.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(RunError, match=r"failed\. .*lower learning_rate"):
