@@ -109,14 +109,16 @@ class Server:
         (self.folder / f"{name}.ipynb").write_text(json.dumps(content))
 
     def set(self, notebook: str, **values: Any) -> None:
-        """Other values in the parameters cell of the copied notebook."""
+        """Other values in the parameters cell of the copied notebook; a name that is not there gets
+        a line of its own, as the notebook says."""
         path = self.folder / f"{notebook}.ipynb"
         content = json.loads(path.read_text())
         (cell,) = [c for c in content["cells"] if "parameters" in c["metadata"].get("tags", [])]
         source = "".join(cell["source"])
         for name, value in values.items():
-            source, n = re.subn(rf"(?m)^{name}\b.*? = .*$", f"{name} = {value!r}", source)
-            assert n == 1, f"notebook {notebook} has no parameter {name}"
+            line = f"{name} = {value!r}"
+            source, n = re.subn(rf"(?m)^{name}\b.*? = .*$", line, source)
+            source += "" if n else f"\n{line}"
         cell["source"] = source
         path.write_text(json.dumps(content))
 

@@ -303,7 +303,6 @@ def test_without_a_trained_run_it_says_what_to_run_first(context, lab, tmp_path)
         said = browser.until(notebook.page, told, "what to run first")
         assert "01_pretrain_vae" in said
         assert "Traceback" not in said
-        browser.show(notebook.page, ".idaa-explorer")
         browser.shot(notebook.page, "02_without_a_run")
     finally:
         notebook.close()
@@ -408,7 +407,7 @@ def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
 
     notebook = browser.Notebook(context, lab, "03_train_ssl")  # in a kernel that knows nothing
     try:
-        record = notebook.page.locator(f'.jp-RenderedHTMLCommon:has-text("{run.id}")')
+        record = notebook.page.locator(f'.jp-RenderedHTMLCommon:has-text("{run.id[-8:]}")')
         browser.until(notebook.page, lambda: record.count(), "the table of the run")
         assert "finished" in record.first.text_content()
         image = ".jp-RenderedImage img"
