@@ -17,7 +17,7 @@ class DetectionConfig(Config):
     """Fine-tuning of Mask R-CNN from a run with an ImageNet stem, and its AP.
 
     Fields:
-        run: id or path of an SSL run (None: the newest finished one with an ImageNet stem).
+        run: id or path of an SSL run (None: your latest with an ImageNet stem).
         train_images, train_annotations, val_images, val_annotations: folders and COCO-format JSON
             files of what is trained on and judged on; all four, or None for synthetic shapes.
         architecture: `c4` as in the paper, or `fpn`, whose results do not compare with it.

@@ -104,7 +104,7 @@ class TheoryConfig(ImagesConfig):
         vae, run: id or path of the VAE and of the SSL run whose encoder is attacked, chosen as
             `DecomposeConfig` does where they are None; `untrained` is an encoder too.
         witness: id or path of the SSL run that judges identity, never the attacked one (None: the
-            newest other, one without an adversary first; `untrained` where there is none).
+            latest other, one without an adversary first; `untrained` where there is none).
         dataset: None for the VAE's own. split: which part of it the images come from.
         images: N, as many candidates; the most that an observer can know is log N.
         limit: labelled training images of the class probes.
