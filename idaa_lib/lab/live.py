@@ -341,7 +341,8 @@ class Panel:
         """The curves, every point of them: at most every 2 s, and for a fifth of the time."""
         start = time.monotonic()
         if self._undrawn and (over or start >= self._draw_after):
-            figure = plots.curves({"": self._readings.lines}, plots.CURVES[self.run.stage])
+            readings = {"": self._readings.lines}
+            figure = plots.curves({"": self.run}, plots.CURVES[self.run.stage], readings)
             self.curves.value = style.svg(figure) if self._readings.lines else ""
             self._undrawn = False
             self._draw_after = time.monotonic() + max(DRAWING, 4 * (time.monotonic() - start))

@@ -24,6 +24,8 @@ from idaa_lib.lab.style import save as save  # what notebooks call beside the fi
 from idaa_lib.results import interval, title
 from idaa_lib.runs import Run
 
+Lines = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
+
 LABELS = {
     "loss": "loss (unit of its method)", "clean_loss": "loss on clean pairs (unit of its method)",
     "adversarial_loss": "loss on (x, x′) (same unit)", "reconstruction": "reconstruction (MSE)",
@@ -55,14 +57,23 @@ CURVES = {
 
 
 @look()
-def curves(runs: Mapping[str, Run | Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> Figure:
+def curves(
+    runs: Mapping[str, Run | Lines],
+    keys: Sequence[str],
+    readings: Mapping[str, Lines] | None = None,
+) -> Figure:
     """Training curves, a panel a key, a line a run: label → run, or the lines of its metrics.jsonl.
 
     The adversary gives the colour, the method dashes and marker. Where several runs are drawn, the
     loss of attacked ones is that on clean pairs, which compares. Bands are 95 % intervals over the
     validation images. In an SVG a line is a group whose id is its key.
+
+    Args:
+        readings: the lines of each run's metrics.jsonl, where they were read before.
     """
-    readings = {name: run.metrics() if isinstance(run, Run) else run for name, run in runs.items()}
+    readings = readings or {
+        name: run.metrics() if isinstance(run, Run) else run for name, run in runs.items()
+    }
     keys = [k for k in keys if any(k in line for lines in readings.values() for line in lines)]
     if not keys:
         return Figure()
