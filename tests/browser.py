@@ -481,7 +481,12 @@ class Notebook:
         path = self.server.folder / f"{self.name}.ipynb"
         before = path.stat().st_mtime_ns
         self.menu("File", "docmanager:save")
-        until(self.page, lambda: path.stat().st_mtime_ns != before, f"{self.name}: saved")
+
+        def written() -> Any:
+            with contextlib.suppress(ValueError):  # half of it is there
+                return path.stat().st_mtime_ns != before and json.loads(path.read_text("utf-8"))
+
+        until(self.page, written, f"{self.name}: saved")
 
     def done(self, seconds: float = 120) -> None:
         """All cells ran and none failed.

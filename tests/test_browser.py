@@ -264,14 +264,17 @@ def test_a_second_tab_shows_the_same_and_follows(context, lab, opened, explorer)
 
 
 def test_without_its_kernel_the_notebook_shows_figure_and_table(context, lab, opened, explorer):
-    assert not explorer.locator("img:not(.idaa-pixels)").first.is_visible()  # widgets are there
+    record = '[data-mime-type="image/png"] img'
+    cell = opened.page.locator(".jp-CodeCell", has_text="Explorer(config)")
+    browser.until(opened.page, cell.locator(record).count, "the record")
+    assert not cell.locator(record).is_visible()  # widgets are there
     opened.save()
     shutil.copy(lab.folder / "02_decompose.ipynb", lab.folder / "02_later.ipynb")
     later = browser.Notebook(context, lab, "02_later")
     try:
         cell = later.page.locator(".jp-CodeCell", has_text="Explorer(config)")
         cell.scroll_into_view_if_needed()
-        picture = cell.locator('[data-mime-type="image/png"] img')
+        picture = cell.locator(record)
         browser.until(later.page, picture.is_visible, "the figure")
         assert picture.evaluate("e => e.naturalWidth") > 500
         assert "x itself found (%)" in cell.locator("table").inner_text()
