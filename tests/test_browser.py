@@ -342,10 +342,14 @@ def test_the_start_page_sorts_searches_and_overlays_two(context, lab, outputs):
         assert "dim" in differ and "epochs" in differ
 
         page.get_by_role("columnheader", name="differs from preset").click()
-        texts = lines(page, "differs")
-        assert texts == sorted(texts) and len({*texts}) > 1
+
+        def in_order():
+            texts = lines(page, "differs")
+            return texts == sorted(texts) and len({*texts}) > 1
+
+        browser.until(page, in_order, "lines in order")
         page.locator('.idaa-runs-table input[type="search"]').fill("clae ε=0.3")
-        assert lines(page, "run") == []
+        browser.until(page, lambda: lines(page, "run") == [], "no line")
         # Search, order and choice stay while the table follows what happens.
         run = made(SSLConfig(adversary="clae", epsilon=0.3))
         browser.until(page, lambda: lines(page, "run") == [run.id[-8:]], "the new run alone")
@@ -353,8 +357,8 @@ def test_the_start_page_sorts_searches_and_overlays_two(context, lab, outputs):
         chosen = page.locator(".idaa-runs-chosen")
         browser.until(page, lambda: "3 runs" in chosen.inner_text(), "three runs chosen")
         page.locator('.idaa-runs-table input[type="search"]').fill("")
-        texts = lines(page, "differs")
-        assert texts == sorted(texts) and len(texts) == len(runs.every())
+        browser.until(page, lambda: len(lines(page, "run")) == len(runs.every()), "all lines")
+        assert in_order()
         assert page.locator(".idaa-runs-table tr.selected").count() == 3
         browser.show(notebook.page, ".idaa-runs")
         browser.shot(page, "00_start_here")
