@@ -22,7 +22,7 @@ from idaa_lib import results, sweeps, train
 from idaa_lib.configs import EvalConfig
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.evaluate.stage import evaluate
-from idaa_lib.runs import Run
+from idaa_lib.runs import Run, Stopped
 from idaa_lib.sweeps import Point
 
 DATASET = os.environ.get("IDAA_CIFAR10_ZIP", "cifar10")
@@ -112,6 +112,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["write"]:
-        main()
-    print(write())
+    try:
+        if sys.argv[1:] != ["write"]:
+            main()
+        print(write())
+    except Stopped as stop:
+        sys.exit(str(stop))
