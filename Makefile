@@ -20,7 +20,7 @@ help:  ## List the verbs
 setup:  ## Make the environment (.venv, or the active one) and install everything
 	@$(PYTHON) bootstrap.py $(ENV)
 
-demo: setup  ## From nothing to results: VAE, SimCLR x 3, evaluation, sensitivity (about 8 minutes)
+demo: setup  ## From nothing to results: VAE, SimCLR x 3, evaluation, sensitivity (about 7 minutes)
 	@$(ALLOCATOR) $(PY) -m idaa_lib.sweeps demo
 
 test: setup  ## Lint, types and all tests (or those of TESTS="tests/test_nets.py …")
