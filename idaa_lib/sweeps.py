@@ -300,9 +300,9 @@ def perform(config: ImagesConfig) -> Outcome:
     further attempt, or another configuration, could mend."""
     name, start = config.stage, time.monotonic()
     try:
-        name = locate(config).id
         if run := _find(config):
             return Outcome(run.reference, "finished")
+        name = locate(config).id
         return Outcome(ensure(config).reference, "finished", None, time.monotonic() - start)
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -413,8 +413,6 @@ def ensure(config: ImagesConfig) -> Run:
         RunError: the notebook failed; its executed copy lies in the run directory.
     """
     config = resolve_paths(config)
-    if run := _find(config):
-        return run
     run, notebook = locate(config), NOTEBOOKS[config.stage]
     run.path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.path / ".sweep")

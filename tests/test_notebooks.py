@@ -337,7 +337,7 @@ def test_a_finished_point_starts_no_notebook(outputs, tmp_path, monkeypatch):
     made = train_vae(config)
     monkeypatch.setattr(sweeps, "execute", lambda *a: pytest.fail("a notebook was started"))
     assert sweeps.ensure(config) == made
-    assert sweeps.perform(config)[:3] == (made.id, "finished", None)
+    assert sweeps.perform(config) == (made.id, "finished", None, 0.0)
 
 
 def test_further_axes_have_each_value_with_the_adversary_and_without():
