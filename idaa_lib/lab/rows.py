@@ -132,7 +132,8 @@ def tabulate(rows: Mapping[Run, Row], means: bool) -> tuple[pd.DataFrame, list[l
         line = {name: join(row.texts.get(name, "") for row in mine) for name in COLUMNS}
         if len(mine) > 1:
             states = Counter(row.state for row in mine)
-            line["state"] = ", ".join(f"{SIGNS[s]} {n} {s}" for s, n in states.items())
+            words = [f"{SIGNS[s]} {states[s]} {s}" for s in reversed(SIGNS) if s in states]
+            line["state"] = ", ".join(words)
             line["result"] = results.headline(_means(mine)) or line["result"]
             line["started"] = max(row.texts["started"] for row in mine)
             seeds = {row.texts.get("seed", "") for row in mine}
