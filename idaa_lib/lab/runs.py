@@ -140,18 +140,14 @@ class RunsPage:
     def refresh(self, redraw: bool = False) -> None:
         """Look at all run directories anew; `redraw` also what is shown of the chosen ones."""
         with self._lock:
-            root = runs.outputs_root()  # not `runs.every`, whose order costs a look into each run
-            paths = (
-                path for stage in runs.CONFIGS for path in (root / stage).glob("*/config.json")
-            )
-            present = {run: self._look(run) for run in (Run(path.parent) for path in paths)}
+            present = {run: self._look(run) for run in runs.list_runs()}
             # A run keeps its line, so that a click that is on its way means what was clicked.
             old = {run: present.pop(run) for run in self._rows if run in present}
             before, self._rows = self._rows, old | present
             if self._rows != before or self.table.df is None:
                 self._fill()
-            known = [(before[run], self._rows[run]) for run in self.picked if run in before]
-            if redraw or any(old.texts != new.texts for old, new in known):
+            pairs = [(before[run], self._rows[run]) for run in self.picked if run in before]
+            if redraw or any(old.texts != new.texts for old, new in pairs):
                 self._choose()
 
     def _look(self, run: Run) -> Row:

@@ -11,6 +11,7 @@ from idaa_lib.runs.directory import (
     Writer,
     command,
     every,
+    list_runs,
     outputs_root,
     parameters,
     read_json,

@@ -17,7 +17,7 @@ from typing import Any
 
 from idaa_lib.configs import ConfigError, ImagesConfig, TrainingConfig
 from idaa_lib.runs import checkpoints
-from idaa_lib.runs.directory import CONFIGS, NOTEBOOKS, Run, RunError, every, outputs_root
+from idaa_lib.runs.directory import CONFIGS, NOTEBOOKS, Run, RunError, list_runs, outputs_root
 from idaa_lib.runs.machine import open_images
 
 
@@ -38,7 +38,7 @@ def find(
     images = images if "dataset" in images else {}
     plain = {name: value for name, value in values.items() if name not in images}
     fingerprint, runs = functools.cache(_fingerprint), []  # many runs are of one set of images
-    for run in every(stage):
+    for run in list_runs(stage):
         try:
             config = run.config
             if finished and not run.finished:

@@ -355,7 +355,7 @@ class Run:
         """Runs whose configuration names this one: trained with it, continued from it, judges of
         it."""
         names, users = {self.reference, str(self.path)}, []
-        for run in every():
+        for run in list_runs():
             with contextlib.suppress(RunError):  # it is damaged
                 values = read_json(run.path / "config.json") or {}
                 if names & {value for value in values.values() if isinstance(value, str)}:
@@ -463,11 +463,17 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
     return Run(before[0].parent) if before else run
 
 
-def every(*stages: str) -> list[Run]:
-    """All runs of these stages, or of all, whatever their state, damaged ones too, newest first."""
+def list_runs(*stages: str) -> list[Run]:
+    """All runs of these stages, or of all, whatever their state, damaged ones too, by their names:
+    no file of theirs is read."""
     root = outputs_root()
     paths = [path for stage in stages or CONFIGS for path in (root / stage).glob("*/config.json")]
-    return sorted((Run(path.parent) for path in paths), key=lambda run: -run.last_start)
+    return [Run(path.parent) for path in sorted(paths)]
+
+
+def every() -> list[Run]:
+    """All runs (`list_runs`), newest first."""
+    return sorted(list_runs(), key=lambda run: -run.last_start)
 
 
 def parameters(config: Config) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Steps:
         at_epoch_end: Callable[[int], Mapping[str, float]] = lambda epoch: {},
         check: Callable[[], None] = lambda: None,
         agree: Callable[[bool], bool] = bool,
-        average: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+        average: Callable[[Tensor], Tensor] = lambda values: values,
         track: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
     ) -> None:
         self.run, self.writer, self.total = run, writer, total
