@@ -97,9 +97,9 @@ def describe_vaes() -> Rows:
         if task.config.stage != "vae" or not (run := train.locate(task.config)).finished:
             continue
         errors = [row["reconstruction_val"] for row in run.metrics() if "reconstruction_val" in row]
-        moved = round(1 - errors[-1] / errors[-6], 5)
+        change = round(1 - errors[-1] / errors[-6], 5)
         yield record.row("vae_reconstruction", round(errors[-1], 5), "mean squared error", 1)
-        yield record.row("vae_reconstruction_fell_in_5_epochs", moved, "share", 1)
+        yield record.row("vae_reconstruction_fell_in_5_epochs", change, "share", 1)
 
 
 def main() -> None:

@@ -118,8 +118,8 @@ def measure(grid: list[sweeps.Point], limit: int) -> list[dict[str, Any]]:
             what = KEYS[metric]
         if metric == "passes":
             what = f"forward_{what}"
-        known = None if any(end != end for end in ends) else ends
-        rows.append(record.row(what, round(fmean(values), 4), unit, len(values), known))
+        interval = None if any(end != end for end in ends) else ends
+        rows.append(record.row(what, round(fmean(values), 4), unit, len(values), interval))
     return rows
 
 

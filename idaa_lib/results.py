@@ -179,8 +179,8 @@ def headline(figures: Sequence[dict[str, Any]]) -> str:
         more, count = len(figures) - 1, 1
         where = f" on {first['dataset']}, test" + (f"; {more} more data sets" if more else "")
     texts = [f.get("text") or number_text(f["value"], f["unit"]) for f in figures]
-    named = [f"{f['metric']} {t} {f['unit']}" for f, t in zip(figures, texts, strict=True)]
-    return ", ".join(named[:count]) + where
+    parts = [f"{f['metric']} {t} {f['unit']}" for f, t in zip(figures, texts, strict=True)]
+    return ", ".join(parts[:count]) + where
 
 
 def number_text(value: float, unit: str) -> str:
@@ -452,8 +452,8 @@ def differing(chosen: Sequence[Run]) -> dict[str, list[Any]]:
     dumps = [run.config.stated() for run in chosen]
     fields = dict.fromkeys(name for dump in dumps for name in dump)
     values = {name: [dump.get(name) for dump in dumps] for name in fields}
-    known = {name: [v for v in row if v != UNKNOWN] for name, row in values.items()}
-    differences = {k: values[k] for k, row in known.items() if any(v != row[0] for v in row)}
+    facts = {name: [v for v in row if v != UNKNOWN] for name, row in values.items()}
+    differences = {k: values[k] for k, row in facts.items() if any(v != row[0] for v in row)}
     vaes = {name: _vae_fields(name) for name in differences.get("vae", ()) if name}
     if len({repr(vae) for vae in vaes.values() if vae}) == len(vaes) > 1:
         own = [vaes.get(name, {}) for name in differences.pop("vae")]

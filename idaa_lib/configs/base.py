@@ -328,8 +328,11 @@ class Config(Values):
         plain: dict[str, Any] = {}
         with contextlib.suppress(ConfigError):  # the recipe is gone
             plain = dict(type(self)(preset=self.preset, **principal))
-        known = (item for item in self if item[0] not in self.unknown)
-        return {name: value for name, value in known if value != plain.get(name)}
+        return {
+            name: value
+            for name, value in self
+            if name not in self.unknown and value != plain.get(name)
+        }
 
     def stated(self) -> dict[str, Any]:
         """Name → value, or UNKNOWN where nobody knows it: for people."""

@@ -89,8 +89,8 @@ def import_run(
             val = open_images(config.dataset, "val", config.size, config.limit, **config.reading)
             figures = vae_figures(source.module, recipe("none", *source.units), val.images)
             figures = {name.removesuffix("_val"): value for name, value in figures.items()}
-            known = {name: getattr(config, name) for name in ("kappa", "beta", "dim")}
-            figures |= {name: value for name, value in known.items() if name not in unknown}
+            names = {"kappa", "beta", "dim"} - {*unknown}
+            figures |= {name: value for name, value in config if name in names}
         counters = {"step": 0, "count": 0, "seconds": 0.0, "groups": [], "lacks": lacks}
         checkpoints.save(run, 0, {f"method.{k}": v for k, v in stored.items()}, counters)
         return {"imported": path.name, **figures}
@@ -201,9 +201,9 @@ def _config(
             f"adversary={config.adversary!r} does not go with {path}, whose network has "
             f"{'' if module.adversarial_norms else 'no '}adversarial norms."
         )
-    known = {*values, *facts, *config.circumstances}
-    known |= {"beta", "kappa"} if known & {"beta", "kappa"} else set()
-    known |= {"adversary"} if fields.get("adversary") == "none" else set()
+    sure = {*values, *facts, *config.circumstances}
+    sure |= {"beta", "kappa"} if sure & {"beta", "kappa"} else set()
+    sure |= {"adversary"} if fields.get("adversary") == "none" else set()
     # The images that it is used with.
-    known |= {"dataset", "classes", "split", "limit", "size", "source_size", "mean", "std"}
-    return config, [name for name, _ in config if name not in known]
+    sure |= {"dataset", "classes", "split", "limit", "size", "source_size", "mean", "std"}
+    return config, [name for name, _ in config if name not in sure]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from idaa_lib import runs
 from idaa_lib.adversaries import IDAA
-from idaa_lib.configs import DecomposeConfig
+from idaa_lib.configs import UNKNOWN, DecomposeConfig
 from idaa_lib.identity.scene import (
     ADVERSARIES,
     BATCH,
@@ -77,9 +77,9 @@ class Engine:
         default = IDAA.Options().epsilon
         if self.scene.attacked == UNTRAINED:
             return default
-        config = runs.get("ssl", self.scene.attacked).config
-        known = config.adversary == "idaa" and not {"adversary", "epsilon"} & config.unknown
-        return (known and config.epsilon) or default
+        stated = runs.get("ssl", self.scene.attacked).config.stated()
+        idaa = stated["adversary"] == "idaa" and stated["epsilon"] != UNKNOWN
+        return stated["epsilon"] if idaa else default
 
     def live(self, adversary: str) -> bool:
         """Whether a picture at another ε is there within a move of the slider."""

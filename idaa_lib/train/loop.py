@@ -376,7 +376,7 @@ class Fit:
         if self.processes == 1:
             return wants_to_stop
         if self.steps.step % self.config.log_every and self.steps.step % self.per_epoch:
-            return False  # a word of all processes makes the host wait: not after each step
+            return False  # to agree, the host waits for the device: not after each step
         flag = torch.tensor(float(wants_to_stop), device=self.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
