@@ -128,9 +128,10 @@ def leave_record(run: Run) -> None:
     cells = {"state": run.state["state"], "step": f"{lines[-1]['step']:,}", **figures_of(values)}
     further = {k: v for k, v in (run.summary or {}).items() if k not in FIGURES}
     cells |= {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in further.items()}
+    name = full_name(run)
     with pd.option_context("display.max_colwidth", None):
-        display(pd.DataFrame({full_name(run): cells}))
-    figure = plots.curves({full_name(run): run}, plots.CURVES[run.stage])
+        display(pd.DataFrame({name: cells}))
+    figure = plots.curves({name: run}, plots.CURVES[run.stage], {name: lines})
     display(plots.save(figure, run.figure("curves.png")))
 
 
