@@ -5,8 +5,8 @@
     python benchmarks/siblings.py planted    # whether IP-IRM's maximisation finds a planted factor
 
 Makes what notebook 11 shows, with a small encoder and a small budget; a stopped one goes on. One
-seed of each row, three of SimCLR, CASSLE, AugSelf, IP-IRM and RSA without an adversary. CIFAR-10 is
-$IDAA_CIFAR10_ZIP, else torchvision's. The result file holds what is finished.
+seed of each row, three of SimCLR, CASSLE, AugSelf, IP-IRM and RSA. CIFAR-10 is $IDAA_CIFAR10_ZIP,
+else torchvision's. The result file holds what is finished.
 """
 
 from __future__ import annotations
@@ -52,9 +52,12 @@ def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 10) -> None:
         "eval": {"limit": limit},
         "jobs": 2,
     }
-    seeded = {"methods": SEEDED, "adversaries": "none"}
-    studies = [{"adversaries": "none"}, {"adversaries": "idaa"}]
-    studies += [seeded | {"seeds": (seed,)} for seed in (1, 2)]
+    studies: list[dict[str, Any]] = [{"adversaries": name} for name in ("none", "idaa")]
+    studies += [
+        {"methods": SEEDED, "adversaries": name, "seeds": (seed,)}
+        for name in ("none", "idaa")
+        for seed in (1, 2)
+    ]
     grids = [sweeps.cells(SystemsConfig(**fields | study)) for study in studies]
     interrupted = False
     try:
