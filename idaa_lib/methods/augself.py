@@ -6,7 +6,7 @@ augmentation parameters: L = L_SSL + Σ_k λ_k L_k, over both orders of the pair
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,23 +66,20 @@ def differences(a: Params, b: Params, recipe: Recipe) -> dict[str, Tensor]:
 
 def difference_losses(
     predict: Callable[[Tensor], dict[str, Tensor]],
-    features: tuple[Tensor, Tensor],
-    params: tuple[Params, Params],
+    features: Sequence[Tensor],
+    params: Sequence[Params],
     recipe: Recipe,
 ) -> dict[str, Tensor]:
     """The loss of each head, by name, over both orders of the pair: cross-entropy of `flip`, mean
     squared error of tanh of the others.
 
-    Args:
-        predict: [h_a ; h_b] (2B, 2C) → the heads' outputs. features: of two views, (B, C) each.
-        params: of the views, and the recipe that drew them.
+    predict: [h_a ; h_b] (2B, 2C) → the heads' outputs. features: of two views, (B, C) each.
     """
-    first, second = features
-    outputs = predict(torch.cat([torch.cat([first, second], 1), torch.cat([second, first], 1)]))
-    orders = params, params[::-1]
-    targets = [differences(a, b, recipe) for a, b in orders]
+    orders = [(0, 1), (1, 0)]
+    pairs = [torch.cat([features[a], features[b]], 1) for a, b in orders]
+    targets = [differences(params[a], params[b], recipe) for a, b in orders]
     losses = {}
-    for name, output in outputs.items():
+    for name, output in predict(torch.cat(pairs)).items():
         target = torch.cat([t[name] for t in targets]).to(output)
         if name == "flip":
             losses[name] = F.binary_cross_entropy_with_logits(output, target)

@@ -1,23 +1,23 @@
 """Barlow Twins (Zbontar et al. 2021, arXiv:2103.03230): embeddings with entries of their own each.
 
-No paper describes it with IDAA: the pair follows the general rule (shared design, "A method"). The
-first view is attacked against the loss with the other view's embedding stopped; the adversarial
-loss is the same with x′ for the first view. The head is the paper's, which AugSelf's code has too
-(docs/spec/siblings.md §1.4); biases and norms learn at a lower rate, as in both.
+No paper describes it with IDAA. Here the first view is attacked against the loss with the other
+view's embedding stopped; the adversarial loss is the same with x′ for the first view. The head is
+the paper's, which AugSelf's code has too (docs/spec/siblings.md §1.4); biases and norms learn at a
+lower rate, as in both.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idaa_lib.configs.base import NonNegative, Positive
 from idaa_lib.methods.augself import augself_head
-from idaa_lib.methods.base import About, Batch, Moment, Step, register_method, similarity
+from idaa_lib.methods.base import Batch, Moment, Step, register_method, similarity
 from idaa_lib.methods.cassle import Conditioned
-from idaa_lib.nets.heads import Embedding, Network
+from idaa_lib.nets.heads import Embedding
 from idaa_lib.nets.processes import gather
 from idaa_lib.views import View
 
@@ -45,19 +45,13 @@ class Barlow(Conditioned):
         off_diagonal: NonNegative = 0.0051
 
     recordable = True
+    unit = False
 
-    def __init__(self, options: Any, backbone: Any, about: About) -> None:
-        super().__init__(options, backbone, about)
-        d, dim = backbone.feature_dim, options.projection_dim
-        projector = self.condition_projector(
-            d, lambda inputs: augself_head(inputs, dim, dim, 3, last_norm=True, affine=False)
-        )
-        self.network = Network(backbone, unit=False, projector=projector)
-        self.add_difference_heads(d)
+    def projector(self, inputs: int, dim: int) -> nn.Module:
+        return augself_head(inputs, dim, dim, 3, last_norm=True, affine=False)
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
-        v1, v2 = views
-        e1, e2 = self.embed(v1), self.embed(v2)
+        e1, e2 = self.embed(views[0]), self.embed(views[1])
         z2 = gather(e2.z)  # (B, D) of all processes
         fixed = z2.detach()
 
@@ -74,9 +68,7 @@ class Barlow(Conditioned):
         )
 
     def param_groups(self) -> list[dict[str, Any]]:
-        parameters = list(self.network.parameters())
-        vectors = [p for p in parameters if p.ndim < 2]
-        return [
-            {"params": [p for p in parameters if p.ndim >= 2]},
-            {"params": vectors, "rate": VECTOR_RATE},
-        ]
+        (group,) = super().param_groups()
+        vectors = [p for p in group["params"] if p.ndim < 2]
+        weights = [p for p in group["params"] if p.ndim >= 2]
+        return [{"params": weights}, {"params": vectors, "rate": VECTOR_RATE}]

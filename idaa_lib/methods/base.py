@@ -7,7 +7,6 @@ and steps. It never asks which method it runs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,25 +24,19 @@ from idaa_lib.registry import CHOICES, register
 from idaa_lib.views import Recipe, View, compile_view, keyed_generator
 
 Batch = dict[str, Tensor]
-Loss = Tensor | Iterable[Callable[[], Tensor]]
+Loss = Tensor | Iterable[Callable[[], Tensor]]  # closures are differentiated one after another
 METHODS = CHOICES["method"]
 
 
 @dataclass(frozen=True)
 class About:
-    """What a method may know of its training beside its options.
+    """What a method may know of its training beside its options."""
 
-    Fields:
-        recipe: of the views, with their size and normalisation.
-        labels: (N,) int64 of all training images, −1 where unknown. classes: how many there are.
-        epochs, batch_size (global), seed: as configured.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # of the views, with their size and normalisation
     labels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    classes: int = 0
+    classes: int = 0  # `labels`: (N,) int64 of all training images, −1 where unknown
     epochs: int = 1
-    batch_size: int = 2
+    batch_size: int = 2  # of all processes together
     seed: int = 0
 
     @property
@@ -53,67 +46,48 @@ class About:
 
 @dataclass(frozen=True)
 class Moment:
-    """A place in the training.
+    """A place in the training, counted from 0.
 
-    Fields:
-        epoch, step, steps: the present ones, from 0, and all steps: for the host (`after_step`).
-        progress: the share that is done, () in [0, 1), on the device: for `step`, which when it is
-            compiled or recorded sees a tensor move and keeps a number for ever.
-        numbers: the step's random numbers by name, a row an image of this process, on the device.
+    `epoch`, `step` and `steps` are for the host (`after_step`). `progress`, the share that is done,
+    () in [0, 1) on the device, is for `step`, which when it is compiled or recorded sees a tensor
+    move and keeps a number for ever.
     """
 
     epoch: int = 0
     step: int = 0
     steps: int = 1
     progress: Tensor = field(default_factory=lambda: torch.zeros(()))
+    # The step's random numbers, a row an image of this process, on the device.
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a long `before_epoch` may ask of the loop.
+    """What a long `before_epoch` may ask of the loop."""
 
-    Fields:
-        images: all training images, uint8 (N, 3, H, W).
-        embed: layer (`backbone` where none is given) → their features (N, D) by the present
-            encoder in eval mode, on the training's device; without augmentation, or of a view of
-            each by the recipe `transform`, drawn from `generator`, mixed as `mixing` says; as
-            `evaluate.encoders.features`.
-        pulse: takes a message, and raises where the training shall stop.
-        say: prints a sentence for the user, of several processes in the first alone.
-    """
-
-    images: Tensor
+    images: Tensor  # all training images, uint8 (N, 3, H, W)
+    # Their features (N, D) by the present encoder, as `evaluate.encoders.features` gives them, of a
+    # layer; without augmentation, or of views by `transform`, drawn from `generator`.
     embed: Callable[..., Tensor]
-    pulse: Callable[[str], None]
-    say: Callable[[str], object] = print
+    pulse: Callable[[str], None]  # takes a message, and raises where the training shall stop
+    say: Callable[[str], object] = print  # a sentence for the user, once for all processes
 
 
 @dataclass
 class Step:
-    """One training step's parts, which share their embeddings by closure.
+    """One training step's parts, which share their embeddings by closure."""
 
-    Fields:
-        loss: scalar with graph, or closures that each give one and are differentiated one after
-            another. parts: named scalars to be logged.
-        attacked: the view that an adversary may change.
-        attack_loss(x, at_start=False): scalar to be ascended, of images x (B, 3, H, W).
-        adversarial_loss(x′): scalar with graph, or closures, as of `loss`.
-        embeddings: the positive pairs (B, D), (B, D), L2-normalised, for collapse diagnostics.
-        pictures: label → normalised images (B, 3, H, W), detached, for who watches; a pair of them
-            stands for its difference. References only: nothing is computed for a picture that
-            nobody may ever see.
-        carry: what `after_step` needs.
-    """
-
-    loss: Loss
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    attacked: View | None = None
+    loss: Loss  # scalar with graph
+    parts: dict[str, Tensor] = field(default_factory=dict)  # scalars to be logged
+    attacked: View | None = None  # what an adversary may change
+    # Of images x (B, 3, H, W): a scalar to be ascended. `at_start`: they are the view's own.
     attack_loss: Callable[..., Tensor] | None = None
-    adversarial_loss: Callable[[Tensor], Loss] | None = None
+    adversarial_loss: Callable[[Tensor], Loss] | None = None  # of x′
+    # The positive pairs (B, D), (B, D), L2-normalised, for collapse diagnostics.
     embeddings: tuple[Tensor, Tensor] | None = None
+    # Normalised images (B, 3, H, W) by label, for who watches; a pair stands for its difference.
     pictures: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
-    carry: dict[str, Any] = field(default_factory=dict)
+    carry: dict[str, Any] = field(default_factory=dict)  # what `after_step` needs
 
 
 class Method(nn.Module):
@@ -123,20 +97,17 @@ class Method(nn.Module):
     `Embedding`, as `Network` does. The loop replaces it by what Accelerate prepares, so a method
     must call it as a whole (`embed`): a call of an inner part would skip the gradient exchange
     between processes. All state that training needs is in `state_dict()`, with fixed shapes.
-
-    stage: whose configurations may name it. views: how many of each image `draw` makes.
-    recordable: whether `draw` and `step` do nothing but launch work on the device, always the same,
-    on tensors that stay where they are: then a CUDA graph can stand for them; a subclass says so
-    itself. official: the published evaluation; SimSiam's, of backbone features, where nothing is
-    published for a method with IDAA.
     """
 
     class Options(configs.Options):
         """The knobs of the method: none; a subclass has its own."""
 
-    stage = "ssl"
-    views = 2
+    stage = "ssl"  # whose configurations may name it
+    views = 2  # of each image
+    # Whether `draw` and `step` do nothing but launch work on the device, always the same, on
+    # tensors that stay where they are: then a CUDA graph can stand for them. Each class says so.
     recordable = False
+    # SimSiam's, of backbone features, where nothing is published for a method with IDAA.
     official = OfficialProtocol("SimSiam", "backbone", 0.5, "backbone", "best", 256)
 
     network: nn.Module
@@ -148,11 +119,7 @@ class Method(nn.Module):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Whether knobs and fields of a configuration can be together.
-
-        Raises:
-            ConfigError: they cannot; one sentence that says what to do.
-        """
+        """ConfigError where knobs and fields of a configuration cannot be together."""
 
     @classmethod
     def official_protocol(cls, config: Any) -> OfficialProtocol:
@@ -224,7 +191,7 @@ class Method(nn.Module):
         """
 
         def ascend(x: Tensor, at_start: bool = False) -> Tensor:
-            with self._fixed_weights():
+            with self.fixed_weights():
                 embedding = self.embed(view._replace(images=x), adversarial=True)
             return attack_loss(embedding, at_start)
 
@@ -234,24 +201,8 @@ class Method(nn.Module):
 
         return {"attacked": view, "attack_loss": ascend, "adversarial_loss": learn}
 
-    def two_view_step(
-        self,
-        loss: Tensor,
-        views: tuple[View, ...],
-        embeddings: tuple[Embedding, Embedding],
-        *attack: Any,
-    ) -> Step:
-        """The `Step` of a loss of two views and their embeddings; the first view is attacked as the
-        two functions of `attack_on` say."""
-        return Step(
-            loss,
-            embeddings=(embeddings[0].z.detach(), embeddings[1].z.detach()),
-            pictures={"view 1": views[0].images, "view 2": views[1].images},
-            **self.attack_on(views[0], *attack),
-        )
-
     @contextmanager
-    def _fixed_weights(self) -> Iterator[None]:
+    def fixed_weights(self) -> Iterator[None]:
         """Inside, a gradient flows to the images alone, not to the weights: a compiled network
         computes the gradients of all that asks for one, whoever is interested."""
         learning = [p for p in self.network.parameters() if p.requires_grad]
@@ -350,20 +301,3 @@ def similarity(rows: Tensor, columns: Tensor, temperature: float) -> Tensor:
         half = (torch.bfloat16, torch.float16)
         rows, columns = (z.float() if z.dtype in half else z for z in (rows, columns))
         return rows @ columns.T / temperature
-
-
-def frozen_copy(network: nn.Module) -> nn.Module:
-    """A twin that no optimiser trains: what starts as a key encoder or a target network."""
-    return copy.deepcopy(network).requires_grad_(False)
-
-
-@torch.no_grad()
-def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """target ← m · target + (1 − m) · online, parameter by parameter.
-
-    The target's parameters are the first of `online`'s, in its order, whatever wraps that one;
-    BatchNorm statistics are each network's own.
-    """
-    slow: list[Tensor] = [*target.parameters()]
-    fast: list[Tensor] = [*online.parameters()]
-    torch._foreach_lerp_(slow, fast[: len(slow)], 1 - momentum)

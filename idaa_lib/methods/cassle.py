@@ -26,16 +26,21 @@ from idaa_lib.methods.augself import (
     relative_color,
     relative_crop,
 )
-from idaa_lib.methods.base import About, Method, Step, build_method
-from idaa_lib.nets.heads import ConditionedProjector, Embedding, Hypernetwork, mlp
+from idaa_lib.methods.base import About, Step, build_method
+from idaa_lib.methods.contrastive import TwoViews
+from idaa_lib.nets.heads import ConditionedProjector, Hypernetwork, mlp
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import Params, Recipe, View
 from idaa_lib.views import recipe as find_recipe
 
 # Values of each key of ω, those of a view without augmentation.
 NEUTRAL = {
-    **{"blur": (0,), "color": (0, 0, 0, 0), "color_diff": (0, 0, 0)},
-    **{"crop": (0.5, 0.5, 1, 1), "flip": (0,), "grayscale": (0,)},
+    "blur": (0,),
+    "color": (0, 0, 0, 0),
+    "color_diff": (0, 0, 0),
+    "crop": (0.5, 0.5, 1, 1),
+    "flip": (0,),
+    "grayscale": (0,),
 }
 MOST_WEIGHTS = 2_000_000  # that a hypernetwork may emit for a sample
 
@@ -64,6 +69,14 @@ def neutral_condition(keys: Sequence[str]) -> list[float]:
     return [value for key in sorted(keys) for value in NEUTRAL[key]]
 
 
+def restart(backbone: nn.Module) -> None:
+    """Draw AugSelf's initial weights (§1.4): torch's own; residual branches start at 0."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    zero_residuals(backbone)
+
+
 def _views(config: Any) -> Recipe:
     return find_recipe(config.augmentation, config.size, (0, 0, 0), (1, 1, 1))
 
@@ -83,7 +96,7 @@ Key = Literal["blur", "color", "color_diff", "crop", "flip", "grayscale"]
 Head = Literal["blur", "color", "crop", "flip"]
 
 
-class Conditioned(Method):
+class Conditioned(TwoViews):
     """A method whose projector may be conditioned, and whose backbone may predict differences."""
 
     class Options(configs.Options):
@@ -116,12 +129,15 @@ class Conditioned(Method):
                 return heads or "augself"
             return "augself" if heads == "augself" else None
 
+    # Whether its weights are drawn before those that AugSelf's code gives the backbone.
+    projector_first = False
+
     @classmethod
     def draws(cls, config: Any) -> set[str]:
         """The keys of ω that differ between views of a configuration's augmentation."""
         views = _views(config)
         happens = {
-            "crop": views.crop_scale is not None,
+            "crop": views.crop_scale,
             "flip": views.flip,
             "color": views.jitter_probability,
             "color_diff": views.jitter_probability,
@@ -134,8 +150,7 @@ class Conditioned(Method):
     def check(cls, config: Any) -> None:
         super().check(config)
         for field in ("condition", "augself"):
-            missing = sorted(set(getattr(config, field)) - cls.draws(config))
-            if missing:
+            if missing := sorted(set(getattr(config, field)) - cls.draws(config)):
                 raise ConfigError(
                     f"augmentation={config.augmentation!r} draws no {missing[0]}, which {field} "
                     f"names: leave it out, or take another augmentation, such as 'cassle'."
@@ -145,29 +160,34 @@ class Conditioned(Method):
                 build_method(config, About(_views(config)))
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
+        augself = options.heads == "augself"
+        if augself and not self.projector_first:
+            restart(backbone)
         super().__init__(options, backbone, about)
-        if self.has_augself_heads:  # its initial weights
-            for module in backbone.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.reset_parameters()
-            zero_residuals(backbone)
+        if augself and self.projector_first:
+            restart(backbone)
+        if options.augself:
+            self.network.add_module("differences", difference_heads(self.features, options.augself))
 
     @property
     def has_augself_heads(self) -> bool:
         """Whether heads and scale of the loss are those of AugSelf's code."""
         return self.options.heads == "augself"
 
-    def condition_projector(self, features: int, build: Callable[[int], nn.Module]) -> nn.Module:
-        """The projector that `build` makes for so many inputs, conditioned as the options say."""
-        own = self.options
+    def projector(self, inputs: int, dim: int) -> nn.Module:
+        """SimCLR's and MoCo's; AugSelf's code has a BatchNorm."""
+        augself = self.has_augself_heads
+        return mlp(inputs, self.features, dim, norm=augself, bias=not augself)
+
+    def condition_projector(self, build: Callable[[int], nn.Module]) -> nn.Module:
+        own, features = self.options, self.features
         if not own.condition:
             return build(features)
         neutral = neutral_condition(own.condition)
-        count = len(neutral)
+        count, concatenates = len(neutral), own.injection == "concatenate"
 
         def gamma(outputs: int) -> nn.Module:
-            width, depth = own.gamma_width, own.gamma_depth
-            return augself_head(count, width, outputs, depth, last_norm=True)
+            return augself_head(count, own.gamma_width, outputs, own.gamma_depth, last_norm=True)
 
         if own.injection == "hypernetwork":
             layers = [layer for layer in build(features).modules() if isinstance(layer, nn.Linear)]
@@ -178,46 +198,31 @@ class Conditioned(Method):
                     f"{MOST_WEIGHTS:,} are the most: take 'concatenate', or a narrower network."
                 )
             return Hypernetwork(sides, gamma, neutral)
-        width = own.gamma_width if own.injection == "concatenate" else features
-        if own.gamma == "raw" and own.injection != "concatenate" and count != features:
+        if own.gamma == "mlp":
+            width = own.gamma_width if concatenates else features
+            code = gamma(width)
+        elif concatenates or count == features:
+            width, code = count, nn.Identity()
+        else:
             raise ConfigError(
                 f"injection={own.injection!r} with gamma='raw' needs as many values in condition "
                 f"({count}) as there are features ({features}): take gamma='mlp'."
             )
-        code = gamma(width) if own.gamma == "mlp" else nn.Identity()
-        added = (width if own.gamma == "mlp" else count) * (own.injection == "concatenate")
-        return ConditionedProjector(build(features + added), code, own.injection, neutral)
-
-    def two_layer_projector(self, features: int, dim: int) -> nn.Module:
-        """SimCLR's and MoCo's, conditioned as the options say; AugSelf's code has a BatchNorm."""
-        augself = self.has_augself_heads
-        return self.condition_projector(
-            features, lambda inputs: mlp(inputs, features, dim, norm=augself, bias=not augself)
-        )
+        head = build(features + width if concatenates else features)
+        return ConditionedProjector(head, code, own.injection, neutral)
 
     def describe(self, view: View) -> Tensor | None:
         keys = self.options.condition
         return describe(view.params, keys, self.recipe) if keys else None
 
-    def add_difference_heads(self, features: int) -> None:
-        """AugSelf's heads, last in `network`, where there are any."""
-        if self.options.augself:
-            self.network.add_module("differences", difference_heads(features, self.options.augself))
-
-    def two_view_step(
-        self,
-        loss: Tensor,
-        views: tuple[View, ...],
-        embeddings: tuple[Embedding, Embedding],
-        *attack: Any,
-    ) -> Step:
-        """As `Method.two_view_step`; with AugSelf's losses of the clean views where asked for."""
+    def two_view_step(self, loss: Tensor, views: Any, embeddings: Any, *attack: Any) -> Step:
+        """With AugSelf's losses of the clean views where asked for."""
         step = super().two_view_step(loss, views, embeddings, *attack)
         if weights := self.options.augself:
             losses = difference_losses(
                 lambda pairs: self.network(pairs=pairs),
-                (embeddings[0].h, embeddings[1].h),
-                (views[0].params, views[1].params),
+                [e.h for e in embeddings],
+                [view.params for view in views],
                 self.recipe,
             )
             step.loss = loss + sum(weights[name] * value for name, value in losses.items())

@@ -34,17 +34,8 @@ from torch.nn import functional as F
 from idaa_lib import configs
 from idaa_lib.configs import ConfigError
 from idaa_lib.configs.base import NonNegative, Positive, Rate, Share
-from idaa_lib.methods.base import (
-    About,
-    Batch,
-    Method,
-    Moment,
-    Step,
-    anchored,
-    follow,
-    frozen_copy,
-    register_method,
-)
+from idaa_lib.methods.averages import follow, frozen_copy
+from idaa_lib.methods.base import About, Batch, Method, Moment, Step, anchored, register_method
 from idaa_lib.methods.plain import one_way
 from idaa_lib.methods.schedules import spare_vectors
 from idaa_lib.nets.heads import Embedder, Embedding, Network
@@ -95,21 +86,17 @@ def stream(items: Tensor, size: int, first: int, key: tuple[int, int]) -> Iterat
 @register_method("fixmatch")
 class FixMatch(Method):
     """A weak view is a mirror image by chance, shifted by at most 4 pixels of 32 and continued by
-    reflection; a strong one has RandAugment and cutout besides.
-    """
+    reflection; a strong one has RandAugment and cutout besides."""
 
     class Options(configs.Options):
-        """What FixMatch is asked to do beside the training of an encoder.
-
-        labels_per_class: so many training images of each class keep their label, drawn by `seed`;
-            every image, these too, is trained on without it.
-        mu: unlabelled images for each labelled one. steps_per_epoch: None for one pass over them.
-        threshold: probability from which a pseudo-label is believed. lambda_u: weight of the loss
-            of strong views; 0 is training on the labels alone.
-        ema_decay: of the averaged weights; BatchNorm's statistics move by 1 − ema_decay a step.
-        contrast: what x′ of a weak view is held to: `infonce`, the features of its view among those
-            of the batch; `ce`, its pseudo-label. temperature: τ of `infonce`.
-        """
+        """labels_per_class: so many training images of each class keep their label, drawn by
+        `seed`; every image, these too, is trained on without it. mu: unlabelled images for each
+        labelled one. steps_per_epoch: None for one pass over them. threshold: probability from
+        which a pseudo-label is believed. lambda_u: weight of the loss of strong views; 0 is
+        training on the labels alone. ema_decay: of the averaged weights; BatchNorm's statistics
+        move by 1 − ema_decay a step. contrast: what x′ of a weak view is held to: `infonce`, the
+        features of its view among those of the batch; `ce`, its pseudo-label. temperature: τ of
+        `infonce`."""
 
         labels_per_class: Positive = 25
         mu: Positive = 7
@@ -135,9 +122,8 @@ class FixMatch(Method):
                 module.momentum = 1 - options.ema_decay
         self.ema = frozen_copy(self.network)
         self.weak = replace(about.recipe, flip=0.5, shift=1 / 8)
-        self.strong = RandAugment(
-            self.weak.size, self.weak.mean, self.weak.std, flip=0.5, shift=1 / 8
-        )
+        units = about.recipe.size, about.recipe.mean, about.recipe.std
+        self.strong = RandAugment(*units, flip=0.5, shift=1 / 8)
         self.register_buffer("labels", about.labels, persistent=False)
         self.all_labelled = bool((about.labels >= 0).all())
 

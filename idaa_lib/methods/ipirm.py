@@ -15,13 +15,11 @@ with second views in one direction; the partitions are summed and differentiated
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +41,8 @@ from idaa_lib.methods.partitions import (
     PLAIN,
     Embedded,
     compact_logits,
+    debiased,
+    embed_together,
     fit_partition,
     mix,
     penalty,
@@ -50,10 +50,14 @@ from idaa_lib.methods.partitions import (
 from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.nets.heads import Embedding, mlp
-from idaa_lib.nets.processes import agree, count_processes, gather
+from idaa_lib.nets.processes import agree, gather
 from idaa_lib.views import View, keyed_generator
 
 VIEWS, START, SHARES = 11, 13, 15  # streams of a maximisation's random numbers
+# Of DCL's code (§2.6). Which epoch counts is not published: the last one here.
+LINEAR = Classifier(
+    "adam", 1e-3, "constant", 100, best=False, weight_decay=1e-6, deviation=None, drifts=True
+)
 
 
 @register_method("ipirm")
@@ -131,33 +135,21 @@ class IPIRM(SimCLR):
 
     @classmethod
     def official_protocol(cls, config: Any) -> OfficialProtocol:
-        """§2.6, of DCL's code: also that of the baseline. Which epoch counts is not published: the
-        last one here."""
-        classifier = Classifier(
-            "adam",
-            1e-3,
-            "constant",
-            epochs=100,
-            best=False,
-            weight_decay=1e-6,
-            augmentation=config.augmentation,
-            deviation=None,
-            middle=False,
-            drifts=True,
-        )
+        """§2.6; also that of the baseline."""
+        classifier = LINEAR._replace(augmentation=config.augmentation, middle=False)
+        tau = config.temperature
         return OfficialProtocol(
-            "IP-IRM", "backbone", config.temperature, "backbone", "last", 512, classifier,
-            whole=True, knn_note="",
-        )  # fmt: skip
+            "IP-IRM", "backbone", tau, "backbone", "last", 512, classifier, whole=True, knn_note=""
+        )
 
-    def projector(self, features: int, dim: int) -> nn.Module:
-        return self.condition_projector(features, lambda inputs: mlp(inputs, 512, dim, bias=False))
+    def projector(self, inputs: int, dim: int) -> nn.Module:
+        return mlp(inputs, 512, dim, bias=False)
 
     # --- minimisation -----------------------------------------------------------------------------
 
     def present(self) -> Tensor:
         """The partitions (P, N) that are kept at present."""
-        if self._present is None:
+        if self._present is None:  # reading the count waits for a GPU
             self._present = self.partitions[: int(self.fitted)]
         return self._present
 
@@ -167,11 +159,23 @@ class IPIRM(SimCLR):
         return super().contrast(z1, z2)
 
     def contrast_subsets(
-        self, sides: Tensor, contrast: Callable[[Tensor], tuple[Tensor, Tensor]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """L_k and Ω_k of each subset of two images or more, by `contrast` of its rows."""
-        subsets = ((sides == k).nonzero(as_tuple=True)[0] for k in range(self.options.env_num))
-        return [contrast(rows) for rows in subsets if len(rows) > 1]
+        self,
+        partitions: Iterable[Tensor],
+        contrast: Callable[[Tensor], tuple[Tensor, Tensor]],
+        zero: Tensor,
+    ) -> dict[str, Tensor]:
+        """The means of L_{P,k} and Ω_{P,k} over subsets of two images or more, and how many are
+        smaller; `zero` without any.
+
+        partitions: each the sides (B,) of a batch. contrast: rows of a subset → its L and Ω.
+        """
+        sides = range(self.options.env_num)
+        subsets = [(p == k).nonzero(as_tuple=True)[0] for p in partitions for k in sides]
+        terms = [contrast(rows) for rows in subsets if len(rows) > 1]
+        small = zero.new_full((), len(subsets) - len(terms))
+        losses, penalties = zip(*terms, strict=True) if terms else ([zero], [zero])
+        loss, omega = torch.stack([*losses]).mean(), torch.stack([*penalties]).mean()
+        return {"subsets": loss, "penalty": omega, "small_subsets": small}
 
     def objective(self, z1: Tensor, z2: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L of embeddings (B, D) of the images `index` (B,), and its parts to log."""
@@ -186,28 +190,23 @@ class IPIRM(SimCLR):
             loss = (s.logsumexp(1) - s[:, 0]).mean()
             return loss, penalty(logits / own.irm_temp, dummy=own.dummy)
 
-        present = self.present()
-        terms = [term for p in present for term in self.contrast_subsets(p[index], contrast)]
-        subsets, omega = means(terms, whole.new_zeros(()))
-        loss = whole * own.keep_cont + subsets + own.penalty_weight * omega
-        small = whole.new_full((), len(present) * own.env_num - len(terms))
-        parts = {"contrast": whole, "subsets": subsets, "penalty": omega, "small_subsets": small}
-        return loss / max(1.0, own.penalty_weight), parts
+        sides = [partition[index] for partition in self.present()]
+        parts = self.contrast_subsets(sides, contrast, whole.new_zeros(()))
+        loss = whole * own.keep_cont + parts["subsets"] + own.penalty_weight * parts["penalty"]
+        return loss / max(1.0, own.penalty_weight), {"contrast": whole} | parts
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
-        v1, v2 = views
         index = gather(batch["images"])  # in the order that one process has (§2.2)
         if self.options.mixup:
-            return self.mixed_step(v1, v2, index, gather(moment.numbers["mixup"]))
-        e1, e2 = self.embed(v1), self.embed(v2)
-        z1, z2 = gather(e1.z), gather(e2.z)  # (B, D) of all processes
-        loss, parts = self.objective(z1, z2, index)
+            return self.mixed_step(views[0], views[1], index, gather(moment.numbers["mixup"]))
+        e1, e2 = (e._replace(z=gather(e.z)) for e in map(self.embed, views))  # B of all processes
+        loss, parts = self.objective(e1.z, e2.z, index)
 
         def adversarial_loss(e: Embedding, v_adv: View) -> Tensor:
-            return self.objective(gather(e.z), z2, index)[0]
+            return self.objective(gather(e.z), e2.z, index)[0]
 
-        both = e1._replace(z=z1), e2._replace(z=z2)
-        step = self.two_view_step(loss, views, both, self.ascent(v1), adversarial_loss)
+        ascent = self.ascent(views[0])
+        step = self.two_view_step(loss, views, (e1, e2), ascent, adversarial_loss)
         step.parts |= {name: value.detach() for name, value in parts.items()}
         return step
 
@@ -220,28 +219,15 @@ class IPIRM(SimCLR):
             drawn["mixup"] = torch.rand(shape, generator=generator)
         return drawn
 
-    def embed_together(self, images: Tensor, adversarial: bool = False) -> Tensor:
-        """z (n, D) of images (n, 3, H, W) that every process has, in their order: each embeds a
-        part of them, or all where they are too few for batch statistics of a part."""
-        processes = count_processes()
-        if processes == 1 or len(images) < 2 * processes:
-            return self.embed(View(images, {}), adversarial).z
-        parts = images.tensor_split(processes)
-        most = len(parts[0])
-        z = self.embed(View(parts[dist.get_rank()], {}), adversarial).z
-        rows = gather(F.pad(z, (0, 0, 0, most - len(z)))).chunk(processes)
-        return torch.cat([row[: len(part)] for row, part in zip(rows, parts, strict=True)])
-
     def contrast_mixed(
-        self, images: Tensor, z2: Tensor, draws: Tensor, adversarial: bool = False
+        self, images: Tensor, z2: Tensor, draws: Tensor, adversarial: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """z₁ (n, D) of images (n, 3, H, W) that are mixed by draws (n, 2), and their L and Ω."""
+        """L and Ω of images (n, 3, H, W) that are mixed by draws (n, 2), and their z₁ (n, D)."""
         mixed, target = mix(images, draws)
-        z1 = self.embed_together(mixed, adversarial)
+        z1 = embed_together(lambda part: self.embed(View(part, {}), adversarial).z, mixed)
         s = similarity(z1, z2, self.options.temperature)
         target = target.to(s.dtype)
-        loss = F.cross_entropy(s, target)
-        return z1, loss, penalty(s, dummy=self.options.dummy, target=target)
+        return F.cross_entropy(s, target), penalty(s, dummy=self.options.dummy, target=target), z1
 
     def mixed_step(self, v1: View, v2: View, index: Tensor, draws: Tensor) -> Step:
         """The step of mixed images, by draws (B, 1 + capacity, 2): the attack ascends L_all of the
@@ -249,60 +235,57 @@ class IPIRM(SimCLR):
         anchor = anchored(lambda: gather(self.embed(v1, adversarial=True).z))
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
-            with self._fixed_weights():
+            with self.fixed_weights():
                 z = anchor(x, False)
-                return self.contrast_mixed(gather(x), z, draws[:, 0], adversarial=True)[1]
+                return self.contrast_mixed(gather(x), z, draws[:, 0], adversarial=True)[0]
 
         def adversarial_loss(x: Tensor) -> list[Callable[[], Tensor]]:
-            return self.mixed_terms(x, v2, index, draws, adversarial=True)
+            return self.mixed_terms(Step([]), x, v2, index, draws, adversarial=True)
 
         step = Step([], {}, v1, attack_loss, adversarial_loss)
         step.pictures |= {"view 1": v1.images, "view 2": v2.images}
-        step.loss = self.mixed_terms(v1.images, v2, index, draws, step)
+        step.loss = self.mixed_terms(step, v1.images, v2, index, draws)
         return step
 
     def mixed_terms(
         self,
+        step: Step,
         x: Tensor,
         v2: View,
         index: Tensor,
         draws: Tensor,
-        step: Step | None = None,
         adversarial: bool = False,
     ) -> list[Callable[[], Tensor]]:
         """The terms of L: L_all, and each partition, for which x₂ is embedded again; together where
         `one` is kept. λ₁ > 1 divides terms with a partition. `step` gets what is logged."""
         own, images = self.options, gather(x)
-        present: Sequence[Tensor] = () if own.baseline else [*self.present()]
+        sides: Sequence[Tensor] = () if own.baseline else [p[index] for p in self.present()]
 
         def make(with_all: bool, slot: int | None) -> Tensor:
             z2 = gather(self.embed(v2).z)
-            loss = 0 * z2.sum()  # of subsets that are all too small
-            values = {}
+            loss, parts = 0 * z2.sum(), {}  # of subsets that are all too small
+
+            def contrast(rows: Tensor) -> tuple[Tensor, Tensor]:
+                mine = images[rows], z2[rows], draws[rows, 1 + (slot or 0)]
+                return self.contrast_mixed(*mine, adversarial)[:2]
+
             if with_all:
-                z1, whole, _ = self.contrast_mixed(images, z2, draws[:, 0], adversarial)
-                loss, values["contrast"] = loss + whole, whole
-                if step is not None:
-                    step.embeddings = z1.detach(), z2.detach()
+                whole, _, z1 = self.contrast_mixed(images, z2, draws[:, 0], adversarial)
+                loss, parts["contrast"] = loss + whole, whole
+                step.embeddings = z1.detach(), z2.detach()
             if slot is not None:
-
-                def contrast(rows: Tensor) -> tuple[Tensor, Tensor]:
-                    mine = images[rows], z2[rows], draws[rows, 1 + slot]
-                    return self.contrast_mixed(*mine, adversarial)[1:]
-
-                terms = self.contrast_subsets(present[slot][index], contrast)
-                subsets, omega = means(terms, loss.new_zeros(()))
-                loss = (loss + subsets + own.penalty_weight * omega) / max(1, own.penalty_weight)
-                values |= {"subsets": subsets / len(present), "penalty": omega / len(present)}
-                values["small_subsets"] = loss.new_full((), own.env_num - len(terms))
-            if step is not None:
-                for name, value in values.items():
-                    step.parts[name] = step.parts.get(name, 0) + value.detach()
+                parts |= self.contrast_subsets([sides[slot]], contrast, loss.new_zeros(()))
+                loss = loss + parts["subsets"] + own.penalty_weight * parts["penalty"]
+                loss = loss / max(1, own.penalty_weight)
+                for name in ("subsets", "penalty"):  # means over partitions are logged
+                    parts[name] = parts[name] / len(sides)
+            for name, value in parts.items():
+                step.parts[name] = step.parts.get(name, 0) + value.detach()
             return loss
 
-        if own.retain_group == "one" and present:
+        if own.retain_group == "one" and sides:
             return [partial(make, own.keep_cont, 0)]
-        terms: list[Callable[[], Tensor]] = [partial(make, False, p) for p in range(len(present))]
+        terms: list[Callable[[], Tensor]] = [partial(make, False, p) for p in range(len(sides))]
         return [partial(make, True, None), *terms] if own.keep_cont or own.baseline else terms
 
     # --- maximisation -----------------------------------------------------------------------------
@@ -324,17 +307,7 @@ class IPIRM(SimCLR):
             nonlocal embedded
             if embedded is None or not own.offline:
                 work.pulse(f"partition: views of {n} images are embedded")
-                mixing = self.draw_partners((*key, number), batches) if own.mixup_max else None
-                z1, z2 = (
-                    work.embed(
-                        "projector",
-                        transform=self.recipe,
-                        generator=keyed_generator(*key, number, VIEWS + view),
-                        mixing=None if view else mixing,
-                    )
-                    for view in (0, 1)
-                )
-                embedded = Embedded(z1, z2, *(part.to(z1.device) for part in mixing or ()))
+                embedded = self.embed_all(work, (*key, number), batches)
             return embedded
 
         if own.random_init:
@@ -349,15 +322,20 @@ class IPIRM(SimCLR):
             self.scores.copy_(scores)
         self.keep(scores.argmax(1))
 
-    def draw_partners(
-        self, key: tuple[int, ...], batches: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """λ of each image and another of its batch, whose order is random: (N,) each."""
-        uniform = torch.rand(self.about.n, generator=keyed_generator(*key, SHARES))
-        partner = torch.arange(self.about.n)
-        for index in batches:
-            partner[index.cpu()] = index.cpu().roll(1)
-        return torch.maximum(uniform, 1 - uniform), partner
+    def embed_all(self, work: Work, key: tuple[int, ...], batches: Sequence[Tensor]) -> Embedded:
+        """Two views of all images; with `mixup_max` the first is λ of itself and the rest another
+        of its batch, whose order is random."""
+        mixing = None
+        if self.options.mixup_max:
+            uniform = torch.rand(self.about.n, generator=keyed_generator(*key, SHARES))
+            partner = torch.arange(self.about.n)
+            for index in batches:
+                partner[index.cpu()] = index.cpu().roll(1)
+            mixing = torch.maximum(uniform, 1 - uniform), partner
+        embed = partial(work.embed, "projector", transform=self.recipe)
+        z1 = embed(generator=keyed_generator(*key, VIEWS), mixing=mixing)
+        z2 = embed(generator=keyed_generator(*key, VIEWS + 1), mixing=None)
+        return Embedded(z1, z2, *(part.to(z1.device) for part in mixing or ()))
 
     def keep(self, partition: Tensor) -> None:
         """Add a partition (N,); the oldest goes where there is no place."""
@@ -367,24 +345,3 @@ class IPIRM(SimCLR):
         self.partitions[int(self.fitted)] = partition
         self.fitted += 1
         self._present = None
-
-
-def means(terms: Sequence[tuple[Tensor, Tensor]], zero: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss and the mean penalty of subsets; zeros of none."""
-    if not terms:
-        return zero, zero
-    losses, penalties = zip(*terms, strict=True)
-    return torch.stack(losses).mean(), torch.stack(penalties).mean()
-
-
-def debiased(z1: Tensor, z2: Tensor, temperature: float, prior: float) -> Tensor:
-    """DCL's loss (Chuang et al. 2020, arXiv:2007.00224; spec §2.6) of pairs z1, z2 (B, D).
-
-    prior: τ⁺, the share of negatives that are of the anchor's class; 0 gives NT-Xent.
-    """
-    s = compact_logits(z1, z2)[0] / temperature
-    n = s.shape[1] - 1
-    positive, negatives = s[:, 0].exp(), s[:, 1:].exp().sum(1)
-    others = (negatives - prior * n * positive) / (1 - prior)
-    others = others.clamp(min=n * math.exp(-1 / temperature))
-    return (torch.log(positive + others) - s[:, 0]).mean()

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
     """Momentum on gradients that are scaled parameter by parameter (spec/siblings.md §3.3).
 
-    u = g + weight_decay · p, times trust · ‖p‖/‖u‖ (times 1 where either length is 0);
+    u = g + weight_decay · p, times trust · ‖p‖/‖u‖ (times 1 where either length is 0, or the group
+    has `adapt=False`, as recipes have it for biases and norms);
     μ ← momentum · μ + u; p ← p − lr · μ.
-
-    Args:
-        params: parameters or groups. A group with `adapt=False` is not scaled, and one with
-            `weight_decay=0` not decayed: as recipes have it for vectors (biases, norms).
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Any,
         lr: float,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust: float = 1e-3,
         adapt: bool = True,
     ) -> None:
-        defaults = dict(
-            lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=adapt
-        )
-        super().__init__(params, defaults)
+        scale = dict(weight_decay=weight_decay, trust=trust, adapt=adapt)
+        super().__init__(params, dict(lr=lr, momentum=momentum, **scale))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

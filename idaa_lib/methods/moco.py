@@ -1,8 +1,7 @@
 """MoCo v2 (He et al. 2020, arXiv:1911.05722; Chen et al. 2020, arXiv:2003.04297).
 
-No paper describes it with IDAA: the pair follows the general rule (shared design, "A method"). The
-query's view is attacked against MoCo's own loss, with the other view's key and the queue stopped;
-the adversarial loss is the same with x′ as the query.
+No paper describes it with IDAA. Here the query's view is attacked against MoCo's own loss, with the
+other view's key and the queue stopped; the adversarial loss is the same with x′ as the query.
 
 On CIFAR the values are those of the authors' CIFAR-10 demo (queue 4096, EMA .99, τ .1), with v2's
 projector and views; on ImageNet v2 has 65536, .999 and .2. Between GPUs MoCo shuffles the keys'
@@ -21,18 +20,10 @@ from torch.nn import functional as F
 
 from idaa_lib.configs import ConfigError
 from idaa_lib.configs.base import Positive, Rate, Share
-from idaa_lib.methods.base import (
-    About,
-    Batch,
-    Moment,
-    Step,
-    follow,
-    frozen_copy,
-    register_method,
-    similarity,
-)
+from idaa_lib.methods.averages import Targeted, follow
+from idaa_lib.methods.base import About, Batch, Moment, Step, register_method, similarity
 from idaa_lib.methods.cassle import Conditioned
-from idaa_lib.nets.heads import Embedding, Network
+from idaa_lib.nets.heads import Embedding
 from idaa_lib.nets.processes import gather
 from idaa_lib.views import View
 
@@ -48,7 +39,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
 
 @register_method("moco")
-class MoCo(Conditioned):
+class MoCo(Targeted):
     """First view: query; second view: key, of an encoder that follows the query's."""
 
     class Options(Conditioned.Options):
@@ -72,20 +63,12 @@ class MoCo(Conditioned):
             raise ConfigError(
                 f"queue must hold a batch of {about.batch_size} keys, and is {options.queue}."
             )
-        d = backbone.feature_dim
-        projector = self.two_layer_projector(d, options.projection_dim)
-        self.network = Network(backbone, projector=projector)
-        self.target = frozen_copy(self.network)
-        self.add_difference_heads(d)
         queue = torch.randn(options.queue, options.projection_dim)
         self.register_buffer("queue", F.normalize(queue, dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # its place in the queue
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
-        v1, v2 = views
-        query = self.embed(v1)
-        with torch.no_grad():
-            key = self.target(v2.images, self.describe(v2))
+        query, key = self.embed(views[0]), self.aim(views[1])
 
         def loss_of(e: Embedding, _: Any = None) -> Tensor:
             return info_nce(e.z, key.z, self.queue, self.options.temperature)

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.methods.base import similarity
+from idaa_lib.nets.processes import count_processes, gather
 from idaa_lib.views import keyed_generator
 
 # Entropy in nats that a relaxed constraint asks of the shares of two subsets: that of 1 : 2.
@@ -61,6 +63,19 @@ def penalty(
         q = q * target.sum(1, keepdim=True) - target
     g = (q * logits).mean(0) if rows is None else rows @ (q * logits)
     return g.square().sum() if dummy == "vector" else g.sum().square()
+
+
+def debiased(z1: Tensor, z2: Tensor, temperature: float, prior: float) -> Tensor:
+    """DCL's loss (Chuang et al. 2020, arXiv:2007.00224; spec §2.6) of pairs z1, z2 (B, D).
+
+    prior: τ⁺, the share of negatives that are of the anchor's class; 0 gives NT-Xent.
+    """
+    s = compact_logits(z1, z2)[0] / temperature
+    n = s.shape[1] - 1
+    positive, negatives = s[:, 0].exp(), s[:, 1:].exp().sum(1)
+    others = (negatives - prior * n * positive) / (1 - prior)
+    others = others.clamp(min=n * math.exp(-1 / temperature))
+    return (torch.log(positive + others) - s[:, 0]).mean()
 
 
 def soft_loss(
@@ -144,6 +159,18 @@ def mix(images: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     share, partner = torch.maximum(uniform, 1 - uniform).to(images.dtype), rank.argsort()
     mixed = torch.lerp(images[partner], images, share[:, None, None, None])
     return mixed, mixed_target(share, partner)
+
+
+def embed_together(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """z (n, D) of images (n, 3, H, W) that every process has, in their order: each embeds a part of
+    them, or all where they are too few for batch statistics of a part."""
+    processes = count_processes()
+    if processes == 1 or len(images) < 2 * processes:
+        return embed(images)
+    parts = images.tensor_split(processes)
+    z = embed(parts[dist.get_rank()])
+    rows = gather(F.pad(z, (0, 0, 0, len(parts[0]) - len(z)))).chunk(processes)
+    return torch.cat([row[: len(part)] for row, part in zip(rows, parts, strict=True)])
 
 
 # --- maximisation ---------------------------------------------------------------------------------

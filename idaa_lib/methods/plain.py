@@ -43,8 +43,8 @@ class Plain(Contrastive):
     recordable = True
     official = OfficialProtocol("Plain and UEL", "projector", 0.1, "projector", "best", 128)
 
-    def projector(self, features: int, dim: int) -> nn.Module:
-        return nn.Linear(features, dim)
+    def projector(self, inputs: int, dim: int) -> nn.Module:
+        return nn.Linear(inputs, dim)
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
         return one_way(z1, z2, self.options.temperature)

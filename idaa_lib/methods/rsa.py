@@ -22,19 +22,18 @@ from torch import Tensor
 
 from idaa_lib.configs import ConfigError
 from idaa_lib.configs.base import Positive, Share
-from idaa_lib.methods.base import (
-    About,
-    Batch,
-    Moment,
-    Step,
-    register_method,
-)
+from idaa_lib.methods.base import About, Batch, Moment, Step, register_method
 from idaa_lib.methods.byol import BYOL
 from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 from idaa_lib.methods.simsiam import negative_cosine
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import Recipe, View
 
+# Linear classifiers (§3.4): on small images, and on ImageNet ("mean-shift").
+SMALL = Classifier("nesterov", 30.0, "drops_60_80", epochs=100, drop_last=True, drifts=True)
+LARGE = Classifier(
+    "sgd", 0.01, "drops_15_30", 40, weight_decay=1e-4, deviation=None, standardise=True, drifts=True
+)
 PHOTOMETRY = {"color", "color_diff", "grayscale", "blur"}  # what a weak view has none of
 
 
@@ -89,7 +88,7 @@ class RSA(BYOL):
 
     @classmethod
     def official_protocol(cls, config: Any) -> OfficialProtocol:
-        """§3.4: the small one, or that of ImageNet ("mean-shift"); also of the baseline."""
+        """That of the small images, or of ImageNet; also of the baseline."""
         large = config.stem == "imagenet"
         if large != (config.size >= 224) or config.stem == "mini":
             raise ConfigError(
@@ -98,31 +97,17 @@ class RSA(BYOL):
                 f"size={config.size}: take protocol='clean'."
             )
         if large:
-            classifier = Classifier(
-                "sgd",
-                0.01,
-                "drops_15_30",
-                epochs=40,
-                weight_decay=1e-4,
-                deviation=None,
-                standardise=True,
-                drifts=True,
+            return OfficialProtocol(
+                "RSA on ImageNet", "backbone", 0.1, "backbone", "last", 256, LARGE, knn_note=""
             )
-        else:
-            classifier = Classifier(
-                "nesterov", 30.0, "drops_60_80", epochs=100, drop_last=True, drifts=True
-            )
+        batch = config.batch_size
         return OfficialProtocol(
-            "RSA on ImageNet" if large else "RSA", "backbone", 0.1, "backbone", "last",
-            256 if large else config.batch_size, classifier, whole=not large, knn_note="",
-        )  # fmt: skip
-
-    # --- views ------------------------------------------------------------------------------------
+            "RSA", "backbone", 0.1, "backbone", "last", batch, SMALL, whole=True, knn_note=""
+        )
 
     def recipes(self) -> list[tuple[str, Recipe]]:
         if self.options.rsa_views == "weak":
-            weak = replace(self.recipe, jitter_probability=0, gray=0, blur=0)
-            return [("images", weak)] * 2
+            return [("images", replace(self.recipe, jitter_probability=0, gray=0, blur=0))] * 2
         return super().recipes()
 
     def maker(self, recipe: Recipe) -> Callable[[Tensor, Tensor], Any]:
@@ -136,12 +121,10 @@ class RSA(BYOL):
         (w1, a1), (w2, a2) = views
         return a1, a2, w1, w2
 
-    # --- the loss ---------------------------------------------------------------------------------
-
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         (a1, a2), (w1, w2) = views[:2], views[-2:]
         online1, online2 = self.embed(a1), self.embed(a2)  # z, p (B, D)
-        t1, t2 = self._aim(w1), self._aim(w2)
+        t1, t2 = self.aim(w1).z, self.aim(w2).z
         four = self.options.rsa_views == "four"
         weight = beta(self.options.beta0 * four, moment.progress, moment.steps)
 
@@ -166,7 +149,6 @@ class RSA(BYOL):
         return step
 
     def after_step(self, step: Step, moment: Moment) -> None:
-        """τ_s = 1 − (1 − τ₁)(1 + cos(πs/S)) / 2, of the next step: the official code averages at
-        its start (spec §3.2)."""
+        """BYOL's, with τ of the next step: the official code averages at its start (§3.2)."""
         following = min(moment.step + 2, moment.steps)  # s + 1, where steps count from 1
         super().after_step(step, replace(moment, step=following))

@@ -13,47 +13,37 @@ from idaa_lib.configs import ConfigError
 from idaa_lib.methods.lars import LARS
 
 
-def _linear(step: int, epochs: int, per_epoch: int) -> float:
-    """Epoch e = 1…E at 1 − (e−1)/E (the release's VAE)."""
-    return 1 - (step // per_epoch) / epochs
-
-
 def _cosine(step: int, epochs: int, per_epoch: int, delay: int = 0) -> float:
     """½(1 + cos(πe/E)) by epoch, the first `delay` epochs at 1 and the cosine from there on."""
     return 0.5 * (1 + math.cos(math.pi * max(0, step // per_epoch - delay) / epochs))
 
 
-def _cosine_by_step(step: int, epochs: int, per_epoch: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * step / (epochs * per_epoch)))
-
-
 def _drops(
     step: int, epochs: int, per_epoch: int, of: int, drops: tuple[tuple[int, float], ...]
 ) -> float:
-    """Factors from given epochs on, the last first, of a published training of `of` epochs; in a
-    training of another length at the same shares of it."""
+    """(epoch, factor from there on), the last first, of a published training of `of` epochs; in one
+    of another length at the same shares of it."""
     epoch = step // per_epoch * of
     return next((low for at, low in drops if epoch >= at * epochs), 1.0)
-
-
-def _seven_sixteenths(step: int, epochs: int, per_epoch: int) -> float:
-    """cos(7πk / 16K) at step k of K (FixMatch)."""
-    return math.cos(7 * math.pi * step / (16 * epochs * per_epoch))
 
 
 # Name → (step, epochs, steps an epoch) → factor of the learning rate.
 SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
     "constant": lambda step, epochs, per_epoch: 1.0,
-    "linear": _linear,
+    # Epoch e = 1…E at 1 − (e−1)/E (the release's VAE).
+    "linear": lambda step, epochs, per_epoch: 1 - (step // per_epoch) / epochs,
     "cosine": _cosine,
     "delayed_cosine": partial(_cosine, delay=11),  # SimCLR's code: from the 13th epoch (spec §4)
-    "cosine_by_step": _cosine_by_step,
+    "cosine_by_step": lambda step, epochs, per_epoch: _cosine(step, epochs * per_epoch, 1),
     # Plain's (spec §4; not the drops of its mini-ImageNet runs).
     "drops": partial(_drops, of=301, drops=((200, 0.01), (160, 0.05), (120, 0.1))),
     # Of linear classifiers (spec/siblings.md §3.4).
     "drops_60_80": partial(_drops, of=100, drops=((80, 0.01), (60, 0.1))),
     "drops_15_30": partial(_drops, of=40, drops=((30, 0.01), (15, 0.1))),
-    "seven_sixteenths": _seven_sixteenths,
+    # cos(7πk / 16K) at step k of K (FixMatch).
+    "seven_sixteenths": lambda k, epochs, per_epoch: math.cos(
+        7 * math.pi * k / (16 * epochs * per_epoch)
+    ),
 }
 # Fused: one kernel for all parameters, on the CPU too; the arithmetic is the same. The release's
 # own Adam adds 1e-8 to √v before the bias correction, torch's after it: below rounding wherever √v
@@ -71,12 +61,9 @@ def build_schedule(
     name: str, epochs: int, per_epoch: int, warmup: int = 0
 ) -> Callable[[int], float]:
     """Global step → factor of the learning rate, by the schedule `name` of a training of so many
-    epochs and steps an epoch.
+    epochs and steps an epoch; ConfigError where no schedule has this name.
 
-    Args:
-        warmup: epochs of linear warm-up from 0, a tenth of all at most; the rest has the schedule.
-    Raises:
-        ConfigError: no schedule has this name.
+    warmup: epochs of linear warm-up from 0, a tenth of all at most; the rest has the schedule.
     """
     if name not in SCHEDULES:
         raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}, and is {name!r}.")

@@ -5,14 +5,12 @@ The recipe is the official IDAA release's (docs/spec/idaa.md §2 and §4).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.configs.base import Rate
-from idaa_lib.methods.base import About, register_method, similarity
+from idaa_lib.methods.base import register_method, similarity
 from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.methods.contrastive import Contrastive
 from idaa_lib.methods.protocols import OfficialProtocol
@@ -38,14 +36,8 @@ class SimCLR(Conditioned, Contrastive):
         temperature: Rate = 0.5
 
     recordable = True
+    projector_first = True
     official = OfficialProtocol("SimCLR", "projector", 0.5, "backbone", "last", 256)
-
-    def __init__(self, options: Any, backbone: Any, about: About) -> None:
-        super().__init__(options, backbone, about)
-        self.add_difference_heads(backbone.feature_dim)
-
-    def projector(self, features: int, dim: int) -> nn.Module:
-        return self.two_layer_projector(features, dim)
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
         return nt_xent(z1, z2, self.options.temperature)

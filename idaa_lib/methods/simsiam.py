@@ -17,17 +17,10 @@ from torch import Tensor, nn
 
 from idaa_lib.configs.base import Positive
 from idaa_lib.methods.augself import augself_head
-from idaa_lib.methods.base import (
-    About,
-    Batch,
-    Moment,
-    Step,
-    anchored,
-    register_method,
-)
+from idaa_lib.methods.base import About, Batch, Moment, Step, anchored, register_method
 from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.methods.protocols import Classifier, OfficialProtocol
-from idaa_lib.nets.heads import Embedding, Network, mlp
+from idaa_lib.nets.heads import Embedding, mlp
 from idaa_lib.nets.resnet import zero_residuals
 from idaa_lib.views import View
 
@@ -56,35 +49,31 @@ class SimSiam(Conditioned):
     recordable = True
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
-        super().__init__(options, backbone, about)
-        self.cifar, dim = options.pairing == "cifar", options.projection_dim
-        d = backbone.feature_dim
-        if not self.cifar:
+        if options.pairing == "imagenet":
             zero_residuals(backbone)
+        super().__init__(options, backbone, about)
 
-        def project(inputs: int) -> nn.Module:
-            if self.has_augself_heads:
-                return augself_head(inputs, dim, dim, 2 if self.cifar else 3, last_norm=True)
-            if self.cifar:
-                return mlp(inputs, dim, dim, last_norm=True)
-            return mlp(inputs, d, dim, layers=3, last_norm=True, affine=False, bias=False)
+    @property
+    def cifar(self) -> bool:
+        return self.options.pairing == "cifar"
 
-        projector = self.condition_projector(d, project)
-        biased = self.cifar and not self.has_augself_heads
-        predictor = mlp(dim, max(1, dim // 4), dim, bias=biased)
-        self.network = Network(backbone, projector=projector, predictor=predictor)
-        self.add_difference_heads(d)
+    def projector(self, inputs: int, dim: int) -> nn.Module:
+        if self.has_augself_heads:
+            return augself_head(inputs, dim, dim, 2 if self.cifar else 3, last_norm=True)
+        if self.cifar:
+            return mlp(inputs, dim, dim, last_norm=True)
+        return mlp(inputs, self.features, dim, 3, last_norm=True, affine=False, bias=False)
+
+    def predictor(self, dim: int) -> nn.Module:
+        return mlp(dim, max(1, dim // 4), dim, bias=self.cifar and not self.has_augself_heads)
 
     @classmethod
     def official_protocol(cls, config: Any) -> OfficialProtocol:
         if config.pairing == "imagenet":
             # What the specification leaves open is as in SimSiam's public code (main_lincls.py).
             classifier = Classifier("lars", 0.1, "cosine", epochs=90, best=False, scaled=True)
-            return cls.official._replace(
-                of="SimSiam on ImageNet",
-                linear_epoch="last",
-                batch_size=4096,
-                classifier=classifier,
+            return OfficialProtocol(
+                "SimSiam on ImageNet", "backbone", 0.5, "backbone", "last", 4096, classifier
             )
         return cls.official
 
@@ -110,6 +99,5 @@ class SimSiam(Conditioned):
         if not (self.cifar or self.has_augself_heads):
             return [group]
         predictor = list(self.network.get_submodule("predictor").parameters())
-        own = {id(p) for p in predictor}
-        body = [p for p in group["params"] if id(p) not in own]
+        body = [p for p in group["params"] if not any(p is own for own in predictor)]
         return [{"params": body}, {"params": predictor, "schedule": "constant", "warmup": 0}]

@@ -28,14 +28,8 @@ def mlp(
 ) -> nn.Sequential:
     """(B, inputs) → (B, outputs): linear layers, with a BatchNorm (`norm`) and a ReLU between them.
 
-    SimCLR's and MoCo's projector: norm=False (Chen et al. 2020, arXiv:2002.05709, §2.1). BYOL's
-    heads and SimSiam's predictor: as it is (Grill et al. 2020, arXiv:2006.07733, §3.3). SimSiam's
-    projector: last_norm=True, on ImageNet with layers=3, bias=False, affine=False (Chen & He 2021,
-    arXiv:2011.10566, and its released code).
-
-    Args:
-        last_norm: a BatchNorm at the end too; affine: whether it has parameters.
-        bias: of the layers before the last; last_bias: of the last.
+    last_norm: a BatchNorm at the end too; affine: whether it has parameters. bias: of the layers
+    before the last; last_bias: of the last.
     """
     parts: list[nn.Module] = []
     for _ in range(layers - 1):
@@ -51,11 +45,8 @@ class ConditionedProjector(nn.Module):
     """z = π([h ; γ(ω)]): a projector that knows how its view was drawn (spec/siblings.md §1.3).
 
     h: (B, C); condition ω: (B, D), None for the neutral one; z: before its L2 norm.
-
-    Args:
-        head: π, of inputs of C features, or of more where γ(ω) is concatenated.
-        gamma: (B, D) → (B, ·). injection: what becomes of h and γ(ω): `concatenate`, `add` or
-            `multiply`. neutral: the D values of a view without augmentation.
+    injection: what becomes of h and γ(ω): `concatenate`, `add` or `multiply`.
+    neutral: the D values of a view without augmentation.
     """
 
     def __init__(
@@ -79,9 +70,8 @@ class ConditionedProjector(nn.Module):
 class Hypernetwork(nn.Module):
     """A projector whose weights γ emits, of each sample its own (spec/siblings.md §1.3, a toy).
 
-    Args:
-        sides: features of its layers, from C to those of z. gamma: number of weights → the network
-            (B, D) → (B, weights). neutral: as `ConditionedProjector`.
+    sides: features of its layers, from C to those of z. gamma: number of weights → the network
+    (B, D) → (B, weights). neutral: as `ConditionedProjector`.
     """
 
     def __init__(
@@ -138,15 +128,13 @@ class Network(nn.Module):
 
     The heads' BatchNorms have no adversarial twins: both kinds of input share them (spec §2).
 
-    Args:
-        unit: whether z is L2-normalised.
-        projector: h → z before its L2 norm; called with the condition too where there is one.
-        predictor: z before its L2 norm → p before its own. head: h → logits.
-        differences: heads by name, of AugSelf: [h_a ; h_b] (B, 2 · feature_dim) → (B, ·). They are
-            called as network(pairs=…), which gives their outputs by name.
+    projector: h → z before its L2 norm (`unit`); called with the condition too where there is one.
+    predictor: z before its L2 norm → p before its own. head: h → logits.
+    differences: heads by name, of AugSelf: [h_a ; h_b] (B, 2 · feature_dim) → (B, ·). They are
+    called as network(pairs=…), which gives their outputs by name.
     """
 
-    def __init__(self, backbone: nn.Module, unit: bool = True, **heads: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, unit: bool = True, **heads: nn.Module | None) -> None:
         super().__init__()
         self.backbone, self.unit = backbone, unit
         for name, head in heads.items():
