@@ -94,7 +94,7 @@ def test_a_grid_is_the_pixels_themselves(form):
 def test_the_picture_is_the_attack(outputs, epsilon, norm):
     engine = Engine(CONFIG.model_copy(update={"norm": norm}))
     shown = engine.scene
-    attack = IDAA(shown.vae, epsilon, norm=norm)(shown.x, shown.loss)
+    attack = IDAA(shown.vae, epsilon=epsilon, norm=norm)(shown.x, shown.loss)
     G, R = shown.vae.decompose(shown.x)
     x_, G_, R_ = decoded(grid([*engine.still().values()]), 3, 4)
     assert np.abs(x_ - cells(shown.pixels(shown.x))).max() <= HALF
@@ -109,7 +109,7 @@ def test_the_picture_is_the_attack(outputs, epsilon, norm):
 
 def test_clae_moves_pixels_and_leaves_the_latent(engine):
     shown = engine.scene
-    attack = CLAE(0.05)(shown.x, shown.loss)
+    attack = CLAE(epsilon=0.05)(shown.x, shown.loss)
     moved, x_adv, _ = decoded(grid([*engine.moving("clae", 0.05).values()]), 3, 4)
     assert np.abs(x_adv - cells(shown.pixels(attack.images))).max() <= HALF
     assert np.array_equal(moved, decoded(grid([*engine.still().values()]), 3, 4)[1])
@@ -120,8 +120,9 @@ def test_several_steps_are_the_adversary_s_own(outputs):
     shown = engine.scene
     assert not shown.live("idaa")
     assert shown.live("random_sign")
-    for name, kind in (("idaa", lambda: IDAA(shown.vae, 0.3, 3)), ("clae", lambda: CLAE(0.3, 3))):
-        expected = kind()(shown.x, shown.loss).images
+    how = {"epsilon": 0.3, "steps": 3}
+    for name, adversary in (("idaa", IDAA(shown.vae, **how)), ("clae", CLAE(**how))):
+        expected = adversary(shown.x, shown.loss).images
         assert torch.equal(shown.attack(name, 0.3), expected)
         assert torch.equal(shown.attack(name, 0.3, first=2), expected[:2])
     (signs,) = (direction.unit for direction in shown.directions("random_sign"))
@@ -146,7 +147,7 @@ def test_random_signs_are_the_same_at_every_epsilon(engine):
     assert direction.unit.abs().unique().tolist() == [1.0]
     for e in (0.1, 0.4):
         with torch.no_grad():
-            moved = scene.vae.decode(scene.vae.mean_latent(scene.x) + e * direction.unit)
+            moved = scene.vae.decode(scene.vae.encode(scene.x)[0] + e * direction.unit)
         expected = scene.parts["R"] + moved
         assert torch.allclose(scene.attack("random_sign", e), expected, atol=1e-5)
     assert isinstance(scene._adversary("random_sign", 0.1), RandomSign)

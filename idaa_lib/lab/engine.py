@@ -176,7 +176,7 @@ class Engine:
         """z (n, m) of all candidates; those of the attacked images come first."""
         vae = self.scene.vae
         with torch.no_grad(), evaluating(vae):
-            return torch.cat([vae.mean_latent(part) for part in self.candidates.split(BATCH)])
+            return torch.cat([vae.encode(part)[0] for part in self.candidates.split(BATCH)])
 
     @cached_property
     def steps(self) -> dict[str, Tensor]:

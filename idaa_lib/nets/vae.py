@@ -19,13 +19,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from idaa_lib.nets import evaluating
 
 
-class Decomposition(NamedTuple):
-    """x = G + R, each (B, 3, H, W) in the units of x."""
-
-    G: Tensor
-    R: Tensor
-
-
 class Output(NamedTuple):
     """A pass through the VAE: z, mu, logvar (B, m); G (B, 3, H, W)."""
 
@@ -119,21 +112,14 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) → μ, log σ², each (B, m)."""
-        h = self._encoded(x)
-        return self.fc11(h), self.fc12(h)
-
-    def mean_latent(self, x: Tensor) -> Tensor:
-        """μ (B, m) alone."""
-        return self.fc11(self._encoded(x))
-
-    def _encoded(self, x: Tensor) -> Tensor:
         h, layout = self.encoder(x), torch.channels_last
         if h.requires_grad and h.is_contiguous(memory_format=layout):
             # `reshape` gives back a gradient in another layout, with which the backward pass of a
             # BatchNorm takes 15 times as long (CPU).
             h.register_hook(lambda gradient: gradient.contiguous(memory_format=layout))
         # reshape, not view: in channels_last the activations are not contiguous.
-        return h.reshape(len(x), -1)
+        h = h.reshape(len(x), -1)
+        return self.fc11(h), self.fc12(h)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, m) → G (B, 3, H, W).
@@ -157,11 +143,11 @@ class VAE(nn.Module):
         return Output(z, self.decode(z), mu, logvar)
 
     @torch.no_grad()
-    def decompose(self, x: Tensor) -> Decomposition:
-        """Split images (B, 3, H, W), in the units the VAE was trained with, at z = μ."""
+    def decompose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """G and R with x = G + R, of images (B, 3, H, W) in the units of training, at z = μ."""
         with evaluating(self):
             G = self(x).G
-        return Decomposition(G, x - G)
+        return G, x - G
 
 
 def folded(vae: VAE) -> VAE:

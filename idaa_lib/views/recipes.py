@@ -94,9 +94,12 @@ class Recipe:
             "crop_sides": 20 * (self.crop_scale is not None),
             "corner": 2 * (self.crop_scale is not None or self.shift > 0),
             "flip": int(self.flip > 0),
-            **{"jitter": int(jitter), "color": 4 * jitter, "order": 4 * jitter},
+            "jitter": int(jitter),
+            "color": 4 * jitter,
+            "order": 4 * jitter,
             "gray": int(self.gray > 0),
-            **{"blur": int(blur), "sigma": int(blur)},
+            "blur": int(blur),
+            "sigma": int(blur),
         }
 
     def numbers(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -145,8 +148,12 @@ class Recipe:
         low_sigma, high_sigma = self.blur_sigma
         sigma = (low_sigma + (high_sigma - low_sigma) * uniform["sigma"]).sum(1, keepdim=True)
         return {
-            **{"source": source, "crop": crop, "flip": happens("flip", self.flip)},
-            **{"color": color, "order": order, "gray": happens("gray", self.gray)},
+            "source": source,
+            "crop": crop,
+            "flip": happens("flip", self.flip),
+            "color": color,
+            "order": order,
+            "gray": happens("gray", self.gray),
             "blur": happens("blur", self.blur) * sigma,
         }
 
@@ -211,28 +218,27 @@ class Recipe:
         return self.view(images, self.numbers(len(images), generator))
 
 
-SIBLINGS: dict[str, Any] = {
-    **{"crop_scale": (0.2, 1.0), "flip": 0.5, "gray": 0.2, "blur": 0.5},
-    **{"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_probability": 0.8},
-}
+def _crops(
+    least: float, *jitter: float, often: float = 0.8, gray: float = 0.2, **further: Any
+) -> dict[str, Any]:
+    """Mirrored crops of at least this share of the image, jittered (`often`), gray."""
+    crop = {"crop_scale": (least, 1.0), "flip": 0.5}
+    return crop | {"jitter": jitter, "jitter_probability": often, "gray": gray} | further
+
+
 RECIPES: dict[str, dict[str, Any]] = {
-    "simclr": {"crop_scale": (0.08, 1.0), "flip": 0.5, "gray": 0.2}
-    | {"jitter": (0.8, 0.8, 0.8, 0.2), "jitter_probability": 0.8},
-    "simsiam": {"crop_scale": (0.2, 1.0), "flip": 0.5, "gray": 0.2, "blur": 0.5}
-    | {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_probability": 0.8},
-    "normal": {"crop_scale": (0.2, 1.0), "flip": 0.5, "gray": 0.2}  # Plain and UEL
-    | {"jitter": (0.4, 0.4, 0.4, 0.4), "jitter_probability": 1.0},
+    "simclr": _crops(0.08, 0.8, 0.8, 0.8, 0.2),
+    "simsiam": _crops(0.2, 0.4, 0.4, 0.4, 0.1, blur=0.5),
+    "normal": _crops(0.2, 0.4, 0.4, 0.4, 0.4, often=1.0),  # Plain and UEL
     # BYOL on CIFAR-10 as its public code (lightly's benchmark) has it.
-    "byol": {"crop_scale": (0.08, 1.0), "flip": 0.5, "gray": 0.2}
-    | {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_probability": 0.8},
+    "byol": _crops(0.08, 0.4, 0.4, 0.4, 0.1),
     # The siblings' (docs/spec/siblings.md §1.6, §2.1, §3.1), which blur CIFAR too. A kernel of 13
     # moves pixels of 32 px as much as PIL's blur, which has none; one of 3 half as much.
-    "cassle": SIBLINGS,
-    "ipirm": SIBLINGS | {"crop_scale": (0.08, 1.0), "kernels": (3, 3)},
-    "rsa": SIBLINGS | {"kernels": (13, math.inf)},
+    "cassle": _crops(0.2, 0.4, 0.4, 0.4, 0.1, blur=0.5),
+    "ipirm": _crops(0.08, 0.4, 0.4, 0.4, 0.1, blur=0.5, kernels=(3, 3)),
+    "rsa": _crops(0.2, 0.4, 0.4, 0.4, 0.1, blur=0.5, kernels=(13, math.inf)),
     # Pixels still tell an image: for the candidates of notebook 08.
-    "mild": {"crop_scale": (0.8, 1.0), "flip": 0.5}
-    | {"jitter": (0.2, 0.2, 0.2, 0.05), "jitter_probability": 1.0},
+    "mild": _crops(0.8, 0.2, 0.2, 0.2, 0.05, often=1.0, gray=0.0),
     "none": {},  # the test transform: resize where the size differs, normalise; draws nothing
 }
 
