@@ -280,7 +280,7 @@ def _fit(adversary: Any) -> Work:
     config, data = _ssl(adversary), images(2 * BATCH)
     accelerator = make_accelerator(config, outputs_root())
     method = build_method(config, _about(config, data))
-    attack: Adversary | None = IDAA(_vae(), 0.1) if adversary == "idaa" else None
+    attack: Adversary | None = IDAA(_vae(), epsilon=0.1) if adversary == "idaa" else None
     return _steps(Fit(accelerator, method, data.images, config, attack), BATCH, 1)
 
 

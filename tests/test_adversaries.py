@@ -10,14 +10,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from idaa_lib import adversaries
-from idaa_lib.adversaries import (
-    CLAE,
-    IDAA,
-    AttackError,
-    NoAdversary,
-    RandomSign,
-)
+from idaa_lib.adversaries import CLAE, IDAA, AttackError, RandomSign, ascent
 from idaa_lib.configs import ConfigError
 from idaa_lib.nets import build_backbone
 from idaa_lib.nets.vae import VAE
@@ -71,7 +64,11 @@ def x():
 def make(vae):
     def make(kind, epsilon, **options):
         options = {k: v for k, v in options.items() if k in kind.Options.model_fields}
-        return CLAE(epsilon, **options) if kind is CLAE else kind(vae, epsilon, **options)
+        return (
+            CLAE(epsilon=epsilon, **options)
+            if kind is CLAE
+            else kind(vae, epsilon=epsilon, **options)
+        )
 
     return make
 
@@ -107,7 +104,7 @@ NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_idaa_agrees_with_the_published_order_of_work(network, vae, x, epsilon):
     twins = copy.deepcopy(network), copy.deepcopy(vae)
     oracle = reference.idaa(*twins, x, epsilon, TEMPERATURE)
-    attack = IDAA(vae, epsilon)(x, contrastive(network, x))
+    attack = IDAA(vae, epsilon=epsilon)(x, contrastive(network, x))
     torch.testing.assert_close(attack.images, oracle, rtol=0, atol=1e-10)
     leaf = zeta(vae, x).requires_grad_()
     G = twins[1].decode(leaf)
@@ -119,7 +116,7 @@ def test_idaa_agrees_with_the_published_order_of_work(network, vae, x, epsilon):
 @pytest.mark.parametrize("epsilon", [0.03, 0.5])
 def test_clae_agrees_with_the_published_order_of_work(network, x, epsilon):
     oracle = reference.clae(copy.deepcopy(network), x, epsilon, TEMPERATURE)
-    attack = CLAE(epsilon)(x, contrastive(network, x))
+    attack = CLAE(epsilon=epsilon)(x, contrastive(network, x))
     assert torch.equal(attack.images, oracle)
     assert attack.z is None and attack.reconstruction is None
 
@@ -142,7 +139,7 @@ def test_attack_of_several_steps_agrees_with_a_loop(make, x):
         leaf = (x + delta).requires_grad_()
         of_samples(leaf).backward()
         delta = (delta + 2.5 * epsilon / steps * leaf.grad.sign()).clamp(-epsilon, epsilon)
-    attack = CLAE(epsilon, steps=steps)(x, of_samples)
+    attack = CLAE(epsilon=epsilon, steps=steps)(x, of_samples)
     torch.testing.assert_close(attack.delta, delta)
 
 
@@ -178,7 +175,7 @@ def test_zero_epsilon_gives_back_x(make, x, kind, norm, steps, random_start):
 
 
 def test_zero_epsilon_gives_back_x_in_single_precision(vae, x):
-    attack = IDAA(vae.float(), 0.0)(x.float(), of_samples)
+    attack = IDAA(vae.float(), epsilon=0.0)(x.float(), of_samples)
     torch.testing.assert_close(attack.images, x.float(), rtol=0, atol=1e-5)
 
 
@@ -252,7 +249,7 @@ def starts(norm, n, epsilon=0.4):
         seen.append(x.detach().flatten(1))
         return x.sum()
 
-    adversary = CLAE(epsilon, norm=norm, random_start=True)
+    adversary = CLAE(epsilon=epsilon, norm=norm, random_start=True)
     adversary(torch.zeros(n, 3, 1, 1, dtype=torch.float64), spy, generator=keyed_generator(5))
     return seen[0] / epsilon
 
@@ -329,10 +326,6 @@ def test_loss_is_told_when_it_sees_x_itself(make, x, options, told):
     assert seen == told
 
 
-def test_no_adversary_does_nothing():
-    assert NoAdversary()(None, None, numbers={}) is None
-
-
 # --- normalisations
 
 
@@ -346,15 +339,15 @@ def test_idaa_converts_between_normalisations(vae, x):
     def to_data(u):
         return (u * channel[1] + channel[0] - channel[2]) / channel[3]
 
-    attack = IDAA(vae, 0.5, mean=mean, std=std)(x, of_samples)
-    by_hand = IDAA(vae, 0.5)(to_vae(x), lambda u: of_samples(to_data(u)))
+    attack = IDAA(vae, epsilon=0.5, mean=mean, std=std)(x, of_samples)
+    by_hand = IDAA(vae, epsilon=0.5)(to_vae(x), lambda u: of_samples(to_data(u)))
     assert torch.equal(attack.delta, by_hand.delta)
     torch.testing.assert_close(attack.images, to_data(by_hand.images), rtol=0, atol=1e-5)
     G = to_data(by_hand.reconstruction)
     torch.testing.assert_close(attack.reconstruction, G, rtol=0, atol=1e-5)
-    plain = IDAA(vae, 0.5)(x, of_samples)
+    plain = IDAA(vae, epsilon=0.5)(x, of_samples)
     assert (plain.images - attack.images).abs().max() > 1e-3
-    same = IDAA(vae, 0.5, mean=CIFAR[0], std=CIFAR[1])(x, of_samples)
+    same = IDAA(vae, epsilon=0.5, mean=CIFAR[0], std=CIFAR[1])(x, of_samples)
     assert torch.equal(same.images, plain.images)
 
 
@@ -418,7 +411,7 @@ NOT_FINITE = f"The attack's gradient is not finite for {B} of {B} images: "
 )
 def test_broken_vae_is_named(vae, x, layer, cause):
     with pytest.raises(AttackError) as error:
-        IDAA(broken(vae, layer), 0.1)(x, of_samples)
+        IDAA(broken(vae, layer), epsilon=0.1)(x, of_samples)
     assert str(error.value) == NOT_FINITE + cause
 
 
@@ -440,7 +433,7 @@ def test_loss_that_is_not_finite_is_named(make, x, kind, norm, loss, cause):
 
 @pytest.mark.parametrize("kind", [IDAA, CLAE])
 def test_a_device_that_would_be_waited_for_is_asked_when_checked(make, x, kind, monkeypatch):
-    monkeypatch.setattr(adversaries, "waits", lambda device: True)
+    monkeypatch.setattr(ascent, "waits", lambda device: True)
     adversary = make(kind, 0.1)
     adversary.check()  # nothing yet
     assert adversary(x, of_samples).images.isfinite().all()
@@ -458,7 +451,7 @@ def test_an_attack_of_k_steps_decodes_k_plus_one_times(vae, x):
     for steps in (1, 3):
         calls = []
         hook = vae.fc21.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        IDAA(vae, 0.1, steps=steps)(x, of_samples)
+        IDAA(vae, epsilon=0.1, steps=steps)(x, of_samples)
         hook.remove()
         assert len(calls) == steps + 1  # G(x) is the first one's
 
@@ -501,7 +494,7 @@ def test_under_bf16_autocast_delta_keeps_to_epsilon():
     vae = VAE(8, 16, 4).eval()
     x = torch.randn(4, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        attack = IDAA(vae, 0.1)(x, lambda x_adv: x_adv.float().square().sum())
+        attack = IDAA(vae, epsilon=0.1)(x, lambda x_adv: x_adv.float().square().sum())
     assert attack.delta.dtype == attack.z.dtype == attack.images.dtype == torch.float32
     assert attack.delta.abs().max() <= 0.1
 
@@ -510,6 +503,6 @@ def test_under_bf16_autocast_the_image_is_not_rounded_to_bf16():
     """x′ − x is a difference of two G, whose own rounding would be as large as a small one."""
     vae, x = VAE(8, 16, 4).eval(), torch.randn(4, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        G = IDAA(vae, 0.1).anchor(x).reconstruction
+        G = IDAA(vae, epsilon=0.1).anchor(x).reconstruction
         assert vae.fc21(torch.zeros(1, 8)).dtype == torch.bfloat16
     assert (G.bfloat16() == G).float().mean() < 0.1

@@ -326,11 +326,13 @@ def attacks(adversary, epsilon=0.5):
     """The library's adversary, and a slow one: (a loss of x′, the weak view) → x′."""
     vae = a_vae()
     if adversary == "clae":
-        return CLAE(epsilon), lambda loss, u: reference.ascend_pixels(loss, u, epsilon)
+        return CLAE(epsilon=epsilon), lambda loss, u: reference.ascend_pixels(loss, u, epsilon)
     if adversary == "idaa":
-        return IDAA(vae, epsilon), lambda loss, u: reference.ascend_latent(loss, vae, u, epsilon)
+        return IDAA(vae, epsilon=epsilon), lambda loss, u: reference.ascend_latent(
+            loss, vae, u, epsilon
+        )
     signs = lambda loss, u: reference.random_signs(vae, u, epsilon, keyed_generator(9))  # noqa: E731
-    return (RandomSign(vae, epsilon), signs) if adversary == "random_sign" else (None, None)
+    return (RandomSign(vae, epsilon=epsilon), signs) if adversary == "random_sign" else (None, None)
 
 
 def attacked(adversary, step, epsilon=0.5):
@@ -576,7 +578,7 @@ def a_step(rank, processes, wrap, kind):
     views = [View(view.images.chunk(processes)[rank], {}) for view in three_views()]
     batch = {k: index.chunk(processes)[rank] for k, index in BATCH.items()}
     step = method.step(tuple(views), batch, Moment())
-    attack = IDAA(a_vae(), 0.5)(step.attacked.images, step.attack_loss)
+    attack = IDAA(a_vae(), epsilon=0.5)(step.attacked.images, step.attack_loss)
     (step.loss + 0.7 * step.adversarial_loss(attack.images)).backward()
     gradients = {name: p.grad for name, p in plain.named_parameters()}
     return {"delta": attack.delta, "believed": step.parts["believed"], **gradients}

@@ -8,7 +8,8 @@ import torch
 from conftest import outcome
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from idaa_lib import adversaries, runs
+from idaa_lib import runs
+from idaa_lib.adversaries import ascent
 from idaa_lib.configs import ConfigError, SemiConfig, SSLConfig, VAEConfig
 from idaa_lib.methods import METHODS
 from idaa_lib.methods.simclr import SimCLR
@@ -77,7 +78,7 @@ def tapes(monkeypatch):
 
     monkeypatch.setattr(loop, "CudaGraph", tape)
     monkeypatch.setattr(Fit, "_recordable", recordable)
-    monkeypatch.setattr(adversaries, "waits", lambda device: True)
+    monkeypatch.setattr(ascent, "waits", lambda device: True)
     return made
 
 

@@ -287,13 +287,13 @@ def test_a_step_agrees_with_its_oracle(variant, adversary, vae):
     loss, expected = total(step.loss), oracle.clean()
     if adversary != "none":
         if adversary == "clae":
-            x_adv = CLAE(epsilon)(x, step.attack_loss).images
+            x_adv = CLAE(epsilon=epsilon)(x, step.attack_loss).images
             slow = reference.ascend_pixels(oracle.attack, x, epsilon)
         elif adversary == "idaa":
-            x_adv = IDAA(vae, epsilon)(x, step.attack_loss).images
+            x_adv = IDAA(vae, epsilon=epsilon)(x, step.attack_loss).images
             slow = reference.ascend_latent(oracle.attack, vae, x, epsilon)
         else:
-            x_adv = RandomSign(vae, epsilon)(x, step.attack_loss, keyed_generator(9)).images
+            x_adv = RandomSign(vae, epsilon=epsilon)(x, step.attack_loss, keyed_generator(9)).images
             slow = reference.random_signs(vae, x, epsilon, keyed_generator(9))
         torch.testing.assert_close(x_adv, slow, rtol=0, atol=1e-9)
         assert (x_adv - x).abs().max() > 0.01
@@ -323,7 +323,7 @@ def test_reusing_the_anchor_changes_no_attack(variant, reuse_anchor, vae):
     method, views = a_method(variant), two_views()
     oracle = Oracle(variant, copy.deepcopy(method), views)
     seen = method.network.backbone.bn1_adv.num_batches_tracked
-    adversary = IDAA(vae, 0.4, steps=2, reuse_anchor=reuse_anchor)
+    adversary = IDAA(vae, epsilon=0.4, steps=2, reuse_anchor=reuse_anchor)
     attack = adversary(views[0].images, method.step(views, BATCH, Moment()).attack_loss)
     assert seen == (2 if reuse_anchor else 3)
     x, zeta = views[0].images, vae.encode(views[0].images)[0]
@@ -352,7 +352,7 @@ def test_at_the_start_simsiam_is_attacked_and_the_others_by_their_negatives_alon
 
 
 def adversaries(vae, epsilon):
-    return IDAA(vae, epsilon), RandomSign(vae, epsilon), CLAE(epsilon)
+    return IDAA(vae, epsilon=epsilon), RandomSign(vae, epsilon=epsilon), CLAE(epsilon=epsilon)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -510,9 +510,9 @@ def test_two_processes_draw_what_one_would(variant, adversary, vae):
     start = dict(random_start=True, norm="l2")
     attacker = {
         "none": None,
-        "idaa": IDAA(vae, 0.1, **start),
-        "random_sign": RandomSign(vae, 0.1),
-        "clae": CLAE(0.1, **start),
+        "idaa": IDAA(vae, epsilon=0.1, **start),
+        "random_sign": RandomSign(vae, epsilon=0.1),
+        "clae": CLAE(epsilon=0.1, **start),
     }[adversary]
 
     def rows(rank, processes, step=3):
@@ -547,7 +547,9 @@ def a_shared_step(variant, rank, processes, wrap):
     moment = Moment(numbers={"mixup": DRAWS[part]})
     step = method.step(views, {"images": torch.arange(6)[part]}, moment)
     torch.manual_seed(2)
-    attack = IDAA(VAE(8, SIZE, width=4).double(), 0.5)(step.attacked.images, step.attack_loss)
+    attack = IDAA(VAE(8, SIZE, width=4).double(), epsilon=0.5)(
+        step.attacked.images, step.attack_loss
+    )
     loss = total(step.loss) + 0.7 * total(step.adversarial_loss(attack.images))
     loss.backward()
     method.after_step(step, Moment(step=1, steps=2))

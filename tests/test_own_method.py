@@ -100,7 +100,7 @@ def test_no_coordinate_moves_further_than_its_uncertainty(own, vae, x, power):
 
 def test_with_power_0_it_is_idaa(own, vae, x):
     mine = own.PosteriorIDAA(vae, epsilon=0.3, power=0.0)(x, of_samples)
-    theirs = IDAA(vae, 0.3)(x, of_samples)
+    theirs = IDAA(vae, epsilon=0.3)(x, of_samples)
     torch.testing.assert_close(mine.images, theirs.images)
     torch.testing.assert_close(mine.delta, theirs.delta)
     still = own.PosteriorIDAA(vae, epsilon=0.0)(x, of_samples)

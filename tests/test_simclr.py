@@ -123,12 +123,12 @@ def steps(adversary, epsilon, network, vae, **knobs):
         attack = functools.partial(
             reference.clae, network, epsilon=epsilon, temperature=TEMPERATURE
         )
-        return CLAE(epsilon, **knobs), attack
+        return CLAE(epsilon=epsilon, **knobs), attack
     twin = copy.deepcopy(vae)
     attack = functools.partial(
         reference.idaa, network, twin, epsilon=epsilon, temperature=TEMPERATURE
     )
-    return IDAA(vae, epsilon, **knobs), attack
+    return IDAA(vae, epsilon=epsilon, **knobs), attack
 
 
 @pytest.mark.parametrize("reuse_anchor", [True, False])
@@ -184,7 +184,9 @@ def test_reusing_the_anchor_changes_no_attack_of_several_steps(random_start):
     views, vae, attacks = two_views(), a_vae(), []
     for reuse_anchor in (True, False):
         step = simclr().step(views, {}, Moment())
-        adversary = IDAA(vae, 0.5, steps=3, random_start=random_start, reuse_anchor=reuse_anchor)
+        adversary = IDAA(
+            vae, epsilon=0.5, steps=3, random_start=random_start, reuse_anchor=reuse_anchor
+        )
         x = step.attacked.images
         attacks.append(adversary(x, step.attack_loss, generator=keyed_generator(1)))
     torch.testing.assert_close(attacks[0].images, attacks[1].images, rtol=0, atol=1e-9)
@@ -230,7 +232,7 @@ def test_the_attack_moves_nothing_but_x():
     """No gradient reaches the anchor, the second view, or the weights through the attack."""
     method, views = simclr(), two_views()
     step = method.step(views, {}, Moment())
-    IDAA(a_vae(), 0.1)(step.attacked.images, step.attack_loss)
+    IDAA(a_vae(), epsilon=0.1)(step.attacked.images, step.attack_loss)
     assert all(p.grad is None for p in method.parameters())
     assert step.attacked is views[0]
     assert not any(z.requires_grad for z in step.embeddings)
@@ -356,7 +358,9 @@ def a_step(rank, processes, wrap, reuse_anchor):
     part = slice(rank * B // processes, (rank + 1) * B // processes)
     views = tuple(View(view.images[part], {}) for view in two_views())
     step = method.step(views, {}, Moment())
-    attack = IDAA(a_vae(), 0.5, reuse_anchor=reuse_anchor)(step.attacked.images, step.attack_loss)
+    attack = IDAA(a_vae(), epsilon=0.5, reuse_anchor=reuse_anchor)(
+        step.attacked.images, step.attack_loss
+    )
     loss = step.loss + 0.7 * step.adversarial_loss(attack.images)
     loss.backward()
     return {

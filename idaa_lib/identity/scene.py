@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib import runs
-from idaa_lib.adversaries import CLAE, IDAA, Anchor, Direction, RandomSign
+from idaa_lib.adversaries.ascent import CLAE, IDAA, Anchor, Direction, RandomSign
 from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig, TheoryConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.data.decoding import decode
@@ -151,8 +151,8 @@ class Scene:
     def _adversary(self, name: str, epsilon: float) -> Any:
         if name not in KINDS:
             raise ValueError(f"adversary must be one of {', '.join(KINDS)}, and is {name!r}.")
-        steps = None if self.live(name) else self.config.steps
-        return KINDS[name](vae=self.vae, epsilon=epsilon, norm=self.config.norm, steps=steps)
+        steps = {} if self.live(name) else {"steps": self.config.steps}
+        return KINDS[name](self.vae, epsilon=epsilon, norm=self.config.norm, **steps)
 
     def encoder(self, name: str, layer: str, seed: int = 0) -> Embed:
         """A run's frozen encoder, or with `UNTRAINED` a narrow ResNet-18 as it is before training.
