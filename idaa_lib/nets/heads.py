@@ -138,7 +138,8 @@ class Network(nn.Module):
         super().__init__()
         self.backbone, self.unit = backbone, unit
         for name, head in heads.items():
-            self.add_module(name, head)
+            if head is not None:
+                self.add_module(name, head)
 
     def forward(
         self,
