@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from idaa_lib.adversaries import (
+from idaa_lib.adversaries.base import (
     Adversary,
     Attack,
     AttackError,
@@ -25,6 +25,7 @@ from idaa_lib.adversaries import (
     register_adversary,
 )
 from idaa_lib.configs.base import NonNegative, Positive, Rate
+from idaa_lib.nets.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,14 @@ class GradientAscent(Adversary):
         random_start: bool = False
         reuse_anchor: bool = True
 
-    _finite: Tensor | None = None  # whether gradients since `check` were, where reading one waits
+    def __init__(
+        self, epsilon: float | None = None, steps: int | None = None, **knobs: Any
+    ) -> None:
+        knobs |= {"epsilon": epsilon, "steps": steps}
+        super().__init__(**{name: value for name, value in knobs.items() if value is not None})
+        self.epsilon, self.norm = self.options.epsilon, self.options.norm
+        # Whether all gradients since `check` were finite, where reading one waits.
+        self._finite: Tensor | None = None
 
     def anchor(self, x: Tensor, graph: bool = False) -> Anchor:
         """What an attack on x starts from; with `graph` ready for its first gradient."""
@@ -89,7 +97,7 @@ class GradientAscent(Adversary):
         if not self.options.random_start:
             return {}
         point = self.point_shape(shape)
-        if self.options.norm == "linf":
+        if self.norm == "linf":
             return {"start": torch.rand(point, generator=generator)}
         normal = torch.randn(point, generator=generator)
         return {"start": normal, "radius": torch.rand(point[0], generator=generator)}
@@ -109,7 +117,7 @@ class GradientAscent(Adversary):
         own, at_x = self.options, "start" not in numbers
         anchor = self.anchor(x, graph=at_x)
         delta = self._start(anchor.point, numbers)
-        size = own.step_size or (own.epsilon if own.steps == 1 else 2.5 * own.epsilon / own.steps)
+        size = own.step_size or (self.epsilon if own.steps == 1 else 2.5 * self.epsilon / own.steps)
         for step in range(own.steps):
             unit = self._unit(anchor, delta, attack_loss, at_x and step == 0)
             delta = self._project(delta + size * unit)
@@ -153,7 +161,7 @@ class GradientAscent(Adversary):
             self._finite.logical_and_(finite)  # in place: a recorded step finds it there
         elif not finite:
             raise AttackError(_cause(anchor, loss, gradient))
-        if self.options.norm == "linf":
+        if self.norm == "linf":
             return gradient.sign()
         # Its largest entry is made 1 first: the squares of a tiny (small τ) or huge gradient would
         # leave the range of floats, and the length be 0 or infinite.
@@ -172,8 +180,8 @@ class GradientAscent(Adversary):
         )
 
     def _project(self, delta: Tensor) -> Tensor:
-        epsilon = self.options.epsilon
-        if self.options.norm == "linf":
+        epsilon = self.epsilon
+        if self.norm == "linf":
             return delta.clamp(-epsilon, epsilon)
         # In two divisions' rounding the factor can exceed 1 by nothing: clamped.
         factor = epsilon / _length(delta).clamp_min(torch.finfo(delta.dtype).tiny)
@@ -184,11 +192,11 @@ class GradientAscent(Adversary):
         if "start" not in numbers:
             return torch.zeros_like(point)
         start = numbers["start"].to(point)
-        if self.options.norm == "linf":
-            return self.options.epsilon * (2 * start - 1)
+        if self.norm == "linf":
+            return self.epsilon * (2 * start - 1)
         length = _length(start)
         radius = numbers["radius"].to(point) ** (1 / point[0].numel())
-        return self.options.epsilon * radius.view_as(length) * start / length
+        return self.epsilon * radius.view_as(length) * start / length
 
 
 @register_adversary("clae")
@@ -210,6 +218,11 @@ class IDAA(GradientAscent):
 
     needs_vae = True
     recordable = True
+
+    def __init__(
+        self, vae: VAE, epsilon: float | None = None, steps: int | None = None, **knobs: Any
+    ) -> None:
+        super().__init__(epsilon, steps, vae=vae, **knobs)
 
     def point_shape(self, shape: torch.Size) -> tuple[int, ...]:
         return shape[0], self.vae.dim
@@ -245,13 +258,13 @@ class RandomSign(IDAA):
 
     def _climb(self, x: Tensor, attack_loss: AttackLoss, numbers: Numbers) -> tuple[Anchor, Tensor]:
         direction = self.direction(x, attack_loss, numbers=numbers)
-        return direction.anchor, self.options.epsilon * direction.unit
+        return direction.anchor, self.epsilon * direction.unit
 
     def direction(self, x: Tensor, attack_loss: AttackLoss, **random: Any) -> Direction:
         anchor = self.anchor(x)
         numbers = random.get("numbers") or self.numbers(x.shape, random.get("generator"))
         signs = numbers["signs"].to(anchor.point).sub(0.5).sign()
-        return Direction(anchor, signs if self.options.norm == "linf" else signs / _length(signs))
+        return Direction(anchor, signs if self.norm == "linf" else signs / _length(signs))
 
 
 def waits(device: torch.device) -> bool:

@@ -28,6 +28,11 @@ def mlp(
 ) -> nn.Sequential:
     """(B, inputs) → (B, outputs): linear layers, with a BatchNorm (`norm`) and a ReLU between them.
 
+    SimCLR's and MoCo's projector: norm=False (Chen et al. 2020, arXiv:2002.05709, §2.1). BYOL's
+    heads and SimSiam's predictor: as it is (Grill et al. 2020, arXiv:2006.07733, §3.3). SimSiam's
+    projector: last_norm=True, on ImageNet with layers=3, bias=False, affine=False (Chen & He 2021,
+    arXiv:2011.10566, and its released code).
+
     last_norm: a BatchNorm at the end too; affine: whether it has parameters. bias: of the layers
     before the last; last_bias: of the last.
     """

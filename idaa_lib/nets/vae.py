@@ -28,6 +28,13 @@ class Output(NamedTuple):
     logvar: Tensor
 
 
+class Decomposition(NamedTuple):
+    """x = G + R, each (B, 3, H, W) in the units of x."""
+
+    G: Tensor
+    R: Tensor
+
+
 class _Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -143,11 +150,11 @@ class VAE(nn.Module):
         return Output(z, self.decode(z), mu, logvar)
 
     @torch.no_grad()
-    def decompose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """G and R with x = G + R, of images (B, 3, H, W) in the units of training, at z = μ."""
+    def decompose(self, x: Tensor) -> Decomposition:
+        """Split images (B, 3, H, W), in the units the VAE was trained with, at z = μ."""
         with evaluating(self):
             G = self(x).G
-        return G, x - G
+        return Decomposition(G, x - G)
 
 
 def folded(vae: VAE) -> VAE:
