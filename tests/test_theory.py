@@ -64,13 +64,16 @@ def test_two_gaussians_on_a_line_against_quadrature():
         return sum(0.5 * p * math.log(p / (0.5 * sum(q))) for p in q if p > 0)
 
     exact, _ = integrate.quad(integrand, -12, 12, limit=200)
-    parts = torch.tensor(mu)[:, None], 2 * torch.tensor(std).log()[:, None]
-    nats, error = theory.information(*parts, keyed_generator(1), draws=4000)
-    assert error < 0.006
+    # Of each posterior 1,000 copies: the same mixture, and as many samples of each.
+    parts = (
+        part[:, None].repeat(1000, 1) for part in (torch.tensor(mu), 2 * torch.tensor(std).log())
+    )
+    nats, error = theory.information(*parts, keyed_generator(1))
+    assert error < 0.013
     assert nats == pytest.approx(exact, abs=4 * error)
 
 
-def test_information_is_the_naive_loop_whatever_the_chunk():
+def test_information_is_the_naive_loop():
     mu, logvar = (part.double() for part in posteriors(11, 3))
     z = theory.sample(mu, logvar, keyed_generator(5))
     values = []
@@ -78,17 +81,17 @@ def test_information_is_the_naive_loop_whatever_the_chunk():
         q = [math.prod(stats.norm.pdf(z[i], mu[j], (0.5 * logvar[j]).exp())) for j in range(11)]
         p = [density / sum(q) for density in q]
         values.append(sum(share * math.log(11 * share) for share in p if share > 0))
-    for chunk in (1, 4, 1000):
-        nats, error = theory.information(mu, logvar, keyed_generator(5), chunk=chunk)
-        assert nats == pytest.approx(statistics.mean(values))
-        assert error == pytest.approx(statistics.pstdev(values) / math.sqrt(11))
+    nats, error = theory.information(mu, logvar, keyed_generator(5))
+    assert nats == pytest.approx(statistics.mean(values))
+    assert error == pytest.approx(statistics.pstdev(values) / math.sqrt(11))
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.3, 1.0, 30.0])
 def test_information_lies_between_its_bounds(spread):
     mu, logvar = posteriors(64, 4, spread)
-    nats, error = theory.information(mu, logvar, keyed_generator(0), draws=50)
-    assert 0 <= nats <= math.log(64)
+    copies = mu.repeat(10, 1), logvar.repeat(10, 1)  # 10 samples of each
+    nats, error = theory.information(*copies, keyed_generator(0))
+    assert 0 <= nats <= math.log(64) + 1e-9
     assert nats <= rate(mu, logvar).mean()
     for size in (2, 8, 64):
         made = [theory.batch_bounds(mu, logvar, size, keyed_generator(1, i)) for i in range(60)]
@@ -119,12 +122,6 @@ def test_batch_bounds_are_the_naive_loop():
             upper.append(math.log(q[i] / ((sum(q.values()) - q[i]) / 2)))
     assert found_lower == pytest.approx(statistics.mean(lower))
     assert found_upper == pytest.approx(statistics.mean(upper))
-
-
-@pytest.mark.parametrize("size", [1, 10])
-def test_a_batch_of_one_or_of_too_many_is_refused(size):
-    with pytest.raises(ValueError, match=f"from 2 to 9, and is {size}"):
-        theory.batch_bounds(*posteriors(9, 2), size)
 
 
 # --- Theorem 3.5 --------------------------------------------------------------------------------
@@ -169,8 +166,6 @@ def test_a_vacuous_bound_is_below_zero_whatever_the_weight(beta):
 def test_a_bound_of_continuous_pixels_is_refused():
     with pytest.raises(ValueError, match="discrete pixels cannot be -5 nats"):
         bound(n=100, distortion=-5.0, rate=1.0, information=1.0, beta=1.0)
-    with pytest.raises(ValueError, match="at least 2 images, and is 1"):
-        bound(n=1, distortion=5.0, rate=1.0, information=1.0, beta=1.0)
 
 
 # --- identity that an observer can use ----------------------------------------------------------
@@ -234,13 +229,6 @@ def test_among_fewer_candidates_is_what_all_subsets_give():
                 hits.append(not better & set(others))
         assert found.among(k) == pytest.approx(100 * statistics.mean(hits))
     assert found.among(6) == pytest.approx(found.row()["retrieved"])
-    with pytest.raises(ValueError, match="from 1 to 6 candidates, and is 7"):
-        found.among(7)
-
-
-def test_queries_without_a_candidate_are_refused():
-    with pytest.raises(ValueError, match="5 queries need as many candidates"):
-        theory.retention(torch.randn(5, 2), torch.randn(4, 2))
 
 
 def test_fano():
@@ -397,11 +385,11 @@ def test_attacks_in_batches_are_averaged_over_all_images(made, plan, monkeypatch
 
 
 def test_vaes_that_differ_in_one_thing_alone_are_siblings(middle):
-    found = stage.siblings(middle)
+    found = scene.siblings(middle)
     assert [run.config.beta for run in found["beta"]] == [1.0, 4.0]
     assert [run.config.dim for run in found["dim"]] == [4, 8]
     (other,) = runs.find("vae", beta=16.0)
-    assert stage.siblings(other) == {"beta": [other], "dim": [other]}
+    assert scene.siblings(other) == {"beta": [other], "dim": [other]}
 
 
 def test_every_axis_of_a_figure_has_a_label(made):
@@ -538,9 +526,9 @@ def test_an_equal_loss_that_is_jumped_over_is_not_made_up():
 
 def test_a_witness_of_another_seed_comes_first_and_one_of_the_same_is_told(made, plan):
     fair, clae, same = runs.find("ssl")  # seeds 1, 0 (CLAE's), 0
-    attacked = dataclasses.replace(plan.scene, attacked=clae.reference)
-    assert attacked.witness() == fair.reference
-    assert dataclasses.replace(plan.scene, attacked=fair.reference).witness() == same.reference
+    vae = plan.scene.run
+    assert scene.choose_witness(vae, clae.reference) == fair.reference
+    assert scene.choose_witness(vae, fair.reference) == same.reference
     assert made.summary["caveats"] == []
 
     def about(run, witness):

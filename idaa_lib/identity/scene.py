@@ -5,6 +5,7 @@ Explored in notebook 02 and measured in notebook 08.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -29,6 +30,7 @@ from idaa_lib.runs.choice import first, reading_of
 from idaa_lib.runs.machine import open_images, resolve_path
 from idaa_lib.views import denormalise, keyed_generator, normalise, recipe
 
+VAES = 8  # siblings of one axis at most, the newest
 C = TypeVar("C", DecomposeConfig, TheoryConfig)
 Embed = Callable[[Tensor], Tensor]  # normalised images (N, 3, size, size) → features (N, D)
 
@@ -76,9 +78,8 @@ class Scene:
 
     def split(self, x: Tensor) -> dict[str, Tensor]:
         """x, G(x) and R(x) of normalised images (N, 3, size, size)."""
-        parts = [self.vae.decompose(part) for part in x.split(BATCH)]
-        G, R = (torch.cat(part) for part in zip(*parts, strict=True))
-        return {"x": x, "G": G, "R": R}
+        G = torch.cat([self.vae.decompose(part).G for part in x.split(BATCH)])
+        return {"x": x, "G": G, "R": x - G}
 
     @cached_property
     def parts(self) -> dict[str, Tensor]:
@@ -132,27 +133,23 @@ class Scene:
     @torch.no_grad()
     def attack(self, adversary: str, epsilon: float, first: int | None = None) -> Tensor:
         """x′ of all images, or of the first so many of a batch, attacked among all the same."""
-        attack, generator = self._adversary(adversary, epsilon), keyed_generator(self.config.seed)
-        if self.live(adversary):
-            directions = self.directions(adversary)
-            if first:  # no more is decoded than is shown
-                anchor, unit = directions[0].anchor, directions[0].unit[:first]
-                G = None if anchor.reconstruction is None else anchor.reconstruction[:first]
-                anchor = Anchor(anchor.images[:first], anchor.point[:first], G)
-                directions = [Direction(anchor, unit)]
-            parts = [attack.apply(direction, epsilon) for direction in directions]
-        else:
-            parts = [attack(x, partial(self._loss, z), generator) for x, z in self.batches]
-        return torch.cat([part.images for part in parts])[:first]
+        attack = self._adversary(adversary, epsilon)
+        if not self.live(adversary):
+            parts = [attack(x, partial(self._loss, z)) for x, z in self.batches]
+            return torch.cat([part.images for part in parts])[:first]
+        directions = self.directions(adversary)
+        if first:  # no more is decoded than is shown
+            anchor, unit = directions[0].anchor, directions[0].unit[:first]
+            G = None if anchor.reconstruction is None else anchor.reconstruction[:first]
+            directions = [Direction(Anchor(anchor.images[:first], anchor.point[:first], G), unit)]
+        return torch.cat([attack.apply(direction, epsilon).images for direction in directions])
 
     def _loss(self, z: Tensor, images: Tensor) -> Tensor:
         return loss(z, self.embed(images))
 
     def _adversary(self, name: str, epsilon: float) -> Any:
-        if name not in KINDS:
-            raise ValueError(f"adversary must be one of {', '.join(KINDS)}, and is {name!r}.")
-        steps = {} if self.live(name) else {"steps": self.config.steps}
-        return KINDS[name](self.vae, epsilon=epsilon, norm=self.config.norm, **steps)
+        steps = None if name == "random_sign" else self.config.steps
+        return KINDS[name](vae=self.vae, epsilon=epsilon, norm=self.config.norm, steps=steps)
 
     def encoder(self, name: str, layer: str, seed: int = 0) -> Embed:
         """A run's frozen encoder, or with `UNTRAINED` a narrow ResNet-18 as it is before training.
@@ -173,13 +170,9 @@ class Scene:
             return module
         return lambda x: module(normalise(self.pixels(x), mean, std))
 
-    def witness(self) -> str:
-        """The run that judges identity where none is named, as `_witness` chooses it."""
-        return _witness(self.run, self.attacked)
-
 
 class Witness:
-    """A frozen encoder, named as by `Scene.witness`, that looks for each image of a scene among
+    """A frozen encoder, a run's or `untrained`, that looks for each image of a scene among
     candidates (M, 3, size, size), the i-th of which is of the i-th image: that image itself in
     notebook 02, another view of it in notebook 08, which is harder to find."""
 
@@ -229,11 +222,9 @@ def open_scene(
     """
     config, n = name_runs(config), images or config.images
     run, attacked = runs.get("vae", config.vae), str(config.run)
-    size, vae = run.config.size, load_vae(run).to(device)
+    vae = load_vae(run).to(device)
     assert vae.mean is not None and vae.std is not None
-    dataset = resolve_path(config.dataset or run.config.dataset)
-    reading = reading_of(config, run, dataset)
-    data = open_images(dataset, config.split, size, None, **reading)
+    data = open_split(config, run, config.split)
     order = _order(config, data, n)
     pixels, labels = data.images[order], data.labels[order[:n]]
     names = [
@@ -242,7 +233,7 @@ def open_scene(
     ]
     if config.own is not None:
         try:
-            own = decode(config.own, size)
+            own = decode(config.own, data.size)
         except (OSError, ValueError) as error:
             raise ConfigError(f"own={config.own!r} cannot be read as an image: {error}.") from error
         pixels, names = torch.cat([own[None], pixels]), ["your own", *names]
@@ -252,69 +243,97 @@ def open_scene(
     return Scene(config, run, attacked, vae, data, x[:n], x[n:], *about)
 
 
+def open_split(config: Any, vae: Run, split: str, limit: int | None = None) -> ImageSet:
+    """The images that `config` names, or those that the VAE was trained on, at the VAE's size.
+
+    Raises:
+        ConfigError: they are not there.
+    """
+    dataset = resolve_path(config.dataset or vae.config.dataset)
+    return open_images(dataset, split, vae.config.size, limit, **reading_of(config, vae, dataset))
+
+
 def name_runs(config: C) -> C:
-    """The configuration with its VAE, the attacked encoder and the witness named: where they are
-    None, the VAE that None means (`runs.choice`), the first encoder of its images, or `untrained`,
-    and another one (`_witness`).
+    """The configuration with its VAE, attacked encoder and witness named. Where they are None: the
+    VAE that None means (`runs.choice`), the first encoder of its images or else `untrained`, and
+    what `choose_witness` gives.
 
     Raises:
         RunError: there is no such run. ConfigError: the witness is the attacked encoder.
     """
     vae, attacked = runs.get("vae", config.vae), config.run
     if attacked is None:
-        run = first(_encoders(vae))
-        attacked = run.reference if run else UNTRAINED
+        attacked = _reference(first(beside("ssl", vae)))
     elif attacked != UNTRAINED:
         attacked = runs.get("ssl", attacked).reference
     names = {"vae": vae.reference, "run": attacked}
     if isinstance(config, TheoryConfig):
-        names["witness"] = _witness(vae, attacked, config.witness)
+        names["witness"] = choose_witness(vae, attacked, config.witness)
     return config.replace(**names)
 
 
-def _witness(vae: Run, attacked: str, name: str | None = None) -> str:
+def choose_witness(vae: Run, attacked: str, name: str | None = None) -> str:
     """The run that judges identity, never the attacked one: `name`, else another one of the VAE's
-    images.
+    images, else `untrained`.
 
     Those come first that no adversary taught to see past its changes, then those of another seed
-    (the same one begins with the same weights). `untrained` where there is no other.
-
-    Raises:
-        RunError: there is no such run. ConfigError: it is the attacked encoder.
+    (the same one begins with the same weights).
     """
     if name is None:
-        others = [run for run in _encoders(vae) if run.reference != attacked]
+        others = [run for run in beside("ssl", vae) if run.reference != attacked]
         seed = None if attacked == UNTRAINED else runs.get("ssl", attacked).config.seed
-
-        def rank(run: Run) -> tuple[bool, bool]:
-            return run.config.adversary != "none", run.config.seed == seed
-
-        witness = first(sorted(others, key=rank))
-        return witness.reference if witness else UNTRAINED
+        others.sort(key=lambda run: (run.config.adversary != "none", run.config.seed == seed))
+        return _reference(first(others))
     if name != UNTRAINED and (name := runs.get("ssl", name).reference) == attacked:
         raise ConfigError(f"witness={name!r} is the encoder that is attacked: name another.")
     return name
 
 
+def _reference(run: Run | None) -> str:
+    return run.reference if run else UNTRAINED
+
+
+def beside(stage: str, vae: Run) -> list[Run]:
+    """Finished runs of a stage on the images and of the size of a VAE, whose weights are there; the
+    one that None means first."""
+    names = ("dataset", "classes", "size")
+    return runs.usable(stage, **{name: getattr(vae.config, name) for name in names})
+
+
+def siblings(run: Run) -> dict[str, list[Run]]:
+    """Finished VAE runs on the same images that differ from `run` in β alone, and in dim alone.
+
+    The newest `VAES` of each by ascending value, `run` itself among them.
+    """
+
+    def rest(config: Any) -> tuple[dict[str, Any], frozenset[str]]:
+        axes = {"beta", "dim", "kappa"}  # κ follows from the others
+        return {k: v for k, v in config.identity().items() if k not in axes}, config.unknown
+
+    config = run.config
+    members = {axis: {getattr(config, axis): run} for axis in ("beta", "dim")}
+    for other in beside("vae", run):
+        same_dim = other.config.dim == config.dim
+        same_beta = math.isclose(other.config.beta, config.beta, rel_tol=1e-6)
+        axis = "beta" if same_dim else "dim"
+        alike = same_dim != same_beta and rest(other.config) == rest(config)
+        if alike and len(members[axis]) < VAES:
+            members[axis].setdefault(getattr(other.config, axis), other)
+    return {axis: [of[value] for value in sorted(of)] for axis, of in members.items()}
+
+
 def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:
     """Indices of the n chosen images first, then of further ones as they come by chance."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).tolist()
     if config.only is not None:
         if config.only not in data.classes:
             names = ", ".join(data.classes) or "none"
             raise ConfigError(f"only must be a class of {data.name} ({names}): {config.only!r}.")
-        fits = data.labels[order] == data.classes.index(config.only)
-        order = torch.cat([order[fits], order[~fits]])
-    for index in reversed(config.indices):
+        other = (data.labels != data.classes.index(config.only)).tolist()
+        order.sort(key=other.__getitem__)
+    for index in config.indices:
         if index >= len(data):
             raise ConfigError(f"indices: {index} is beyond the {len(data)} {config.split} images.")
-        order = torch.cat([torch.tensor([index]), order[order != index]])
     if len(order) < n:
         raise ConfigError(f"images={n} is more than the {len(order)} of split={config.split!r}.")
-    return order[: n + POOL]
-
-
-def _encoders(vae: Run) -> list[Run]:
-    """Finished SSL runs on the images and of the size of a VAE, the one that None means first."""
-    names = ("dataset", "classes", "size")
-    return runs.usable("ssl", **{name: getattr(vae.config, name) for name in names})
+    return torch.tensor([*dict.fromkeys([*config.indices, *order])][: n + POOL])

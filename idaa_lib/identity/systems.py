@@ -10,7 +10,6 @@ from torch import Tensor
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import Encoder, features, load_encoder
 from idaa_lib.evaluate.invariance import read_differences, shuffle_condition
-from idaa_lib.evaluate.metrics import Interval
 from idaa_lib.identity.theory import Retention, retention
 from idaa_lib.runs import Run
 from idaa_lib.views import keyed_generator, recipe
@@ -38,19 +37,18 @@ def measure(run: Run, splits: Mapping[str, ImageSet], seed: int = 0) -> list[dic
     encoder = load_encoder(run)
     kept = find_own(encoder, test, seed).row()
     colour, crop = read_differences(encoder, train, test, seed).values()
-    own = Interval(kept["retrieved"], kept["low"], kept["high"])
-    nats = Interval(kept["infonce"], kept["infonce_low"], kept["infonce_high"])
-    rows: list[tuple[str, Any, str]] = [
-        ("own image found", own, "%"), ("own image", nats, "nats"),
-        ("colour read", colour, "R²"), ("crop read", crop, "R²"),
-    ]  # fmt: skip
+    rows: list[tuple[Any, ...]] = [
+        ("own image found", kept["retrieved"], kept["low"], kept["high"], "%"),
+        ("own image", kept["infonce"], kept["infonce_low"], kept["infonce_high"], "nats"),
+        ("colour read", *colour, "R²"),
+        ("crop read", *crop, "R²"),
+    ]
     if getattr(run.config, "condition", None):
-        rows.append(
-            ("shuffled ω", shuffle_condition(run, splits["val"].images, seed)["difference"], "nats")
-        )
-    nan = float("nan")
-    rows.append(("an epoch", Interval(seconds_per_epoch(run), nan, nan), "s"))
-    return [{"metric": name, **value._asdict(), "unit": unit} for name, value, unit in rows]
+        shuffled = shuffle_condition(run, splits["val"].images, seed)
+        rows.append(("shuffled ω", *shuffled["difference"], "nats"))
+    rows.append(("an epoch", seconds_per_epoch(run), float("nan"), float("nan"), "s"))
+    columns = ("metric", "value", "low", "high", "unit")
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def seconds_per_epoch(run: Run) -> float:

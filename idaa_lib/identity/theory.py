@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy import stats
@@ -18,6 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.evaluate.metrics import bootstrap_interval
+from idaa_lib.nets.vae import VAE, rate
+from idaa_lib.views import keyed_generator
+
+BATCH = 256  # images that go through a VAE together
+NOISE = 2  # a stream of random numbers
 
 
 def log_densities(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -36,29 +42,20 @@ def sample(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None)
 
 
 def information(
-    mu: Tensor,
-    logvar: Tensor,
-    generator: torch.Generator | None = None,
-    draws: int = 1,
-    chunk: int = 1000,
+    mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None
 ) -> tuple[float, float]:
     """I(z; y) of N posteriors, mu and logvar (N, m), in nats, and its standard error (spec §6.2).
 
-    A Monte-Carlo estimate over z of E_i E_{z~q_i} [log q_i(z) − log (1/N) Σ_j q_j(z)], the exact
-    aggregate. log q_i is replaced by its mean under p(j|z) ∝ q_j(z): the same expectation, a
-    smaller variance, and never outside [0, log N].
-
-    Args:
-        draws: samples of each posterior. chunk: how many z are looked at together.
+    A Monte-Carlo estimate over one z of each of E_i E_{z~q_i} [log q_i(z) − log (1/N) Σ_j q_j(z)],
+    the exact aggregate. log q_i is replaced by its mean under p(j|z) ∝ q_j(z): the same
+    expectation, a smaller variance, and never outside [0, log N].
     """
     mu, logvar = mu.double(), logvar.double()
-    n, values = len(mu), []
-    for _ in range(draws):
-        for z in sample(mu, logvar, generator).split(chunk):
-            log_q = log_densities(z, mu, logvar)  # (chunk, N)
-            mean = (log_q.softmax(1) * log_q).sum(1)
-            values.append(mean - log_q.logsumexp(1) + math.log(n))
-    gains = torch.cat(values).clamp(0, math.log(n))  # beyond by rounding alone
+    log_n = math.log(len(mu))
+    log_q = log_densities(sample(mu, logvar, generator), mu, logvar)  # (N, N)
+    mean = (log_q.softmax(1) * log_q).sum(1)
+    gains = mean - log_q.logsumexp(1) + log_n
+    gains = gains.clamp(0, log_n)  # beyond by rounding alone
     error = gains.std(unbiased=False).item() / math.sqrt(len(gains))
     return gains.mean().item(), error
 
@@ -73,8 +70,6 @@ def batch_bounds(
     last full batch are not used; K is within 2…N.
     """
     n = len(mu)
-    if not 2 <= size <= n:
-        raise ValueError(f"size of a batch must be from 2 to {n}, and is {size}.")
     z = sample(mu.double(), logvar.double(), generator)
     order = torch.randperm(n, generator=generator)[: n // size * size].to(mu.device)
     lower, upper = [], []
@@ -119,10 +114,38 @@ def bound(
     """
     if distortion < 0:
         raise ValueError(f"distortion of discrete pixels cannot be {distortion:g} nats.")
-    if n < 2:
-        raise ValueError(f"n must be at least 2 images, and is {n}.")
     limit = math.log(n) - rate
     return limit - (distortion + information) / beta if beta else -math.inf, limit
+
+
+@torch.no_grad()
+def read_latent(vae: VAE, x: Tensor, weight: float, seed: int) -> dict[str, Any]:
+    """What z says of y, and Theorem 3.5's bound, of a VAE on images x (N, 3, H, W), by name.
+
+    information, error (its standard error), rate, distortion, bound and limit are in nats; batches
+    are (K, lower, upper) bounds on I(z; y). weight is the β that the VAE was trained with, for the
+    NLL at unit variance; beta is that of the distortion's s² (spec §1: β ∝ 1/s²).
+    """
+    codes = [vae.encode(part) for part in x.split(BATCH)]
+    mu, logvar = (torch.cat(parts) for parts in zip(*codes, strict=True))
+    z = sample(mu, logvar, keyed_generator(seed, NOISE))
+    G = torch.cat([vae.decode(part) for part in z.split(BATCH)])
+    mse, n, size = (x - G).square().mean().item(), len(x), x.shape[-1]
+    mu, logvar = mu.double().cpu(), logvar.double().cpu()
+    nats, error = information(mu, logvar, keyed_generator(seed, NOISE, 1))
+    sizes = [*(2**power for power in range(1, 10) if 2**power < n), n]
+    batches = [(k, *batch_bounds(mu, logvar, k, keyed_generator(seed, NOISE, k))) for k in sizes]
+    step = [1 / (255 * std) for std in vae.std or ()]
+    beta, mean_rate = weight / (mse + quantisation(step)), rate(mu, logvar).mean().item()
+    discrete = distortion(mse, size, step)
+    nats_bound, limit = bound(n, discrete, mean_rate, nats, beta)
+    return {
+        "information": nats, "error": error, "batches": batches, "mse": mse, "rate": mean_rate,
+        "distortion": discrete, "continuous_distortion": distortion(mse, size), "limit": limit,
+        # JSON has no −∞, which the bound is at β = 0.
+        "bound": nats_bound if math.isfinite(nats_bound) else None, "beta": beta,
+        "vae_beta": weight,
+    }  # fmt: skip
 
 
 # Wide enough that the best is inside: from one candidate deciding to all alike.
@@ -171,8 +194,6 @@ class Retention:
         Exact, without a draw: the own image comes first if none of the rank − 1 better ones of the
         N − 1 others is among the k − 1.
         """
-        if not 1 <= k <= self.n:
-            raise ValueError(f"k must be from 1 to {self.n} candidates, and is {k}.")
         better = (self.ranks - 1).numpy()
         return 100 * float(stats.hypergeom.pmf(0, self.n - 1, better, k - 1).mean())
 
@@ -182,24 +203,21 @@ def retention(queries: Tensor, candidates: Tensor) -> Retention:
 
     I(v; y) ≥ log N + E log p(y|v) for any p (Barber & Agakov); here it is a softmax of cosines.
     """
-    n, count = len(queries), len(candidates)
-    if not 1 <= n <= count or count < 2:
-        raise ValueError(f"{n} queries need as many candidates, 2 at least, not {count}.")
     a, b = (F.normalize(part.double().cpu(), dim=1) for part in (queries, candidates))
     cosine = a @ b.T  # (n, N)
     own = cosine.diagonal().clone()
     # Equal features may differ in the last bits of a matrix product.
     ranks = (cosine >= own[:, None] - 1e-9).sum(1)
     gains = torch.stack([own / tau - (cosine / tau).logsumexp(1) for tau in TEMPERATURES])
-    gains += math.log(count)  # (temperatures, n)
-    halves = torch.arange(n) % 2 == 0
+    gains += math.log(len(b))  # (temperatures, n)
+    halves = torch.arange(len(a)) % 2 == 0
     best_gains = torch.empty_like(own)
     for half, other in ((halves, ~halves), (~halves, halves)):
         # A single query has no other half: it is judged at the τ that says nothing.
         best = gains[:, other].mean(1).argmax() if other.any() else -1
         best_gains[half] = gains[best, half]
     nearest = cosine.fill_diagonal_(-torch.inf).amax(1)
-    return Retention(ranks, best_gains, own, nearest, count)
+    return Retention(ranks, best_gains, own, nearest, len(b))
 
 
 def fano(error: float, n: int) -> float:

@@ -25,6 +25,7 @@ from idaa_lib.identity.scene import (
     Reading,
     Scene,
     Witness,
+    choose_witness,
     open_scene,
     read,
 )
@@ -69,7 +70,8 @@ class Engine:
     @cached_property
     def witness(self) -> Witness:
         """The encoder that judges identity: another run than the attacked one, else untrained."""
-        return Witness(self.scene, self.scene.witness(), self.candidates)
+        name = choose_witness(self.scene.run, self.scene.attacked)
+        return Witness(self.scene, name, self.candidates)
 
     @cached_property
     def trained_epsilon(self) -> float:
