@@ -389,7 +389,7 @@ def folder(root, classes=2, train=30, test=20):
         for c in range(classes):
             (root / part / f"class{c}").mkdir(parents=True)
             for i in range(n):
-                pixels = rng.integers(100 * c, 100 * c + 100, (40, 48, 3), np.uint8)
+                pixels = rng.integers(80 * c, 80 * c + 80, (40, 48, 3), np.uint8)
                 Image.fromarray(pixels).save(root / part / f"class{c}" / f"{i}.png")
     return root
 
@@ -508,6 +508,34 @@ def test_what_cannot_be_had_is_told_and_left_out(made, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "0.png")
     with pytest.raises(ConfigError, match=r"\(and neither can 1 more\)"):
         transfer(TransferConfig(datasets=("cub200", str(tmp_path / "bare")), **SMALL | few))
+
+
+@pytest.mark.xdist_group("photos")
+def test_a_file_picks_the_classes_of_each_data_set(made, tmp_path, monkeypatch):
+    """Two of three, in the file's order; a data set without them is left out. The file may be named
+    by a relative path."""
+    few = {"references": False, "fractions": (), "shots": (), "run": made["cifar"].id}
+    three = folder(tmp_path / "three", classes=3)
+    two = folder(tmp_path / "two").rename(tmp_path / "others")
+    for part in ("train", "test"):
+        (two / part / "class0").rename(two / part / "another")
+    (tmp_path / "some.txt").write_text("class1\nclass0\n")
+    monkeypatch.chdir(tmp_path)
+    asked = TransferConfig(datasets=(str(three), str(two)), **SMALL | few)
+    whole, some = transfer(asked), transfer(asked.replace(classes="some.txt"))
+    assert some != whole and some.config.classes == str(tmp_path / "some.txt")
+    assert [row["n"] for row in whole.summary["rows"]] == [60, 40]
+    (row,) = some.summary["rows"]
+    assert (row["dataset"], row["n"], some.environment["datasets"][0]["classes"]) == (
+        "three",
+        40,
+        2,
+    )
+    assert "class0" in some.summary["left_out"][str(two)]
+    # The same images, whatever the file is called; and a field at its default is in no id.
+    (tmp_path / "some.txt").rename(tmp_path / "same.txt")
+    assert transfer(asked.replace(classes="same.txt")) == some
+    assert transfer(asked.replace(classes="")) == whole
 
 
 @pytest.mark.xdist_group("photos")

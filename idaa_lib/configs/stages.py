@@ -138,6 +138,7 @@ class TransferConfig(ImagesConfig):
         run: id or path of an SSL run (None: the last that a person started, else a sweep's).
         datasets: names, or paths of folders or zips (None: the one that the run was trained on);
             docs/transfer-data.md says how to lay out those that nobody can download for you.
+        classes: as in a training, of each data set (None: the run's, of its own images; "": all).
         limit: at most so many images of each split, of each data set.
         size: pixels a side (None: what the run was trained at; 224 where its stem is ImageNet's).
         precision: of the encoding: fp32, bf16, or auto (bf16 where it is native).
@@ -158,6 +159,7 @@ class TransferConfig(ImagesConfig):
 
     run: str | None = None
     datasets: tuple[str, ...] = ()
+    classes: str | Literal[""] | None = None
     limit: Positive | None = None
     size: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -6,13 +6,12 @@ let it remember: where, and how much, is measured on any run, in eval mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.configs import ConfigError
@@ -20,16 +19,18 @@ from idaa_lib.evaluate.encoders import Encoder, load_method
 from idaa_lib.evaluate.metrics import Interval, bootstrap_interval
 from idaa_lib.methods.augself import differences
 from idaa_lib.methods.base import Method, similarity
-from idaa_lib.nets import evaluating
 from idaa_lib.runs import Run
-from idaa_lib.views import Params, Recipe, View, keyed_generator, recipe
+from idaa_lib.views import Recipe, View, keyed_generator, recipe
 
 BATCH = 250
 
 
-def single_augmentations(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    """Recipes that do one thing each, to every image, as strongly as `cassle` does it; by name."""
-    whole, plain = recipe("cassle", size, mean, std), recipe("none", size, mean, std)
+def single_augmentations(*units: Any) -> dict[str, Recipe]:
+    """Recipes that do one thing each, to every image, as strongly as `cassle` does it; by name.
+
+    units: size, mean and std.
+    """
+    whole, plain = recipe("cassle", *units), recipe("none", *units)
     return {
         "crop": replace(plain, crop_scale=whole.crop_scale),
         "flip": replace(plain, flip=1.0),
@@ -56,15 +57,12 @@ def invariance(run: Run, images: Tensor, seed: int = 0) -> list[dict[str, Any]]:
     transforms, plain = single_augmentations(*units), recipe("none", *units)
     generators = {name: keyed_generator(seed, i) for i, name in enumerate(transforms)}
     gaps: dict[tuple[str, str], list[Tensor]] = {}
-    with evaluating(method):
-        for part in images.split(BATCH):
-            x = _layers(method, plain(part, None))
-            for name, transform in transforms.items():
-                y = _layers(method, transform(part, generators[name]))
-                for layer, outputs in y.items():
-                    own = F.cosine_similarity(x[layer], outputs)
-                    other = F.cosine_similarity(x[layer], outputs.flip(0))
-                    gaps.setdefault((name, layer), []).append(own - other)
+    for part in images.split(BATCH):
+        x = _layers(method, plain(part, None))
+        for name, transform in transforms.items():
+            for layer, y in _layers(method, transform(part, generators[name])).items():
+                own, other = (F.cosine_similarity(x[layer], of) for of in (y, y.flip(0)))
+                gaps.setdefault((name, layer), []).append(own - other)
     return [
         {"augmentation": name, "layer": layer, **bootstrap_interval(torch.cat(gap))._asdict()}
         for (name, layer), gap in gaps.items()
@@ -85,30 +83,31 @@ def read_differences(
     """
     from sklearn.linear_model import RidgeCV
 
-    sets, views = {}, recipe("cassle", *encoder[1:])
-    for split, images in (("train", train), ("test", test)):
-        pairs, a, b = _draw_pairs(encoder.module, images, views, (seed, split == "test"))
-        sets[split] = pairs.double(), differences(a, b, views)
-    mean, std = sets["train"][0].mean(0), sets["train"][0].std(0).clamp_min(1e-6)
-    x, x_test = ((h - mean) / std for h, _ in sets.values())
+    views = recipe("cassle", *encoder[1:])
+    (x, y), (x_test, y_test) = (
+        _draw_pairs(encoder.module, images, views, (seed, number))
+        for number, images in enumerate((train, test))
+    )
+    x, x_test = x.double(), x_test.double()
+    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    x, x_test = ((h - mean) / std for h in (x, x_test))
     scores = {}
     for name, key in (("colour", "color"), ("crop", "crop")):
-        y, y_test = (targets[key].double() for _, targets in sets.values())
-        ridge = RidgeCV(alphas=[10.0**k for k in range(-2, 6)]).fit(x.numpy(), y.numpy())
-        scores[name] = explained(torch.as_tensor(ridge.predict(x_test.numpy())), y_test)
+        ridge = RidgeCV(alphas=[10.0**k for k in range(-2, 6)])
+        guess = ridge.fit(x.numpy(), y[key].double().numpy()).predict(x_test.numpy())
+        scores[name] = explained(torch.as_tensor(guess), y_test[key].double())
     return scores
 
 
+@torch.no_grad()
 def predict_differences(run: Run, images: Tensor, seed: int = 0) -> dict[str, Interval]:
     """R² of AugSelf's heads on images (N, 3, H, W), uint8, by head: 0 is what the mean has."""
     method = load_method(run)
     if not getattr(method.options, "augself", None):
         raise ConfigError(f"run={run.id!r} has no heads of AugSelf: give one that trained them.")
-    with torch.no_grad(), evaluating(method):
-        embed = method.network.get_submodule("backbone")
-        pairs, a, b = _draw_pairs(embed, images, method.recipe, (seed,))
-        outputs = method.network(pairs=pairs)
-    targets = differences(a, b, method.recipe)
+    backbone = method.network.get_submodule("backbone")
+    pairs, targets = _draw_pairs(backbone, images, method.recipe, (seed,))
+    outputs = method.network(pairs=pairs)
     return {
         name: explained(output.tanh(), targets[name])
         for name, output in outputs.items()
@@ -130,16 +129,13 @@ def shuffle_condition(run: Run, images: Tensor, seed: int = 0) -> dict[str, Inte
     tau = getattr(method.options, "temperature", 0.2)
     generator = keyed_generator(seed)
     losses: dict[str, list[Tensor]] = {"right": [], "shuffled": []}
-    with evaluating(method):
-        for part in images.split(BATCH):
-            views = [method.recipe(part, generator) for _ in range(2)]
-            others = [View(v.images, {k: p.roll(1, 0) for k, p in v.params.items()}) for v in views]
-            for name, pair in (("right", views), ("shuffled", others)):
-                z1, z2 = (F.normalize(method.embed(view).z, dim=1) for view in pair)
-                logits = similarity(z1, z2, tau)
-                losses[name].append(
-                    F.cross_entropy(logits, torch.arange(len(part)), reduction="none")
-                )
+    for part in images.split(BATCH):
+        views, own = [method.recipe(part, generator) for _ in range(2)], torch.arange(len(part))
+        others = [View(v.images, {k: p.roll(1, 0) for k, p in v.params.items()}) for v in views]
+        for name, pair in (("right", views), ("shuffled", others)):
+            z1, z2 = (F.normalize(method.embed(view).z, dim=1) for view in pair)
+            logits = similarity(z1, z2, tau)
+            losses[name].append(F.cross_entropy(logits, own, reduction="none"))
     right, shuffled = (torch.cat(values) for values in losses.values())
     parts = {"right": right, "shuffled": shuffled, "difference": shuffled - right}
     return {name: bootstrap_interval(values) for name, values in parts.items()}
@@ -151,42 +147,34 @@ def explained(predictions: Tensor, targets: Tensor) -> Interval:
     return bootstrap_interval(1 - errors.mean(1))
 
 
+@torch.no_grad()
 def _draw_pairs(
     embed: Any, images: Tensor, views: Recipe, key: tuple[int, ...]
-) -> tuple[Tensor, Params, Params]:
-    """[h_a ; h_b] (N, 2C) of two views of each image, and the parameters of both."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """[h_a ; h_b] (N, 2C) of two views of each image, and how the views differ (`differences`)."""
     features, params = [], []
     for number in (0, 1):
         generator = keyed_generator(*key, number)
         parts = [views(part, generator) for part in images.split(BATCH)]
-        with torch.no_grad():
-            features.append(torch.cat([embed(view.images) for view in parts]))
+        features.append(torch.cat([embed(view.images) for view in parts]))
         params.append({k: torch.cat([view.params[k] for view in parts]) for k in parts[0].params})
-    return torch.cat(features, 1), params[0], params[1]
+    return torch.cat(features, 1), differences(params[0], params[1], views)
 
 
 def _layers(method: Method, view: View) -> dict[str, Tensor]:
-    """Outputs (B, ·) of the layers of a method's network, for the view's images."""
-    with _recording(method.network.get_submodule("backbone")) as outputs:
-        embedding = method.embed(view)
-    layers = {name: output.flatten(1) for name, output in outputs.items()}
-    layers["features"] = embedding.h
-    return layers if embedding.z is None else layers | {"projector": embedding.z}
-
-
-@contextmanager
-def _recording(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Inside, a pass of a ResNet leaves the outputs of its stem and stages; of another, none."""
-    outputs: dict[str, Tensor] = {}
+    """Outputs (B, ·) of the layers of a method's network, for the view's images: of a ResNet the
+    stem and the stages too."""
+    backbone: Any = method.network.get_submodule("backbone")
     stages = {f"stage {k}": getattr(backbone, f"layer{k}", [None])[-1] for k in (1, 2, 3, 4)}
-    parts = {"stem": getattr(backbone, "maxpool", None)} | stages
+    layers: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        return lambda module, inputs, output: outputs.__setitem__(name, output)
+        return lambda module, inputs, output: layers.update({name: output.flatten(1)})
 
-    hooks = [part.register_forward_hook(keep(name)) for name, part in parts.items() if part]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for name, part in ({"stem": getattr(backbone, "maxpool", None)} | stages).items():
+            if part:
+                hooks.enter_context(part.register_forward_hook(keep(name)))
+        embedding = method.embed(view)
+    layers["features"] = embedding.h
+    return layers if embedding.z is None else layers | {"projector": embedding.z}

@@ -74,7 +74,8 @@ def _plan(config: TransferConfig) -> _Transfer:
     training = source.config
     size = config.size or (IMAGENET_SIZE if training.stem == "imagenet" else training.size)
     names = tuple(map(resolve_path, config.datasets or (judged_on(training.dataset),)))
-    config = config.replace(run=source.reference, datasets=names)
+    classes = config.classes and resolve_path(config.classes)
+    config = config.replace(run=source.reference, datasets=names, classes=classes)
     targets, left_out = [], {}
     for name in dict.fromkeys(names):
         try:

@@ -26,7 +26,7 @@ from idaa_lib.configs import DecomposeConfig, TheoryConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import load_vae
 from idaa_lib.evaluate.metrics import bootstrap_interval
-from idaa_lib.identity.pixels import DRAWS, INSTANCES, flatten, name_instances, probe
+from idaa_lib.identity.pixels import DRAWS, INSTANCES, name_instances, probe
 from idaa_lib.identity.scene import (
     ADVERSARIES,
     UNTRAINED,
@@ -118,7 +118,7 @@ class Study(Plan):
         return self.scene.labels if labelled and len(self.train.classes) > 1 else None
 
     def classify(self, features: Tensor, queries: Tensor) -> Tensor:
-        """Classes of queries (Q, D) by a linear probe on features (N, D) of `learn`."""
+        """Classes (Q,) of queries (Q, …) by a linear probe on features (N, …) of `learn`."""
         order = torch.randperm(len(features), generator=keyed_generator(self.config.seed, HALVES))
         held, learn = order.tensor_split([max(1, len(order) // 5)])
         labels = self.train.labels
@@ -218,11 +218,11 @@ def _probes(plan: Study) -> dict[str, Any]:
     scene, labels = plan.scene, plan.labels
     # In views that encoders are trained with, pixels tell next to nothing of the image.
     draws = (plan.views("mild", scene.x[:INSTANCES], INSTANCE_VIEWS, i) for i in range(DRAWS))
-    views = [flatten(scene.split(draw)) for draw in draws]
+    views = [scene.split(draw) for draw in draws]
     hits = {"instance": {part: name_instances([view[part] for view in views]) for part in PARTS}}
     if labels is not None:
-        learn, judge = flatten(scene.split(plan.learn)), flatten(scene.parts)
-        guesses = {part: plan.classify(learn[part], judge[part]) for part in PARTS}
+        learn = scene.split(plan.learn)
+        guesses = {part: plan.classify(learn[part], scene.parts[part]) for part in PARTS}
         hits["class"] = {p: 100 * (guess == labels).double() for p, guess in guesses.items()}
     rows: dict[str, Any] = {"instances": len(hits["instance"]["x"])}
     for kind, of in hits.items():
@@ -234,10 +234,8 @@ def _probes(plan: Study) -> dict[str, Any]:
 
 
 def _exchange(plan: Study) -> dict[str, Any]:
-    """Likeness to image a and to the next one, b, as G or R goes over from a to b, over all a.
-
-    At the end it is of G(b) + R(a), or of G(a) + R(b); of these, how many are more like b.
-    """
+    """Likeness to image a and to the next one, b, as G or R goes over from a to b, over all a; and
+    how many of G(a) + R(b) are more like b."""
     scene, witness = plan.scene, plan.witness
     own = witness.features(scene.x)
     cosines: dict[str, list[list[float]]] = {}

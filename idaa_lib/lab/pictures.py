@@ -323,7 +323,8 @@ def vaes(summary: Summary) -> Figure | None:
             kept = [row["kept"][part] for row in rows]
             mean, spread = _spread([(one["retrieved"], one["low"], one["high"]) for one in kept])
             middle.errorbar(value, mean, yerr=spread, capsize=3, **LOOKS[part])
-        middle.set(ylabel=f"x found among {summary['n']} (%)", title=f"Identity, ε = {epsilon:g}")
+        middle.set(title=f"Identity, ε = {epsilon:g}")
+        middle.set(ylabel=f"{VIEW} found\namong {summary['n']} (%)")
         right.plot(value, [row["loss"] for row in rows], **LOOKS["idaa"])
         right.axhline(summary["loss_before"], **_THIN)
         right.set(ylabel="loss at x′ (nats)", title=f"Hardness of ε = {epsilon:g}")
