@@ -163,22 +163,19 @@ def save(figure: Figure, path: Path | str, column: str | None = None) -> Image:
     if column not in (None, *COLUMNS):
         wish = " or ".join(f"{name!r} ({width} inches)" for name, width in COLUMNS.items())
         raise ValueError(f"column must be {wish}, and is {column!r}.")
-    path = Path(path).with_suffix(".png")
-    dpi, box = DPI, None
+    path, dpi, box = Path(path).with_suffix(".png"), DPI, None
     if column:
         figure, box = _print(figure, COLUMNS[column])
         dpi = 2 * DPI
-    _write(figure, path, bbox_inches=box, dpi=dpi)
+    path.write_bytes(_render(figure, "png", bbox_inches=box, dpi=dpi))
     if choice == "1" or column:
-        _write(figure, path.with_suffix(".pdf"), bbox_inches=box)
+        path.with_suffix(".pdf").write_bytes(_render(figure, "pdf", bbox_inches=box))
     return _image(path.read_bytes(), dpi)
 
 
 def picture(figure: Figure) -> Image:
     """A figure as `save` would write it, of which no file is kept."""
-    target = io.BytesIO()
-    _write(figure, target)
-    return _image(target.getvalue())
+    return _image(_render(figure, "png"))
 
 
 def _image(png: bytes, dpi: int = DPI) -> Image:
@@ -187,9 +184,11 @@ def _image(png: bytes, dpi: int = DPI) -> Image:
 
 
 @look()
-def _write(figure: Figure, target: Any, **kwargs: Any) -> None:
+def _render(figure: Figure, form: str, **kwargs: Any) -> bytes:
     _prepare(figure)
-    figure.savefig(target, **{"dpi": DPI} | kwargs)
+    target = io.BytesIO()
+    figure.savefig(target, format=form, **{"dpi": DPI} | kwargs)
+    return target.getvalue()
 
 
 def _prepare(figure: Figure) -> None:
@@ -274,20 +273,15 @@ def _print(figure: Figure, width: float) -> tuple[Figure, Bbox]:
     return figure, Bbox.from_extents(0, used.y0 - 0.02, width, used.y1 + 0.02)
 
 
-@look()
 def svg(figure: Figure) -> str:
     """A figure as inline SVG for an HTML widget, whose ink is the page's own.
 
     The background is left out and text, ticks and grid take JupyterLab's colours, so that one and
     the same SVG reads well in the light and the dark theme.
     """
-    target = io.StringIO()
     # The whole figure, not what `savefig.bbox` crops: places in it can be computed then.
-    whole = figure.bbox_inches
-    _write(
-        figure, target, format="svg", transparent=True, bbox_inches=whole, metadata={"Date": None}
-    )
-    text = target.getvalue()
+    whole: dict[str, Any] = {"bbox_inches": figure.bbox_inches, "transparent": True}
+    text = _render(figure, "svg", **whole, metadata={"Date": None}).decode()
     text = text[text.index("<svg") :]  # without the XML head
     for ink, page in (
         (INK, "var(--jp-ui-font-color1, currentColor)"),
