@@ -513,4 +513,13 @@ def field_text(field: str, value: Any, equals: str = " = ") -> str:
     if field.removeprefix("VAE ") in ("vae", "witness", "continue_from", "dataset", "classes"):
         # Of an id its hash, of a path its last part.
         value = str(value).rsplit("/", 1)[-1].rsplit("-", 1)[-1]
-    return f"{symbol}{equals}{value:g}" if isinstance(value, float) else f"{symbol}{equals}{value}"
+    return f"{symbol}{equals}{value_text(value)}"
+
+
+def value_text(value: Any) -> str:
+    """A field's value for people: `0.1, 0.3` of a list, `epochs: 3` of a table, – of None."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {value_text(own)}" for name, own in value.items()) or "–"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(value_text, value)) or "–"
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

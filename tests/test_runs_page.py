@@ -323,7 +323,7 @@ def test_the_difference_is_exactly_the_fields_that_differ(outputs):
     page = RunsPage()
     pick(page, one, two, same)
     a, b = one.config.model_dump(), two.config.model_dump()
-    expected = {k: {str(a[k]), str(b[k])} for k in a if a[k] != b[k]}
+    expected = {k: {f"{a[k]:g}", f"{b[k]:g}"} for k in a if a[k] != b[k]}
     assert set(expected) == {"epsilon", "width", "alpha"}
     cell = r"\s*<td>(.*?)</td>"
     rows = re.findall(rf"<tr>{3 * cell}\s*</tr>", page.diff.value)

@@ -50,9 +50,12 @@ class Row(NamedTuple):
     stamps: tuple[int, ...]  # of the files that it is made from
 
 
-def row_of(run: Run) -> Row:
-    """What the files of a run say, whatever their state."""
-    stamps, size = stamp(run), run.size
+def row_of(run: Run, old: Row | None = None) -> Row:
+    """What the files of a run say, whatever their state; `old`, if they are as they were then."""
+    stamps = _stamp(run)
+    if old and old.state != "going" and old.stamps == stamps:
+        return old
+    size = run.size
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.last_start))
     texts = {"stage": run.stage, "run": run.id[-8:], "started": started, "id": run.id}
     try:
@@ -97,7 +100,7 @@ def row_of(run: Run) -> Row:
         return Row(DAMAGED, texts, [], run.id, "", "", size, stamps)
 
 
-def stamp(run: Run) -> tuple[int, ...]:
+def _stamp(run: Run) -> tuple[int, ...]:
     """When the files that a row is made from changed."""
     times = []
     for name in ("config.json", "state.json", "process.json", "summary.json", "tags.json"):

@@ -26,7 +26,7 @@ from idaa_lib.lab import plots, process, style
 from idaa_lib.lab.kernel import guarded
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import link, notebook_of
-from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIZE, TESTS, Row, join, row_of, stamp, tabulate
+from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIZE, TESTS, Row, join, row_of, tabulate
 from idaa_lib.runs import Run, RunError
 
 STYLE = (Path(__file__).parent / "runs.css").read_text(encoding="utf-8")
@@ -140,7 +140,7 @@ class RunsPage:
     def refresh(self, redraw: bool = False) -> None:
         """Look at all run directories anew; `redraw` also what is shown of the chosen ones."""
         with self._lock:
-            present = {run: self._look(run) for run in runs.list_runs()}
+            present = {run: row_of(run, self._rows.get(run)) for run in runs.list_runs()}
             # A run keeps its line, so that a click that is on its way means what was clicked.
             old = {run: present.pop(run) for run in self._rows if run in present}
             before, self._rows = self._rows, old | present
@@ -149,13 +149,6 @@ class RunsPage:
             pairs = [(before[run], self._rows[run]) for run in self.picked if run in before]
             if redraw or any(old.texts != new.texts for old, new in pairs):
                 self._choose()
-
-    def _look(self, run: Run) -> Row:
-        """The run's row; what cannot have changed is not read again."""
-        row = self._rows.get(run)
-        if row and row.state != "going" and row.stamps == stamp(run):
-            return row
-        return row_of(run)
 
     def _fill(self) -> None:
         """The table from what `refresh` read, with the same runs chosen."""
@@ -186,9 +179,12 @@ class RunsPage:
                 f"No runs{where} yet. Start with <b>01_pretrain_vae.ipynb</b>, or with "
                 f"<code>make demo</code> in a terminal."
             )
-        rows = [row for row in self._rows.values() if row.state == "going"]
-        names = [f"{row.texts['method']} {row.texts['run']}: {row.progress}" for row in rows]
-        return html.escape(f"▶ {'; '.join(names)}") if rows else ""
+        lines = [
+            f"{row.texts['method']} {row.texts['run']}: {row.progress}"
+            for row in self._rows.values()
+            if row.state == "going"
+        ]
+        return html.escape(f"▶ {'; '.join(lines)}") if lines else ""
 
     # --- the chosen ones ----------------------------------------------------------------------
 
@@ -327,11 +323,10 @@ def accuracies(evaluations: Sequence[Run]) -> str:
 
 def differences(chosen: Sequence[Run]) -> str:
     """Each field that differs between runs of one stage, and its value in each run."""
-    texts = {f: [f, *map(str, values)] for f, values in results.differing(chosen).items()}
-    if not texts:
+    if not (fields := results.differing(chosen)):
         return ""
-    columns = ["field", *results.labels(chosen)]
-    frame = pd.DataFrame.from_dict(texts, "index", columns=columns)
+    frame = pd.DataFrame.from_dict(fields, "index", dtype=object, columns=results.labels(chosen))
+    frame = frame.map(results.value_text).reset_index(names="field")
     heading = f"<h4>What differs between the {chosen[0].stage} runs</h4>"
     return heading + results.html_table(frame, index=False)
 
