@@ -277,8 +277,9 @@ def test_without_its_kernel_the_notebook_shows_figure_and_table(context, lab, op
         picture = cell.locator(record)
         browser.until(later.page, picture.is_visible, "the figure")
         assert picture.evaluate("e => e.naturalWidth") > 500
-        assert "x itself found (%)" in cell.locator("table").inner_text()
+        assert "finds x itself" in cell.locator("table").inner_text()
         assert later.page.locator(".idaa-explorer").count() == 0
+        assert not cell.get_by_text("displaying widget").is_visible()
         browser.shot(later.page, "02_without_kernel")
     finally:
         later.close()

@@ -31,6 +31,7 @@ from training import Training, batch_indices, rate
 from idaa_lib import runs, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig
 from idaa_lib.evaluate.encoders import load_encoder
+from idaa_lib.lab.report import Report
 from idaa_lib.nets import build_backbone, initial_weights
 from idaa_lib.runs import Run, RunError, Stopped, checkpoints
 from idaa_lib.train import train_ssl
@@ -699,6 +700,22 @@ def test_the_table_has_trainings_with_their_seeds_and_the_paper_beside_coco_alon
         "mask_ap75": "35.9",
     }  # fmt: skip
     assert len(detection.compare(run)) == 5
+
+
+def test_the_report_has_each_table_once(outputs):
+    assert "10_detection.ipynb" in Report().detection(detection.compare).data
+    config = SSLConfig(stem="imagenet")
+    source = runs.run_for(config, "photos")
+    with source.writing(config, {}) as writer:
+        writer.finish({})
+    for seed, ap in enumerate((20.0, 22.0)):
+        judged(source, ap, seed)
+    judged(source, 33.0, iterations=7)
+    report = Report()
+    text = report.detection(detection.compare).data
+    assert not report.damage
+    assert text.count("<table") == 2 and "21.0 [8.3, 33.7]" in text and "33.0" in text
+    assert "papermill notebooks/10_detection.ipynb" in text
 
 
 @pytest.mark.xdist_group("photos")

@@ -19,7 +19,7 @@ from PIL import Image
 from idaa_lib import runs
 from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.lab import kernel, live, process
-from idaa_lib.lab.live import Panel, Readings
+from idaa_lib.lab.live import Panel
 from idaa_lib.lab.process import look, start
 from idaa_lib.results import full_name
 from idaa_lib.runs import RunError, Stopped, checkpoints, machine
@@ -227,37 +227,37 @@ def test_every_reading_is_shown_also_to_who_comes_late(outputs):
 def test_nothing_is_sent_that_did_not_change(outputs):
     run = train_vae(VAE)
     panel, sent = Panel(run), []
-    for widget in (panel.figures, panel.curves, panel.status, panel.progress, panel._grid.image):
+    for widget in (panel.figures, panel.curves, panel.status, panel.progress, panel.samples.image):
         widget.observe(sent.append, "value")
     for _ in range(3):
         panel.refresh()
     assert not sent
 
 
-def test_readings_follow_a_log_that_grows_and_is_rewound(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    readings = Readings(path)
-    assert not readings.update()
+def test_the_panel_follows_a_log_that_grows_and_is_rewound(outputs):
+    run = runs.run_for(VAE, "pixels")
+    run.path.mkdir(parents=True)
+    runs.write_json(run.path / "config.json", VAE.model_dump(mode="json"))
+    panel, path = Panel(run), run.path / "metrics.jsonl"
+    assert panel.lines == []
 
-    def write(steps, half="", value=0):
-        lines = [json.dumps({"step": step, "value": value}) + "\n" for step in steps]
-        path.write_text("".join(lines) + half)
+    def write(text):
+        path.write_text(text)
+        panel.refresh()
+        return [line["value"] for line in panel.lines]
 
-    write([1, 2], '{"step": 3, "va')
-    assert readings.update()
-    assert [line["step"] for line in readings.lines] == [1, 2]
-    assert not readings.update()
-    write([1, 2, 3, 4])
-    assert readings.update()
-    assert [line["step"] for line in readings.lines] == [1, 2, 3, 4]
-    path.write_text(path.read_text().replace('4, "value": 0', '4, "value": 9'))  # as long as before
-    assert readings.update()
-    assert [line["value"] for line in readings.lines] == [0, 0, 0, 9]
-    write([1, 2])
-    assert readings.update()
-    assert [line["step"] for line in readings.lines] == [1, 2]
-    assert readings.latest("step") == 2
-    assert readings.latest("loss") is None
+    def log(*values):
+        lines = [json.dumps({"step": s, "value": v}) + "\n" for s, v in enumerate(values, 1)]
+        return "".join(lines)
+
+    assert write(log(0, 0) + '{"step": 3, "va') == [0, 0]  # half a line is being written
+    assert write(log(0, 0, 0, 0)) == [0, 0, 0, 0]
+    assert write(log(0, 0, 0, 9)) == [0, 0, 0, 9]  # as long as before
+    assert write(log(0, 0)) == [0, 0]
+    assert write(log(0, 0) + "3, 9\n") == [0, 0]
+    assert "line 3 is no reading" in panel.status.value and "step" in panel.figures.value
+    assert write(log(0, 0, 5)) == [0, 0, 5]
+    assert panel.status.value == ""
 
 
 def test_a_failed_run_says_why(outputs):
@@ -331,8 +331,8 @@ def test_an_attack_is_shown_beside_the_views(outputs, adversary):
     assert state["seconds_left"] == 0
     assert any(line.get("images_per_second", 0) > 0 for line in run.metrics())
     panel = Panel(run)
-    assert panel._grid.rows == tuple(rows[adversary])
-    assert panel._grid.image.value == (run.path / "samples" / "latest.png").read_bytes()
+    assert panel.samples.rows == tuple(rows[adversary])
+    assert panel.samples.image.value == (run.path / "samples" / "latest.png").read_bytes()
 
 
 def test_large_images_make_a_picture_of_a_bounded_width(outputs):
@@ -362,7 +362,7 @@ def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, caps
     run = live.train(VAE)
     assert run.finished
     assert pid_of(run) != os.getpid()
-    ui, *record = shown
+    _, ui, *record = shown
     assert "finished" in ui.children[3].value
     assert "panel below is for a page with its kernel" in capsys.readouterr().out
     live._panels[run.path].close()

@@ -170,7 +170,7 @@ def test_image_rows_show_the_pixels_and_no_more_columns_than_asked():
 def test_examples_of_partitions_are_of_their_sides():
     images = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 3, 4, 4)
     partitions = torch.stack([torch.arange(12) % 2, torch.arange(12) // 9])
-    figure = pictures.plot_partitions(images, partitions, columns=3)
+    figure = plots.plot_partitions(images, partitions, columns=3)
     grid = np.reshape([image.get_array()[0, 0, 0] for image in figure.axes[0].images], (4, 3))
     for row, (partition, side) in zip(grid, product(partitions, range(2)), strict=True):
         numbers = [round(float(value) * 255) for value in row]
@@ -184,7 +184,7 @@ def test_a_table_of_partitions_says_what_is_beyond_chance():
         dict(partition=1, factor="class", value=91.26, chance=50.4, low=48.1, high=52.34, n=90),
         dict(partition=1, factor="brightness", value=51.0, chance=50.4, low=48.1, high=52.3, n=90),
     ]
-    table = pictures.partition_table(rows)
+    table = plots.partition_table(rows)
     assert list(table["beyond chance"]) == ["yes", "no"]
     assert list(table["95 % by chance"]) == ["48.1 … 52.3", "48.1 … 52.3"]
     assert table["agreement (%)"][0] == 91.3

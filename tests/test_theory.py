@@ -19,7 +19,7 @@ from idaa_lib.configs import ConfigError, SSLConfig, TheoryConfig, VAEConfig
 from idaa_lib.identity import scene, stage, study, theory
 from idaa_lib.identity.scene import UNTRAINED
 from idaa_lib.identity.theory import bound
-from idaa_lib.lab import pictures
+from idaa_lib.lab import pictures, verdict
 from idaa_lib.lab.rows import row_of
 from idaa_lib.nets.vae import rate
 from idaa_lib.runs import RunError
@@ -394,12 +394,13 @@ def test_vaes_that_differ_in_one_thing_alone_are_siblings(middle):
 
 def test_every_axis_of_a_figure_has_a_label(made):
     summary = made.summary
-    drawn = [getattr(pictures, name)(summary) for name in FIGURES if name != "curves"]
-    for figure in (*drawn, pictures.identity_curves(summary["curves"])):
+    others = pictures.identity_curves(summary["curves"]), pictures.likeness(**summary["exchange"])
+    names = [name for name in FIGURES if name not in ("curves", "exchange")]
+    for figure in (*(getattr(pictures, name)(summary) for name in names), *others):
         # What is shared between panels is said at the first.
         assert figure.axes[0].get_ylabel()
         assert all(axis.get_xlabel() for axis in figure.axes)
-    table = pictures.hardness_table(summary)
+    table = verdict.hardness_table(summary)
     assert set(table[""]) == {"IDAA", "CLAE", "random sign"}
     assert pictures.vaes(summary | {"vaes": {"epsilon": 0.3}}) is None
     unlabelled = {n: [{**row} for row in curve] for n, curve in summary["curves"].items()}
@@ -466,12 +467,17 @@ def test_claims_are_the_differences_of_the_readings(made):
     assert theorem["value"] == summary["latent"]["bound"]
     vacuous = theorem["value"] <= 0
     assert ("vacuous" in theorem["note"], theorem["verdict"] == "less") == (vacuous, vacuous)
-    table = pictures.verdict_table(summary)
+    table = verdict.verdict_table(summary)
     assert len(table) == len(claims)
     left_out = [row["verdict"] == "left out" for row in claims]
     assert ((table["value"] == "") == left_out).all()
     assert ((table["95 % interval"] == "") == left_out).all()
-    assert len(pictures.verdict_table(summary, "attacks")) == len(attacks)
+    assert len(verdict.verdict_table(summary, "attacks")) == len(attacks)
+    short = verdict.attack_table(summary)  # all of these claims, few of its rows
+    assert len(short) == 8 and short.notna().all(axis=None)
+    texts = " ".join(short.stack())
+    for row in attacks:
+        assert row["value"] is None or f"{row['value']:+.1f} [{row['low']:+.1f}" in texts
 
 
 @pytest.mark.parametrize(

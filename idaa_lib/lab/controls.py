@@ -1,12 +1,12 @@
-"""The explorer's controls: what each is called, what it says of itself, and ε as it is typed."""
+"""The explorer's controls: what each is called and is for, and ε as it is typed."""
 
 from __future__ import annotations
 
+import hashlib
 import html
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -14,6 +14,7 @@ import traitlets
 
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, DecomposeConfig
+from idaa_lib.data.decoding import decode
 from idaa_lib.data.sources import NAMES as DATASETS
 from idaa_lib.identity.scene import ADVERSARIES, UNTRAINED, Scene
 from idaa_lib.lab.style import NAMES
@@ -27,17 +28,15 @@ FAIRNESS = {
     EQUAL_EPSILON: "each attack at the slider's ε",
     EQUAL_HARDNESS: "CLAE and random sign at the ε that makes them as hard as IDAA's",
 }
-# Controls whose values choose another engine.
-RELOADING = ("vae", "encoder", "dataset", "only", "indices", "seed", "images", "steps", "norm")
-# Controls that are named otherwise than their field of the configuration.
-FIELDS = {"encoder": "run", "upload": "own"}
-
+# Fields of the configuration that have a control of their name.
+FIELDS = ("vae", "run", "dataset", "only", "indices", "seed", "images", "steps", "norm")
 SAVED = ("open saved …", "")  # what the menu of saved settings says, where none is open
+
 
 # What each control is for, in a sentence that its tooltip shows.
 TOOLTIPS = {
     "vae": "The VAE that splits x into G(x) and R(x), and whose latent IDAA attacks",
-    "encoder": "The encoder whose loss the attack raises",
+    "run": "The encoder whose loss the attack raises",
     "dataset": "Where the images come from: a name, or the path of a folder or zip",
     "only": "Images of one class alone",
     "indices": "Numbers of images that come first, such as 3, 17",
@@ -63,14 +62,8 @@ TOOLTIPS = {
 }
 
 
-def control(
-    name: str, kind: type[widgets.Widget], description: str = "", width: int = 0, **options: Any
-) -> Any:
-    """A widget of CSS class `idaa-<name>` with its tooltip; with a width (pixels), its label has a
-    column."""
-    if width:
-        style = {"description_width": "64px" if width > 170 else "54px"}
-        options |= {"layout": widgets.Layout(width=f"{width}px"), "style": style}
+def control(name: str, kind: type[widgets.Widget], description: str = "", **options: Any) -> Any:
+    """A widget of CSS class `idaa-<name>` with its tooltip; explorer.css has its width."""
     if name in TOOLTIPS:
         options["tooltip"] = TOOLTIPS[name]
     widget = kind(description=description, **options) if description else kind(**options)
@@ -94,6 +87,29 @@ def read_epsilon(text: str) -> float:
     return epsilon
 
 
+def folder() -> Path:
+    """Where settings and images of the user's own are kept."""
+    return runs.outputs_root() / "explorer"
+
+
+def keep_image(file: Mapping[str, Any]) -> Path:
+    """Where an uploaded file lies now, so that code can find it again.
+
+    Raises:
+        ConfigError: it is no image; nothing is kept.
+    """
+    content, suffix = bytes(file["content"]), Path(file["name"]).suffix
+    path = folder() / "uploads" / (hashlib.sha256(content).hexdigest()[:12] + suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    try:
+        decode(path, 8)
+    except (OSError, ValueError):
+        path.unlink()
+        raise ConfigError(f"{file['name']} cannot be read as an image.") from None
+    return path
+
+
 class Epsilon(widgets.HBox):
     """ε by a field that takes it exactly and a slider, whose place follows; a mark under the slider
     says where training has it.
@@ -105,16 +121,13 @@ class Epsilon(widgets.HBox):
     complaint = traitlets.Unicode()
 
     def __init__(self, epsilon: float) -> None:
-        self.field = control("typed", widgets.Text, "ε", continuous_update=False)
-        self.field.tooltip = TOOLTIPS["epsilon"]
-        self.field.layout.width, self.field.style.description_width = "110px", "14px"
-        limits = {"min": math.log10(LOW), "max": math.log10(HIGH), "value": epsilon}
-        self.slider = widgets.FloatLogSlider(
-            **limits, step=STEP, readout=False, tooltip=TOOLTIPS["epsilon"], layout={"width": "99%"}
-        )
+        tooltip, ends = TOOLTIPS["epsilon"], dict(min=math.log10(LOW), max=math.log10(HIGH))
+        self.field = control("typed", widgets.Text, "ε", continuous_update=False, tooltip=tooltip)
+        self.field.value = f"{epsilon:.15g}"
+        self.slider = widgets.FloatLogSlider(epsilon, step=STEP, readout=False, **ends)
+        self.slider.tooltip = tooltip
         self.mark = widgets.HTML()
-        beside = widgets.VBox([self.slider, self.mark], layout={"width": "280px"})
-        super().__init__([self.field, beside], value=epsilon)
+        super().__init__([self.field, widgets.VBox([self.slider, self.mark])], value=epsilon)
         self.add_class("idaa-epsilon")
         self.field.observe(lambda change: self._type(change["new"]), "value")
         self.slider.observe(lambda change: self._slide(change["new"]), "value")
@@ -132,8 +145,8 @@ class Epsilon(widgets.HBox):
             epsilon = read_epsilon(text)
         except ConfigError as error:
             self.complaint = str(error)
-            return
-        self.complaint, self.value = "", epsilon
+        else:
+            self.complaint, self.value = "", epsilon
 
     def _slide(self, place: float) -> None:
         # The page answers each new place with the step that is nearest: that is no move.
@@ -142,11 +155,7 @@ class Epsilon(widgets.HBox):
 
     @traitlets.observe("value")
     def _follow(self, _: Any) -> None:
-        try:
-            same = read_epsilon(self.field.value) == self.value
-        except ConfigError:
-            same = False
-        if not same:
+        if self.complaint or read_epsilon(self.field.value) != self.value:
             self.field.value = f"{self.value:.15g}"
         if not self._near(self.slider.value):
             self.slider.value = self.value
@@ -167,77 +176,74 @@ class Controls:
         self.problems = control("bad-status", widgets.HTML)
         self.left_out = control("left-out", widgets.HTML)
         self._complaints: dict[str, str] = {}  # control → what is wrong with what it holds
-        self._offering = 0  # the thread that sets choices now
-        number, choice = widgets.IntText, widgets.Dropdown
-        narrow, short, late = 180, 106, {"continuous_update": False}
-        self.vae = control("vae", choice, "VAE", 360)
-        self.encoder = control("encoder", choice, "attacked", 360)
-        self.encoder.layout.flex, self.encoder.layout.max_width = "1 1 auto", "450px"
-        self.dataset = control("dataset", widgets.Combobox, "images of", narrow, **late)
-        self.dataset.options, self.dataset.placeholder = DATASETS, "VAE's own"
-        self.only = control("only", choice, "class", narrow)
-        self.indices = control("indices", widgets.Text, "indices", narrow, **late)
-        self.indices.placeholder = "such as 3, 17"
+        menu, number, text = widgets.Dropdown, widgets.IntText, widgets.Text
+        button, choice = widgets.Button, widgets.ToggleButtons
+        late: dict[str, Any] = {"continuous_update": False}
+        self.vae = control("vae", menu, "VAE")
+        self.run = control("run", menu, "attacked")
+        self.reset = control("reset", button, "Reset", icon="undo")
+        self.pin = control("pin", widgets.ToggleButton, "Pin", icon="thumb-tack")
+        self.keep = control("keep", button, "Save", icon="save")
+        self.saved = control("saved", menu, options=[SAVED])
+        self.dataset = control("dataset", widgets.Combobox, "images of", options=DATASETS, **late)
+        self.dataset.placeholder = "VAE's own"
+        self.only = control("only", menu, "class")
+        self.indices = control("indices", text, "indices", placeholder="such as 3, 17", **late)
         self.seed, self.images, self.steps = (
-            control(name, number, name, short) for name in ("seed", "images", "steps")
+            control(name, number, name) for name in ("seed", "images", "steps")
         )
-        self.norm = control("norm", choice, "norm", short, options=[("ℓ∞", "linf"), ("ℓ2", "l2")])
+        self.norm = control("norm", menu, "norm", options=[("ℓ∞", "linf"), ("ℓ2", "l2")])
         self.upload = control("upload", widgets.FileUpload, "your image", accept="image/*")
-        self.forget = control("forget", widgets.Button, "remove your image")
-        act, small = widgets.Button, dict[str, Any](layout={"width": "76px"})
-        self.reset = control("reset", act, "Reset", icon="undo", **small)
-        self.pin = control("pin", widgets.ToggleButton, "Pin", icon="thumb-tack", **small)
-        self.keep = control("keep", act, "Save", icon="save", **small)
-        self.saved = control("saved", choice, options=[SAVED], layout={"width": "120px"})
+        self.forget = control("forget", button, "remove your image")
         self.epsilon = Epsilon(0.1)
-        names = [(NAMES[adversary], adversary) for adversary in ADVERSARIES]
-        self.adversary = control("adversary", widgets.ToggleButtons, options=names)
-        self.adversary.tooltips = [f"x′ by {name}" for name, _ in names]
-        self.adversary.style.button_width = "104px"
-        self.fairness = control("fairness", widgets.ToggleButtons, options=list(FAIRNESS))
-        self.fairness.tooltips, self.fairness.style.button_width = list(FAIRNESS.values()), "126px"
-        self.chosen = control("chosen", choice, "enlarge", 170, options=[("no image", -1)])
+        names = {NAMES[adversary]: adversary for adversary in ADVERSARIES}
+        self.adversary = control("adversary", choice, options=[*names.items()])
+        self.adversary.tooltips = [f"x′ by {name}" for name in names]
+        self.fairness = control("fairness", choice, options=[*FAIRNESS])
+        self.fairness.tooltips = [*FAIRNESS.values()]
+        self.chosen = control("chosen", menu, "enlarge", options=[("no image", -1)])
+        images = [getattr(self, name) for name in FIELDS[2:]]
+        self.lines = [
+            control("line", widgets.HBox, children=children)
+            for children in (
+                [self.vae, self.run, self.reset, self.pin, self.keep, self.saved],
+                [*images, self.upload, self.forget],
+                [self.epsilon, self.adversary, self.fairness, self.chosen],
+            )
+        ]
         self.put(config)
-
-    @property
-    def lines(self) -> list[widgets.HBox]:
-        """The controls in lines, as they stand on the page."""
-        lines = (
-            [self.vae, self.encoder, self.reset, self.pin, self.keep, self.saved],
-            [getattr(self, name) for name in (*RELOADING[2:], "upload", "forget")],
-            [self.epsilon, self.adversary, self.fairness, self.chosen],
-        )
-        wrapped = widgets.Layout(flex_flow="row wrap")
-        return [widgets.HBox(line, layout=wrapped) for line in lines]
 
     def put(self, config: DecomposeConfig) -> None:
         """Controls hold what a configuration says."""
-        with self.offer():
-            for name in RELOADING:
-                value = getattr(config, FIELDS.get(name, name))
-                widget = getattr(self, name)
-                if name == "indices":
-                    value = ", ".join(map(str, value))
-                elif name in ("dataset", "only"):
-                    value = value or ""
-                menu = isinstance(widget, widgets.Dropdown)
-                if menu and value not in dict(widget.options).values():
-                    widget.options = [*widget.options, (str(value), value)]
-                widget.value = value
+        for name in FIELDS:
+            value, widget = getattr(config, name), getattr(self, name)
+            if name == "indices":
+                value = ", ".join(map(str, value))
+            elif name in ("dataset", "only"):
+                value = value or ""
+            if isinstance(widget, widgets.Dropdown) and value not in dict(widget.options).values():
+                widget.options = [*widget.options, (str(value), value)]
+            widget.value = value
 
-    @property
-    def offering(self) -> bool:
-        """Whether a control changes because of `offer`: that is no request."""
-        return self._offering == threading.get_ident()
+    def fill(self, setting: Mapping[str, Any]) -> None:
+        """Controls hold what a setting says (`Explorer.setting`); what it leaves out stays.
 
-    @contextmanager
-    def offer(self) -> Iterator[None]:
-        """What is set in controls meanwhile, by this thread, is no request."""
-        self._offering = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._offering = 0
+        Raises:
+            ConfigError: a value cannot be; nothing was changed.
+        """
+        names = DecomposeConfig.model_fields.keys() - {"preset", "epsilon"}
+        config = self.config.replace(**{k: v for k, v in setting.items() if k in names})
+        chosen = {name: getattr(self, name).value for name in ("adversary", "fairness")}
+        for name, choices in (("adversary", ADVERSARIES), ("fairness", FAIRNESS)):
+            if (value := setting.get(name, chosen[name])) not in choices:
+                wish = ", ".join(choices)
+                raise ConfigError(f"{name} must be one of {wish}, and is {value!r}.")
+            chosen[name] = value
+        for name, value in chosen.items():
+            getattr(self, name).value = value
+        self.epsilon.field.value = str(setting.get("epsilon", self.epsilon.field.value))
+        self.config = config
+        self.put(config)
 
     def request(self) -> DecomposeConfig:
         """The configuration that the controls describe.
@@ -245,32 +251,33 @@ class Controls:
         Raises:
             ConfigError: indices that are no numbers, …
         """
-        fields = {name: getattr(self, name).value for name in RELOADING}
-        fields |= {"run": fields.pop("encoder"), "only": self.only.value or None}
-        fields["dataset"] = self.dataset.value.strip() or None
+        fields = {name: getattr(self, name).value for name in FIELDS}
+        fields |= {name: fields[name].strip() or None for name in ("dataset", "only")}
         return DecomposeConfig(**dict(self.config) | fields)
+
+    def list_saved(self) -> None:
+        """The settings in `folder`, the latest first."""
+        settings = sorted(folder().glob("*/setting.json"), reverse=True)
+        self.saved.options = [SAVED, *((path.parent.name, path) for path in settings)]
 
     def list_choices(self, scene: Scene) -> None:
         """The choices that fit, with what is shown chosen."""
         left_out: list[str] = []
-        vaes = {r.reference: full_name(r) for r in (*runs.usable("vae", left_out), scene.run)}
-        fits = runs.usable("ssl", left_out, size=scene.run.config.size)
-        encoders = {scene.attacked: scene.attacked} | {r.reference: full_name(r) for r in fits}
+        vaes = [*runs.usable("vae", left_out), scene.run]
+        encoders = runs.usable("ssl", left_out, size=scene.run.config.size)
         lines = map(html.escape, runs.report_left_out(left_out))
         self.left_out.value = "".join(f"<div>{line}</div>" for line in lines)
-        encoders |= {UNTRAINED: "a ResNet-18 before training"}
+        names = {scene.attacked: scene.attacked} | {r.reference: full_name(r) for r in encoders}
+        names |= {UNTRAINED: "a ResNet-18 before training"}
         classes = {"": "all classes"} | {name: name for name in scene.data.classes}
-        images = {-1: "no image"} | dict(enumerate(scene.names))
-        chosen = self.chosen.value if self.chosen.value in images else -1
-        with self.offer():
-            for widget, choices, value in (
-                (self.vae, vaes, scene.run.reference),
-                (self.encoder, encoders, scene.attacked),
-                (self.only, classes, scene.config.only or ""),
-                (self.chosen, images, chosen),
-            ):
-                widget.options = [(name, key) for key, name in choices.items()]
-                widget.value = value
+        for widget, choices, value in (
+            (self.vae, {run.reference: full_name(run) for run in vaes}, scene.run.reference),
+            (self.run, names, scene.attacked),
+            (self.only, classes, scene.config.only or ""),
+            (self.chosen, {-1: "no image"} | dict(enumerate(scene.names)), self.chosen.value),
+        ):
+            widget.options = [(name, key) for key, name in choices.items()]
+            widget.value = value if value in choices else -1
 
     def complain(self, name: str, sentence: str = "") -> None:
         """Mark a control until what it holds is mended: until there is no sentence."""

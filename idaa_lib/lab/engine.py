@@ -60,11 +60,13 @@ class Engine:
 
     def __init__(self, config: DecomposeConfig, candidates: int = 500) -> None:
         self.scene: Scene = open_scene(config)
-        self.columns = len(self.scene.x)
-        pool = self.scene.pool[: max(0, candidates - len(self.scene.x))]
+        self.columns, self.size = len(self.scene.x), self.scene.x.shape[-1]
+        pool = self.scene.pool[: max(0, candidates - self.columns)]
         self.candidates = torch.cat([self.scene.x, pool])  # x_i is candidate i
         # adversary → its meters by ascending ε, filled by `advance`
         self.curves: dict[str, list[dict[str, float]]] = {name: [] for name in ADVERSARIES}
+        order = (*EPSILONS[::4], *EPSILONS[2::4], *EPSILONS[1::2])
+        self._unread = [(name, epsilon) for epsilon in order for name in ADVERSARIES]
         self.reading = lru_cache(8)(self.measure)
 
     @cached_property
@@ -76,12 +78,11 @@ class Engine:
     @cached_property
     def trained_epsilon(self) -> float:
         """IDAA's ε in the training of the attacked encoder; its default where that had none."""
-        default = IDAA.Options().epsilon
-        if self.scene.attacked == UNTRAINED:
-            return default
-        stated = runs.get("ssl", self.scene.attacked).config.stated()
-        idaa = stated["adversary"] == "idaa" and stated["epsilon"] != UNKNOWN
-        return stated["epsilon"] if idaa else default
+        if self.scene.attacked != UNTRAINED:
+            stated = runs.get("ssl", self.scene.attacked).config.stated()
+            if stated["adversary"] == "idaa" and stated["epsilon"] != UNKNOWN:
+                return stated["epsilon"]
+        return IDAA.Options().epsilon
 
     def live(self, adversary: str) -> bool:
         """Whether a picture at another ε is there within a move of the slider."""
@@ -131,17 +132,17 @@ class Engine:
 
     def advance(self) -> bool:
         """Read one further point of the curves over ε, coarse before fine; False: all are read."""
-        for epsilon in (*EPSILONS[::4], *EPSILONS[2::4], *EPSILONS[1::2]):
-            for adversary, curve in self.curves.items():
-                if all(row["epsilon"] != epsilon for row in curve):
-                    row = self.measure(adversary, epsilon).row
-                    insort(curve, row, key=itemgetter("epsilon"))
-                    return True
-        return False
+        if self.complete:
+            return False
+        adversary, epsilon = self._unread[0]
+        row = self.measure(adversary, epsilon).row
+        insort(self.curves[adversary], row, key=itemgetter("epsilon"))
+        del self._unread[0]
+        return True
 
     @property
     def complete(self) -> bool:
-        return all(len(curve) == len(EPSILONS) for curve in self.curves.values())
+        return not self._unread
 
     def as_hard(self, adversary: str, epsilon: float) -> float | None:
         """The smallest ε at which `adversary` reaches the loss that IDAA has at `epsilon`.
@@ -149,8 +150,8 @@ class Engine:
         Read off the curves, between whose points the loss is linear in log ε; a decade below the
         first it is that of x. None where it is never reached; 0 where IDAA is no harder than x.
         """
-        (where, losses), (at, own) = (self._line(name) for name in (adversary, "idaa"))
-        target = np.interp(np.log(epsilon), at, own)
+        (where, losses), own = self._line(adversary), self._line("idaa")
+        target = np.interp(np.log(epsilon), *own)
         if losses.max() < target:
             return None
         if (i := int(np.argmax(losses >= target))) == 0:
@@ -164,12 +165,11 @@ class Engine:
         return (self.reading("idaa", epsilon), self.reading("clae", matched)) if matched else None
 
     def _line(self, adversary: str) -> tuple[np.ndarray, np.ndarray]:
-        """Losses over log ε."""
-        epsilon, loss = (
-            [row[key] for row in self.curves[adversary]] for key in ("epsilon", "loss_after")
-        )
-        losses = np.array([self.scene.loss_before, *loss])
-        return np.log([epsilon[0] / 10, *epsilon]), losses
+        """log ε and losses."""
+        rows = self.curves[adversary]
+        first = rows[0]["epsilon"] / 10
+        losses = np.array([self.scene.loss_before, *(row["loss_after"] for row in rows)])
+        return np.log([first, *(row["epsilon"] for row in rows)]), losses
 
     # --- walks --------------------------------------------------------------------------------
 

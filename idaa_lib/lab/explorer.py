@@ -9,11 +9,9 @@ verdict, what is folded away, the curves over ε; each gives way to the next mov
 from __future__ import annotations
 
 import datetime
-import hashlib
 import html
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -25,27 +23,26 @@ from torch import Tensor
 
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, DecomposeConfig, UserError
-from idaa_lib.data.decoding import decode
 from idaa_lib.identity.scene import ADVERSARIES, Reading
 from idaa_lib.lab import pictures, verdict
 from idaa_lib.lab.background import Background
 from idaa_lib.lab.controls import (
-    EQUAL_EPSILON,
-    FAIRNESS,
+    EQUAL_HARDNESS,
     FIELDS,
     HIGH,
     LOW,
-    RELOADING,
-    SAVED,
     Controls,
     control,
+    folder,
+    keep_image,
 )
 from idaa_lib.lab.engine import MOVING, STILL, STRIP, STRIP_NAMES, Engine
 from idaa_lib.lab.grid import STYLE, Grid
 from idaa_lib.lab.kernel import attended, guarded, query
-from idaa_lib.lab.record import ALIVE, Record
+from idaa_lib.lab.record import GONE, INSTEAD, Record
 from idaa_lib.lab.style import COLOURS, NAMES, svg
 from idaa_lib.lab.walk import WalkPanel
+from idaa_lib.results import html_table
 
 HERE = Path(__file__).parent
 PAGE = (
@@ -64,23 +61,24 @@ class Explorer(Controls):
         config: VAE, attacked encoder, images and attack. ε starts where training has it.
     """
 
+    engine: Any = None  # an `Engine`, once there is a VAE
+    record: Record | None = None
+    _attack = (ADVERSARIES[0], 0.1)  # what the picture shows: adversary and ε
+    _waits = False  # whether it waits for the curves over ε
+    _now: tuple[str, Reading] | None = None  # what the meters say, and of what
+    _pinned: tuple[str, Reading] | None = None
+
     def __init__(self, config: DecomposeConfig) -> None:
         super().__init__(config)
-        self.engine: Engine | None = None  # None until a VAE was found
         self.status = control("status", widgets.HTML)
         self._guard = guarded(self.status)
-        self._latest = ""  # the control that asked for the present engine
-        self._attack = (ADVERSARIES[0], 0.1)  # what the picture shows
+        self._latest = "dataset"  # the control that asked for the present engine
         self._rows: dict[str, Tensor] = {}  # of the picture
-        self._now: tuple[str, Reading] | None = None  # what the meters say, and of what
-        self._pinned: tuple[str, Reading] | None = None
         self._panels: tuple[Any, ...] = ()  # of the curves over ε: box in the figure, limits of ε
-        self._start: dict[str, Any] = {}  # the first setting
-        self.record: Record | None = None
         self._background = Background("load", "paint", "meters", "verdict", "fold", "curves")
         self._make_displays()
-        self._list_saved()
-        self._guard(self._load)()
+        self.list_saved()
+        self._guard(lambda: self._load(self.request()))()
         if self.engine is None:
             self.status.value += " Then run this cell again."
             self.ui.children = (self.status,)
@@ -89,41 +87,33 @@ class Explorer(Controls):
         self._listen()
         if link := query():
             name = Path(link.get("own", "")).name
-            self.open(link | ({"own": str(_folder() / "uploads" / name)} if name else {}))
-
-    # --- widgets ------------------------------------------------------------------------------
+            self.open(link | ({"own": str(folder() / "uploads" / name)} if name else {}))
 
     def _make_displays(self) -> None:
-        self.still = Grid(STILL, "idaa-still", "The images x, G(x) and R(x)")
         text = "The attacked images x′, what the decoder gives, and x′ − x"
+        self.still = Grid(STILL, "idaa-still", "The images x, G(x) and R(x)")
         self.picture = Grid(MOVING, "idaa-picture", text, marks=True)
-        self.pinned = Grid(
-            MOVING, "idaa-pinned", f"{text}: the setting that was pinned", marks=True
-        )
-        self.pinned.layout.display = "none"
+        self.pinned = Grid(MOVING, "idaa-pinned", f"{text}: the setting that was pinned", True)
         self.large = Grid([""], "idaa-large", "One image, enlarged")
-        self.large.layout.display = "none"
         self.strip = Grid([f"{NAMES[a]} x′" for a in ADVERSARIES], "idaa-strip")
+        self.pinned.layout.display = self.large.layout.display = "none"
         self.verdict, self.meters, self.curves, self.marker, self.spectra = (
             control(name, widgets.HTML)
             for name in ("verdict", "meters", "curves", "marker", "spectra")
         )
         self.walk = WalkPanel(self._background, self._guard)
         # The marker lies over the curves: moving it redraws nothing.
-        over = widgets.Box([self.curves, self.marker], layout=widgets.Layout(overflow="visible"))
-        over.add_class("idaa-over")
-        self.folds = widgets.Accordion(
-            (self.strip, self.spectra, self.walk.ui), titles=FOLDS, selected_index=None
-        )
-        grids = self.still, self.large, self.picture, self.pinned
-        texts = self.problems, self.status, self.verdict, self.meters
-        below = over, self.folds, widgets.HTML(ALIVE.format(name="idaa-explorer"))
-        children = [*self.lines, *texts, *grids, *below, self.left_out]
+        over = control("over", widgets.Box, children=[self.curves, self.marker])
+        self.folds = widgets.Accordion((self.strip, self.spectra, self.walk.ui), titles=FOLDS)
+        children = [
+            *self.lines, self.problems, self.status, self.verdict, self.meters, self.still,
+            self.large, self.picture, self.pinned, over, self.folds, self.left_out,
+        ]  # fmt: skip
         self.ui = control("explorer", widgets.VBox, children=children)
 
     def _listen(self) -> None:
         """From now on controls act: what the first load set in them was no request."""
-        for name in RELOADING:
+        for name in FIELDS:
             reload = self._guard(lambda _, name=name: self._reload(name))
             getattr(self, name).observe(reload, "value")
         for source, trait, act in (
@@ -148,118 +138,101 @@ class Explorer(Controls):
 
         Where nobody sits in front of the page, as under papermill, this waits for what they show.
         """
-        display(HTML(STYLE + PAGE), self.ui)
+        display(HTML(STYLE + PAGE + GONE + INSTEAD.format(name="idaa-explorer")), self.ui)
         if self.engine is None or query() is not None:  # a page of Voilà's is never without one
             return
         self.record, engine = Record(), self.engine
-        self._background.request("verdict", self._guard(lambda: self._judge(engine)))
+        self._later("verdict", lambda: self._judge(engine))
         if not attended() and not self._background.settle(timeout=300):
             self._keep_record(engine)
+
+    def _later(self, kind: str, work: Callable[[], Any]) -> None:
+        self._background.request(kind, self._guard(work))
 
     # --- settings -----------------------------------------------------------------------------
 
     @property
     def setting(self) -> dict[str, Any]:
         """What `open` brings back, as JSON: the images, networks and attack that are shown."""
-        assert self.engine is not None
         fields = self.engine.scene.config.model_dump(mode="json", exclude={"preset", "epsilon"})
         chosen = {"adversary": self.adversary.value, "fairness": self.fairness.value}
         return fields | chosen | {"epsilon": self.epsilon.field.value}
 
     def open(self, setting: Mapping[str, Any]) -> None:
         """Show a `setting`; what one leaves out stays as it is. One that cannot be is said."""
-        names = DecomposeConfig.model_fields.keys() - {"preset", "epsilon"}
         try:
-            config = self.config.replace(**{k: v for k, v in setting.items() if k in names})
-            for name, choices in (("adversary", ADVERSARIES), ("fairness", FAIRNESS)):
-                if (value := setting.get(name, getattr(self, name).value)) not in choices:
-                    wish = ", ".join(choices)
-                    raise ConfigError(f"{name} must be one of {wish}, and is {value!r}.")
-                getattr(self, name).value = value
+            self.fill(setting)
         except ConfigError as error:
             self.complain("saved", str(error))
-            return
-        self.epsilon.field.value = str(setting.get("epsilon", self.epsilon.field.value))
-        self.config = config
-        self.put(config)
-        self._reload()
-
-    def _list_saved(self) -> None:
-        folders = sorted(_folder().glob("*/setting.json"), reverse=True)
-        with self.offer():
-            self.saved.options = [SAVED, *((path.parent.name, path) for path in folders)]
-            self.saved.value = ""
+        else:
+            self._reload()
 
     def _save(self) -> None:
         """Figures, the setting, and code that makes them again, in a folder of their own."""
         engine, setting, walk = self.engine, self.setting, self.walk.state
-        assert engine is not None
         (adversary, epsilon), index = self._attack, max(0, self.chosen.value)
         now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        folder = _folder() / f"{now}-{adversary}-epsilon={epsilon:.3g}"
+        place = folder() / f"{now}-{adversary}-epsilon={epsilon:.3g}"
 
         def work() -> None:
-            engine.save(folder, adversary, epsilon, index, walk)
-            runs.write_json(folder / "setting.json", setting)
-            self._list_saved()
-            place = folder if query() is None else folder.name  # a visitor has no folders here
-            self.status.value = f"Saved, with the code that makes it again: {place}"
+            engine.save(place, adversary, epsilon, index, walk)
+            runs.write_json(place / "setting.json", setting)
+            self.list_saved()
+            name = place if query() is None else place.name  # a visitor has no folders here
+            self.status.value = f"Saved, with the code that makes it again: {name}"
 
         self.status.value = "saving …"
-        self._background.request("fold", self._guard(work))
+        self._later("fold", work)
 
     def _reopen(self, path: Path | str) -> None:
-        if isinstance(path, Path) and not self.offering:
-            self.open(runs.read_json(path) or {})
+        if path:
+            self.open(runs.read_json(Path(path)) or {})
 
     def _pin(self) -> None:
         """Keep picture and meters as they are, below those that follow the slider."""
-        self.pinned.layout.display = None if self.pin.value else "none"
 
         def work() -> None:
             self._pinned = self._now if self.pin.value else None
-            if self._pinned is not None and self.engine is not None:
-                self.pinned.resize(self.engine.columns, self.engine.scene.x.shape[-1])
+            self.pinned.layout.display = None if self._pinned else "none"
+            if self._pinned is not None:
+                self.pinned.resize(self.engine.columns, self.engine.size)
                 self.pinned.show(self._rows.values())
                 self.pinned.mark(verdict.marks(self._pinned[1].kept))
             self._write_meters()
 
-        self._background.request("fold", self._guard(work))
+        self._later("fold", work)
 
     # --- other images, networks, attacks --------------------------------------------------------
 
-    def _reload(self, name: str = "") -> None:
+    def _reload(self, name: str = "dataset") -> None:
         """Another engine, since the control `name` asks for it."""
-        if self.offering:
-            return
         self._latest = name
-        self.status.value = "recomputing …"
         self._background.disturb()
-        self._background.request("load", self._guard(self._attempt))
+        self._later("load", self._attempt)
 
     def _attempt(self) -> None:
         """Load what the controls ask for; one that holds what cannot be is marked, and said."""
         try:
-            self._load()
+            # A control that is set to what is shown asks for nothing.
+            if (config := self.request()) != self.engine.scene.config:
+                self._load(config)
         except UserError as error:
             self.status.value = ""
-            first = (re.match(r"\w+", str(error)) or [""])[0]
-            name = {field: name for name, field in FIELDS.items()}.get(first, first)
-            name = name if name in (*RELOADING, "upload") else self._latest or "dataset"
-            if self._latest:
-                self.complain(self._latest)
+            self.complain(self._latest)
+            first = str(error).partition("=")[0].split()[0]
+            name = "upload" if first == "own" else first if first in FIELDS else self._latest
             self.complain(name, str(error))
         else:
-            for name in (*RELOADING, "upload", "saved"):
+            for name in (*FIELDS, "upload", "saved"):
                 self.complain(name)
 
-    def _load(self) -> None:
+    def _load(self, config: DecomposeConfig) -> None:
         """Another engine: the direction of its attack is computed once."""
-        first = self.engine is None
-        engine = Engine(self.request())
+        self.status.value = "recomputing …"
+        first, engine = self.engine is None, Engine(config)
         still = engine.still()
         engine.scene.directions("idaa")
-        columns, size, names = engine.columns, engine.scene.x.shape[-1], engine.scene.names
+        columns, size, names = engine.columns, engine.size, engine.scene.names
         self.engine, self._rows, self._now = engine, {}, None
         self.meters.value = ""  # those of other images
         self._judge(engine)
@@ -268,7 +241,7 @@ class Explorer(Controls):
         self.picture.resize(columns, size)
         self.large.resize(len(STILL) + len(MOVING), size, (*STILL, *MOVING), max(1, LARGE // size))
         self.strip.resize(len(STRIP), size, STRIP_NAMES)
-        self.forget.layout.display = None if engine.scene.config.own else "none"
+        self.forget.layout.display = None if config.own else "none"
         self.still.show(still.values())
         self.walk.open(engine)
         self.curves.value, self._panels = "<i>The curves over ε are being read …</i>", ()
@@ -277,27 +250,16 @@ class Explorer(Controls):
             self.epsilon.value = min(max(engine.trained_epsilon, LOW), HIGH)
         self._draw()
         self._unfold()
-        self._background.request("curves", self._guard(lambda: self._advance(engine)))
+        self._later("curves", lambda: self._advance(engine))
 
     def _upload(self, change: Any) -> None:
         """An image of the user's own becomes the first; kept, so that code can find it again."""
-        if not change["new"]:
-            return
-        file = change["new"][0]
-        content = bytes(file["content"])
-        self.upload.value = ()  # the same file may be given again
-        path = _folder() / "uploads" / hashlib.sha256(content).hexdigest()[:12]
-        path = path.with_suffix(Path(file["name"]).suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        try:
-            decode(path, 8)
-        except (OSError, ValueError):
-            path.unlink()
-            self.complain("upload", f"{file['name']} cannot be read as an image.")
-        else:
-            self.complain("upload")
-            self._take(str(path))
+        if change["new"]:
+            self.upload.value = ()  # the same file may be given again
+            try:
+                self._take(str(keep_image(change["new"][0])))
+            except ConfigError as error:
+                self.complain("upload", str(error))
 
     def _take(self, own: str | None) -> None:
         self.config = self.config.replace(own=own)
@@ -306,16 +268,15 @@ class Explorer(Controls):
     # --- a move -------------------------------------------------------------------------------
 
     def _draw(self) -> None:
-        if (engine := self.engine) is None:
-            return
-        adversary = self.adversary.value
+        engine, adversary = self.engine, self.adversary.value
         self._background.disturb()
-        epsilon, title = self._strength(engine, adversary, self.epsilon.value)
-        if epsilon is None:
-            self.status.value = title
+        equal = self.fairness.value == EQUAL_HARDNESS
+        self._waits = equal and adversary != "idaa" and not engine.complete
+        if self._waits:
+            self.status.value = "reading how hard each attack is over ε …"
             return  # the last point of the curves draws
+        epsilon, title = verdict.strength(engine, adversary, self.epsilon.value, equal)
         self._attack = adversary, epsilon
-        self.status.value = ""
         self._mark()
 
         def paint() -> None:
@@ -323,7 +284,7 @@ class Explorer(Controls):
             # cores with the background's, is woken late: on 2 cores the median of a move is the
             # same with one thread, and its 95th percentile half.
             threads = torch.get_num_threads()
-            torch.set_num_threads(1 if engine.scene.x.shape[-1] <= 48 else threads)
+            torch.set_num_threads(1 if engine.size <= 48 else threads)
             try:
                 self._rows = engine.moving(adversary, epsilon)
             finally:
@@ -342,26 +303,27 @@ class Explorer(Controls):
             paint()
         else:
             self.status.value = "attacking …"
-            self._background.request("paint", self._guard(paint))
-        self._background.request("meters", self._guard(measure))
-        self._background.request("verdict", self._guard(lambda: self._judge(engine)))
+            self._later("paint", paint)
+        self._later("meters", measure)
+        self._later("verdict", lambda: self._judge(engine))
         if self.folds.selected_index == 1:  # the spectra
             self._unfold()
 
     def _write_meters(self) -> None:
         """The meters of what is shown, and of what is pinned."""
-        if self.engine is None or self._now is None:
+        if self._now is None:
             return
         readings = dict([self._now])
         if self._pinned is not None:
             readings[f"pinned: {self._pinned[0]}"] = self._pinned[1]
-        link = ""
+        table, note = verdict.meters(self.engine, readings)
+        note = html.escape(note)
         if query() is not None:
             fields = {k: v for k, v in self.setting.items() if v not in (None, "", [])}
             fields |= {"indices": self.indices.value} if "indices" in fields else {}
             fields |= {"own": Path(fields["own"]).name} if "own" in fields else {}
-            link = f' · <a href="?{html.escape(urlencode(fields))}">link to this setting</a>'
-        self.meters.value = verdict.meters(self.engine, readings, link)
+            note += f' · <a href="?{html.escape(urlencode(fields))}">link to this setting</a>'
+        self.meters.value = f'{html_table(table)}<div class="idaa-quiet">{note}</div>'
 
     def _judge(self, engine: Engine) -> None:
         if engine is self.engine:
@@ -376,21 +338,9 @@ class Explorer(Controls):
         readings = dict([self._now])
         if engine.complete and (pair := engine.at_equal_loss(self.epsilon.value)):
             for adversary, reading in zip(("idaa", "clae"), pair, strict=True):
-                readings.setdefault(_title(adversary, reading.row["epsilon"]), reading)
-        self.record.keep(engine.curves, self.verdict.value, verdict.table(engine, readings))
-
-    def _strength(self, engine: Engine, adversary: str, idaa: float) -> tuple[float | None, str]:
-        """The ε to attack with where IDAA has ε = `idaa`, and a title; None: it is not read yet."""
-        if self.fairness.value == EQUAL_EPSILON or adversary == "idaa":
-            return idaa, _title(adversary, idaa)
-        if not engine.complete:
-            return None, "reading how hard each attack is over ε …"
-        if (epsilon := engine.as_hard(adversary, idaa)) is not None:
-            name = f"{NAMES[adversary]}, ε = {epsilon:.3g}"
-            return epsilon, f"{name}: as hard as IDAA at {idaa:.6g}"
-        hardest = max(engine.curves[adversary], key=lambda row: row["loss_after"])["epsilon"]
-        title = f"{_title(adversary, hardest)}: its hardest, not as hard as IDAA at {idaa:.6g}"
-        return hardest, title
+                readings.setdefault(verdict.title(adversary, reading.row["epsilon"]), reading)
+        table, note = verdict.meters(engine, readings)
+        self.record.keep(engine.curves, self.verdict.value, table, html.escape(note))
 
     def _mark(self) -> None:
         """Draw a line at the present ε over the curves."""
@@ -398,11 +348,9 @@ class Explorer(Controls):
         lines = []
         for box, (low, high) in self._panels if epsilon > 0 else ():
             share = math.log(epsilon / low) / math.log(high / low)
-            lines.append(
-                f'<div style="position:absolute;left:{100 * (box.x0 + share * box.width):.2f}%;'
-                f"bottom:{100 * box.y0:.2f}%;height:{100 * box.height:.2f}%;"
-                f'border-left:2px solid {COLOURS[adversary]}"></div>'
-            )
+            place = {"left": box.x0 + share * box.width, "bottom": box.y0, "height": box.height}
+            css = "".join(f"{name}:{100 * value:.2f}%;" for name, value in place.items())
+            lines.append(f'<span style="{css}border-color:{COLOURS[adversary]}"></span>')
         self.marker.value = "".join(lines)
 
     def _advance(self, engine: Engine) -> bool:
@@ -418,7 +366,7 @@ class Explorer(Controls):
             self._judge(engine)
             # A page of Voilà's that connected while these were measured has missed them.
             self.meters.send_state("value")
-        if not more and self.fairness.value != EQUAL_EPSILON:
+        if not more and self._waits:
             self._draw()
         return more
 
@@ -426,31 +374,20 @@ class Explorer(Controls):
         """The chosen image alone: all that is shown of it, enlarged, and x′ over ε."""
         index = self.chosen.value
         self.large.layout.display = "none" if index < 0 else None
-        if index >= 0 and self._rows and self.engine is not None:
+        if index >= 0 and self._rows:
             rows = (self.engine.still() | self._rows).values()
             self.large.show([torch.stack([images[index] for images in rows])])
 
     def _unfold(self) -> None:
         """Draw what is open below; what is folded away costs nothing."""
         engine, fold = self.engine, self.folds.selected_index
-        if engine is None or fold is None:
-            return
 
         def work() -> None:
             if fold == 0:
                 self.strip.show(engine.strip(max(0, self.chosen.value)).values())
             elif fold == 1:
                 self.spectra.value = svg(pictures.spectra(engine.parts(*self._attack)))
-            else:
+            elif fold == 2:
                 self.walk.draw()
 
-        self._background.request("fold", self._guard(work))
-
-
-def _folder() -> Path:
-    """Where settings are saved."""
-    return runs.outputs_root() / "explorer"
-
-
-def _title(adversary: str, epsilon: float) -> str:
-    return f"{NAMES[adversary]}, ε = {epsilon:.6g}"
+        self._later("fold", work)

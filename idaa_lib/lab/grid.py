@@ -11,18 +11,26 @@ from torch import Tensor
 from idaa_lib.train.samples import grid
 
 # Pixels as they are: the browser neither smooths nor stretches them.
-STYLE = "<style>.idaa-pixels { image-rendering: pixelated; }</style>"
+STYLE = """<style>
+.idaa-pixels { image-rendering: pixelated; }
+.idaa-grid .widget-html, .idaa-grid .widget-html-content {
+  margin: 0; height: auto; line-height: 1.2;
+}
+.idaa-grid > .widget-html { align-self: flex-end; }
+.idaa-row {
+  height: var(--side); line-height: var(--side); width: 104px; padding-right: 8px;
+  white-space: nowrap; text-align: right;
+}
+.idaa-names { white-space: nowrap; }
+.idaa-names > span {
+  display: inline-block; box-sizing: border-box; width: var(--side); padding: 2px 0;
+  font-size: 11px; line-height: 13px; text-align: center; vertical-align: bottom;
+  white-space: normal; overflow-wrap: anywhere;
+}
+.idaa-marks { min-height: 17px; }
+</style>"""
 WIDEST = 16383  # pixels of a WebP picture
-_MARK = 17  # pixels of the line of marks
-_CELL = (
-    "display:inline-block;font-size:11px;line-height:13px;padding:2px 0;box-sizing:border-box;"
-    "text-align:center;vertical-align:bottom;white-space:normal;overflow-wrap:anywhere;"
-    "width:{side}px"
-)
-_LEFT = (
-    "height:{side}px;line-height:{side}px;width:104px;padding-right:8px;white-space:nowrap;"
-    "text-align:right"
-)
+Cell = tuple[str, str, str]  # a text (HTML), its CSS class, its tooltip
 
 
 class Grid(widgets.HBox):
@@ -30,6 +38,9 @@ class Grid(widgets.HBox):
     `marks` what `mark` says below them.
 
     Its size is set by `resize` alone: new pixels change nothing else on the page.
+
+    Args:
+        text: what a reader of the screen hears in the place of the picture.
     """
 
     def __init__(
@@ -40,50 +51,51 @@ class Grid(widgets.HBox):
         marks: bool = False,
         form: str = "webp",
     ) -> None:
-        self.rows, self._side, self._marks, self._form = tuple(rows), 0, marks, form
-        self._text = text or ", ".join(rows)  # what a reader of the screen hears in its place
+        self.rows, self._marks, self._form = tuple(rows), marks, form
+        self._side, self._text = 0, text
         self.image = widgets.Image(format=form)
-        self.image.add_class(name)
-        self.image.add_class("idaa-pixels")
+        self.image.add_class(name).add_class("idaa-pixels")
         self._left, self._top, self._bottom = widgets.HTML(), widgets.HTML(), widgets.HTML()
         columns = widgets.VBox([self._top, self.image, self._bottom])
         super().__init__([self._left, columns], layout={"align_items": "flex-start"})
         self.add_class("idaa-grid")
 
     def resize(
-        self, columns: int, size: int, names: Sequence[str] = (), scale: int | None = None
+        self,
+        columns: int,
+        size: int,
+        names: Sequence[str] = (),
+        scale: int | None = None,
+        rows: Iterable[str] = (),
     ) -> None:
-        """Make room for so many images of `size` pixels a side, on `scale` screen pixels each."""
-        side = (scale or (2 if size <= 48 else 1)) * (size + 1)
+        """Make room for so many images of `size` pixels a side, on `scale` screen pixels each; and
+        for other `rows`."""
+        self.rows = tuple(rows) or self.rows
+        self._side = side = (scale or (2 if size <= 48 else 1)) * (size + 1)
         width, height = f"{columns * side}px", f"{len(self.rows) * side}px"
         self.image.layout = widgets.Layout(
             width=width, min_width=width, height=height, align_self="flex-start"
         )
         self.image.format = self._form if columns * (size + 1) <= WIDEST else "png"
-        self._side = side
         self._show(self._top, [(html.escape(name), "", "") for name in names[:columns]])
         self.mark([])
-        css = _LEFT.format(side=side)
-        left = (
-            f'<div class="idaa-row" style="{css}">{html.escape(row)}</div>' for row in self.rows
-        )
-        below = f'<div style="height:{_MARK}px"></div>' * self._marks
-        text = html.escape(self._text)
-        self._left.value = f'<div class="idaa-text" title="{text}">{"".join(left)}{below}</div>'
+        left = "".join(f'<div class="idaa-row">{html.escape(row)}</div>' for row in self.rows)
+        left += '<div class="idaa-marks"></div>' * self._marks
+        style, text = f"--side: {side}px", html.escape(self._text or ", ".join(self.rows))
+        self._left.value = f'<div class="idaa-text" style="{style}" title="{text}">{left}</div>'
 
-    def mark(self, cells: Sequence[tuple[str, str, str]]) -> None:
-        """Below each image: a text (HTML), its CSS class, its tooltip."""
-        self._show(self._bottom, cells)
+    def mark(self, cells: Sequence[Cell]) -> None:
+        """Show these below the images, one each."""
+        self._show(self._bottom, cells, "idaa-marks" if self._marks else "")
 
-    def _show(self, line: widgets.HTML, cells: Sequence[tuple[str, str, str]]) -> None:
-        css = _CELL.format(side=self._side)
+    def _show(self, line: widgets.HTML, cells: Sequence[Cell], kind: str = "") -> None:
         spans = (
-            f'<span style="{css}" class="{name}" title="{html.escape(title)}">{text}</span>'
+            f'<span class="{name}" title="{html.escape(title)}">{text}</span>'
             for text, name, title in cells
         )
-        height = f"min-height:{_MARK}px;" if line is self._bottom and self._marks else ""
-        line.layout.display = None if cells or height else "none"
-        line.value = f'<div style="{height}white-space:nowrap">{"".join(spans)}</div>'
+        line.layout.display = None if cells or kind else "none"
+        style = f"--side: {self._side}px"
+        line.value = f'<div class="idaa-names {kind}" style="{style}">{"".join(spans)}</div>'
 
     def show(self, rows: Iterable[Tensor]) -> None:
         """Rows of pixels in [0, 1] (N, 3, H, W)."""

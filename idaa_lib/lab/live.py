@@ -7,8 +7,6 @@ All that is shown is read from the run directory and all that is asked goes thro
 from __future__ import annotations
 
 import html
-import io
-import json
 import shutil
 import threading
 import time
@@ -18,20 +16,19 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
-from IPython.display import display
-from PIL import Image
+from IPython.display import HTML, display
 
 from idaa_lib import runs
 from idaa_lib.configs import TrainingConfig, UserError
 from idaa_lib.lab import grid, plots, style
 from idaa_lib.lab.kernel import apart, attended, newcomer
 from idaa_lib.lab.process import UNDER_WAY, Look, launch, look, start
+from idaa_lib.lab.record import GONE
 from idaa_lib.registry import SOURCES
 from idaa_lib.results import full_name
 from idaa_lib.runs import Run, RunError, Stopped
-from idaa_lib.runs.directory import read_lines
 from idaa_lib.runs.progress import clock
-from idaa_lib.train import stages
+from idaa_lib.train import samples, stages
 
 # Seconds between two looks at a run that goes and at one that stands, and between two drawings.
 GOING, STANDING, DRAWING = 1.0, 3.0, 2.0
@@ -52,7 +49,12 @@ NOTICE = (
     "This notebook was opened anew while its cell waited, so the cells below did not run: once the "
     "training is over, select this cell and choose Run ▸ Run Selected Cell and All Below."
 )
-STYLE = "<style>.idaa-live-curves svg { max-width: 100%; height: auto; }</style>"
+STYLE = """<style>
+.idaa-live-curves svg { max-width: 100%; height: auto; }
+.idaa-live-figures > div { color: var(--jp-ui-font-color1); line-height: 1.4; }
+.idaa-live-tiles { display: flex; flex-wrap: wrap; gap: 6px 24px; }
+.idaa-live-tiles span { color: var(--jp-ui-font-color2); }
+</style>"""
 
 
 def train(config: TrainingConfig) -> Run:
@@ -91,6 +93,7 @@ def _attach(run: Run) -> None:
         f"which attaches to the training or shows its result."
     )
     try:
+        display(HTML(GONE))
         display(panel.ui)
         panel.follow()
         end = _wait(run)
@@ -164,50 +167,20 @@ def _wait(run: Run) -> Look | None:
 # --- the panel --------------------------------------------------------------------------------
 
 
-class Readings:
-    """The lines of a growing metrics.jsonl, each read once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[dict[str, Any]] = []
-        self._offset, self._last = 0, b""
-
-    def update(self) -> bool:
-        """Read what is new; whether anything is."""
-        if not self.path.exists():
-            return False
-        with self.path.open("rb") as file:
-            file.seek(self._offset - len(self._last))
-            # A resumed run drops lines after its checkpoint and writes others in their place.
-            rewound = file.read(len(self._last)) != self._last
-            if rewound:
-                self.lines, self._offset, self._last = [], 0, b""
-                file.seek(0)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1].splitlines(keepends=True)
-        self.lines += read_lines(self.path, whole, len(self.lines) + 1)
-        if whole:
-            self._offset, self._last = self._offset + sum(map(len, whole)), whole[-1]
-        return rewound or bool(whole)
-
-    def latest(self, key: str) -> Any:
-        return next((line[key] for line in reversed(self.lines) if key in line), None)
-
-
 class Panel:
     """Buttons, figures, curves and pictures of one run; `ui` is the widget."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._readings = Readings(run.path / "metrics.jsonl")
+        self.lines: list[dict[str, Any]] = []  # of metrics.jsonl
+        self.notice = ""
         self._lock = threading.RLock()
         self._news = threading.Event()  # a button was pressed, or the panel closed
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._word = self._complaint = self.notice = ""
+        self._word = self._complaint = self._damage = ""
         self._steps: int | None = None
-        self._undrawn, self._draw_after = False, 0.0
-        self._picture_time, self._shape = 0, ()
+        self._log_stamp, self._read_after, self._picture_stamp = (0, 0), 0.0, (0, 0)
         apart(self._build)
         self.refresh()
 
@@ -221,9 +194,10 @@ class Panel:
                 ("stop", "stop", "Save after the present step and end the process"),
             )
         }
-        self.progress = widgets.FloatProgress(max=1, layout=widgets.Layout(width="auto"))
+        self.progress = widgets.FloatProgress(max=1, layout={"width": "auto"})
         self.figures, self.curves, self.status = (widgets.HTML() for _ in range(3))
-        self.samples = widgets.Box()  # holds a `grid.Grid` once there are pictures
+        self.samples = grid.Grid((), "idaa-live-samples", form="png")
+        self.samples.layout.display = "none"  # until there are some
         names = {name: getattr(self, name) for name in ("progress", "figures", "curves", "status")}
         for name, widget in (self.buttons | names).items():
             widget.add_class(f"idaa-live-{name}")
@@ -284,13 +258,9 @@ class Panel:
 
     def _refresh(self) -> None:
         now = look(self.run)
-        damage = ""
-        try:
-            self._undrawn |= self._readings.update()
-        except RunError as error:  # the buttons work all the same
-            damage = str(error)
-        request = (runs.read_json(self.run.path / "control.json") or {}).get("request")
         going, paused = now.word == "going", now.word == "paused"
+        self._read(over=not (going or paused))
+        request = (runs.read_json(self.run.path / "control.json") or {}).get("request")
         if going:
             self.curves.layout.display = None
         enabled = {
@@ -303,23 +273,41 @@ class Panel:
             button.disabled = not enabled[name]
         if now.word != self._word:
             self._word, self._complaint = now.word, ""
-        reason = " ".join(filter(None, (now.reason or self._complaint or damage, self.notice)))
+        reason = now.reason or self._complaint or self._damage
+        reason = " ".join(filter(None, (reason, self.notice)))
         self.status.value = f"<b>{html.escape(reason)}</b>" if reason else ""
         self._steps = now.state.get("steps") or self._steps
-        step = self._readings.latest("step") or 0
+        step = self._latest().get("step", 0)
         self.progress.value = step / self._steps if self._steps else 0.0
         word = {"pause": "pausing", "stop": "stopping"}.get(request or "") if going else None
-        self.figures.value = self._table(word or now.word, now.state, step)
-        self._draw(over=not (going or paused))
-        self._picture()
+        self.figures.value = self._table(word or now.word, now.state)
+        self._show_samples()
 
-    def _table(self, word: str, state: dict[str, Any], step: int) -> str:
+    def _latest(self) -> dict[str, Any]:
+        """The last reading of each key."""
+        return {key: value for line in self.lines for key, value in line.items()}
+
+    def _read(self, over: bool) -> None:
+        """The log, if it has changed, and its curves, every point of them: at most every 2 s, and
+        for a fifth of the time."""
+        start, stamp = time.monotonic(), _stamp(self.run.path / "metrics.jsonl")
+        if stamp == self._log_stamp or not (over or start >= self._read_after):
+            return
+        try:
+            self.lines, self._damage = self.run.metrics(), ""
+        except RunError as error:  # the buttons work all the same
+            self._damage = str(error)
+        self._log_stamp = stamp
+        figure = plots.curves({"": self.run}, plots.CURVES[self.run.stage], {"": self.lines})
+        self.curves.value = style.svg(figure) if self.lines else ""
+        self._read_after = time.monotonic() + max(DRAWING, 4 * (time.monotonic() - start))
+
+    def _table(self, word: str, state: dict[str, Any]) -> str:
         """The figures as HTML."""
-        latest, config = self._readings.latest, self.run.config
+        latest, config = self._latest(), self.run.config
         steps = f" of {self._steps:,}" if self._steps else ""
-        epoch = f"{(latest('epoch') or 0) + 1} of {config.epochs}"
-        cells = {"state": word, "step": f"{step:,}{steps}", "epoch": epoch}
-        cells |= figures_of({k: v for k in FIGURES if (v := latest(k)) is not None})
+        cells = {"state": word, "step": f"{latest.get('step', 0):,}{steps}"}
+        cells |= {"epoch": f"{latest.get('epoch', 0) + 1} of {config.epochs}", **figures_of(latest)}
         if word in ("going", "pausing", "stopping", "paused"):
             cells["time left"] = clock(state.get("seconds_left"))
         names = {"resident": "memory", "cuda": "GPU memory, at most"}
@@ -327,40 +315,28 @@ class Panel:
             cells[names[kind]] = f"{mib:,.0f} MiB"
         used, free = self.run.size, shutil.disk_usage(self.run.path).free
         cells["disk"] = f"{used / 2**20:.1f} MiB used, {free / 2**30:.1f} GiB free"
-        cells["log"] = f"{len(self._readings.lines):,} readings"
+        cells["log"] = f"{len(self.lines):,} readings"
         tiles = "".join(
-            f'<div><span style="color:var(--jp-ui-font-color2)">{name}</span><br>'
-            f"<b>{html.escape(value)}</b></div>"
+            f"<div><span>{name}</span><br><b>{html.escape(value)}</b></div>"
             for name, value in cells.items()
         )
-        return (
-            f'<div style="color:var(--jp-ui-font-color1);line-height:1.4">{self.run.id}'
-            f'<div style="display:flex;flex-wrap:wrap;gap:6px 24px">{tiles}</div></div>'
-        )
+        return f'{self.run.id}<div class="idaa-live-tiles">{tiles}</div>'
 
-    def _draw(self, over: bool) -> None:
-        """The curves, every point of them: at most every 2 s, and for a fifth of the time."""
-        start = time.monotonic()
-        if self._undrawn and (over or start >= self._draw_after):
-            readings = {"": self._readings.lines}
-            figure = plots.curves({"": self.run}, plots.CURVES[self.run.stage], readings)
-            self.curves.value = style.svg(figure) if self._readings.lines else ""
-            self._undrawn = False
-            self._draw_after = time.monotonic() + max(DRAWING, 4 * (time.monotonic() - start))
-
-    def _picture(self) -> None:
+    def _show_samples(self) -> None:
         """What is trained on, if it is another than what is shown."""
-        path = self.run.path / "samples" / "latest.png"
-        if not path.exists() or path.stat().st_mtime_ns == self._picture_time:
+        stamp = _stamp(path := self.run.path / "samples" / "latest.png")
+        if stamp == self._picture_stamp:
             return
-        self._picture_time = path.stat().st_mtime_ns
-        png = path.read_bytes()
-        with Image.open(io.BytesIO(png)) as picture:
-            rows, (width, height) = json.loads(picture.info["rows"]), picture.size
-        size = height // len(rows) - 1
-        shape = (*rows, width // (size + 1), size)
-        if shape != self._shape:
-            self._grid = grid.Grid(rows, "idaa-live-samples", form="png")
-            self._grid.resize(*shape[-2:])
-            self.samples.children, self._shape = (self._grid,), shape
-        self._grid.image.value = png
+        self._picture_stamp = stamp
+        rows = samples.read(self.run)
+        columns, _, _, size = next(iter(rows.values())).shape
+        self.samples.layout.display = None
+        self.samples.resize(columns, size, rows=rows)
+        self.samples.image.value = path.read_bytes()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes with the content of a file; zeros where there is none."""
+    if not path.exists():
+        return 0, 0
+    return path.stat().st_mtime_ns, path.stat().st_size

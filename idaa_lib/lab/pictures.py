@@ -51,30 +51,6 @@ def image_rows(
     return figure
 
 
-def plot_partitions(images: Tensor, partitions: Tensor, columns: int = 10) -> Figure:
-    """Examples of each side of each partition (P, N) of uint8 images (N, 3, H, W), a row a side."""
-    rows = {}
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    for i, sides in enumerate(partitions, 1):
-        for side in range(int(partitions.max()) + 1):
-            mine = order[sides[order] == side]
-            label = f"partition {i}, side {side + 1}: {100 * len(mine) / len(order):.0f} %"
-            rows[label] = images[mine[:columns]] / 255
-    return image_rows(rows, f"Partitions of {len(images):,} images", columns)
-
-
-def partition_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Agreement of partitions with known factors, from rows of `factors.compare_partitions`."""
-    table = pd.DataFrame(rows)
-    limits = zip(table["low"], table["high"], strict=True)
-    table["95 % by chance"] = [f"{low:.1f} … {high:.1f}" for low, high in limits]
-    table["beyond chance"] = np.where(table["value"] > table["high"], "yes", "no")
-    names = {"value": "agreement (%)", "chance": "by chance (%)"}
-    table = table.rename(columns=names).round(dict.fromkeys(names.values(), 1))
-    columns = ["partition", "factor", *names.values(), "95 % by chance", "beyond chance", "n"]
-    return table[columns]
-
-
 @look()
 def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
     """Where in the image something lives: per-pixel RMS over images and channels, on one scale.
@@ -242,11 +218,6 @@ def parts(summary: Summary) -> Figure:
     return figure
 
 
-def exchange(summary: Summary) -> Figure:
-    """Mean likeness to a and to b as G, or R, goes over from a to b."""
-    return likeness(summary["exchange"]["shares"], summary["exchange"]["cosines"])
-
-
 @look()
 def equal_hardness(summary: Summary) -> Figure:
     """IDAA less CLAE, and less random signs, at the same loss; label consistency over the loss."""
@@ -333,30 +304,6 @@ def vaes(summary: Summary) -> Figure | None:
             _ticks(panel, value)
             panel.legend(fontsize="x-small")
     return figure
-
-
-def hardness_table(summary: Summary) -> pd.DataFrame:
-    """Each adversary at each ε that was read: hardness and identity."""
-    columns = {
-        "epsilon": "ε", "loss_after": "loss (nats)", "cosine": "cos z, z′", "l2": "‖x′ − x‖₂",
-        "linf": "‖x′ − x‖∞", "retrieved": "found (%)", "mrr": "MRR", "infonce": "InfoNCE (nats)",
-        "fano": "Fano (nats)", "consistency": "same class (%)",
-    }  # fmt: skip
-    rows = [{"": NAMES[name], **row} for name, curve in summary["curves"].items() for row in curve]
-    table = pd.DataFrame(rows)
-    return table[["", *(key for key in columns if key in table)]].rename(columns=columns).round(3)
-
-
-def verdict_table(summary: Summary, *sections: str) -> pd.DataFrame:
-    """The claims of these sections (of all) with their verdicts."""
-    rows = [row for row in summary["claims"] if not sections or row["section"] in sections]
-    table = pd.DataFrame(rows)
-    table["95 % interval"] = [
-        "" if pd.isna(low) else f"{low:,.2f} … {high:,.2f}"
-        for low, high in zip(table["low"], table["high"], strict=True)
-    ]
-    table["value"] = table["value"].map(lambda value: "" if pd.isna(value) else f"{value:,.2f}")
-    return table[["claim", "value", "95 % interval", "unit", "n", "verdict", "note"]]
 
 
 def _spread(rows: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:

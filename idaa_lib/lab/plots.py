@@ -134,11 +134,10 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
     plain = [OTHERS[i % len(OTHERS)] for i in range(len(members))]
     shades = map(style.colour, members) if colours == "adversary" else plain
     hows = looks(zip(shades, members, strict=True))
-    most = 2 if len(names) > 1 else 1
     texts = [str(place).replace(", ", ",\n") for place in places]
     letters = max(8, *(len(line) for text in texts for line in text.split("\n")))
     size = (max(4.8, 1.2 + 0.1 * letters * len(places)), 3.6)
-    figure, axes = style.panels(len(names), most, size)
+    figure, axes = style.panels(len(names), 2, size)
     for name, axis in zip(names, axes, strict=True):
         mine = own[own[panels] == name]
         for (member, place), rows in mine.groupby([colours, groups], sort=False):
@@ -260,6 +259,30 @@ def neighbours(
         frame: dict[str, Any] = dict(fill=False, ec=colour, lw=2.5)
         figure.axes[0].add_patch(Rectangle((column + 0.02, line + 0.02), 0.96, 0.96, **frame))
     return figure
+
+
+def plot_partitions(images: Tensor, partitions: Tensor, columns: int = 10) -> Figure:
+    """Examples of each side of each partition (P, N) of uint8 images (N, 3, H, W), a row a side."""
+    rows = {}
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    for i, sides in enumerate(partitions, 1):
+        for side in range(int(partitions.max()) + 1):
+            mine = order[sides[order] == side]
+            label = f"partition {i}, side {side + 1}: {100 * len(mine) / len(order):.0f} %"
+            rows[label] = images[mine[:columns]] / 255
+    return image_rows(rows, f"Partitions of {len(images):,} images", columns)
+
+
+def partition_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Agreement of partitions with known factors, from rows of `factors.compare_partitions`."""
+    table = pd.DataFrame(rows)
+    limits = zip(table["low"], table["high"], strict=True)
+    table["95 % by chance"] = [f"{low:.1f} … {high:.1f}" for low, high in limits]
+    table["beyond chance"] = np.where(table["value"] > table["high"], "yes", "no")
+    names = {"value": "agreement (%)", "chance": "by chance (%)"}
+    table = table.rename(columns=names).round(dict.fromkeys(names.values(), 1))
+    columns = ["partition", "factor", *names.values(), "95 % by chance", "beyond chance", "n"]
+    return table[columns]
 
 
 @look()

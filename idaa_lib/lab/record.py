@@ -1,4 +1,4 @@
-"""What a notebook shows where its widgets cannot: without its kernel, under papermill, as HTML."""
+"""What a cell shows where its widgets cannot: without its kernel, under papermill, as HTML."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from IPython.display import HTML, display
 
 from idaa_lib.lab import pictures, style
 
-# Stands in a widget: while the widgets are there, the record of the same cell is hidden.
-ALIVE = "<style>.jp-OutputArea-child:has(.{name}) ~ .jp-OutputArea-child {{display: none}}</style>"
+# Styles of a page. GONE: where no widget is, as without the kernel, its place is hidden too.
+# INSTEAD: while the widget of the CSS class `name` is there, what follows it is hidden.
+GONE = (
+    "<style>.jp-OutputArea-child:has([data-mime-type*='widget-view']):not("
+    ":has([data-mime-type*='widget-view'] > *)) {display: none}</style>"
+)
+INSTEAD = (
+    "<style>.jp-OutputArea-child:has(.{name}) ~ .jp-OutputArea-child {{display: none}}</style>"
+)
 
 
 class Record:
@@ -22,16 +29,17 @@ class Record:
         self._latest: tuple[Any, int] = (None, 0)
 
     def keep(
-        self, curves: Mapping[str, Sequence[Mapping[str, float]]], verdict: str, table: pd.DataFrame
+        self,
+        curves: Mapping[str, Sequence[Mapping[str, float]]],
+        verdict: str,
+        table: pd.DataFrame,
+        note: str,
     ) -> None:
-        """Show curves over ε as PNG, and the verdict (HTML) over a table."""
+        """Show curves over ε as PNG, and the verdict (HTML) over a table and a note on it."""
         points = sum(map(len, curves.values()))
         if curves is not self._latest[0] or points != self._latest[1]:
             self._latest = curves, points
             figure = pictures.identity_curves(curves, pictures.SAME)
             self._figure.update(style.picture(figure))
-        content = {
-            "text/plain": table.to_string(),
-            "text/html": f"<p>{verdict}</p>{table.to_html()}",
-        }
-        self._table.update(content, raw=True)
+        html = f"<p>{verdict}</p>{table.to_html()}<p>{note}</p>"
+        self._table.update({"text/plain": table.to_string(), "text/html": html}, raw=True)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from idaa_lib import results, runs
 from idaa_lib.configs import SweepConfig
-from idaa_lib.lab import pictures, plots, style
+from idaa_lib.lab import plots, style, verdict
 from idaa_lib.runs import NOTEBOOKS, Run
 from idaa_lib.runs.machine import hardware, versions
 
@@ -38,9 +38,10 @@ class Report:
 
     def __init__(self) -> None:
         self.damage: list[str] = []
-        stages = [*runs.CONFIGS]  # seeds in their order: 10 after 2
+        stages = [stage for stage in runs.CONFIGS if stage != "detection"]  # it has its own part
         order = lambda run: (stages.index(run.stage), results.natural(run.id))  # noqa: E731
-        finished = sorted((run for run in runs.every() if run.finished), key=order)
+        finished = [run for run in runs.list_runs(*stages) if run.finished]
+        finished.sort(key=order)  # seeds in their order: 10 after 2
         self.frame = results.results(finished, self.damage)
         damaged = tuple(line.partition(": ")[0] for line in self.damage)
         self.runs = {run.id: run for run in finished if str(run.path) not in damaged}
@@ -113,7 +114,7 @@ class Report:
         """The claims of each study of identity, with their verdicts."""
 
         def show(run: Run) -> str:
-            table = results.html_table(pictures.verdict_table(run.summary or {}), index=False)
+            table = results.html_table(verdict.verdict_table(run.summary or {}), index=False)
             return _heading(run) + table + _commands(_lineage(run))
 
         studies = [run for run in self.runs.values() if run.stage == "theory"]
@@ -145,6 +146,24 @@ class Report:
             groups.setdefault((run.stage, label), []).append(run)
         empty = "No training yet: run notebooks/01_pretrain_vae.ipynb."
         return self._each(groups.values(), show, empty)
+
+    def detection(self, compare: Callable[[Run], list[dict[str, str]]]) -> HTML:
+        """Box and mask AP of detectors, a table of those that `compare` (examples/detection) puts
+        beside each other."""
+        tables: list[list[dict[str, str]]] = []
+
+        def show(run: Run) -> str:
+            if (rows := compare(run)) in tables:
+                return ""
+            tables.append(rows)
+            summary, made_by = run.summary or {}, runs.parameters(run.config)
+            text = f"AP in %, n seeds. {summary['n']:,} images. {summary.get('protocol', '')}"
+            table = results.html_table(pd.DataFrame(rows).fillna("–"), index=False)
+            commands = _commands([papermill("10_detection", made_by)])
+            return f"<h3>{run.id}</h3>{table}<p class='quiet'>{html.escape(text)}</p>{commands}"
+
+        detectors = [run for run in runs.list_runs("detection") if run.finished]
+        return self._each(detectors, show, "No detector yet: run notebooks/10_detection.ipynb.")
 
     def left_out(self) -> HTML:
         """What could not be read, and why. The last part: the others add to it."""

@@ -1,10 +1,10 @@
-"""What the explorer says of identity: marks below images, meters, a sentence, a table to keep."""
+"""What is said of identity: marks, meters and a sentence of the explorer; tables of a study."""
 
 from __future__ import annotations
 
 import functools
-import html
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -15,11 +15,14 @@ from idaa_lib.identity.stage import verdict
 from idaa_lib.identity.theory import Retention
 from idaa_lib.lab.engine import EPSILONS, Engine
 from idaa_lib.lab.pictures import SAME
+from idaa_lib.lab.style import NAMES
 from idaa_lib.results import full_name
 
 # Column → its text, of a reading's row.
 METERS = {
-    f"finds {SAME}, given x′": "{retrieved:.0f} % of {images} images, mean rank {rank:.1f} of {n}",
+    f"finds {SAME}, given x′": (
+        "{retrieved:.0f} % of {images} images [{low:.0f}, {high:.0f}], mean rank {rank:.1f} of {n}"
+    ),
     "cosine to x · to the nearest other": "{own:.3f} · {nearest:.3f}",
     "‖x′ − x‖₂ · ‖x′ − x‖∞ (normalised)": "{l2:.2f} · {linf:.2f}",
     "loss at x → at x′ (nats)": "{loss_before:.3f} → {loss_after:.3f}",
@@ -31,6 +34,21 @@ TELLS = {
 }
 
 
+def title(adversary: str, epsilon: float) -> str:
+    return f"{NAMES[adversary]}, ε = {epsilon:.6g}"
+
+
+def strength(engine: Engine, adversary: str, idaa: float, equal: bool) -> tuple[float, str]:
+    """The ε to attack with where IDAA has ε = `idaa`, and a title; with `equal`, the one at which
+    the attack is as hard as IDAA's, or else its hardest."""
+    if not equal or adversary == "idaa":
+        return idaa, title(adversary, idaa)
+    if (epsilon := engine.as_hard(adversary, idaa)) is not None:
+        return epsilon, f"{NAMES[adversary]}, ε = {epsilon:.3g}: as hard as IDAA at {idaa:.6g}"
+    hardest = max(engine.curves[adversary], key=lambda row: row["loss_after"])["epsilon"]
+    return hardest, f"{title(adversary, hardest)}: its hardest, not as hard as IDAA at {idaa:.6g}"
+
+
 def marks(kept: Retention) -> list[tuple[str, str, str]]:
     """For `Grid.mark`: of each image, whether the witness finds x first, and its rank."""
     return [
@@ -40,27 +58,20 @@ def marks(kept: Retention) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
 
 
-def meters(engine: Engine, readings: Mapping[str, Reading], note: str = "") -> str:
-    """HTML: a line for each title → reading; then who judges, who is attacked, and a note."""
-    head = "".join(f"<th>{name}</th>" for name in ("", *METERS))
-    lines = ""
+def meters(engine: Engine, readings: Mapping[str, Reading]) -> tuple[pd.DataFrame, str]:
+    """A row of METERS for each title → reading, and who judges and is attacked."""
+    rows = {}
     for title, reading in readings.items():
         values = reading.row | {"images": len(reading.kept.ranks)}
-        cells = "".join(f"<td>{text.format_map(values)}</td>" for text in METERS.values())
-        lines += f"<tr><td><b>{html.escape(title)}</b> </td>{cells}</tr>"
-    attacked = encoder_name(engine.scene.attacked)
-    who = html.escape(f"judged by {judge(engine)} · attacked: {attacked}")
-    return f'<table><tr>{head}</tr>{lines}</table><div class="idaa-quiet">{who}{note}</div>'
-
-
-def judge(engine: Engine) -> str:
-    name = engine.witness.name
-    another = " of another seed" if name == UNTRAINED else ""
-    return encoder_name(name) + another
+        rows[title] = [text.format_map(values) for text in METERS.values()]
+    seed = " of another seed" if engine.witness.name == UNTRAINED else ""
+    judge, attacked = map(_encoder_name, (engine.witness.name, engine.scene.attacked))
+    note = f"in [ ] 95 % intervals · judged by {judge}{seed} · attacked: {attacked}"
+    return pd.DataFrame.from_dict(rows, "index", columns=[*METERS]), note
 
 
 @functools.cache
-def encoder_name(name: str) -> str:
+def _encoder_name(name: str) -> str:
     """What a run, or `untrained`, is called in the notebooks; an id stays what it is."""
     return "an untrained ResNet-18" if name == UNTRAINED else full_name(runs.encoder(name))
 
@@ -86,19 +97,44 @@ def sentence(engine: Engine, epsilon: float) -> str:
     return text.replace("-", "−").replace("+0 ", "0 ")
 
 
-def table(engine: Engine, readings: Mapping[str, Reading]) -> pd.DataFrame:
-    """A row for each title → reading: what is kept with its interval, the loss, who judges."""
-    return pd.DataFrame(
-        {
-            "attack": title,
-            f"{SAME} found (%)": round(reading.row["retrieved"], 1),
-            "95 %": f"{reading.row['low']:.1f} … {reading.row['high']:.1f}",
-            "mean rank": round(reading.row["rank"], 2),
-            "loss (nats)": round(reading.row["loss_after"], 3),
-            "images": len(reading.kept.ranks),
-            "among": reading.row["n"],
-            "judged by": judge(engine),
-            "attacked": encoder_name(engine.scene.attacked),
-        }
-        for title, reading in readings.items()
-    )
+# --- tables of a study, from its summary ---------------------------------------------------------
+
+
+def hardness_table(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """Each adversary at each ε that was read: hardness and identity."""
+    columns = {
+        "epsilon": "ε", "loss_after": "loss (nats)", "cosine": "cos z, z′", "l2": "‖x′ − x‖₂",
+        "linf": "‖x′ − x‖∞", "retrieved": "found (%)", "mrr": "MRR", "infonce": "InfoNCE (nats)",
+        "fano": "Fano (nats)", "consistency": "same class (%)",
+    }  # fmt: skip
+    rows = [{"": NAMES[name], **row} for name, curve in summary["curves"].items() for row in curve]
+    table = pd.DataFrame(rows)
+    return table[["", *(key for key in columns if key in table)]].rename(columns=columns).round(3)
+
+
+def verdict_table(summary: Mapping[str, Any], *sections: str) -> pd.DataFrame:
+    """The claims of these sections (of all) with their verdicts."""
+    rows = [row for row in summary["claims"] if not sections or row["section"] in sections]
+    table = pd.DataFrame(rows)
+    table["95 % interval"] = [
+        "" if pd.isna(low) else f"{low:,.2f} … {high:,.2f}"
+        for low, high in zip(table["low"], table["high"], strict=True)
+    ]
+    table["value"] = table["value"].map(lambda value: "" if pd.isna(value) else f"{value:,.2f}")
+    return table[["claim", "value", "95 % interval", "unit", "n", "verdict", "note"]]
+
+
+def attack_table(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """The claims of a study on attacks in short: IDAA less each other adversary with 95 % intervals
+    and verdicts, a row for each measure, a column for each ε of IDAA."""
+    units = {"hits": "retrieval@1 (points)", "gains": "InfoNCE (nats)"}
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in summary["claims"]:
+        if row["section"] == "attacks":
+            text = row["verdict"]
+            if row["value"] is not None:
+                text = f"{row['value']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}] {text}"
+            for by in [row["by"]] if "by" in row else units:  # nowhere as hard: both are left out
+                at = f"IDAA − {NAMES[row['adversary']]}", f"equal {row.get('at', 'ε')}", units[by]
+                cells.setdefault(at, {})[f"ε = {row['epsilon']:g}"] = text
+    return pd.DataFrame.from_dict(cells, "index").set_index(pd.MultiIndex.from_tuples(cells))

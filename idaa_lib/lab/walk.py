@@ -24,17 +24,17 @@ KINDS = ("principal direction", "coordinate")
 class WalkPanel:
     """Sliders and pictures of an engine's walks; drawn when it is seen, in the given background."""
 
+    engine: Engine
+
     def __init__(self, background: Background, guard: Callable[..., Any]) -> None:
         self._background, self._guard = background, guard
-        self.engine: Engine | None = None
         number = widgets.BoundedIntText
         self.kind = control("walk-kind", widgets.ToggleButtons, options=KINDS)
-        self.kind.style.button_width = "150px"
         self.index = control("walk-index", number, "which", max=0)
         limits: dict[str, Any] = {"min": -6, "max": 6, "step": 0.1}
-        self.amount = control("walk-amount", widgets.FloatSlider, "step (std)", 440, **limits)
-        self.a, self.b = (control(f"walk-{x}", number, f"image {x}", max=1) for x in "ab")
-        self.b.value = 1
+        self.amount = control("walk-amount", widgets.FloatSlider, "step (std)", **limits)
+        self.a = control("walk-a", number, "image a", max=1)
+        self.b = control("walk-b", number, "image b", max=1, value=1)
         self.likeness = control("walk-likeness", widgets.HTML)
         for widget in (self.kind, self.index, self.amount):
             widget.observe(guard(lambda _: self._step()), "value")
@@ -49,10 +49,9 @@ class WalkPanel:
     def open(self, engine: Engine) -> None:
         """Take other images; nothing is computed before `draw`."""
         self.engine = engine
-        columns, size = engine.columns, engine.scene.x.shape[-1]
-        self.stepped.resize(columns, size, engine.scene.names)
-        self.between.resize(len(SHARES), size, SHARE_NAMES)
-        self.a.max = self.b.max = columns - 1
+        self.stepped.resize(engine.columns, engine.size, engine.scene.names)
+        self.between.resize(len(SHARES), engine.size, SHARE_NAMES)
+        self.a.max = self.b.max = engine.columns - 1
 
     @property
     def state(self) -> tuple[str, int, float, int, int] | None:
@@ -65,19 +64,15 @@ class WalkPanel:
         self._background.request("fold", self._guard(self._draw))
 
     def _draw(self) -> None:
-        if (engine := self.engine) is None:
-            return
         self._step()
-        a, b = self.a.value, self.b.value
+        engine, a, b = self.engine, self.a.value, self.b.value
         pairs = engine.between(a, b)
         self.between.show(engine.scene.pixels(images) for images in pairs.values())
         like = {name: engine.likeness(images, a, b) for name, images in pairs.items()}
         self.likeness.value = svg(pictures.likeness(SHARES, like))
 
     def _step(self) -> None:
-        if (engine := self.engine) is None:
-            return
         self._background.disturb()
-        self.index.max = len(engine.steps[self.kind.value]) - 1
-        rows = engine.stepped(self.kind.value, self.index.value, self.amount.value)
+        self.index.max = len(self.engine.steps[self.kind.value]) - 1
+        rows = self.engine.stepped(self.kind.value, self.index.value, self.amount.value)
         self.stepped.show(rows.values())
