@@ -327,7 +327,7 @@ def test_the_start_page_sorts_searches_and_overlays_two(context, lab, outputs):
     try:
         notebook.run_all()
         page, vaes = notebook.page, runs.find("vae")
-        browser.until(page, lambda: len(lines(page, "run")) == len(runs.every()), "all runs")
+        browser.until(page, lambda: len(lines(page, "run")) == len(runs.list_runs()), "all runs")
         assert page.get_by_text("official Jupyter news").count() == 0  # the settings of `make lab`
         choose_runs(page, *vaes)
         names = results.labels(vaes)
@@ -358,7 +358,7 @@ def test_the_start_page_sorts_searches_and_overlays_two(context, lab, outputs):
         chosen = page.locator(".idaa-runs-chosen")
         browser.until(page, lambda: "3 runs" in chosen.inner_text(), "three runs chosen")
         page.locator('.idaa-runs-table input[type="search"]').fill("")
-        browser.until(page, lambda: len(lines(page, "run")) == len(runs.every()), "all lines")
+        browser.until(page, lambda: len(lines(page, "run")) == len(runs.list_runs()), "all lines")
         assert in_order()
         assert page.locator(".idaa-runs-table tr.selected").count() == 3
         browser.show(notebook.page, ".idaa-runs")
@@ -482,7 +482,7 @@ def test_the_app_is_the_explorer_and_the_runs_without_code(context, app, outputs
         page.get_by_role("link", name="Runs").click()
         # Visitors read: nothing to press that changes a run, no path of this machine.
         run = made(VAEConfig(seed=9), error=f"There is no {outputs / 'x.zip'}.")
-        browser.until(page, lambda: len(lines(page, "run")) == len(runs.every()), "all runs")
+        browser.until(page, lambda: len(lines(page, "run")) == len(runs.list_runs()), "all runs")
         assert "There is no …/x.zip." in lines(page, "result")
         choose_runs(page, run, *runs.find("vae"))
         browser.until(page, page.locator(".idaa-runs-curves svg").count, "curves")

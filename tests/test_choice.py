@@ -74,16 +74,15 @@ def test_of_a_sweep_s_own_the_recipe_s_comes_before_what_was_varied(outputs):
 def test_a_copy_with_other_times_of_files_changes_nothing(outputs, monkeypatch, tmp_path):
     for seed, (who, at) in enumerate(itertools.product(("sweep", "person"), (1e9, 3e9, 2e9))):
         made(VAEConfig(seed=seed), who, at)
-    order, page = [run.id for run in runs.find("vae")], [run.id for run in runs.every()]
-    ages = {run.id: run.last_start for run in runs.every()}
+    order = [run.id for run in runs.find("vae")]
+    ages = {run.id: run.last_start for run in runs.list_runs()}
     copy = tmp_path / "copy"
     shutil.copytree(outputs, copy, copy_function=shutil.copyfile)
     for path in copy.rglob("*"):
         os.utime(path, (random.random() * 1e9,) * 2)
     monkeypatch.setenv("IDAA_OUTPUTS", str(copy))
     assert [run.id for run in runs.find("vae")] == order
-    assert [run.id for run in runs.every()] == page
-    assert {run.id: run.last_start for run in runs.every()} == ages
+    assert {run.id: run.last_start for run in runs.list_runs()} == ages
 
 
 def test_what_a_sweep_made_and_a_person_then_starts_is_a_person_s(outputs, monkeypatch):
@@ -156,7 +155,7 @@ def ruins(outputs):
 
 def test_damage_is_a_sentence_and_takes_nobody_down(ruins):
     vae, ssl, broken = ruins
-    assert set(runs.every()) == {vae, ssl, *broken}
+    assert set(runs.list_runs()) == {vae, ssl, *broken}
     left_out = []
     for run in (*runs.usable("vae", left_out), *runs.usable("ssl", left_out)):
         assert run.config and checkpoints.digest(run)
@@ -167,7 +166,7 @@ def test_damage_is_a_sentence_and_takes_nobody_down(ruins):
     states = [rows.row_of(run).state for run in broken]
     assert {*states} <= rows.SIGNS.keys() and {*states[: len(DAMAGE)]} == {rows.DAMAGED}
     sentences = []
-    frame = results.results([run for run in runs.every() if run.finished], sentences)
+    frame = results.results([run for run in runs.list_runs() if run.finished], sentences)
     assert {vae.id, ssl.id}.isdisjoint("".join(sentences)) and len(frame) == 0
     assert RunsPage().status.value == ""
 

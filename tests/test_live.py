@@ -77,7 +77,7 @@ def test_a_killed_process_leaves_a_run_that_ends_like_one_that_was_not(outputs):
     os.kill(pid_of(run), signal.SIGKILL)
     until(lambda: look(run).word == "interrupted")
     assert run.state["state"] == "interrupted"
-    assert "ended without a word" in look(run).reason
+    assert "process was killed" in look(run).reason
     first = pid_of(run)
     assert start(config) == run
     assert pid_of(run) != first

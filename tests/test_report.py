@@ -108,7 +108,7 @@ def test_it_has_every_figure_and_its_command(filled):
     for shown in ("43.21 [39.21, 47.21]", "32.19 [28.19, 36.19]", "54.32 [50.32, 58.32]",
                   "rate 12.3 nats", "kNN 41.3 %, validation"):  # fmt: skip
         assert shown in text
-    for run in runs.every():
+    for run in runs.list_runs():
         assert runs.command(run) in text
     assert (
         "papermill notebooks/05_sensitivity.ipynb outputs/05_sensitivity.ipynb -p preset demo "

@@ -39,6 +39,7 @@ def test_an_id_is_readable_and_the_same_again(outputs):
         ({"device": "cpu"}, True),
         ({"tracker": "tensorboard"}, True),
         ({"log_every": 3}, True),
+        ({"checkpoint_minutes": 3}, True),
         ({"vae": "another name of the same weights"}, True),
     ],
 )
@@ -192,7 +193,7 @@ def test_a_run_of_another_version_is_refused_in_one_sentence_and_hides_no_other(
             _ = each.config
     assert runs.find("vae") == runs.find("vae", finished=False) == [run]
     assert runs.get("vae", None) == run
-    assert set(runs.every()) == {run, old, strange}  # for whoever shows or deletes them
+    assert set(runs.list_runs()) == {run, old, strange}  # for whoever shows or deletes them
 
 
 @pytest.mark.parametrize(

@@ -104,14 +104,12 @@ def test_the_command_says_no_more_than_it_must(outputs):
     )
 
 
-def test_all_runs_are_listed_newest_first_damaged_ones_too(outputs):
+def test_all_runs_are_listed_damaged_ones_too(outputs):
     first = made(VAEConfig(), {})
     damaged = made(SSLConfig(seed=1), error="x")
     (damaged.path / "config.json").write_text("{")
     last = made(EvalConfig(run="r"))
-    assert set(runs.every()) == {first, damaged, last}
-    times = [run.last_start for run in runs.every()]
-    assert times == sorted(times, reverse=True)
+    assert set(runs.list_runs()) == {first, damaged, last}
 
 
 def test_users_name_a_run_by_id_or_path(outputs):
@@ -134,7 +132,7 @@ def test_deletion_frees_what_the_size_says(outputs):
     before = run.size
     assert files <= before < files + 50_000  # folders have a size too
     assert run.delete() == before
-    assert runs.every() == [other]
+    assert runs.list_runs() == [other]
     assert [path.name for path in run.path.parent.iterdir()] == [other.id]
     with pytest.raises(RunError, match="no run directory"):
         run.delete()
@@ -156,7 +154,7 @@ def test_a_deletion_that_broke_off_leaves_no_run(outputs, monkeypatch):
         patch.setattr(shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(OSError("cut")))
         with pytest.raises(RunError, match="could not be deleted: cut"):
             run.delete()
-    assert runs.every() == []
+    assert runs.list_runs() == []
     assert not run.finished
     assert made(VAEConfig(), {}) == run and run.finished  # what is left hinders nothing
 
@@ -254,7 +252,7 @@ def test_tags_stay_beside_the_run(outputs):
     assert texts(page)[run.id]["tags"] == "for the paper, $5"
     assert texts(page)[other.id]["tags"] == "" and page.picked == [other]
     assert texts(RunsPage())[run.id]["tags"] == "for the paper, $5"
-    assert {*runs.every()} == {run, other} and made(VAEConfig(), {}) == run
+    assert {*runs.list_runs()} == {run, other} and made(VAEConfig(), {}) == run
 
 
 def test_only_a_table_that_changed_is_sent(outputs, going):
@@ -429,7 +427,7 @@ def test_deleting_asks_first_and_says_who_uses_it(outputs):
     page.delete.click()
     assert "Delete 2 runs, 0.0 MiB?</b>" in page.question.value
     page.yes.click()
-    assert runs.every() == [] and texts(page) == {} and page.picked == []
+    assert runs.list_runs() == [] and texts(page) == {} and page.picked == []
     assert "freed" in page.status.value
 
 

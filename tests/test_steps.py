@@ -9,7 +9,7 @@ import torch
 
 from idaa_lib import runs
 from idaa_lib.configs import VAEConfig
-from idaa_lib.runs import RunError, Stopped, checkpoints
+from idaa_lib.runs import Run, RunError, Stopped, checkpoints
 from idaa_lib.runs import steps as steps_module
 from idaa_lib.runs.steps import Line, Steps
 
@@ -25,9 +25,12 @@ def train(run, bad_step=None, requests=lambda step: None):
     """Steps to the end; what happened, in its order: (what, its step, steps that were done)."""
     events, model = [], torch.zeros(())
     with run.writing(VAEConfig(), {}) as writer:
-        writer.request = lambda: requests(steps.step)
+
+        class Asked(Run):
+            request = property(lambda self: requests(steps.step))
+
         steps = Steps(
-            run,
+            Asked(run.path),
             writer,
             TOTAL,
             per_epoch=10,
@@ -89,7 +92,7 @@ def test_a_late_line_is_not_read_early_and_never_lost(run, late, delay, moments,
 )
 def test_a_loss_that_is_not_finite_is_told_by_its_own_line(run, late, delay, bad_step, by, good):
     late(delay)
-    with pytest.raises(RunError, match=f"The loss is nan by step {by}: lower learning_rate"):
+    with pytest.raises(RunError, match=f"The loss is nan at step {bad_step + 1}: lower"):
         train(run, bad_step)
     assert [line["step"] for line in run.metrics()] == good
     saved = checkpoints.load(run)
@@ -157,11 +160,14 @@ def test_speed_and_time_left_are_of_the_steps_alone(run, monkeypatch, within):
 
     inside = []
     with run.writing(VAEConfig(), {}) as writer:
-        writer.request = request
         write = writer.state
         writer.state = lambda **news: (states.append(news), write(**news))
+
+        class Asked(Run):
+            request = property(lambda self: request())
+
         steps = Steps(
-            run, writer, TOTAL, per_epoch=10, images=8, log_every=4,
+            Asked(run.path), writer, TOTAL, per_epoch=10, images=8, log_every=4,
             state=lambda: ({}, spend(3)), restore=lambda *_: None,
             at_epoch_end=lambda epoch: spend(4) or {"validation": 1.0},
         )  # fmt: skip

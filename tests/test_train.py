@@ -363,7 +363,7 @@ def test_a_disk_that_fills_up_ends_in_a_sentence(outputs, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     stop_after(monkeypatch, 9, full)
-    with pytest.raises(RunError, match="No space left on the disk"):
+    with pytest.raises(RunError, match="No space left on device, so"):
         train_vae(VAE)
     assert checkpoints.load(locate(VAE))[1]["step"] == 6
 
@@ -372,12 +372,17 @@ def test_a_disk_that_fills_up_ends_in_a_sentence(outputs, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_with_advice_and_is_not_saved(outputs, log_every):
     config = ssl(learning_rate=1e20, precision="fp32", log_every=log_every, epochs=30)
     for _ in range(2):  # starting again does not go on from broken weights
-        with pytest.raises(RunError, match=r"loss is nan by step \d+: lower learning_rate"):
+        with pytest.raises(RunError, match=r"loss is nan at step \d+: lower learning_rate"):
             train_ssl(config)
     run = locate(config)
     assert run.state["state"] == "failed"
     saved = checkpoints.load(run)
     assert saved is None or all(t.isfinite().all() for t in saved[0].values())
+    about = json.loads((run.path / "not_finite.json").read_text())
+    assert about["checkpoint"] == (saved and saved[1]["step"])
+    order = torch.randperm(96, generator=keyed_generator(config.seed, 0, 0, 0))
+    first = 16 * (about["step"] - 1)
+    assert about["images"] == {"images": order[first : first + 16].tolist()}
 
 
 @pytest.mark.parametrize("delay", [0, 1, 9])

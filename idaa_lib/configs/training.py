@@ -50,12 +50,15 @@ class TrainingConfig(ImagesConfig):
             steps. Without a C++ compiler the run goes on without.
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: epochs between two checkpoints (the last two are kept).
+        checkpoint_minutes: minutes after which there is one besides, within an epoch (None: never).
         tracker: none, tensorboard, wandb, mlflow.
         continue_from: a finished run of the same shape to start from, as a run of its own.
         seed: of initial weights, batches, views and noise.
     """
 
-    circumstances = Config.circumstances | {"compile", "log_every", "checkpoint_every", "precision"}
+    circumstances = Config.circumstances | {
+        "compile", "log_every", "checkpoint_every", "checkpoint_minutes", "precision",
+    }  # fmt: skip
 
     dataset: str = RECIPE
     classes: str = ""
@@ -79,6 +82,7 @@ class TrainingConfig(ImagesConfig):
     compile: bool = False
     log_every: Positive = 10
     checkpoint_every: Positive = 1
+    checkpoint_minutes: Rate | None = None
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     continue_from: str | None = None
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from idaa_lib import runs
@@ -28,6 +28,7 @@ from idaa_lib.evaluate.probe import linear_probe, official_probe
 from idaa_lib.methods import OfficialProtocol
 from idaa_lib.runs import Run, Writer, checkpoints
 from idaa_lib.runs.choice import reading_of
+from idaa_lib.runs.files import replace
 from idaa_lib.runs.machine import (
     describe,
     open_images,
@@ -173,7 +174,7 @@ class _Evaluation(Plan):
                 f"{subject}: kNN {knn_top1:.2f} %, linear {linear_top1:.2f} % "
                 f"({self.config.protocol}, n = {len(truth):,})"
             )
-        save_file(tensors, self.run.path / "results.safetensors")
+        replace(self.run.path / "results.safetensors", save(tensors))
         return summary
 
     def encode(self, subject: str, layer: str, epoch: int | None) -> dict[str, Tensor]:

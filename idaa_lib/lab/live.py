@@ -18,7 +18,6 @@ import ipywidgets as widgets
 import pandas as pd
 from IPython.display import HTML, display
 
-from idaa_lib import runs
 from idaa_lib.configs import TrainingConfig, UserError
 from idaa_lib.lab import grid, plots, style
 from idaa_lib.lab.kernel import apart, attended, newcomer
@@ -260,12 +259,12 @@ class Panel:
         now = look(self.run)
         going, paused = now.word == "going", now.word == "paused"
         self._read(over=not (going or paused))
-        request = (runs.read_json(self.run.path / "control.json") or {}).get("request")
+        request = self.run.request
         if going:
             self.curves.layout.display = None
         enabled = {
             "start": now.word in ("new", "interrupted", "failed"),
-            "pause": going and request not in ("pause", "stop"),
+            "pause": going and request is None,
             "resume": paused and request == "pause",
             "stop": (going or paused) and request != "stop",
         }

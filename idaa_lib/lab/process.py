@@ -91,9 +91,10 @@ def look(run: Run) -> Look:
     word = state["state"]
     if word == "going":
         return Look("paused" if state.get("paused") else "going", state)
-    process = runs.read_json(run.path / "process.json") or {}
-    if process and not {"pid", "born", "host"} <= process.keys():
-        raise RunError(f"{run.path / 'process.json'} is damaged: delete it.")
+    process: dict[str, Any] = {}
+    with contextlib.suppress(RunError):  # of one that is damaged the run's own state says enough
+        process = runs.read_json(run.path / "process.json") or {}
+    process = process if {"pid", "born", "host", "log"} <= process.keys() else {}
     # Whether that process was the run's writer at all.
     wrote = state.get("heartbeat", 0.0) > process.get("started", 0.0)
     lives = bool(process) and _lives(process)  # of a finished run too: a zombie goes by that
@@ -107,7 +108,7 @@ def look(run: Run) -> Look:
         return Look(word, state, _sentence(state.get("error") or "", run))
     stored = runs.read_json(run.path / "state.json") or {}
     if stored.get("state") == "going":  # and its process is gone
-        reason = "Its process ended without a word (killed, or out of memory)."
+        reason = "Its process was killed, by hand or for want of memory (a lower batch_size helps)."
         return Look(word, state, f"{reason} Start goes on from the last checkpoint.")
     return Look(word, state)
 

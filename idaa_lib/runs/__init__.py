@@ -6,15 +6,10 @@ from idaa_lib.runs.directory import (
     NOTEBOOKS,
     RESULTS_VERSION,
     Run,
-    RunError,
     Stopped,
     Writer,
-    command,
-    every,
     list_runs,
     outputs_root,
-    parameters,
-    read_json,
-    run_for,
-    write_json,
 )
+from idaa_lib.runs.files import RunError, read_json, write_json
+from idaa_lib.runs.identity import command, parameters, run_for

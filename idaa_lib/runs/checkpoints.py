@@ -23,9 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from idaa_lib.runs.directory import Run, RunError, read_json, write_json
+from idaa_lib.runs.directory import Run
+from idaa_lib.runs.files import RunError, draft_of, read_json, write_json
 
 KEEP = 2
+FILES = ("tensors.safetensors", "state.json")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -38,7 +40,9 @@ def save(run: Run, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
     """
     _write(run.path / "checkpoints" / str(step), tensors, state)
     write_json(run.path / "latest.json", {"step": step})
-    for old in _numbers(run.path / "checkpoints")[:-KEEP]:
+    # Later ones are damaged: the run went on from one before them.
+    steps = _numbers(run.path / "checkpoints")
+    for old in set(steps) - set([other for other in steps if other <= step][-KEEP:]):
         shutil.rmtree(run.path / "checkpoints" / str(old), ignore_errors=True)
 
 
@@ -51,8 +55,7 @@ def load(run: Run) -> tuple[Tensors, dict[str, Any]] | None:
     Raises:
         RunError: there are checkpoints, and none that may be used is undamaged.
     """
-    latest = (read_json(run.path / "latest.json") or {}).get("step")
-    root = run.path / "checkpoints"
+    latest, root = _latest(run), run.path / "checkpoints"
     steps = [step for step in reversed(_numbers(root)) if latest is None or step <= latest]
     if latest is not None and not steps:
         raise RunError(
@@ -74,28 +77,24 @@ def load(run: Run) -> tuple[Tensors, dict[str, Any]] | None:
 
 def digest(run: Run) -> str:
     """Hash of the latest checkpoint's tensors: what another run that starts from it names."""
-    if (folder := _latest(run)) is None:
+    if (step := _latest(run)) is None:
         raise RunError(f"Run {run.id} has no checkpoint.")
-    return _digest(folder)
+    return _digest(run.path / "checkpoints" / str(step))
 
 
 def are_there(run: Run) -> bool:
     """Whether the last weights are there, not cut off; they are not read through."""
+    folder = run.path / "checkpoints" / str(_latest(run))
     try:
-        folder = _latest(run)
-        if folder is None:
-            return False
         with safe_open(folder / "tensors.safetensors", "pt"):
             return True
-    except (RunError, OSError, SafetensorError):
+    except (OSError, SafetensorError):
         return False
 
 
 def are_whole(run: Run) -> bool:
     """Whether the last weights are as they were written."""
-    with contextlib.suppress(RunError, OSError):
-        return (folder := _latest(run)) is not None and _is_whole(folder)
-    return False
+    return _is_whole(run.path / "checkpoints" / str(_latest(run)))
 
 
 def under(prefix: str, tensors: Tensors) -> Tensors:
@@ -132,15 +131,15 @@ def snapshot(run: Run, epoch: int) -> Tensors:
 
 def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
     """The folder `final` of tensors, state and checksums, whole or not at all."""
-    draft = final.with_name(f".{final.name}.{os.getpid()}")
+    draft = draft_of(final)
     try:
         draft.mkdir(parents=True, exist_ok=True)
         # Tied tensors would be refused by safetensors: each name gets storage of its own.
         plain = torch.contiguous_format
         copies = {k: v.detach().cpu().clone(memory_format=plain) for k, v in tensors.items()}
-        save_file(copies, draft / "tensors.safetensors")
-        (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        sums = {name: _sha256(draft / name) for name in ("tensors.safetensors", "state.json")}
+        save_file(copies, draft / FILES[0])
+        (draft / FILES[1]).write_text(json.dumps(state), encoding="utf-8")
+        sums = {name: _sha256(draft / name) for name in FILES}
         (draft / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(draft, final)
@@ -148,28 +147,30 @@ def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _latest(run: Run) -> Path | None:
-    """The folder of the last checkpoint, there or not; None where there was none."""
-    if (latest := read_json(run.path / "latest.json")) is None:
-        return None
-    return run.path / "checkpoints" / str(latest.get("step"))
+def _latest(run: Run) -> int | None:
+    """The step of the last checkpoint, there or not; None where there was none. Where latest.json
+    is damaged, that of the last folder."""
+    with contextlib.suppress(RunError, KeyError):
+        latest = read_json(run.path / "latest.json")
+        return None if latest is None else latest["step"]
+    return max(_numbers(run.path / "checkpoints"), default=None)
 
 
 def _digest(folder: Path) -> str:
     sums = read_json(folder / "checksums.json") or {}
-    if "tensors.safetensors" not in sums:
+    if FILES[0] not in sums:
         raise RunError(f"{folder} is damaged: it has no checksums.json with that of its weights.")
-    return sums["tensors.safetensors"]
+    return sums[FILES[0]]
 
 
 def _is_whole(folder: Path) -> bool:
-    sums = read_json(folder / "checksums.json") or {}
-    return bool(sums) and all(_sha256(folder / name) == digest for name, digest in sums.items())
+    with contextlib.suppress(RunError, OSError):
+        sums = read_json(folder / "checksums.json") or {}
+        return all(_sha256(folder / name) == sums.get(name) for name in FILES)
+    return False
 
 
 def _sha256(path: Path) -> str:
-    if not path.is_file():
-        return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

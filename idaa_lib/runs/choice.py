@@ -17,7 +17,8 @@ from typing import Any
 
 from idaa_lib.configs import ConfigError, ImagesConfig, TrainingConfig
 from idaa_lib.runs import checkpoints
-from idaa_lib.runs.directory import CONFIGS, NOTEBOOKS, Run, RunError, list_runs, outputs_root
+from idaa_lib.runs.directory import CONFIGS, NOTEBOOKS, Run, list_runs, outputs_root
+from idaa_lib.runs.files import RunError
 from idaa_lib.runs.machine import open_images
 
 

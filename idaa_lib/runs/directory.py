@@ -9,16 +9,12 @@ as a whole and `metrics.jsonl` is only appended to.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import os
-import re
-import shlex
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +32,17 @@ from idaa_lib.configs import (
     UserError,
     VAEConfig,
 )
-from idaa_lib.runs.machine import birth, is_alive, torch_device, uses_bf16
+from idaa_lib.runs.files import (
+    RunError,
+    clear_drafts,
+    draft_of,
+    read_json,
+    read_lines,
+    replace,
+    saving,
+    write_json,
+)
+from idaa_lib.runs.machine import birth, is_alive, lacks_memory
 
 # Raised whenever the same configuration would give other numbers than before.
 RESULTS_VERSION = 5
@@ -60,10 +66,6 @@ NOTEBOOKS = {
 }
 
 
-class RunError(UserError, RuntimeError):
-    """A run that cannot start, continue or be found."""
-
-
 class Stopped(UserError):
     """Raised inside a run that a person stopped, after its state was saved."""
 
@@ -72,52 +74,6 @@ def outputs_root() -> Path:
     """`IDAA_OUTPUTS`, taken from the project where it is relative, else `outputs/` there."""
     project = Path(__file__).resolve().parents[2]
     return (project / Path(os.environ.get("IDAA_OUTPUTS") or "outputs").expanduser()).resolve()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace `path` as a whole: a reader, or a crash, sees the old file or the new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object that a file holds, None where there is no such file.
-
-    Raises:
-        RunError: it cannot be read, or holds no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds {str(value)[:40]!r}, not an object")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged ({error}): delete it, or its folder.") from error
-    return value
-
-
-def read_lines(path: Path, lines: Sequence[bytes]) -> list[dict[str, Any]]:
-    """The readings in whole lines of a metrics.jsonl.
-
-    Raises:
-        RunError: a line is no reading.
-    """
-    readings = []
-    for number, line in enumerate(lines, 1):
-        reading = None
-        with contextlib.suppress(ValueError, RecursionError):
-            reading = json.loads(line) if line.strip() else {}
-        if not isinstance(reading, dict) or (reading and "step" not in reading):
-            raise RunError(
-                f"{path} is damaged: line {number} is no reading; delete that line to see the rest."
-            )
-        readings += [reading] * bool(reading)
-    return readings
 
 
 @dataclass(frozen=True)
@@ -203,13 +159,10 @@ class Run:
         if self.finished:
             values["state"] = "finished"
         elif values["state"] == "going":
-            try:
-                here = values["host"] == socket.gethostname()
-                recent = time.time() - values["heartbeat"] < SILENCE
-                if not (is_alive(values["pid"], values.get("born")) if here else recent):
-                    values["state"] = "interrupted"
-            except (KeyError, TypeError) as error:
-                raise RunError(f"{self.path / 'state.json'} is damaged: delete it.") from error
+            here = values.get("host") == socket.gethostname()
+            recent = time.time() - values.get("heartbeat", 0) < SILENCE
+            if not (is_alive(values.get("pid", 0), values.get("born")) if here else recent):
+                values["state"] = "interrupted"
         return values
 
     @property
@@ -226,30 +179,30 @@ class Run:
         Of a run that an earlier version made: its last start, and a sweep's where a sweep locked
         it. Empty where nothing is known.
         """
-        with contextlib.suppress(RunError):
-            times = read_json(self.path / "starts.json")
-            if times is None:
-                who = "sweep" if (self.path / ".sweep").exists() else "person"
-                times = {who: (read_json(self.path / "state.json") or {}).get("started")}
-            return {who: t for who, t in times.items() if isinstance(t, int | float)}
+        with contextlib.suppress(RunError, KeyError):
+            if (times := read_json(self.path / "starts.json")) is not None:
+                return times
+            who = "sweep" if (self.path / ".sweep").exists() else "person"
+            return {who: (read_json(self.path / "state.json") or {})["started"]}
         return {}
 
     @property
     def last_start(self) -> float:
         """When it was worked on last, in seconds since 1970, as it is stored: files that are copied
         get other times. 0 where nothing is known."""
-        with contextlib.suppress(RunError):
-            started = (read_json(self.path / "state.json") or {}).get("started")
-            if isinstance(started, int | float):
-                return started
+        with contextlib.suppress(RunError, KeyError):
+            return (read_json(self.path / "state.json") or {})["started"]
         return max(self.starts.values(), default=0.0)
 
     def note_start(self, config: Config) -> None:
         """Record who starts this run, now; of a finished one also where what it names by content
-        lies now, as `config` has it: a folder of images may have been moved."""
+        lies now, as `config` has it: a folder of images may have been moved. What earlier processes
+        left half written is removed."""
         who = os.environ.get(STARTER, "person")
         with contextlib.suppress(OSError, RunError):
             self.path.mkdir(parents=True, exist_ok=True)
+            for name in ("..", "", "checkpoints", "snapshots", "samples"):
+                clear_drafts(self.path / name)
             write_json(self.path / "starts.json", self.starts | {who: time.time()})
             stored, values = read_json(self.path / "config.json"), config.model_dump(mode="json")
             places = {name: values[name] for name in config.pointers & values.keys()}
@@ -299,6 +252,14 @@ class Run:
         anything else ends a pause."""
         write_json(self.path / "control.json", {"request": request})
 
+    @property
+    def request(self) -> str | None:
+        """`pause` or `stop` where that was asked last; None also where it cannot be read."""
+        with contextlib.suppress(RunError):
+            request = (read_json(self.path / "control.json") or {}).get("request")
+            return request if request in ("pause", "stop") else None
+        return None
+
     @contextlib.contextmanager
     def writing(
         self,
@@ -311,42 +272,46 @@ class Run:
         Args:
             environment: for the record alone. model: what `Run.model` gives back.
         Raises:
-            RunError: another process writes this run now; the disk is full.
+            RunError: another process writes this run now; the disk refuses it; memory ran out.
         """
+        lock, writer = FileLock(self.path / ".lock"), Writer(self)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock")
-            lock.acquire(timeout=0)
+            with saving(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=0)
         except Timeout:
             other = read_json(self.path / "state.json") or {}
             raise RunError(
                 f"Run {self.id} is being written by process {other.get('pid', '?')} on "
                 f"{other.get('host', '?')} already; wait for it, or stop it, and start again."
             ) from None
-        except OSError as error:
-            raise RunError(f"The run directory {self.path} cannot be made: {error}.") from error
-        writer = Writer(self)
         try:
-            write_json(self.path / "config.json", config.model_dump(mode="json"))
-            about = dict(environment) | {"results_version": RESULTS_VERSION}
-            write_json(self.path / "environment.json", about)
-            if model is not None:
-                write_json(self.path / "model.json", dict(model))
-            (self.path / "control.json").unlink(missing_ok=True)
-            self.note_start(config)
-            writer.state(state="going", started=time.time(), error=None)
-            yield writer
+            with saving(self.path):
+                (self.path / "control.json").unlink(missing_ok=True)
+                self.note_start(config)
+                writer.state(state="going", started=time.time(), error=None)
+                about = dict(environment) | {"results_version": RESULTS_VERSION}
+                write_json(self.path / "environment.json", about)
+                if model is not None:
+                    write_json(self.path / "model.json", dict(model))
+                # Last: with it the directory is a run, which all can be read of.
+                write_json(self.path / "config.json", config.model_dump(mode="json"))
+                yield writer
         except (KeyboardInterrupt, Stopped):
             writer.state(state="interrupted")
             raise
         except BaseException as error:
-            writer.state(state="failed", error=f"{type(error).__name__}: {error}")
-            # safetensors reports a failed write as its own error, with the system's words in it.
-            if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in str(error):
-                raise RunError(
-                    f"No space left on the disk of {self.path}; what was saved is intact: free "
-                    f"some and start the run again."
-                ) from error
+            failure = error
+            if lacks_memory(error):
+                names = ("batch_size", "size", "limit")
+                values = [f"{n}={v}" for n in names if (v := getattr(config, n, None)) is not None]
+                failure = RunError(
+                    f"The memory did not suffice, so {self.id} ended; what was saved is intact: "
+                    f"lower {' or '.join(values) or 'the limit of images'} ({error})."
+                )
+            writer.state(state="failed", error=f"{type(failure).__name__}: {failure}")
+            if failure is not error:
+                raise failure from error
             raise
         finally:
             lock.release()
@@ -372,11 +337,9 @@ class Run:
             raise RunError(f"{self.path} is no run directory; nothing was deleted.")
         try:
             with FileLock(self.path / ".lock", timeout=0):
-                freed = self.size
-                # These first: what a crash half-way leaves is no run.
-                for name in ("summary.json", "config.json"):
-                    (self.path / name).unlink(missing_ok=True)
-                shutil.rmtree(self.path)
+                freed, draft = self.size, draft_of(self.path)
+                os.replace(self.path, draft)  # at once: what a crash leaves is no run
+                shutil.rmtree(draft)
         except Timeout:
             raise RunError(f"Run {self.id} is going: stop it before you delete it.") from None
         except OSError as error:
@@ -396,7 +359,7 @@ class Writer:
         """Merge `news` into state.json; also the heartbeat."""
         self._state |= news | {"heartbeat": time.time()}
         # A disk that is full must not hide the error that brought us here.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(RunError, OSError):
             write_json(self.run.path / "state.json", self._state)
 
     def log(self, **values: Any) -> None:
@@ -405,97 +368,26 @@ class Writer:
             file.write(json.dumps(values) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop metrics after `step`: what a killed process logged beyond its last checkpoint."""
-        path = self.run.path / "metrics.jsonl"
-        lines = [json.dumps(line) for line in self.run.metrics() if line["step"] <= step]
-        draft = path.with_suffix(".draft")
-        draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(draft, path)
-
-    def request(self) -> str | None:
-        """What control.json asks for: `pause`, `stop` or nothing."""
-        request = (read_json(self.run.path / "control.json") or {}).get("request")
-        return request if request in ("pause", "stop") else None
+        """Drop metrics after `step`, which a killed process logged beyond its last checkpoint, and
+        what is no reading."""
+        path, kept = self.run.path / "metrics.jsonl", b""
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            with contextlib.suppress(RunError):
+                if line.endswith(b"\n") and any(
+                    r["step"] <= step for r in read_lines(path, [line])
+                ):
+                    kept += line
+        replace(path, kept)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         write_json(self.run.path / "summary.json", dict(summary))
         self.state(state="finished")
 
 
-def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
-    """The run directory that `config` leads to, whether it exists yet or not.
-
-    Its id ends in a hash over the fields that differ from their defaults, the precision and the
-    compilation that they mean on this machine, and what else the run starts from, by content.
-
-    Args:
-        dataset: fingerprint of the images.
-        digests: of the VAE's weights (`vae`), of sources of registered classes, and so on.
-    """
-    fields = {k: v for k, v in config.identity().items() if k != "precision"}
-    identity = {"config": fields, "dataset": dataset, "version": RESULTS_VERSION}
-    if (precision := getattr(config, "precision", "fp32")) != "fp32":
-        identity["bf16"] = uses_bf16(precision, torch_device(getattr(config, "device", "auto")))
-    identity["compile"] = getattr(config, "compile", False)  # which rounds otherwise
-    identity = {name: value for name, value in (identity | digests).items() if value}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    # Of a path, the last part; of a run's id, all but its stage.
-    words = [Path(str(getattr(config, name))).name for name in config.principal]
-    words = [word.removesuffix(".zip").removeprefix("ssl-") for word in words]
-    changed = config.changed()
-    # κ and β say the same, and β is the one that compares; what is named by content is in the hash.
-    hidden = config.circumstances | config.pointers | {"kappa", "seed", "mean", "std"}
-    hidden |= set() if "kappa" in changed else {"beta"}
-    hidden |= set() if "source_size" in fields else {"source_size"}
-    words += [
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in changed.items()
-        if name not in hidden
-    ]
-    if vae := digests.get("vae"):
-        words.append(f"vae={vae[:4]}")
-    text = re.sub(r"[^\w.=-]+", "_", "-".join([config.stage, *words]))[:120]
-    run = Run(outputs_root() / config.stage / f"{text}-s{getattr(config, 'seed', 0)}-{digest}")
-    if "dataset" not in config.principal or run.path.exists():
-        return run
-    # The folder of images may have had another name when this run was made.
-    before = sorted(run.path.parent.glob(f"*-{digest}/config.json"))
-    return Run(before[0].parent) if before else run
-
-
 def list_runs(*stages: str) -> list[Run]:
     """All runs of these stages, or of all, whatever their state, damaged ones too, by their names:
     no file of theirs is read."""
     root = outputs_root()
-    paths = [path for stage in stages or CONFIGS for path in (root / stage).glob("*/config.json")]
+    stages = stages or tuple(CONFIGS)
+    paths = [path for stage in stages for path in (root / stage).glob("[!.]*/config.json")]
     return [Run(path.parent) for path in sorted(paths)]
-
-
-def every() -> list[Run]:
-    """All runs (`list_runs`), newest first."""
-    return sorted(list_runs(), key=lambda run: -run.last_start)
-
-
-def parameters(config: Config) -> dict[str, Any]:
-    """The least that makes `config` again: the preset, and what it does not imply."""
-    values = {name: value for name, value in config if value is not None}
-    names = {"preset", *config.principal, *config.changed()}
-    few = {name: value for name, value in values.items() if name in names}
-    with contextlib.suppress(UserError):
-        values = few if type(config)(**few) == config else values
-    for name in [name for name in values if name != "preset"]:
-        fewer = {k: v for k, v in values.items() if k != name}
-        with contextlib.suppress(UserError):
-            if type(config)(**fewer) == config:
-                values = fewer
-    return values
-
-
-def command(run: Run) -> str:
-    """The shell command that makes the run (or resumes it, or shows it)."""
-    if source := run.environment.get("imported"):
-        given = {"dataset": run.config.dataset, **source["given"]}
-        words = [source["path"], *(f"{name}={value}" for name, value in given.items())]
-        return shlex.join(["python", "-m", "idaa_lib", "import", *words])
-    words = [f"{name}={value}" for name, value in parameters(run.config).items()]
-    return shlex.join(["python", "-m", "idaa_lib.train", run.stage, *words])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -149,7 +151,7 @@ def birth(pid: int) -> float | None:
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):
         return None
 
 
@@ -160,10 +162,37 @@ def is_alive(pid: int, since: float | None) -> bool:
     return start is not None and (since is None or abs(start - since) < 5)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the error says that the memory of the machine, or of a GPU, did not suffice."""
+    words = r"out of memory|can.t allocate memory|cannot allocate memory|bad_alloc"
+    kinds = MemoryError, torch.OutOfMemoryError
+    by_words = isinstance(error, RuntimeError | OSError) and re.search(words, str(error), re.I)
+    return isinstance(error, kinds) or bool(by_words)
+
+
+class Driver(int):
+    """The process that runs a kernel's notebook: papermill, JupyterLab. ipykernel compares its
+    number every second with that of the kernel's parent, and ends the kernel at once where they
+    differ. This one says that they do not, and notes the end of the driver as a signal, so that a
+    training saves first."""
+
+    def __new__(cls, number: int, names: list[str]) -> Driver:
+        driver = super().__new__(cls, number)
+        driver.names = names
+        return driver
+
+    names: list[str]
+
+    def __ne__(self, parent: object) -> bool:
+        if int(self) != parent and not self.names:
+            self.names.append("the process that ran this notebook ended")
+        return False
+
+
 @contextlib.contextmanager
 def signals() -> Iterator[list[str]]:
-    """Names of the signals that came: Ctrl-C and SIGTERM are collected instead of raised; a second
-    Ctrl-C raises at once."""
+    """Names of the signals that came: Ctrl-C, SIGTERM, SIGHUP and the end of a kernel's driver are
+    collected instead of raised; a second Ctrl-C raises at once."""
     names: list[str] = []
 
     def note(number: int, frame: Any) -> None:
@@ -174,9 +203,19 @@ def signals() -> Iterator[list[str]]:
     if threading.current_thread() is not threading.main_thread():
         yield names  # Python delivers signals to the main thread only
         return
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, note) for number in numbers}
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    poller: Any = getattr(kernel.IPKernelApp._instance, "poller", None) if kernel else None
+    parent = getattr(poller, "parent_pid", None)
+    if parent is not None:
+        poller.parent_pid = Driver(os.getppid(), names)
     try:
         yield names
     finally:
+        if parent is not None:
+            poller.parent_pid = parent
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -50,7 +50,7 @@ class Lines:
         # Later a twentieth of the time so far apart, 10 minutes at most.
         if last or seconds - self._printed > min(600.0, max(self.least, 0.05 * seconds)):
             self._printed = seconds
-            with contextlib.suppress(BrokenPipeError):  # a reader that left must not end the run
+            with contextlib.suppress(OSError):  # a reader that left must not end the run
                 print(text, flush=True)
 
     @contextlib.contextmanager
@@ -90,7 +90,8 @@ class Progress:
     def update(self, step: int) -> None:
         self.step = step
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+            with contextlib.suppress(OSError):  # the terminal was closed
+                self._bar.update(step - self._bar.n)
 
     def show(self, epoch: str, values: Mapping[str, Any]) -> None:
         """Show the latest values; `epoch` such as '3/10'."""
@@ -99,14 +100,16 @@ class Progress:
             parts.append(f"{values['images_per_second']:.0f} images/s")
         parts.append(f"{clock(self.seconds_left)} left")
         if self._bar is not None:
-            self._bar.set_postfix_str(" · ".join(parts))
+            with contextlib.suppress(OSError):
+                self._bar.set_postfix_str(" · ".join(parts))
         elif self._lines is not None:
             parts = [self.name, f"epoch {epoch}", f"step {self.step}/{self.total}", *parts]
             self._lines.show(self.step / self.total, " · ".join(parts), self.step >= self.total)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
 
 
 class Tally:

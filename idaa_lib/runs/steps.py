@@ -14,14 +14,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
 from torch import Tensor
 
 from idaa_lib.runs import checkpoints
-from idaa_lib.runs.directory import Run, RunError, Stopped, Writer
+from idaa_lib.runs.directory import Run, Stopped, Writer
+from idaa_lib.runs.files import RunError, write_json
 from idaa_lib.runs.machine import signals
 from idaa_lib.runs.progress import Progress
 
@@ -34,13 +35,15 @@ class Steps:
     Args:
         run: whose checkpoints are read. writer: of it; None in all processes but the first.
         total: steps of the whole run. per_epoch: steps of an epoch. images: seen in a step.
-        log_every, checkpoint_every: in steps. A checkpoint is also written at the end and before
-            `Stopped`; a line of the log also at the end.
+        log_every, checkpoint_every: in steps. A checkpoint is also written at the end, before
+            `Stopped`, and `checkpoint_minutes` after the last; a line of the log also at the end.
         state: what a checkpoint holds of the training (the counters here are added to it).
         restore: takes that up again.
         at_log: further values of a line of the log, read when one is due.
         at_epoch_end: epoch → values to log after its last step (validation).
         check: raises RunError where what would be saved is broken.
+        batch_of: step → indices of its images by name, JSON values, kept where its loss is not
+            finite.
         agree: whether any process wants to stop, from whether this one does.
         average: of a line's scalars (n,), over all processes.
         track: given each line of the log and its step (experiment trackers, pictures).
@@ -49,8 +52,10 @@ class Steps:
     On a GPU a line of the log makes nobody wait: it is written after the step by whose end its
     scalars have come, and before the next line, validation, a checkpoint or a pause.
     Raises (while iterating):
-        Stopped: Ctrl-C, SIGTERM or a request, after the state of a whole step was saved.
-        RunError: `loss` is not finite.
+        Stopped: a signal (`machine.signals`) or a request, after the state of a whole step was
+            saved.
+        RunError: `loss`, or what would be saved, is not finite. `not_finite.json` of the run has
+            the first such step, its images, and the step of the last checkpoint.
     """
 
     def __init__(
@@ -65,9 +70,11 @@ class Steps:
         restore: Callable[[dict[str, Tensor], dict[str, Any]], None],
         log_every: int = 10,
         checkpoint_every: int = 0,
+        checkpoint_minutes: float | None = None,
         at_log: Callable[[], Mapping[str, Any]] = dict,
         at_epoch_end: Callable[[int], Mapping[str, float]] = lambda epoch: {},
         check: Callable[[], None] = lambda: None,
+        batch_of: Callable[[int], Mapping[str, list[int]]] = lambda step: {},
         agree: Callable[[bool], bool] = bool,
         average: Callable[[Tensor], Tensor] = lambda values: values,
         track: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
@@ -75,13 +82,17 @@ class Steps:
         self.run, self.writer, self.total = run, writer, total
         self.per_epoch, self.images = per_epoch, images
         self.log_every, self.checkpoint_every = log_every, checkpoint_every or per_epoch
+        self.checkpoint_seconds = 60 * checkpoint_minutes if checkpoint_minutes else math.inf
         self._state, self._restore, self._check, self._agree = state, restore, check, agree
         self._at_log, self._at_epoch_end, self._track = at_log, at_epoch_end, track
-        self._average = average
+        self._average, self._batch_of = average, batch_of
         self.step, self.seconds = 0, 0.0  # done so far; spent in steps, without pauses
         self.saved: int | None = None  # the step of the last checkpoint
+        self._saved_at = time.monotonic()
         self.sums: dict[str, Tensor] = {}  # over the `count` steps of the log interval under way
         self.count = 0
+        self._finite: Tensor | None = None  # of the steps since `_since`, how many were finite
+        self._since = 0
         self._interval = (0, 0.0)  # steps and seconds at the last line of the log
         self._line: Line | None = None  # of which the scalars are on their way
         self._signals: list[str] = []
@@ -96,7 +107,7 @@ class Steps:
             self.step, self.count, self.seconds = (values[k] for k in ("step", "count", "seconds"))
             self.sums = checkpoints.under("sums.", tensors)
             print(f"{self.run.id}: continues after step {self.step} of {self.total}.")
-        self._interval = self.step, self.seconds
+        self._interval, self._since = (self.step, self.seconds), self.step
         if self.writer is not None:
             # What a killed process logged after its last checkpoint is logged again.
             self.writer.rewind(self.step)
@@ -122,15 +133,18 @@ class Steps:
         self._write_line(wait=logs)
         if logs:
             means = {name: value / self.count for name, value in self.sums.items()}
-            self._line = Line(self.step, epoch, {**means, **self._at_log()}, self._average)
-            self.sums, self.count = {}, 0
+            values = {**means, **self._at_log()}
+            values |= {} if self._finite is None else {"finite": self._finite}
+            self._line = Line(self.step, epoch, values, self._average, self._since)
+            self.sums, self.count, self._finite, self._since = {}, 0, None, self.step
             self._write_line(wait=False)
         if ends or last:
             self.check()
         if ends and (figures := self._at_epoch_end(epoch)):
             self._log(self.step, epoch, dict(figures))
         request = None if last else self._request()
-        if last or request or self.step % self.checkpoint_every == 0:
+        due = time.monotonic() - self._saved_at >= self.checkpoint_seconds
+        if last or request or due or self.step % self.checkpoint_every == 0:
             self.save()
         if request:
             raise Stopped(
@@ -145,6 +159,9 @@ class Steps:
             value = value.detach().float()
             sum_ = self.sums.get(name)
             self.sums[name] = value.clone() if sum_ is None else sum_.to(value.device) + value
+        if "loss" in self.sums:  # a sum stays NaN or infinite once it is
+            finite = self.sums["loss"].isfinite().float()
+            self._finite = finite if self._finite is None else self._finite + finite
         self.count += 1
 
     def pulse(self, message: str = "") -> None:
@@ -166,11 +183,15 @@ class Steps:
 
     def save(self) -> None:
         """Write a checkpoint of this moment (first process only)."""
-        self.saved = self.step
+        self.saved, before, self._saved_at = self.step, self.saved, time.monotonic()
         if self.writer is None:
             return
         self.check()
         tensors, values = self._state()
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                self.saved = before
+                self._refuse(f"{name} is not finite", self.step)
         tensors |= {f"sums.{name}": value for name, value in self.sums.items()}
         counters = {"step": self.step, "count": self.count, "seconds": self.seconds}
         checkpoints.save(self.run, self.step, tensors, values | counters)
@@ -183,15 +204,24 @@ class Steps:
                 the caller's own check says.
         """
         self._write_line()
-        self._judge(self.sums["loss"].item() if "loss" in self.sums else 0.0)
-
-    def _judge(self, loss: float) -> None:
+        if not math.isfinite(loss := self.sums["loss"].item() if "loss" in self.sums else 0.0):
+            finite = 0 if self._finite is None else self._finite.item()
+            self._refuse(f"The loss is {loss}", self._since + int(finite) + 1)
         self._check()
-        if not math.isfinite(loss):
-            raise RunError(
-                f"The loss is {loss} by step {self.step}: lower learning_rate or try "
-                f"precision='fp32'; the last checkpoint is intact."
-            )
+
+    def _refuse(self, what: str, step: int) -> NoReturn:
+        """Keep what is known of the step, counted from 1, whose numbers were not finite. Raises."""
+        path, good = self.run.path / "not_finite.json", "there is no checkpoint yet"
+        if self.saved is not None:
+            good = f"the last checkpoint, of step {self.saved}, is intact"
+        if self.writer is not None:
+            about = {"step": step, "what": what, "checkpoint": self.saved}
+            write_json(path, about | {"images": self._batch_of(step - 1)})
+        self._check()
+        raise RunError(
+            f"{what} at step {step}: lower learning_rate or try precision='fp32'; {good}, and the "
+            f"indices of the step's images are in {path}."
+        )
 
     def _write_line(self, wait: bool = True) -> None:
         """Write the line that is on its way, if there is one; without `wait` only if it has come.
@@ -202,9 +232,10 @@ class Steps:
         start = time.monotonic()
         values, self._line = line.read(), None
         self.seconds += time.monotonic() - start  # in which the device takes its steps
-        if not math.isfinite(values.get("loss", 0.0)):
-            self.step = line.step  # for the sentence
-            self._judge(values["loss"])
+        finite = values.pop("finite", 0.0)
+        if not math.isfinite(loss := values.get("loss", 0.0)):
+            self.step = line.step  # for the caller's sentence
+            self._refuse(f"The loss is {loss}", line.since + int(finite) + 1)
         self._log(line.step, line.epoch, values)
 
     def _log(self, step: int, epoch: int, values: dict[str, float]) -> None:
@@ -232,13 +263,13 @@ class Steps:
         """Why to stop now, or None. A pause is waited out here; several processes decide alike."""
         request = self._signals[0] if self._signals else None
         if self.writer is not None and request is None:
-            request = self.writer.request()
+            request = self.run.request
             if request == "pause":
                 self._write_line()
                 self.writer.state(state="going", paused=True)
                 while request == "pause" and not self._signals:
                     time.sleep(0.2)
-                    request = self.writer.request()
+                    request = self.run.request
                     self.writer.state(state="going")
                 self.writer.state(paused=False)
                 request = self._signals[0] if self._signals else request
@@ -254,8 +285,9 @@ class Line:
         epoch: int,
         values: Mapping[str, Any],
         average: Callable[[Tensor], Tensor],
+        since: int = 0,
     ) -> None:
-        self.step, self.epoch, self.values = step, epoch, dict(values)
+        self.step, self.epoch, self.values, self.since = step, epoch, dict(values), since
         tensors = {k: v.detach().float() for k, v in values.items() if isinstance(v, Tensor)}
         stacked = average(torch.stack([*tensors.values()])) if tensors else torch.empty(0)
         self.names = [*tensors]

@@ -181,9 +181,11 @@ class Fit:
             restore=self.restore,
             log_every=self.config.log_every,
             checkpoint_every=self.config.checkpoint_every * self.per_epoch,
+            checkpoint_minutes=self.config.checkpoint_minutes,
             at_log=self._at_log,
             at_epoch_end=self._at_epoch_end,
             check=self.adversary.check,
+            batch_of=self._batch_of,
             agree=self._agree,
             average=self._average,
             track=self._track,
@@ -213,6 +215,12 @@ class Fit:
             done = max(0, first - epoch * self.per_epoch)
             for batch in itertools.islice(self.method.batches(epoch), done, None):
                 yield {name: i.chunk(self.processes)[self.rank] for name, i in batch.items()}
+
+    def _batch_of(self, step: int) -> dict[str, list[int]]:
+        """Indices of all processes' images in a step, by name."""
+        epoch, at = divmod(step, self.per_epoch)
+        batch = next(itertools.islice(self.method.batches(epoch), at, None))
+        return {name: index.tolist() for name, index in batch.items()}
 
     def _before_epoch(self, steps: Steps) -> None:
         recipe = self.method.recipe

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,7 +13,8 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
-from idaa_lib.runs import Run
+from idaa_lib.runs import Run, RunError
+from idaa_lib.runs.files import replace
 from idaa_lib.views import denormalise
 
 COLUMNS = 8  # images a row at most; fewer where they are large
@@ -73,9 +73,7 @@ def write(run: Run, rows: Mapping[str, Row], mean: Sequence[float], std: Sequenc
         else:
             drawing[label] = first
     path = run.path / "samples" / "latest.png"
-    draft = path.with_name(f".latest.{os.getpid()}.png")
-    # A disk that is full stops the run at its next checkpoint, and with a better sentence.
-    with contextlib.suppress(OSError):
+    # A disk that is full stops the run at its next checkpoint.
+    with contextlib.suppress(RunError, OSError):
         path.parent.mkdir(exist_ok=True)
-        draft.write_bytes(grid(list(drawing.values()), list(drawing)))
-        os.replace(draft, path)
+        replace(path, grid(list(drawing.values()), list(drawing)))
