@@ -183,18 +183,16 @@ class Steps:
 
     def save(self) -> None:
         """Write a checkpoint of this moment (first process only)."""
-        self.saved, before, self._saved_at = self.step, self.saved, time.monotonic()
-        if self.writer is None:
-            return
-        self.check()
-        tensors, values = self._state()
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                self.saved = before
-                self._refuse(f"{name} is not finite", self.step)
-        tensors |= {f"sums.{name}": value for name, value in self.sums.items()}
-        counters = {"step": self.step, "count": self.count, "seconds": self.seconds}
-        checkpoints.save(self.run, self.step, tensors, values | counters)
+        if self.writer is not None:
+            self.check()
+            tensors, values = self._state()
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    self._refuse(f"{name} is not finite", self.step)
+            tensors |= {f"sums.{name}": value for name, value in self.sums.items()}
+            counters = {"step": self.step, "count": self.count, "seconds": self.seconds}
+            checkpoints.save(self.run, self.step, tensors, values | counters)
+        self.saved, self._saved_at = self.step, time.monotonic()
 
     def check(self) -> None:
         """Before weights are saved or read: a checkpoint of NaN would be resumed for ever.
