@@ -23,6 +23,7 @@ from idaa_lib import runs
 from idaa_lib.configs import TrainingConfig
 from idaa_lib.registry import SOURCES
 from idaa_lib.runs import Run, RunError, machine
+from idaa_lib.runs.files import saving
 from idaa_lib.train import stages
 
 # Words of `look` for a run that a process is at.
@@ -47,8 +48,12 @@ def start(config: TrainingConfig) -> Run:
 
 def launch(run: Run, config: TrainingConfig) -> None:
     """Start the process of `run`, if it needs one. It may be on its way when this returns."""
-    run.path.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.path / ".start"):  # the second of two tabs finds the first one's process
+    with saving(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+    with (
+        saving(run.path),
+        FileLock(run.path / ".start"),
+    ):  # the second of two tabs finds the first one's process
         since = time.monotonic()
         while (now := look(run)).word == "ending" and time.monotonic() - since < ENDING:
             time.sleep(0.1)

@@ -32,6 +32,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from idaa_lib.results import ADVERSARIES as NAMES
+from idaa_lib.runs.files import saving
 
 # Okabe & Ito's colours, of which colour-blind readers can tell any two apart.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"]
@@ -155,7 +156,7 @@ def save(figure: Figure, path: Path | str, column: str | None = None) -> Image:
         column: `single` or `double`, for print: 3.3 or 6.9 inches wide, text of 8 points, no title,
             PNG and PDF. The figure itself stays as it is.
     Raises:
-        ValueError: IDAA_PDF is neither 0 nor 1; there is no such column.
+        ValueError: IDAA_PDF is neither 0 nor 1; there is no such column. RunError: as `saving`.
     """
     choice = os.environ.get("IDAA_PDF") or "0"
     if choice not in ("0", "1"):
@@ -167,9 +168,10 @@ def save(figure: Figure, path: Path | str, column: str | None = None) -> Image:
     if column:
         figure, box = _print(figure, COLUMNS[column])
         dpi = 2 * DPI
-    path.write_bytes(_render(figure, "png", bbox_inches=box, dpi=dpi))
-    if choice == "1" or column:
-        path.with_suffix(".pdf").write_bytes(_render(figure, "pdf", bbox_inches=box))
+    with saving(path):
+        path.write_bytes(_render(figure, "png", bbox_inches=box, dpi=dpi))
+        if choice == "1" or column:
+            path.with_suffix(".pdf").write_bytes(_render(figure, "pdf", bbox_inches=box))
     return _image(path.read_bytes(), dpi)
 
 

@@ -244,7 +244,8 @@ class Run:
     def figure(self, name: str) -> Path:
         """Where the figure `name` of this run belongs (the folder is made)."""
         folder = self.path / "figures"
-        folder.mkdir(parents=True, exist_ok=True)
+        with saving(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder / name
 
     def ask(self, request: str) -> None:
@@ -301,18 +302,15 @@ class Run:
             writer.state(state="interrupted")
             raise
         except BaseException as error:
-            failure = error
             if lacks_memory(error):
-                names = ("batch_size", "size", "limit")
-                values = [f"{n}={v}" for n in names if (v := getattr(config, n, None)) is not None]
-                failure = RunError(
+                sizes = {name: getattr(config, name, None) for name in ("batch_size", "size")}
+                values = [f"{name}={value}" for name, value in sizes.items() if value]
+                error = RunError(
                     f"The memory did not suffice, so {self.id} ended; what was saved is intact: "
-                    f"lower {' or '.join(values) or 'the limit of images'} ({error})."
+                    f"lower {' or '.join([*values, 'limit'])} ({error})."
                 )
-            writer.state(state="failed", error=f"{type(failure).__name__}: {failure}")
-            if failure is not error:
-                raise failure from error
-            raise
+            writer.state(state="failed", error=f"{type(error).__name__}: {error}")
+            raise error
         finally:
             lock.release()
 

@@ -128,14 +128,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def read_lines(path: Path, lines: Sequence[bytes], first: int = 1) -> list[dict[str, Any]]:
-    """The readings in whole lines of a metrics.jsonl, `first` the number of the first one.
+def read_lines(path: Path, lines: Sequence[bytes]) -> list[dict[str, Any]]:
+    """The readings in whole lines of a metrics.jsonl.
 
     Raises:
         RunError: a line is no reading.
     """
     readings = []
-    for number, line in enumerate(lines, first):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
