@@ -1,6 +1,6 @@
 """Is anything lost? Runs that are killed at any moment, and run directories that are damaged.
 
-    python benchmarks/kills.py               # all of it, about 15 minutes of one core
+    python benchmarks/kills.py [minutes]     # all of it, about 15 minutes of two cores
     python benchmarks/kills.py vae 1 1 4 2   # one stage, so many of each, and no result file
 
 A run is killed by SIGKILL at a random moment, or just before one of its file operations, and is
@@ -12,7 +12,9 @@ a sentence.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -20,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,14 +76,15 @@ SILENT = {"seconds", "images_per_second", "time"}  # no two runs agree on these
 class House:
     """A folder `whole` of finished tiny runs, which nothing disturbed, and what they hold."""
 
-    def __init__(self, root: Path, stages: tuple[str, ...] = tuple(MAKERS)) -> None:
+    def __init__(self, root: Path, stages: tuple[str, ...], twice: bool = True) -> None:
         self.root, self.whole, self.stages = root, root / "whole", stages
         self.seconds: dict[str, float] = {}
         self.operations: dict[str, int] = {}
         self.outcomes: dict[str, Any] = {}
         log = root / "operations"
         for stage in stages:
-            for folder in (self.whole, self.copy(stage)):  # the second time images are decoded
+            folders = [self.whole, self.copy(stage)] if twice else [self.whole]
+            for folder in folders:  # the second time images are decoded
                 start = time.monotonic()
                 count = partial(watch, log.write_text)
                 if not ends_well(fork(folder, count, MAKERS[stage])):
@@ -91,7 +94,6 @@ class House:
                 one = outcome(run_in(folder, stage))
                 if not same(self.outcomes.setdefault(stage, one), one):
                     raise RuntimeError(f"two undisturbed {stage} runs differ")
-            shutil.rmtree(folder)
 
     def copy(self, stage: str) -> Path:
         """A new folder with what a run of `stage` needs."""
@@ -264,20 +266,11 @@ def complaints(folder: Path, broken: Run | None = None, draws: bool = False) -> 
     return faults
 
 
-def damages(
-    folder: Path, stages: tuple[str, ...], rng: random.Random
-) -> Iterator[tuple[Run, Path, str]]:
-    """Each file of runs of these stages with each kind of damage, in an order of chance."""
-    places = [
-        (run, path.relative_to(folder), kind)
-        for stage in stages
-        for run in [run_in(folder, stage)]
-        for path in sorted(run.path.rglob("*"))
-        if path.is_file() and path.suffix != ".lock"
-        for kind in CONTENTS
-    ]
-    rng.shuffle(places)
-    yield from places
+def places(folder: Path, *stages: str) -> list[tuple[Path, str]]:
+    """Each file of the runs of a folder, or of these stages, with each kind of damage."""
+    paths = [path for stage in stages or MAKERS for path in (folder / stage).rglob("*")]
+    files = [path.relative_to(folder) for path in sorted(paths) if path.is_file()]
+    return [(file, kind) for file in files if file.name != ".lock" for kind in CONTENTS]
 
 
 def interrupted(house: House, stage: str) -> Path:
@@ -318,92 +311,91 @@ def goes_on(house: House, folder: Path, stage: str, file: Path) -> list[str]:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def kill_some(
-    house: House, moments: int, operations: int, rng: random.Random
-) -> tuple[int, list[str]]:
-    """How many runs were killed, and which of them did not end as they should."""
-    plan: list[tuple[str, float | int]] = []
-    for stage in house.stages:
-        total = house.operations[stage]
-        chosen = rng.sample(range(1, total + 1), min(total, operations // len(house.stages)))
-        plan += [(stage, number) for number in chosen]
+def kill_some(house: House, moments: int, operations: int, until: float) -> tuple[int, list[str]]:
+    """How many runs were killed until then, and which of them did not end as they should."""
+    rng, stages = random.Random(0), itertools.cycle(house.stages)
+    plan: list[tuple[str, int | None]] = [(next(stages), None) for _ in range(moments)]
+    for stage in itertools.islice(stages, operations):
+        plan.append((stage, rng.randint(1, house.operations[stage])))
+    rng.shuffle(plan)
     tried, lost = 0, list[str]()
-    at_random = 0
-    while plan or at_random < moments:
-        if plan:
-            stage, moment = plan.pop()
-        else:
-            stage = house.stages[at_random % len(house.stages)]
-            moment = rng.uniform(0.0, house.seconds[stage])
-        survived = house.survives(stage, moment)
-        if survived is None:
-            continue
-        at_random += isinstance(moment, float)
-        tried += 1
-        if not survived:
-            lost.append(f"{stage} at {moment}")
-            print(f"lost: {lost[-1]}", flush=True)
+    for stage, operation in plan:
+        survived = None
+        while survived is None and time.monotonic() < until:
+            moment = operation or rng.uniform(0.0, house.seconds[stage])
+            survived = house.survives(stage, moment)
+        tried += survived is not None
+        if survived is False:
+            lost.append(f"{stage} killed at {moment}")
     return tried, lost
 
 
-def damage_some(house: House, reads: int, starts: int, rng: random.Random) -> tuple[int, list[str]]:
-    """How many files were damaged, and what was not clear."""
-    faults: list[str] = []
-    tried = 0
-    stages = tuple(stage for stage in house.stages if stage != "eval") if starts else ()
-    halves = {stage: interrupted(house, stage) for stage in stages}
-    sets = [(house.whole, house.stages, reads, False)]
-    sets += [(half, (stage,), starts // len(halves), True) for stage, half in halves.items()]
-    for folder, kinds, number, start in sets:
-        for (run, file, kind), _ in zip(damages(folder, kinds, rng), range(number), strict=False):
-            copy = Path(tempfile.mkdtemp(dir=house.root)) / "outputs"
-            shutil.copytree(folder, copy)
-            damage(copy / file, CONTENTS[kind])
-            broken = Run(copy / run.path.relative_to(folder))
-            now = complaints(copy, broken, file.name in DRAWN)
-            if start:
-                now += goes_on(house, copy, run.stage, file)
-            tried += 1
-            faults += [f"{file} {kind}: {fault}" for fault in now]
-            print(*faults[len(faults) - len(now) :], sep="\n", end="\n" * bool(now), flush=True)
-            shutil.rmtree(copy.parent)
+def damage_some(house: House, reads: int, starts: int, until: float) -> tuple[int, list[str]]:
+    """How many files were damaged until then, and what was not clear."""
+    rng = random.Random(0)
+    stages = [stage for stage in house.stages if stage != "eval"]
+    plan = [(house.whole, *place) for place in rng.sample(places(house.whole), reads)]
+    if starts:
+        halves = [
+            (half, *p) for s in stages for half in [interrupted(house, s)] for p in places(half, s)
+        ]
+        plan += rng.sample(halves, starts)
+    rng.shuffle(plan)
+    tried, faults = 0, list[str]()
+    for folder, file, kind in plan:
+        if time.monotonic() > until:
+            break
+        copy = Path(tempfile.mkdtemp(dir=house.root)) / "outputs"
+        shutil.copytree(folder, copy)
+        damage(copy / file, CONTENTS[kind])
+        now = complaints(copy, Run(copy / Path(*file.parts[:2])), file.name in DRAWN)
+        if folder != house.whole:
+            now += goes_on(house, copy, file.parts[0], file)
+        tried += 1
+        faults += [f"{file} {kind}: {fault}" for fault in now]
+        shutil.rmtree(copy.parent)
     return tried, faults
 
 
 def main(words: list[str]) -> int:
     """1 if anything was lost or unclear."""
     torch.set_num_threads(1)  # a child of a process with threads would wait for them for ever
-    stages = (words[0],) if words else tuple(MAKERS)
-    moments, operations, reads, starts = map(int, words[1:] or (50, 30, 160, 40))
+    small, minutes = len(words) > 1, float(words[0]) if len(words) == 1 else math.inf
+    moments, operations, reads, starts = map(int, words[1:] if small else (50, 40, 160, 60))
+    until = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as folder:
-        house = House(Path(folder), stages)
+        house = House(Path(folder), (words[0],) if small else tuple(MAKERS), twice=not small)
         verdict = house.root / "kills.json"
-        kills = partial(kill_some, house, moments, operations, random.Random(0))
+        kills = partial(kill_some, house, moments, operations, until)
         pid = fork(verdict, lambda: verdict.write_text(json.dumps(kills())))  # beside the damage
-        files, faults = damage_some(house, reads, starts, random.Random(0))
+        files, faults = damage_some(house, reads, starts, until)
         if not ends_well(pid):
             raise RuntimeError((house.root / "log.txt").read_text()[-2000:])
         tried, lost = json.loads(verdict.read_text())
     unclear = len({fault.partition(": ")[0] for fault in faults})
     protocol = (
         "Tiny trainings of a VAE and of SimCLR + IDAA (96 photographs, 9 steps) and an evaluation, "
-        "on the CPU, one thread, each in a child of one process. kills: SIGKILL at 50 "
-        "moments drawn evenly over the run's time and before 30 file operations drawn among all "
-        "that Python does in outputs/ (seed 0), then one restart: survived where tensors, figures, "
-        "log (but for times) and the names of all files equal those of an undisturbed run, and all "
-        "readers could read the run in between. damaged files: each of a finished run's (160) and "
-        "of an interrupted training's, which is started again (40), in one of "
-        f"{len(CONTENTS)} ways; unclear where a reader ended otherwise than in a sentence with the "
-        "run's name, where another run was lost, or where the restart ended in another way."
+        "on the CPU, one thread, each in a child of one process. kills: SIGKILL at moments drawn "
+        "evenly over the run's time (50 of 90) and before file operations drawn among all that "
+        "Python does in outputs/ (40 of 90), in an order of chance (seed 0), then one restart: "
+        "survived where tensors, figures, log (but for times) and the names of all files equal "
+        "those of an undisturbed run, and all readers could read the run in between. damaged "
+        "files: of finished runs (160 of 220) and of an interrupted training, which is started "
+        f"again (60 of 220), in one of {len(CONTENTS)} ways; unclear where a reader ended other "
+        "than in a sentence with the run's name, where another run was lost, or where the restart "
+        "ended in another way."
     )
+    if minutes < math.inf:
+        protocol += f" Ended after {minutes:g} minutes, whatever was left to try."
     rows_ = [
         record.row("kills_tried", tried, "kills", tried),
         record.row("kills_survived", tried - len(lost), "kills", tried),
         record.row("damaged_run_files_tried", files, "files", files),
         record.row("damaged_run_files_unclear", unclear, "files", files),
     ]
+    print(*lost, *faults, sep="\n")
     print(f"{tried} kills, {len(lost)} lost; {files} files, {unclear} unclear")
-    if not words:
+    if not small:
         print(record.write("kills", protocol, rows_))
     return int(bool(lost or faults))
 
