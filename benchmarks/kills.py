@@ -86,11 +86,11 @@ class House:
             folders = [self.whole, self.copy(stage)] if twice else [self.whole]
             for folder in folders:  # the second time images are decoded
                 start = time.monotonic()
-                count = partial(watch, log.write_text)
+                count = partial(watch, partial(log.write_text, encoding="utf-8"))
                 if not ends_well(fork(folder, count, MAKERS[stage])):
                     raise RuntimeError(f"the undisturbed {stage} run failed")
                 self.seconds[stage] = time.monotonic() - start
-                self.operations[stage] = int(log.read_text())
+                self.operations[stage] = int(log.read_text("utf-8"))
                 one = outcome(run_in(folder, stage))
                 if not same(self.outcomes.setdefault(stage, one), one):
                     raise RuntimeError(f"two undisturbed {stage} runs differ")
@@ -292,7 +292,7 @@ def interrupted(house: House, stage: str) -> Path:
 def goes_on(house: House, folder: Path, stage: str, file: Path) -> list[str]:
     """What is wrong with how a training with a damaged file is started again."""
     code = os.waitstatus_to_exitcode(os.waitpid(fork(folder, MAKERS[stage]), 0)[1])
-    words = (folder.parent / "log.txt").read_text(errors="replace").strip().splitlines()
+    words = (folder.parent / "log.txt").read_text("utf-8", "replace").strip().splitlines()
     if code == 2:  # a sentence
         return [] if run_in(folder, stage).id in words[-1] else [f"start: {words[-1]}"]
     if code:
@@ -367,11 +367,13 @@ def main(words: list[str]) -> int:
         house = House(Path(folder), (words[0],) if small else tuple(MAKERS), twice=not small)
         verdict = house.root / "kills.json"
         kills = partial(kill_some, house, moments, operations, until)
-        pid = fork(verdict, lambda: verdict.write_text(json.dumps(kills())))  # beside the damage
+        pid = fork(
+            verdict, lambda: verdict.write_text(json.dumps(kills()), "utf-8")
+        )  # beside the damage
         files, faults = damage_some(house, reads, starts, until)
         if not ends_well(pid):
-            raise RuntimeError((house.root / "log.txt").read_text()[-2000:])
-        tried, lost = json.loads(verdict.read_text())
+            raise RuntimeError((house.root / "log.txt").read_text("utf-8")[-2000:])
+        tried, lost = json.loads(verdict.read_text("utf-8"))
     unclear = len({fault.partition(": ")[0] for fault in faults})
     protocol = (
         "Tiny trainings of a VAE and of SimCLR + IDAA (96 photographs, 9 steps) and an evaluation, "

@@ -48,12 +48,8 @@ def start(config: TrainingConfig) -> Run:
 
 def launch(run: Run, config: TrainingConfig) -> None:
     """Start the process of `run`, if it needs one. It may be on its way when this returns."""
-    with saving(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
-    with (
-        saving(run.path),
-        FileLock(run.path / ".start"),
-    ):  # the second of two tabs finds the first one's process
+    # The second of two tabs finds the first one's process.
+    with saving(run.path), FileLock(run.path / ".start"):
         since = time.monotonic()
         while (now := look(run)).word == "ending" and time.monotonic() - since < ENDING:
             time.sleep(0.1)

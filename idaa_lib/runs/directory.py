@@ -278,8 +278,7 @@ class Run:
         lock, writer = FileLock(self.path / ".lock"), Writer(self)
         try:
             with saving(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=0)
+                lock.acquire(timeout=0)  # which makes the folder
         except Timeout:
             other = read_json(self.path / "state.json") or {}
             raise RunError(
