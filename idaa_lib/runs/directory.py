@@ -33,6 +33,7 @@ from idaa_lib.configs import (
     VAEConfig,
 )
 from idaa_lib.runs.files import (
+    NUMBER,
     RunError,
     clear_drafts,
     draft_of,
@@ -181,7 +182,7 @@ class Run:
         """
         with contextlib.suppress(RunError, KeyError):
             if (times := read_json(self.path / "starts.json")) is not None:
-                return times
+                return {who: at for who, at in times.items() if isinstance(at, NUMBER)}
             who = "sweep" if (self.path / ".sweep").exists() else "person"
             return {who: (read_json(self.path / "state.json") or {})["started"]}
         return {}

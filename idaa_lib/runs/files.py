@@ -27,7 +27,6 @@ KINDS: dict[str, dict[str, Any]] = {
     | {"heartbeat": NUMBER, "started": NUMBER, "step": int, "steps": int},
     "process.json": {"pid": int, "host": str, "born": (*NUMBER, type(None))}
     | {"started": NUMBER, "log": int},
-    "starts.json": {"person": NUMBER, "sweep": NUMBER},
     "checksums.json": {"tensors.safetensors": str},
     "control.json": {"request": str},
     "latest.json": {"step": int},
