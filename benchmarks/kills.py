@@ -367,9 +367,8 @@ def main(words: list[str]) -> int:
         house = House(Path(folder), (words[0],) if small else tuple(MAKERS), twice=not small)
         verdict = house.root / "kills.json"
         kills = partial(kill_some, house, moments, operations, until)
-        pid = fork(
-            verdict, lambda: verdict.write_text(json.dumps(kills()), "utf-8")
-        )  # beside the damage
+        # Two at a time: kills in a child, damage here.
+        pid = fork(verdict, lambda: verdict.write_text(json.dumps(kills()), "utf-8"))
         files, faults = damage_some(house, reads, starts, until)
         if not ends_well(pid):
             raise RuntimeError((house.root / "log.txt").read_text("utf-8")[-2000:])
