@@ -472,7 +472,7 @@ def test_what_is_no_checkpoint_of_theirs_is_one_sentence(tmp_path, monkeypatch):
     torch.save({}, tmp_path / "nothing.pt")
     for name, sentence in (
         ("none.pt", "There is no checkpoint .*none.pt"),
-        (".", "cannot be read: Is a directory"),
+        (".", "cannot be read: it is no file"),
         ("short.pt", "short.pt is cut short, damaged or no PyTorch checkpoint"),
         ("old_short.pt", "is cut short"),
         ("empty.pt", "is cut short"),

@@ -16,7 +16,7 @@ from idaa_lib.methods.base import About, Moment
 from idaa_lib.methods.schedules import build_schedule
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, build_backbone, evaluating, initial_weights
-from idaa_lib.nets.resnet import zero_residuals
+from idaa_lib.nets.resnet import project, zero_residuals
 from idaa_lib.nets.vae import VAE, Output, folded, rate, sub_pixel, vae_loss
 from idaa_lib.views import keyed_generator, recipe
 
@@ -422,3 +422,15 @@ def test_a_sub_pixel_layer_is_the_transposed_convolution():
     torch.testing.assert_close(found(x), layer(x))
     assert torch.equal(torch.get_rng_state(), drawn)  # a compiled run draws what another does
     assert not any(p.requires_grad for p in found.parameters())
+
+
+@pytest.mark.parametrize(("channels", "side"), [(4, 32), (8, 64), (15, 46), (4, 9)])
+def test_a_projection_of_few_channels_is_its_convolution(channels, side):
+    """In float64 and in rows first, where torch's own has no fault."""
+    convolution = nn.Conv2d(channels, 2 * channels, 1, 2, bias=False).double()
+    x = torch.randn(3, channels, side, side, dtype=torch.float64, requires_grad=True)
+    parts = []
+    for y in (project(x, convolution), convolution(x)):
+        parts.append((y, *torch.autograd.grad(y.square().sum(), (x, convolution.weight))))
+    for ours, theirs in zip(*parts, strict=True):
+        torch.testing.assert_close(ours, theirs)

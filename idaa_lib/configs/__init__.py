@@ -9,11 +9,10 @@ from idaa_lib.configs.base import (
     OFFICIAL,
     UNKNOWN,
     Config,
-    ConfigError,
     ImagesConfig,
     Options,
-    UserError,
 )
+from idaa_lib.configs.reading import ConfigError, UserError
 from idaa_lib.configs.recipes import PRESETS
 from idaa_lib.configs.stages import (
     CompareConfig,

@@ -5,18 +5,16 @@ from __future__ import annotations
 import ast
 import contextlib
 import html
-import json
 import re
-import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from idaa_lib.configs.reading import ConfigError, Values, quote, read
 from idaa_lib.registry import CHOICES
 
 Positive = Annotated[int, Field(gt=0)]
@@ -43,29 +41,6 @@ OFFICIAL = {
 
 # The default of a field that a recipe governs: left out or None, it takes the recipe's value.
 RECIPE: Any = Field(default=None)
-
-
-class UserError(Exception):
-    """An error whose text is one sentence for the user; notebooks show it without a traceback."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [f"{type(self).__name__}: {self}"]
-
-
-class ConfigError(UserError, ValueError):
-    """A value that no run can be made from."""
-
-
-class Values(BaseModel):
-    """Frozen fields that are read as meant (`read`); what is refused is one sentence."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**{name: read(type(self), name, v) for name, v in values.items()})
-        except ValidationError as error:
-            raise ConfigError(_sentence(type(self), error)) from None
 
 
 def meanings(model: type[BaseModel]) -> dict[str, str]:
@@ -178,10 +153,10 @@ class Config(Values):
     @classmethod
     def _choose(cls, choice: str, name: str) -> Any:
         kinds = cls.registered(choice)
-        if name not in kinds:
+        if not isinstance(name, str) or name not in kinds:
             raise ConfigError(
-                f"{choice} must be one of {', '.join(kinds)}, and is {name!r} (your own: import "
-                f"the module that registers it first)."
+                f"{choice} must be one of {', '.join(kinds)}, and is {quote(name)} (your own: "
+                f"import the module that registers it first)."
             )
         return kinds[name]
 
@@ -208,7 +183,7 @@ class Config(Values):
                         f"{name} is a knob of {choice}={' or '.join(others)}, and {choice} is "
                         f"{value!r}: leave it out."
                     )
-            raise ConfigError(f"{cls.__name__} has no field {name!r}{cls._closest(name)}.")
+            raise ConfigError(f"{cls.__name__} has no field {quote(name)}{cls._closest(name)}.")
 
     @classmethod
     def _owner(cls, name: str) -> type[Values] | None:
@@ -228,34 +203,26 @@ class Config(Values):
         ours = OFFICIAL.get(name, "")
         if ours and cls._owner(ours.partition("=")[0]):
             return f"; the published code's {name} is {ours} here"
-        near = get_close_matches(name, cls._names(), n=1)
+        near = get_close_matches(name, [row["name"] for row in cls.fields()], n=1)
         return f"; did you mean {near[0]!r}" if near else ""
-
-    @classmethod
-    def _names(cls) -> list[str]:
-        return [row["name"] for row in cls.fields()]
 
     @classmethod
     def fields(cls) -> list[dict[str, Any]]:
         """A row for each name that a configuration of the stage may set: its fields, then its
         knobs. Each has the default (None: the recipe's) and what the name means."""
-        own, texts = cls.model_fields.items(), meanings(cls)
-        rows = [
-            {"name": name, "of": "all", "default": field.default, "meaning": texts.get(name, "")}
-            for name, field in own
+        kinds = {(c, name): kind for c in cls.choices for name, kind in cls.registered(c).items()}
+        models = {f"{c} = {name}": kind.Options for (c, name), kind in kinds.items()}
+        return [
+            {"name": name, "of": of, "default": field.default, "meaning": texts.get(name, "")}
+            for of, model in ({"all": cls} | models).items()
+            for texts in [meanings(model)]
+            for name, field in model.model_fields.items()
         ]
-        return rows + [{"name": row.pop("knob")} | row for row in cls.knobs()]
 
     @classmethod
     def knobs(cls) -> list[dict[str, Any]]:
-        """A row for each knob of each registered choice: of what it is, its default and meaning."""
-        return [
-            {"knob": name, "of": f"{choice} = {value}", "default": field.default}
-            | {"meaning": meanings(kind.Options).get(name, "")}
-            for choice in cls.choices
-            for value, kind in cls.registered(choice).items()
-            for name, field in kind.Options.model_fields.items()
-        ]
+        """The rows of `fields` for each knob of each registered choice, with `knob` for `name`."""
+        return [{"knob": row.pop("name")} | row for row in cls.fields() if row["of"] != "all"]
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_"):
@@ -319,7 +286,7 @@ class Config(Values):
                     f"are {', '.join(cls.model_fields)}{also if cls.choices else ''}."
                 )
         if not cells:
-            parameters = cls._names()
+            parameters = [row["name"] for row in cls.fields()]
         return cls(**{name: names[name] for name in parameters if name in names})
 
     def changed(self) -> dict[str, Any]:
@@ -387,130 +354,3 @@ class ImagesConfig(Config):
         """The fields that say how images are read, where they are set: arguments of `load`."""
         values = {name: getattr(self, name, None) for name in ("classes", "on_error", "gray_bits")}
         return {name: value for name, value in values.items() if value is not None}
-
-
-WORDS = {"none": None, "true": True, "yes": True, "on": True, "false": False, "no": False}
-WORDS |= {"off": False}
-
-
-def read(model: type[BaseModel], name: str, value: Any) -> Any:
-    """A value as meant. Shells send text, papermill and YAML make of some of it a number, a list or
-    None: one spelling means the same by all three ('8/255', 1e2, '[32 64]', 'null', 'true')."""
-    field = model.model_fields.get(name)
-    return _read(field.annotation, value) if field else value
-
-
-def _read(annotation: Any, value: Any) -> Any:
-    if value == "" and Literal[""] in typing.get_args(annotation):  # which says something else
-        return value
-    kinds, text = _kinds(annotation), isinstance(value, str)
-    word = value.strip() if text else ""
-    empty = not word and (types.NoneType in kinds or not kinds & {str, tuple, dict})
-    none = {"none"} if types.NoneType in kinds else set()  # else it may be a name: no adversary
-    if text and (empty or word == "None" or word.lower() in {"null", *none}):
-        return None
-    if tuple in kinds:
-        parts, item = _list(value), _item(annotation)
-        return tuple(_read(item, part) for part in parts) if isinstance(parts, tuple) else parts
-    if dict in kinds:
-        with contextlib.suppress(ValueError):
-            return json.loads(value) if text else value
-        return _pairs(value)
-    if text and str in kinds and int not in kinds:
-        return value
-    if text:
-        value = _number(WORDS.get(word.lower(), value))
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and not kinds & {int, float}:  # a run named 2024
-        return str(value) if str in kinds else value
-    with contextlib.suppress(OverflowError):
-        if whole and float in kinds:
-            return float(value)
-    if isinstance(value, float) and int in kinds and value.is_integer():  # 1e2
-        return int(value)
-    return value
-
-
-def _kinds(annotation: Any) -> set[type]:
-    """The plain types that an annotation allows: tuple and NoneType of `tuple[int, ...] | None`."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return {type(value) for value in parts}
-    if origin is Annotated:
-        return _kinds(parts[0])
-    if origin in (typing.Union, types.UnionType):
-        return set().union(*map(_kinds, parts))
-    return {origin or annotation}
-
-
-def _item(annotation: Any) -> Any:
-    """What a list's annotation says of its items: int of `tuple[int, ...] | None`."""
-    parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) is tuple:
-        return parts[0]
-    return next((item for part in parts if (item := _item(part)) is not None), None)
-
-
-def _number(value: Any) -> Any:
-    """The number that a text stands for, else the value itself."""
-    for kind in (int, float, lambda text: float(Fraction(text))):
-        with contextlib.suppress(ValueError, ArithmeticError):
-            return kind(value) if isinstance(value, str) else value
-    return value
-
-
-def _list(value: Any) -> Any:
-    """A list as a tuple; so are '0.03, 8/255' and 0.1, as papermill sends lists."""
-    if isinstance(value, str):
-        parts = re.split(r"[,\s]+", value.strip("()[], "))
-        return tuple(part.strip("'\"") for part in parts if part)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return (value,)
-    return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def _pairs(text: str) -> dict[str, Any] | str:
-    """A dict of 'crop=0.5, color=1/2', or of one as Python prints it; the text itself where it is
-    none."""
-    with contextlib.suppress(ValueError, SyntaxError):
-        if isinstance(value := ast.literal_eval(text), dict):
-            return value
-    pairs = [part.partition("=") for part in re.split(r"[,\s]+", text.strip()) if part]
-    if not all(equals for _, equals, _ in pairs):
-        return text
-    return {name: _number(value) for name, _, value in pairs}
-
-
-# What pydantic says in words of its own, by the type of its error.
-RULES = {
-    "list_type": "a list of values",
-    "int_type": "a whole number",
-    "float_type": "a number (8/255 will do)",
-    "too_short": "one value or more",
-    "dict_type": "pairs of name and value, as 'crop=0.5, color=0.5'",
-    "bool_type": "True or False",
-    "string_type": "text (papermill's -r keeps as text what looks like a number)",
-}
-
-
-def _sentence(model: type[BaseModel], error: ValidationError) -> str:
-    """The first complaint of pydantic as one sentence with the field, the value and the rule."""
-    errors = error.errors(include_url=False)
-    first = errors[0]
-    field = str(first["loc"][0]) if first["loc"] else model.__name__
-    if first["type"] == "value_error":  # raised by our own code: a sentence already
-        return str(first["ctx"]["error"])
-    if first["type"] == "extra_forbidden":
-        owner, names = model.__qualname__.split(".")[0], ", ".join(model.model_fields)
-        return f"{owner} has no knob {field!r}; its knobs are {names}."
-    # Behind the field stands an entry's key or number; of a union the name of each kind.
-    keyed = field in model.model_fields and dict in _kinds(model.model_fields[field].annotation)
-    depth = 2 if keyed or any(isinstance(part, int) for part in first["loc"][1:2]) else 1
-    own = [e for e in errors if e["loc"][:depth] == first["loc"][:depth]]
-    rules = [
-        RULES.get(e["type"], e["msg"].removeprefix("Input should be ").removeprefix("a valid "))
-        for e in own
-    ]
-    place = "".join(f"[{part!r}]" for part in first["loc"][1:2] if keyed)
-    rule = " or ".join(dict.fromkeys(rules))
-    return f"{field}{place} must be {rule}, and is {first['input']!r}."

@@ -9,13 +9,15 @@ read first. `base_rate` is the learning rate of 256 images a step, scaled to the
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from idaa_lib.configs.base import Config, ConfigError
+from idaa_lib.configs.base import Config
+from idaa_lib.configs.reading import ConfigError, expand, quote
 
 PRESETS = tuple(sorted(path.stem for path in Config.recipes.glob("*.toml")))
 
@@ -26,7 +28,8 @@ def recipe_values(stage: type[Config], explicit: Mapping[str, Any]) -> dict[str,
     Args:
         explicit: what the user gives, which decides which tables hold.
     Raises:
-        ConfigError: there is no such recipe, it is no TOML, or a name in it is unknown.
+        ConfigError: there is no such recipe, it is no TOML, a name in it is unknown, or what should
+            be a table, a number or the name of another recipe is none.
     """
     preset, values = str(explicit.get("preset", "demo")), dict(explicit)
     documents = list(_documents(preset, stage.recipes))
@@ -38,28 +41,39 @@ def recipe_values(stage: type[Config], explicit: Mapping[str, Any]) -> dict[str,
             break
         values = {**merged, **explicit}
     base, batch = merged.pop("base_rate", None), ({**merged, **explicit}).get("batch_size")
+    if not isinstance(base, int | float | None):
+        raise ConfigError(
+            f"base_rate of preset={quote(preset)} must be a number, and is {quote(base)}."
+        )
     if base is not None and isinstance(batch, int):
         merged["learning_rate"] = base * batch / 256
     return merged
 
 
-def _documents(preset: str, folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _documents(
+    preset: str, folder: Path, above: tuple[str, ...] = ()
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The recipe and those that it extends, the most basic one first."""
     path = folder / f"{preset}.toml"
-    if not path.exists():
-        path = Path(preset).expanduser()
+    if not os.path.isfile(path):
+        path = expand(preset)
     if path.suffix != ".toml":
-        names = ", ".join(sorted(other.stem for other in folder.glob("*.toml")))
+        names = sorted(other.stem for other in folder.glob("*.toml"))
         raise ConfigError(
-            f"preset must be one of {names} or the path of a .toml file, and is {preset!r}."
+            f"preset must be one of {', '.join(names)} or the path of a .toml file, and is "
+            f"{quote(preset)}."
         )
     try:
         stat = path.stat()
+        if not path.is_file():  # a pipe would never end
+            raise OSError("it is no file")
         document = _read(path, stat.st_mtime_ns, stat.st_size)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"preset={preset!r} cannot be read: {error}.") from error
+        raise ConfigError(f"preset={quote(preset)} cannot be read: {error}.") from error
+    if preset in above:
+        raise ConfigError(f"preset={quote(preset)} extends itself, by {', '.join(above)}.")
     if base := document.get("extends"):
-        yield from _documents(base, folder)
+        yield from _documents(str(base), folder, (*above, preset))
     yield path, document
 
 
@@ -77,7 +91,7 @@ def _apply(
     path: Path,
 ) -> None:
     """Add a table's values to `merged`, then those of the tables below it that hold."""
-    for name, value in table.items():
+    for name, value in _table(table, path).items():
         if name == "where":
             continue
         if name != "base_rate" and stage._owner(name) is None:
@@ -88,7 +102,13 @@ def _apply(
             merged.pop(name, None)
         else:
             merged[name] = value
-    for name, cases in table.get("where", {}).items():
+    for name, cases in _table(table.get("where", {}), path).items():
         field = stage.model_fields.get(name)
         value = values.get(name, field.default if field else None)
-        _apply(stage, cases.get(str(value), {}), merged, values, path)
+        _apply(stage, _table(cases, path).get(str(value), {}), merged, values, path)
+
+
+def _table(value: Any, path: Path) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"The recipe {path} has {quote(value)} where a table should be.")
+    return value

@@ -11,13 +11,13 @@ from pydantic import Field
 from idaa_lib.configs.base import (
     RECIPE,
     Config,
-    ConfigError,
     ImagesConfig,
     NonNegative,
     Positive,
     Rate,
     Seed,
 )
+from idaa_lib.configs.reading import ConfigError
 
 # Fields that a sensitivity study does not vary along a further axis: they have an axis of their
 # own, or would change more than themselves.

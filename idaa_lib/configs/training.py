@@ -11,19 +11,20 @@ from pydantic import Field
 from idaa_lib.configs.base import (
     RECIPE,
     Config,
-    ConfigError,
     ImagesConfig,
     NonNegative,
     Positive,
     Rate,
     Seed,
 )
+from idaa_lib.configs.reading import ConfigError, quote
 from idaa_lib.configs.recipes import recipe_values
 from idaa_lib.nets.vae import halvings
+from idaa_lib.registry import CHOICES
 
 # Recipes of random views (`views.RECIPES`).
 Augmentation = Literal["simclr", "simsiam", "normal", "byol", "cassle", "ipirm", "rsa", "none"]
-Channels = tuple[float, float, float]
+Shift = Annotated[float, Field(allow_inf_nan=False)]
 # The default of a field that may follow from another.
 FOLLOWS: Any = Field(default=None, validate_default=False)
 
@@ -66,8 +67,8 @@ class TrainingConfig(ImagesConfig):
     source_size: Positive | None = None
     limit: Positive | None = None
     split: Literal["train", "trainval"] = "train"
-    mean: Channels | None = None
-    std: Channels | None = None
+    mean: tuple[Shift, Shift, Shift] | None = None
+    std: tuple[Rate, Rate, Rate] | None = None
     seed: Seed = 0
     device: str = "auto"
     epochs: Positive = RECIPE
@@ -185,6 +186,11 @@ class EncoderConfig(TrainingConfig):
 
     def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
         self.chosen("method").check(self)
+        if self.backbone not in (names := CHOICES["backbone"]):
+            raise ConfigError(
+                f"backbone must be one of {', '.join(names)}, and is {quote(self.backbone)} (your "
+                f"own: import the module that registers it first)."
+            )
         return super()._derive(explicit)
 
     @property

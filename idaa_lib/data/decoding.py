@@ -1,5 +1,6 @@
 """From any file that Pillow opens to an RGB square of uint8."""
 
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from idaa_lib.data.layout import HEIF
-from idaa_lib.data.sources import Listing
+from idaa_lib.data.layout import HEIF, printable
+from idaa_lib.data.sources import Listing, read_file
 
 if HEIF:
     import pillow_heif
@@ -36,9 +37,10 @@ class Item(NamedTuple):
 def decode(path: str | Path, size: int) -> Tensor:
     """One image file as every source's are decoded: uint8 (3, size, size).
 
-    Raises OSError where it is missing or no image.
+    Raises OSError where it is missing, no file or no image.
     """
-    with Image.open(Path(path).expanduser()) as image:
+    content = read_file(Path(os.path.expanduser(path)))
+    with Image.open(io.BytesIO(content)) as image:
         return torch.tensor(_square(image, size, 16))
 
 
@@ -69,7 +71,8 @@ def _decode(listing: Listing, size: int, bits: int, place: int) -> Item:
         why = "no image format that Pillow knows"
     except Exception as error:  # Pillow's plugins raise whatever a broken file trips them with
         why = f"{type(error).__name__}: {error}"
-    return Item(place, error=f"{listing.names[place]} cannot be read ({why})")
+    name = printable(listing.names[place])
+    return Item(place, error=f"{name} cannot be read ({why})")
 
 
 def _square(image: Image.Image, size: int, bits: int) -> np.ndarray:

@@ -23,6 +23,11 @@ def sha256(text: str, more: bytes = b"") -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape") + more).hexdigest()
 
 
+def printable(text: str) -> str:
+    """The text with bytes that are no UTF-8 as \\udcff: what files and screens can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def split_by_name(part: str, parts: set[str], name: str) -> str:
     """The split of an item that its source has in `part` of its `parts` ("all": it has no parts).
 
@@ -139,7 +144,7 @@ def _count(kinds: dict[str, str]) -> list[str]:
     if not kinds:
         return []
     counts = Counter(kind or "without extension" for kind in kinds.values())
-    text = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+    text = ", ".join(f"{n} {printable(kind)}" for kind, n in sorted(counts.items()))
     if {".heic", ".heif"} & counts.keys():
         text += "; pip install pillow-heif, and .heic is read"
     if "" in kinds.values():

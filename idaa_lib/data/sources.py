@@ -113,13 +113,8 @@ class Source:
         """Its items; may download them. ValueError where it is unclear what belongs where."""
         members = self.members()
         broken = {name for name, size, _ in members if size < 0}
-
-        def read_bytes(name: str) -> bytes:
-            if not stat.S_ISREG((self.path / name).stat().st_mode):  # a pipe would never end
-                raise OSError("it is no file, but a folder, pipe or device")
-            return (self.path / name).read_bytes()
-
-        return self._list([name for name, _, _ in members], read_bytes, broken)
+        names = [name for name, _, _ in members]
+        return self._list(names, lambda name: read_file(self.path / name), broken)
 
     def _list(
         self, members: list[str], read_bytes: Callable[[str], bytes], broken: Collection[str] = ()
@@ -167,8 +162,10 @@ class Zip(Source):
         archive, lock = zipfile.ZipFile(self.path), threading.Lock()
 
         def read_bytes(name: str) -> bytes:
+            member = archive.getinfo(inside[name])
+            _check_size(member.file_size)
             with lock:
-                return archive.read(inside[name])
+                return archive.read(member)
 
         return self._list(list(inside), read_bytes)
 
@@ -308,20 +305,23 @@ def find_source(
         return Photos(Path(photos.__file__), "photos")
     if isinstance(source, str) and source in TORCHVISION:
         return Torchvision(source, data, download)
-    places = [Path(source).expanduser().absolute(), data / source]
+    places = [Path(os.path.expanduser(source)).absolute(), data / source]
     for path in places:
-        if path.exists():
+        if os.path.isdir(path) or os.path.isfile(path):  # a pipe or device might never end
             kind, name = (Source, path.resolve().name) if path.is_dir() else (Zip, path.stem)
             if all((path / f"{part}.pkl").is_file() for part in Pickles.parts):
                 kind = Pickles
             return kind(path, name, classes)
     if page := FOLDERS.get(str(source)):
         raise FileNotFoundError(f"{source} is not in {places[1]}: put it there as {page} says")
-    digits = " (papermill -p reads 2024_01 as 202401: give such a name with -r)"
+    name, hint = str(source), "give the path of a folder or zip of images"
+    if name.isdecimal():
+        hint = "papermill -p reads 2024_01 as 202401: give such a name with -r"
+    elif os.sep not in name and len(name) < 50:
+        hint += f", or one of {', '.join(NAMES)}"
     raise FileNotFoundError(
-        f"source={str(source)!r} is no known data set, and neither {places[0]} nor {places[1]} is "
-        f"there{digits if str(source).isdecimal() else ''}: give the path of a folder or zip of "
-        f"images, or one of {', '.join(NAMES)}"
+        f"source={name!r} is no known data set, and neither {places[0]} nor {places[1]} is "
+        f"there: {hint}"
     )
 
 
@@ -331,8 +331,9 @@ def read_classes(file: str | Path, data: Path) -> tuple[str, ...]:
     It lies where its path says, or in the data folder, or is a list that ships here. Raises
     FileNotFoundError where there is none, ValueError where it names none, or one twice.
     """
-    places = [Path(file).expanduser().absolute(), data / file, Path(__file__).parent / file]
-    path = next((path for path in places if path.is_file()), None)
+    own = Path(os.path.expanduser(file)).absolute()
+    places = [own, data / file, Path(__file__).parent / file]
+    path = next((path for path in places if os.path.isfile(path)), None)
     if path is None:
         raise FileNotFoundError(
             f"classes={str(file)!r} is no list, and neither {places[0]} nor {places[1]} is a file: "
@@ -346,6 +347,20 @@ def read_classes(file: str | Path, data: Path) -> tuple[str, ...]:
     if twice:
         raise ValueError(f"classes: {path} names {', '.join(twice)} more than once: once is enough")
     return classes
+
+
+def read_file(path: Path) -> bytes:
+    """The content of an image file; OSError where it is no regular file or has over 1 GiB."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe or device might never end
+        raise OSError("it is no file, but a folder, pipe or device")
+    _check_size(status.st_size)
+    return path.read_bytes()
+
+
+def _check_size(size: int) -> None:
+    if size > 2**30:
+        raise OSError(f"it has {size / 2**30:.3g} GiB, and an image file at most 1")
 
 
 def read_stamp(path: str | Path) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from idaa_lib.configs import ConfigError
 from idaa_lib.evaluate.metrics import top1
 from idaa_lib.views import keyed_generator
 
@@ -100,8 +101,15 @@ def linear_probe(
         train, val: (features (N, D), labels (N,)). test: features (Q, D).
         score: of predictions and labels; the penalty of the largest on val is chosen.
         axes: of features like those of train; they decide how soon it ends, not where.
+    Raises:
+        ConfigError: fewer than two images to learn from.
     """
     (x, y), (x_val, y_val) = train, val
+    if len(x) < 2:
+        raise ConfigError(
+            f"A linear classifier needs 2 images or more to learn from, and has {len(x)}: take a "
+            f"larger limit."
+        )
     sets = [x, x_val, test]
     if protocol.tolerance < 1e-7:
         sets = [part.double() for part in sets]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, SSLConfig, VAEConfig
-from idaa_lib.configs.base import read
+from idaa_lib.configs.reading import expand, read
 from idaa_lib.interop.layouts import Channels, Keys
 from idaa_lib.interop.official import Official, load_official
 from idaa_lib.methods import About, build_method
@@ -55,7 +55,7 @@ def import_run(
         ConfigError: as `load_official`; values that the file contradicts; images that cannot be
             read.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     units: dict[str, Any] = {"size": size, "mean": mean, "std": std}
     units = {name: read(SSLConfig, name, value) for name, value in units.items()}
     conditioning: dict[str, Any] = {"condition": condition, "injection": injection}

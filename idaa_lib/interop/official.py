@@ -8,6 +8,8 @@ They are told apart by the names of their tensors. Nothing that a file holds is 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from idaa_lib.configs import ConfigError
+from idaa_lib.configs.reading import expand
 from idaa_lib.evaluate.encoders import Encoder
 from idaa_lib.interop.layouts import (
     BESIDE,
@@ -114,14 +117,17 @@ def load_official(
             MoCo-v3 and hypernetworks are not read); tensors are missing, left over, of another
             shape, NaN or infinite, and which; condition or injection is not what the tensors have.
     """
-    path = Path(path).expanduser()
-    state, prefixes, epoch, acc = _read(path)
+    path = expand(path)
+    file = _read(path)
     try:
+        state, prefixes, epoch, acc = _unwrap(file)
         content = read_layout(state, path.name, condition, injection)
         kind, parts, names, published, knobs = content
         counters = _fill(parts, state, names)
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:  # tensors that fit no network, such as one of no dimension
+        raise ConfigError(f"{path}: its tensors make no network that was published.") from error
     notes = [f"{', '.join(prefixes)} taken off its names"] if prefixes else []
     notes += [f"{counters} missing num_batches_tracked set to 0"] if counters else []
     if notes:
@@ -157,17 +163,22 @@ NESTS = ("net", "model", "state_dict", "model_state_dict", "network", "module")
 PREFIXES = ("module.", "model.")
 
 
-def _read(path: Path) -> tuple[State, list[str], int | None, float | None]:
-    """Tensors by name, without the prefixes that follow; epoch and accuracy where they are kept."""
+def _read(path: Path) -> Any:
+    """What a file holds, of which nothing is executed."""
+    if not os.path.isfile(path):  # a pipe or device might never end
+        raise ConfigError(
+            f"{path} cannot be read: it is no file."
+            if os.path.exists(path)
+            else f"There is no checkpoint {path}."
+        )
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if part := archive.testzip():  # bytes have changed, which torch does not see
-                    raise zipfile.BadZipFile(part)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"There is no checkpoint {path}.") from None
-    except (IsADirectoryError, PermissionError) as error:
+                packed = any(member.compress_type for member in archive.infolist())
+                if packed or archive.testzip():  # torch packs nothing, and sees no changed bytes
+                    raise zipfile.BadZipFile
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # a damaged file can raise anything
         if code := re.search(r"(?<=GLOBAL )[\w.]+|TorchScript", str(error)):
@@ -179,19 +190,25 @@ def _read(path: Path) -> tuple[State, list[str], int | None, float | None]:
         raise ConfigError(
             f"{path} is cut short, damaged or no PyTorch checkpoint: copy or download it again."
         ) from error
+
+
+def _unwrap(content: Any) -> tuple[State, list[str], int | None, float | None]:
+    """Tensors by name, without the prefixes that follow; epoch and accuracy where they are kept."""
     about: Mapping[str, Any] = {}
     if isinstance(content, Mapping) and isinstance(content.get("backbone"), Mapping):
-        trainer = content.get("trainer") or {}
-        if "iteration" in trainer and trainer.get("epoch_length"):
-            about = {"epoch": trainer["iteration"] // trainer["epoch_length"]}
+        match content.get("trainer"):
+            case {"iteration": int(steps), "epoch_length": int(length)} if length > 0:
+                about = {"epoch": steps // length}
         content = dict(_flatten({k: content[k] for k in _CASSLE if k in content}))
-    while isinstance(content, Mapping):
+    for _ in NESTS:
+        if not isinstance(content, Mapping):
+            break
         inner = (content[name] for name in NESTS if isinstance(content.get(name), Mapping))
         if (state := next(inner, None)) is None:
             break
         about, content = {**about, **content}, state
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ConfigError(f"{path} has no state dict, alone or as {', '.join(NESTS)}.")
+        raise ConfigError(f"it has no state dict, alone or as {', '.join(NESTS)}.")
     tensors, prefixes = dict(_flatten(content)), list[str]()
     if any("_orig_mod." in key for key in tensors):  # of torch.compile, at any place
         tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
@@ -201,13 +218,16 @@ def _read(path: Path) -> tuple[State, list[str], int | None, float | None]:
     ):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
         prefixes.append(prefix)
+    for key, tensor in tensors.items():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ConfigError(f"it is damaged: {key} lacks the values that its shape needs.")
     epoch, acc = about.get("epoch"), about.get("acc")
-    return (
-        State(tensors),
-        prefixes,
-        epoch if isinstance(epoch, int) else None,
-        float(acc) if isinstance(acc, int | float | Tensor) else None,
-    )
+    accuracy = None
+    if isinstance(acc, int | float | Tensor):
+        with contextlib.suppress(ValueError, OverflowError, RuntimeError):  # not one number
+            accuracy = float(acc)
+    return State(tensors), prefixes, epoch if type(epoch) is int else None, accuracy
 
 
 def _flatten(content: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
@@ -249,7 +269,7 @@ def _fill(parts: dict[str, Any], state: State, names: Names) -> int:
         },
     }
     texts = [
-        f"it {what} {', '.join(sorted(keys)[:20])}{' and more' if len(keys) > 20 else ''}"
+        f"it {what} {', '.join(sorted(keys)[:2])}{' and more' if len(keys) > 2 else ''}"
         for what, keys in faults.items()
         if keys
     ]

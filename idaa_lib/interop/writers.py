@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from idaa_lib.configs import ConfigError
+from idaa_lib.configs.reading import expand
 from idaa_lib.evaluate.encoders import Encoder, load_encoder
 from idaa_lib.interop.official import Official
 from idaa_lib.nets import evaluating
@@ -51,7 +52,7 @@ def export(
         encoder = source.encoder()
     else:
         encoder = source if isinstance(source, Encoder) else load_encoder(source)
-    path = Path(path).expanduser()
+    path = expand(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.touch()  # fails before any work where the path cannot be written

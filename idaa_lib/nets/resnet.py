@@ -104,9 +104,22 @@ class _Block(Normed):
         for i in range(1, self.depth):
             y = self.norm(f"bn{i}", getattr(self, f"conv{i}")(y), adversarial, slope=0.0)
         if self.projects:
-            x = self.norm("shortcut_bn", self.shortcut(x), adversarial)
+            x = self.norm("shortcut_bn", project(x, self.shortcut[0]), adversarial)
         y = getattr(self, f"conv{self.depth}")(y)
         return self.norm(f"bn{self.depth}", y, adversarial, residual=x, slope=0.0)
+
+
+def project(x: Tensor, convolution: Any) -> Tensor:
+    """A 1×1 convolution of x (B, C, H, W).
+
+    With a stride, oneDNN's gradient of its weights writes behind its memory where channels are few:
+    fewer than 8 (AVX2), or than 16 where more than 22 × 22 pixels come out (AVX-512). Pixels are
+    picked before it there (docs/upstream.md).
+    """
+    stride, few = convolution.stride[0], 16 if x.shape[-1] > 44 else 8
+    if stride > 1 and x.shape[1] < few and x.device.type == "cpu":
+        return F.conv2d(x[..., ::stride, ::stride], convolution.weight)
+    return convolution(x)
 
 
 class ResNet(Normed):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from idaa_lib.configs import ConfigError, ImagesConfig, TrainingConfig
+from idaa_lib.configs.reading import expand
 from idaa_lib.runs import checkpoints
 from idaa_lib.runs.directory import CONFIGS, NOTEBOOKS, Run, list_runs, outputs_root
 from idaa_lib.runs.files import RunError
@@ -104,12 +105,12 @@ def get(stage: str, name: Run | str | None, **values: Any) -> Run:
     if isinstance(name, Run):
         run = name
     elif os.sep in name:
-        run = Run(Path(name).expanduser().resolve())
+        run = Run(Path(os.path.realpath(expand(name))))
     else:
         folder = outputs_root() / stage
         ends = [*folder.glob(f"*-{name}")] if re.fullmatch("[0-9a-f]{8}", name) else []
         run = Run(ends[0] if ends else folder / name)
-    if not (run.path / "config.json").exists():
+    if not os.path.isfile(run.path / "config.json"):
         raise RunError(f"There is no {stage} run {run.id!r} at {run.path}.")
     if run.stage != stage:
         raise RunError(

@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from idaa_lib.configs import ConfigError, ImagesConfig
+from idaa_lib.configs.reading import expand, quote
 from idaa_lib.data.cached import ImageSet, load
 from idaa_lib.data.sources import NAMES
 
@@ -35,7 +36,7 @@ def open_images(dataset: str, split: str, size: int, limit: int | None, **readin
     try:
         return load(dataset, split, size, limit, **reading)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"dataset={dataset!r}: {error}.") from error
+        raise ConfigError(f"dataset={quote(dataset)}: {error}.") from error
 
 
 def drop_unlabelled(images: ImageSet) -> ImageSet:
@@ -51,8 +52,8 @@ def drop_unlabelled(images: ImageSet) -> ImageSet:
 
 def resolve_path(dataset: str) -> str:
     """An existing path made absolute: later stages may run in another folder."""
-    path = Path(dataset).expanduser()
-    return str(path.resolve()) if dataset not in NAMES and path.exists() else dataset
+    path = expand(dataset)
+    return str(path.resolve()) if dataset not in NAMES and os.path.exists(path) else dataset
 
 
 def resolve_paths(config: Reader) -> Reader:
@@ -70,7 +71,7 @@ def torch_device(name: str) -> torch.device:
     available = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
     available += ["mps"] * torch.backends.mps.is_available()
     if name not in available:
-        raise ConfigError(f"device must be one of {', '.join(available)}, and is {name!r}.")
+        raise ConfigError(f"device must be one of {', '.join(available)}, and is {quote(name)}.")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)

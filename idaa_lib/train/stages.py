@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +35,14 @@ from idaa_lib.nets.vae import rate
 from idaa_lib.registry import CHOICES, SOURCES, source
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
 from idaa_lib.runs.choice import has_images
-from idaa_lib.runs.machine import describe, drop_unlabelled, open_images, resolve_paths, uses_bf16
+from idaa_lib.runs.machine import (
+    describe,
+    drop_unlabelled,
+    open_images,
+    resolve_paths,
+    torch_device,
+    uses_bf16,
+)
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train.accelerator import make_accelerator, start_trackers
 from idaa_lib.train.loop import Fit
@@ -194,7 +202,43 @@ def _begin(config: TrainingConfig, kind: type[TrainingConfig]) -> tuple[Training
     plan = _plan(config)
     if plan.vae and not getattr(config, "vae", None):
         print(f"vae: {plan.vae.id} (none was named, and it fits)")
+    _check_memory(plan)
     return plan, _open(config, "val", limit)
+
+
+def _check_memory(plan: TrainingPlan) -> None:
+    """Whether a machine that could do nothing else had room: for the weights, their gradients, two
+    moments, and a batch of images. A training takes more, so none that fits is refused.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    config, device = plan.config, torch_device(plan.config.device)
+    numbers = {name: value for name, value in config if type(value) is int and value > 1024}
+    if not numbers.keys() - {"seed", "epochs", "limit"}:  # networks are small: no need to look
+        return
+    build = VAETraining if isinstance(config, VAEConfig) else build_method
+    need, largest = 4 * config.batch_size * 3 * config.size**2, "a batch of images"
+    try:
+        with torch.device("meta"):
+            tensors = build(config, plan.about).state_dict()
+    except (RuntimeError, TypeError):  # sizes beyond 64 bits
+        if foreign(config):  # which may not be built so
+            return
+        need, largest = 2**63, "a network"
+    else:
+        sizes = {name: 4 * tensor.nbytes for name, tensor in tensors.items()} | {largest: need}
+        need, largest = sum(sizes.values()), max(sizes, key=sizes.__getitem__)
+    room = psutil.virtual_memory().total
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    if need > room:
+        names = ", ".join(f"{name}={number}" for name, number in numbers.items())
+        raise ConfigError(
+            f"The training needs {need / 2**30:.3g} GiB of memory or more, most of it for "
+            f"{largest}, and this machine has {room / 2**30:.3g}: take less of "
+            f"{names}."
+        )
 
 
 def _open(config: TrainingConfig, split: str, limit: int | None) -> ImageSet:

@@ -1,0 +1,208 @@
+"""Values as they are meant, whoever sends them, and what is refused of them as one sentence."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import math
+import os
+import re
+import types
+import typing
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_json
+
+LARGEST = 1e30  # of numbers: squares of larger ones have no place in 32 bits
+
+
+class UserError(Exception):
+    """An error whose text is one sentence for the user; notebooks show it without a traceback.
+
+    A word of more than 200 characters, such as a path, loses its middle.
+    """
+
+    def __init__(self, text: str) -> None:
+        text = text.encode("utf-8", "backslashreplace").decode()  # of names that are no UTF-8
+        super().__init__(re.sub(r"(\S{40})\S{140,}(\S{20})", r"\1…\2", text))
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ConfigError(UserError, ValueError):
+    """A value that no run can be made from."""
+
+
+class Values(BaseModel):
+    """Frozen fields that are read as meant (`read`); what is refused is one sentence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**{name: read(type(self), name, v) for name, v in values.items()})
+        except ValidationError as error:
+            raise ConfigError(_sentence(type(self), error)) from None
+
+
+def quote(value: Any) -> str:
+    """A value as Python writes it, its middle left out where it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+        return f"a {type(value).__name__} that is too large to print"
+    return text if len(text) <= 100 else f"{text[:70]} … {text[-20:]}"
+
+
+def expand(path: str | Path) -> Path:
+    """The path with the home folder for `~`; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
+WORDS = {"none": None, "true": True, "yes": True, "on": True, "false": False, "no": False}
+WORDS |= {"off": False}
+
+
+def read(model: type[BaseModel], name: str, value: Any) -> Any:
+    """A value as meant. Shells send text, papermill and YAML make of some of it a number, a list or
+    None: one spelling means the same by all three ('8/255', 1e2, '[32 64]', 'null', 'true')."""
+    field = model.model_fields.get(name)
+    value = _read(field.annotation, value) if field else value
+    try:
+        to_json(value)
+    except (ValueError, RecursionError):  # other kinds, lone surrogates, hundreds of levels
+        raise ConfigError(
+            f"{name} must be text of Unicode, a number, or lists and pairs of them that JSON can "
+            f"hold, and is {quote(value)}."
+        ) from None
+    if isinstance(value, str) and (len(value) > 1000 or "\0" in value):  # no file has such a name
+        raise ConfigError(
+            f"{name} must be text of 1,000 characters at most, none of them NUL, and is "
+            f"{quote(value)}."
+        )
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and LARGEST < abs(number) < math.inf:
+            raise ConfigError(
+                f"{name} must be between -{LARGEST:g} and {LARGEST:g}, and is {quote(number)}."
+            )
+    return value
+
+
+def _read(annotation: Any, value: Any) -> Any:
+    if value == "" and Literal[""] in typing.get_args(annotation):  # which says something else
+        return value
+    kinds, text = _kinds(annotation), isinstance(value, str)
+    word = value.strip() if text else ""
+    empty = not word and (types.NoneType in kinds or not kinds & {str, tuple, dict})
+    none = {"none"} if types.NoneType in kinds else set()  # else it may be a name: no adversary
+    if text and (empty or word == "None" or word.lower() in {"null", *none}):
+        return None
+    if tuple in kinds:
+        parts, item = _list(value), _item(annotation)
+        return tuple(_read(item, part) for part in parts) if isinstance(parts, tuple) else parts
+    if dict in kinds:
+        return _pairs(value) if text else value
+    if text and str in kinds and int not in kinds:
+        return value
+    if text:
+        value = _number(WORDS.get(word.lower(), value))
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and not kinds & {int, float}:  # a run named 2024
+        return str(value) if str in kinds else value
+    with contextlib.suppress(OverflowError):
+        if whole and float in kinds:
+            return float(value)
+    if isinstance(value, float) and int in kinds and value.is_integer():  # 1e2
+        return int(value)
+    return value
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The plain types that an annotation allows: tuple and NoneType of `tuple[int, ...] | None`."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return {type(value) for value in parts}
+    if origin is Annotated:
+        return _kinds(parts[0])
+    if origin in (typing.Union, types.UnionType):
+        return set().union(*map(_kinds, parts))
+    return {origin or annotation}
+
+
+def _item(annotation: Any) -> Any:
+    """What a list's annotation says of its items: int of `tuple[int, ...] | None`."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple:
+        return parts[0]
+    return next((item for part in parts if (item := _item(part)) is not None), None)
+
+
+def _number(value: Any) -> Any:
+    """The number that a text stands for, else the value itself."""
+    for kind in (int, float, lambda text: float(Fraction(text))):
+        with contextlib.suppress(ValueError, ArithmeticError):
+            return kind(value) if isinstance(value, str) else value
+    return value
+
+
+def _list(value: Any) -> Any:
+    """A list as a tuple; so are '0.03, 8/255' and 0.1, as papermill sends lists."""
+    if isinstance(value, str):
+        parts = re.split(r"[,\s]+", value.strip("()[], "))
+        return tuple(part.strip("'\"") for part in parts if part)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (value,)
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def _pairs(text: str) -> dict[str, Any] | str:
+    """A dict of JSON, of 'crop=0.5, color=1/2', or as Python prints it; else the text itself."""
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            if isinstance(value := parse(text), dict):
+                return value
+    pairs = [part.partition("=") for part in re.split(r"[,\s]+", text.strip()) if part]
+    if not all(equals for _, equals, _ in pairs):
+        return text
+    return {name: _number(value) for name, _, value in pairs}
+
+
+# What pydantic says in words of its own, by the type of its error.
+RULES = {
+    "list_type": "a list of values",
+    "tuple_type": "a list of values",
+    "int_type": "a whole number",
+    "float_type": "a number (8/255 will do)",
+    "too_short": "one value or more",
+    "dict_type": "pairs of name and value, as 'crop=0.5, color=0.5'",
+    "bool_type": "True or False",
+    "string_type": "text (papermill's -r keeps as text what looks like a number)",
+}
+
+
+def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+    """The first complaint of pydantic as one sentence with the field, the value and the rule."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    field = str(first["loc"][0]) if first["loc"] else model.__name__
+    if first["type"] == "value_error":  # raised by our own code: a sentence already
+        return str(first["ctx"]["error"])
+    if first["type"] == "extra_forbidden":
+        owner, names = model.__qualname__.split(".")[0], ", ".join(model.model_fields)
+        return f"{owner} has no knob {field!r}; its knobs are {names}."
+    # Behind the field stands an entry's key or number; of a union the name of each kind.
+    keyed = field in model.model_fields and dict in _kinds(model.model_fields[field].annotation)
+    depth = 2 if keyed or any(isinstance(part, int) for part in first["loc"][1:2]) else 1
+    own = [e for e in errors if e["loc"][:depth] == first["loc"][:depth]]
+    rules = [
+        RULES.get(e["type"], e["msg"].removeprefix("Input should be ").removeprefix("a valid "))
+        for e in own
+    ]
+    place = "".join(f"[{part!r}]" for part in first["loc"][1:2] if keyed)
+    rule = " or ".join(dict.fromkeys(rules))
+    return f"{field}{place} must be {rule}, and is {quote(first['input'])}."
