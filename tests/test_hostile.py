@@ -71,6 +71,7 @@ IDAA = {"adversary": "idaa"}
         (SSLConfig, {"method": ["simclr"]}, "method must be one of "),
         (SSLConfig, {"dataset": "\ud800"}, "dataset must be text of Unicode"),
         (SSLConfig, {"dataset": "a\0"}, "dataset must be text of 1,000 characters"),
+        (SSLConfig, {"dataset": "a\nb"}, "dataset must be text of 1,000 characters"),
         (SSLConfig, {"schedule": "x " * 2500}, "schedule must be text of 1,000 characters at most"),
         (SSLConfig, {"on_error": "x" * 500}, "on_error must be 'raise' or 'skip', and is 'xxx"),
         (SSLConfig, {"preset": "x" * 5000}, "preset must be text of 1,000 characters at most"),

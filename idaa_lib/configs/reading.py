@@ -28,7 +28,8 @@ class UserError(Exception):
 
     def __init__(self, text: str) -> None:
         text = text.encode("utf-8", "backslashreplace").decode()  # of names that are no UTF-8
-        super().__init__(re.sub(r"(\S{40})\S{140,}(\S{20})", r"\1…\2", text))
+        text = re.sub(r"(\S{30})\S{160,}(\S{10})", r"\1…\2", text)
+        super().__init__(text)
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
@@ -80,9 +81,9 @@ def read(model: type[BaseModel], name: str, value: Any) -> Any:
             f"{name} must be text of Unicode, a number, or lists and pairs of them that JSON can "
             f"hold, and is {quote(value)}."
         ) from None
-    if isinstance(value, str) and (len(value) > 1000 or "\0" in value):  # no file has such a name
+    if isinstance(value, str) and (len(value) > 1000 or {*value} & {"\0", "\n", "\r"}):
         raise ConfigError(
-            f"{name} must be text of 1,000 characters at most, none of them NUL, and is "
+            f"{name} must be text of 1,000 characters at most, in one line, without NUL, and is "
             f"{quote(value)}."
         )
     for number in value if isinstance(value, tuple) else (value,):

@@ -24,8 +24,8 @@ def sha256(text: str, more: bytes = b"") -> str:
 
 
 def printable(text: str) -> str:
-    """The text with bytes that are no UTF-8 as \\udcff: what files and screens can hold."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """The text in one line, bytes that are no UTF-8 as \\udcff: what files and screens hold."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
 def split_by_name(part: str, parts: set[str], name: str) -> str:

@@ -317,7 +317,7 @@ def find_source(
     name, hint = str(source), "give the path of a folder or zip of images"
     if name.isdecimal():
         hint = "papermill -p reads 2024_01 as 202401: give such a name with -r"
-    elif os.sep not in name and len(name) < 50:
+    elif os.sep not in name and len(name) < 20:
         hint += f", or one of {', '.join(NAMES)}"
     raise FileNotFoundError(
         f"source={name!r} is no known data set, and neither {places[0]} nor {places[1]} is "
