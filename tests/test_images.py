@@ -243,8 +243,9 @@ def test_zip_that_leaves_its_folder_is_refused_before_reading(tmp_path, data, me
 
 
 def test_missing_path_unknown_name_and_broken_zip(tmp_path):
-    for source in ("cifar11", tmp_path / "absent.zip"):
-        with pytest.raises(FileNotFoundError, match=r"photos, cifar10, .*caltech101"):
+    names = "photos, cifar10, .*caltech101"  # no path is one of them, mistyped
+    for source, hint in (("cifar11", names), (tmp_path / "absent.zip", "path of a folder or zip")):
+        with pytest.raises(FileNotFoundError, match=hint):
             images.load(source, "train")
     (tmp_path / "broken.zip").write_bytes(b"PK\3\4 cut off")
     with pytest.raises(ValueError, match=r"broken.zip is neither a folder nor a readable zip"):

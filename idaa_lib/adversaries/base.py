@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from idaa_lib import configs
-from idaa_lib.configs.base import NonNegative, Positive, UserError
+from idaa_lib.configs import UserError
+from idaa_lib.configs.base import NonNegative, Positive
 from idaa_lib.nets import evaluating
 from idaa_lib.nets.vae import VAE, folded
 from idaa_lib.registry import register
