@@ -548,7 +548,7 @@ def crops(outputs):
         run = runs.run_for(config, name)
         with run.writing(config, {}) as writer:
             given = crop_probe(
-                encoder, train, test, writer, classifier=classifier,
+                encoder, train, test, run, writer, classifier=classifier,
                 device=torch.device("cpu"), batch_size=16, seed=3, **how,
             )  # fmt: skip
         return run, *given, train, test

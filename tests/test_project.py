@@ -52,7 +52,7 @@ ROOMS = {
     "data": set(),
     "views": set(),
     "nets": {"registry"},
-    "runs": {"configs", "data"},
+    "runs": {"configs", "data", "nets"},
     "adversaries": {"registry", "configs", "nets", "views"},
     "methods": {"registry", "configs", "nets", "views"},
     "evaluate": CORE | {"methods"},

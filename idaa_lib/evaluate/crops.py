@@ -25,7 +25,7 @@ from idaa_lib.evaluate.metrics import top1
 from idaa_lib.methods import Classifier
 from idaa_lib.methods.schedules import build_optimizer, build_schedule
 from idaa_lib.nets import initial_weights
-from idaa_lib.runs import Writer, checkpoints
+from idaa_lib.runs import Run, Writer, checkpoints
 from idaa_lib.runs.steps import State, Steps
 from idaa_lib.views import Recipe, keyed_generator, recipe
 
@@ -63,7 +63,8 @@ def crop_probe(
     encoder: Encoder,
     train: ImageSet,
     test: ImageSet,
-    writer: Writer,
+    run: Run,
+    writer: Writer | None,
     *,
     classifier: Classifier,
     batch_size: int,
@@ -71,7 +72,7 @@ def crop_probe(
     bf16: bool = False,
     seed: int = 0,
 ) -> tuple[Tensor, float]:
-    """Scores (Q, C) of the test images by the classifier of the writer's run, at the epoch that
+    """Scores (Q, C) of the test images by the classifier of `run`, at the epoch that
     counts, and its top-1 in percent at the last one. It is trained from the run's last checkpoint
     on.
 
@@ -148,7 +149,7 @@ def crop_probe(
         return {"top1_test": value}
 
     steps = Steps(
-        writer.run,
+        run,
         writer,
         classifier.epochs * per_epoch,
         per_epoch=per_epoch,

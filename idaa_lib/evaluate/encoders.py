@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from idaa_lib.data.cached import ImageSet
 from idaa_lib.data.sources import LABELLED
 from idaa_lib.methods import About, Method, build_method
 from idaa_lib.nets import build_backbone, evaluating, initial_weights
+from idaa_lib.nets.processes import count_processes, share
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run, RunError, checkpoints
 from idaa_lib.runs.machine import drop_unlabelled, open_images
@@ -113,7 +114,8 @@ def features(
 ) -> Tensor:
     """Features (N, D) float32, on `output_device`, of uint8 images (N, 3, H, W).
 
-    The module is left as it was: eval mode inside, its own modes after, no gradients.
+    The module is left as it was: eval mode inside, its own modes after, no gradients. Of several
+    processes each encodes a part, and all get the whole.
 
     Args:
         batch_size: None for 512 images of 32 pixels, fewer larger ones.
@@ -123,26 +125,28 @@ def features(
     """
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     transform = transform or recipe("none", size, mean, std)
-    rows = []
-    batches = images.split(batch_size or max(64, 2**19 // size**2))
-    numbers: Iterable[Tensor] = (transform.numbers(len(batch), generator) for batch in batches)
-    if mixing is not None:  # an image's partner may be in any batch
-        numbers = [*numbers]
-        every, parts = torch.cat(numbers), [of.split(len(batches[0])) for of in mixing]
+    batch_size = batch_size or max(64, 2**19 // size**2)
+    batches = images.split(batch_size)
+    numbers = torch.cat([transform.numbers(len(batch), generator) for batch in batches])
 
-    def view(batch: Tensor, numbers: Tensor) -> Tensor:
-        return transform.view(batch.to(device), numbers).images
+    def view(rows: Any) -> Tensor:
+        return transform.view(images[rows].to(device), numbers[rows]).images
 
+    def encode(rows: Any) -> Tensor:
+        x = view(rows)
+        if mixing is not None:
+            part, partner = (of[rows] for of in mixing)
+            x = torch.lerp(view(partner), x, part.to(x)[:, None, None, None])
+        with autocast:
+            return module(x).float()
+
+    step, n = batch_size * count_processes(), len(images)
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
-        for i, (batch, own) in enumerate(zip(batches, numbers, strict=True)):
-            x = view(batch, own)
-            if mixing is not None:
-                share, partner = (of[i] for of in parts)
-                other = view(images[partner], every[partner])
-                x = torch.lerp(other, x, share.to(x)[:, None, None, None])
-            with autocast:
-                rows.append(module(x).float().to(output_device))
-    return torch.cat(rows)
+        results = [
+            share(range(start, min(start + step, n)), encode).to(output_device)
+            for start in range(0, max(1, n), step)
+        ]
+    return torch.cat(results)
 
 
 def encode_splits(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from idaa_lib.nets.processes import share
+
+BLOCK = 2**16  # rows of the bank that lie beside the queries at a time
 
 
 @torch.no_grad()
@@ -17,21 +23,40 @@ def knn(
     k: int = 200,
     temperature: float = 0.5,
     chunk: int = 125,
+    block: int = BLOCK,
 ) -> Tensor:
     """Predicted classes (Q,) int64 of queries (Q, D) from a bank (N, D) with labels (N,).
 
-    score_c = Σ over the k nearest with label c of exp(cos / τ). At most `chunk`·N similarities are
-    held at a time. k is capped by N. Rows are L2-normalised here; all lie on one device.
+    score_c = Σ over the k nearest with label c of exp(cos / τ). k is capped by N. Rows are
+    L2-normalised here. It is computed where the queries lie; the bank may lie elsewhere, and comes
+    in blocks: `block` rows and `chunk`·`block` similarities are held at a time, and k of each
+    query. Of several processes each answers a part of the queries.
     """
-    bank = F.normalize(bank.float(), dim=1)
-    # One block for all: freed and taken anew, it can break up the heap and grow it many times over.
-    block = bank.new_empty(min(chunk, len(queries)), len(bank))
-    predictions = []
-    for part in F.normalize(queries.float(), dim=1).split(chunk):
-        cosines = torch.mm(part, bank.T, out=block[: len(part)])
-        similarity, nearest = cosines.topk(min(k, len(bank)), dim=1)  # (chunk, k)
-        # exp(cos/τ) over its row's largest: the same order, and no overflow at small τ.
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        scores = weights.new_zeros(len(part), classes)
-        predictions.append(scores.scatter_add_(1, labels[nearest], weights).argmax(1))
-    return torch.cat(predictions)
+
+    def answer(rows: Any) -> Tensor:
+        parts = F.normalize(queries[rows].float(), dim=1).split(chunk)
+        # One for all: freed and taken anew, it can break up the heap and grow it many times over.
+        held = parts[0].new_empty(len(parts[0]) * min(block, len(bank)))
+        nearest: list[tuple[Tensor, Tensor]] = []  # of each part: cosines and labels (chunk, k)
+        for vectors, classes_ in zip(bank.split(block), labels.split(block), strict=True):
+            vectors = F.normalize(vectors.to(queries.device).float(), dim=1)
+            before, nearest = nearest, []
+            for i, part in enumerate(parts):
+                out = held[: len(part) * len(vectors)].view(len(part), -1)
+                cosines, index = torch.mm(part, vectors.T, out=out).topk(min(k, len(vectors)), 1)
+                found = cosines, classes_.to(queries.device)[index]
+                if before:
+                    both = [torch.cat(pair, 1) for pair in zip(before[i], found, strict=True)]
+                    cosines, index = both[0].topk(min(k, both[0].shape[1]), 1)
+                    found = cosines, both[1].gather(1, index)
+                nearest.append(found)
+        return torch.cat([_vote(*found, classes, temperature) for found in nearest])
+
+    return share(range(len(queries)), answer)
+
+
+def _vote(cosines: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """Classes (Q,) that neighbours (Q, k) of descending cosines vote for by their labels (Q, k)."""
+    # exp(cos/τ) over its row's largest: the same order, and no overflow at small τ.
+    weights = ((cosines - cosines[:, :1]) / temperature).exp()
+    return weights.new_zeros(len(cosines), classes).scatter_add_(1, labels, weights).argmax(1)

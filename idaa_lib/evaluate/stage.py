@@ -140,7 +140,7 @@ class _Evaluation(Plan):
     def labels(self, *splits: str) -> Tensor:
         return torch.cat([self.splits[name].labels for name in splits])
 
-    def judge(self, writer: Writer) -> dict[str, Any]:
+    def judge(self, writer: Writer | None) -> dict[str, Any]:
         """The summary; predictions and features are written beside it."""
         summary: dict[str, Any] = {"protocol": self.config.protocol}
         truth, encode = self.labels("test"), lru_cache(1)(self.encode)
@@ -174,7 +174,8 @@ class _Evaluation(Plan):
                 f"{subject}: kNN {knn_top1:.2f} %, linear {linear_top1:.2f} % "
                 f"({self.config.protocol}, n = {len(truth):,})"
             )
-        replace(self.run.path / "results.safetensors", save(tensors))
+        if writer:
+            replace(self.run.path / "results.safetensors", save(tensors))
         return summary
 
     def encode(self, subject: str, layer: str, epoch: int | None) -> dict[str, Tensor]:
@@ -191,9 +192,10 @@ class _Evaluation(Plan):
         """kNN's predictions from a bank of train and val together."""
         bank, labels = torch.cat([z["train"], z["val"]]), self.labels("train", "val")
         how: dict[str, Any] = dict(k=self.config.k, temperature=self.way.temperature)
-        return knn(bank, labels, z["test"], classes=self.classes, **how)
+        queries = z["test"].to(self.machine["device"])
+        return knn(bank, labels, queries, classes=self.classes, **how).cpu()
 
-    def linear(self, z: dict[str, Tensor], writer: Writer) -> tuple[Tensor, dict[str, Any]]:
+    def linear(self, z: dict[str, Tensor], writer: Writer | None) -> tuple[Tensor, dict[str, Any]]:
         """The linear classifier's predictions, and what else the summary holds of it. Its final fit
         uses train and val together."""
         config, way, values = self.config, self.way, dict[str, Any]()
@@ -212,7 +214,7 @@ class _Evaluation(Plan):
             )
             encoder = load_encoder(self.source, way.linear)
             how |= {"classifier": way.classifier, **self.machine}
-            scores, last = crops.crop_probe(encoder, whole, tested, writer, **how)
+            scores, last = crops.crop_probe(encoder, whole, tested, self.run, writer, **how)
             values = {"top1_last": last} if way.classifier.best else {}
         else:
             both = torch.cat([train[0], val[0]]), self.labels("train", "val")

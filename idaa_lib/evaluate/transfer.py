@@ -108,7 +108,7 @@ class _Transfer(Plan):
     left_out: dict[str, str]
     machine: dict[str, Any]
 
-    def judge(self, writer: Writer) -> dict[str, Any]:
+    def judge(self, writer: Writer | None) -> dict[str, Any]:
         """The summary."""
         rows: list[dict[str, Any]] = []
         targets = [(splits, self.episodes(splits["test"])) for splits in self.targets]

@@ -1,13 +1,19 @@
-"""Several processes as one: all their rows, with gradient, and statistics of the global batch."""
+"""Several processes as one: what they share, and statistics of the global batch.
+
+Each runs the same program; the first one alone writes. What one does here, all of them do.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+T = TypeVar("T")
 
 
 class _Gather(torch.autograd.Function):
@@ -29,6 +35,54 @@ class _Gather(torch.autograd.Function):
 def count_processes() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return dist.get_rank() if count_processes() > 1 else 0
+
+
+def exchange(value: T) -> list[T]:
+    """The `value` of each process, by rank: anything that can be pickled."""
+    values = [value] * count_processes()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def do_once(work: Callable[[], T]) -> T:
+    """What `work()` gives in the first process, which alone does it, in all of them; what it raises
+    there is raised in all of them."""
+    if count_processes() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def share(rows: range, compute: Callable[[Any], Tensor]) -> Tensor:
+    """`compute(index)` of all rows (n, …), of which each process computes equally many: `index` has
+    its own, a slice or numbers (m,) int64. Without gradient."""
+    if (processes := count_processes()) == 1:
+        return compute(slice(rows.start, rows.stop))
+    each = -(-len(rows) // processes)  # the last row stands in where they do not come out even
+    mine = torch.arange(rank() * each, (rank() + 1) * each) + rows.start
+    return gather(compute(mine.clamp(max=rows.stop - 1)))[: len(rows)]
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean of what each process has."""
+    if (processes := count_processes()) > 1:
+        dist.all_reduce(values)
+        values = values / processes
+    return values
 
 
 def agree(values: Tensor) -> Tensor:

@@ -77,6 +77,33 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def meet(config: Any) -> None:
+    """Wait for the other processes that the launcher started (torchrun), if there are any.
+
+    Raises:
+        ConfigError: there are not as many as `accelerate launch` or the configuration asks for.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    # Without GPUs `accelerate launch --num_processes n` starts one process, and says nothing.
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and not any(
+        name.endswith(("WORLD_SIZE", "PMI_SIZE")) for name in os.environ
+    ):
+        raise ConfigError(
+            "num_processes of accelerate launch is more than 1, and it started 1 process: on "
+            "processors write torchrun --nproc_per_node=2 in place of accelerate launch."
+        )
+    if getattr(config, "processes", 1) not in (1, started):
+        raise ConfigError(
+            f"processes={config.processes}, but {started} was started: leave it out, or run "
+            f"`python -m idaa_lib.train {config.stage} processes={config.processes} …`, which "
+            f"starts them."
+        )
+    if started > 1:
+        from accelerate import PartialState  # takes a moment to import
+
+        PartialState(cpu=torch_device(config.device).type == "cpu")
+
+
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether `fp32`, `bf16` or `auto` (bf16 where it is native) means bf16 on this device."""
     if precision != "auto":

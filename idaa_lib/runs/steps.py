@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from idaa_lib.nets.processes import average, count_processes, do_once, exchange
 from idaa_lib.runs import checkpoints
 from idaa_lib.runs.directory import Run, Stopped, Writer
 from idaa_lib.runs.files import RunError, write_json
@@ -33,7 +34,7 @@ class Steps:
     """The steps of a run that are left, each as its number; iterate once.
 
     Args:
-        run: whose checkpoints are read. writer: of it; None in all processes but the first.
+        run: whose checkpoints are read, by the first process. writer: of it; None in the others.
         total: steps of the whole run. per_epoch: steps of an epoch. images: seen in a step.
         log_every, checkpoint_every: in steps. A checkpoint is also written at the end, before
             `Stopped`, and `checkpoint_minutes` after the last; a line of the log also at the end.
@@ -44,8 +45,6 @@ class Steps:
         check: raises RunError where what would be saved is broken.
         batch_of: step → indices of its images by name, JSON values, kept where its loss is not
             finite.
-        agree: whether any process wants to stop, from whether this one does.
-        average: of a line's scalars (n,), over all processes.
         track: given each line of the log and its step (experiment trackers, pictures).
     Speed and time left are of the steps since the last line of the log alone: validation,
     checkpoints and pauses between them do not count, nor a pause within one (`pulse`).
@@ -75,17 +74,15 @@ class Steps:
         at_epoch_end: Callable[[int], Mapping[str, float]] = lambda epoch: {},
         check: Callable[[], None] = lambda: None,
         batch_of: Callable[[int], Mapping[str, list[int]]] = lambda step: {},
-        agree: Callable[[bool], bool] = bool,
-        average: Callable[[Tensor], Tensor] = lambda values: values,
         track: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
     ) -> None:
         self.run, self.writer, self.total = run, writer, total
         self.per_epoch, self.images = per_epoch, images
         self.log_every, self.checkpoint_every = log_every, checkpoint_every or per_epoch
         self.checkpoint_seconds = 60 * checkpoint_minutes if checkpoint_minutes else math.inf
-        self._state, self._restore, self._check, self._agree = state, restore, check, agree
+        self._state, self._restore, self._check = state, restore, check
         self._at_log, self._at_epoch_end, self._track = at_log, at_epoch_end, track
-        self._average, self._batch_of = average, batch_of
+        self._batch_of = batch_of
         self.step, self.seconds = 0, 0.0  # done so far; spent in steps, without pauses
         self.saved: int | None = None  # the step of the last checkpoint
         self._saved_at = time.monotonic()
@@ -99,14 +96,15 @@ class Steps:
 
     def resume(self) -> None:
         """Continue after the run's last checkpoint, if there is one."""
-        checkpoint = checkpoints.load(self.run)
+        checkpoint = do_once(lambda: checkpoints.load(self.run))
         if checkpoint is not None:
             tensors, values = checkpoint
             self._restore(tensors, values)
             self.saved = values["step"]
             self.step, self.count, self.seconds = (values[k] for k in ("step", "count", "seconds"))
             self.sums = checkpoints.under("sums.", tensors)
-            print(f"{self.run.id}: continues after step {self.step} of {self.total}.")
+            if self.writer is not None:
+                print(f"{self.run.id}: continues after step {self.step} of {self.total}.")
         self._interval, self._since = (self.step, self.seconds), self.step
         if self.writer is not None:
             # What a killed process logged after its last checkpoint is logged again.
@@ -135,14 +133,16 @@ class Steps:
             means = {name: value / self.count for name, value in self.sums.items()}
             values = {**means, **self._at_log()}
             values |= {} if self._finite is None else {"finite": self._finite}
-            self._line = Line(self.step, epoch, values, self._average, self._since)
+            self._line = Line(self.step, epoch, values, self._since)
             self.sums, self.count, self._finite, self._since = {}, 0, None, self.step
             self._write_line(wait=False)
         if ends or last:
             self.check()
         if ends and (figures := self._at_epoch_end(epoch)):
             self._log(self.step, epoch, dict(figures))
-        request = None if last else self._request()
+        # Several processes ask where they log: to agree, each waits for the others.
+        asks = not last and (logs or ends or count_processes() == 1)
+        request = self._request() if asks else None
         due = time.monotonic() - self._saved_at >= self.checkpoint_seconds
         if last or request or due or self.step % self.checkpoint_every == 0:
             self.save()
@@ -170,8 +170,7 @@ class Steps:
         Raises:
             Stopped: asked to. Nothing is saved: the work starts again from the last checkpoint.
         """
-        if self.writer is not None:
-            self.writer.state(state="going", message=message)
+        self._beat(message=message)
         start = time.monotonic()
         request = self._request()
         self.seconds -= time.monotonic() - start  # a pause is no time of the step
@@ -258,33 +257,33 @@ class Steps:
         progress.show(f"{epoch + 1}/{-(-self.total // self.per_epoch)}", values)
 
     def _request(self) -> str | None:
-        """Why to stop now, or None. A pause is waited out here; several processes decide alike."""
-        request = self._signals[0] if self._signals else None
-        if self.writer is not None and request is None:
-            request = self.run.request
-            if request == "pause":
-                self._write_line()
-                self.writer.state(state="going", paused=True)
-                while request == "pause" and not self._signals:
-                    time.sleep(0.2)
-                    request = self.run.request
-                    self.writer.state(state="going")
-                self.writer.state(paused=False)
-                request = self._signals[0] if self._signals else request
-        return (request or "another process") if self._agree(request is not None) else None
+        """Why to stop now, or None. A pause is waited out here, by all processes together."""
+        if (request := self._wish()) == "pause":
+            self._write_line()
+            self._beat(paused=True)
+            while request == "pause":
+                time.sleep(0.2)
+                self._beat()
+                request = self._wish()
+            self._beat(paused=False)
+        return request
+
+    def _wish(self) -> str | None:
+        """The most pressing of what all processes want: a signal or `stop`, `pause`, nothing."""
+        asked = self.run.request if self.writer is not None else None
+        wishes = filter(None, exchange(self._signals[0] if self._signals else asked))
+        return min(wishes, key=lambda wish: wish == "pause", default=None)
+
+    def _beat(self, **news: Any) -> None:
+        if self.writer is not None:
+            self.writer.state(state="going", **news)
 
 
 class Line:
-    """A line of the log, whose scalars on the device come in one copy for which nothing waits."""
+    """A line of the log, whose scalars on the device come in one copy for which nothing waits; of
+    several processes, the means of theirs."""
 
-    def __init__(
-        self,
-        step: int,
-        epoch: int,
-        values: Mapping[str, Any],
-        average: Callable[[Tensor], Tensor],
-        since: int = 0,
-    ) -> None:
+    def __init__(self, step: int, epoch: int, values: Mapping[str, Any], since: int = 0) -> None:
         self.step, self.epoch, self.values, self.since = step, epoch, dict(values), since
         tensors = {k: v.detach().float() for k, v in values.items() if isinstance(v, Tensor)}
         stacked = average(torch.stack([*tensors.values()])) if tensors else torch.empty(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.runs import Run
-from idaa_lib.runs.machine import torch_device, uses_bf16
+from idaa_lib.runs.machine import meet, torch_device, uses_bf16
 
 # What helps where a tracker does not start.
 HELP = {
@@ -32,14 +31,7 @@ def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and tracker not in (str(t) for t in get_available_trackers()):
         raise ConfigError(f"tracker={tracker!r} is not installed: pip install {tracker}.")
-    # Without GPUs `accelerate launch --num_processes n` starts one process, and says nothing.
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and not any(
-        name.endswith(("WORLD_SIZE", "PMI_SIZE")) for name in os.environ
-    ):
-        raise ConfigError(
-            "num_processes of accelerate launch is more than 1, and it started 1 process: on "
-            "processors write torchrun --nproc_per_node=2 in place of accelerate launch."
-        )
+    meet(config)
     # One kernel may train several runs, with settings of their own; Accelerate shares its state.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(

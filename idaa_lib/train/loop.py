@@ -186,8 +186,6 @@ class Fit:
             at_epoch_end=self._at_epoch_end,
             check=self.adversary.check,
             batch_of=self._batch_of,
-            agree=self._agree,
-            average=self._average,
             track=self._track,
         )
         steps.resume()
@@ -376,17 +374,6 @@ class Fit:
     def _validate(self) -> dict[str, float]:
         with self._unwrapped() as method:
             return self.validate(method)
-
-    def _average(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, "mean")
-
-    def _agree(self, wants_to_stop: bool) -> bool:
-        if self.processes == 1:
-            return wants_to_stop
-        if self.steps.step % self.config.log_every and self.steps.step % self.per_epoch:
-            return False  # to agree, the host waits for the device: not after each step
-        flag = torch.tensor(float(wants_to_stop), device=self.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
 
 
 @contextmanager

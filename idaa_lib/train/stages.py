@@ -31,6 +31,7 @@ from idaa_lib.methods import About, Method, build_method
 from idaa_lib.methods.fixmatch import labelled_subset
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import evaluating
+from idaa_lib.nets.processes import share
 from idaa_lib.nets.vae import rate
 from idaa_lib.registry import CHOICES, SOURCES, source
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
@@ -129,13 +130,13 @@ def train_ssl(config: SSLConfig) -> Run:
         return drop_unlabelled(bank), drop_unlabelled(val)
 
     def validate(method: Method) -> dict[str, float]:
-        z = _features(plan, method, "backbone", val)
+        z = _features(plan, method, "backbone", val).to(next(method.parameters()).device)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z).item()}
         neighbours, queries = validation_sets()
         if len(neighbours) and len(queries):
             features_ = _features(plan, method, "backbone", neighbours)
-            labels, rows = neighbours.labels.to(z.device), z[(val.labels >= 0).to(z.device)]
-            guess = knn(features_, labels, rows, classes=len(bank.classes))
+            rows = z[(val.labels >= 0).to(z.device)]
+            guess = knn(features_, neighbours.labels, rows, classes=len(bank.classes))
             top1, low, high, _ = accuracy(guess.cpu(), queries.labels)
             figures |= {"knn_top1_val": top1, "knn_low_val": low, "knn_high_val": high}
         return figures
@@ -172,7 +173,7 @@ def train_semi(config: SemiConfig) -> Run:
 
     def judge(method: Method, split: ImageSet) -> Accuracy:
         logits = _features(plan, method, "classifier", split)
-        return accuracy(logits.argmax(1).cpu(), split.labels)
+        return accuracy(logits.argmax(1), split.labels)
 
     def validate(method: Method) -> dict[str, float]:
         top1, low, high, _ = judge(method, val)
@@ -254,7 +255,6 @@ def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -
         plan.config.size,
         *plan.units,
         device=device,
-        output_device=device,
         bf16=uses_bf16(plan.config.precision, device),
     )
 
@@ -358,15 +358,10 @@ def _train(
         finally:
             for tracker in accelerator.trackers:
                 tracker.finish()
-        if writer is None:
-            return {}
         total, seconds = fit.total * method.images_per_step(), fit.steps.seconds
         speed = {"seconds": seconds, "images_per_second": total / max(seconds, 1e-9)}
         return summarise(figures) | speed
 
-    if not accelerator.is_main_process:
-        body(None)
-        return run
     about = describe(accelerator.device, accelerator.mixed_precision, plan.data)
     model = {"size": config.size, "mean": mean, "std": std, "classes": len(plan.data.classes)}
     return perform(replace(plan, environment=about, model=model), body)
@@ -424,26 +419,31 @@ def _check_disk(config: TrainingConfig, run: Run, method: nn.Module) -> None:
 
 
 @torch.no_grad()
-def vae_figures(vae: nn.Module, recipe_: Recipe, data: Tensor) -> dict[str, float]:
+def vae_figures(vae: Any, recipe_: Recipe, data: Tensor) -> dict[str, float]:
     """On un-augmented validation images: reconstruction (MSE), kl (the loss's term), rate in nats,
     and the official acc_gx = 1 − mean ‖x−G‖²/‖x‖², acc_rx = 1 − mean ‖G‖²/‖x‖² (spec §1)."""
     transform = recipe("none", recipe_.size, recipe_.mean, recipe_.std)
     device = next(vae.parameters()).device
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    totals, n = torch.zeros(4, dtype=torch.float64, device=device), len(data)
+
+    def judge(rows: Any) -> Tensor:
+        """Error, rate, and shares of the energy in error and reconstruction (B, 4)."""
+        x = transform(data[rows].to(device), None).images
+        _, G, mu, logvar = vae.forward(x)  # a compiled one would be compiled anew, for these
+        energy = x.square().flatten(1).sum(1)
+        error = (x - G).square().flatten(1).sum(1)
+        share_ = G.float().square().flatten(1).sum(1) / energy
+        nats = rate(mu.float(), logvar.float())
+        return torch.stack([error, nats, error / energy, share_], 1)
+
     with evaluating(vae):
-        for batch in data.split(500):
-            x = transform(batch.to(device), None).images
-            _, G, mu, logvar = vae.forward(x)  # a compiled one would be compiled anew, for these
-            energy = x.square().flatten(1).sum(1)
-            error = (x - G).square().flatten(1).sum(1)
-            share = G.float().square().flatten(1).sum(1) / energy
-            nats = rate(mu.float(), logvar.float())
-            totals += torch.stack([v.sum() for v in (error, nats, error / energy, share)])
+        for start in range(0, n, 500):
+            figures = share(range(start, min(start + 500, n)), judge)
+            totals += torch.stack([values.sum() for values in figures.T.contiguous()])
     error_sum, nats_sum, gx, rx = totals.tolist()
-    n = len(data)
     return {
         "reconstruction_val": error_sum / (n * 3 * recipe_.size**2),
-        "kl_val": nats_sum / n / (3 * mu.shape[1]),
+        "kl_val": nats_sum / n / (3 * vae.dim),
         "rate_nats_val": nats_sum / n,
         "acc_gx_val": 1 - gx / n,
         "acc_rx_val": 1 - rx / n,
