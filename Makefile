@@ -1,6 +1,6 @@
 # `make help` lists the verbs. Each sets up what it needs first; a second run reuses it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab app report browser bench profile compare siblings evidence lint format clean
+.PHONY: help setup lock demo test lab app report browser bench profile compare siblings evidence lint format clean
 
 # The active conda or virtual environment, else .venv here. conda's base is left alone.
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -17,8 +17,12 @@ ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PA
 help:  ## List the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup:  ## Make the environment (.venv, or the active one) and install everything
-	@$(PYTHON) bootstrap.py $(ENV)
+setup:  ## Make the environment (.venv, or the active one) and install everything [LOCK=requirements.lock]
+	@$(PYTHON) bootstrap.py $(ENV) $(LOCK)
+
+# Of this environment. Which build of torch (CUDA or not) and its libraries are left to the machine.
+lock: setup  ## Write the exact versions of this environment into requirements.lock
+	@$(PY) -m pip freeze --exclude-editable | grep == | sed -E 's/\+.*//; /^(nvidia|cuda|triton)/d' > requirements.lock
 
 demo: setup  ## From nothing to results: VAE, SimCLR x 3, evaluation, sensitivity (about 7 minutes)
 	@$(ALLOCATOR) $(PY) -m idaa_lib.sweeps demo

@@ -1,7 +1,8 @@
 """Make the environment that `make demo` and `make test` run in; standard library only.
 
-`python bootstrap.py ENV` installs this project with its extras into ENV (made if it is missing)
-and leaves a stamp there, so that a second run takes no time until pyproject.toml changes.
+`python bootstrap.py ENV [LOCK]` installs this project with its extras into ENV (made if it is
+missing), of packages that the file LOCK names the versions there, and leaves a stamp, so that a
+second run takes no time until pyproject.toml, or LOCK where it is given, changes.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ def fail(what, advice):
     sys.exit(f"\nSet-up failed: {what}\n  What to do: {advice}\n")
 
 
-def main(env):
+def main(env, lock=None):
     sys.stdout.reconfigure(errors="replace")  # of a console that cannot show all that is printed
     if sys.version_info < OLDEST:
         fail(
@@ -37,7 +38,12 @@ def main(env):
     stamp = env / "idaa_lib.stamp"
     # Where the project lies counts too: the installation is editable, and points to it.
     wanted = hashlib.sha256((HERE / "pyproject.toml").read_bytes() + bytes(HERE)).hexdigest()
-    if python.exists() and stamp.exists() and stamp.read_text("utf-8") == wanted:
+    if lock:
+        if not Path(lock).is_file():
+            fail(f"there is no file {lock}.", "LOCK=requirements.lock is the one that ships here.")
+        wanted += " " + hashlib.sha256(Path(lock).read_bytes()).hexdigest()
+    done = stamp.read_text("utf-8") if python.exists() and stamp.exists() else ""
+    if wanted in (done, done.partition(" ")[0]):
         return
     room = env if env.exists() else HERE
     free = shutil.disk_usage(room).free / 2**30
@@ -55,7 +61,8 @@ def main(env):
             "conda env create -f environment.yml && conda activate idaa",
         )
     install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
-    done = run([*install, "-e", f"{HERE}[lab,dev]"], show=True)
+    versions = ["-c", lock] if lock else []
+    done = run([*install, "-e", f"{HERE}[lab,dev]", *versions], show=True)
     if done.returncode:
         fail(*diagnosis(done.stdout))
     stamp.write_text(wanted, "utf-8")
@@ -98,4 +105,4 @@ def last(log, word):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else ".venv")
+    main(*sys.argv[1:] or [".venv"])

@@ -95,6 +95,8 @@ def test_knn_does_not_depend_on_chunks_lengths_or_order():
     length = normal(60, 1).exp()
     order = torch.randperm(60, generator=keyed_generator(2))
     assert torch.equal(knn(bank, labels, queries, classes=4, k=7, chunk=4), found)
+    for block in (1, 5, 20, 59):  # rows of the bank at a time, fewer than k too
+        assert torch.equal(knn(bank, labels, queries, classes=4, k=7, block=block), found)
     assert torch.equal(knn(length * bank, labels, 1e3 * queries, classes=4, k=7), found)
     assert torch.equal(knn(bank[order], labels[order], queries, classes=4, k=7), found)
 

@@ -1,18 +1,27 @@
 """Several processes train as one does on the global batch."""
 
+import os
 import subprocess
 import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from idaa_lib import SSLConfig, VAEConfig, runs
-from idaa_lib.methods import About, build_method
-from idaa_lib.nets.processes import share_statistics
-from idaa_lib.runs import checkpoints
+from idaa_lib import ConfigError, EvalConfig, SSLConfig, VAEConfig, evaluate, runs
+from idaa_lib.evaluate.stage import results
+from idaa_lib.methods import About, Classifier, OfficialProtocol, build_method
+from idaa_lib.methods.simclr import SimCLR
+from idaa_lib.nets.processes import do_once, share, share_statistics
+from idaa_lib.runs import Run, RunError, Stopped, checkpoints, machine
+from idaa_lib.runs.steps import Steps
 from idaa_lib.train import locate, train_ssl, train_vae
+from idaa_lib.train.__main__ import main as train_command
 from idaa_lib.views import recipe
 
 COMMON = dict(dataset="photos", limit=64, size=16, epochs=2, batch_size=16, precision="fp32")
@@ -29,13 +38,25 @@ TRAININGS = [
     )
     for method in ("simclr", "moco", "simsiam")
 ]
-SCRIPT = """
-import sys
-from idaa_lib import SSLConfig
-from idaa_lib.train import train_ssl
-for values in eval(sys.argv[1]):
-    train_ssl(SSLConfig(**values))
-"""
+
+
+def judge(run):
+    """The evaluations of `run` by the clean protocol, and by one on crops. Of 97 images and of
+    batches of 33 two processes cannot take as many each."""
+    classifier = Classifier("lars", 0.1, "cosine", epochs=3, standardise=True)
+    official = OfficialProtocol("a test", "backbone", 0.1, "projector", "last", 33, classifier)
+    common = dict(run=run, limit=97, references=False, precision="fp32", device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimCLR, "official_protocol", lambda config: official)
+        return [evaluate(EvalConfig(protocol=p, **common)) for p in ("clean", "official")]
+
+
+def main(trainings):
+    """What each of two processes does."""
+    trained = [train_ssl(SSLConfig(**values)) for values in eval(trainings)]
+    judged = judge(trained[0].id)
+    if dist.get_rank() == 0:
+        print("runs:", *(run.path for run in trained + judged))
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +67,17 @@ def configs(module_outputs):
 
 @pytest.fixture(scope="module")
 def shared(configs, tmp_path_factory):
-    """The trainings by two processes, in outputs of their own."""
+    """The trainings by two processes, and evaluations of the first, in outputs of their own."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IDAA_OUTPUTS", str(folder))
-        values = repr(
-            [COMMON | own | {"vae": c.vae} for own, c in zip(TRAININGS, configs, strict=True)]
-        )
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launch, "--nproc-per-node=2", str(folder / "script.py"), values]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [locate(config) for config in configs]
+    pairs = zip(TRAININGS, configs, strict=True)
+    values = repr([COMMON | own | {"vae": config.vae} for own, config in pairs])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launch, "--nproc-per-node=2", __file__, values]
+    own = os.environ | {"IDAA_OUTPUTS": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=own)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr
+    return [Run(Path(path)) for path in done.stdout.partition("runs: ")[2].split()]
 
 
 @pytest.mark.parametrize("which", range(3), ids=[own["method"] for own in TRAININGS])
@@ -86,6 +105,38 @@ def test_two_processes_train_as_one_does(which, configs, shared, module_outputs)
         common = ("loss", "clean_loss", "adversarial_loss", "moved")
         own, theirs = ({k: v for k, v in each.items() if k in common} for each in (line, other))
         assert own == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("which", range(2), ids=["clean", "crops"])
+def test_two_processes_judge_as_one_does(which, shared, module_outputs):
+    one, two = judge(str(shared[0].path))[which], shared[3 + which]
+    assert one.path != two.path and two.config.protocol == one.config.protocol
+    for name, value in (one.summary | {"seconds": two.summary["seconds"]}).items():
+        about = {"rel": 1e-4} if isinstance(value, float) else {}
+        assert two.summary[name] == pytest.approx(value, **about), name
+    for name, tensor in results(one).items():
+        torch.testing.assert_close(tensor, results(two)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_processes_are_no_part_of_a_run_s_identity(configs):
+    assert locate(configs[0].replace(processes=2)) == locate(configs[0])
+    with pytest.raises(ConfigError, match="batch_size=16 cannot be shared by processes=3: take a"):
+        configs[0].replace(processes=3)
+
+
+@pytest.mark.parametrize("stage", ["vae", "ssl"])
+def test_the_command_line_starts_as_many_processes(stage, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "execv", lambda path, words: calls.append(words) or sys.exit(7))
+    with pytest.raises(SystemExit):
+        train_command([stage, "processes=4", "device=cpu"])
+    assert calls[0][-6:] == [
+        *("--nproc-per-node=4", "-m", "idaa_lib.train", stage, "processes=4", "device=cpu")
+    ]
+    # A launcher that started another number, or none: a library's call.
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match="processes=4, but this is 1 of 1: leave it out, or run"):
+        machine.meet(SSLConfig(processes=4))
 
 
 def test_one_process_where_two_were_asked_for_is_a_sentence(outputs):
@@ -122,22 +173,92 @@ def parts_of(rank, processes, share):
     return results, evaluated
 
 
+def steps_of(rank, folder, **control):
+    """Steps of a run that is asked to pause, for longer than an exchange may take, and to stop;
+    the first process alone has the run's directory. The steps that are taken until then."""
+    run, taken, began = Run(Path(folder, f"of {rank}", "vae", "run")), [], time.monotonic()
+
+    def request():
+        if taken[-1] == 5 and "stop" in control:
+            return "stop"
+        return "pause" if taken[-1] == 3 and time.monotonic() - began < control["pause"] else None
+
+    writer = SimpleNamespace(run=run, request=request, log=lambda **line: None)
+    writer.state = writer.rewind = lambda *args, **news: None
+    steps = Steps(
+        run,
+        writer if rank == 0 else None,
+        9,
+        per_epoch=9,
+        images=1,
+        log_every=2,
+        state=lambda: ({"weights": torch.tensor([7.0 + rank])}, {}),
+        restore=lambda tensors, values: taken.append(tensors["weights"].item()),
+    )
+    steps.resume()
+    try:
+        for step in steps:
+            taken.append(step)
+            steps.add({"loss": torch.tensor(1.0)})
+    except Stopped as error:
+        taken.append(str(error))
+    return taken
+
+
 def worker(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(parts_of(rank, 2, share=True), f"{folder}/{rank}.pt")
+    parts = parts_of(rank, 2, share=True)
+    # torch 2.11 has it under its old name.
+    limit = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    limit(timedelta(seconds=3))
+    taken = [steps_of(rank, folder, pause=4, stop=True), steps_of(rank, folder, pause=0)]
+    with pytest.raises(RunError, match="no good"):
+        do_once(lambda: refuse(rank))
+    table, asked = torch.arange(30).view(10, 3), []
+
+    def look_up(index):
+        asked.append(len(index))
+        return table[index]
+
+    for start, stop in ((0, 10), (3, 8), (9, 10)):  # as many each, one left over, one alone
+        assert torch.equal(share(range(start, stop), look_up), table[start:stop])
+    assert asked == [5, 3, 1]
+    torch.save((*parts, taken), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_shared_statistics_are_torch_s_batchnorm_of_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+def refuse(rank):
+    raise RunError("no good" if rank == 0 else "nobody asks this one")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes saved."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_processes_pause_stop_and_resume_as_one(ranks):
+    """None waits in an exchange through a pause; the checkpoint is read by the first alone."""
+    said = "Stopped (stop) after step 6 of 9 and saved: start the same run again to continue."
+    for *_, (stopped, resumed) in ranks:
+        assert stopped == [0, 1, 2, 3, 4, 5, said]
+        assert resumed == [7.0, 6, 7, 8]
+
+
+def test_shared_statistics_are_torch_s_batchnorm_of_the_whole_batch(ranks):
     whole, evaluated = parts_of(0, 1, share=False)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for i, (y, gradient, mean, var) in enumerate(whole):
-        halves = [results[i] for results, _ in ranks]
+        halves = [results[i] for results, *_ in ranks]
         torch.testing.assert_close(torch.cat([half[0] for half in halves]), y)
         torch.testing.assert_close(torch.cat([half[1] for half in halves]), gradient)
         for half in halves:
             torch.testing.assert_close(half[2], mean)
             torch.testing.assert_close(half[3], var)
-    for _, own in ranks:
+    for _, own, _ in ranks:
         torch.testing.assert_close(own, evaluated)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from detect import DetectionConfig
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from papermill import inspect_notebook
 
 from idaa_lib.configs import (
@@ -45,6 +47,7 @@ CONFIGS = {
     "12_your_own_method": SSLConfig,
 }
 OWN = "12_your_own_method"
+DONE = subprocess.CompletedProcess([], 0, "")
 CORE = {"registry", "configs", "data", "views", "nets", "runs"}
 ROOMS = {
     "registry": set(),
@@ -245,6 +248,40 @@ def test_every_verb_of_the_makefile_is_in_its_help():
         "format",
     ):
         assert f"\n{verb} " in f"\n{done.stdout}"
+
+
+def test_the_lock_file_names_a_version_of_each_package_that_fits_its_range():
+    """No build of torch and no library of CUDA: those are the machine's own choice."""
+    lines = (ROOT / "requirements.lock").read_text("utf-8").split()
+    versions = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
+    assert not [line for line in lines if re.search(r"\+|^(nvidia|cuda|triton)", line)]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for text in (*project["dependencies"], *extras["lab"], *extras["dev"], *extras["onnx"]):
+        need = Requirement(text)
+        if need.name != "idaa_lib":
+            assert need.specifier.contains(versions[canonicalize_name(need.name)]), text
+
+
+def test_set_up_with_a_lock_file_takes_its_versions_once(tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT))
+    import bootstrap
+
+    calls = []
+    monkeypatch.setattr(bootstrap, "run", lambda command, **_: calls.append(command) or DONE)
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    (tmp_path / "env" / "bin" / "python").touch()
+    lock = tmp_path / "a.lock"
+    lock.write_text("torch==2.14.1\n", "utf-8")
+    installs = []
+    for words in ([], [], [lock], [lock], []):
+        bootstrap.main(tmp_path / "env", *words)
+        installs.append(sum("install" in command for command in calls))
+    assert installs == [1, 1, 2, 2, 2]  # what is there serves who asks for no versions
+    (command,) = [c for c in calls if lock in c]
+    assert command[-2:] == ["-c", lock]
+    with pytest.raises(SystemExit, match=r"there is no file other\.lock"):
+        bootstrap.main(tmp_path / "env", "other.lock")
 
 
 def test_set_up_says_what_failed_and_what_to_do(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from idaa_lib.configs.reading import ConfigError
 # Fields that a sensitivity study does not vary along a further axis: they have an axis of their
 # own, or would change more than themselves.
 FIXED = frozenset(
-    {"preset", "dataset", "seed", "device", "tracker", "vae", "dim", "epsilon", "size"}
+    {"preset", "dataset", "seed", "device", "processes", "tracker", "vae", "dim", "epsilon", "size"}
     | {"continue_from", "adversary"}
 )
 

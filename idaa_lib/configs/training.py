@@ -47,6 +47,8 @@ class TrainingConfig(ImagesConfig):
         augmentation: recipe of random views: simclr, simsiam, normal, byol, cassle, ipirm, rsa or
             none.
         precision: fp32 (on a GPU without TF32), bf16, or auto (bf16 where it is native).
+        processes: how many train together, on a GPU each (`python -m idaa_lib.train` and the panel
+            start them); the result is that of one.
         compile: views and networks by torch.compile: a warm-up of a minute or two, then shorter
             steps. Without a C++ compiler the run goes on without.
         log_every: steps between two lines of metrics.jsonl.
@@ -58,8 +60,9 @@ class TrainingConfig(ImagesConfig):
     """
 
     circumstances = Config.circumstances | {
-        "compile", "log_every", "checkpoint_every", "checkpoint_minutes", "precision",
-    }  # fmt: skip
+        *("compile", "log_every", "checkpoint_every", "checkpoint_minutes", "precision"),
+        "processes",
+    }
 
     dataset: str = RECIPE
     classes: str = ""
@@ -80,6 +83,7 @@ class TrainingConfig(ImagesConfig):
     weight_decay: NonNegative = 0.0
     augmentation: Augmentation = "simclr"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    processes: Positive = 1
     compile: bool = False
     log_every: Positive = 10
     checkpoint_every: Positive = 1
@@ -96,6 +100,11 @@ class TrainingConfig(ImagesConfig):
                     f"warmup={self.warmup} must be less than epochs={self.epochs}: take a shorter "
                     f"warm-up, or leave it out."
                 )
+        if self.batch_size % self.processes:
+            raise ConfigError(
+                f"batch_size={self.batch_size} cannot be shared by processes={self.processes}: "
+                f"take a multiple of it."
+            )
         # No recipe's images are of ImageNet's size, and enlarged ones would train for days.
         small = self.dataset in ("cifar10", "cifar100") and "dataset" not in explicit
         if self.size == 224 and small:

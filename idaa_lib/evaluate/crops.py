@@ -87,12 +87,13 @@ def crop_probe(
     if classifier.augmentation:
         views = recipe(classifier.augmentation, size, mean, std)
 
-    def encode(images: Tensor) -> Tensor:
+    def encode(images: Any) -> Tensor:
         """Features of test views, of the middle or of all of the images."""
         side = images.shape[-1]
-        middle = slice((side - size) // 2, (side + size) // 2) if classifier.middle else slice(side)
-        images = images[..., middle, middle]
-        return features(module, images, images.shape[-1], mean, std, **machine)
+        seen = size if classifier.middle else side
+        middle = slice((side - seen) // 2, (side + seen) // 2)
+        part = Part(images, torch.arange(len(images)), middle)
+        return features(module, part, seen, mean, std, **machine)
 
     prepare = _standardise(encode(train.images)) if classifier.standardise else lambda z: z
     z_test, truth = prepare(encode(test.images)), test.labels.to(device)
@@ -166,7 +167,7 @@ def crop_probe(
         index = order[at * batch_size : (at + 1) * batch_size]
         generator = keyed_generator(seed, epoch, at)
         drawn = machine | {"transform": views, "generator": generator}
-        z = prepare(features(module, train.images[index], size, mean, std, **drawn))
+        z = prepare(features(module, Part(train.images, index), size, mean, std, **drawn))
         optimizer.param_groups[0]["lr"] = rate * factor(step)
         with torch.enable_grad():
             loss = F.cross_entropy(layer(z), train.labels[index].to(device))
@@ -176,6 +177,20 @@ def crop_probe(
         steps.add({"loss": loss})
     with torch.no_grad():
         return chosen(z_test).cpu(), judge()
+
+
+class Part:
+    """The `middle` of some of the images, read where they are asked for, so that of several
+    processes each reads its own."""
+
+    def __init__(self, images: Any, rows: Tensor, middle: slice = slice(None)) -> None:
+        self.images, self.rows, self.middle = images, rows, middle
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.images[self.rows[index]][..., self.middle, self.middle]
 
 
 def _standardise(z: Tensor) -> Callable[[Tensor], Tensor]:

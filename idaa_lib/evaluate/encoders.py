@@ -99,7 +99,7 @@ def load_vae(run: Run | str | None = None, **values: object) -> VAE:
 @torch.no_grad()
 def features(
     module: nn.Module | Callable[[Tensor], Tensor],
-    images: Tensor,
+    images: Any,
     size: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -118,6 +118,7 @@ def features(
     processes each encodes a part, and all get the whole.
 
     Args:
+        images: the tensor, or what has a length and gives the images of an index.
         batch_size: None for 512 images of 32 pixels, fewer larger ones.
         transform, generator: random views, and what draws them; None is the test transform.
         mixing: λ and partner (N,), on the CPU: of image i's view λ_i, and of its partner's 1 − λ_i.
@@ -126,8 +127,9 @@ def features(
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     transform = transform or recipe("none", size, mean, std)
     batch_size = batch_size or max(64, 2**19 // size**2)
-    batches = images.split(batch_size)
-    numbers = torch.cat([transform.numbers(len(batch), generator) for batch in batches])
+    n = len(images)
+    sizes = [min(batch_size, n - start) for start in range(0, max(1, n), batch_size)]
+    numbers = torch.cat([transform.numbers(size, generator) for size in sizes])
 
     def view(rows: Any) -> Tensor:
         return transform.view(images[rows].to(device), numbers[rows]).images
@@ -140,7 +142,7 @@ def features(
         with autocast:
             return module(x).float()
 
-    step, n = batch_size * count_processes(), len(images)
+    step = batch_size * count_processes()
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
         results = [
             share(range(start, min(start + step, n)), encode).to(output_device)

@@ -59,8 +59,9 @@ STYLE = """<style>
 def train(config: TrainingConfig) -> Run:
     """The finished run of `config`: trained, resumed, attached to, or found.
 
-    In front of a person a process of its own trains, and this waits beside its panel; headless the
-    training is here, with a log. However it ends, its record (`leave_record`) stays in the cell.
+    In front of a person a process of its own trains, and this waits beside its panel, and so do
+    several `processes`; else the training is here, with a log. However it ends, its record
+    (`leave_record`) stays in the cell.
 
     Raises:
         ConfigError, RunError: one sentence; also why the run failed.
@@ -71,7 +72,7 @@ def train(config: TrainingConfig) -> Run:
     names = " and ".join(n for n, kind in own if not Path(SOURCES[kind][0]).is_file())
     if person and names:
         print(f"{names}: typed in this kernel, so training runs here and ends with it.")
-    if names or not person:
+    if names or not (person or config.processes > 1):
         run = stages.train(config)
     elif (run := start(config)).finished:
         print(f"{run.id} is finished: showing its result.")

@@ -126,7 +126,9 @@ def _last_words(run: Run, process: dict[str, Any]) -> str:
     with contextlib.suppress(OSError), (run.path / "log.txt").open("rb") as log:
         log.seek(process["log"])
         lines = log.read().decode(errors="replace").strip().splitlines()
-        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Stopped): ", line)]
+        # torchrun's own error says that a process ended, which has said why.
+        pattern = r"(?!.*ChildFailedError)[\w.]+(Error|Exception|Stopped): "
+        errors = [line for line in lines if re.match(pattern, line)]
         if lines:
             return _sentence((errors or lines)[-1], run)
     return f"The process ended before it began to train and said nothing in {run.path / 'log.txt'}."

@@ -94,14 +94,20 @@ def meet(config: Any) -> None:
         )
     if getattr(config, "processes", 1) not in (1, started):
         raise ConfigError(
-            f"processes={config.processes}, but {started} was started: leave it out, or run "
+            f"processes={config.processes}, but this is 1 of {started}: leave it out, or run "
             f"`python -m idaa_lib.train {config.stage} processes={config.processes} …`, which "
             f"starts them."
         )
-    if started > 1:
-        from accelerate import PartialState  # takes a moment to import
+    if started == 1:
+        return
+    device, here = torch_device(config.device), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda" and here > (gpus := torch.cuda.device_count()):
+        raise ConfigError(
+            f"{here} processes need a GPU each, and this machine has {gpus}: start fewer."
+        )
+    from accelerate import PartialState  # takes a moment to import
 
-        PartialState(cpu=torch_device(config.device).type == "cpu")
+    PartialState(cpu=device.type == "cpu")
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:

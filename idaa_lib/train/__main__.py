@@ -2,7 +2,8 @@
 
 The first word is the stage (vae, ssl, semi, eval, transfer, …), the others are fields of its
 configuration. `@config.json` starts from a stored one; `mine.py` is imported, which may register
-classes. Under `accelerate launch` a training runs on many processes and machines. The fields:
+classes. `processes=2` trains on two GPUs; under torchrun every stage runs on many, and on many
+machines (docs/machines.md). The fields:
 `python -c "import idaa_lib; help(idaa_lib.SSLConfig)"`.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from idaa_lib.configs import OFFICIAL, ConfigError, UserError
@@ -33,7 +35,22 @@ def main(words: list[str]) -> int:
     if not words or words[0] not in STAGES:
         print(__doc__, file=sys.stderr)
         return 2
-    return answer(lambda: STAGES[words[0]](CONFIGS[words[0]](**read_words(words[1:]))))
+    if int(os.environ.get("RANK", 0)):  # of several processes, the first one speaks
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return answer(lambda: run_stage(*words))
+
+
+def run_stage(stage: str, *words: str) -> Run:
+    """The finished run; by as many `processes` as the configuration names."""
+    config = CONFIGS[stage](**read_words([*words]))
+    n = getattr(config, "processes", 1)
+    if n > 1 and "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n)))
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+        # In this one's place: its number, output and signals are the launcher's.
+        command = [sys.executable, *launcher, "-m", "idaa_lib.train", stage, *words]
+        os.execv(sys.executable, command)
+    return STAGES[stage](config)
 
 
 def read_words(words: list[str]) -> dict[str, Any]:
@@ -67,8 +84,6 @@ def answer(make: Callable[[], Run]) -> int:
         return 130 if isinstance(error, Stopped) else 2
     if dist.is_initialized():
         dist.destroy_process_group()
-    if int(os.environ.get("RANK", 0)):  # of several processes, the first one speaks
-        return 0
     print(run.path)
     print(json.dumps(run.summary, indent=1, ensure_ascii=False))
     return 0

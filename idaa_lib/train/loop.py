@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -189,8 +190,9 @@ class Fit:
             track=self._track,
         )
         steps.resume()
-        self.method.network = self.accelerator.prepare_model(self.method.network)
-        self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        with warnings.catch_warnings():  # torch 2.14 has another name for it, and 2.11 has not
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            self.method.network = self.accelerator.prepare_model(self.method.network)
         batches = self.feed(self._batches(steps.step))
         try:
             with gpu_settings(self.accelerator.mixed_precision):
@@ -235,8 +237,7 @@ class Fit:
             with self._unwrapped() as method:
                 return features(method.encoder(layer), self.feed.images, *units, **how)
 
-        say = print if self.writer else lambda sentence: None
-        work = Work(self.feed.images, embed, pulse, say)
+        work = Work(self.feed.images, embed, pulse)
         self.method.before_epoch(steps.step // self.per_epoch, work)
 
     def train_step(self, step: int, images: Batch, batch: Batch) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from idaa_lib.adversaries import build_adversary
 from idaa_lib.configs import EncoderConfig
-from idaa_lib.methods import About, Moment, build_method
-from idaa_lib.methods.base import Loss, Work
+from idaa_lib.methods import About, build_method
+from idaa_lib.methods.base import Work
 from idaa_lib.nets.vae import VAE
+from idaa_lib.train.accelerator import make_accelerator
+from idaa_lib.train.loop import Fit
 from idaa_lib.views import keyed_generator, recipe
 
 N = 8  # images of the step that is counted
@@ -23,10 +26,11 @@ def count_passes(config: EncoderConfig) -> float:
     Those of target networks count too, and of an attack those that it differentiates. Long work
     before epochs (IP-IRM's maximisation) is counted over all `epochs` and divided by them.
     """
-    narrow = config.replace(width=4, batch_size=N)
+    plain: Any = {"device": "cpu", "precision": "fp32", "compile": False, "tracker": "none"}
+    narrow = config.replace(width=4, batch_size=N, **plain)
     views = recipe(config.augmentation, config.size, (0.5,) * 3, (0.25,) * 3)
     about = About(views, torch.zeros(N), 1, config.epochs, N, config.seed)
-    method = build_method(narrow, about).train()
+    method = build_method(narrow, about)
     count = 0
 
     def add(module: Any, inputs: Any, output: Tensor) -> None:
@@ -47,23 +51,11 @@ def count_passes(config: EncoderConfig) -> float:
     for module in method.modules():
         if hasattr(module, "feature_dim"):
             module.register_forward_hook(add)
-    generator = keyed_generator(config.seed)
     shape = (N, 3, config.size, config.size)
-    batch = {"images": torch.arange(N)}
-    images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
-    moment = Moment(steps=2, numbers=method.numbers({"images": N}, generator))
-    step = method.step(method.draw({"images": images}, batch, moment), batch, moment)
-    _run(step.loss)
-    if step.attacked and step.attack_loss and step.adversarial_loss and config.adversary != "none":
-        units = {"mean": views.mean, "std": views.std}
-        vae = VAE(8, config.size, 8, **units) if config.needs_vae else None
-        adversary = build_adversary(narrow, vae, **units)
-        x_adv = adversary(step.attacked.images, step.attack_loss, generator).images
-        _run(step.adversarial_loss(x_adv))
+    images = torch.randint(0, 256, shape, generator=keyed_generator(config.seed)).to(torch.uint8)
+    units: Any = {"mean": views.mean, "std": views.std}
+    vae = VAE(8, config.size, 8, **units) if config.needs_vae else None
+    adversary = build_adversary(narrow, vae, **units)
+    fit = Fit(make_accelerator(narrow, Path()), method.train(), images, narrow, adversary)
+    fit.train_step(0, {"images": images}, {"images": torch.arange(N)})
     return (before + count) / N
-
-
-def _run(loss: Loss) -> None:
-    """Make the passes that a loss of closures has yet to make."""
-    for closure in () if isinstance(loss, Tensor) else loss:
-        closure()
