@@ -176,14 +176,18 @@ def parts_of(rank, processes, share):
 def steps_of(rank, folder, **control):
     """Steps of a run that is asked to pause, for longer than an exchange may take, and to stop;
     the first process alone has the run's directory. The steps that are taken until then."""
-    run, taken, began = Run(Path(folder, f"of {rank}", "vae", "run")), [], time.monotonic()
+    taken, began = [], time.monotonic()
 
-    def request():
-        if taken[-1] == 5 and "stop" in control:
-            return "stop"
-        return "pause" if taken[-1] == 3 and time.monotonic() - began < control["pause"] else None
+    class Asked(Run):
+        @property
+        def request(self):
+            if taken[-1] == 5 and "stop" in control:
+                return "stop"
+            pauses = taken[-1] == 3 and time.monotonic() - began < control["pause"]
+            return "pause" if pauses else None
 
-    writer = SimpleNamespace(run=run, request=request, log=lambda **line: None)
+    run = Asked(Path(folder, f"of {rank}", "vae", "run"))
+    writer = SimpleNamespace(run=run, log=lambda **line: None)
     writer.state = writer.rewind = lambda *args, **news: None
     steps = Steps(
         run,
