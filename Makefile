@@ -1,6 +1,6 @@
 # `make help` lists the verbs. Each sets up what it needs first; a second run reuses it.
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test lab app report browser bench profile compare siblings evidence lint format clean
+.PHONY: help setup lock demo test lab app report browser bench profile compare siblings evidence lint format clean clean-cache
 
 # The active conda or virtual environment, else .venv here. conda's base is left alone.
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -15,7 +15,7 @@ PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3
 ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 
 help:  ## List the verbs
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup:  ## Make the environment (.venv, or the active one) and install everything [LOCK=requirements.lock]
 	@$(PYTHON) bootstrap.py $(ENV) $(LOCK)
@@ -81,3 +81,6 @@ format: setup  ## Format the code and strip the notebooks of output
 
 clean:  ## Remove .venv and caches of tools (never data/ or outputs/)
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
+
+clean-cache: setup  ## Remove decoded images that no data set has any more (all of them: WHAT=all), with sizes
+	@$(PY) -m idaa_lib.data clean $(WHAT)

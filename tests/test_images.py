@@ -335,11 +335,13 @@ MODES = [exif_rotated, gray, gray16, cmyk, alpha, gray_alpha, palette_with_a_tra
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Pillow's, of fromarray's mode
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("write", [*MODES, one_bit])
-def test_every_mode_becomes_the_right_rgb(tmp_path, write):
+def test_every_mode_becomes_the_right_rgb(tmp_path, write, streamed):
     (tmp_path / "one").mkdir()
     expected = write(tmp_path / "one/image.png" if write is not cmyk else tmp_path / "one/i.tif")
-    np.testing.assert_allclose(only(tmp_path), expected, atol=1 if "alpha" in write.__name__ else 0)
+    pixels = only(tmp_path, streamed=streamed)
+    np.testing.assert_allclose(pixels, expected, atol=1 if "alpha" in write.__name__ else 0)
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (128, 64), (301, 200)])
@@ -545,11 +547,11 @@ from pathlib import Path
 from idaa_lib.data import cached as images
 from idaa_lib.data import decoding
 original = decoding._decode
-def logged(listing, size, bits, i):
+def logged(listing, make, i):
     with open({str(tmp_path / "log")!r}, "a") as log:
         log.write(listing.names[i] + "\\n")
     time.sleep(0.001)
-    return original(listing, size, bits, i)
+    return original(listing, make, i)
 decoding._decode = logged
 Path({str(tmp_path)!r}, f"ready{{os.getpid()}}").touch()
 while not Path({str(tmp_path / "go")!r}).exists():

@@ -85,7 +85,7 @@ class Config(Values):
     circumstances: ClassVar[frozenset[str]] = frozenset({"preset", "device", "tracker"})
     # Named by content instead (fingerprints and digests), so that a moved folder is the same run.
     pointers: ClassVar[frozenset[str]] = frozenset(
-        {"dataset", "classes", "on_error", "gray_bits", "vae", "run", "continue_from"}
+        {"dataset", "classes", "on_error", "gray_bits", "streamed", "vae", "run", "continue_from"}
     )
     # Where recipes named `preset` lie.
     recipes: ClassVar[Path] = Path(__file__).resolve().parent.parent / "recipes"
@@ -344,13 +344,17 @@ class ImagesConfig(Config):
     Fields:
         on_error: `skip` leaves images that cannot be read out, and counts them (None: `raise`).
         gray_bits: that grey images in 16-bit files use, such as 12 of many microscopes (None: 16).
+        streamed: read photographs from where they lie, a folder or tar shards, whenever they are
+            needed, and crop the originals in workers: for more than the disk holds decoded.
     """
 
     on_error: Literal["raise", "skip"] | None = None
     gray_bits: Annotated[int, Field(ge=1, le=16)] | None = None
+    streamed: bool | None = None
 
     @property
     def reading(self) -> dict[str, Any]:
         """The fields that say how images are read, where they are set: arguments of `load`."""
-        values = {name: getattr(self, name, None) for name in ("classes", "on_error", "gray_bits")}
+        names = ("classes", "on_error", "gray_bits", "streamed")
+        values = {name: getattr(self, name, None) for name in names}
         return {name: value for name, value in values.items() if value is not None}

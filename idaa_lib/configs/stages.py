@@ -30,7 +30,7 @@ FIXED = frozenset(
 class EvalConfig(ImagesConfig):
     """Evaluation of a trained encoder on labelled images (docs/spec/idaa.md §5).
 
-    Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
+    Fields (besides `on_error`, `gray_bits`, `streamed`, None: the training's, of its own images):
         run: id or path of an SSL run (None: the last that a person started, else a sweep's).
         dataset: None for the one that the run was trained on (of `stl10-all` its labelled images,
             `stl10`). limit: at most so many images of each split.
@@ -42,7 +42,8 @@ class EvalConfig(ImagesConfig):
             pairing a classifier trained on fresh random views, without references).
         k: neighbours of kNN (capped by the size of the bank). temperature: τ of kNN (`clean`).
         precision: of the encoding: fp32, bf16, or auto (bf16 where it is native).
-        references: also judge the encoder before training and raw pixels, as rows to stand beside.
+        references: also judge the encoder before training and raw pixels (not streamed ones), as
+            rows to stand beside.
         seed: of the official protocol's classifier.
     """
 
@@ -70,7 +71,7 @@ class EvalConfig(ImagesConfig):
 class DecomposeConfig(ImagesConfig):
     """Pictures of what a VAE splits and what an attack moves (notebook 02).
 
-    Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
+    Fields (besides `on_error`, `gray_bits`, `streamed`, None: the training's, of its own images):
         vae: id or path of a VAE run (None: the last that a person started, else a sweep's).
         run: id or path of the SSL run whose encoder is attacked (None: one on the same
             images and size, an untrained encoder where there is none; `untrained`: that one).
@@ -100,7 +101,7 @@ class DecomposeConfig(ImagesConfig):
 class TheoryConfig(ImagesConfig):
     """How much identity the latent and the images hold (docs/spec/idaa.md §6, notebook 08).
 
-    Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
+    Fields (besides `on_error`, `gray_bits`, `streamed`, None: the training's, of its own images):
         vae, run: id or path of the VAE and of the SSL run whose encoder is attacked, chosen as
             `DecomposeConfig` does where they are None; `untrained` is an encoder too.
         witness: id or path of the SSL run that judges identity, never the attacked one (None: the
@@ -134,7 +135,7 @@ class TheoryConfig(ImagesConfig):
 class TransferConfig(ImagesConfig):
     """Frozen features on other data: linear, few labels, few shots (docs/spec/idaa.md §5).
 
-    Fields (besides `on_error` and `gray_bits`, None: the training's, of its own images):
+    Fields (besides `on_error`, `gray_bits`, `streamed`, None: the training's, of its own images):
         run: id or path of an SSL run (None: the last that a person started, else a sweep's).
         datasets: names, or paths of folders or zips (None: the one that the run was trained on);
             docs/transfer-data.md says how to lay out those that nobody can download for you.

@@ -32,7 +32,7 @@ FOLLOWS: Any = Field(default=None, validate_default=False)
 class TrainingConfig(ImagesConfig):
     """What the training stages share.
 
-    Fields (besides `on_error` and `gray_bits`):
+    Fields (besides `on_error`, `gray_bits` and `streamed`):
         dataset: `photos`, a torchvision name (`cifar10`, …), or the path of a folder or zip.
         classes: a text file that names the class folders to take, one a line, as `imagenet100.txt`
             does, which ships here (empty: all); a label is the place in it.
@@ -113,12 +113,31 @@ class TrainingConfig(ImagesConfig):
                 f"{self.dataset}, has 32 pixels, and nobody can download ImageNet for you (a "
                 f"folder of class folders will do)."
             )
+        if self.streamed:
+            self._check_streamed(explicit)
+            return {"source_size": None}
         if self.source_size is not None and self.source_size < self.size:
             raise ConfigError(
                 f"source_size={self.source_size} is less than size={self.size}: views are cropped "
                 f"of images that are as large or larger."
             )
         return {}
+
+    def _check_streamed(self, explicit: Mapping[str, Any]) -> None:
+        if self.stage == "semi":
+            raise ConfigError(
+                "streamed=True is of trainings without labels: leave it out with stage semi."
+            )
+        if explicit.get("source_size"):
+            raise ConfigError(
+                f"source_size={self.source_size} is of images that are kept decoded, and "
+                f"streamed=True crops the originals: leave one of them out."
+            )
+        if self.augmentation == "none":
+            raise ConfigError(
+                "streamed=True crops photographs at random, and augmentation='none' crops nothing: "
+                "take other views, or leave streamed out."
+            )
 
     def identity(self) -> dict[str, Any]:
         """As everywhere; a `source_size` of `size` is none."""

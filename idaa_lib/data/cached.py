@@ -1,8 +1,9 @@
-"""Images in memory: any source, decoded once, as one uint8 tensor.
+"""Images of any source: decoded once, as one uint8 tensor, or streamed from where they lie.
 
 Every image of a source is decoded into one pool ordered train, val, test, which is kept under
 `data/cache/` as raw bytes that later calls map into memory. A split and a limit only select rows of
-the pool. An index beside it says what the pool holds, so that describing a set opens nothing.
+the pool. An index beside it says what the pool holds, so that describing a set opens nothing. Of a
+streamed set the pool has a row for each photograph (`streamed`) in place of its pixels.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from idaa_lib.data.decoding import Item, decode_items
+from idaa_lib.data.decoding import Item, decode_items, square
 from idaa_lib.data.layout import HEIF, sha256
 from idaa_lib.data.sources import (
     Listing,
@@ -36,11 +38,16 @@ from idaa_lib.data.sources import (
     read_classes,
     read_stamp,
 )
+from idaa_lib.data.streamed import CONTENT, Images, Photographs, describe, row_width
 
 PARTS = ("train", "val", "test")
 SPLITS = {"train": slice(0, 1), "val": slice(1, 2), "test": slice(2, 3), "trainval": slice(0, 2)}
 VERSION = 4  # of the decoding and of the files of the cache: another number, another entry
-Pool = tuple[dict[str, Any], np.ndarray, np.ndarray]  # what describes it, labels, pixels
+Pool = tuple[dict[str, Any], np.ndarray, Images]  # what describes it, labels, pixels
+# Bytes of images that are taken into memory where a limit picks them; more stay in their file.
+SMALL = 2**28
+# Of streamed photographs so many, this large, say what their mean and std are.
+SAMPLE, SAMPLE_SIZE = 500, 224
 
 # The mean and std that papers normalise CIFAR with.
 CIFAR_UNITS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -50,14 +57,16 @@ CIFAR = ("bb3914949cecedee", "fbe8ad23bbaf2496")
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """One split of a source: what it is, and from their first use on its images in memory.
+    """One split of a source: what it is, and from their first use on its images.
 
     `n` images of `size` pixels a side; `labelled`: whether each has a class; `mean`, `std`: per
     channel of pixels in [0, 1], alike for every split and limit: what papers use where the source
-    is CIFAR-10 or CIFAR-100 (by name, or by class names and 32 px), else those of train and val;
+    is CIFAR-10 or CIFAR-100 (by name, or by class names and 32 px), else those of train and val,
+    of streamed photographs of 500 of them;
     `fingerprint` tells apart any other pixels, labels or selection, alike on every machine;
     `skipped`: how many images of the source `on_error="skip"` left out; `notes`: sentences on what
-    else the source holds that is left out, or read in another way than it seems.
+    else the source holds that is left out, or read in another way than it seems; `streamed`:
+    whether photographs are read from where they lie, each time.
     """
 
     name: str
@@ -71,15 +80,17 @@ class ImageSet:
     fingerprint: str
     skipped: int
     notes: tuple[str, ...]
-    contents: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
+    streamed: bool
+    contents: Callable[[], tuple[Any, Tensor]] = field(repr=False)
 
     def __len__(self) -> int:
         return self.n
 
     @property
-    def images(self) -> Tensor:
-        """uint8 (N, 3, size, size): a private map of the cache (writing to it changes no file), or
-        a copy where a limit picked rows."""
+    def images(self) -> Any:
+        """uint8 (N, 3, size, size). A tensor where they take less than 256 MiB: a private map of
+        the cache (writing to it changes no file), or a copy where a limit picked rows. Else, and
+        where they are streamed, `Images`: an index reads those that it names."""
         return self.contents()[0]
 
     @property
@@ -90,13 +101,16 @@ class ImageSet:
     @property
     def sizes(self) -> Tensor:
         """Height and width of each image in pixels: int64 (N, 2)."""
-        return torch.full((self.n, 2), self.size)
+        return self.images.sizes if self.streamed else torch.full((self.n, 2), self.size)
 
     def gather(self, index: Tensor, boxes: Tensor, size: int) -> Tensor:
         """Crops of the images at `index` (B,), resized with antialiasing: uint8 (B, 3, size, size).
+        Of streamed photographs they are of the originals.
 
         boxes: (B, 4) top, left, height, width, whole pixels of each image.
         """
+        if self.streamed:
+            return self.images.gather(index, boxes, size)
         crops = []
         for i, (top, left, height, width) in zip(index.tolist(), boxes.int().tolist(), strict=True):
             crop = self.images[i : i + 1, :, top : top + height, left : left + width]
@@ -104,15 +118,21 @@ class ImageSet:
         return torch.cat(crops)
 
     def with_labels(self) -> "ImageSet":
-        """The images that have a class: all of this set, or a copy of those."""
+        """The images that have a class: all of this set, or those."""
         if self.labelled:
             return self
         return replace(self.subset(self.labels >= 0), labelled=True)
 
     def subset(self, indices: Tensor | Sequence[int] | slice) -> "ImageSet":
-        """The images at `indices` (or where a boolean mask holds), in that order, copied."""
+        """The images at `indices` (or where a boolean mask holds), in that order."""
         index = torch.arange(self.n)[indices]
-        contents = functools.cache(lambda: (self.images[index], self.labels[index]))
+
+        @functools.cache
+        def contents() -> tuple[Any, Tensor]:
+            images, labels = self.contents()
+            lazy = isinstance(images, Images)
+            return images.pick(index.numpy()) if lazy else images[index], labels[index]
+
         fingerprint = _fingerprint(self.fingerprint, index.numpy())
         return replace(self, n=len(index), fingerprint=fingerprint, contents=contents)
 
@@ -132,6 +152,7 @@ def load(
     classes: str | Path | None = None,
     on_error: str = "raise",
     gray_bits: int = 16,
+    streamed: bool = False,
     download: bool = True,
     data_dir: str | Path | None = None,
 ) -> ImageSet:
@@ -141,8 +162,10 @@ def load(
     out as `arrange` says. limit: a random subset of the split, the same on every call.
     classes: a text file of class folders, as `read_classes` reads it: these alone, in its order.
     on_error: "skip" leaves unreadable images out and counts them. gray_bits: that grey images in
-    16-bit files use (12 of many microscopes). data_dir: else `data_root()`. What is left out or
-    read in another way than it seems is printed, once in a process.
+    16-bit files use (12 of many microscopes). streamed: photographs in a folder or in tar shards
+    are read from where they lie, each time; the first opening reads each of them once, to see that
+    it can be decoded. data_dir: else `data_root()`. What is left out or read in another way than it
+    seems is printed, once in a process.
 
     A source that was opened before is not opened until its images are used: an index says what it
     holds, as long as nothing that `Source.watch` names has another size or time of change. The
@@ -163,7 +186,8 @@ def load(
             raise ValueError(f"{name}={value!r} is not allowed: use {use}")
     data = Path(data_dir).expanduser() if data_dir else data_root()
     chosen = read_classes(classes, data) if classes else ()
-    pool = _Pool(find_source(source, data, download, chosen), data / "cache", size, gray_bits)
+    origin = find_source(source, data, download, chosen)
+    pool = _Pool(origin, data / "cache", 0 if streamed else size, gray_bits)
     name, about = pool.source.name, pool.read_index() or pool.open()[0]
     if about["errors"] and on_error == "raise":
         about = pool.open(again=True)[0]
@@ -182,11 +206,17 @@ def load(
         rows = index = np.sort(np.random.default_rng(0).permutation(index)[:limit])
 
     @functools.cache
-    def read() -> tuple[Tensor, Tensor]:
-        now, labels, pixels = pool.open()
+    def read() -> tuple[Any, Tensor]:
+        now, labels, pool_ = pool.open()
         if now != about:
             raise ValueError(f"{name} changed since it was described: start again")
-        return torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows])
+        images: Any = pool_.pick(index)
+        if streamed:
+            place = pool_.file, pool_.whole, index, origin.path
+            images = Photographs(*place, size, gray_bits)
+        elif 3 * size**2 * len(index) < SMALL:
+            images = torch.from_numpy(pool_.map("c")[rows])
+        return images, torch.from_numpy(labels[rows])
 
     return ImageSet(
         name=name,
@@ -200,6 +230,7 @@ def load(
         fingerprint=_fingerprint(about["digest"], index),
         skipped=len(about["errors"]),
         notes=tuple(about["notes"]),
+        streamed=streamed,
         contents=read,
     )
 
@@ -221,7 +252,10 @@ def _join(errors: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class _Pool:
-    """All images of a source in the cache: a folder with the pixels and what describes them."""
+    """All images of a source in the cache: a folder with the pixels and what describes them.
+
+    size: side of the images, in pixels; 0 of a streamed set, which has a row for each instead.
+    """
 
     source: Source
     cache: Path
@@ -235,19 +269,24 @@ class _Pool:
         digest = sha256(f"{key} {self.size} {rules}")
         return self.cache / f"{slug}-{self.size}-{digest[:16]}{ending}"
 
-    def read_index(self) -> dict[str, Any] | None:
-        """What describes the pool, if nothing that is watched changed since it was written."""
+    def read_index(self, name: str = "about") -> Any:
+        """What describes the pool (or its `entry`), if nothing that is watched changed since it was
+        written."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             index = json.loads(self.path(str(self.source.path), ".json").read_text("utf-8"))
             if all(list(read_stamp(path)) == stamp for path, stamp in index["stamps"].items()):
-                return index["about"]
+                return index[name]
         return None
 
     def open(self, again: bool = False) -> Pool:
-        """What describes the pool, labels (N,), pixels (N, 3, size, size); decoded if need be.
+        """What describes the pool, labels (N,), images (N, 3, size, size); decoded if need be. Of a
+        streamed set whose index holds, no folder is walked: each photograph is checked when read.
 
         again: also where an image that could not be read can be read now, as no stamp tells.
         """
+        name = None if self.size or again else self.read_index("entry")
+        if name and (pool := _read(self.cache / name)):
+            return pool
         entry, stamps = self._scan()
         if (pool := self._keep(entry, again)) is None:
             self.cache.mkdir(parents=True, exist_ok=True)
@@ -264,7 +303,8 @@ class _Pool:
         if self.read_index() != pool[0]:
             draft = self.path(str(self.source.path), f".{os.getpid()}")
             with contextlib.suppress(OSError):  # others' cache, which may only be read
-                draft.write_text(json.dumps({"stamps": stamps, "about": pool[0]}), "utf-8")
+                index = {"stamps": stamps, "entry": entry.name, "about": pool[0]}
+                draft.write_text(json.dumps(index), "utf-8")
                 draft.replace(draft.with_suffix(".json"))
         return pool
 
@@ -272,21 +312,39 @@ class _Pool:
         """Where the pool lies of what is there now, and the stamps of what is watched."""
         members = self.source.members()
         stamps = {path: read_stamp(path) for path in self.source.watch(members)}
-        return self.path(repr(sorted(members))), stamps
+        entry = self.path(repr(sorted(members)))
+        if not isinstance(self.source, Torchvision):  # of whose files several sets are made
+            # Whatever the folder was called when its images were decoded.
+            alike = self.cache.glob(f"*-{self.size}-{entry.name.rpartition('-')[2]}")
+            entry = next(alike, entry)
+        return entry, stamps
 
     def _keep(self, entry: Path, again: bool) -> Pool | None:
         """As `_read`; None too where `again` finds what could not be read before."""
         pool = _read(entry)
         if pool and again and (places := [*map(int, pool[0]["errors"])]):
-            items = decode_items(self.source.listing(), places, self.size, self.bits)
+            listing = self.source.listing()
+            items = decode_items(listing, places, *self._maker(listing))
             return pool if all(item.error for item in items) else None
         return pool
+
+    def _maker(self, listing: Listing) -> tuple[tuple[int, ...], Callable[..., np.ndarray]]:
+        """The shape of what the pool keeps of an item, and what makes it of its image."""
+        if self.size:
+            return (3, self.size, self.size), lambda i, image: square(image, self.size, self.bits)
+        if not listing.places:
+            raise ValueError(
+                f"streamed photographs lie in a folder or in tar shards, and {self.source.name} is "
+                f"neither: leave streamed out, or unpack it"
+            )
+        width = row_width(listing)
+        return (width,), lambda i, image: describe(listing, width, self.bits, i, image)
 
     def _build(self, entry: Path, listing: Listing) -> None:
         """Decode a source into `entry`, which appears in full or not at all; the lock is held."""
         draft = entry.with_name(f"{entry.name}.partial")
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
-        need = len(listing.names) * 3 * self.size**2
+        need = len(listing.names) * math.prod(self._maker(listing)[0])
         try:
             draft.mkdir()
             if shutil.disk_usage(draft).free < need:
@@ -299,7 +357,7 @@ class _Pool:
             raise OSError(
                 f"the decoded images of {self.source.name} could not be written to {self.cache} "
                 f"({error}): they take {need / 2**20:.0f} MiB; make room, or set IDAA_DATA to a "
-                f"folder that has it"
+                f"folder that has it, or decode none ahead by streamed=True"
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -309,8 +367,9 @@ class _Pool:
         order = sorted(range(len(listing.names)), key=lambda i: PARTS.index(listing.splits[i]))
         items: list[Item] = []
         errors: dict[str, str] = {}  # place in the listing: why it cannot be read
-        stream = decode_items(listing, order, self.size, self.bits)
-        title = f"decoding {self.source.name}"
+        kept, make = self._maker(listing)
+        stream = decode_items(listing, order, kept, make)
+        title = f"{'decoding' if self.size else 'checking'} {self.source.name}"
         # Not through a map of the file: a disk that fills up would kill the process there.
         with open(file, "wb") as target:
             for item in tqdm(stream, title, len(order), unit="image", delay=2, mininterval=1):
@@ -324,15 +383,23 @@ class _Pool:
         notes = self._check(listing, items, errors)
         labels = [item.label for item in items]
         counts = [sum(listing.splits[item.place] == part for item in items) for part in PARTS]
-        shape = (len(items), 3, self.size, self.size)
-        mean, std = _measure(np.memmap(file, np.uint8, "r", shape=shape)[: counts[0] + counts[1]])
+        images = Images(file, (len(items), *kept), np.arange(len(items)))
+        learnt = counts[0] + counts[1]
+        if self.size:
+            mean, std = _measure(images.map()[:learnt])
+        else:
+            sample = images.rows[: learnt : -(-learnt // SAMPLE)]
+            place = file, images.whole, sample, listing.root
+            mean, std = _measure(Photographs(*place, SAMPLE_SIZE, self.bits)[:].numpy())
         names = "\n".join(sorted(name.lower().replace(" ", "_") for name in listing.classes))
         alike = sha256(names)[:16] in CIFAR and {item.sides for item in items} == {(32, 32)}
         if alike or (isinstance(self.source, Torchvision) and self.source.name.startswith("cifar")):
             mean, std = CIFAR_UNITS
         described = json.dumps([self.size, listing.classes, labels, counts])
         with open(file, "rb") as target:
-            digest = hashlib.file_digest(target, "sha256").hexdigest()
+            content = hashlib.file_digest(target, "sha256")
+        if not self.size:  # of the photographs, wherever they lie
+            content = hashlib.sha256(images.map()[:, CONTENT].tobytes())
         ends = itertools.pairwise(np.cumsum([0, *counts]))
         about = {
             "classes": listing.classes,
@@ -340,11 +407,11 @@ class _Pool:
             "labelled": [-1 not in labels[a:b] for a, b in ends],
             "mean": list(mean),
             "std": list(std),
-            "digest": sha256(f"{digest} {described}"),
+            "digest": sha256(f"{content.hexdigest()} {described}"),
             "errors": errors,
             "notes": notes,
         }
-        return {"about": about, "labels": labels, "shape": shape, "stamp": read_stamp(file)}
+        return {"about": about, "labels": labels, "shape": images.whole, "stamp": read_stamp(file)}
 
     def _check(self, listing: Listing, items: list[Item], errors: dict[str, str]) -> list[str]:
         """Sentences on what is left out, or not what it seems; ValueError where it is too much."""
@@ -388,11 +455,12 @@ def _measure(pixels: np.ndarray) -> tuple[Any, Any]:
 
 
 def _read(entry: Path) -> Pool | None:
-    """What describes a finished pool, its labels and pixels; None where it is not as written."""
+    """What describes a finished pool, its labels and images; None where it is not as written."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         seal, body = (entry / "about.json").read_text("utf-8").split("\n", 1)
         content, file = json.loads(body), entry / "images.u8"
         if seal == sha256(body) and content["stamp"] == list(read_stamp(file)):
-            pixels = np.memmap(file, np.uint8, "c", shape=tuple(content["shape"]))
-            return content["about"], np.array(content["labels"], np.int64), pixels
+            labels = np.array(content["labels"], np.int64)
+            images = Images(file, tuple(content["shape"]), np.arange(len(labels)))
+            return content["about"], labels, images
     return None

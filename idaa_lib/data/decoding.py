@@ -1,9 +1,10 @@
 """From any file that Pillow opens to an RGB square of uint8."""
 
 import io
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ class Item(NamedTuple):
     """One decoded item of a listing, or the reason why it cannot be read."""
 
     place: int  # in the listing
-    pixels: Any = None  # uint8 (3, size, size)
+    pixels: Any = None  # what was made of it, uint8
     label: int = -1
     sides: tuple[int, int] = (0, 0)  # of the file, in pixels
     peak: int = 0  # the highest value of an image of 16-bit grey
@@ -41,20 +42,25 @@ def decode(path: str | Path, size: int) -> Tensor:
     """
     content = read_file(Path(os.path.expanduser(path)))
     with Image.open(io.BytesIO(content)) as image:
-        return torch.tensor(_square(image, size, 16))
+        return torch.tensor(square(image, size, 16))
 
 
-def decode_items(listing: Listing, order: list[int], size: int, bits: int) -> Iterator[Item]:
+def decode_items(
+    listing: Listing,
+    order: list[int],
+    shape: tuple[int, ...],
+    make: Callable[[int, Image.Image], np.ndarray],
+) -> Iterator[Item]:
     """The items of a listing in this order, a few at a time in memory.
 
-    bits: that grey images in 16-bit files use.
+    make: what is kept of an item, uint8 of this shape, from its place in the listing and its image.
     """
-    rows = max(1, min(256, 2**24 // (3 * size**2)))
+    rows = max(1, min(256, 2**24 // math.prod(shape)))
     run: Any = map
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
         for start in range(0, len(order), rows):
             begin = time.perf_counter()
-            items = list(run(partial(_decode, listing, size, bits), order[start : start + rows]))
+            items = list(run(partial(_decode, listing, make), order[start : start + rows]))
             # Threads fight for the interpreter where images are small: on 2 cores CIFAR-10's JPEGs
             # took 8 s with one and 12 s with two. At 500 x 400 pixels two are 1.9 times as fast.
             if (time.perf_counter() - begin) / len(items) > 1e-3:
@@ -62,11 +68,12 @@ def decode_items(listing: Listing, order: list[int], size: int, bits: int) -> It
             yield from items
 
 
-def _decode(listing: Listing, size: int, bits: int, place: int) -> Item:
+def _decode(listing: Listing, make: Callable[[int, Image.Image], np.ndarray], place: int) -> Item:
     try:
         image, label = listing.read(place)
+        sides = image.size
         peak = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
-        return Item(place, _square(image, size, bits), label, image.size, peak)
+        return Item(place, make(place, image), label, sides, peak)
     except UnidentifiedImageError:  # whose own text names an address in memory
         why = "no image format that Pillow knows"
     except Exception as error:  # Pillow's plugins raise whatever a broken file trips them with
@@ -75,17 +82,17 @@ def _decode(listing: Listing, size: int, bits: int, place: int) -> Item:
     return Item(place, error=f"{name} cannot be read ({why})")
 
 
-def _square(image: Image.Image, size: int, bits: int) -> np.ndarray:
+def square(image: Image.Image, size: int, bits: int) -> np.ndarray:
     """(3, size, size): the short side resized to `size`, the middle kept; exact if already so.
 
     Bilinear, which Pillow widens when it shrinks (antialiased): bicubic rings at edges, and an
     adversary with a budget of 8/255 should find no such halo in the data.
     """
-    image = ImageOps.fit(_rgb(image, bits), (size, size), Image.Resampling.BILINEAR)
+    image = ImageOps.fit(convert(image, bits), (size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def _rgb(image: Image.Image, bits: int) -> Image.Image:
+def convert(image: Image.Image, bits: int) -> Image.Image:
     """Upright RGB of any mode: 16 bits, of which grey uses `bits`, scaled to 8 (not clipped),
     transparency laid on white."""
     image = ImageOps.exif_transpose(image)

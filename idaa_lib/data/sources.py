@@ -9,19 +9,20 @@ import os
 import pickle
 import re
 import stat
+import tarfile
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from idaa_lib.data import photos
-from idaa_lib.data.layout import HIDDEN, PARTS, arrange, split_by_name
+from idaa_lib.data.layout import EXTENSIONS, HIDDEN, PARTS, arrange, split_by_name
 
 _TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
 _THREE = {**_TWO, "val": {"split": "val"}}
@@ -50,12 +51,21 @@ FOLDERS = {"birdsnap": LAYOUT, "cub200": LAYOUT, "mini-imagenet": "docs/mini-ima
 Member = tuple[str, int, int]  # name (a folder's ends in "/"), size, time of change in ns or CRC
 
 
+class Place(NamedTuple):
+    """Where the bytes of an item lie: in which file below the source, from where on, how many."""
+
+    file: str
+    offset: int
+    length: int
+
+
 @dataclass(frozen=True)
 class Listing:
     """What a source holds, before any decoding; `read(i)` gives item i in any mode, and its label.
 
     `names[i]` is what an error calls item i, `splits[i]` its split ("train", "val" or "test").
-    `notes`: sentences that say what of the source is left out, or read in another way.
+    `notes`: sentences that say what of the source is left out, or read in another way. `places`, in
+    the folder `root`, and `labels`, of a source whose items lie as they are in files.
     """
 
     classes: tuple[str, ...]
@@ -63,10 +73,14 @@ class Listing:
     splits: list[str]
     read: Callable[[int], tuple[Image.Image, int]]
     notes: list[str] = field(default_factory=list)
+    root: Path = Path()
+    places: list[Place] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
 
 
 class Source:
-    """A folder of images; below, what else gives images, by the same three methods.
+    """A folder of images, or of tar files that hold them; below, what else gives images, by the
+    same three methods.
 
     classes: names of class folders, of which the images are taken alone, in the order of labels
     (none: all, sorted).
@@ -113,11 +127,19 @@ class Source:
         """Its items; may download them. ValueError where it is unclear what belongs where."""
         members = self.members()
         broken = {name for name, size, _ in members if size < 0}
-        names = [name for name, _, _ in members]
-        return self._list(names, lambda name: read_file(self.path / name), broken)
+        places = {name: Place(name, 0, size) for name, size, _ in members}
+        shards = [name for name in places if name.endswith(".tar")]
+        if shards and not any(name.lower().endswith((*EXTENSIONS,)) for name in places):
+            inside = list_shards(self.path, sorted(shards))
+            return self._list([*inside], lambda n: read_place(self.path, inside[n]), (), inside)
+        return self._list([*places], lambda n: read_file(self.path / n), broken, places)
 
     def _list(
-        self, members: list[str], read_bytes: Callable[[str], bytes], broken: Collection[str] = ()
+        self,
+        members: list[str],
+        read_bytes: Callable[[str], bytes],
+        broken: Collection[str] = (),
+        places: Mapping[str, Place] | None = None,
     ) -> Listing:
         names, splits, folders, notes = arrange(str(self.path), members, self.classes, broken)
         classes = self.classes or tuple(sorted({folder for folder in folders if folder}))
@@ -126,7 +148,11 @@ class Source:
         def read(i: int) -> tuple[Image.Image, int]:
             return Image.open(io.BytesIO(read_bytes(names[i]))), labels[folders[i]]
 
-        return Listing(classes, [f"{self.path}/{name}" for name in names], splits, read, notes)
+        listing = Listing(classes, [f"{self.path}/{name}" for name in names], splits, read, notes)
+        if places is None:
+            return listing
+        own = [places[name] for name in names], [labels[folder] for folder in folders]
+        return replace(listing, root=self.path, places=own[0], labels=own[1])
 
 
 class Zip(Source):
@@ -361,6 +387,43 @@ def read_file(path: Path) -> bytes:
 def _check_size(size: int) -> None:
     if size > 2**30:
         raise OSError(f"it has {size / 2**30:.3g} GiB, and an image file at most 1")
+
+
+def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
+    """What tar files hold, by name, and where it lies in them.
+
+    They are as `python -m idaa_lib.data shard` writes them, with the folders of the names; or as
+    webdataset has them: class numbers beside the images, in `.cls`, and the part, train or val, in
+    the name of the shard. Raises ValueError where one is damaged.
+    """
+    places = dict[str, Place]()
+    for shard in shards:
+        part = re.search("train|val|test", shard.rpartition("/")[2].lower())
+        classes, flat = dict[str, str](), dict[str, Place]()
+        try:
+            with tarfile.open(root / shard, "r:") as archive:
+                for member in filter(tarfile.TarInfo.isreg, archive):
+                    place = Place(shard, member.offset_data, member.size)
+                    if not member.name.endswith(".cls"):
+                        (places if "/" in member.name else flat)[member.name] = place
+                    elif "/" not in member.name:
+                        number = read_place(root, place).decode("ascii", "replace").strip()
+                        classes[member.name[:-4]] = f"{number:0>6}/"
+        except tarfile.TarError as error:
+            what = f"{root / shard} is no readable tar ({error})"
+            raise ValueError(f"{what}: copy it again") from error
+        for name, place in flat.items():
+            folders = f"{part[0]}/" if part else "", classes.get(name.partition(".")[0], "")
+            places[f"{''.join(folders)}{shard}/{name}"] = place
+    return places
+
+
+def read_place(root: Path, place: Place) -> bytes:
+    """The bytes that lie there; OSError where they are over 1 GiB."""
+    _check_size(place.length)
+    with open(root / place.file, "rb") as file:
+        file.seek(place.offset)
+        return file.read(place.length)
 
 
 def read_stamp(path: str | Path) -> tuple[int, int]:

@@ -163,7 +163,7 @@ def encode_splits(
 
 def pixels(images: Tensor) -> Tensor:
     """The other reference row: the pixels themselves, centred, (N, 3·H·W) in [−.5, .5]."""
-    return images.flatten(1).float() / 255 - 0.5
+    return images[:].flatten(1).float() / 255 - 0.5
 
 
 def open_splits(dataset: str, size: int, limit: int | None, **reading: Any) -> dict[str, ImageSet]:

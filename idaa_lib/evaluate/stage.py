@@ -156,7 +156,9 @@ class _Evaluation(Plan):
             epochs = {"knn": best, "linear": best if self.way.linear_epoch == "best" else None}
             summary["knn_top1_last"] = tops[None]
             summary |= {f"{probe}_epoch": epoch for probe, epoch in epochs.items()}
-        for subject in SUBJECTS if self.config.references else SUBJECTS[:1]:
+        # Pixels of a set that is streamed are more than a memory holds.
+        subjects = SUBJECTS[: 2 if self.splits["test"].streamed else 3]
+        for subject in subjects if self.config.references else subjects[:1]:
             prefix = "" if subject == "encoder" else f"{subject}_"
             for probe, layer in layers.items():
                 z = encode(subject, layer, epochs.get(probe) if subject == "encoder" else None)

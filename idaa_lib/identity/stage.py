@@ -109,7 +109,7 @@ class Study(Plan):
     @cached_property
     def learn(self) -> Tensor:
         """The images to learn classes from, normalised."""
-        return normalise(self.train.images, self.scene.mean, self.scene.std).to(self.scene.x)
+        return normalise(self.train.images[:], self.scene.mean, self.scene.std).to(self.scene.x)
 
     @property
     def labels(self) -> Tensor | None:

@@ -115,7 +115,7 @@ class Method(nn.Module):
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__()
         self.options, self.about, self.recipe = options, about, about.recipe
-        self._makers: dict[Recipe, Callable[[Tensor, Tensor], Any]] = {}
+        self._makers: dict[Recipe, Callable[..., Any]] = {}
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -146,7 +146,7 @@ class Method(nn.Module):
         """Of each view in turn: which of the batch's images it is of, and its recipe."""
         return [("images", self.recipe)] * self.views
 
-    def maker(self, recipe: Recipe) -> Callable[[Tensor, Tensor], Any]:
+    def maker(self, recipe: Recipe) -> Callable[..., Any]:
         """What makes a view of uint8 images and their numbers; `recipe.pair` makes two of them."""
         return recipe.view
 
@@ -158,11 +158,17 @@ class Method(nn.Module):
         }
 
     def draw(self, images: Batch, batch: Batch, moment: Moment) -> tuple[View, ...]:
-        """Random views of uint8 images (B, 3, H, W): what `moment.numbers` mean for them."""
-        return tuple(
-            self._makers.get(recipe, self.maker(recipe))(images[name], moment.numbers[f"view {i}"])
-            for i, (name, recipe) in enumerate(self.recipes())
-        )
+        """Random views of uint8 images (B, 3, H, W): what `moment.numbers` mean for them.
+
+        Of streamed photographs `images` has the crops of each view, `view i`, and `batch` how they
+        were cut, `cut i` (`Recipe.view`).
+        """
+        views = []
+        for i, (name, recipe) in enumerate(self.recipes()):
+            key, make = f"view {i}", self._makers.get(recipe, self.maker(recipe))
+            cut = [batch[f"cut {i}"]] if f"cut {i}" in batch else []
+            views.append(make(images[key if cut else name], moment.numbers[key], *cut))
+        return tuple(views)
 
     # --- what it learns ---------------------------------------------------------------------------
 

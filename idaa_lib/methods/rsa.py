@@ -110,7 +110,7 @@ class RSA(BYOL):
             return [("images", replace(self.recipe, jitter_probability=0, gray=0, blur=0))] * 2
         return super().recipes()
 
-    def maker(self, recipe: Recipe) -> Callable[[Tensor, Tensor], Any]:
+    def maker(self, recipe: Recipe) -> Callable[..., Any]:
         return recipe.pair if self.options.rsa_views == "four" else recipe.view
 
     def draw(self, images: Batch, batch: Batch, moment: Moment) -> tuple[View, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from idaa_lib.data.streamed import Images, Photographs
 from idaa_lib.methods.base import Batch
 from idaa_lib.views import send
 
@@ -19,33 +22,48 @@ class Feed:
 
     They all stay on the device if they take less than half of what is free there. Else worker
     processes gather each batch on the host into pinned memory, and it is copied while the device
-    computes. Which of the two is printed; what comes out is the same.
+    computes. Which of the two is printed; what comes out is the same. Streamed photographs are
+    decoded and cut in workers, as many as there are cores for this process.
 
     Args:
         resident: decides instead of the size.
     """
 
-    def __init__(self, images: Tensor, device: torch.device, resident: bool | None = None) -> None:
+    def __init__(
+        self, images: Tensor | Images, device: torch.device, resident: bool | None = None
+    ) -> None:
+        self.streamed = isinstance(images, Photographs)
         if resident is None:
-            resident = images.device == device or _fits(images, device)
-        self.images = images.to(device) if resident else images
+            here = device.type == "cpu" or getattr(images, "device", None) == device
+            resident = not self.streamed and (here or _fits(images, device))
+        moves = resident and device.type != "cpu"
+        self.images: Any = images.to(device) if moves else images
         self.device, self.resident = device, resident
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        """Named indices, and the images that they name, both on the device."""
+        """Named indices, and the images that they name, both on the device.
+
+        A batch of streamed photographs also has what is cut of them for view i, `cut i` (B, 6): the
+        size of the original, and the box. Its images are then those crops, `view i`.
+
+        Raises OSError where a photograph is not as it was.
+        """
         if self.resident:
             for batch in batches:
                 here = {key: send(index, self.device) for key, index in batch.items()}
-                yield here, {key: self.images[index] for key, index in here.items()}
+                source = batch if isinstance(self.images, Images) else here
+                yield here, {key: self.images[index] for key, index in source.items()}
             return
         loader = DataLoader(
             _Gathered(self.images),
             batch_size=None,  # an item is a whole batch: one image at a time costs more than a copy
             sampler=batches,
-            num_workers=WORKERS,
+            num_workers=count_cores() if self.streamed else WORKERS,
             pin_memory=self.device.type == "cuda",
         )
         for pair in loader:
+            if isinstance(pair, OSError):  # raised in a worker, it would carry a trace of its own
+                raise pair
             batch, images = (
                 {key: t.to(self.device, non_blocking=True) for key, t in part.items()}
                 for part in pair
@@ -56,18 +74,32 @@ class Feed:
 class _Gathered(Dataset):
     """A batch's indices → the indices and their images."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Any) -> None:
         self.images = images
 
-    def __getitem__(self, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
-        return batch, {key: self.images[index] for key, index in batch.items()}
+    def __getitem__(self, batch: Batch) -> Any:
+        if not isinstance(self.images, Photographs):
+            return batch, {key: self.images[index] for key, index in batch.items()}
+        cuts = {name: cut for name, cut in batch.items() if name.startswith("cut ")}
+        boxes = torch.stack([cut[:, 2:] for cut in cuts.values()])
+        try:  # an original is decoded once for all its views
+            crops = self.images.gather(batch["images"], boxes, self.images.size)
+        except OSError as error:
+            return error
+        views = (name.replace("cut", "view") for name in cuts)
+        return batch, dict(zip(views, crops, strict=True))
 
 
-def _fits(images: Tensor, device: torch.device) -> bool:
-    if device.type != "cuda":
-        return True
+def count_cores() -> int:
+    """The processor's cores that this process has for itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _fits(images: Tensor | Images, device: torch.device) -> bool:
     free, _ = torch.cuda.mem_get_info(device)
-    fits = images.numel() < free // 2
+    size = images.shape.numel()
+    fits = size < free // 2
     where = f"stay on the {device}" if fits else "come from the host, through pinned memory"
-    print(f"{images.numel() / 2**20:,.0f} MiB of images {where}.")
+    print(f"{size / 2**20:,.0f} MiB of images {where}.")
     return fits

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from idaa_lib.adversaries import Adversary, AttackError, NoAdversary
 from idaa_lib.configs import ConfigError, TrainingConfig
+from idaa_lib.data.streamed import Images
 from idaa_lib.evaluate.encoders import features
 from idaa_lib.evaluate.metrics import alignment, embedding_std, uniformity
 from idaa_lib.methods import Method, Moment, Step
@@ -40,7 +41,7 @@ PICTURE_EVERY = 3.0
 
 
 class Fit:
-    """Training of `method` on uint8 `images` (N, 3, H, W) under `config`.
+    """Training of `method` on uint8 `images` (N, 3, H, W), a tensor or not, under `config`.
 
     Args:
         accelerator: from `accelerator.make_accelerator`.
@@ -54,7 +55,7 @@ class Fit:
         self,
         accelerator: Accelerator,
         method: Method,
-        images: Tensor,
+        images: Tensor | Images,
         config: TrainingConfig,
         adversary: Adversary | None = None,
         validate: Callable[[Method], dict[str, float]] = lambda method: {},
@@ -202,7 +203,7 @@ class Fit:
                         self._before_epoch(steps)
                     batch, images = next(batches)
                     steps.add(self.train_step(step, images, batch))
-        except AttackError as error:
+        except (AttackError, OSError) as error:  # what was to be attacked, or read
             raise RunError(
                 f"By step {steps.step}: {error} The last checkpoint is intact."
             ) from error
@@ -211,10 +212,22 @@ class Fit:
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """This process's part of each batch from step `first` on."""
+        sizes = self.feed.images.sizes if self.feed.streamed else None
         for epoch in range(first // self.per_epoch, self.config.epochs):
-            done = max(0, first - epoch * self.per_epoch)
-            for batch in itertools.islice(self.method.batches(epoch), done, None):
-                yield {name: i.chunk(self.processes)[self.rank] for name, i in batch.items()}
+            done, begin = max(0, first - epoch * self.per_epoch), epoch * self.per_epoch
+            batches = itertools.islice(enumerate(self.method.batches(epoch), begin), done, None)
+            for step, whole in batches:
+                batch = self._mine(whole)
+                yield batch if sizes is None else batch | self._cuts(step, batch, sizes)
+
+    def _cuts(self, step: int, batch: Batch, sizes: Tensor) -> Batch:
+        """What is cut of streamed photographs of these sizes (N, 2), as `Feed` takes it."""
+        numbers = self._draw(step, {name: len(index) for name, index in batch.items()})
+        cuts = {}
+        for i, (name, recipe) in enumerate(self.method.recipes()):
+            params = recipe.parameters(numbers[f"view {i}"], sizes[batch[name]])
+            cuts[f"cut {i}"] = torch.cat([params["source"], params["crop"]], 1)
+        return cuts
 
     def _batch_of(self, step: int) -> dict[str, list[int]]:
         """Indices of all processes' images in a step, by name."""
@@ -249,7 +262,7 @@ class Fit:
             held = isinstance(group["lr"], Tensor)  # a recording reads it
             group["lr"] = group["lr"].fill_(rate) if held else rate
         self.progress.fill_(step / self.total)
-        numbers = self._numbers(step, {name: len(index) for name, index in images.items()})
+        numbers = self._numbers(step, {name: len(index) for name, index in batch.items()})
         if self.recorded is None:
             outcome, values = self._work(images, batch, numbers)
         else:
@@ -262,17 +275,24 @@ class Fit:
         return Moment(step // self.per_epoch, step, self.total, self.progress, numbers)
 
     def _numbers(self, step: int, sizes: dict[str, int]) -> dict[str, Tensor]:
-        """The step's random numbers on the device: drawn for the global batch on the CPU, of which
-        this process keeps its rows, so that n processes draw what one would."""
-        whole = {name: n * self.processes for name, n in sizes.items()}
-        key = self.config.seed, step // self.per_epoch, step
-        numbers = self.method.numbers(whole, keyed_generator(*key, VIEWS))
+        """The step's random numbers on the device."""
         size = self.method.recipe.size
-        shape = torch.Size((whole.get("images", 0), 3, size, size))
-        attack = self.adversary.numbers(shape, keyed_generator(*key, ATTACK))
-        numbers |= {f"attack {name}": value for name, value in attack.items()}
-        rows = {name: value.chunk(self.processes)[self.rank] for name, value in numbers.items()}
-        return {name: send(value, self.device) for name, value in rows.items()}
+        shape = torch.Size((sizes.get("images", 0) * self.processes, 3, size, size))
+        key = self.config.seed, step // self.per_epoch, step, ATTACK
+        attack = self.adversary.numbers(shape, keyed_generator(*key))
+        mine = self._mine({f"attack {name}": value for name, value in attack.items()})
+        numbers = self._draw(step, sizes) | mine
+        return {name: send(value, self.device) for name, value in numbers.items()}
+
+    def _draw(self, step: int, sizes: dict[str, int]) -> dict[str, Tensor]:
+        """The method's random numbers: drawn for the global batch on the CPU, of which this process
+        keeps its rows, so that n processes draw what one would."""
+        whole = {name: n * self.processes for name, n in sizes.items()}
+        key = self.config.seed, step // self.per_epoch, step, VIEWS
+        return self._mine(self.method.numbers(whole, keyed_generator(*key)))
+
+    def _mine(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.chunk(self.processes)[self.rank] for name, value in values.items()}
 
     def _work(
         self, images: Batch, batch: Batch, numbers: dict[str, Tensor]

@@ -105,7 +105,6 @@ def train(config: TrainingConfig) -> Run:
 def train_vae(config: VAEConfig) -> Run:
     """The finished run of a VAE, as `train` makes it."""
     plan, val = _begin(config, VAEConfig)
-    method = VAETraining(plan.config, plan.about)
 
     def validate(method: Method) -> dict[str, float]:
         return vae_figures(method.network, method.recipe, val.images)
@@ -114,13 +113,13 @@ def train_vae(config: VAEConfig) -> Run:
         final = {name.removesuffix("_val"): value for name, value in figures.items()}
         return final | {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
 
-    return _train(plan, method, validate, summarise)
+    return _train(plan, lambda: VAETraining(plan.config, plan.about), validate, summarise)
 
 
 def train_ssl(config: SSLConfig) -> Run:
     """The finished run of an encoder that needs no labels, as `train` makes it."""
     plan, val = _begin(config, SSLConfig)
-    method, bank = build_method(plan.config, plan.about), plan.data
+    bank = plan.data
     # `trainval` holds `val` itself: an image would find itself.
     if config.split == "trainval" or bank.size != config.size:
         bank = _open(config, "train", config.limit)
@@ -151,7 +150,7 @@ def train_ssl(config: SSLConfig) -> Run:
             protocol += ", whose images were trained on without their labels"
         return figures | {"knn_protocol": protocol, "n_val": len(queries)}
 
-    return _train(plan, method, validate, summarise, config.knn_every)
+    return _train(plan, lambda: build_method(plan.config, plan.about), validate, summarise)
 
 
 def train_semi(config: SemiConfig) -> Run:
@@ -190,7 +189,7 @@ def train_semi(config: SemiConfig) -> Run:
         figures |= {f"ema_{name}": value for name, value in values.items()}
         return figures | {"ema_protocol": protocol, "n_val": len(val)}
 
-    return _train(plan, method, validate, summarise)
+    return _train(plan, lambda: method, validate, summarise)
 
 
 def _begin(config: TrainingConfig, kind: type[TrainingConfig]) -> tuple[TrainingPlan, ImageSet]:
@@ -329,15 +328,15 @@ def _choose_vae(config: EncoderConfig) -> Run:
 
 def _train(
     plan: TrainingPlan,
-    method: Method,
+    build: Callable[[], Method],
     validate: Callable[[Method], dict[str, float]],
     summarise: Callable[[dict[str, float]], dict[str, Any]],
-    validate_every: int = 1,
 ) -> Run:
     """What the stages share: room on the disk, the loop, the summary."""
     config, run = plan.config, plan.run
-    if run.finished:
+    if run.finished:  # no look at the images, which may be a million
         return perform(plan, lambda writer: {})
+    method = build()
     weights = _weights_of(plan, method)
     accelerator = make_accelerator(config, run.path)
     _check_disk(config, run, method)
@@ -347,7 +346,8 @@ def _train(
         vae = load_vae(plan.vae) if plan.vae else None
         adversary = build_adversary(config, vae, mean=mean, std=std)
     images = plan.data.images
-    fit = Fit(accelerator, method, images, config, adversary, validate, validate_every)
+    every = getattr(config, "knn_every", 1)
+    fit = Fit(accelerator, method, images, config, adversary, validate, every)
     if weights is not None and checkpoints.load(run) is None:
         fit.restore(weights, None)
 

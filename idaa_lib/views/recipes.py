@@ -112,15 +112,19 @@ class Recipe:
         uniform = [torch.rand(s, dtype=torch.float64, generator=generator) for s in shapes]
         return torch.cat(uniform, 1)
 
-    def parameters(self, numbers: Tensor, source: Sequence[int] | Tensor) -> Params:
+    def parameters(
+        self, numbers: Tensor, source: Sequence[int] | Tensor, cut: Tensor | None = None
+    ) -> Params:
         """What `numbers` (n, ·) mean, on their device: all parameters but `color_diff`.
 
-        source: height and width in pixels, of all images (2,) or of each (n, 2).
+        source: height and width in pixels, of all images (2,) or of each (n, 2). cut: as `view`.
         """
         sides = source if isinstance(source, Tensor) else row(source, numbers)
         columns = self.columns
         uniform = dict(zip(columns, numbers.split([*columns.values()], 1), strict=True))
         params = self._interpret(uniform, sides.to(numbers).expand(len(numbers), 2))
+        if cut is not None:
+            params |= {"source": cut[:, :2], "crop": cut[:, 2:]}
         return {k: v if v.dtype == torch.int64 else v.float() for k, v in params.items()}
 
     def _interpret(self, uniform: Params, source: Tensor) -> Params:
@@ -157,24 +161,29 @@ class Recipe:
             "blur": happens("blur", self.blur) * sigma,
         }
 
-    def view(self, images: Tensor, numbers: Tensor) -> View:
-        """The view of each of uint8 images (B, 3, H, W) that `numbers` (B, ·) stand for."""
-        return self.apply(images, self.parameters(numbers, images.shape[2:]))
+    def view(self, images: Tensor, numbers: Tensor, cut: Tensor | None = None) -> View:
+        """The view of each of uint8 images (B, 3, H, W) that `numbers` (B, ·) stand for.
 
-    def apply(self, images: Tensor, params: Params) -> View:
+        cut: where the images are crops already, of originals (streamed photographs): height and
+        width of these, and the boxes that were cut of them (B, 6).
+        """
+        params = self.parameters(numbers, images.shape[2:], cut)
+        return self.apply(images, params, cut is not None)
+
+    def apply(self, images: Tensor, params: Params, is_cut: bool = False) -> View:
         """The views of uint8 images (B, 3, H, W) by parameters, here or on the images' device."""
         params = {name: send(value, images.device) for name, value in params.items()}
-        x, params = self.photometry(self.geometry(images, params), params)
+        x, params = self.photometry(self.geometry(images, params, is_cut), params)
         return View(normalise(x, self.mean, self.std), params)
 
-    def pair(self, images: Tensor, numbers: Tensor) -> tuple[View, View]:
+    def pair(self, images: Tensor, numbers: Tensor, cut: Tensor | None = None) -> tuple[View, View]:
         """Two views by the same numbers: before the photometry (crop and flip alone), and after.
 
-        The photometric parameters of the first are neutral.
+        The photometric parameters of the first are neutral. cut: as `view`.
         """
-        after = self.parameters(numbers, images.shape[2:])
+        after = self.parameters(numbers, images.shape[2:], cut)
         after = {name: send(value, images.device) for name, value in after.items()}
-        x = self.geometry(images, after)
+        x = self.geometry(images, after, cut is not None)
         kept = ("source", "crop", "flip", "order")
         before = {k: v if k in kept else torch.zeros_like(v) for k, v in after.items()}
         before["color"] = row(NO_JITTER, x).expand(len(x), 4)
@@ -183,11 +192,14 @@ class Recipe:
         first, second = (normalise(image, self.mean, self.std) for image in (x, y))
         return View(first, before), View(second, after)
 
-    def geometry(self, images: Tensor, params: Params) -> Tensor:
+    def geometry(self, images: Tensor, params: Params, is_cut: bool = False) -> Tensor:
         """Crop, resize and flip: uint8 (B, 3, H, W) → float in [0, 1] (B, 3, size, size)."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             kind = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"images must be uint8 of shape (B, 3, H, W), not {kind}.")
+        if is_cut:
+            x = images / 255
+            return torch.where(params["flip"][..., None, None] > 0, x.flip(3), x)
         height, width = images.shape[2:]
         still = self.crop_scale is None and not self.flip and not self.shift
         if still and height == width == self.size:
@@ -253,14 +265,14 @@ def recipe(name: str, size: int, mean: Sequence[float], std: Sequence[float]) ->
     return Recipe(size, tuple(mean), tuple(std), **constants)
 
 
-def compile_view(make: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
+def compile_view(make: Callable[..., Any]) -> Callable[..., Any]:
     """`Recipe.view` or `Recipe.pair` in a few kernels, where the images are.
 
     A batch then costs the host its random numbers and one copy, where the parameters took it sixty
     small operations and six copies: more time than a GPU needs for the views themselves.
     """
     view = torch.compile(make, dynamic=False)
-    return lambda images, numbers: view(images, send(numbers, images.device))
+    return lambda images, numbers, *cut: view(images, send(numbers, images.device), *cut)
 
 
 def keyed_generator(*key: int) -> torch.Generator:

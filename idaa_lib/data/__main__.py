@@ -1,0 +1,127 @@
+"""Photographs as tar shards, and room in the cache.
+
+python -m idaa_lib.data shard FOLDER OUT   # the images of a folder as tar files in OUT
+python -m idaa_lib.data clean [all]        # remove decoded images that no data set has any more
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from idaa_lib.data.cached import data_root
+from idaa_lib.data.layout import PARTS
+from idaa_lib.data.sources import Listing, find_source, read_place, read_stamp
+
+SHARD_BYTES = 2**29  # of images in a tar file, about
+
+
+def shard(folder: str, out: Path) -> Path:
+    """The new folder `out` of tar files that hold the images of a folder, byte by byte.
+
+    It is the same data set: the same classes, splits and fingerprint. Beside each image lies its
+    class number, `.cls`, as webdataset reads it. The tar files of each part, train or val, are
+    their own. `out` appears in full or not at all.
+
+    Raises ValueError where the folder holds no images in files, FileExistsError where `out` is
+    there, OSError where it cannot be written.
+    """
+    listing = find_source(folder, data_root(), download=False).listing()
+    if not listing.places:
+        raise ValueError(f"{folder} holds no images in files of their own: unpack it first")
+    if out.exists():
+        raise FileExistsError(f"{out} is there: give a new folder, or move it away")
+    draft = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+    draft.mkdir(parents=True)
+    try:
+        if shutil.disk_usage(draft).free < (need := sum(p.length for p in listing.places)):
+            raise OSError(f"{out} needs {need / 2**30:.1f} GiB, which its disk has not free")
+        _write(listing, draft)
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return out
+
+
+def _write(listing: Listing, out: Path) -> None:
+    parts: dict[str, list[int]] = {}
+    for i, name in enumerate(listing.names):
+        top = Path(name).relative_to(listing.root).parts[0].lower()
+        parts.setdefault(PARTS.get(top, "images"), []).append(i)
+    with tqdm(total=len(listing.names), desc="writing", unit="image", delay=2) as bar:
+        for part, items in parts.items():
+            sizes = np.array([listing.places[i].length for i in items])
+            shards = sizes.cumsum() // SHARD_BYTES
+            for number in range(int(shards[-1]) + 1):
+                with tarfile.open(out / f"{part}-{number:06}.tar", "w:") as archive:
+                    for i in np.array(items)[shards == number].tolist():
+                        name = listing.names[i].removeprefix(f"{listing.root}/")
+                        _add(archive, name, read_place(listing.root, listing.places[i]))
+                        label = str(listing.labels[i]).encode()
+                        _add(archive, f"{name.rpartition('.')[0]}.cls", label)
+                        bar.update()
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def clean(everything: bool = False) -> int:
+    """Bytes of the decoded images that were removed: those that no data set has any more, whose
+    folder is gone or has changed. `everything` removes the others too, which are made again when
+    they are needed. Each pool is printed, with its size.
+    """
+    cache, removed, used = data_root() / "cache", 0, set[str]()
+    for path in cache.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            index = json.loads(path.read_text("utf-8"))
+            if all([*read_stamp(file)] == stamp for file, stamp in index["stamps"].items()):
+                used.add(index["about"]["digest"])
+            elif not everything:
+                path.unlink()
+    for pool in sorted(path for path in cache.glob("*") if path.is_dir()):
+        size = sum(file.stat().st_size for file in pool.iterdir())
+        digest = ""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            body = (pool / "about.json").read_text("utf-8").partition("\n")[2]
+            digest = json.loads(body)["about"]["digest"]
+        kept = digest in used and not everything
+        print(f"{size / 2**20:10,.0f} MiB  {'kept' if kept else 'removed'}  {pool.name}")
+        if not kept:
+            with FileLock(cache / f"{pool.name.rsplit('-', 2)[0]}.lock", timeout=0):
+                shutil.rmtree(pool)
+            removed += size
+    return removed
+
+
+def main(words: list[str]) -> int:
+    """The exit status of a command line."""
+    try:
+        match words:
+            case ["shard", folder, out]:
+                print(f"{shard(folder, Path(out))} holds the images of {folder}.")
+            case ["clean"] | ["clean", "all"]:
+                print(f"{clean(words[1:] == ['all']) / 2**20:,.0f} MiB removed.")
+            case _:
+                print(__doc__, file=sys.stderr)
+                return 2
+    except (OSError, ValueError) as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

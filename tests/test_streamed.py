@@ -1,0 +1,367 @@
+"""Photographs that stay in their files: crops of the originals, shards, and what a change does."""
+
+import io
+import pickle
+import shutil
+import signal
+import tarfile
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import outcome
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from idaa_lib.configs import (
+    ConfigError,
+    DecomposeConfig,
+    EvalConfig,
+    SemiConfig,
+    SSLConfig,
+    VAEConfig,
+)
+from idaa_lib.data import __main__ as commands
+from idaa_lib.data import cached, streamed
+from idaa_lib.evaluate.stage import evaluate
+from idaa_lib.identity.scene import open_scene
+from idaa_lib.methods import About, Moment, build_method
+from idaa_lib.runs import Stopped
+from idaa_lib.train import feed, locate, train_ssl, train_vae
+from idaa_lib.train.loop import Fit
+from idaa_lib.views import recipe
+
+SIDES = (100, 75)  # width and height of ImageNet's photographs, mostly, divided by 5
+TINY = {"size": 32, "width": 4, "batch_size": 8, "epochs": 2, "streamed": True, "device": "cpu"}
+TINY |= {"precision": "fp32"}
+
+
+def photograph(seed, sides=SIDES):
+    """Coloured noise with broad and fine structure, as a photograph has."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(sides)
+    fine = rng.normal(0, 8, (sides[1], sides[0], 3))
+    return Image.fromarray((np.asarray(coarse) + fine).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def photos(tmp_path, data):
+    """ImageNet's layout: 40 in train/, 10 in val/, of two classes, some upright; no test/."""
+    for i in range(50):
+        path = tmp_path / f"net/{'train' if i < 40 else 'val'}/n{i % 2}/{i:03}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph(i, SIDES if i % 3 else SIDES[::-1]).save(path, quality=90)
+    return tmp_path / "net"
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """Photographs are read in the training's own process: what workers do, sooner."""
+    monkeypatch.setattr(feed, "count_cores", lambda: 0)
+
+
+def decoders():
+    return ["Pillow", *["torchcodec"] * (streamed.jpeg_decoder() is not None)]
+
+
+# --- Crops of originals
+
+
+@pytest.mark.parametrize("decoder", decoders())
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "turned"])
+def test_crops_are_those_of_the_upright_original(tmp_path, data, monkeypatch, mode, decoder):
+    if decoder == "Pillow":
+        monkeypatch.setattr(streamed, "jpeg_decoder", lambda: None)
+    (tmp_path / "one").mkdir()
+    image, kept = photograph(1), {}
+    if mode == "turned":  # a camera held upright
+        kept = {"exif": image.getexif()}
+        kept["exif"][0x0112] = 6
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "one/0.jpg", quality=90, **kept)
+    whole = Image.open(tmp_path / "one/0.jpg").convert("RGB")
+    whole = F.pil_to_tensor(whole.rotate(-90, expand=True) if kept else whole)
+    loaded = cached.load(tmp_path / "one", "train", 32, streamed=True)
+    height, width = whole.shape[1:]
+    assert loaded.sizes.tolist() == [[height, width]]
+    boxes = torch.tensor([[0, 0, height, width], [3, 9, 40, 31], [height - 1, 0, 1, width]])
+    crops = loaded.gather(torch.tensor([0]), boxes[:, None], 24)  # three crops of one image
+    assert crops.dtype == torch.uint8 and crops.shape == (3, 1, 3, 24, 24)
+    for crop, box in zip(crops[:, 0], boxes.tolist(), strict=True):
+        oracle = F.resized_crop(whole / 255, *box, [24, 24], antialias=True)
+        assert (crop / 255 - oracle).abs().max() < 1.6 / 255
+    side, top, left = min(height, width), max(0, height - width) // 2, max(0, width - height) // 2
+    middle = F.resized_crop(whole / 255, top, left, side, side, [32, 32], antialias=True)
+    assert (loaded.images[0] / 255 - middle).abs().max() < 1.6 / 255
+
+
+def fit_on(data, config, rank=0, processes=1):
+    """A training's loop on the CPU, as this rank of so many processes has it."""
+    place = dict(process_index=rank, num_processes=processes, device=torch.device("cpu"))
+    views = recipe("simsiam", config.size, data.mean, data.std)
+    about = About(views, data.labels, 2, config.epochs, config.batch_size)
+    method = build_method(config, about)
+    return Fit(SimpleNamespace(**place), method, data.images, config)
+
+
+def drawn(fit, first, last):
+    """Views of the steps from `first` to `last` of a training."""
+    batches = fit.feed(fit._batches(first))
+    for step in range(first, last):
+        batch, images = next(batches)
+        numbers = fit._numbers(step, {"images": len(batch["images"])})
+        yield fit.method.draw(images, batch, Moment(numbers=numbers))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_n_processes_and_a_resume_see_what_one_process_sees(photos, one_process, processes):
+    config = SSLConfig(**TINY, dataset=str(photos), method="simsiam")
+    loaded = cached.load(photos, "train", 32, streamed=True)
+    whole = list(drawn(fit_on(loaded, config), 0, 6))  # into the second epoch
+    ranks = [fit_on(loaded, config, rank, processes) for rank in range(processes)]
+    for step, views in enumerate(zip(*(drawn(fit, 2, 6) for fit in ranks), strict=True), 2):
+        for view, parts in zip(whole[step], zip(*views, strict=True), strict=True):
+            assert torch.equal(view.images, torch.cat([part.images for part in parts]))
+            for name, values in view.params.items():
+                assert torch.equal(values, torch.cat([part.params[name] for part in parts]))
+
+
+def test_a_view_is_what_its_parameters_say_of_the_original(photos, one_process, monkeypatch):
+    config = SSLConfig(**TINY, dataset=str(photos), method="simsiam")
+    loaded, decoded = cached.load(photos, "train", 32, streamed=True), []
+    original = streamed.Photographs._decode
+    monkeypatch.setattr(
+        streamed.Photographs, "_decode", lambda self, row: decoded.append(1) or original(self, row)
+    )
+    fit = fit_on(loaded, config)
+    plain = {"jitter_probability": 0.0, "gray": 0.0, "blur": 0.0}
+    fit.method.recipe = type(fit.method.recipe)(**vars(fit.method.recipe) | plain)
+    [views] = drawn(fit, 0, 1)
+    assert len(decoded) == 8  # each once, for both views
+    index = next(fit.method.batches(0))["images"]
+    mean, std = (torch.tensor(unit)[:, None, None] for unit in (loaded.mean, loaded.std))
+    for view in views:
+        assert torch.equal(view.params["source"], loaded.sizes[index].float())
+        assert 0 < view.params["flip"].mean() < 1
+        of_view = view.images, view.params["crop"], view.params["flip"]
+        for i, pixels, box, flip in zip(index, *of_view, strict=True):
+            row = loaded.images._table(loaded.images.rows[[i]])[0]
+            whole = original(loaded.images, row).contiguous() / 255
+            oracle = F.resized_crop(whole, *map(int, box), [32, 32], antialias=True)
+            oracle = oracle.flip(2) if flip else oracle
+            assert (pixels * std + mean - oracle).abs().max() < 1.6 / 255
+
+
+# --- Trainings and what follows
+
+
+def interrupt_after(monkeypatch, steps):
+    original, done = Fit.train_step, []
+
+    def step(self, *args):
+        done.append(1)
+        if len(done) == steps:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(Fit, "train_step", step)
+
+
+def test_from_photographs_to_results_with_a_stop_on_the_way(photos, outputs, monkeypatch, capsys):
+    images = {"dataset": str(photos), "split": "trainval"}
+    vae = train_vae(VAEConfig(**TINY | {"epochs": 1}, **images, dim=8))
+    config = SSLConfig(**TINY, **images, method="simsiam", adversary="idaa", projection_dim=8)
+    whole = outcome(train_ssl(config))
+    before, _, _ = capsys.readouterr().out.partition("ssl ·")
+    assert "val/ is the test split, and a tenth of train/ is held out" in before
+    shutil.rmtree(locate(config).path)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        with pytest.raises(Stopped, match="after step 7 of 10 and saved"):
+            train_ssl(config)
+    run = train_ssl(config)
+    again = outcome(run)
+    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0]) and whole[1:] == again[1:]
+
+    plain = evaluate(EvalConfig(run=run.id))  # reads images as the training did
+    assert plain.config.streamed and plain.summary["knn_n"] == 10
+    assert "pixels_knn_top1" not in plain.summary
+    scene = open_scene(DecomposeConfig(vae=vae.id, run=run.id, images=2))
+    assert scene.data.streamed and scene.x.shape == (2, 3, 32, 32)
+    assert not [*(photos.parent / "data/cache").glob("*-32-*")]  # nothing was decoded ahead
+
+    # Shown again, nobody looks at the photographs; and one that is new makes another run.
+    with monkeypatch.context() as patch:
+        patch.setattr("os.walk", lambda *_, **__: pytest.fail("walked"))
+        patch.setattr(streamed.Photographs, "_table", lambda *_: pytest.fail("read"))
+        assert train_ssl(config).id == run.id
+        assert evaluate(EvalConfig(run=run.id)).id == plain.id
+    photograph(99).save(photos / "train/n0/new.JPEG")
+    assert locate(config).id != run.id
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"source_size": 48}, "source_size=48 is of images that are kept decoded"),
+        ({"augmentation": "none"}, "augmentation='none' crops nothing"),
+    ],
+)
+def test_what_streaming_cannot_be_with_is_refused(values, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        SSLConfig(**TINY, **values)
+    with pytest.raises(ConfigError, match="streamed=True is of trainings without labels"):
+        SemiConfig(streamed=True)
+
+
+def test_what_lies_in_no_files_is_not_streamed(data):
+    with pytest.raises(ValueError, match="photos is neither: leave streamed out"):
+        cached.load("photos", "train", 32, streamed=True)
+
+
+def test_the_recipe_of_imagenet():
+    config = SSLConfig(preset="simsiam-imagenet", dataset="imagenet", adversary="idaa")
+    assert (config.streamed, config.source_size, config.size) == (True, None, 224)
+    assert (config.batch_size, config.learning_rate, config.epochs) == (512, 0.1, 100)
+    vae = VAEConfig(preset="simsiam-imagenet", dataset="imagenet")
+    assert (vae.size, vae.streamed, vae.dim) == (224, True, 3072)
+    assert abs(vae.epochs * 1_281_167 / (300 * 50_000) - 1) < 0.05
+
+
+# --- What changes
+
+
+def test_a_photograph_that_changed_is_noticed_when_it_is_read(photos, monkeypatch):
+    """One of a million that nobody watches, of the same size."""
+    monkeypatch.setattr(cached.Source, "watch", lambda self, members: [str(self.path)])
+    cached.load(photos, "train", 32, streamed=True)
+    loaded = cached.load(photos, "train", 32, streamed=True)
+    path = photos / "train/n0/000.JPEG"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    config = SSLConfig(**TINY, dataset=str(photos))
+    with pytest.raises(OSError, match=r"000\.JPEG changed since it was described: start again"):
+        list(drawn(fit_on(loaded, config), 0, 4))  # from a worker, without its trace
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="net changed since it was described: start again"):
+        cached.load(photos, "train", 32, streamed=True).labels  # noqa: B018
+    after = cached.load(photos, "train", 32, streamed=True)
+    assert after.fingerprint != loaded.fingerprint and len(after.images[:]) == len(loaded)
+
+
+def test_photographs_that_cannot_be_read_are_named_before_anything_starts(photos):
+    (photos / "train/n0/000.JPEG").write_bytes(b"no photograph")
+    whole = (photos / "train/n1/001.JPEG").read_bytes()
+    (photos / "train/n1/001.JPEG").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"000\.JPEG cannot be read.*001\.JPEG cannot be"):
+        cached.load(photos, "train", 32, streamed=True)
+    skipping = cached.load(photos, "trainval", 32, streamed=True, on_error="skip")
+    assert (len(skipping), skipping.skipped) == (38, 2) and len(skipping.images[:]) == 38
+
+
+# --- Shards
+
+
+def same_set(one, other, **how):
+    for split in ("train", "val", "test"):
+        a, b = (cached.load(source, split, 32, **how) for source in (one, other))
+        assert a.fingerprint == b.fingerprint and a.classes == b.classes and a.mean == b.mean
+        assert torch.equal(a.images[:], b.images[:]) and torch.equal(a.labels, b.labels)
+
+
+def test_shards_are_the_folder(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "SHARD_BYTES", 20_000)
+    out = tmp_path / "shards"
+    assert commands.main(["shard", str(photos), str(out)]) == 0
+    names = sorted(path.name for path in out.iterdir())
+    assert names[0] == "train-000000.tar" and names[-1].startswith("val-") and len(names) > 4
+    same_set(photos, out, streamed=True)
+    same_set(photos, out)
+    assert commands.main(["shard", str(photos), str(out)]) == 1
+    assert "shards is there: give a new folder" in capsys.readouterr().err
+    (out / names[0]).write_bytes(b"x" * 5000)
+    with pytest.raises(ValueError, match=r"train-000000\.tar is no readable tar"):
+        cached.load(out, "train", 32, streamed=True)
+
+
+def test_shards_as_webdataset_has_them(photos, tmp_path):
+    """Flat, class numbers in .cls, the part in the shard's name."""
+    paths = sorted(photos.rglob("*.JPEG"))
+    out = tmp_path / "web"
+    out.mkdir()
+    for part in ("train", "val"):
+        with tarfile.open(out / f"imagenet-{part}-000.tar", "w") as archive:
+            for i, path in enumerate(path for path in paths if part in path.parts):
+                for ending, content in (("cls", path.parent.name[1:]), ("jpg", path.read_bytes())):
+                    content = content.encode() if isinstance(content, str) else content
+                    member = tarfile.TarInfo(f"{i:06}.{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    for split in ("trainval", "test"):
+        ours, theirs = (cached.load(p, split, 32, streamed=True) for p in (photos, out))
+        assert len(ours) == len(theirs)
+        rows = [
+            sorted(
+                zip(some.images[:].flatten(1).sum(1).tolist(), some.labels.tolist(), strict=True)
+            )
+            for some in (ours, theirs)
+        ]
+        assert rows[0] == rows[1]
+
+
+# --- What stays in its file, and what is left in the cache
+
+
+def test_many_decoded_images_stay_in_their_file(outputs, monkeypatch):
+    """A limit copies none of them, and a worker of any kind is sent their place alone."""
+    config = SSLConfig(
+        limit=40, batch_size=8, epochs=1, width=4, device="cpu", precision="fp32", size=32
+    )
+    small = outcome(train_ssl(config))
+    shutil.rmtree(outputs)
+    monkeypatch.setattr(cached, "SMALL", 0)
+    loaded = cached.load("photos", "train", 32, 40)
+    assert isinstance(loaded.images, streamed.Images) and len(pickle.dumps(loaded.images)) < 2000
+    large = outcome(train_ssl(config))
+    assert all(torch.equal(small[0][k], large[0][k]) for k in small[0]) and small[1:] == large[1:]
+    index = torch.tensor([3, 0, 3])
+    parts = loaded.images.split(16)
+    assert [len(part) for part in parts] == [16, 16, 8]
+    assert torch.equal(torch.cat([part[:] for part in parts]), loaded.images.to("cpu"))
+    assert torch.equal(loaded.subset(index).images[:], loaded.images[index])
+    assert torch.equal(loaded.images[index], torch.stack([loaded.images[3], *loaded.images[0:4:3]]))
+
+
+def test_a_renamed_folder_has_the_same_cache_and_clean_removes_what_nobody_has(
+    photos, data, capsys, monkeypatch
+):
+    for how in ({}, {"streamed": True}):
+        cached.load(photos, "train", 32, **how)
+    pools = sorted(path.name for path in (data / "cache").iterdir() if path.is_dir())
+    renamed = photos.rename(photos.with_name("other"))
+    with monkeypatch.context() as patch:
+        patch.setattr(cached, "decode_items", lambda *_: pytest.fail("decoded again"))
+        for how in ({}, {"streamed": True}):
+            cached.load(renamed, "train", 32, **how)
+    assert sorted(path.name for path in (data / "cache").iterdir() if path.is_dir()) == pools
+    assert commands.main(["clean"]) == 0
+    assert capsys.readouterr().out.count("kept") == 2
+    time.sleep(0.02)
+    photograph(99).save(renamed / "train/n0/new.JPEG")
+    cached.load(renamed, "train", 32)
+    assert commands.main(["clean"]) == 0
+    assert capsys.readouterr().out.count("removed  net-") == 2
+    assert len([path for path in (data / "cache").iterdir() if path.is_dir()]) == 1
+    assert commands.main(["clean", "all"]) == 0
+    assert not [path for path in (data / "cache").iterdir() if path.is_dir()]
+    assert len(cached.load(renamed, "train", 32).images) > 0
