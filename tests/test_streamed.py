@@ -28,7 +28,7 @@ from idaa_lib.data import cached, streamed
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.identity.scene import open_scene
 from idaa_lib.methods import About, Moment, build_method
-from idaa_lib.runs import Stopped
+from idaa_lib.runs import RunError, Stopped
 from idaa_lib.train import feed, locate, train_ssl, train_vae
 from idaa_lib.train.loop import Fit
 from idaa_lib.views import recipe
@@ -250,7 +250,9 @@ def test_a_photograph_that_changed_is_noticed_when_it_is_read(photos, monkeypatc
     content[-20] ^= 1
     path.write_bytes(content)
     config = SSLConfig(**TINY, dataset=str(photos))
-    with pytest.raises(OSError, match=r"000\.JPEG changed since it was described: start again"):
+    with pytest.raises(
+        RunError, match=r"000\.JPEG changed since it was described: start again\. The"
+    ):
         list(drawn(fit_on(loaded, config), 0, 4))  # from a worker, without its trace
     monkeypatch.undo()
     with pytest.raises(ValueError, match="net changed since it was described: start again"):

@@ -33,12 +33,14 @@ class TrainingConfig(ImagesConfig):
     """What the training stages share.
 
     Fields (besides `on_error`, `gray_bits` and `streamed`):
-        dataset: `photos`, a torchvision name (`cifar10`, …), or the path of a folder or zip.
+        dataset: `photos`, a torchvision name (`cifar10`, …), or the path of a folder or zip, or of
+            a folder of tar shards.
         classes: a text file that names the class folders to take, one a line, as `imagenet100.txt`
             does, which ships here (empty: all); a label is the place in it.
         size: side of the square views, pixels. limit: train on so many images at most.
         source_size: side at which images are kept, of which views are cropped (None: `size`). The
-            papers crop the originals: 96 for STL-10, 256 or more for photographs at 224.
+            papers crop the originals: 96 for STL-10, 256 or more for photographs at 224; all of
+            them are cropped with `streamed`.
         split: `train` (a validation part held out) or `trainval` (all, as the papers do).
         mean, std: that images are normalised with, per channel in [0, 1] (None: the data set's).
         epochs: passes over the images. batch_size: images a step, of all processes together.

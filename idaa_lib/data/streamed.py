@@ -81,7 +81,7 @@ class Images:
         return np.memmap(self.file, np.uint8, mode, shape=self.whole)
 
     def _read(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(self.map()[rows]))
+        return torch.from_numpy(np.asarray(self.map()[rows]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,7 @@ class Photographs(Images):
             for k in range(len(table)):
                 cut(k)
         else:
-            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as executor:
+            with ThreadPoolExecutor(count_cores()) as executor:
                 list(executor.map(cut, range(len(table))))
         return crops
 
@@ -198,6 +198,12 @@ def jpeg_decoder() -> Any:
     except (ImportError, OSError, RuntimeError):  # of another version of torch, or of none
         return None
     return decode_jpeg
+
+
+def count_cores() -> int:
+    """The processor's cores that this process has for itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 @functools.lru_cache(64)

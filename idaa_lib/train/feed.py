@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from idaa_lib.data.streamed import Images, Photographs
+from idaa_lib.data.streamed import Images, Photographs, count_cores
 from idaa_lib.methods.base import Batch
+from idaa_lib.runs import RunError
 from idaa_lib.views import send
 
 WORKERS = 2
@@ -46,7 +46,7 @@ class Feed:
         A batch of streamed photographs also has what is cut of them for view i, `cut i` (B, 6): the
         size of the original, and the box. Its images are then those crops, `view i`.
 
-        Raises OSError where a photograph is not as it was.
+        Raises RunError where a photograph is not as it was.
         """
         if self.resident:
             for batch in batches:
@@ -62,8 +62,8 @@ class Feed:
             pin_memory=self.device.type == "cuda",
         )
         for pair in loader:
-            if isinstance(pair, OSError):  # raised in a worker, it would carry a trace of its own
-                raise pair
+            if isinstance(pair, OSError):  # raised in a worker, it would carry that one's trace
+                raise RunError(f"{pair}. The last checkpoint is intact.") from pair
             batch, images = (
                 {key: t.to(self.device, non_blocking=True) for key, t in part.items()}
                 for part in pair
@@ -88,12 +88,6 @@ class _Gathered(Dataset):
             return error
         views = (name.replace("cut", "view") for name in cuts)
         return batch, dict(zip(views, crops, strict=True))
-
-
-def count_cores() -> int:
-    """The processor's cores that this process has for itself."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _fits(images: Tensor | Images, device: torch.device) -> bool:

@@ -203,7 +203,7 @@ class Fit:
                         self._before_epoch(steps)
                     batch, images = next(batches)
                     steps.add(self.train_step(step, images, batch))
-        except (AttackError, OSError) as error:  # what was to be attacked, or read
+        except AttackError as error:
             raise RunError(
                 f"By step {steps.step}: {error} The last checkpoint is intact."
             ) from error
