@@ -51,7 +51,7 @@ crops of 224 pixels by boxes of SimSiam's views, in one process with one thread;
 of that process's processor time, the median of {TURNS} turns, spread: quartiles; baseline: the same
 with Pillow. stream_growth_mib: memory of a process and its workers (PSS) that takes batches of
 {BATCH}, after 2,000 less after 200; baseline: after 200. shards_peak_mib: the most of it while
-{SHARD_PHOTOS:,} photographs are drawn from tar shards in batches of 128; baseline: MiB of the
+batches of 128 are drawn from {SHARD_PHOTOS:,} photographs in tar shards; baseline: MiB of the
 shards; n: batches. open_{FILES}_seconds: load(…, streamed=True) of so many small files in 1,000
 folders, in a new process, imports not counted, the median of {TURNS}, spread: quartiles; baseline:
 load and 64 images. kinds_equal: kinds of workers (fork, spawn, forkserver) whose batches are those
@@ -174,7 +174,7 @@ def shards() -> Rows:
     images = load(out, "trainval", 224, streamed=True)
     size = sum(path.stat().st_size for path in out.iterdir()) / 2**20
     peak, sampler = 0.0, Feed(images.images, torch.device("cpu"))
-    steps = len(images) // 128
+    steps = 50
     for step, _ in enumerate(sampler(batches(images, 128, 0)), 1):
         peak = max(peak, memory() if step % 5 == 0 else 0.0)
         if step == steps:
