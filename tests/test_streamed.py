@@ -254,7 +254,6 @@ def test_a_photograph_that_changed_is_noticed_when_it_is_read(photos, monkeypatc
         RunError, match=r"000\.JPEG changed since it was described: start again\. The"
     ):
         list(drawn(fit_on(loaded, config), 0, 4))  # from a worker, without its trace
-    monkeypatch.undo()
     with pytest.raises(ValueError, match="net changed since it was described: start again"):
         cached.load(photos, "train", 32, streamed=True).labels  # noqa: B018
     after = cached.load(photos, "train", 32, streamed=True)
