@@ -18,12 +18,12 @@ from typing import Any
 
 import record
 
-from idaa_lib import results, sweeps, train
+from idaa_lib import grids, results, sweeps, train
 from idaa_lib.configs import EvalConfig
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.evaluate.stage import evaluate
+from idaa_lib.grids import Point
 from idaa_lib.runs import Run, Stopped
-from idaa_lib.sweeps import Point
 
 DATASET = os.environ.get("IDAA_CIFAR10_ZIP", "cifar10")
 ADVERSARIES = ("none", "idaa", "clae", "random_sign")
@@ -51,7 +51,7 @@ def grid() -> list[Point]:
     return [
         point
         for seed in SEEDS
-        for point in sweeps.points({"fixed": fixed, "cross": cross, "seeds": [seed]})
+        for point in grids.read({"fixed": fixed, "cross": cross, "seeds": [seed]}).points()
     ]
 
 

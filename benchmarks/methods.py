@@ -21,7 +21,7 @@ from typing import Any
 
 import record
 
-from idaa_lib import sweeps
+from idaa_lib import grids, sweeps
 from idaa_lib.configs import CompareConfig
 from idaa_lib.results import ADVERSARIES as NAMES
 from idaa_lib.results import groups
@@ -54,14 +54,14 @@ def main(
     slow = {name: settings for name in SLOW if name in methods}
     fields["ssl_of"] = slow
     once = CompareConfig(preset="demo", **fields, methods=tuple(methods))
-    grid = sweeps.cells(once)
+    grid = grids.cells(once)
     if "simclr" in methods:
         simclr = fields | {"ssl_of": {}, "methods": ("simclr",)}
         if "idaa" in adversaries:
             # Photographs: nothing of CIFAR-10, and there without a download.
             elsewhere = simclr | {"adversaries": ("idaa",), "elsewhere": "photos"}
-            grid += sweeps.cells(CompareConfig(preset="demo", **elsewhere))[1:]
-        grid += sweeps.cells(CompareConfig(preset="demo", **simclr, seeds=(1, 2)))
+            grid += grids.cells(CompareConfig(preset="demo", **elsewhere))[1:]
+        grid += grids.cells(CompareConfig(preset="demo", **simclr, seeds=(1, 2)))
     resumed, start = any(outputs_root().glob("*/*/config.json")), time.monotonic()
     outcomes = sweeps.perform_all(sweeps.plan(grid), once.jobs)
     minutes = (time.monotonic() - start) / 60

@@ -23,7 +23,7 @@ import sides
 import torch
 from torch.nn import functional as F
 
-from idaa_lib import results, sweeps
+from idaa_lib import grids, results, sweeps
 from idaa_lib.configs import SSLConfig, SystemsConfig
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate.invariance import predict_differences
@@ -58,14 +58,14 @@ def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 10) -> None:
         for name in ("none", "idaa")
         for seed in (1, 2)
     ]
-    grids = [sweeps.cells(SystemsConfig(**fields | study)) for study in studies]
+    parts = [grids.cells(SystemsConfig(**fields | study)) for study in studies]
     interrupted = False
     try:
-        for grid in grids:  # what a stop leaves out are further seeds
+        for grid in parts:  # what a stop leaves out are further seeds
             sweeps.check(sweeps.perform_all(sweeps.plan(grid), fields["jobs"]))
     except KeyboardInterrupt:
         interrupted = True
-    rows = measure([point for grid in grids for point in grid], limit)
+    rows = measure([point for grid in parts for point in grid], limit)
     name = "siblings-photos" if dataset == "photos" else "siblings"
     about = "photographs that ship in two dependencies" if dataset == "photos" else "CIFAR-10"
     protocol = f"""{limit:,} training images of {about}, at most as many of each other split,
@@ -80,7 +80,7 @@ best."""
     print(record.write(name, " ".join(protocol.split()), rows))
 
 
-def measure(grid: list[sweeps.Point], limit: int) -> list[dict[str, Any]]:
+def measure(grid: list[grids.Point], limit: int) -> list[dict[str, Any]]:
     """The rows of the result file, of the points that are finished."""
     finished = sweeps.finished(grid)
     first = SSLConfig(**grid[0].ssl)
@@ -129,7 +129,7 @@ def measure(grid: list[sweeps.Point], limit: int) -> list[dict[str, Any]]:
 def time_steps(turns: int = 15) -> None:
     """Seconds of a step of each row, in turns within one process, and their ratio to SimCLR's."""
     works = {}
-    for point in sweeps.cells(SystemsConfig(dataset="photos")):
+    for point in grids.cells(SystemsConfig(dataset="photos")):
         adversary = point.ssl["adversary"]
         config = SSLConfig(**point.ssl)
         vae = VAE(128, config.size, 16, (0.5,) * 3, (0.25,) * 3) if config.needs_vae else None

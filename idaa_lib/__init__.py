@@ -8,6 +8,7 @@ module, size, mean, std = idaa_lib.load_encoder(run)
 import contextlib
 import sys
 
+from idaa_lib import results
 from idaa_lib.adversaries import IDAA, Adversary, Attack, VAEOptions, register_adversary
 from idaa_lib.configs import ConfigError, EvalConfig, Options, SemiConfig, SSLConfig, VAEConfig
 from idaa_lib.data.cached import load
@@ -50,6 +51,7 @@ __all__ = [
     "register_adversary",
     "register_backbone",
     "register_method",
+    "results",
     "train_semi",
     "train_ssl",
     "train_vae",

@@ -1,25 +1,29 @@
 """Many runs: a grid is data, a plan is the runs that it takes, `perform` makes one of them.
 
-    python -m idaa_lib.sweeps demo            # a file of idaa_lib/recipes/sweeps, or a path
+    python -m idaa_lib.sweeps [options] GRID     # a file of idaa_lib/recipes/sweeps, or a path
 
-A run is made by its notebook under papermill (01 a VAE, 03 an encoder, 04 its evaluation), which is
-kept in the run directory. Only that directory says whether the run is finished: a killed kernel
-leaves every cell marked "completed". So what is finished costs nothing, and what was interrupted
-goes on. `perform` can be pickled: joblib runs it in threads, on Dask, on SLURM.
+    --dry-run          say what is to be made, what it takes, and what is refused; make nothing
+    --retry            make those runs again that failed, and what waits for them; nothing else
+    --jobs N           notebooks that run at a time, in place of the grid's
+    --scheduler URL    of a Dask cluster, whose workers make the runs: tcp://host:8786
+
+A run is made by its notebook under papermill (01 a VAE, 03 an encoder, 04 its evaluation, 09 its
+transfer), which is kept in the run directory. Only that directory says whether the run is finished:
+a killed kernel leaves every cell marked "completed". So what is finished costs nothing, and what
+was interrupted goes on. `perform` can be pickled: joblib runs it in threads, on Dask, on SLURM.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
 import hashlib
-import itertools
 import json
-import logging
 import os
 import sys
 import time
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,16 +32,20 @@ from filelock import FileLock, Timeout
 from idaa_lib import results, train
 from idaa_lib.configs import (
     CompareConfig,
+    ConfigError,
     EvalConfig,
     ImagesConfig,
-    SSLConfig,
     SweepConfig,
+    TrainingConfig,
     UserError,
-    VAEConfig,
 )
 from idaa_lib.evaluate import stage as evaluation
-from idaa_lib.evaluate.encoders import judged_on
+from idaa_lib.evaluate import transfer
+from idaa_lib.evaluate.encoders import judged_on, open_splits
+from idaa_lib.grids import STAGES, Point, read
+from idaa_lib.kernels import execute, leftovers
 from idaa_lib.runs import (
+    CONFIGS,
     NOTEBOOKS,
     Run,
     RunError,
@@ -47,123 +55,23 @@ from idaa_lib.runs import (
     report_left_out,
     write_json,
 )
-from idaa_lib.runs.directory import STARTER
-from idaa_lib.runs.machine import hardware, resolve_paths
+from idaa_lib.runs.machine import (
+    hardware,
+    open_images,
+    remember_images,
+    resolve_paths,
+    torch_device,
+)
 from idaa_lib.runs.progress import Lines, Tally, clock
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-RECIPES = Path(__file__).resolve().parent / "recipes" / "sweeps"
+# Stage → its field that names a run → the stage of that run.
+NEEDS = {"vae": {}, "ssl": {"vae": "vae"}, "eval": {"run": "ssl"}, "transfer": {"run": "ssl"}}
 # Runs that notebooks of this process are making now, and whether no further one may start.
 _going: set[Run] = set()
 _cancelled = False
-# What a kernel runs first, so that its runs are known as a sweep's (`Run.note_start`).
-SWEEP = f"exec_lines=__import__('os').environ['{STARTER}'] = 'sweep'"
-
-# --- grids ----------------------------------------------------------------------------------------
-
-
-class Point(NamedTuple):
-    """One place of a grid: what names it in a table, and the fields of its runs."""
-
-    labels: dict[str, Any]
-    vae: dict[str, Any]
-    ssl: dict[str, Any]
-    eval: dict[str, Any]
-
-
-def points(grid: Mapping[str, Any]) -> list[Point]:
-    """The points of a grid: every combination of the crossed values, for each seed.
-
-    `fixed` and `cross` are stage → field → value, or values; `all` means every stage. `seeds` are
-    of the encoder, and of the VAE unless `fixed` has another. `labels` name all points alike.
-    """
-    fixed = {"all": {}} | grid.get("fixed", {})
-    cross = grid.get("cross", {}).items()
-    axes = {(stage, name): values for stage, along in cross for name, values in along.items()}
-    places = []
-    for *values, seed in itertools.product(*axes.values(), grid.get("seeds", [0])):
-        own = {"vae": {"seed": seed}, "ssl": {"seed": seed}, "eval": {}}
-        fields = {stage: fixed["all"] | own[stage] | fixed.get(stage, {}) for stage in own}
-        labels = dict(grid.get("labels", {}))
-        for (stage, name), value in zip(axes, values, strict=True):
-            labels[name] = value
-            for each in own if stage == "all" else (stage,):
-                fields[each][name] = value
-        places.append(Point(labels, **fields))
-    return places
-
-
-def sensitivity(config: SweepConfig) -> list[Point]:
-    """The points of a sensitivity study: each axis around the middle, for each seed.
-
-    The middle is what the recipes say of what is not varied; it is a point of every axis whose
-    values contain it. Along the further axes there is each value without an adversary too; to ε, β
-    and dim a training without one is the same everywhere: one point, `at` None.
-
-    Hyper-parameters are chosen on a validation split, whatever the preset: it is held out of all
-    trainings, and every point is judged by the clean protocol.
-    """
-    shared = _shared(config)
-    shared["eval"] = {"protocol": "clean"} | shared["eval"]
-    vae, ssl = ({"split": "train"} | fields for fields in (config.vae, config.ssl))
-    # At a fixed κ another dim is another β: β is held, or two things would change at once.
-    held = {name: value for name, value in vae.items() if name != "kappa"}
-    held["beta"] = VAEConfig(**shared["all"] | vae).beta
-    axes: dict[str, Sequence[Any]] = {"epsilon": config.epsilons, "beta": config.betas}
-    axes |= {"dim": config.dims, **config.axes}
-    attack = f"adversary = {config.adversary}"
-    knobs = {row["knob"] for row in SSLConfig.knobs() if row["of"] == attack}
-    places = []
-    for axis, values in axes.items():
-        stage = "vae" if axis in ("beta", "dim") else "ssl"
-        fixed = shared | {"vae": held if stage == "vae" else vae, "ssl": ssl}
-        cross: dict[str, dict[str, Sequence[Any]]] = {"vae": {}, "ssl": {}}
-        cross[stage][axis] = values
-        cross["ssl"]["adversary"] = [config.adversary] + ["none"] * (axis in config.axes)
-        for point in points({"fixed": fixed, "cross": cross, "seeds": config.seeds}):
-            labels = {"axis": axis, "at": point.labels[axis], "adversary": point.ssl["adversary"]}
-            places.append(point._replace(labels=labels))
-        if values and axis not in config.axes:
-            fixed |= {"ssl": {k: v for k, v in ssl.items() if k not in knobs}}
-            plain = {"ssl": {"adversary": ["none"]}}
-            for point in points({"fixed": fixed, "cross": plain, "seeds": config.seeds}):
-                labels = {"axis": axis, "at": None, "adversary": "none"}
-                places.append(point._replace(labels=labels))
-    return places
-
-
-def cells(config: CompareConfig) -> list[Point]:
-    """The cells of the main table: method × adversary, for each seed; one VAE for all.
-
-    `system` is the row's name among `methods`. `vae_of` is the data set of a VAE that was trained
-    elsewhere, else None. The first cell is judged with its references, the encoder before training
-    and raw pixels: the same for all where all are judged alike (`clean`), and left out where the
-    pixels are more than a probe can take.
-    """
-    grid = []
-    sources = dict.fromkeys((None, config.elsewhere))  # of the VAE
-    for method, elsewhere in itertools.product(config.methods, sources):
-        fixed = _shared(config)
-        fixed["vae"] = {"seed": 0} | config.vae | ({"dataset": elsewhere} if elsewhere else {})
-        fields = config.systems.get(method, {"method": method})
-        fixed["ssl"] = config.ssl | config.ssl_of.get(method, {}) | fields
-        cross = {"ssl": {"adversary": ["idaa"] if elsewhere else config.adversaries}}
-        labels = {"system": method, "vae_of": elsewhere}
-        grid += points({"labels": labels, "fixed": fixed, "cross": cross, "seeds": config.seeds})
-    first = grid[0]
-    if EvalConfig(**first.eval).protocol == "clean" and SSLConfig(**first.ssl).size <= 32:
-        grid[0] = first._replace(eval=first.eval | {"references": True} | config.eval)
-    return grid
-
-
-def _shared(config: SweepConfig | CompareConfig) -> dict[str, dict[str, Any]]:
-    common = {name: getattr(config, name) for name in ("preset", "device", "dataset")}
-    judged = {"references": False, "dataset": judged_on(config.dataset)}
-    return {"all": common, "eval": judged | config.eval}
-
 
 # --- plans ----------------------------------------------------------------------------------------
 
@@ -193,51 +101,133 @@ def plan(grid: Sequence[Point]) -> dict[str, Task]:
     which are not there before it is trained.
 
     Raises:
-        ConfigError: a point cannot be run.
+        ConfigError: points that cannot be run, and why.
     """
-    return {key: task for point in grid for key, task in _chain(point)}
+    return {key: task for chain in _chains(grid) for key, task in chain.items()}
 
 
-def _chain(point: Point) -> Iterator[tuple[str, Task]]:
-    """The tasks of a point, the evaluation last. An adversary without a VAE needs none."""
-    ssl, needs = SSLConfig(**point.ssl), {}
-    if ssl.needs_vae:
-        yield (vae := _task(VAEConfig(**point.vae)))
-        needs = {"vae": vae[0]}
-    yield (trained := _task(ssl, **needs))
-    yield _task(EvalConfig(**point.eval), run=trained[0])
+def _chains(grid: Sequence[Point]) -> list[dict[str, Task]]:
+    """The tasks of each point, each after those that it needs. Raises as `plan`."""
+
+    @functools.cache
+    def configure(stage: str, fields: str) -> Any:
+        config: Any = CONFIGS[stage](**json.loads(fields))
+        return resolve_paths(config)
+
+    chains, reasons = [], dict[str, list[str]]()
+    for point in grid:
+        try:
+            chains.append(_chain(point, configure))
+        except ConfigError as error:
+            reasons.setdefault(str(error), []).append(point.name)
+    _refuse(reasons, len(grid))
+    return chains
 
 
-def _task(config: ImagesConfig, **needs: str) -> tuple[str, Task]:
-    config = resolve_paths(config)  # its notebook runs in another folder
-    text = json.dumps([config.model_dump(mode="json"), needs], sort_keys=True)
-    return f"{config.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}", Task(config, needs)
+def _chain(point: Point, configure: Callable[[str, str], Any]) -> dict[str, Task]:
+    """The tasks of a point. An adversary without a VAE, or with one that is named, needs none."""
+    stages = [stage for stage in STAGES if getattr(point, stage) is not None]
+    texts = {s: json.dumps(getattr(point, s), sort_keys=True, default=str) for s in stages}
+    configs = {stage: configure(stage, text) for stage, text in texts.items()}
+    if "ssl" in configs and (not configs["ssl"].needs_vae or configs["ssl"].vae):
+        configs.pop("vae", None)
+    keys, chain = dict[str, str](), dict[str, Task]()
+    for stage, config in configs.items():
+        needs = {field: keys[other] for field, other in NEEDS[stage].items() if other in keys}
+        if stage == "ssl" and "vae" in configs:
+            train.check_vae(config, configs["vae"], "the VAE of the grid")
+        text = json.dumps([config.model_dump(mode="json"), needs], sort_keys=True)
+        keys[stage] = f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        chain[keys[stage]] = Task(config, needs)
+    return chain
+
+
+def _refuse(reasons: Mapping[str, Sequence[str]], total: int) -> None:
+    """Raises a ConfigError with each reason, and what cannot be made for it, where there is one."""
+    if reasons:
+        lines = [
+            f"{reason} ({', '.join(names[:3])}{f', {len(names) - 3} more' * (len(names) > 3)})"
+            for reason, names in reasons.items()
+        ]
+        count = len({name for names in reasons.values() for name in names})
+        raise ConfigError(f"{count} of {total} cannot be made: " + "\n".join(lines))
+
+
+def refuse(tasks: Mapping[str, Task]) -> None:
+    """Raises a ConfigError that names all that cannot be made here: images that cannot be read, or
+    have no labels to judge by, a device or a run that is not there."""
+    reasons: dict[str, list[str]] = {}
+    look = functools.cache(lambda opener, *what: opener(*what[:-1], **dict(what[-1])))
+    for key, (config, needs) in tasks.items():
+        try:
+            torch_device(config.device)
+            if isinstance(config, TrainingConfig):
+                part = config.split, config.source_size or config.size, config.limit
+                look(open_images, config.dataset, *part, (*config.reading.items(),))
+                for field in ("vae", "continue_from"):
+                    if name := getattr(config, field, None):
+                        get("vae" if field == "vae" else config.stage, name)
+            elif isinstance(config, EvalConfig) and "run" in needs:
+                training = tasks[needs["run"]].config
+                dataset = config.dataset or judged_on(training.dataset)
+                reading = (*(training.reading | config.reading).items(),)
+                look(open_splits, dataset, training.size, config.limit, reading)
+        except UserError as error:
+            reasons.setdefault(str(error), []).append(key)
+    _refuse(reasons, len(tasks))
 
 
 def outline(grid: Sequence[Point], jobs: int) -> str:
-    """How many runs the points take, how many are finished, and how long the others take by the
-    runs so far: a sentence to read before it starts."""
-    tasks = plan(grid)
+    """What is to be made before it starts: how many runs, how long they take and how much disk, by
+    the runs so far; which VAEs there are, which points are missing, and what cannot be read.
+
+    Raises:
+        ConfigError: as `plan` and `refuse`.
+    """
+    chains, left_out = _chains(grid), list[str]()
+    tasks = {key: task for chain in chains for key, task in chain.items()}
+    refuse(tasks)
+    runs = find_runs(tasks, left_out)
     tally = Tally({key: task.config for key, task in tasks.items()}, jobs)
-    return f"{len(grid)} points take {tally.plan(find_runs(tasks))}"
+    missing = [p.name for p, chain in zip(grid, chains, strict=True) if chain.keys() - runs.keys()]
+    lines = [f"{len(grid)} points take {tally.plan(runs)}", _name_vaes(runs.values())]
+    if missing:
+        more = f", {len(missing) - 12} more" * (len(missing) > 12)
+        names = ", ".join(missing[:12]) + more
+        lines.append(f"{len(missing)} of {len(grid)} points are missing: {names}.")
+    return "\n".join([*lines, *report_left_out(left_out)])
 
 
 def perform_all(
     tasks: Mapping[str, Task],
     jobs: int = 1,
     show: Callable[[Mapping[str, Outcome]], object] = len,
+    *,
+    scheduler: str | None = None,
+    retry: bool = False,
 ) -> dict[str, Outcome]:
     """Key → outcome of all tasks, `jobs` at a time; one that fails stops only those that need it.
 
     How it goes is printed, and `show` is called with all outcomes so far whenever there are more.
     An encoder is judged at once, so that its figures are there while others train. An interrupt
     stops the runs under way after their step, waits until they are saved, and starts no more.
-    """
-    from joblib import Parallel, delayed
 
+    Args:
+        scheduler: of a Dask cluster, whose workers make the runs (`joblib.parallel_config`, where
+            it names another backend than threads, holds too). retry: make those alone that failed,
+            and what needs them.
+    Raises:
+        ConfigError: as `refuse`, before anything starts.
+    """
     global _cancelled
     _cancelled = False
-    outcomes: dict[str, Outcome] = {}
+    refuse(tasks)
+    runs = find_runs(tasks)
+    whole = {key: run for key, run in runs.items() if _is_whole(run)}
+    outcomes = {key: Outcome(run.reference, "finished") for key, run in whole.items()}
+    if retry:
+        again = _failures(tasks, runs)
+        tasks = {key: task for key, task in tasks.items() if key in outcomes or key in again}
     tally = Tally({key: task.config for key, task in tasks.items()}, jobs, _going)
     lines = Lines(30.0)
 
@@ -245,11 +235,9 @@ def perform_all(
         return tally.line({key: outcome.state for key, outcome in list(outcomes.items())})
 
     try:
-        with _shared_threads(jobs), lines.repeat(line):
-            while chains := _chains(tasks, outcomes):
-                calls = [delayed(_perform)(chain, outcomes) for chain in chains]
-                work = Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")
-                for news in work(calls):
+        with _workers(jobs, scheduler) as call, lines.repeat(line):
+            while chains := _ready(tasks, outcomes):
+                for news in call(chains, outcomes):
                     outcomes |= news
                     for key, outcome in news.items():
                         if outcome.state == "finished" and outcome.seconds:
@@ -269,16 +257,46 @@ def perform_all(
     return outcomes
 
 
-def _chains(tasks: Mapping[str, Task], outcomes: Mapping[str, Outcome]) -> list[dict[str, Task]]:
+@contextlib.contextmanager
+def _workers(jobs: int, scheduler: str | None) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A function of chains and of the outcomes that they need, which gives the outcomes of each
+    chain as it ends. Kernels of this machine share its threads: N with all of them each would fight
+    for the processor."""
+    import joblib
+
+    with contextlib.ExitStack() as stack:
+        if scheduler:
+            from distributed import Client
+
+            stack.enter_context(Client(scheduler))
+            stack.enter_context(joblib.parallel_config(backend="dask"))
+        elif jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+            stack.callback(os.environ.pop, "OMP_NUM_THREADS")
+
+        def call(chains: Any, outcomes: Mapping[str, Outcome]) -> Iterator[dict[str, Outcome]]:
+            work = joblib.Parallel(
+                n_jobs=jobs, prefer="threads", batch_size=1, return_as="generator_unordered"
+            )
+            needs = [{k for t in chain.values() for k in t.needs.values()} for chain in chains]
+            there = [{key: outcomes[key] for key in keys & outcomes.keys()} for keys in needs]
+            return work(map(joblib.delayed(_perform), chains, there))
+
+        yield call
+
+
+def _ready(tasks: Mapping[str, Task], outcomes: Mapping[str, Outcome]) -> list[dict[str, Task]]:
     """The tasks that can begin now, each followed by those that wait for it alone."""
+    waiting: dict[str, list[str]] = {}
+    for key, task in tasks.items():
+        for other in task.needs.values():
+            waiting.setdefault(other, []).append(key)
     chains = []
     for key, task in tasks.items():
         if key not in outcomes and outcomes.keys() >= set(task.needs.values()):
             chains.append(chain := {key: task})
-            last = key
-            while len(next_ := [k for k, t in tasks.items() if last in t.needs.values()]) == 1:
-                (last,) = next_
-                chain[last] = tasks[last]
+            while len(next_ := waiting.get([*chain][-1], [])) == 1:
+                chain[next_[0]] = tasks[next_[0]]
     return chains
 
 
@@ -300,13 +318,28 @@ def perform(config: ImagesConfig) -> Outcome:
     further attempt, or another configuration, could mend."""
     name, start = config.stage, time.monotonic()
     try:
-        if run := _find(config):
+        run = _find(config) or locate(config)
+        name = run.id
+        if _is_whole(run):
             return Outcome(run.reference, "finished")
-        name = locate(config).id
         return Outcome(ensure(config).reference, "finished", None, time.monotonic() - start)
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return Outcome(name, "failed", f"{kind}{error}")
+
+
+def _failures(tasks: Mapping[str, Task], runs: Mapping[str, Run]) -> set[str]:
+    """The keys of tasks whose notebook failed, and of those that need one of them."""
+    keys: set[str] = set()
+    for key, (config, needs) in tasks.items():
+        others = set(needs.values())
+        if others & keys:
+            keys.add(key)
+        elif others <= runs.keys():
+            run = runs.get(key) or locate(_name_needs(config, needs, runs))
+            if leftovers(run.path / "notebook.ipynb")[1].exists():
+                keys.add(key)
+    return keys
 
 
 def check(outcomes: Mapping[str, Outcome]) -> None:
@@ -326,27 +359,38 @@ def find_runs(tasks: Mapping[str, Task], left_out: list[str] | None = None) -> d
     of others depend, are gone.
     """
     runs: dict[str, Run] = {}
-    for key, (config, needs) in tasks.items():
-        if runs.keys() >= set(needs.values()):
-            names = {field: runs[other].reference for field, other in needs.items()}
-            try:
-                if (run := _find(config.replace(**names))) and run.config and run.summary:
-                    runs[key] = run
-            except RunError as error:
-                if left_out is not None:
-                    left_out.append(str(error))
+    with remember_images():
+        for key, (config, needs) in tasks.items():
+            if runs.keys() >= set(needs.values()):
+                try:
+                    run = _find(_name_needs(config, needs, runs))
+                    if run and run.config and run.summary:
+                        runs[key] = run
+                except RunError as error:
+                    if left_out is not None:
+                        left_out.append(str(error))
     return runs
 
 
+def _name_needs(config: ImagesConfig, needs: Mapping[str, str], runs: Mapping[str, Run]) -> Any:
+    return config.replace(**{field: runs[other].reference for field, other in needs.items()})
+
+
 def finished(grid: Sequence[Point], left_out: list[str] | None = None) -> list[tuple[Point, Run]]:
-    """The points whose runs are all there, with the evaluation; nothing is started.
+    """The points whose runs are all there, with the last of them, their evaluation; nothing is
+    started.
 
     Raises:
         ConfigError: as `plan`.
     """
-    runs = find_runs(plan(grid), left_out)
-    ends = [[*_chain(point)][-1][0] for point in grid]
-    return [(point, runs[key]) for point, key in zip(grid, ends, strict=True) if key in runs]
+    return [(point, runs[-1]) for point, runs in _finished(grid, left_out)]
+
+
+def _finished(grid: Sequence[Point], left_out: list[str] | None) -> list[tuple[Point, list[Run]]]:
+    chains = _chains(grid)
+    runs = find_runs({key: task for chain in chains for key, task in chain.items()}, left_out)
+    pairs = zip(grid, chains, strict=True)
+    return [(p, [runs[k] for k in chain]) for p, chain in pairs if chain.keys() <= runs.keys()]
 
 
 def table(grid: Sequence[Point]) -> pd.DataFrame:
@@ -354,35 +398,28 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
     runs are left out, since they cannot be read, is printed."""
     import pandas as pd
 
-    damage: list[str] = []
-    ends = [(point.labels, run, results.training_of(run) or run) for point, run in finished(grid)]
-    runs = list(dict.fromkeys([run for _, run, _ in ends] + [run for *_, run in ends]))
-    figures = results.results(runs, damage)
+    damage, rows = list[str](), dict[tuple[str, str], dict[str, Any]]()
+    runs: dict[Run, None] = {}
+    for point, chain in _finished(grid, damage):
+        # A VAE stands for itself where nothing was trained with it.
+        own = [run for run in reversed(chain) if run.stage != "vae"] or chain
+        runs |= dict.fromkeys(own)
+        rows |= {(repr(point.labels), run.id): point.labels | {"run": run.id} for run in own}
+    figures = results.results([*runs], damage)
     if damage:
         print(*report_left_out(damage), sep="\n")
-    labels = pd.DataFrame([{**labels, "training": run.id} for labels, _, run in ends])
+    labels = pd.DataFrame([*rows.values()])
     beside = [name for name in labels if name not in figures]
-    return labels[["training", *beside]].merge(figures, on="training") if ends else figures
-
-
-def missing(grid: Sequence[Point]) -> str:
-    """Which points have no finished evaluation, how they come about, and what cannot be read."""
-    left_out: list[str] = []
-    present = [point for point, _ in finished(grid, left_out)]
-    lacking = [
-        " × ".join(str(v) for v in point.labels.values() if v) + f" (seed {point.ssl['seed']})"
-        for point in grid
-        if point not in present
-    ]
-    text = f"{len(lacking)} of {len(grid)} points are missing: {', '.join(lacking)}. "
-    text = text + "They are made with launch = True." if lacking else "Every point has its runs."
-    return "\n".join([text, *report_left_out(left_out)])
+    return labels[["run", *beside]].merge(figures, on="run") if rows else figures
 
 
 def vaes(grid: Sequence[Point]) -> str:
     """The names of the VAEs that finished points have, in a line."""
-    trainings = [results.training_of(run) for _, run in finished(grid)]
-    ids = dict.fromkeys(getattr(run.config, "vae", None) for run in trainings if run)
+    return _name_vaes(run for _, runs in _finished(grid, None) for run in runs)
+
+
+def _name_vaes(runs: Iterable[Run]) -> str:
+    ids = dict.fromkeys(getattr(run.config, "vae", None) for run in runs)
     names = [results.full_name(get("vae", name)) for name in ids if name]
     return f"vae: {'; '.join(names) or 'none yet'}"
 
@@ -391,8 +428,9 @@ def vaes(grid: Sequence[Point]) -> str:
 
 
 def locate(config: Any) -> Run:
-    """The run directory that a configuration of a VAE, an encoder or an evaluation leads to."""
-    return (evaluation if config.stage == "eval" else train).locate(config)
+    """The run directory that a configuration of a VAE, an encoder or a judgement of one leads
+    to."""
+    return {"eval": evaluation, "transfer": transfer}.get(config.stage, train).locate(config)
 
 
 def _find(config: ImagesConfig) -> Run | None:
@@ -403,8 +441,14 @@ def _find(config: ImagesConfig) -> Run | None:
     return next((run for run in map(locate, kinds) if run.finished), None)
 
 
+def _is_whole(run: Run) -> bool:
+    """Whether a run is finished, and no notebook of it was killed or failed before its end."""
+    return run.finished and not any(p.exists() for p in leftovers(run.path / "notebook.ipynb"))
+
+
 def ensure(config: ImagesConfig) -> Run:
-    """The finished run of `config`, made by its notebook under papermill if it is not there yet.
+    """The finished run of `config`, made by its notebook under papermill if it is not there yet; of
+    a run that was killed between its summary and the end of its notebook the rest is made.
 
     A file lock beside the run holds over processes and machines: of two that want the same run the
     second waits, and finds it finished.
@@ -413,78 +457,25 @@ def ensure(config: ImagesConfig) -> Run:
         RunError: the notebook failed; its executed copy lies in the run directory.
     """
     config = resolve_paths(config)
-    run, notebook = locate(config), NOTEBOOKS[config.stage]
+    run = _find(config) or locate(config)
     run.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.path / ".sweep")
+    lock, output = FileLock(run.path / ".sweep"), run.path / "notebook.ipynb"
     while not _cancelled:
         with contextlib.suppress(Timeout), lock.acquire(timeout=1):
-            while run.state["state"] == "going":  # a panel or a command trains it
+            if run.state["state"] == "going":  # a panel, a command or a killed sweep's kernel
                 time.sleep(1)
-            if not run.finished:
+                continue
+            if not _is_whole(run):
                 _going.add(run)
                 try:
-                    execute(notebook, parameters(config), run.path / "notebook.ipynb")
+                    values = parameters(run.config if run.finished else config)
+                    execute(NOTEBOOKS[config.stage], values, output)
                 finally:
                     _going.discard(run)
             if not run.finished:
-                raise RunError(f"{notebook} ended without finishing run {run.id}.")
+                raise RunError(f"Run {run.id} was not finished by its notebook, {output}.")
             return run
     raise RunError(f"Run {run.id} was not started: the sweep was stopped.")
-
-
-def execute(notebook: str, parameters: Mapping[str, Any], output: Path) -> Path:
-    """Run `notebooks/<notebook>.ipynb` under papermill; `output` appears when it has succeeded.
-
-    `parameters` are JSON values. A kernel that dies or does not start is tried once again.
-
-    Raises:
-        RunError: a failing cell, or a name that the notebook's configuration lacks.
-    """
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    # It warns of each knob, which the notebook itself accepts or refuses.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-
-    source = FOLDER / f"{notebook}.ipynb"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    running = output.with_name(f"{output.stem}.running.ipynb")
-    for attempt in (1, 2):
-        try:
-            papermill.execute_notebook(
-                str(source), str(running), dict(parameters), kernel_name="python3",
-                progress_bar=False, cwd=str(FOLDER),
-                # ipykernel warns of unencrypted TCP at every start (the port is this machine's) and
-                # reports the interrupt that ends it; an error in a cell is raised all the same.
-                extra_arguments=[f"--IPKernelApp.{o}" for o in ("log_level=CRITICAL", SWEEP)],
-            )  # fmt: skip
-        except PapermillExecutionError as error:
-            failed = output.with_name(f"{output.stem}.failed.ipynb")
-            running.replace(failed)
-            raise RunError(f"{source.name} failed: {error.evalue} (see {failed})") from None
-        except Exception as error:
-            # The kernel, not the notebook: ports that collide, a kernel killed for memory.
-            if attempt == 2:
-                raise RunError(
-                    f"The kernel of {source.name} died 2 times ({type(error).__name__}: "
-                    f"{error}); what it had saved is kept in {output.parent}."
-                ) from error
-        else:
-            break
-    return running.replace(output)
-
-
-@contextlib.contextmanager
-def _shared_threads(jobs: int) -> Iterator[None]:
-    """Kernels started inside share the processor: N kernels with all threads each fight for it."""
-    before, cores = dict(os.environ), os.cpu_count() or 1
-    if jobs > 1:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
-    try:
-        yield
-    finally:
-        os.environ.pop("OMP_NUM_THREADS", None)
-        os.environ.update(before)
 
 
 def folder_of(config: SweepConfig | CompareConfig) -> Path:
@@ -492,8 +483,9 @@ def folder_of(config: SweepConfig | CompareConfig) -> Path:
 
     Named by its axes, whichever of the paper's figures they are of.
     """
-    text = config.model_dump_json(exclude={"jobs", "device", "launch", "figure"})
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    silent = {"jobs", "device", "launch", "figure"}
+    silent |= set() if getattr(config, "grid", None) else {"grid"}
+    digest = hashlib.sha256(config.model_dump_json(exclude=silent).encode()).hexdigest()
     words = [config.stage, Path(config.dataset).name]
     words += [config.adversary] if isinstance(config, SweepConfig) else []
     folder = outputs_root() / config.stage / "-".join([*words, digest[:8]])
@@ -506,45 +498,64 @@ def folder_of(config: SweepConfig | CompareConfig) -> Path:
 
 
 def main(words: Sequence[str]) -> int:
-    """Perform the sweep file that is named; 1 if a run failed."""
-    if len(words) != 1:
-        print(__doc__, file=sys.stderr)
-        return 2
-    began, path = time.monotonic(), RECIPES / f"{words[0]}.toml"
-    path = path if path.exists() else Path(words[0])
-    here = Path.cwd()  # papermill changes it, in whatever thread
+    """Perform the grid that is named: 1 if a run failed, 2 if nothing could start."""
+    about, _, flags = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m idaa_lib.sweeps", description=about, epilog=flags,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("grid", metavar="GRID")
+    for flag in ("--dry-run", "--retry"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--scheduler", metavar="URL")
+    options = parser.parse_args(words)
+    began = time.monotonic()
 
     def say(text: str) -> None:
         print(f"[{clock(time.monotonic() - began)}] {text}", flush=True)
 
     try:
-        sweep = tomllib.loads(path.read_text(encoding="utf-8"))
-        print(f"{sweep.get('about', words[0])}\nOn {hardware()}.\n", flush=True)
-        grid = [point for each in sweep.get("grids", []) for point in points(each)]
-        studies = [SweepConfig(**fields) for fields in sweep.get("studies", [])]
-        varied = [point for study in studies for point in sensitivity(study)]
-        outcomes = perform_all(plan(grid + varied), sweep.get("jobs", 1))
-        own = [Run(outputs_root() / key.partition("-")[0] / outcomes[key].id) for key in plan(grid)]
-        notebooks = [run.path / "notebook.ipynb" for run in own]
-        # "@vae" is the run of that stage of the last point of the grids.
-        last = {f"@{run.stage}": run.reference for run in own}
-        for name, fields in sweep.get("notebooks", {}).items():
+        grid = read(options.grid)
+        points, jobs = grid.points(), options.jobs or grid.jobs
+        print(f"{grid.about or options.grid}\nOn {hardware()}.\n")
+        print(outline(points, jobs), flush=True)
+        if options.dry_run:
+            return 0
+        tasks = plan(points)
+        outcomes = perform_all(tasks, jobs, scheduler=options.scheduler, retry=options.retry)
+        runs = [
+            Run(outputs_root() / key.partition("-")[0] / outcome.id)
+            for key, outcome in outcomes.items()
+            if outcome.state == "finished"
+        ]
+        notebooks = [run.path / "notebook.ipynb" for run in runs]
+        # "@vae" is the run of that stage of the last point.
+        last = {f"@{run.stage}": run.reference for run in runs}
+        for name, fields in grid.notebooks.items():
             say(f"{name}.ipynb")
             values = {field: last.get(str(value), value) for field, value in fields.items()}
             notebooks.append(execute(name, values, outputs_root() / "notebooks" / f"{name}.ipynb"))
-        for group in results.groups(table(grid)):
+        frame = table(points)
+        for group in results.groups(frame):
             print(f"\n{group.title}\n{group.table.to_string()}\n{group.protocols}")
-        folders = [run.path / "figures" for run in own] + [*map(folder_of, studies)]
-        figures = [path for folder in folders for path in sorted(folder.glob("*.png"))]
-        for title, paths in (("Figures", figures), ("Executed notebooks", notebooks)):
-            lines = [f"  {os.path.relpath(path, here)}" for path in paths if path.exists()]
-            print(f"\n{title}:", *lines, sep="\n")
+        kept = results.save(frame, outputs_root() / "sweeps" / Path(options.grid).stem)
+        figures = [path for run in runs for path in sorted((run.path / "figures").glob("*.png"))]
+        for title, paths in (
+            ("Tables", kept), ("Figures", figures), ("Executed notebooks", notebooks),
+        ):  # fmt: skip
+            lines = [f"  {os.path.relpath(path)}" for path in paths if path.exists()]
+            more = [f"  … and {len(lines) - 30} more beside them"] * (len(lines) > 30)
+            print(f"\n{title}:", *lines[:30], *more, sep="\n")
         check(outcomes)
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept: the same command goes on from there.")
         return 130
-    except (UserError, OSError, tomllib.TOMLDecodeError) as error:
-        print(f"\n{words[0]}: {error}", file=sys.stderr)
+    except ConfigError as error:
+        print(f"\n{options.grid}: {error}", file=sys.stderr)
+        return 2
+    except (UserError, OSError) as error:
+        print(f"\n{options.grid}: {error}", file=sys.stderr)
         return 1
     say("Done. To open the notebooks:  make lab")
     return 0

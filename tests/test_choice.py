@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from idaa_lib import results, runs, sweeps, train_ssl, train_vae
+from idaa_lib import kernels, results, runs, train_ssl, train_vae
 from idaa_lib.configs import EvalConfig, SSLConfig, TransferConfig, VAEConfig
 from idaa_lib.lab import rows
 from idaa_lib.lab.live import Panel
@@ -283,7 +283,7 @@ def code(path):
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-@pytest.mark.parametrize("path", sorted(sweeps.FOLDER.glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(kernels.FOLDER.glob("*.ipynb")), ids=lambda p: p.stem)
 def test_every_notebook_names_what_it_uses_where_its_configuration_is(path):
     """By `choose` in the cell that reads its parameters; a study by its plan's VAEs. 00 and 13
     choose none, since they show all runs."""
@@ -292,7 +292,7 @@ def test_every_notebook_names_what_it_uses_where_its_configuration_is(path):
     study = path.stem[:2] in ("05", "06", "11")
     assert (len(reads) == 1) == (path.stem[:2] not in ("00", "13"))
     if study:
-        assert "sweeps.vaes(grid)" in "".join(cells[1:4])
+        assert "sweeps.outline(" in "".join(cells[1:4])
     elif reads:
         assert cells.index(reads[0]) <= 2 and " = choose(" in reads[0]
     assert "this run" not in "".join(cells)

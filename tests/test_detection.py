@@ -28,7 +28,7 @@ from torch import nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from training import Training, batch_indices, rate
 
-from idaa_lib import runs, sweeps
+from idaa_lib import kernels, runs, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig
 from idaa_lib.evaluate.encoders import load_encoder
 from idaa_lib.lab.report import Report
@@ -728,7 +728,7 @@ def test_the_notebook_says_first_that_it_needs_a_run(outputs, tmp_path):
 
 def test_the_notebook_makes_a_tiny_run_on_request(monkeypatch):
     """Its cell, with a training that only says what it is asked for."""
-    cells = json.loads((sweeps.FOLDER / "10_detection.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((kernels.FOLDER / "10_detection.ipynb").read_text(encoding="utf-8"))["cells"]
     (source,) = ["".join(c["source"]) for c in cells if "train_ssl(" in "".join(c["source"])]
     calls = []
     monkeypatch.setattr("idaa_lib.train_ssl", lambda c: calls.append(c) or Run(Path("ssl/tiny-1")))

@@ -26,8 +26,9 @@ from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.data import cached as images
 from idaa_lib.data import decoding, photos, sources
 from idaa_lib.evaluate.stage import evaluate
+from idaa_lib.grids import read
 from idaa_lib.runs import RunError, get, outputs_root
-from idaa_lib.sweeps import plan, points
+from idaa_lib.sweeps import plan
 from idaa_lib.train.stages import locate, train_ssl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -993,7 +994,7 @@ def test_a_relative_data_folder_of_a_study_is_found_where_its_notebooks_run(tmp_
     class_folders(tmp_path / "pets")
     fields = {"all": {"dataset": "pets"}, "ssl": {"adversary": "idaa"}}
     monkeypatch.chdir(tmp_path)
-    tasks = plan(points({"fixed": fields})).values()
+    tasks = plan(read({"fixed": fields}).points()).values()
     assert [task.config.stage for task in tasks] == ["vae", "ssl", "eval"]
     assert {task.config.dataset for task in tasks} == {str(tmp_path / "pets")}
 

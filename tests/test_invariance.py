@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from idaa_lib import runs, sweeps
+from idaa_lib import grids, runs, sweeps
 from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, SystemsConfig
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate import invariance as measures
@@ -219,7 +219,7 @@ def test_knn_within_the_seconds_of_another_training(conditioned, monkeypatch):
 
 
 def test_rows_are_registered_methods_or_systems_of_the_recipe():
-    grid = sweeps.cells(SystemsConfig(methods="cassle, moco, rsa", adversaries="none"))
+    grid = grids.cells(SystemsConfig(methods="cassle, moco, rsa", adversaries="none"))
     configs = [SSLConfig(**point.ssl) for point in grid]
     assert [config.method for config in configs] == ["simclr", "moco", "rsa"]
     assert configs[0].condition and configs[0].heads == "augself"
@@ -227,7 +227,7 @@ def test_rows_are_registered_methods_or_systems_of_the_recipe():
     own = SystemsConfig(
         methods="mine", adversaries="none", systems='{"mine": {"method": "moco", "queue": 512}}'
     )
-    assert SSLConfig(**sweeps.cells(own)[0].ssl).queue == 512
+    assert SSLConfig(**grids.cells(own)[0].ssl).queue == 512
 
 
 def test_notebook_11_shows_what_is_finished(tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_notebook_11_shows_what_is_finished(tmp_path, monkeypatch):
         "methods": "cassle, ipirm, rsa", "adversaries": "none", "device": "cpu",
         "transfer_to": "photos", "ssl": json.dumps(small), "eval": json.dumps({"limit": 100}),
     }  # fmt: skip
-    for point in sweeps.cells(SystemsConfig(**fields)):
+    for point in grids.cells(SystemsConfig(**fields)):
         run = train_ssl(SSLConfig(**point.ssl))
         evaluate(EvalConfig(**point.eval, run=run.reference))
     sweeps.execute("11_identity_preserving_methods", fields, tmp_path / "out.ipynb")

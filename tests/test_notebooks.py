@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections import defaultdict
 
 import pandas as pd
 import pytest
 
-from idaa_lib import evaluate, results, runs, sweeps
+from idaa_lib import evaluate, grids, kernels, results, runs, sweeps
 from idaa_lib.configs import (
     CompareConfig,
     ConfigError,
@@ -103,7 +102,7 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     assert re.search(r"(\d+) of \1 runs finished · 0 going · about 0:00 left\n", lines)
     (study,) = (outputs / "sweep").iterdir()
     assert {path.name for path in study.iterdir()} == {
-        "config.json", "sensitivity.csv", "sensitivity.png",
+        "config.json", "sensitivity.csv", "sensitivity.parquet", "sensitivity.png",
     }  # fmt: skip
     made = runs.find("ssl")
     assert len(made) == 3
@@ -154,7 +153,7 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, parameters, sentence):
 def test_a_name_that_papermill_only_warns_of_stops_the_notebook(tmp_path, monkeypatch):
     """As a user types it: papermill alone, whose exit status must tell."""
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
-    command = [sys.executable, "-m", "papermill", str(sweeps.FOLDER / "03_train_ssl.ipynb")]
+    command = [sys.executable, "-m", "papermill", str(kernels.FOLDER / "03_train_ssl.ipynb")]
     command += [str(tmp_path / "out.ipynb"), "-p", "epsilom", "0.1", "--no-progress-bar"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
@@ -165,35 +164,36 @@ def test_a_name_that_papermill_only_warns_of_stops_the_notebook(tmp_path, monkey
 
 
 def test_a_sweep_checks_everything_before_it_runs_anything():
-    grid = sweeps.sensitivity(SweepConfig(epsilons=(0.1, 0.2), betas=(1.0,), dims=(), seeds=(0, 1)))
+    grid = grids.sensitivity(SweepConfig(epsilons=(0.1, 0.2), betas=(1.0,), dims=(), seeds=(0, 1)))
     assert [(p.labels["axis"], p.labels["at"], p.ssl["seed"], p.vae["seed"]) for p in grid] == [
         ("epsilon", 0.1, 0, 0), ("epsilon", 0.1, 1, 1), ("epsilon", 0.2, 0, 0),
-        ("epsilon", 0.2, 1, 1), ("epsilon", None, 0, 0), ("epsilon", None, 1, 1),
-        ("beta", 1.0, 0, 0), ("beta", 1.0, 1, 1), ("beta", None, 0, 0), ("beta", None, 1, 1),
+        ("epsilon", 0.2, 1, 1), ("beta", 1.0, 0, 0), ("beta", 1.0, 1, 1),
+        (None, None, 0, 0), (None, None, 1, 1),
     ]  # fmt: skip
     assert {p.ssl["adversary"] for p in grid if p.labels["at"] is None} == {"none"}
     # One training without an adversary is the line of all axes, without its knobs.
     knobs = SweepConfig(epsilons=(0.1,), betas=(1.0,), dims=(), ssl={"steps": 2, "epochs": 3})
-    keys = [config for config, _ in sweeps.plan(sweeps.sensitivity(knobs)).values()]
+    keys = [config for config, _ in sweeps.plan(grids.sensitivity(knobs)).values()]
     (plain,) = [c for c in keys if c.stage == "ssl" and c.adversary == "none"]
     assert plain.epochs == 3
     bad = SweepConfig(epsilons=(0.1,), betas=(), dims=(), ssl={"width": 0})
     with pytest.raises(ValueError, match="width must be"):
-        sweeps.plan(sweeps.sensitivity(bad))
+        sweeps.plan(grids.sensitivity(bad))
 
 
-def test_a_grid_is_data_and_a_plan_shares_what_it_can():
+def test_a_grid_is_data_and_a_plan_shares_what_it_can(tmp_path):
     """One adversary needs the VAE, one does not; a seed of the encoders alone takes one VAE too."""
     text = """
-        seeds = [0, 1]
-        labels = { study = "small" }
-        fixed = { all = { limit = 64 }, vae = { seed = 0, dim = 8 }, eval = { references = false } }
-        cross = { ssl = { adversary = ["clae", "idaa"], epsilon = [0.1, 0.2] } }
+        seeds: [0, 1]
+        labels: {study: small}
+        fixed: {all: {limit: 64}, vae: {seed: 0, dim: 8}, eval: {references: false}}
+        cross: {ssl: {adversary: [clae, idaa], epsilon: [1e-1, 1/5]}}
     """
-    grid = sweeps.points(tomllib.loads(text))
+    (tmp_path / "grid.yaml").write_text(text)
+    grid = grids.read(tmp_path / "grid.yaml").points()
     assert len(grid) == 8
     assert grid[3].labels == {"study": "small", "adversary": "clae", "epsilon": 0.2}
-    assert grid[3].ssl == {"limit": 64, "seed": 1, "adversary": "clae", "epsilon": 0.2}
+    assert grid[3].ssl == {"limit": 64, "seed": 1, "adversary": "clae", "epsilon": "1/5"}
     assert grid[3].vae == {"limit": 64, "seed": 0, "dim": 8}
     assert grid[3].eval == {"limit": 64, "references": False}
     tasks = sweeps.plan(grid)
@@ -207,15 +207,76 @@ def test_a_grid_is_data_and_a_plan_shares_what_it_can():
 
 
 def test_the_demo_s_sweep_is_that_of_notebook_05_and_three_encoders():
-    sweep = tomllib.loads((sweeps.RECIPES / "demo.toml").read_text())
-    (study,) = sweep["studies"]
-    grid = [point for each in sweep["grids"] for point in sweeps.points(each)]
-    assert [point.labels["adversary"] for point in grid] == ["none", "clae", "idaa"]
-    varied = sweeps.sensitivity(SweepConfig(**study))
-    assert [*sweeps.plan(varied)] == [*sweeps.plan(sweeps.sensitivity(SweepConfig()))]
+    grid = grids.read("demo").points()
+    assert [point.labels["adversary"] for point in grid[-3:]] == ["none", "clae", "idaa"]
+    tasks, study = sweeps.plan(grid), sweeps.plan(grids.sensitivity(SweepConfig()))
+    # The plain encoder of the study is judged with references here, which serve there too.
+    (other,) = study.keys() - tasks.keys()
+    assert study[other].config.replace(references=True) in [task.config for task in tasks.values()]
     # The middle of the study is the encoder with IDAA: one run for both.
-    trainings = [k for k in sweeps.plan(grid + varied) if k.startswith("ssl")]
-    assert len(trainings) == 3 + 6
+    assert len([key for key in tasks if key.startswith("ssl")]) == 3 + 6
+
+
+@pytest.mark.parametrize(
+    ("name", "study"),
+    [("figure-5", grids.sensitivity(SweepConfig(preset="paper", figure=5))),
+     ("figure-6", grids.sensitivity(SweepConfig(preset="paper"))),
+     ("table", grids.cells(CompareConfig(preset="paper")))],
+)  # fmt: skip
+def test_the_paper_s_figures_and_table_are_grid_files(name, study):
+    """The same runs as the notebooks' own forms lead to."""
+    assert sweeps.plan(grids.read(name).points()).keys() == sweeps.plan(study).keys()
+
+
+def test_what_goes_together_is_one_axis_and_all_stages_share_a_field():
+    grid = grids.read({
+        "stages": ["vae", "ssl", "transfer"],
+        "fixed": {"all": {"limit": 64}},
+        "cross": {
+            "all": {"size": [32, 64]},
+            "ssl": [{"adversary": "none"}, {"adversary": "idaa", "epsilon": 0.3}],
+            "budget": [
+                {"ssl": {"epochs": 1}, "vae": {"epochs": 2}, "labels": {"budget": "small"}},
+                {"ssl": {"epochs": 5}, "vae": {"epochs": 9}, "labels": {"budget": "large"}},
+            ],
+        },
+    }).points()  # fmt: skip
+    assert len(grid) == 2 * 2 * 2 and all(point.eval is None for point in grid)
+    assert grid[3].labels == {"size": 32, "adversary": "idaa", "epsilon": 0.3, "budget": "large"}
+    assert (grid[3].vae["size"], grid[3].vae["epochs"], grid[3].ssl["epochs"]) == (32, 9, 5)
+    assert grid[3].transfer == {"limit": 64, "size": 32}
+    stages = [key.partition("-")[0] for key in sweeps.plan(grid)]
+    assert {stage: stages.count(stage) for stage in stages} == {"ssl": 8, "transfer": 8, "vae": 4}
+
+
+@pytest.mark.parametrize(
+    ("grid", "sentence"),
+    [({"croos": {}}, "Grid has no field 'croos'; its fields are about, "),
+     ({"cross": {"ssl": {"epochs": 3}}}, r"cross\['epochs'\] must be a list of values, and is 3"),
+     ({"cross": {"sll": {"epochs": [3]}}}, "'sll', which is none of vae, ssl, eval, transfer"),
+     ({"fixed": {"all": {"epoch": 3}}}, "'epoch' of all stages, which none of them knows"),
+     ({"seeds": [-1]}, "seeds must be"),
+     ({"stages": ["vae", "ssi"]}, "stages must be"),
+     ({"cross": {"ssl": {"width": [4, 0]}}}, "1 of 2 cannot be made: width must be .*0 .seed 0"),
+     ({"fixed": {"vae": {"size": 32}, "ssl": {"size": 64, "adversary": "idaa"}}},
+      "the VAE of the grid has size=32, and this run needs 64"),
+     ("no-such-grid", "grid 'no-such-grid' cannot be read.*demo, figure-5, figure-6, table")],
+)  # fmt: skip
+def test_a_grid_that_cannot_be_made_is_refused_in_a_sentence(grid, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        sweeps.plan(grids.read(grid).points())
+
+
+def test_a_dry_run_refuses_what_is_not_there_and_makes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
+    (tmp_path / "grid.yaml").write_text("fixed: {all: {limit: 64, device: cpu}}\nseeds: [0, 1]\n")
+    assert sweeps.main([str(tmp_path / "grid.yaml"), "--dry-run"]) == 0
+    assert "2 points take 4 runs (2 ssl, 2 eval): 0 are finished, 4" in capsys.readouterr().out
+    (tmp_path / "grid.yaml").write_text("fixed: {all: {dataset: /no/folder, device: cuda}}\n")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert sweeps.main([str(tmp_path / "grid.yaml")]) == 2
+    assert "2 of 2 cannot be made: device must be" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_failing_point_stops_nothing_and_is_named_at_the_end(
@@ -227,7 +288,9 @@ def test_a_failing_point_stops_nothing_and_is_named_at_the_end(
     monkeypatch.setattr(sweeps, "ensure", direct)
     fixed = {"all": {"device": "cpu", "limit": 128}, "eval": {"references": False}}
     fixed["ssl"] = {"width": 4, "epochs": 1, "batch_size": 32}
-    grid = sweeps.points({"fixed": fixed, "cross": {"ssl": {"learning_rate": [1e-3, 1e30, 1e-4]}}})
+    grid = grids.read(
+        {"fixed": fixed, "cross": {"ssl": {"learning_rate": [1e-3, 1e30, 1e-4]}}}
+    ).points()
     counts = []
     outcomes = sweeps.perform_all(sweeps.plan(grid), 2, lambda known: counts.append(len(known)))
     states = sorted(outcome.state for outcome in outcomes.values())
@@ -240,24 +303,24 @@ def test_a_failing_point_stops_nothing_and_is_named_at_the_end(
     assert failed.id.startswith("ssl-") and "lower learning_rate" in failed.error
     assert len(sweeps.finished(grid)) == 2
     assert set(sweeps.table(grid)["learning_rate"]) == {1e-3, 1e-4}
-    assert "1 of 3 points are missing: 1e+30 (seed 0)" in sweeps.missing(grid)
+    assert "1 of 3 points are missing: 1e+30 (seed 0)" in sweeps.outline(grid, 1)
     with pytest.raises(RunError, match=r"2 of 6 runs are missing(.|\n)*lower learning_rate"):
         sweeps.check(outcomes)
 
 
 SWEEP = """
-[[grids]]
-fixed.all = { device = "cpu", limit = 128 }
-fixed.ssl = { width = 4, batch_size = 32, epochs = 1 }
-fixed.eval = { references = false }
-cross = { ssl = { learning_rate = [1e-3, %s] } }
+fixed:
+  all: {device: cpu, limit: 128}
+  ssl: {width: 4, batch_size: 32, epochs: 1}
+  eval: {references: false}
+cross: {ssl: {learning_rate: [1e-3, %s]}}
 """
 
 
 def test_the_command_says_what_failed_and_ends_with_1(tmp_path):
-    (tmp_path / "sweep.toml").write_text(SWEEP % "1e30")
+    (tmp_path / "sweep.yaml").write_text(SWEEP % "1e30")
     environment = os.environ | {"IDAA_OUTPUTS": str(tmp_path / "outputs")}
-    command = [sys.executable, "-m", "idaa_lib.sweeps", str(tmp_path / "sweep.toml")]
+    command = [sys.executable, "-m", "idaa_lib.sweeps", str(tmp_path / "sweep.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert "lower learning_rate" in done.stderr and "Traceback" not in done.stderr
@@ -270,15 +333,15 @@ def test_the_command_says_what_failed_and_ends_with_1(tmp_path):
 
 def test_notebooks_of_a_sweep_file_get_the_runs_of_its_last_point(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
-    text = SWEEP.replace("learning_rate = [1e-3, %s]", 'adversary = ["idaa"]')
-    text += "fixed.vae = { width = 4, batch_size = 32, epochs = 1, dim = 8 }\n[notebooks]\n"
-    text += '02_decompose = { vae = "@vae", run = "@ssl", images = 3 }\n'
-    (tmp_path / "sweep.toml").write_text(text)
+    text = SWEEP.replace("learning_rate: [1e-3, %s]", "adversary: [idaa]")
+    text = text.replace("  ssl:", "  vae: {width: 4, batch_size: 32, epochs: 1, dim: 8}\n  ssl:", 1)
+    text += 'notebooks: {02_decompose: {vae: "@vae", run: "@ssl", images: 3}}\n'
+    (tmp_path / "sweep.yaml").write_text(text)
     direct = lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)  # noqa: E731
     monkeypatch.setattr(sweeps, "ensure", direct)
     calls = []
     monkeypatch.setattr(sweeps, "execute", lambda *args: calls.append(args) or args[-1])
-    assert sweeps.main([str(tmp_path / "sweep.toml")]) == 0
+    assert sweeps.main([str(tmp_path / "sweep.yaml")]) == 0
     (vae,), (ssl,) = runs.find("vae"), runs.find("ssl")
     ((name, values, _),) = calls
     assert (name, values) == ("02_decompose", {"vae": vae.id, "run": ssl.id, "images": 3})
@@ -297,9 +360,9 @@ def test_two_sweeps_in_two_processes_start_no_run_twice(tmp_path):
         "sweeps.execute = execute\n"
         "sys.exit(sweeps.main(sys.argv[2:]))"
     )
-    (tmp_path / "sweep.toml").write_text("jobs = 2\n" + SWEEP % "1e-4")
+    (tmp_path / "sweep.yaml").write_text("jobs: 2\n" + SWEEP % "1e-4")
     environment = os.environ | {"IDAA_OUTPUTS": str(tmp_path / "outputs")}
-    command = [sys.executable, "-c", code, str(tmp_path / "log"), str(tmp_path / "sweep.toml")]
+    command = [sys.executable, "-c", code, str(tmp_path / "log"), str(tmp_path / "sweep.yaml")]
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
     said = [process.communicate(timeout=500)[0].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -313,9 +376,9 @@ def test_two_sweeps_in_two_processes_start_no_run_twice(tmp_path):
 def test_a_run_that_a_notebook_makes_is_stopped_by_an_interrupt(tmp_path, monkeypatch):
     """Ctrl-C in the driver: the run under way is saved after its step, and nothing else starts."""
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
-    text = (SWEEP % "1e-4").replace("epochs = 1", "epochs = 4000")
-    (tmp_path / "sweep.toml").write_text(text)
-    command = [sys.executable, "-m", "idaa_lib.sweeps", str(tmp_path / "sweep.toml")]
+    text = (SWEEP % "1e-4").replace("epochs: 1", "epochs: 4000")
+    (tmp_path / "sweep.yaml").write_text(text)
+    command = [sys.executable, "-m", "idaa_lib.sweeps", str(tmp_path / "sweep.yaml")]
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
     code += "from idaa_lib import sweeps; sys.exit(sweeps.main(sys.argv[1:]))"
     command[1:3] = ["-c", code]
@@ -343,7 +406,7 @@ def test_a_finished_point_starts_no_notebook(outputs, tmp_path, monkeypatch):
 def test_further_axes_have_each_value_with_the_adversary_and_without():
     axes = {"batch_size": [64, 128], "backbone": ["resnet18", "resnet34"]}
     config = SweepConfig(epsilons=(), betas=(), dims=(), axes=json.dumps(axes))
-    grid = sweeps.sensitivity(config)
+    grid = grids.sensitivity(config)
     labels = [(*point.labels.values(),) for point in grid]
     assert labels == [
         (name, value, adversary)
@@ -358,14 +421,14 @@ def test_further_axes_have_each_value_with_the_adversary_and_without():
         with pytest.raises(ValueError, match=f"axes cannot vary '{name}'"):
             SweepConfig(axes={name: [1]})
     with pytest.raises(ValueError, match="widht"):
-        sweeps.plan(sweeps.sensitivity(SweepConfig(axes={"widht": [1]})))
+        sweeps.plan(grids.sensitivity(SweepConfig(axes={"widht": [1]})))
     with pytest.raises(ValueError, match=r"axes\['epochs'\] must be a list of values, and is 3"):
         SweepConfig(axes={"epochs": 3})
 
 
 @pytest.mark.parametrize("preset", ["demo", "paper"])
 def test_a_study_chooses_on_images_that_are_held_out_whatever_the_preset(preset):
-    grid = sweeps.sensitivity(SweepConfig(preset=preset, axes={"batch_size": [64]}))
+    grid = grids.sensitivity(SweepConfig(preset=preset, axes={"batch_size": [64]}))
     for point in grid:
         stages = VAEConfig(**point.vae), SSLConfig(**point.ssl)
         assert [config.split for config in stages] == ["train", "train"]
@@ -373,7 +436,7 @@ def test_a_study_chooses_on_images_that_are_held_out_whatever_the_preset(preset)
 
 
 def test_over_dim_the_beta_of_the_middle_is_held():
-    grid = sweeps.sensitivity(SweepConfig(epsilons=(), betas=(), dims=(32, 128, 512)))
+    grid = grids.sensitivity(SweepConfig(epsilons=(), betas=(), dims=(32, 128, 512)))
     assert [p.vae["beta"] for p in grid[:3]] == pytest.approx([0.4] * 3)
 
 
@@ -386,9 +449,9 @@ def test_the_table_is_filled_from_finished_runs(tmp_path, monkeypatch, capsys):
     config = CompareConfig(
         methods="simclr, moco", adversaries=("none", "clae"), ssl=small, eval={"limit": 100}
     )
-    grid = sweeps.cells(config)
+    grid = grids.cells(config)
     assert len(grid) == 4 and sweeps.table(grid).empty
-    assert "4 of 4 points are missing: simclr × none (seed 0), " in sweeps.missing(grid)
+    assert "4 of 4 points are missing: simclr × none (seed 0), " in sweeps.outline(grid, 1)
     run = train_ssl(SSLConfig(**grid[0].ssl))
     assert sweeps.finished(grid) == []  # trained, not judged
     judged = evaluate(EvalConfig(**grid[0].eval, run=run.reference))
@@ -397,7 +460,7 @@ def test_the_table_is_filled_from_finished_runs(tmp_path, monkeypatch, capsys):
     test = frame[(frame["split"] == "test") & (frame["features"] == "encoder")]
     assert [*test["metric"]][:2] == ["kNN", "linear"]
     assert test["value"].iloc[0] == judged.summary["knn_top1"]
-    lacking = sweeps.missing(grid)
+    lacking = sweeps.outline(grid, 1)
     assert "3 of 4" in lacking and "simclr × none" not in lacking
     (group,) = results.groups(frame)
     # Photographs are no images of the paper.
@@ -414,7 +477,7 @@ def test_the_table_ends_with_what_every_encoder_has_to_beat(outputs, tmp_path, m
     small = {k: SMALL[k] for k in SMALL.keys() - {"device"}}
     asked = {"methods": "simclr", "adversaries": "none, clae", "device": "cpu"}
     asked |= {"ssl": json.dumps(small), "eval": json.dumps({"limit": 100})}
-    first, _ = sweeps.cells(CompareConfig(**asked))
+    first, _ = grids.cells(CompareConfig(**asked))
     run = train_ssl(SSLConfig(**first.ssl))
     first_eval = evaluate(EvalConfig(**first.eval, run=run.reference))
     judged = first_eval.summary
@@ -428,13 +491,13 @@ def test_the_table_ends_with_what_every_encoder_has_to_beat(outputs, tmp_path, m
     assert [*kept["value"]] == pytest.approx(values)
     # In another study it is not the first cell: what was judged with references serves there too.
     other = CompareConfig(**asked | {"adversaries": "clae, none"})
-    ((_, found),) = sweeps.finished(sweeps.cells(other))
+    ((_, found),) = sweeps.finished(grids.cells(other))
     assert found == first_eval
 
 
 def test_references_are_judged_where_they_are_the_same_for_all_and_small():
     def references(**values):
-        return [p.eval["references"] for p in sweeps.cells(CompareConfig(**values))]
+        return [p.eval["references"] for p in grids.cells(CompareConfig(**values))]
 
     assert references(methods="simclr, moco", adversaries="none") == [True, False]
     assert references(methods="simclr", preset="paper", eval={"protocol": "clean"}) == [
@@ -449,7 +512,7 @@ def test_references_are_judged_where_they_are_the_same_for_all_and_small():
 
 def test_a_vae_from_elsewhere_is_a_row_more():
     config = CompareConfig(methods=("simclr", "byol"), adversaries=("none",), elsewhere="stl10")
-    grid = sweeps.cells(config)
+    grid = grids.cells(config)
     data = [(p.labels["adversary"], p.vae["dataset"], p.ssl["dataset"]) for p in grid]
     assert data == 2 * [("none", "photos", "photos"), ("idaa", "stl10", "photos")]
     assert [point.labels["vae_of"] for point in grid] == 2 * [None, "stl10"]
@@ -460,7 +523,7 @@ def test_one_method_may_train_longer():
         methods="simclr, byol", adversaries="none", ssl={"epochs": 2, "width": 4},
         ssl_of='{"byol": {"epochs": 5}}',
     )  # fmt: skip
-    grid = sweeps.cells(config)
+    grid = grids.cells(config)
     assert [SSLConfig(**point.ssl).epochs for point in grid] == [2, 5]
     assert [SSLConfig(**point.ssl).width for point in grid] == [4, 4]
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from idaa_lib import sweeps
+from idaa_lib import grids, sweeps
 from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.lab import study
 from idaa_lib.runs import Run, Stopped, outputs_root, progress, run_for, write_json
@@ -65,7 +65,7 @@ def test_a_plan_says_how_long_it_takes_by_the_runs_so_far(outputs):
     tally = progress.Tally(configs, 2)
     assert tally.seconds_left(["v"]) == 4 * 120 / 2  # two at a time
     assert tally.seconds_left([]) is None  # how long a VAE takes is not known
-    assert "2 at a time: about 4:00 by the runs so far." in tally.plan(["v"])
+    assert "2 at a time: about 4:00 and 0 MiB of disk, by the runs so far." in tally.plan(["v"])
     tally.going = {go(1, 4)}
     assert tally.seconds_left(["v"]) == (4 - 1 / 4) * 120 / 2
     states = {"v": "finished", "s0": "failed", "s1": "left out"}
@@ -79,7 +79,7 @@ def test_a_plan_says_how_long_it_takes_by_the_runs_so_far(outputs):
 
 def grid_of(n):
     cross = {"ssl": {"learning_rate": [1e-3 * (i + 1) for i in range(n)]}}
-    return sweeps.points({"fixed": {"all": {"device": "cpu"}}, "cross": cross})
+    return grids.read({"fixed": {"all": {"device": "cpu"}}, "cross": cross}).points()
 
 
 def test_each_encoder_is_judged_before_the_next_one_is_trained(outputs, monkeypatch, capsys):

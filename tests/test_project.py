@@ -62,9 +62,13 @@ ROOMS = {
     "identity": CORE | {"methods", "adversaries", "evaluate"},
     "train": CORE | {"methods", "adversaries", "evaluate", "identity"},
     "results": {"configs", "runs", "methods", "evaluate"},
-    "sweeps": {"configs", "runs", "train", "evaluate", "results"},
+    "grids": {"configs", "runs", "evaluate"},
+    "kernels": {"runs"},
+    "sweeps": {"configs", "runs", "train", "evaluate", "results", "grids", "kernels"},
     "interop": CORE | {"methods", "evaluate", "train"},
-    "lab": CORE | {"methods", "adversaries", "evaluate", "identity", "train", "sweeps", "results"},
+    "lab": CORE
+    | {"methods", "adversaries", "evaluate", "identity", "train", "results"}
+    | {"grids", "kernels", "sweeps"},
 }
 
 

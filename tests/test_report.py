@@ -12,7 +12,7 @@ from browser import recipe
 from scipy import stats
 from test_runs_page import judgement, made
 
-from idaa_lib import runs, sweeps
+from idaa_lib import kernels, runs
 from idaa_lib.configs import (
     EvalConfig,
     SemiConfig,
@@ -90,7 +90,7 @@ def filled(outputs):
 def test_the_page_asks_for_nothing_beside_itself(filled):
     """What `make report` writes: one file, no code, no script, no damage."""
     outputs = runs.outputs_root()
-    command = f"cd {sweeps.FOLDER.parent} && {recipe('report')}"
+    command = f"cd {kernels.FOLDER.parent} && {recipe('report')}"
     subprocess.run(["sh", "-c", command], check=True, capture_output=True, env=dict(os.environ))
     text = (outputs / "report.html").read_text()
     checker = Checker(text)

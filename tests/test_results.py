@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from idaa_lib import runs, sweeps
+from idaa_lib import grids, runs, sweeps
 from idaa_lib.configs import (
     EvalConfig,
     SemiConfig,
@@ -458,7 +458,7 @@ def test_figure_5_is_made_from_its_sweep(outputs, tmp_path, monkeypatch):
         patch.setattr(
             sweeps, "ensure", lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)
         )
-        grid = sweeps.sensitivity(SweepConfig(**given))
+        grid = grids.sensitivity(SweepConfig(**given))
         outcomes = sweeps.perform_all(sweeps.plan(grid))
     assert {outcome.state for outcome in outcomes.values()} == {"finished"}
     axes = {"batch_size": (64, 128), "backbone": ("resnet18", "resnet34"), "epochs": (3, 6)}

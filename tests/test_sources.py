@@ -31,9 +31,9 @@ from idaa_lib.data import sources
 from idaa_lib.evaluate.encoders import features, load_encoder
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
+from idaa_lib.grids import cells
 from idaa_lib.identity.scene import open_scene
 from idaa_lib.runs.machine import open_images
-from idaa_lib.sweeps import cells
 from idaa_lib.train import locate, stages, train, train_ssl, train_vae
 
 TINY = {"limit": 96, "batch_size": 16, "epochs": 1, "width": 4, "log_every": 4, "device": "cpu"}

@@ -247,6 +247,8 @@ class Config(Values):
 
     def replace(self, **values: Any) -> typing.Self:
         """The same configuration with other values; knobs of a choice that changes are dropped."""
+        if all(value == getattr(self, name) for name, value in values.items()):
+            return self  # frozen, and to read all values again takes half a millisecond
         kept = dict(self)
         for choice, options in zip(self.choices, self._options, strict=True):
             if values.get(choice, getattr(self, choice)) != getattr(self, choice):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import json
 import math
 import os
@@ -123,6 +124,7 @@ def _read(annotation: Any, value: Any) -> Any:
     return value
 
 
+@functools.cache
 def _kinds(annotation: Any) -> set[type]:
     """The plain types that an annotation allows: tuple and NoneType of `tuple[int, ...] | None`."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
@@ -135,6 +137,7 @@ def _kinds(annotation: Any) -> set[type]:
     return {origin or annotation}
 
 
+@functools.cache
 def _item(annotation: Any) -> Any:
     """What a list's annotation says of its items: int of `tuple[int, ...] | None`."""
     parts = typing.get_args(annotation)
@@ -195,9 +198,11 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
         owner, names = model.__qualname__.split(".")[0], ", ".join(model.model_fields)
-        return f"{owner} has no knob {field!r}; its knobs are {names}."
+        kind = "knob" if model.__qualname__.endswith(".Options") else "field"
+        return f"{owner} has no {kind} {field!r}; its {kind}s are {names}."
     # Behind the field stands an entry's key or number; of a union the name of each kind.
-    keyed = field in model.model_fields and dict in _kinds(model.model_fields[field].annotation)
+    annotations: dict[str, Any] = {name: f.annotation for name, f in model.model_fields.items()}
+    keyed = field in annotations and dict in _kinds(annotations[field])
     depth = 2 if keyed or any(isinstance(part, int) for part in first["loc"][1:2]) else 1
     own = [e for e in errors if e["loc"][:depth] == first["loc"][:depth]]
     rules = [

@@ -97,7 +97,8 @@ def _apply(
         if name != "base_rate" and stage._owner(name) is None:
             raise ConfigError(f"The recipe {path} has {name!r}, which no {stage.stage} run knows.")
         merged.pop({"base_rate": "learning_rate", "learning_rate": "base_rate"}.get(name, ""), None)
-        value = stage._read(name, value)
+        if isinstance(value, str):  # the configuration reads all values; this one may mean None
+            value = stage._read(name, value)
         if value is None:
             merged.pop(name, None)
         else:

@@ -235,6 +235,8 @@ class SweepConfig(_Study):
             from the middle in one axis only is made for each value and each seed.
         axes: further fields of SSLConfig with their values, as a dict or as JSON text; each value
             with the adversary and without one.
+        grid: a study of your own in place of all this, as `idaa_lib.grids.Grid` describes it: a
+            YAML file or a dict.
     """
 
     stage = "sweep"
@@ -246,6 +248,7 @@ class SweepConfig(_Study):
     betas: tuple[NonNegative, ...] = ()
     dims: tuple[Positive, ...] = ()
     axes: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    grid: dict[str, Any] | str | None = None
 
     def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
         if clash := sorted(self.axes.keys() & FIXED):

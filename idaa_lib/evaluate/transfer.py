@@ -51,6 +51,11 @@ PER_CLASS = frozenset({"fgvcaircraft", "oxfordiiitpet", "flowers102", "caltech10
 ENCODERS: dict[str, Callable[[Run], Encoder]] = {"encoder": load_encoder, "random": random_encoder}
 
 
+def locate(config: TransferConfig) -> Run:
+    """The run directory that `config` leads to, whether it was judged yet or not."""
+    return _plan(config).run
+
+
 def transfer(config: TransferConfig) -> Run:
     """A finished SSL run's encoder judged on other data; a finished transfer is given back as it
     is, an interrupted one continues after the last encoder that was judged on a data set.

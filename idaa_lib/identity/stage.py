@@ -17,8 +17,8 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
+import scipy  # scipy.optimize, half a second to import, comes with its first use
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from idaa_lib import runs
@@ -322,7 +322,9 @@ def equal_hardness(
     if loss <= start or above is None:
         return None
     below = max((epsilon for epsilon, _ in curve if epsilon < above), default=0.0)
-    epsilon = float(brentq(lambda e: loss_at(e) - loss, below, above, xtol=1e-6, rtol=1e-3))
+    epsilon = float(
+        scipy.optimize.brentq(lambda e: loss_at(e) - loss, below, above, xtol=1e-6, rtol=1e-3)
+    )
     return epsilon if abs(loss_at(epsilon) - loss) < 0.01 * (loss - start) else None
 
 

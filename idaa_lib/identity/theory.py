@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import scipy  # scipy.stats, half a second to import, comes with its first use
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -195,7 +195,7 @@ class Retention:
         N − 1 others is among the k − 1.
         """
         better = (self.ranks - 1).numpy()
-        return 100 * float(stats.hypergeom.pmf(0, self.n - 1, better, k - 1).mean())
+        return 100 * float(scipy.stats.hypergeom.pmf(0, self.n - 1, better, k - 1).mean())
 
 
 def retention(queries: Tensor, candidates: Tensor) -> Retention:
@@ -223,7 +223,7 @@ def retention(queries: Tensor, candidates: Tensor) -> Retention:
 def fano(error: float, n: int) -> float:
     """Lower bound on I(v; y) in nats where a share e of answers among n alternatives is wrong:
     (1 − e) log n − h(e), h the binary entropy; 0 where that is negative."""
-    return max(0.0, (1 - error) * math.log(n) - float(stats.entropy([error, 1 - error])))
+    return max(0.0, (1 - error) * math.log(n) - float(scipy.stats.entropy([error, 1 - error])))
 
 
 def hardness(

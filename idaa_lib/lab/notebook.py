@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from idaa_lib import runs, sweeps
+from idaa_lib import kernels, runs
 from idaa_lib.configs import Config, TrainingConfig
 from idaa_lib.identity.scene import UNTRAINED, name_runs
 from idaa_lib.results import full_name
@@ -77,7 +77,7 @@ def notebook_of(run: Run) -> Path:
 
     path = run.path / "notebook.ipynb"
     if not path.exists():
-        stage = load_notebook_node(str(sweeps.FOLDER / f"{runs.NOTEBOOKS[run.stage]}.ipynb"))
+        stage = load_notebook_node(str(kernels.FOLDER / f"{runs.NOTEBOOKS[run.stage]}.ipynb"))
         filled = parameterize_notebook(stage, runs.parameters(run.config))
         draft = path.with_suffix(f".{os.getpid()}")
         nbformat.write(filled, draft)

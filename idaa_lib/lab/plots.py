@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -47,6 +46,7 @@ LABELS = {
     "loss_rpn_box_reg": "boxes of anchors (smooth L1)", "lr": "learning rate",
     "images_per_second": "speed (images/s)",
 }  # fmt: skip
+AXES = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
 # What is drawn of a run of each stage, where it was logged.
 CURVES = {
     "vae": ("loss", "reconstruction_val", "rate_nats_val", "lr", "images_per_second"),
@@ -192,6 +192,7 @@ def plot_invariance(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 @look()
 def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
     """Rows: true class, columns: predicted class; percent of the row."""
+    import seaborn as sns  # half of what plotting would take to import
     from sklearn.metrics import confusion_matrix
 
     n = len(classes)
@@ -213,6 +214,7 @@ def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Fi
 @look()
 def embedding_map(features: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
     """t-SNE (after PCA to 50 dimensions) of features (N, D), coloured by class."""
+    import seaborn as sns
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -291,19 +293,18 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
 
     Args:
         frame: of `sweeps.table`, with the columns `axis` and `at`. Intervals are over images, or
-            over several seeds. Values that are not numbers stand side by side; results without
-            a value (`at`), such as those of no adversary over ε, are a line.
+            over several seeds. Values that are not numbers stand side by side; results of no axis,
+            such as those without an adversary, are a line in each that has none of their own.
     """
-    names = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
     frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
-    columns, probes = list(dict.fromkeys(frame["axis"])), ("kNN", "linear")
+    columns, probes = list(dict.fromkeys(frame["axis"].dropna())), ("kNN", "linear")
     size = (4.1 * len(columns), 5.4)
     figure, panels = style.axes(
         2, len(columns), figsize=size, sharey="row", sharex="col", squeeze=False
     )
     for column, axis in enumerate(columns):
-        everywhere = frame[(frame["axis"] == axis) & frame["at"].isna()]
-        mine = frame[(frame["axis"] == axis) & frame["at"].notna()]
+        mine = frame[frame["axis"] == axis]
+        everywhere = frame[frame["axis"].isna() & ~frame["adversary"].isin(mine["adversary"])]
         numbers = pd.to_numeric(mine["at"], errors="coerce")  # a table from a file has text
         numeric = bool(numbers.notna().all())
         mine = mine.assign(at=numbers if numeric else mine["at"].astype(str))
@@ -326,9 +327,56 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
                 panel.set_xlim(-0.5, len(values) - 0.5)  # names are wide
             panel.minorticks_off()
             panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
-        panels[-1, column].set(xlabel=names.get(axis, axis.replace("_", " ")))
+        panels[-1, column].set(xlabel=AXES.get(axis, axis.replace("_", " ")))
     legend(figure, panels.flat, least=2)
     seeds = frame["seed"].nunique()
     of = f"{seeds} trainings a point" if seeds > 1 else "the images of 1 training a point"
     figure.suptitle(f"Sensitivity, with 95 % intervals over {of}")
+    return figure
+
+
+@look()
+def crossed(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
+    """Validation accuracy over two fields that were crossed: a heat map for each probe (rows) and
+    for each combination of the other fields (columns), with the means over seeds and half of their
+    intervals. Over one field it is curves.
+
+    Args:
+        frame: of `sweeps.table`. fields: its columns that were crossed.
+    """
+    frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
+    fields = [name for name in fields if frame[name].astype(str).nunique() > 1]
+    if len(fields) < 2:
+        name = fields[0] if fields else "seed"
+        return sensitivity(frame.assign(axis=name, at=frame[name]))
+    numbers = frame[fields].apply(pd.to_numeric, errors="coerce").notna().all()
+    fields.sort(key=lambda name: (not numbers[name], -frame[name].astype(str).nunique()))
+    down, across, *others = fields
+    probes = [probe for probe in ("kNN", "linear") if probe in {*frame["metric"]}]
+    groups = {"": frame}
+    if others:
+        words = frame[others].map(str)
+        groups = dict(iter(frame.groupby(words.agg(", ".join, axis=1), sort=False)))
+    size = (3.6 * len(groups) + 0.8, 3.0 * len(probes) + 0.4)
+    figure, panels = style.axes(len(probes), len(groups), figsize=size, squeeze=False)
+    for line, probe in enumerate(probes):
+        values = frame[frame["metric"] == probe]["value"]
+        for column, (title_, group) in enumerate(groups.items()):
+            panel, mine = panels[line, column], group[group["metric"] == probe]
+            cells = {place: interval(rows) for place, rows in mine.groupby([down, across])}
+            rows, columns = (sorted({place[i] for place in cells}) for i in (0, 1))
+            means = np.full((len(rows), len(columns)), np.nan)
+            for (a, b), (mean, low, high) in cells.items():
+                i, j = rows.index(a), columns.index(b)
+                means[i, j] = mean
+                dark = mean > (values.min() + values.max()) / 2
+                text = f"{mean:.1f}" + (f"\n± {(high - low) / 2:.1f}" if low == low else "")
+                panel.text(j, i, text, ha="center", va="center", color="white" if dark else INK)
+            image = panel.imshow(means, cmap="Blues", vmin=values.min(), vmax=values.max())
+            panel.set_xticks(range(len(columns)), [f"{value}" for value in columns])
+            panel.set_yticks(range(len(rows)), [f"{value}" for value in rows])
+            panel.set(xlabel=AXES.get(across, across), ylabel=AXES.get(down, down))
+            panel.set(title=title_, aspect="auto")
+            panel.grid(False)
+        figure.colorbar(image, ax=panels[line], label=f"{probe}: validation top-1 (%)")
     return figure

@@ -11,13 +11,14 @@ from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
 
 from idaa_lib import results, sweeps
+from idaa_lib.grids import Point
 from idaa_lib.lab import style
 from idaa_lib.lab.kernel import attended
 from idaa_lib.runs import Stopped
 
 
 def perform(
-    grid: Sequence[sweeps.Point], jobs: int, split: str, draw: Callable[[pd.DataFrame], Figure]
+    grid: Sequence[Point], jobs: int, split: str, draw: Callable[[pd.DataFrame], Figure]
 ) -> dict[str, sweeps.Outcome]:
     """The outcomes of all runs of `grid`, as `sweeps.perform_all` gives them.
 

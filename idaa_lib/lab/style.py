@@ -22,7 +22,6 @@ from typing import Any
 
 import matplotlib as mpl
 import PIL.Image
-import seaborn as sns
 from cycler import cycler
 from IPython.display import Image, display
 from matplotlib import font_manager
@@ -44,9 +43,22 @@ OTHERS = [INK, "#7F7F7F", "#B8860B", "#8A63D2"]  # of what is no adversary, or o
 DASHES = ["-", "--", ":", "-."]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*"]
 
-RC = {
-    **sns.plotting_context("paper", font_scale=1.1),
-    **sns.axes_style("whitegrid"),
+RC: dict[Any, Any] = {
+    # Lines and text of a paper, on a white grid.
+    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 10.56),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9.68),
+    "legend.title_fontsize": 10.56,
+    "axes.linewidth": 1.0,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.8,
+    "lines.solid_capstyle": "round",
+    "patch.linewidth": 0.8,
+    "patch.edgecolor": "w",
+    "patch.force_edgecolor": True,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "xtick.bottom": False,
+    "ytick.left": False,
     "axes.prop_cycle": cycler(color=OTHERS),
     # An opaque card: on a dark page text and axes stay as readable as on a light one.
     "figure.facecolor": "white",

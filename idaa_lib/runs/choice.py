@@ -157,8 +157,9 @@ def _fingerprint(dataset: str, *part: Any, **reading: Any) -> str | None:
 def reading_of(config: ImagesConfig, training: Run, dataset: str) -> dict[str, Any]:
     """Arguments of `load` for a stage that reads `dataset`: those that its own fields set, then, of
     a training on the same images, that one's."""
-    own = {name: value for name, value in training.config.reading.items() if value != ""}
+    about = training.config
+    own = {name: value for name, value in about.reading.items() if value != ""}
     # Most trainings have none, and to compare images means to decode them at the training's size.
-    if own and not has_images(training, dataset, training.config.classes):
+    if own and not has_images(training, dataset, about.classes):
         own = {}
     return own | config.reading

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,8 @@ from idaa_lib.data.cached import ImageSet, load
 from idaa_lib.data.sources import NAMES
 
 Reader = TypeVar("Reader", bound=ImagesConfig)
+# What `remember_images` has seen; None outside of it.
+_described: ContextVar[dict[Any, ImageSet] | None] = ContextVar("described", default=None)
 PACKAGES = ("idaa_lib", "torch", "torchvision", "accelerate", "numpy", "scikit-learn", "pillow")
 
 
@@ -33,10 +37,27 @@ def open_images(dataset: str, split: str, size: int, limit: int | None, **readin
     Raises:
         ConfigError: the source or the file is missing, unreadable, or lacks what it is asked for.
     """
+    part = dataset, split, size, limit, *reading.items()
+    known = _described.get()
+    if known is not None and part in known:
+        return known[part]
     try:
-        return load(dataset, split, size, limit, **reading)
+        images = load(dataset, split, size, limit, **reading)
     except (OSError, ValueError) as error:
         raise ConfigError(f"dataset={quote(dataset)}: {error}.") from error
+    if known is not None:
+        known[part] = images
+    return images
+
+
+@contextlib.contextmanager
+def remember_images() -> Iterator[None]:
+    """Inside, `open_images` looks at each set of images once, however many runs are of it."""
+    token = _described.set({})
+    try:
+        yield
+    finally:
+        _described.reset(token)
 
 
 def drop_unlabelled(images: ImageSet) -> ImageSet:
@@ -57,9 +78,12 @@ def resolve_path(dataset: str) -> str:
 
 
 def resolve_paths(config: Reader) -> Reader:
-    """The configuration with what it reads by path, `dataset` and `classes`, as `resolve_path`."""
-    paths = {name: getattr(config, name) for name in ("dataset", "classes")}
-    return config.replace(**{name: resolve_path(path) for name, path in paths.items() if path})
+    """The configuration with what it reads by path (images, `classes`) as `resolve_path` has it."""
+    names = {"dataset", "classes"} & type(config).model_fields.keys()
+    paths: dict[str, Any] = {n: resolve_path(path) for n in names if (path := getattr(config, n))}
+    if several := getattr(config, "datasets", ()):
+        paths["datasets"] = tuple(map(resolve_path, several))
+    return config.replace(**paths)
 
 
 def torch_device(name: str) -> torch.device:
@@ -140,6 +164,7 @@ def describe(
     return about
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that results depend on, by name."""
     by_name = {"python": platform.python_version()}
@@ -170,6 +195,7 @@ def hardware(device: torch.device | None = None) -> str:
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
+@functools.cache
 def _commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):

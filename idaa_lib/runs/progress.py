@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import shutil
 import sys
 import threading
 import time
@@ -20,8 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from idaa_lib.configs import Config
-from idaa_lib.runs.choice import find
-from idaa_lib.runs.directory import Run
+from idaa_lib.runs.directory import Run, RunError, list_runs, outputs_root, read_json
 
 # The values that a line of progress has room for.
 BRIEF = ("loss", "adversarial_loss", "reconstruction_val", "rate_nats_val", "knn_top1_val",
@@ -118,22 +118,31 @@ class Tally:
     Args:
         configs: the configuration of each run, by its key in the plan. jobs: runs at a time.
         going: those that are being made, as the caller knows them from moment to moment.
+
+    `seconds` and `sizes` in bytes, by stage, are those of runs of this preset; the seconds of this
+    plan's own join them as they come.
     """
 
     def __init__(self, configs: Mapping[str, Config], jobs: int, going: Set[Run] = frozenset()):
         self.configs, self.jobs, self.going = configs, jobs, going
-        # Stage → seconds that a run took: of this preset earlier, and of this plan as they come.
-        self.seconds: dict[str, list[float]] = {}
-        for config in configs.values():
-            if config.stage not in self.seconds:
-                alike = find(config.stage, preset=config.preset)
-                took = [(run.summary or {}).get("seconds") for run in alike]
-                self.seconds[config.stage] = [KERNEL + each for each in took if each is not None]
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.sizes: dict[str, list[int]] = defaultdict(list)
+        for stage, preset in {config.stage: config.preset for config in configs.values()}.items():
+            for run in list_runs(stage):
+                with contextlib.suppress(RunError):  # it is damaged
+                    alike = (read_json(run.path / "config.json") or {}).get("preset") == preset
+                    if alike and (took := (run.summary or {}).get("seconds")) is not None:
+                        self.seconds[stage].append(KERNEL + took)
+                        if len(self.sizes[stage]) < 20:  # each walks a directory
+                            self.sizes[stage].append(run.size)
+
+    def _left(self, done: Collection[str]) -> Counter[str]:
+        """Stage → how many of its runs are not done."""
+        return Counter(self.configs[key].stage for key in self.configs.keys() - set(done))
 
     def seconds_left(self, done: Collection[str]) -> float | None:
         """For all that is not done, by the mean of its stage; None where nothing is known of it."""
-        left = Counter(self.configs[key].stage for key in self.configs.keys() - set(done))
-        work: dict[str, float] = defaultdict(float)
+        left, work = self._left(done), defaultdict[str, float](float)
         for run in list(self.going):  # which other threads change
             work[run.stage] += _share(run)
         if not all(self.seconds[stage] for stage in left):
@@ -148,7 +157,12 @@ class Tally:
         text = f"{len(self.configs)} runs ({parts}): {len(done)} are finished"
         if left := len(self.configs) - len(done):
             seconds = self.seconds_left(done)
-            basis = f"about {clock(seconds)} by the runs so far" if seconds else "no such run yet"
+            basis = "no such run yet"
+            if seconds:
+                mib = sum(n * mean(self.sizes[s]) for s, n in self._left(done).items()) / 2**20
+                free = shutil.disk_usage(outputs_root().anchor).free / 2**20
+                basis = f"about {clock(seconds)} and {mib:,.0f} MiB of disk, by the runs so far"
+                basis += f" (only {free:,.0f} MiB are free)" * (free < mib)
             text += f", {left} are to be made, {self.jobs} at a time: {basis}"
         return f"{text}."
 

@@ -312,18 +312,25 @@ def _choose_vae(config: EncoderConfig) -> Run:
             f"adversary={config.adversary!r} needs a VAE, so its Options must be a subclass of "
             f"idaa_lib.VAEOptions, which has the knobs vae and dim."
         )
-    needs: dict[str, Any] = {"size": config.size}
-    if config.dim is not None:
-        needs["dim"] = config.dim
     if config.vae is None:
+        needs = _needs_of_vae(config)
         return runs.get("vae", None, dataset=config.dataset, classes=config.classes, **needs)
     run = runs.get("vae", config.vae)
     if not has_images(run, config.dataset, config.classes):
         print(f"vae: {run.id} was trained on {run.config.dataset}, not on {config.dataset}.")
-    for name, value in needs.items():
-        if (other := getattr(run.config, name)) != value:
-            raise ConfigError(f"vae={run.id!r} has {name}={other}, and this run needs {value}.")
+    check_vae(config, run.config, f"vae={run.id!r}")
     return run
+
+
+def check_vae(config: EncoderConfig, vae: VAEConfig, name: str) -> None:
+    """Raises a ConfigError where an encoder cannot be trained with this VAE, called `name`."""
+    for field, value in _needs_of_vae(config).items():
+        if (other := getattr(vae, field)) != value:
+            raise ConfigError(f"{name} has {field}={other}, and this run needs {value}.")
+
+
+def _needs_of_vae(config: EncoderConfig) -> dict[str, Any]:
+    return {"size": config.size} | ({} if config.dim is None else {"dim": config.dim})
 
 
 def _train(

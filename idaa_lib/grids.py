@@ -1,0 +1,264 @@
+"""Grids: which points a study has, as data.
+
+A grid is a YAML file or a dict, with the fields of `Grid`:
+
+    fixed: {all: {preset: demo, limit: 500}, vae: {seed: 0}}    # stage → field → value
+    cross: {ssl: {method: [simclr, moco], epsilon: [0.1, 0.3]}, vae: {dim: [32, 64]}}
+    seeds: [0, 1]
+
+`recipes/sweeps` has the paper's figures 5 and 6 and its main table. Notebooks 05, 06 and 11 make
+theirs of a form (`sensitivity`, `cells`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, cast
+
+import yaml
+from pydantic import Field
+
+from idaa_lib.configs import (
+    CompareConfig,
+    ConfigError,
+    EvalConfig,
+    SSLConfig,
+    SweepConfig,
+    VAEConfig,
+)
+from idaa_lib.configs.base import Positive, Seed, Values
+from idaa_lib.evaluate.encoders import judged_on
+from idaa_lib.runs import CONFIGS
+
+RECIPES = Path(__file__).resolve().parent / "recipes" / "sweeps"
+STAGES = ("vae", "ssl", "eval", "transfer")  # each needs one before it
+Fields = dict[str, dict[str, Any]]  # stage → field → value
+
+
+class Point(NamedTuple):
+    """One place of a grid: what names it in a table, and the fields of its runs, None of a stage
+    that it does not have."""
+
+    labels: dict[str, Any]
+    vae: Any = None
+    ssl: Any = None
+    eval: Any = None
+    transfer: Any = None
+
+    @property
+    def name(self) -> str:
+        """Its labels and its seed, for a sentence."""
+        seed = (self.ssl or self.vae or {}).get("seed")
+        words = [str(value) for value in self.labels.values() if value is not None]
+        return f"{' × '.join(words)} (seed {seed})".strip()
+
+
+class Grid(Values):
+    """A grid.
+
+    Fields:
+        about: what it is for. jobs: notebooks that run at a time. stages: what each point is made
+            of; a VAE only where the adversary needs one. seeds: of the encoder, and of the VAE
+            unless `fixed` has another.
+        fixed: stage → field → value; `all` means each stage that knows the field.
+        cross: stage → field → values, of which every combination is a point. Where values go
+            together: stage → list of {field: value}, or any other name → list of {stage: {field:
+            value}}, each perhaps with `labels`.
+        vary: as `cross`, but one field at a time; the others stay as `fixed` has them. The labels
+            `axis` and `at` say which.
+        labels: of all points. grids: several grids in one file, each with what stands here besides.
+        notebooks: for the command, other notebooks to run at the end, with their parameters.
+    """
+
+    about: str = ""
+    jobs: Positive = 1
+    stages: Annotated[
+        tuple[Literal["vae", "ssl", "eval", "transfer"], ...], Field(min_length=1)
+    ] = ("vae", "ssl", "eval")
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    fixed: Fields = Field(default_factory=dict)
+    cross: dict[str, Any] = Field(default_factory=dict)
+    vary: Fields = Field(default_factory=dict)
+    labels: dict[str, Any] = Field(default_factory=dict)
+    grids: list[dict[str, Any]] = Field(default_factory=list)
+    notebooks: Fields = Field(default_factory=dict)
+
+    def points(self) -> list[Point]:
+        """Every combination of the crossed values, for each varied value and each seed.
+
+        Raises:
+            ConfigError: a stage or a field that there is not, or no list of values.
+        """
+        if self.grids:
+            here = {name: getattr(self, name) for name in self.model_fields_set - {"grids"}}
+            parts = [here | part | {"fixed": _merge(self.fixed, part)} for part in self.grids]
+            return [point for part in parts for point in Grid(**part).points()]
+        axes = _axes("cross", self.cross)
+        if self.vary:
+            steps = [entry for axis in _axes("vary", self.vary) for entry in axis]
+            axes.insert(0, [(own, _place(names)) for own, names in steps])
+        places = []
+        for place in itertools.product(*axes, self.seeds):
+            entries, seed = cast(list[Any], place[:-1]), place[-1]
+            own: Fields = {"vae": {"seed": seed}, "ssl": {"seed": seed}}
+            fields: Fields = {stage: {} for stage in self.stages}
+            labels = dict(self.labels)
+            for values in ({"all": self.fixed.get("all", {})}, own, self.fixed | {"all": {}}):
+                _apply(fields, values)
+            for values, names in entries:
+                _apply(fields, values)
+                labels |= names
+            places.append(Point(labels, **fields))
+        return places
+
+
+def read(grid: str | Path | Mapping[str, Any]) -> Grid:
+    """The grid that a dict holds, or a file: a name of `recipes/sweeps`, or a path.
+
+    Raises:
+        ConfigError: there is no such file, it is no YAML, or a name in it is unknown.
+    """
+    if isinstance(grid, Mapping):
+        return Grid(**grid)
+    path = RECIPES / f"{grid}.yaml"
+    path = path if path.exists() else Path(grid).expanduser()
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {str(values)[:40]!r}, no names with values")
+        return Grid(**values)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        names = ", ".join(sorted(other.stem for other in RECIPES.glob("*.yaml")))
+        raise ConfigError(
+            f"The grid {str(grid)!r} cannot be read: {error} (Of this package: {names}.)"
+        ) from error
+
+
+def _merge(fixed: Fields, part: Mapping[str, Any]) -> Fields:
+    own = part.get("fixed", {})
+    return {stage: fixed.get(stage, {}) | own.get(stage, {}) for stage in fixed | own}
+
+
+def _apply(fields: Fields, values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set `values` of each stage; of `all` in every stage that knows the name."""
+    for stage, own in values.items():
+        if stage not in (*STAGES, "all"):
+            raise ConfigError(f"A grid has {stage!r}, which is none of {', '.join(STAGES)}, all.")
+        for name, value in own.items():
+            knowing = [s for s in STAGES if stage == s or CONFIGS[s]._owner(name)]
+            if stage == "all" and not knowing:
+                raise ConfigError(f"A grid sets {name!r} of all stages, which none of them knows.")
+            for other in {*knowing} & {*fields} if stage == "all" else {stage} & {*fields}:
+                fields[other][name] = value
+
+
+def _axes(what: str, axes: Mapping[str, Any]) -> list[list[tuple[Fields, dict[str, Any]]]]:
+    """For each axis its values: what each sets, and its labels."""
+    lists = []
+    for stage, part in axes.items():
+        if isinstance(part, dict):
+            lists += [
+                [{stage: {name: v}} for v in _list(what, name, vs)] for name, vs in part.items()
+            ]
+        elif stage in (*STAGES, "all"):
+            lists.append([{stage: values} for values in _list(what, stage, part)])
+        else:
+            lists.append(_list(what, stage, part))
+    return [[_entry(values) for values in each] for each in lists if each]
+
+
+def _list(what: str, name: str, values: Any) -> list[Any]:
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"{what}[{name!r}] must be a list of values, and is {values!r}.")
+    return list(values)
+
+
+def _entry(values: Mapping[str, Any]) -> tuple[Fields, dict[str, Any]]:
+    fields = {stage: own for stage, own in values.items() if stage != "labels"}
+    labels: dict[str, Any] = {}
+    for stage, own in fields.items():
+        for name, value in own.items():
+            kind = CONFIGS.get(stage, CONFIGS["ssl"])
+            labels[f"{stage} {name}" if name in labels else name] = kind._read(name, value)
+    return fields, dict(values.get("labels", labels))
+
+
+def _place(labels: Mapping[str, Any]) -> dict[str, Any]:
+    ((axis, value),) = labels.items()
+    return {"axis": axis, "at": value}
+
+
+# --- the forms of notebooks -----------------------------------------------------------------------
+
+
+def sensitivity(config: SweepConfig) -> list[Point]:
+    """The points of a sensitivity study: each axis around the middle, for each seed; or those of
+    `config.grid`.
+
+    The middle is what the recipes say of what is not varied; it is a point of every axis whose
+    values contain it. Along the further axes there is each value without an adversary too; to ε, β
+    and dim a training without one is the same everywhere: one point, whose `axis` is None.
+
+    Hyper-parameters are chosen on a validation split, whatever the preset: it is held out of all
+    trainings, and every point is judged by the clean protocol.
+    """
+    if config.grid is not None:
+        return read(config.grid).points()
+    shared = _shared(config)
+    shared["eval"] = {"protocol": "clean"} | shared["eval"]
+    vae, ssl = ({"split": "train"} | fields for fields in (config.vae, config.ssl))
+    # At a fixed κ another dim is another β: β is held, or two things would change at once.
+    held = {name: value for name, value in vae.items() if name != "kappa"}
+    held["beta"] = VAEConfig(**shared["all"] | vae).beta
+    attack = f"adversary = {config.adversary}"
+    knobs = {row["knob"] for row in SSLConfig.knobs() if row["of"] == attack}
+    plain = {name: value for name, value in ssl.items() if name not in knobs}
+    grids: list[dict[str, Any]] = []
+
+    def add(vae: Mapping[str, Any], ssl: Mapping[str, Any], *adversaries: str, **more: Any) -> None:
+        cross = {"ssl": {"adversary": adversaries}}
+        fixed = shared | {"vae": vae, "ssl": ssl}
+        grids.append({"fixed": fixed, "cross": cross, "seeds": config.seeds} | more)
+
+    if config.epsilons:
+        add(vae, ssl, config.adversary, vary={"ssl": {"epsilon": config.epsilons}})
+    if config.betas or config.dims:
+        vary = {"beta": config.betas, "dim": config.dims}
+        add(held, ssl, config.adversary, vary={"vae": vary})
+    if grids:
+        add(vae, plain, "none", labels={"axis": None, "at": None})
+    if config.axes:
+        add(vae, ssl, config.adversary, "none", vary={"ssl": config.axes})
+    return [point for each in grids for point in Grid(**each).points()]
+
+
+def cells(config: CompareConfig) -> list[Point]:
+    """The cells of the main table: method × adversary, for each seed; one VAE for all.
+
+    `system` is the row's name among `methods`. `vae_of` is the data set of a VAE that was trained
+    elsewhere, else None. The first cell is judged with its references, the encoder before training
+    and raw pixels: the same for all where all are judged alike (`clean`), and left out where the
+    pixels are more than a probe can take.
+    """
+    points = []
+    sources = dict.fromkeys((None, config.elsewhere))  # of the VAE
+    for method, elsewhere in itertools.product(config.methods, sources):
+        fixed = _shared(config)
+        fixed["vae"] = {"seed": 0} | config.vae | ({"dataset": elsewhere} if elsewhere else {})
+        fields = config.systems.get(method, {"method": method})
+        fixed["ssl"] = config.ssl | config.ssl_of.get(method, {}) | fields
+        cross = {"ssl": {"adversary": ["idaa"] if elsewhere else config.adversaries}}
+        labels = {"system": method, "vae_of": elsewhere}
+        points += Grid(labels=labels, fixed=fixed, cross=cross, seeds=config.seeds).points()
+    first = points[0]
+    if EvalConfig(**first.eval).protocol == "clean" and SSLConfig(**first.ssl).size <= 32:
+        points[0] = first._replace(eval=first.eval | {"references": True} | config.eval)
+    return points
+
+
+def _shared(config: SweepConfig | CompareConfig) -> Fields:
+    common = {name: getattr(config, name) for name in ("preset", "device", "dataset")}
+    judged = {"references": False, "dataset": judged_on(config.dataset)}
+    return {"all": common, "eval": judged | config.eval}

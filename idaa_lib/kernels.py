@@ -1,0 +1,182 @@
+"""A notebook under papermill, in a kernel of its own: over local sockets, on a GPU of its own.
+
+Of kernels over TCP two that start together may take one port; a socket in a folder is nobody
+else's. The kernel's standard error goes to a file, so that what a crash leaves there is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import re
+import signal
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from idaa_lib.runs import Run, RunError
+from idaa_lib.runs.directory import STARTER
+from idaa_lib.runs.machine import describe, torch_device
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+# Signals that end a process by themselves: where it was then goes to its standard error.
+TRACE = "--IPKernelApp.exec_lines=__import__('faulthandler').enable(__import__('sys').stderr)"
+# Seconds that a kernel may take to start, where many start at once from a slow disk.
+PATIENCE = 300
+
+
+def execute(notebook: str, parameters: Mapping[str, Any], output: Path) -> Path:
+    """Run `notebooks/<notebook>.ipynb` under papermill; `output` appears when it has succeeded.
+
+    Until then `<name>.running.ipynb` stands there, and if it fails `<name>.failed.ipynb`.
+    `parameters` are JSON values. A kernel that dies or does not start is tried once again.
+
+    Raises:
+        RunError: a failing cell, or a name that the notebook's configuration lacks.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    # It warns of each knob, which the notebook itself accepts or refuses; what it reports as an
+    # error is raised besides.
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
+    source, words = FOLDER / f"{notebook}.ipynb", [str(parameters.get("device", "auto"))]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    running, failed = leftovers(output)
+    trace = output.with_name(f"{output.stem}.trace.txt")
+    for attempt in (1, 2):
+        with _gpu(*words) as variables, trace.open("wb") as stderr:
+            try:
+                with _kernel(stderr, variables) as kernel:
+                    papermill.execute_notebook(
+                        str(source), str(running), dict(parameters), kernel_name="python3",
+                        progress_bar=False, km=kernel, start_timeout=PATIENCE,
+                    )  # fmt: skip
+                break
+            except PapermillExecutionError as error:
+                running.replace(failed)
+                trace.unlink()
+                raise RunError(f"{source.name} failed: {error.evalue} (see {failed})") from None
+            except Exception as error:
+                # The kernel, not the notebook: killed for memory, a crash in compiled code.
+                if attempt == 2:
+                    with contextlib.suppress(FileNotFoundError):
+                        running.replace(failed)
+                    raise RunError(
+                        f"The kernel of {source.name} {_describe_end(error, trace)}, 2 times; "
+                        f"what it had saved is kept in {output.parent}."
+                    ) from error
+    _record(running)
+    running.replace(output)
+    for path in (failed, trace):
+        path.unlink(missing_ok=True)
+    return output
+
+
+def leftovers(output: Path) -> tuple[Path, Path]:
+    """Where a notebook stands that has not come to its end, and one that failed."""
+    return output.with_name(f"{output.stem}.running.ipynb"), output.with_suffix(".failed.ipynb")
+
+
+class _Death(RuntimeError):
+    """A kernel ended by itself; `status` as its process gave it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"exit status {status}")
+        self.status = status
+
+
+@contextlib.contextmanager
+def _kernel(stderr: Any, variables: Mapping[str, str]) -> Iterator[AsyncKernelManager]:
+    """A kernel that has started; at the end it is shut down.
+
+    Raises:
+        _Death: it ended by itself.
+    """
+    from jupyter_client.manager import AsyncKernelManager
+    from jupyter_core.utils import run_sync
+
+    environment = {**os.environ, STARTER: "sweep", **variables}
+    with tempfile.TemporaryDirectory(prefix="idaa-") as folder:  # a socket's path must be short
+        file = os.path.join(folder, "kernel.json")
+        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", connection_file=file)
+        arguments = [TRACE, "--HistoryManager.hist_file=:memory:"]
+        run_sync(kernel.start_kernel)(
+            cwd=str(FOLDER), env=environment, stderr=stderr, extra_arguments=arguments
+        )
+        provisioner: Any = kernel.provisioner
+        process = provisioner.process
+        try:
+            yield kernel
+        except Exception as error:
+            if (status := process.poll()) is not None:
+                raise _Death(status) from error
+            raise
+        finally:
+            run_sync(kernel.shutdown_kernel)(now=process.poll() is not None)
+
+
+def _describe_end(error: Exception, trace: Path) -> str:
+    """How a kernel ended, and where it was then, where its last words say it."""
+    if not isinstance(error, _Death):
+        return f"did not answer ({type(error).__name__}: {error})"
+    how = f"ended with status {error.status}"
+    if error.status < 0:
+        how = f"was killed by {signal.Signals(-error.status).name}"
+        how += " (as the system does where memory runs out)" * (error.status == -signal.SIGKILL)
+    words = trace.read_text(encoding="utf-8", errors="replace")
+    place = re.search(r'Current thread.*\n  File "(.*)", line (\d+) in (\S+)', words)
+    return how + (f" in {place[3]} ({place[1]}:{place[2]}; see {trace})" if place else "")
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = range(torch.cuda.device_count()) if visible is None else visible.split(",")
+    return [name for each in names if (name := str(each).strip())]
+
+
+@contextlib.contextmanager
+def _gpu(device: str) -> Iterator[dict[str, str]]:
+    """CUDA_VISIBLE_DEVICES of a GPU that no other kernel of this user has on this machine, where
+    there are several; where all are taken this waits for one."""
+    names = gpus() if device in ("auto", "cuda") else []
+    if len(names) < 2:
+        yield {}
+        return
+    folder = Path(tempfile.gettempdir()) / f"idaa-gpus-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    for name in itertools.cycle(names):
+        lock = FileLock(folder / re.sub(r"\W", "_", name))
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0.1)
+            break
+    try:
+        yield {"CUDA_VISIBLE_DEVICES": name}
+    finally:
+        lock.release()
+
+
+def _record(notebook: Path) -> None:
+    """Add a cell to an executed notebook: what made it."""
+    import nbformat
+
+    about = Run(notebook.parent).environment or describe(torch_device("auto"), "no")
+    software = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    rows = {"software": software} | {key: about.get(key) for key in ("hardware", "commit")}
+    for data in [about[key] for key in ("dataset",) if key in about] + about.get("datasets", []):
+        rows[f"images of {data['name']}"] = data["fingerprint"]
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    content = nbformat.read(notebook, as_version=4)
+    text = "\n".join(["## Made with", "", "| | |", "|---|---|", *lines])
+    content.cells.append(nbformat.v4.new_markdown_cell(text, id="made-with"))
+    nbformat.write(content, notebook)

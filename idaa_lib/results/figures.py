@@ -1,0 +1,216 @@
+"""All figures of runs in one tidy table, and the one rule for what may stand together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from idaa_lib import runs
+from idaa_lib.configs import UserError
+from idaa_lib.evaluate.metrics import share_interval, student_interval
+from idaa_lib.results.names import apart, differing, title, training_of
+from idaa_lib.runs import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# What a figure is of: by the prefix of its key in a summary.
+FEATURES = {"": "encoder", "random_": "untrained encoder", "pixels_": "raw pixels"}
+REFERENCES = tuple(FEATURES.values())[1:]
+PROBES = {"knn": "kNN", "linear": "linear", "ema": "top-1"}
+COLUMNS = (
+    "run", "stage", "training", "label", "method", "adversary", "seed", "epochs", "images",
+    "backbone", "width", "normalisation", "dataset", "size", "classes", "features", "metric",
+    "value", "low", "high", "unit", "n", "split", "labels", "protocol", "limit", "fingerprint",
+    "version", "alike",
+)  # fmt: skip
+# The rule: what two figures have in common that may stand in one column of a table.
+SAME = ["fingerprint", "limit", "n", "protocol", "version"]
+# What a notebook shows of tidy results.
+SHOWN = ["dataset", "features", "metric", "value", "low", "high", "unit", "n", "labels", "protocol"]
+OWN_COLUMNS = {"seed", "dataset", "labels_per_class"}  # fields that a label need not say
+DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, OSError)
+
+
+def results(chosen: Iterable[Run] | None = None, damage: list[str] | None = None) -> pd.DataFrame:
+    """A row for each figure of finished runs: COLUMNS, then the fields in which trainings differ.
+
+    `value`, `low` and `high` (the 95 % interval over the n test images) are in `unit`. Two figures
+    may stand in one column of a table where `alike` is the same. `label` says what a training is,
+    and how it differs from the others but for seed, data and number of labels.
+
+    Args:
+        chosen: such as `idaa_lib.find("eval", protocol="clean")`; None: all that are finished.
+        damage: takes a sentence for each run that cannot be read, which is left out then.
+    Raises:
+        RunError, ValueError: a run cannot be read.
+    """
+    import pandas as pd
+
+    records, trainings = [], {}
+    if chosen is None:
+        chosen = [run for run in runs.list_runs() if run.finished]
+    for run in chosen:
+        try:
+            about = _about(run)
+            records += [about | figure for figure in _figures(run)]
+            trainings[run] = training_of(run)
+        except DAMAGE as error:
+            if damage is None:
+                raise
+            damage.append(f"{run.path}: {error}")
+    unique = list(dict.fromkeys(run for run in trainings.values() if run))
+    own, fields = {}, dict[str, Any]()
+    for stage in dict.fromkeys(run.stage for run in unique):  # each among its like
+        members = [run for run in unique if run.stage == stage]
+        labels, values = apart(members, OWN_COLUMNS), differing(members)
+        fields |= values
+        for i, (run, label) in enumerate(zip(members, labels, strict=True)):
+            own[run.id] = {"label": label} | {name: row[i] for name, row in values.items()}
+    records = [own.get(r["training"], {"label": r["training"]}) | r for r in records]
+    columns = [*COLUMNS, *(field for field in fields if field not in COLUMNS)]
+    frame = pd.DataFrame(records, columns=columns, dtype=object)  # a seed stays a whole number
+    frame["alike"] = [" ".join(map(str, row)) for row in frame[SAME].to_numpy()]
+    return frame.astype(dict.fromkeys(("value", "low", "high"), float))
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """What a run is: the columns that all its figures share."""
+    environment = run.environment
+    data = environment.get("dataset", {})
+    about = {
+        "run": run.id, "stage": run.stage, "dataset": data.get("name", str(run.config.dataset)),
+        "limit": getattr(run.config, "limit", None), "version": environment.get("results_version"),
+    }  # fmt: skip
+    about |= {name: data.get(name) for name in ("size", "classes", "fingerprint")}
+    # Of a training whose images are kept larger, that of what is judged.
+    about["size"] = getattr(run.config, "size", None) or about["size"]
+    if (training := training_of(run)) is None:
+        return about | {"training": run.config.run, "method": "", "adversary": ""}
+    config = training.config
+    (method, adversary), stated = title(config), config.stated()
+    return about | {
+        "training": training.id, "method": method, "adversary": adversary, "seed": stated["seed"],
+        "epochs": stated.get("epochs"),
+        "images": training.environment.get("dataset", {}).get("n"),
+        "backbone": getattr(config, "backbone", None), "width": getattr(config, "width", None),
+        "normalisation": _normalisation(training),
+        # A protocol may test larger images than the encoder was trained on.
+        "size": config.size if run.stage == "eval" else about["size"],
+    }  # fmt: skip
+
+
+def _normalisation(training: Run) -> str | None:
+    """Mean and std that a training's images are normalised with, as docs/paper.csv writes them."""
+    if not (training.path / "model.json").exists():
+        return None
+    units = {name: " ".join(f"{v:.4g}" for v in training.model[name]) for name in ("mean", "std")}
+    return f"mean {units['mean']}, std {units['std']}"
+
+
+def _figures(run: Run) -> Iterator[dict[str, Any]]:
+    """The figures of a summary, the encoder's own first."""
+    summary, figure = run.summary or {}, {"features": "encoder", "split": "test", "unit": "%"}
+    datasets = {data["name"]: data for data in run.environment.get("datasets", ())}
+    for row in summary.get("rows", ()):  # of a transfer
+        data = datasets.get(row["dataset"], {})
+        mean = "" if row["metric"] == "top-1" else f", {row['metric']}"
+        about = {name: data.get(name) for name in ("fingerprint", "size", "classes")}
+        about["features"] = "encoder" if row["features"] == "encoder" else REFERENCES[0]
+        yield figure | row | about | {"metric": row["probe"] + mean}
+    for prefix, val, top, probe in itertools.product(FEATURES, ("", "_val"), "15", PROBES):
+        stem = f"{prefix}{probe}"
+        if (value := summary.get(f"{stem}_top{top}{val}")) is None:
+            continue
+        metric = PROBES[probe]
+        if run.stage == "semi":
+            metric = f"{run.config.labels_per_class} labels a class"
+        ends = {end: summary.get(f"{stem}_{end}{val}") for end in ("low", "high") if top == "1"}
+        # How many labels and images there were say the metric and the fingerprint.
+        protocol = str(summary.get(f"{stem}_protocol", "")).partition(";")[0] or None
+        about = {"metric": metric + " top-5" * (top == "5"), "value": value, "protocol": protocol}
+        about |= {"features": FEATURES[prefix]}
+        about["n"] = summary.get(f"{stem}_n{val}") or (summary.get("n_val") if val else None)
+        if about["n"] and ends.get("low") is None:
+            ends["low"], ends["high"] = share_interval([value / 100], about["n"])[:, 0]
+        yield figure | about | ends | {"split": "validation" if val else "test"}
+    figure["split"] = "validation"
+    for key, unit in (("rate_nats", "nats"), ("reconstruction", "MSE")):
+        if key in summary:
+            name = key.partition("_")[0]
+            yield figure | {"metric": name, "value": summary[key], "unit": unit}
+    for part in ("R", "G"):  # of a study of identity
+        if values := summary.get("parts", {}).get(part):
+            yield figure | {"metric": f"x found from {part}", "value": values["retrieved"]}
+
+
+def key_figures(run: Run) -> list[dict[str, Any]]:
+    """What a line has room for of a run: its encoder's own figures, on test images if there are
+    any, of a transfer the linear ones; of an evaluation with its `evaluation` protocol."""
+    own = [figure for figure in _figures(run) if figure["features"] == "encoder"]
+    own = [figure for figure in own if figure["split"] == "test"] or own
+    if run.stage == "eval":
+        own = [figure | {"evaluation": run.config.protocol} for figure in own]
+    linear = [figure for figure in own if figure["metric"].startswith("linear")]
+    return linear if run.stage == "transfer" else own
+
+
+def headline(figures: Sequence[dict[str, Any]]) -> str:
+    """The first of a run's key figures in a line, such as `kNN 41.3 %, linear 44.0 %, test`; where
+    one has a `text`, that stands for its value."""
+    if not figures:
+        return ""
+    first, count = figures[0], 2
+    where = f", {first['split']}" + (f", {first['evaluation']}" if "evaluation" in first else "")
+    if "dataset" in first:  # a transfer
+        more, count = len(figures) - 1, 1
+        where = f" on {first['dataset']}, test" + (f"; {more} more data sets" if more else "")
+    texts = [f.get("text") or number_text(f["value"], f["unit"]) for f in figures]
+    parts = [f"{f['metric']} {t} {f['unit']}" for f, t in zip(figures, texts, strict=True)]
+    return ", ".join(parts[:count]) + where
+
+
+def number_text(value: float, unit: str) -> str:
+    """A percentage with one decimal, any other value with three digits."""
+    return f"{value:.1f}" if unit == "%" else f"{value:.3g}"
+
+
+def interval(mine: pd.DataFrame) -> tuple[float, float, float]:
+    """Value, low and high of results that differ in the seed alone; NaN where no interval is known.
+
+    Of one the interval is over its test images, of several Student's of their mean.
+    """
+    if len(mine) > 1:
+        return student_interval(list(mine["value"]))
+    return tuple(mine[["value", "low", "high"]].iloc[0])
+
+
+def means(frame: pd.DataFrame) -> pd.DataFrame:
+    """Tidy results with one row for the `seeds` trainings that differ in the seed alone: `value` is
+    their mean, `low` and `high` as `interval` gives them."""
+    own = {"run", "training", "seed", "VAE seed", "vae", "value", "low", "high"} & {*frame}
+    alike = frame.drop(columns=[*own]).astype(str).agg("\0".join, axis=1)
+    rows = []
+    for _, mine in frame.groupby(alike, sort=False):
+        value, low, high = interval(mine)
+        figures = {"value": value, "low": low, "high": high, "seeds": len(mine)}
+        rows.append(mine.iloc[0].to_dict() | figures)
+    columns = [name for name in frame if name not in own]
+    return type(frame)(rows, columns=[*columns, "value", "low", "high", "seeds"])
+
+
+def save(frame: pd.DataFrame, path: Path) -> list[Path]:
+    """`<path>.csv` and `<path>.parquet`, written; a column of several kinds of values is text."""
+    import pandas as pd
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_name(f"{path.name}.{ending}") for ending in ("csv", "parquet")]
+    frame.to_csv(files[0], index=False)
+    kept = frame.infer_objects()
+    for name in kept:
+        if pd.api.types.infer_dtype(kept[name], skipna=True).startswith("mixed"):
+            kept[name] = kept[name].map(str, na_action="ignore")
+    kept.to_parquet(files[1], index=False)
+    return files
