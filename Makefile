@@ -1,6 +1,6 @@
 # `make help` lists the verbs. Each sets up what it needs first; a second run reuses it.
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test lab app report browser bench profile compare siblings evidence lint format clean clean-cache
+.PHONY: help setup lock demo sweep retry test lab app report browser bench profile compare siblings evidence lint format clean clean-cache
 
 # The active conda or virtual environment, else .venv here. conda's base is left alone.
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -26,6 +26,13 @@ lock: setup  ## Write the exact versions of this environment into requirements.l
 
 demo: setup  ## From nothing to results: VAE, SimCLR x 3, evaluation, sensitivity (about 7 minutes)
 	@$(ALLOCATOR) $(PY) -m idaa_lib.sweeps demo
+
+# FLAGS: --jobs 2, --scheduler tcp://host:8786 (docs/cluster.md).
+sweep: setup  ## Make the runs of GRID=grid.yaml; FLAGS=--dry-run says what they are and take
+	@$(ALLOCATOR) $(PY) -m idaa_lib.sweeps $(FLAGS) $(or $(GRID),$(error Say which: make sweep GRID=grid.yaml))
+
+retry: FLAGS += --retry
+retry: sweep  ## Make those runs of GRID=grid.yaml again that failed
 
 test: setup  ## Lint, types and all tests (or those of TESTS="tests/test_nets.py …")
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

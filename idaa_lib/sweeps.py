@@ -52,13 +52,14 @@ from idaa_lib.runs import (
     get,
     outputs_root,
     parameters,
+    read_json,
     report_left_out,
     write_json,
 )
 from idaa_lib.runs.machine import (
     hardware,
     open_images,
-    remember_images,
+    remember,
     resolve_paths,
     torch_device,
 )
@@ -157,23 +158,24 @@ def refuse(tasks: Mapping[str, Task]) -> None:
     """Raises a ConfigError that names all that cannot be made here: images that cannot be read, or
     have no labels to judge by, a device or a run that is not there."""
     reasons: dict[str, list[str]] = {}
-    look = functools.cache(lambda opener, *what: opener(*what[:-1], **dict(what[-1])))
-    for key, (config, needs) in tasks.items():
-        try:
-            torch_device(config.device)
-            if isinstance(config, TrainingConfig):
-                part = config.split, config.source_size or config.size, config.limit
-                look(open_images, config.dataset, *part, (*config.reading.items(),))
-                for field in ("vae", "continue_from"):
-                    if name := getattr(config, field, None):
-                        get("vae" if field == "vae" else config.stage, name)
-            elif isinstance(config, EvalConfig) and "run" in needs:
-                training = tasks[needs["run"]].config
-                dataset = config.dataset or judged_on(training.dataset)
-                reading = (*(training.reading | config.reading).items(),)
-                look(open_splits, dataset, training.size, config.limit, reading)
-        except UserError as error:
-            reasons.setdefault(str(error), []).append(key)
+    with remember():
+        for key, (config, needs) in tasks.items():
+            try:
+                torch_device(config.device)
+                if isinstance(config, TrainingConfig):
+                    part = config.split, config.source_size or config.size, config.limit
+                    open_images(config.dataset, *part, **config.reading)
+                    for field in ("vae", "continue_from"):
+                        if name := getattr(config, field, None):
+                            get("vae" if field == "vae" else config.stage, name)
+                elif isinstance(config, EvalConfig) and "run" in needs:
+                    training = tasks[needs["run"]].config
+                    dataset = config.dataset or judged_on(training.dataset)
+                    reading = training.reading if dataset == training.dataset else {}
+                    reading |= config.reading
+                    open_splits(dataset, training.size, config.limit, **reading)
+            except UserError as error:
+                reasons.setdefault(str(error), []).append(key)
     _refuse(reasons, len(tasks))
 
 
@@ -359,12 +361,12 @@ def find_runs(tasks: Mapping[str, Task], left_out: list[str] | None = None) -> d
     of others depend, are gone.
     """
     runs: dict[str, Run] = {}
-    with remember_images():
+    with remember():
         for key, (config, needs) in tasks.items():
             if runs.keys() >= set(needs.values()):
                 try:
                     run = _find(_name_needs(config, needs, runs))
-                    if run and run.config and run.summary:
+                    if run and run.summary and read_json(run.path / "config.json"):
                         runs[key] = run
                 except RunError as error:
                     if left_out is not None:
@@ -437,7 +439,7 @@ def _find(config: ImagesConfig) -> Run | None:
     """The finished run of `config`. An evaluation with references serves where none are asked."""
     kinds = [config]
     if isinstance(config, EvalConfig) and not config.references:
-        kinds.insert(0, config.replace(references=True))
+        kinds.append(config.replace(references=True))
     return next((run for run in map(locate, kinds) if run.finished), None)
 
 

@@ -90,11 +90,12 @@ def _plan(config: EvalConfig) -> _Evaluation:
         way = training.chosen("method").official_protocol(training)
         snapshots = {} if way.classifier else checkpoints.snapshots(source)
     dataset = resolve_path(config.dataset or judged_on(training.dataset))
-    config = resolve_paths(config.replace(dataset=dataset))
+    config = resolve_paths(config)
     reading = reading_of(config, source, dataset)
     # On crops an untrained encoder would take as long, and a probe cannot take pixels.
     references = config.references and not way.classifier
-    config = config.replace(run=source.reference, **reading, references=references)
+    fields = {"run": source.reference, "dataset": dataset, "references": references}
+    config = config.replace(**fields, **reading)
     # Of a source that keeps images larger than the views that training cuts of them.
     side = (way.whole and getattr(training, "source_size", None)) or training.size
     splits = open_splits(dataset, side, config.limit, **reading)

@@ -191,9 +191,9 @@ def means(frame: pd.DataFrame) -> pd.DataFrame:
     """Tidy results with one row for the `seeds` trainings that differ in the seed alone: `value` is
     their mean, `low` and `high` as `interval` gives them."""
     own = {"run", "training", "seed", "VAE seed", "vae", "value", "low", "high"} & {*frame}
-    alike = frame.drop(columns=[*own]).astype(str).agg("\0".join, axis=1)
+    alike = [repr(row) for row in frame.drop(columns=[*own]).to_numpy().tolist()]
     rows = []
-    for _, mine in frame.groupby(alike, sort=False):
+    for _, mine in frame.assign(alike_=alike).groupby("alike_", sort=False):
         value, low, high = interval(mine)
         figures = {"value": value, "low": low, "high": high, "seeds": len(mine)}
         rows.append(mine.iloc[0].to_dict() | figures)

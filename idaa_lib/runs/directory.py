@@ -43,7 +43,7 @@ from idaa_lib.runs.files import (
     saving,
     write_json,
 )
-from idaa_lib.runs.machine import birth, is_alive, lacks_memory
+from idaa_lib.runs.machine import birth, is_alive, lacks_memory, once
 
 # Raised whenever the same configuration would give other numbers than before.
 RESULTS_VERSION = 5
@@ -73,8 +73,9 @@ class Stopped(UserError):
 
 def outputs_root() -> Path:
     """`IDAA_OUTPUTS`, taken from the project where it is relative, else `outputs/` there."""
-    project = Path(__file__).resolve().parents[2]
-    return (project / Path(os.environ.get("IDAA_OUTPUTS") or "outputs").expanduser()).resolve()
+    folder = os.environ.get("IDAA_OUTPUTS") or "outputs"
+    project = Path(__file__).parents[2]
+    return once(folder, lambda: (project / Path(folder).expanduser()).resolve())
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class Run:
         Raises:
             RunError: this is no run directory, or another version of the library made it.
         """
+        return once(self, self._read_config)
+
+    def _read_config(self) -> Any:
         values = read_json(self.path / "config.json")
         if values is None or self.stage not in CONFIGS:
             raise RunError(

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,8 +26,9 @@ from idaa_lib.data.cached import ImageSet, load
 from idaa_lib.data.sources import NAMES
 
 Reader = TypeVar("Reader", bound=ImagesConfig)
-# What `remember_images` has seen; None outside of it.
-_described: ContextVar[dict[Any, ImageSet] | None] = ContextVar("described", default=None)
+T = TypeVar("T")
+# What `remember` has seen; None outside of it.
+_known: ContextVar[dict[Any, Any] | None] = ContextVar("known", default=None)
 PACKAGES = ("idaa_lib", "torch", "torchvision", "accelerate", "numpy", "scikit-learn", "pillow")
 
 
@@ -37,27 +38,35 @@ def open_images(dataset: str, split: str, size: int, limit: int | None, **readin
     Raises:
         ConfigError: the source or the file is missing, unreadable, or lacks what it is asked for.
     """
-    part = dataset, split, size, limit, *reading.items()
-    known = _described.get()
-    if known is not None and part in known:
-        return known[part]
-    try:
-        images = load(dataset, split, size, limit, **reading)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"dataset={quote(dataset)}: {error}.") from error
-    if known is not None:
-        known[part] = images
-    return images
+
+    def look() -> ImageSet:
+        try:
+            return load(dataset, split, size, limit, **reading)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"dataset={quote(dataset)}: {error}.") from error
+
+    return once((dataset, split, size, limit, *reading.items()), look)
 
 
 @contextlib.contextmanager
-def remember_images() -> Iterator[None]:
-    """Inside, `open_images` looks at each set of images once, however many runs are of it."""
-    token = _described.set({})
+def remember() -> Iterator[None]:
+    """Inside, what `once` is asked for is looked at once: the images and configurations that a
+    thousand runs share, while they are looked for."""
+    token = _known.set({})
     try:
         yield
     finally:
-        _described.reset(token)
+        _known.reset(token)
+
+
+def once(key: Any, look: Callable[[], T]) -> T:
+    """What `look` gives; inside of `remember` what it gave first, by a key that can be hashed."""
+    known = _known.get()
+    if known is None:
+        return look()
+    if key not in known:
+        known[key] = look()
+    return known[key]
 
 
 def drop_unlabelled(images: ImageSet) -> ImageSet:

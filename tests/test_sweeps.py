@@ -1,0 +1,206 @@
+"""What sweeps do when things end too early: kernels, drivers, workers; and who gets which GPU."""
+
+import json
+import threading
+import time
+
+import joblib
+import nbformat
+import pandas as pd
+import pytest
+
+from idaa_lib import grids, kernels, results, runs, sweeps
+from idaa_lib.configs import VAEConfig
+from idaa_lib.evaluate.metrics import student_interval
+from idaa_lib.lab import plots
+from idaa_lib.runs import RunError
+from idaa_lib.train import train_vae
+
+SMALL = {"limit": 64, "batch_size": 32, "epochs": 1, "width": 4, "device": "cpu", "dim": 8}
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """Makes `of.ipynb`, with one cell."""
+
+    def make(source):
+        content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        content.metadata["kernelspec"] = {"name": "python3", "display_name": ""}
+        nbformat.write(content, tmp_path / "of.ipynb")
+        return "of"
+
+    monkeypatch.setattr(kernels, "FOLDER", tmp_path)
+    return make
+
+
+@pytest.fixture
+def three_points(monkeypatch, outputs):
+    """The plan of three encoders and their evaluations, of which `bad` fail, and what is performed:
+    no notebook is started."""
+    cross = {"ssl": {"learning_rate": [1e-3, 2e-3, 3e-3]}}
+    tasks = sweeps.plan(grids.read({"fixed": {"all": {"device": "cpu"}}, "cross": cross}).points())
+    order, bad = [], {2e-3}
+
+    def perform(config):
+        order.append(config.stage)
+        failed = getattr(config, "learning_rate", None) in bad
+        state = ("failed", "Why.") if failed else ("finished", None)
+        return sweeps.Outcome(f"{config.stage}-x", *state, 1.0)
+
+    monkeypatch.setattr(sweeps, "perform", perform)
+    return tasks, order
+
+
+def test_a_kernel_that_crashes_is_named_by_its_signal_and_its_place(notebook, tmp_path):
+    name = notebook("import ctypes\n\ndef crash():\n    ctypes.string_at(0)\n\ncrash()")
+    with pytest.raises(RunError, match=r"of\.ipynb was killed by SIGSEGV in string_at \(.*ctypes"):
+        kernels.execute(name, {}, tmp_path / "runs" / "out.ipynb")
+    left = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert left == {"out.failed.ipynb", "out.trace.txt"}
+    assert "Segmentation fault" in (tmp_path / "runs" / "out.trace.txt").read_text()
+
+
+def test_an_executed_notebook_says_what_made_it_and_no_port_was_open(notebook, tmp_path):
+    name = notebook(
+        "import os, psutil\n"
+        "print(len(psutil.Process().net_connections('tcp')), os.environ['IDAA_STARTER'])"
+    )
+    path = kernels.execute(name, {}, tmp_path / "runs" / "out.ipynb")
+    first, last = (
+        json.loads(path.read_text())["cells"][0],
+        json.loads(path.read_text())["cells"][-1],
+    )
+    assert "".join(first["outputs"][0]["text"]) == "0 sweep\n"
+    made = "".join(last["source"])
+    assert all(f"\n| {word} | " in made for word in ("software", "hardware", "commit"))
+    assert [each.name for each in path.parent.iterdir()] == ["out.ipynb"]
+
+
+@pytest.mark.parametrize("visible", ["0,1,2", "GPU-5f1, MIG-a/1/0 ,GPU-7"])
+def test_no_two_kernels_have_one_gpu_at_a_time(visible, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(kernels.tempfile, "gettempdir", lambda: str(tmp_path))
+    held, seen, clash = set(), set(), []
+
+    def work():
+        with kernels._gpu("auto") as variables:
+            (name,) = variables.values()
+            clash.extend([name] * (name in held))
+            held.add(name)
+            seen.add(name)
+            time.sleep(0.05)
+            held.discard(name)
+
+    threads = [threading.Thread(target=work) for _ in range(7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not clash and seen == {name.strip() for name in visible.split(",")}
+    with kernels._gpu("cpu") as variables:
+        assert variables == {}
+
+
+@pytest.mark.parametrize("visible", ["", "3", "GPU-one"])
+def test_one_gpu_or_none_is_left_as_it_is(visible, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with kernels._gpu("auto") as variables:
+        assert variables == {}
+
+
+@pytest.mark.parametrize("word", ["running", "failed"])
+def test_a_notebook_that_lacks_its_end_is_made_though_its_run_is_finished(
+    word, outputs, monkeypatch
+):
+    config = VAEConfig(**SMALL)
+    run = train_vae(config)
+    calls = []
+    monkeypatch.setattr(sweeps, "execute", lambda *call: calls.append(call))
+    assert sweeps.perform(config).seconds == 0.0 and not calls
+    (run.path / f"notebook.{word}.ipynb").write_text("{}")
+    assert sweeps.perform(config).state == "finished"
+    ((name, values, output),) = calls
+    assert (name, output) == ("01_pretrain_vae", run.path / "notebook.ipynb")
+    assert VAEConfig(**values) == run.config
+
+
+def test_retry_makes_what_failed_and_what_needs_it_alone(three_points):
+    tasks, order = three_points
+    sweeps.perform_all(tasks)
+    assert order.count("ssl") == 3 and order.count("eval") == 2  # one is left out
+    keys = [*tasks]
+    bad = sweeps.locate(tasks[keys[2]].config)
+    bad.path.mkdir(parents=True)
+    (bad.path / "notebook.failed.ipynb").write_text("{}")
+    order.clear()
+    outcomes = sweeps.perform_all(tasks, retry=True)
+    assert order == ["ssl"] and set(outcomes) == {keys[2], keys[3]}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_workers_of_a_dask_cluster_make_the_runs(three_points, named):
+    """By the scheduler's address, or by joblib's own way of saying it."""
+    distributed = pytest.importorskip("distributed")
+    tasks, order = three_points
+    with distributed.Client(
+        processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None
+    ) as client:
+        if named:
+            outcomes = sweeps.perform_all(tasks, scheduler=client.scheduler.address)
+        else:
+            with joblib.parallel_config(backend="dask"):
+                outcomes = sweeps.perform_all(tasks)
+    assert order.count("ssl") == 3 and len(outcomes) == 6
+    assert sorted(o.state for o in outcomes.values()) == ["failed", *4 * ["finished"], "left out"]
+
+
+def figures_of(values):
+    """Tidy validation accuracies: (method, ε, dim, seed) → value."""
+    rows = [
+        {"run": f"r{i}", "training": f"r{i}", "method": m, "epsilon": e, "dim": d, "seed": s}
+        | {"value": v, "low": v - 1, "high": v + 1, "metric": "kNN", "split": "validation"}
+        | {"features": "encoder", "adversary": "IDAA", "unit": "%", "shape": [d]}
+        for i, ((m, e, d, s), v) in enumerate(values.items())
+    ]
+    return pd.DataFrame(rows)
+
+
+FIGURES = {
+    (m, e, d, s): 10.0 * i + e + d + 2 * s
+    for i, m in enumerate(("SimCLR", "SimSiam"))
+    for e in (0.1, 0.2) for d in (4, 8) for s in (0, 1)
+}  # fmt: skip
+
+
+def test_seeds_are_rows_or_means_with_student_s_intervals(tmp_path):
+    frame = figures_of(FIGURES)
+    means = results.means(frame)
+    assert len(means) == 8 and set(means["seeds"]) == {2} and "seed" not in means
+    first = means.iloc[0]
+    assert (first["value"], first["low"], first["high"]) == pytest.approx(
+        student_interval([4.1, 6.1])
+    )
+    assert results.means(frame.iloc[:0]).empty
+    csv, parquet = results.save(frame, tmp_path / "new" / "table")
+    for kept in (pd.read_csv(csv), pd.read_parquet(parquet)):
+        assert [*kept.columns] == [*frame.columns]
+        assert kept["value"].to_list() == frame["value"].to_list()
+
+
+def test_two_fields_that_are_crossed_are_a_heat_map_of_their_means():
+    figure = plots.crossed(figures_of(FIGURES), ["method", "epsilon", "dim"])
+    maps = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in maps] == ["SimCLR", "SimSiam"]
+    for i, axis in enumerate(maps):
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("dim m", "ε (units of z)")
+        words = [text.get_text().split("\n")[0] for text in axis.texts]
+        expected = [10 * i + e + d + 1 for e in (0.1, 0.2) for d in (4, 8)]
+        assert words == [f"{value:.1f}" for value in expected]
+
+
+def test_a_tidy_table_is_a_call_on_the_package(outputs):
+    import idaa_lib
+
+    run = train_vae(VAEConfig(**SMALL))
+    frame = idaa_lib.results()
+    assert set(frame["run"]) == {run.id} == set(idaa_lib.results(runs.find("vae"))["run"])
