@@ -96,7 +96,7 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     }  # fmt: skip
     swept = execute("05_sensitivity", grid, tmp_path)
     (plan,) = outputs_of(swept, "sweeps.outline")["text"]
-    sentence = "7 points take 7 runs (1 vae, 3 ssl, 3 eval): 3 are finished, 4 are to be made, "
+    sentence = "5 points take 7 runs (1 vae, 3 ssl, 3 eval): 3 are finished, 4 are to be made, "
     assert plan.startswith(sentence + "2 at a time: about ")
     lines = "".join(outputs_of(swept, "study.perform")["text"])
     assert re.search(r"(\d+) of \1 runs finished · 0 going · about 0:00 left\n", lines)
