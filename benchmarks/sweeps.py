@@ -1,6 +1,7 @@
 """Trials of sweeps: failures, SIGKILL at random moments, two drivers, Dask, and what they cost.
 
-    python benchmarks/sweeps.py [trial …]    # failures kills drivers dask kernels locate overhead
+    python benchmarks/sweeps.py [trial …]    # kills drivers dask failures kernels locate overhead
+    python benchmarks/sweeps.py write        # the result file of the trials that there are
 
 The grid has 24 encoders: 2 methods × 3 ε × 2 dim × 2 seeds, at the scale of a smoke test, without
 evaluations, whose notebooks would double the time. All trials take about an hour on 2 quiet cores.
@@ -345,7 +346,7 @@ TRIALS = {
 
 
 def main(words: list[str]) -> None:
-    for name in words or TRIALS:
+    for name in [word for word in words if word != "write"] if words else TRIALS:
         rows = TRIALS[name]()
         for row in rows:
             print(row["what"], row["value"], row["unit"], flush=True)

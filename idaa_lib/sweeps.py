@@ -246,8 +246,9 @@ def perform_all(
                             tally.seconds[tasks[key].config.stage].append(outcome.seconds)
                         if outcome.error or outcome.seconds:
                             print(f"{outcome.id}: {outcome.error or outcome.state}", flush=True)
-                    lines.show(*line(), last=len(outcomes) == len(tasks))
+                    lines.show(*line())
                     show(outcomes)
+        lines.show(*line(), last=True)
     except BaseException:
         _cancelled = True
         # Again and again: a kernel that is still starting forgets what was asked before its run.
