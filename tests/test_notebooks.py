@@ -328,7 +328,7 @@ def test_the_command_says_what_failed_and_ends_with_1(tmp_path):
     assert "accuracy.png" in done.stdout and "notebook.ipynb" in done.stdout
     command[-1] = "no-such-sweep"
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 and "no-such-sweep" in done.stderr
+    assert done.returncode == 2 and "no-such-sweep" in done.stderr  # nothing could start
 
 
 def test_notebooks_of_a_sweep_file_get_the_runs_of_its_last_point(tmp_path, monkeypatch, capsys):
