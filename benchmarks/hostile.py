@@ -295,7 +295,7 @@ def special_files(folder: Path, name: str) -> Iterator[Path]:
     makers: list[Callable[[], object]] = [lambda: os.mkfifo(path), path.mkdir, path.touch]
     makers += [lambda target=target: path.symlink_to(target) for target in targets]  # type: ignore[misc]
     makers.append(lambda: (path.touch(), os.truncate(path, 2**40)))  # takes no room on the disk
-    makers.append(lambda: path.write_text("<html>Not found</html>"))
+    makers.append(lambda: path.write_text("<html>Not found</html>", "utf-8"))
     for make in makers:
         with contextlib.suppress(OSError):
             make()

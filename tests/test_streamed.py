@@ -203,10 +203,10 @@ def test_from_photographs_to_results_with_a_stop_on_the_way(photos, outputs, mon
     with monkeypatch.context() as patch:
         patch.setattr("os.walk", lambda *_, **__: pytest.fail("walked"))
         patch.setattr(streamed.Photographs, "_table", lambda *_: pytest.fail("read"))
-        assert train_ssl(config).id == run.id
+        assert train_ssl(config).id == locate(config.replace(vae=vae.id)).id == run.id
         assert evaluate(EvalConfig(run=run.id)).id == plain.id
     photograph(99).save(photos / "train/n0/new.JPEG")
-    assert locate(config).id != run.id
+    assert locate(config.replace(vae=vae.id)).id != run.id
 
 
 @pytest.mark.parametrize(
