@@ -52,7 +52,7 @@ class Point(NamedTuple):
         """Its labels and its seed, for a sentence."""
         seed = (self.ssl or self.vae or {}).get("seed")
         words = [str(value) for value in self.labels.values() if value is not None]
-        return f"{' × '.join(words)} (seed {seed})".strip()
+        return f"{' × '.join(words)} (seed {seed})" if words else f"seed {seed}"
 
 
 class Grid(Values):
@@ -128,6 +128,8 @@ def read(grid: str | Path | Mapping[str, Any]) -> Grid:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"it holds {str(values)[:40]!r}, no names with values")
+        if isinstance(about := values.get("about"), str):  # may be of several lines
+            values["about"] = " ".join(about.split())
         return Grid(**values)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         names = ", ".join(sorted(other.stem for other in RECIPES.glob("*.yaml")))

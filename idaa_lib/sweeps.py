@@ -109,20 +109,29 @@ def plan(grid: Sequence[Point]) -> dict[str, Task]:
 
 def _chains(grid: Sequence[Point]) -> list[dict[str, Task]]:
     """The tasks of each point, each after those that it needs. Raises as `plan`."""
+    pairs, reasons = _try_chains(grid)
+    if reasons:
+        raise ConfigError(_name_refused(reasons, len(grid)))
+    return [chain for _, chain in pairs]
+
+
+def _try_chains(
+    grid: Sequence[Point],
+) -> tuple[list[tuple[Point, dict[str, Task]]], dict[str, list[str]]]:
+    """The points that can be configured with their tasks; reason → names of the others."""
 
     @functools.cache
     def configure(stage: str, fields: str) -> Any:
         config: Any = CONFIGS[stage](**json.loads(fields))
         return resolve_paths(config)
 
-    chains, reasons = [], dict[str, list[str]]()
+    pairs, reasons = [], dict[str, list[str]]()
     for point in grid:
         try:
-            chains.append(_chain(point, configure))
+            pairs.append((point, _chain(point, configure)))
         except ConfigError as error:
             reasons.setdefault(str(error), []).append(point.name)
-    _refuse(reasons, len(grid))
-    return chains
+    return pairs, reasons
 
 
 def _chain(point: Point, configure: Callable[[str, str], Any]) -> dict[str, Task]:
@@ -143,40 +152,63 @@ def _chain(point: Point, configure: Callable[[str, str], Any]) -> dict[str, Task
     return chain
 
 
-def _refuse(reasons: Mapping[str, Sequence[str]], total: int) -> None:
-    """Raises a ConfigError with each reason, and what cannot be made for it, where there is one."""
-    if reasons:
-        lines = [
-            f"{reason} ({', '.join(names[:3])}{f', {len(names) - 3} more' * (len(names) > 3)})"
-            for reason, names in reasons.items()
-        ]
-        count = len({name for names in reasons.values() for name in names})
-        raise ConfigError(f"{count} of {total} cannot be made: " + "\n".join(lines))
+def _name_refused(reasons: Mapping[str, Sequence[str]], total: int) -> str:
+    """A sentence with each reason and what cannot be made for it; empty where there is none."""
+    lines = [
+        f"{reason} ({', '.join(names[:3])}{f', {len(names) - 3} more' * (len(names) > 3)})"
+        for reason, names in reasons.items()
+    ]
+    count = len({name for names in reasons.values() for name in names})
+    return f"{count} of {total} cannot be made: " + "\n".join(lines) if reasons else ""
+
+
+def admit(grid: Sequence[Point]) -> tuple[list[Point], str]:
+    """The points that can be made here, and a sentence that names the others and says why, empty
+    where there are none."""
+    pairs, reasons = _try_chains(grid)
+    points = []
+    with remember():
+        for point, chain in pairs:
+            obstacles = filter(None, (_find_obstacle(key, chain) for key in chain))
+            if obstacle := next(obstacles, None):
+                reasons.setdefault(obstacle, []).append(point.name)
+            else:
+                points.append(point)
+    return points, _name_refused(reasons, len(grid))
 
 
 def refuse(tasks: Mapping[str, Task]) -> None:
-    """Raises a ConfigError that names all that cannot be made here: images that cannot be read, or
-    have no labels to judge by, a device or a run that is not there."""
+    """Raises a ConfigError that names all tasks that cannot be made here, and says why."""
     reasons: dict[str, list[str]] = {}
     with remember():
-        for key, (config, needs) in tasks.items():
-            try:
-                torch_device(config.device)
-                if isinstance(config, TrainingConfig):
-                    part = config.split, config.source_size or config.size, config.limit
-                    open_images(config.dataset, *part, **config.reading)
-                    for field in ("vae", "continue_from"):
-                        if name := getattr(config, field, None):
-                            get("vae" if field == "vae" else config.stage, name)
-                elif isinstance(config, EvalConfig) and "run" in needs:
-                    training = tasks[needs["run"]].config
-                    dataset = config.dataset or judged_on(training.dataset)
-                    reading = training.reading if dataset == training.dataset else {}
-                    reading |= config.reading
-                    open_splits(dataset, training.size, config.limit, **reading)
-            except UserError as error:
-                reasons.setdefault(str(error), []).append(key)
-    _refuse(reasons, len(tasks))
+        for key in tasks:
+            if obstacle := _find_obstacle(key, tasks):
+                reasons.setdefault(obstacle, []).append(key)
+    if reasons:
+        raise ConfigError(_name_refused(reasons, len(tasks)))
+
+
+def _find_obstacle(key: str, tasks: Mapping[str, Task]) -> str | None:
+    """Why a task cannot be made here: images that cannot be read, or have no labels to judge by, a
+    device or a run that is not there; None where nothing is in the way."""
+    config, needs = tasks[key]
+    try:
+        torch_device(config.device)
+        if isinstance(config, TrainingConfig):
+            part = config.split, config.source_size or config.size, config.limit
+            open_images(config.dataset, *part, **config.reading)
+            for field in ("vae", "continue_from"):
+                if name := getattr(config, field, None):
+                    get("vae" if field == "vae" else config.stage, name)
+        elif isinstance(config, EvalConfig) and "run" in needs:
+            training = tasks[needs["run"]].config
+            dataset = config.dataset or judged_on(training.dataset)
+            reading = training.reading if dataset == training.dataset else {}
+            reading |= config.reading
+            open_splits(dataset, training.size, config.limit, **reading)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def outline(grid: Sequence[Point], jobs: int) -> str:
@@ -501,7 +533,8 @@ def folder_of(config: SweepConfig | CompareConfig) -> Path:
 
 
 def main(words: Sequence[str]) -> int:
-    """Perform the grid that is named: 1 if a run failed, 2 if nothing could start."""
+    """Perform the grid that is named: 1 if a run failed or was refused, 2 if nothing could
+    start. What is refused is named before the others start, and again at the end."""
     about, _, flags = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m idaa_lib.sweeps", description=about, epilog=flags,
@@ -520,11 +553,14 @@ def main(words: Sequence[str]) -> int:
 
     try:
         grid = read(options.grid)
-        points, jobs = grid.points(), options.jobs or grid.jobs
+        jobs = options.jobs or grid.jobs
+        points, refusal = admit(grid.points())
+        if not points:
+            raise ConfigError(refusal)
         print(f"{grid.about or options.grid}\nOn {hardware()}.\n")
-        print(outline(points, jobs), flush=True)
+        print("\n".join(filter(None, (outline(points, jobs), refusal))), flush=True)
         if options.dry_run:
-            return 0
+            return 1 if refusal else 0
         tasks = plan(points)
         outcomes = perform_all(tasks, jobs, scheduler=options.scheduler, retry=options.retry)
         runs = [
@@ -550,6 +586,8 @@ def main(words: Sequence[str]) -> int:
             lines = [f"  {os.path.relpath(path)}" for path in paths if path.exists()]
             more = [f"  … and {len(lines) - 30} more beside them"] * (len(lines) > 30)
             print(f"\n{title}:", *lines[:30], *more, sep="\n")
+        if refusal:
+            print(f"\n{options.grid}: {refusal}", file=sys.stderr)
         check(outcomes)
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept: the same command goes on from there.")
@@ -561,7 +599,7 @@ def main(words: Sequence[str]) -> int:
         print(f"\n{options.grid}: {error}", file=sys.stderr)
         return 1
     say("Done. To open the notebooks:  make lab")
-    return 0
+    return 1 if refusal else 0
 
 
 if __name__ == "__main__":

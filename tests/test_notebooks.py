@@ -275,7 +275,7 @@ def test_a_dry_run_refuses_what_is_not_there_and_makes_nothing(tmp_path, monkeyp
     (tmp_path / "grid.yaml").write_text("fixed: {all: {dataset: /no/folder, device: cuda}}\n")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert sweeps.main([str(tmp_path / "grid.yaml")]) == 2
-    assert "2 of 2 cannot be made: device must be" in capsys.readouterr().err
+    assert "1 of 1 cannot be made: device must be" in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
 
 

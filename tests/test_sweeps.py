@@ -137,6 +137,36 @@ def test_retry_makes_what_failed_and_what_needs_it_alone(three_points):
     assert order == ["ssl"] and set(outcomes) == {keys[2], keys[3]}
 
 
+def test_points_that_are_refused_are_named_and_stop_no_others(
+    outputs, monkeypatch, tmp_path, capsys
+):
+    places = []
+
+    def perform(config):
+        places.append(getattr(config, "learning_rate", None))
+        return sweeps.Outcome(f"{config.stage}-x", "finished")
+
+    monkeypatch.setattr(sweeps, "perform", perform)
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "about: |\n  Two\n  lines.\n"
+        "fixed: {all: {device: cpu}}\n"
+        "cross:\n"
+        "  ssl: {learning_rate: [0.1, -1, 0.2]}\n"
+        "  images: [{all: {dataset: photos}}, {all: {dataset: /no/folder}}]\n"
+    )
+    assert sweeps.main([str(path), "--dry-run"]) == 1 and not places
+    plan = capsys.readouterr().out
+    assert plan.startswith("Two lines.\n") and "2 points take 4 runs" in plan
+    assert "4 of 6 cannot be made: learning_rate must be" in plan and "/no/folder" in plan
+    assert sweeps.main([str(path)]) == 1
+    assert {rate for rate in places if rate} == {0.1, 0.2}
+    assert "4 of 6 cannot be made" in capsys.readouterr().err
+    path.write_text("cross: {ssl: {learning_rate: [-1]}}\n")
+    assert sweeps.main([str(path)]) == 2
+    assert "1 of 1 cannot be made: learning_rate must be" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_workers_of_a_dask_cluster_make_the_runs(three_points, named):
     """By the scheduler's address, or by joblib's own way of saying it."""
