@@ -575,7 +575,7 @@ def test_resumed_is_uninterrupted(finished, config, outputs, monkeypatch, capsys
 
     with monkeypatch.context() as patch:
         if by == "request":
-            patch.setattr(runs.Writer, "request", lambda self: next(requests))
+            patch.setattr(runs.Run, "request", property(lambda self: next(requests)))
         else:
             patch.setattr(Training, "train_step", signalled)
         with pytest.raises(Stopped, match="after step 10 of 24"):

@@ -667,7 +667,7 @@ def test_a_classifier_on_crops_goes_on_bit_for_bit(crops, monkeypatch, of, stopp
     with monkeypatch.context() as patch:
         calls = iter(range(1, 100))
         requests = {stopped_after: "stop"}
-        patch.setattr(runs.Writer, "request", lambda self: requests.get(next(calls)))
+        patch.setattr(runs.Run, "request", property(lambda self: requests.get(next(calls))))
         message = f"after step {stopped_after} of {steps} and saved"
         with pytest.raises(runs.Stopped, match=message):
             crops("parts", of)

@@ -387,7 +387,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_is_not_saved(outputs, l
 
 @pytest.mark.parametrize("delay", [0, 1, 9])
 def test_an_attack_that_is_not_finite_is_told_by_the_log(vae, monkeypatch, late, delay):
-    monkeypatch.setattr(adversaries, "waits", lambda device: True)  # as on a GPU
+    monkeypatch.setattr(adversaries.ascent, "waits", lambda device: True)  # as on a GPU
     late(delay)
 
     def broken(run):
@@ -745,7 +745,7 @@ def test_imagenet_simsiam_s_official_classifier_is_trained_on_crops(outputs, mon
         asked.model_copy(update={"references": False})
     )
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Writer, "request", lambda self: "stop")
+        patch.setattr(runs.Run, "request", property(lambda self: "stop"))
         with pytest.raises(Stopped, match="after step 1 of 90"):
             evaluate(asked)
     judged = evaluate(asked)
@@ -1007,7 +1007,9 @@ def test_a_long_preparation_of_an_epoch_hears_a_stop_and_starts_again(outputs, m
     shutil.rmtree(locate(config).path)
     pulses.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Writer, "request", lambda self: "stop" if pulses[-1] == (1, 1) else None)
+        patch.setattr(
+            runs.Run, "request", property(lambda self: "stop" if pulses[-1] == (1, 1) else None)
+        )
         with pytest.raises(Stopped, match=r"before step 6 of 12"):
             train_ssl(config)
     again = outcome(train_ssl(config))

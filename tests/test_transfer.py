@@ -446,7 +446,7 @@ def test_an_interrupted_transfer_judges_what_is_left_alone(made, photos, monkeyp
     try:
         monkeypatch.setattr(stage, "encode_splits", encode)
         with monkeypatch.context() as patch:
-            patch.setattr(runs.Writer, "request", lambda self: "stop")
+            patch.setattr(runs.Run, "request", property(lambda self: "stop"))
             with pytest.raises(runs.Stopped, match=r"Stopped \(stop\) after step 1 of 2 and saved"):
                 transfer(asked)
         with pytest.raises(KeyboardInterrupt):
