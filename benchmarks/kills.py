@@ -226,12 +226,12 @@ def complaints(folder: Path, broken: Run | None = None, draws: bool = False) -> 
     def find() -> set[Run]:
         return {run for stage in runs.CONFIGS for run in runs.find(stage, finished=False)}
 
-    found = attempt("find", find) or set()
+    readable = attempt("find", find) or set()
     for stage in runs.CONFIGS:
         sentences: list[str] = []
         attempt("usable", partial(runs.usable, stage, sentences))
         attempt("left out", partial(runs.report_left_out, sentences))
-    if lost := every - kin - found:
+    if lost := every - kin - readable:
         faults.append(f"lost: {sorted(run.id for run in lost)}")
     for run in every:
         row = attempt("row", partial(rows.row_of, run))

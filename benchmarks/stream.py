@@ -237,13 +237,13 @@ def compare(kind: str) -> int:
         jobs = list(itertools.islice(batches(photos, BATCH, 1), 6))
         if images is decoded:
             jobs = [{"images": job["images"]} for job in jobs]
-        for job, (_, found) in zip(jobs, theirs(jobs), strict=True):
+        for job, (_, tensors) in zip(jobs, theirs(jobs), strict=True):
             if images is decoded:
-                failures += not torch.equal(found["images"], images.images[job["images"]])
+                failures += not torch.equal(tensors["images"], images.images[job["images"]])
                 continue
             for view in range(2):
                 own = images.gather(job["images"], job[f"cut {view}"][:, 2:], 224)
-                failures += not torch.equal(found[f"view {view}"], own)
+                failures += not torch.equal(tensors[f"view {view}"], own)
     print(f"{kind}: {failures} differences")
     return failures
 

@@ -103,13 +103,13 @@ def tasks() -> dict[str, sweeps.Task]:
 
 def lacking() -> list[str]:
     """What runs of the grid lack: themselves, their executed notebook, a figure."""
-    made, lacks = sweeps.find_runs(tasks()), []
+    there, lacks = sweeps.find_runs(tasks()), []
     for key in tasks():
-        if (run := made.get(key)) is None:
+        if (run := there.get(key)) is None:
             lacks.append(key)
             continue
-        there = {path.name for path in (run.path / "figures").glob("*.png")}
-        lacks += [f"{run.id}: {name}" for name in FIGURES[run.stage] - there]
+        figures = {path.name for path in (run.path / "figures").glob("*.png")}
+        lacks += [f"{run.id}: {name}" for name in FIGURES[run.stage] - figures]
         notebook = run.path / "notebook.ipynb"
         if not notebook.exists() or "Made with" not in notebook.read_text(encoding="utf-8"):
             lacks.append(f"{run.id}: notebook")
@@ -129,9 +129,9 @@ def failures() -> list[Row]:
     folder = home("failures")
     points = read(GRID | {"stages": ["vae"], "seeds": [0]}).points()
     sweeps.check(sweeps.perform_all(sweeps.plan(points), 2))
-    found, bad = sweeps.find_runs(tasks()), []
+    there, bad = sweeps.find_runs(tasks()), []
     for task in list(tasks().values())[5:20:6]:
-        config = task.config.replace(vae=found[task.needs["vae"]].reference)
+        config = task.config.replace(vae=there[task.needs["vae"]].reference)
         path = sweeps.locate(config).path / "checkpoints"
         path.parent.mkdir(parents=True)
         path.write_text("no folder", encoding="utf-8")
@@ -284,13 +284,13 @@ def locate(n: int = 1000) -> list[Row]:
     fixed = {"all": SMALL, "vae": {"seed": 0}, "ssl": {"adversary": "idaa"}}
     fixed["eval"] = {"references": False}
     cross = {"ssl": {"epsilon": [(i + 1) / 1000 for i in range(n)]}}
-    points, known = read({"fixed": fixed, "cross": cross}).points(), dict[str, Any]()
+    points, runs_by_key = read({"fixed": fixed, "cross": cross}).points(), dict[str, Any]()
     for key, (config, needs) in sweeps.plan(points).items():
-        config = config.replace(**{f: known[other].reference for f, other in needs.items()})
+        config = config.replace(**{f: runs_by_key[other].reference for f, other in needs.items()})
         if config.stage == "vae":
-            known[key] = first = train(config)
+            runs_by_key[key] = first = train(config)
             continue
-        run = known[key] = sweeps.locate(config)
+        run = runs_by_key[key] = sweeps.locate(config)
         shutil.copytree(first.path, run.path)
         write_json(run.path / "config.json", config.model_dump(mode="json"))
     walls, seconds = [], []

@@ -219,8 +219,8 @@ class _Study(Config):
 
     def _check_free(self, name: str, fields: dict[str, Any], stage: str) -> None:
         further: dict[str, set[str]] = {"vae": set(), "ssl": {"vae", *self.sets}, "eval": {"run"}}
-        taken = {"preset", "dataset", "seed", "device"} | further[stage]
-        if clash := sorted(fields.keys() & taken):
+        own = {"preset", "dataset", "seed", "device"} | further[stage]
+        if clash := sorted(fields.keys() & own):
             raise ConfigError(f"{name} cannot set {clash[0]!r}: the study sets it itself.")
 
 

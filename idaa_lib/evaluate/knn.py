@@ -44,13 +44,13 @@ def knn(
             for i, part in enumerate(parts):
                 out = held[: len(part) * len(vectors)].view(len(part), -1)
                 cosines, index = torch.mm(part, vectors.T, out=out).topk(min(k, len(vectors)), 1)
-                found = cosines, classes_.to(queries.device)[index]
+                pair = cosines, classes_.to(queries.device)[index]
                 if before:
-                    both = [torch.cat(pair, 1) for pair in zip(before[i], found, strict=True)]
+                    both = [torch.cat(halves, 1) for halves in zip(before[i], pair, strict=True)]
                     cosines, index = both[0].topk(min(k, both[0].shape[1]), 1)
-                    found = cosines, both[1].gather(1, index)
-                nearest.append(found)
-        return torch.cat([_vote(*found, classes, temperature) for found in nearest])
+                    pair = cosines, both[1].gather(1, index)
+                nearest.append(pair)
+        return torch.cat([_vote(*pair, classes, temperature) for pair in nearest])
 
     return share(range(len(queries)), answer)
 

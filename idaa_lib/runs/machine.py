@@ -28,7 +28,7 @@ from idaa_lib.data.sources import NAMES
 Reader = TypeVar("Reader", bound=ImagesConfig)
 T = TypeVar("T")
 # What `remember` has seen; None outside of it.
-_known: ContextVar[dict[Any, Any] | None] = ContextVar("known", default=None)
+_values: ContextVar[dict[Any, Any] | None] = ContextVar("values", default=None)
 PACKAGES = ("idaa_lib", "torch", "torchvision", "accelerate", "numpy", "scikit-learn", "pillow")
 
 
@@ -52,21 +52,21 @@ def open_images(dataset: str, split: str, size: int, limit: int | None, **readin
 def remember() -> Iterator[None]:
     """Inside, what `once` is asked for is looked at once: the images and configurations that a
     thousand runs share, while they are looked for."""
-    token = _known.set({})
+    token = _values.set({})
     try:
         yield
     finally:
-        _known.reset(token)
+        _values.reset(token)
 
 
 def once(key: Any, look: Callable[[], T]) -> T:
     """What `look` gives; inside of `remember` what it gave first, by a key that can be hashed."""
-    known = _known.get()
-    if known is None:
+    values = _values.get()
+    if values is None:
         return look()
-    if key not in known:
-        known[key] = look()
-    return known[key]
+    if key not in values:
+        values[key] = look()
+    return values[key]
 
 
 def drop_unlabelled(images: ImageSet) -> ImageSet:

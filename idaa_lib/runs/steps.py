@@ -270,8 +270,8 @@ class Steps:
 
     def _wish(self) -> str | None:
         """The most pressing of what all processes want: a signal or `stop`, `pause`, nothing."""
-        asked = self.run.request if self.writer is not None else None
-        wishes = filter(None, exchange(self._signals[0] if self._signals else asked))
+        request = self.run.request if self.writer is not None else None
+        wishes = filter(None, exchange(self._signals[0] if self._signals else request))
         return min(wishes, key=lambda wish: wish == "pause", default=None)
 
     def _beat(self, **news: Any) -> None:
