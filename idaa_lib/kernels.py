@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-# Signals that end a process by themselves: where it was then goes to its standard error.
-TRACE = "--IPKernelApp.exec_lines=__import__('faulthandler').enable(__import__('sys').stderr)"
+# Where a kernel was when a signal ended it goes to a file of its own: ipykernel reads standard error
+# by a thread, which ends with it.
+TRACE = "--IPKernelApp.exec_lines=__import__('faulthandler').enable(open({path!r}, 'a'))"
 # Seconds that a kernel may take to start, where many start at once from a slow disk.
 PATIENCE = 300
 
@@ -109,7 +110,7 @@ def _kernel(stderr: Any, variables: Mapping[str, str]) -> Iterator[AsyncKernelMa
     with tempfile.TemporaryDirectory(prefix="idaa-") as folder:  # a socket's path must be short
         file = os.path.join(folder, "kernel.json")
         kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", connection_file=file)
-        arguments = [TRACE, "--HistoryManager.hist_file=:memory:"]
+        arguments = [TRACE.format(path=stderr.name), "--HistoryManager.hist_file=:memory:"]
         run_sync(kernel.start_kernel)(
             cwd=str(FOLDER), env=environment, stderr=stderr, extra_arguments=arguments
         )

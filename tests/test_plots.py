@@ -488,7 +488,7 @@ def test_no_adversary_is_a_line_over_epsilon():
     frame = pd.DataFrame([
         row | dict(at=0.1, adversary="IDAA", value=41.0, low=40.0, high=42.0),
         row | dict(at=0.3, adversary="IDAA", value=43.0, low=42.0, high=44.0),
-        row | dict(at=None, adversary="no adversary", value=39.0, low=38.0, high=40.0),
+        row | dict(axis=None, at=None, adversary="no adversary", value=39.0, low=38.0, high=40.0),
     ])  # fmt: skip
     figure = plots.sensitivity(frame)
     line = figure.axes[0].lines[-1]

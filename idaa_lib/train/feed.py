@@ -34,7 +34,7 @@ class Feed:
     ) -> None:
         self.streamed = isinstance(images, Photographs)
         if resident is None:
-            here = device.type == "cpu" or getattr(images, "device", None) == device
+            here = device.type != "cuda" or getattr(images, "device", None) == device
             resident = not self.streamed and (here or _fits(images, device))
         moves = resident and device.type != "cpu"
         self.images: Any = images.to(device) if moves else images
