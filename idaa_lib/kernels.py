@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-# Where a kernel was when a signal ended it goes to a file of its own: ipykernel reads standard error
-# by a thread, which ends with it.
+# Where a kernel was when a signal ended it goes to a file of its own: standard error goes through a
+# thread of the kernel, which ends with it.
 TRACE = "--IPKernelApp.exec_lines=__import__('faulthandler').enable(open({path!r}, 'a'))"
 # Seconds that a kernel may take to start, where many start at once from a slow disk.
 PATIENCE = 300
