@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.methods.base import similarity
-from idaa_lib.nets.processes import count_processes, gather
+from idaa_lib.nets.processes import count_processes, gather, rank
 from idaa_lib.views import keyed_generator
 
 # Entropy in nats that a relaxed constraint asks of the shares of two subsets: that of 1 : 2.
@@ -168,7 +167,7 @@ def embed_together(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     if processes == 1 or len(images) < 2 * processes:
         return embed(images)
     parts = images.tensor_split(processes)
-    z = embed(parts[dist.get_rank()])
+    z = embed(parts[rank()])
     rows = gather(F.pad(z, (0, 0, 0, len(parts[0]) - len(z)))).chunk(processes)
     return torch.cat([row[: len(part)] for row, part in zip(rows, parts, strict=True)])
 

@@ -5,6 +5,8 @@ Each runs the same program; the first one alone writes. What one does here, all 
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -40,6 +42,22 @@ def count_processes() -> int:
 def rank() -> int:
     """The number of this process among them, from 0."""
     return dist.get_rank() if count_processes() > 1 else 0
+
+
+def leave() -> None:
+    """Leave the group of processes, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        # A network that was trained keeps the threads of gloo alive. One that lets go of its last
+        # tensor while Python ends would abort the process: it has time to do so now.
+        time.sleep(0.2)
+
+
+@atexit.register
+def _leave_at_the_end() -> None:
+    """As `leave`, of processors; that of GPUs might wait for a process that failed."""
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        leave()
 
 
 def exchange(value: T) -> list[T]:

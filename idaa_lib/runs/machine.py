@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import os
@@ -142,14 +141,6 @@ def meet(config: Any) -> None:
     from accelerate import PartialState  # takes a moment to import
 
     PartialState(cpu=device.type == "cpu")
-    # Threads of the group that outlive Python's end abort the process, if rarely.
-    atexit.unregister(_leave)
-    atexit.register(_leave)
-
-
-def _leave() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from idaa_lib.configs import OFFICIAL, ConfigError, UserError
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
 from idaa_lib.identity import study
+from idaa_lib.nets.processes import leave
 from idaa_lib.runs import CONFIGS, Run, Stopped, read_json
 from idaa_lib.train import train
 
@@ -82,8 +82,7 @@ def answer(make: Callable[[], Run]) -> int:
     except (UserError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 130 if isinstance(error, Stopped) else 2
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
     print(run.path)
     print(json.dumps(run.summary, indent=1, ensure_ascii=False))
     return 0
