@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as F
 
 from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.data import cached as images
-from idaa_lib.data import decoding, photos, sources
+from idaa_lib.data import decoding, photos, pool, sources
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.grids import read
 from idaa_lib.runs import RunError, get, outputs_root
@@ -523,7 +523,7 @@ def test_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, data):
 
 def test_a_disk_known_to_be_too_small_is_refused_before_decoding(tmp_path, data, monkeypatch):
     class_folders(tmp_path / "pets")
-    monkeypatch.setattr(images.shutil, "disk_usage", lambda _: SimpleNamespace(free=24 * 3072 - 1))
+    monkeypatch.setattr(pool.shutil, "disk_usage", lambda _: SimpleNamespace(free=24 * 3072 - 1))
     monkeypatch.setattr(decoding, "_decode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(OSError, match="No space left on device"):
         images.load(tmp_path / "pets", "train")
@@ -1127,7 +1127,7 @@ def test_the_id_of_a_run_costs_no_opening(tmp_path, monkeypatch):
     class_folders(tmp_path / "pets", n=20)
     config = VAEConfig(preset="demo", epochs=1, dataset=str(tmp_path / "pets"))
     run = locate(config)
-    monkeypatch.setattr(images._Pool, "open", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(images.Pool, "open", lambda *_: pytest.fail("opened"))
     assert locate(config).id == run.id
 
 

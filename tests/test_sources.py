@@ -27,7 +27,7 @@ from idaa_lib.configs import (
     VAEConfig,
 )
 from idaa_lib.data import cached as images
-from idaa_lib.data import sources
+from idaa_lib.data import pool, sources
 from idaa_lib.evaluate.encoders import features, load_encoder
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
@@ -448,6 +448,6 @@ def test_a_source_size_below_size_is_refused():
 
 def test_room_is_needed_for_images_as_they_are_kept(data, outputs, monkeypatch):
     free = SimpleNamespace(free=5500 * 3 * 48**2 - 1)
-    monkeypatch.setattr(images.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(pool.shutil, "disk_usage", lambda _: free)
     with pytest.raises(ConfigError, match=r"photos could not be written .* they take 36 MiB"):
         locate(ssl(source_size=48))

@@ -4,6 +4,8 @@ import io
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from idaa_lib.configs import (
     VAEConfig,
 )
 from idaa_lib.data import __main__ as commands
-from idaa_lib.data import cached, streamed
+from idaa_lib.data import cached, pool, sources, streamed
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.identity.scene import open_scene
 from idaa_lib.methods import About, Moment, build_method
@@ -242,7 +244,7 @@ def test_the_recipe_of_imagenet():
 
 def test_a_photograph_that_changed_is_noticed_when_it_is_read(photos, monkeypatch):
     """One of a million that nobody watches, of the same size."""
-    monkeypatch.setattr(cached.Source, "watch", lambda self, members: [str(self.path)])
+    monkeypatch.setattr(sources.Source, "watch", lambda self, members: [str(self.path)])
     cached.load(photos, "train", 32, streamed=True)
     loaded = cached.load(photos, "train", 32, streamed=True)
     path = photos / "train/n0/000.JPEG"
@@ -351,7 +353,7 @@ def test_a_renamed_folder_has_the_same_cache_and_clean_removes_what_nobody_has(
     pools = sorted(path.name for path in (data / "cache").iterdir() if path.is_dir())
     renamed = photos.rename(photos.with_name("other"))
     with monkeypatch.context() as patch:
-        patch.setattr(cached, "decode_items", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(pool, "decode_items", lambda *_: pytest.fail("decoded again"))
         for how in ({}, {"streamed": True}):
             cached.load(renamed, "train", 32, **how)
     assert sorted(path.name for path in (data / "cache").iterdir() if path.is_dir()) == pools
@@ -366,3 +368,18 @@ def test_a_renamed_folder_has_the_same_cache_and_clean_removes_what_nobody_has(
     assert commands.main(["clean", "all"]) == 0
     assert not [path for path in (data / "cache").iterdir() if path.is_dir()]
     assert len(cached.load(renamed, "train", 32).images) > 0
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_is_being_written_is_not_cleaned(photos, data, monkeypatch, zipped):
+    source = shutil.make_archive(str(photos), "zip", photos) if zipped else photos
+    write, statuses = pool.Pool._decode, []
+
+    def clean_meanwhile(*arguments):
+        command = [sys.executable, "-m", "idaa_lib.data", "clean", "all"]
+        statuses.append(subprocess.run(command, capture_output=True).returncode)
+        return write(*arguments)
+
+    monkeypatch.setattr(pool.Pool, "_decode", clean_meanwhile)
+    assert len(cached.load(source, "train", 32).images) > 0
+    assert statuses == [1]

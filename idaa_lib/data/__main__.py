@@ -15,12 +15,13 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from idaa_lib.data.cached import data_root
 from idaa_lib.data.layout import PARTS
-from idaa_lib.data.sources import Listing, find_source, read_place, read_stamp
+from idaa_lib.data.places import read_place, read_stamp
+from idaa_lib.data.pool import lock
+from idaa_lib.data.sources import Listing, find_source
 
 SHARD_BYTES = 2**29  # of images in a tar file, about
 
@@ -100,7 +101,7 @@ def clean(everything: bool = False) -> int:
         kept = digest in used and not everything
         print(f"{size / 2**20:10,.0f} MiB  {'kept' if kept else 'removed'}  {pool.name}")
         if not kept:
-            with FileLock(cache / f"{pool.name.rsplit('-', 2)[0]}.lock", timeout=0):
+            with lock(cache, pool.name.rsplit("-", 2)[0]).acquire(timeout=0):
                 shutil.rmtree(pool)
             removed += size
     return removed

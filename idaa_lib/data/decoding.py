@@ -16,7 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from idaa_lib.data.layout import HEIF, printable
-from idaa_lib.data.sources import Listing, read_file
+from idaa_lib.data.places import read_file
+from idaa_lib.data.sources import Listing
 
 if HEIF:
     import pillow_heif

@@ -8,21 +8,20 @@ import io
 import os
 import pickle
 import re
-import stat
-import tarfile
 import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from idaa_lib.data import photos
 from idaa_lib.data.layout import EXTENSIONS, HIDDEN, PARTS, arrange, split_by_name
+from idaa_lib.data.places import Place, check_size, list_shards, read_file, read_place, read_stamp
 
 _TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
 _THREE = {**_TWO, "val": {"split": "val"}}
@@ -47,16 +46,7 @@ LABELLED = {"stl10-unlabeled": "stl10", "stl10-all": "stl10"}
 LAYOUT = "docs/transfer-data.md"
 FOLDERS = {"birdsnap": LAYOUT, "cub200": LAYOUT, "mini-imagenet": "docs/mini-imagenet.md"}
 
-
 Member = tuple[str, int, int]  # name (a folder's ends in "/"), size, time of change in ns or CRC
-
-
-class Place(NamedTuple):
-    """Where the bytes of an item lie: in which file below the source, from where on, how many."""
-
-    file: str
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -189,7 +179,7 @@ class Zip(Source):
 
         def read_bytes(name: str) -> bytes:
             member = archive.getinfo(inside[name])
-            _check_size(member.file_size)
+            check_size(member.file_size)
             with lock:
                 return archive.read(member)
 
@@ -373,66 +363,6 @@ def read_classes(file: str | Path, data: Path) -> tuple[str, ...]:
     if twice:
         raise ValueError(f"classes: {path} names {', '.join(twice)} more than once: once is enough")
     return classes
-
-
-def read_file(path: Path) -> bytes:
-    """The content of an image file; OSError where it is no regular file or has over 1 GiB."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe or device might never end
-        raise OSError("it is no file, but a folder, pipe or device")
-    _check_size(status.st_size)
-    return path.read_bytes()
-
-
-def _check_size(size: int) -> None:
-    if size > 2**30:
-        raise OSError(f"it has {size / 2**30:.3g} GiB, and an image file at most 1")
-
-
-def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
-    """What tar files hold, by name, and where it lies in them.
-
-    They are as `python -m idaa_lib.data shard` writes them, with the folders of the names; or as
-    webdataset has them: class numbers beside the images, in `.cls`, and the part, train or val, in
-    the name of the shard. Raises ValueError where one is damaged.
-    """
-    places = dict[str, Place]()
-    for shard in shards:
-        part = re.search("train|val|test", shard.rpartition("/")[2].lower())
-        classes, flat = dict[str, str](), dict[str, Place]()
-        try:
-            with tarfile.open(root / shard, "r:") as archive:
-                for member in filter(tarfile.TarInfo.isreg, archive):
-                    place = Place(shard, member.offset_data, member.size)
-                    if not member.name.endswith(".cls"):
-                        (places if "/" in member.name else flat)[member.name] = place
-                    elif "/" not in member.name:
-                        number = read_place(root, place).decode("ascii", "replace").strip()
-                        classes[member.name[:-4]] = f"{number:0>6}/"
-        except tarfile.TarError as error:
-            what = f"{root / shard} is no readable tar ({error})"
-            raise ValueError(f"{what}: copy it again") from error
-        for name, place in flat.items():
-            folders = f"{part[0]}/" if part else "", classes.get(name.partition(".")[0], "")
-            places[f"{''.join(folders)}{shard}/{name}"] = place
-    return places
-
-
-def read_place(root: Path, place: Place) -> bytes:
-    """The bytes that lie there; OSError where they are over 1 GiB."""
-    _check_size(place.length)
-    with open(root / place.file, "rb") as file:
-        file.seek(place.offset)
-        return file.read(place.length)
-
-
-def read_stamp(path: str | Path) -> tuple[int, int]:
-    """Size and time of change in ns; (-1, -1) where there is nothing, as behind a broken link."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def _refuse(error: OSError) -> None:

@@ -23,7 +23,8 @@ from torch.nn.functional import interpolate
 from torch.utils.data import get_worker_info
 
 from idaa_lib.data.decoding import convert
-from idaa_lib.data.sources import Listing, read_place
+from idaa_lib.data.places import read_place
+from idaa_lib.data.sources import Listing
 
 FIELDS = [("offset", "<i8"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4")]
 FIELDS += [("plain", "?"), ("content", "V32")]

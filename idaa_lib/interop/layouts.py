@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from idaa_lib.configs import ConfigError
-from idaa_lib.data.cached import CIFAR_UNITS
+from idaa_lib.data.pool import CIFAR_UNITS
 from idaa_lib.methods.augself import augself_head
 from idaa_lib.methods.cassle import Conditioned, neutral_condition
 from idaa_lib.nets import build_backbone
