@@ -64,11 +64,12 @@ ROOMS = {
     "results": {"configs", "runs", "methods", "evaluate"},
     "grids": {"configs", "runs", "evaluate"},
     "kernels": {"runs"},
-    "sweeps": {"configs", "runs", "train", "evaluate", "results", "grids", "kernels"},
+    "plans": {"configs", "runs", "train", "evaluate", "results", "grids", "kernels"},
+    "sweeps": {"configs", "runs", "results", "grids", "kernels", "plans"},
     "interop": CORE | {"methods", "evaluate", "train"},
     "lab": CORE
     | {"methods", "adversaries", "evaluate", "identity", "train", "results"}
-    | {"grids", "kernels", "sweeps"},
+    | {"grids", "kernels", "plans", "sweeps"},
 }
 
 

@@ -51,8 +51,9 @@ def open_images(dataset: str, split: str, size: int, limit: int | None, **readin
 @contextlib.contextmanager
 def remember() -> Iterator[None]:
     """Inside, what `once` is asked for is looked at once: the images and configurations that a
-    thousand runs share, while they are looked for."""
-    token = _values.set({})
+    thousand runs share, while they are looked for. One inside another shares its values."""
+    values = _values.get()
+    token = _values.set({} if values is None else values)
     try:
         yield
     finally:
