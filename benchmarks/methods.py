@@ -21,7 +21,7 @@ from typing import Any
 
 import record
 
-from idaa_lib import grids, sweeps
+from idaa_lib import grids, plans, sweeps
 from idaa_lib.configs import CompareConfig
 from idaa_lib.results import ADVERSARIES as NAMES
 from idaa_lib.results import groups
@@ -63,10 +63,10 @@ def main(
             grid += grids.cells(CompareConfig(preset="demo", **elsewhere))[1:]
         grid += grids.cells(CompareConfig(preset="demo", **simclr, seeds=(1, 2)))
     resumed, start = any(outputs_root().glob("*/*/config.json")), time.monotonic()
-    outcomes = sweeps.perform_all(sweeps.plan(grid), once.jobs)
+    outcomes = sweeps.perform_all(plans.plan(grid), once.jobs)
     minutes = (time.monotonic() - start) / 60
     sweeps.check(outcomes)
-    frame = sweeps.table(grid)
+    frame = plans.table(grid)
     for group in groups(frame):
         print(group.title, group.table.to_string(), group.protocols, sep="\n")
     parameters = fields | {"seeds": "0, 1, 2" if "simclr" in methods else "0"}

@@ -23,7 +23,7 @@ import sides
 import torch
 from torch.nn import functional as F
 
-from idaa_lib import grids, results, sweeps
+from idaa_lib import grids, plans, results, sweeps
 from idaa_lib.configs import SSLConfig, SystemsConfig
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate.invariance import predict_differences
@@ -62,7 +62,7 @@ def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 10) -> None:
     interrupted = False
     try:
         for grid in parts:  # what a stop leaves out are further seeds
-            sweeps.check(sweeps.perform_all(sweeps.plan(grid), fields["jobs"]))
+            sweeps.check(sweeps.perform_all(plans.plan(grid), fields["jobs"]))
     except KeyboardInterrupt:
         interrupted = True
     rows = measure([point for grid in parts for point in grid], limit)
@@ -82,7 +82,7 @@ best."""
 
 def measure(grid: list[grids.Point], limit: int) -> list[dict[str, Any]]:
     """The rows of the result file, of the points that are finished."""
-    finished = sweeps.finished(grid)
+    finished = plans.finished(grid)
     first = SSLConfig(**grid[0].ssl)
     images = {s: load(first.dataset, s, first.size, limit) for s in ("train", "val", "test")}
     figures = []
@@ -101,11 +101,11 @@ def measure(grid: list[grids.Point], limit: int) -> list[dict[str, Any]]:
         frame = results.results([judged, run])
         frame = frame[(frame["split"] == "test") & frame["metric"].isin(("kNN", "linear"))]
         for _, row in frame.iterrows():
-            kept = {k: row[k] for k in ("metric", "value", "low", "high", "unit")}
+            fields = {k: row[k] for k in ("metric", "value", "low", "high", "unit")}
             if row["features"] == "encoder":
-                figures.append(about | kept)
+                figures.append(about | fields)
             else:  # what every encoder has to beat
-                reference = {"system": row["features"].replace(" ", "_"), "adversary": ""} | kept
+                reference = {"system": row["features"].replace(" ", "_"), "adversary": ""} | fields
                 figures += [reference] * (reference not in figures)  # one for all with its seed
     rows = []
     for (metric, system, adversary), own in pd.DataFrame(figures).groupby(

@@ -8,7 +8,9 @@ with nothing else to do, once while the background is never idle;
 in the page: JupyterLab in Chromium, an arrow key to the decoded, different pixels and to the meters
 that name the new ε; browser, server and kernel share the machine.
 
-Run it on a quiet machine: `.venv/bin/python benchmarks/slider.py`.
+Run it on a quiet machine: `.venv/bin/python benchmarks/slider.py`. And
+`.venv/bin/python benchmarks/slider.py opening`: how soon after opening notebook 02, without a run
+of one's own, has the first move of the slider new pixels?
 """
 
 from __future__ import annotations
@@ -65,6 +67,40 @@ def main() -> None:
         f"ε, after {WARM_UP} moves, the curves over ε drawn before. spread: smallest and largest."
     )
     print(record.write("slider", protocol, rows))
+
+
+def measure_opening(times: int = 3) -> str:
+    """Where the seconds from opening notebook 02 to the pixels of a first move were written."""
+    import browser
+
+    if lacks := browser.missing():
+        sys.exit(lacks)
+    pictures, moves = [], []
+    for _ in range(times):
+        with tempfile.TemporaryDirectory() as name, browser.chromium() as context:
+            folder = Path(name)
+            with browser.jupyter(folder, {"IDAA_OUTPUTS": str(folder / "outputs")}) as server:
+                start = time.monotonic()
+                notebook = browser.Notebook(context, server, "02_decompose")
+                notebook.run_all(wait=False)
+                first = browser.picture(notebook.page)
+                pictures.append(time.monotonic() - start)
+                browser.show(notebook.page, ".idaa-explorer")
+                browser.press(notebook.page, times=5)
+                browser.picture(notebook.page, first)
+                moves.append(time.monotonic() - start)
+    rows = []
+    for what, seconds in (("opening_to_pictures", pictures), ("opening_to_first_move", moves)):
+        spread = [round(min(seconds), 1), round(max(seconds), 1)]
+        rows.append(record.row(what, round(median(seconds), 1), "s", times, spread))
+    protocol = (
+        "The starter's networks and images, no run of one's own. From opening notebook 02 in "
+        "JupyterLab (its server runs, Chromium is new and empty) over its kernel's start and "
+        "Run All Cells to the first picture of x′, and to pixels that differ after five steps "
+        "of the slider by keyboard (the kernel first runs the cells below). spread: smallest and "
+        "largest."
+    )
+    return str(record.write("opening", protocol, rows))
 
 
 def both(name: str, values: list[float]) -> list[dict[str, Any]]:
@@ -179,4 +215,7 @@ def in_page() -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["opening"]:
+        print(measure_opening())
+    else:
+        main()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field
@@ -95,13 +95,15 @@ class Grid(Values):
             here = {name: getattr(self, name) for name in self.model_fields_set - {"grids"}}
             parts = [here | part | {"fixed": _merge(self.fixed, part)} for part in self.grids]
             return [point for part in parts for point in Grid(**part).points()]
-        axes = _axes("cross", self.cross)
-        if self.vary:
-            steps = [entry for axis in _axes("vary", self.vary) for entry in axis]
-            axes.insert(0, [(own, _place(names)) for own, names in steps])
+        varied = [
+            (own, {"axis": axis, "at": value})
+            for steps in _axes("vary", self.vary)
+            for own, names in steps
+            for axis, value in names.items()
+        ]
+        axes: list[Any] = [varied] * bool(self.vary) + _axes("cross", self.cross)
         places = []
-        for place in itertools.product(*axes, self.seeds):
-            entries, seed = cast(list[Any], place[:-1]), place[-1]
+        for *entries, seed in itertools.product(*axes, self.seeds):
             own: Fields = {"vae": {"seed": seed}, "ssl": {"seed": seed}}
             fields: Fields = {stage: {} for stage in self.stages}
             labels = dict(self.labels)
@@ -187,11 +189,6 @@ def _entry(values: Mapping[str, Any]) -> tuple[Fields, dict[str, Any]]:
     return fields, dict(values.get("labels", labels))
 
 
-def _place(labels: Mapping[str, Any]) -> dict[str, Any]:
-    ((axis, value),) = labels.items()
-    return {"axis": axis, "at": value}
-
-
 # --- the forms of notebooks -----------------------------------------------------------------------
 
 
@@ -214,8 +211,7 @@ def sensitivity(config: SweepConfig) -> list[Point]:
     # At a fixed κ another dim is another β: β is held, or two things would change at once.
     held = {name: value for name, value in vae.items() if name != "kappa"}
     held["beta"] = VAEConfig(**shared["all"] | vae).beta
-    attack = f"adversary = {config.adversary}"
-    knobs = {row["knob"] for row in SSLConfig.knobs() if row["of"] == attack}
+    knobs = SSLConfig.registered("adversary")[config.adversary].Options.model_fields
     plain = {name: value for name, value in ssl.items() if name not in knobs}
     grids: list[dict[str, Any]] = []
 

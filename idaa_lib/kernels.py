@@ -15,17 +15,14 @@ import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from idaa_lib.runs import Run, RunError
-from idaa_lib.runs.directory import STARTER
+from idaa_lib.runs.directory import STARTED_BY
 from idaa_lib.runs.machine import describe, torch_device
-
-if TYPE_CHECKING:
-    from jupyter_client.manager import AsyncKernelManager
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 # Where a kernel was when a signal ended it goes to a file of its own: standard error goes through a
@@ -50,12 +47,12 @@ def execute(notebook: str, parameters: Mapping[str, Any], output: Path) -> Path:
     # It warns of each knob, which the notebook itself accepts or refuses; what it reports as an
     # error is raised besides.
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
-    source, words = FOLDER / f"{notebook}.ipynb", [str(parameters.get("device", "auto"))]
+    source, device = FOLDER / f"{notebook}.ipynb", str(parameters.get("device", "auto"))
     output.parent.mkdir(parents=True, exist_ok=True)
     running, failed = leftovers(output)
     trace = output.with_name(f"{output.stem}.trace.txt")
     for attempt in (1, 2):
-        with _gpu(*words) as variables, trace.open("wb") as stderr:
+        with _gpu(device) as variables, trace.open("wb") as stderr:
             try:
                 with _kernel(stderr, variables) as kernel:
                     papermill.execute_notebook(
@@ -89,15 +86,11 @@ def leftovers(output: Path) -> tuple[Path, Path]:
 
 
 class _Death(RuntimeError):
-    """A kernel ended by itself; `status` as its process gave it."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(f"exit status {status}")
-        self.status = status
+    """A kernel ended by itself; its argument is the status that its process gave."""
 
 
 @contextlib.contextmanager
-def _kernel(stderr: Any, variables: Mapping[str, str]) -> Iterator[AsyncKernelManager]:
+def _kernel(stderr: Any, variables: Mapping[str, str]) -> Iterator[Any]:
     """A kernel that has started; at the end it is shut down.
 
     Raises:
@@ -106,7 +99,7 @@ def _kernel(stderr: Any, variables: Mapping[str, str]) -> Iterator[AsyncKernelMa
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_core.utils import run_sync
 
-    environment = {**os.environ, STARTER: "sweep", **variables}
+    environment = {**os.environ, STARTED_BY: "sweep", **variables}
     with tempfile.TemporaryDirectory(prefix="idaa-") as folder:  # a socket's path must be short
         file = os.path.join(folder, "kernel.json")
         kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", connection_file=file)
@@ -130,28 +123,24 @@ def _describe_end(error: Exception, trace: Path) -> str:
     """How a kernel ended, and where it was then, where its last words say it."""
     if not isinstance(error, _Death):
         return f"did not answer ({type(error).__name__}: {error})"
-    how = f"ended with status {error.status}"
-    if error.status < 0:
-        how = f"was killed by {signal.Signals(-error.status).name}"
-        how += " (as the system does where memory runs out)" * (error.status == -signal.SIGKILL)
+    (status,) = error.args
+    how = f"ended with status {status}"
+    if status < 0:
+        how = f"was killed by {signal.Signals(-status).name}"
+        how += " (as the system does where memory runs out)" * (status == -signal.SIGKILL)
     words = trace.read_text(encoding="utf-8", errors="replace")
     place = re.search(r'Current thread.*\n  File "(.*)", line (\d+) in (\S+)', words)
     return how + (f" in {place[3]} ({place[1]}:{place[2]}; see {trace})" if place else "")
-
-
-def gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = range(torch.cuda.device_count()) if visible is None else visible.split(",")
-    return [name for each in names if (name := str(each).strip())]
 
 
 @contextlib.contextmanager
 def _gpu(device: str) -> Iterator[dict[str, str]]:
     """CUDA_VISIBLE_DEVICES of a GPU that no other kernel of this user has on this machine, where
     there are several; where all are taken this waits for one."""
-    names = gpus() if device in ("auto", "cuda") else []
-    if len(names) < 2:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = range(torch.cuda.device_count()) if visible is None else visible.split(",")
+    names = [name for gpu in gpus if (name := str(gpu).strip())]
+    if device not in ("auto", "cuda") or len(names) < 2:
         yield {}
         return
     folder = Path(tempfile.gettempdir()) / f"idaa-gpus-{os.getuid()}"

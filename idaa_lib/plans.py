@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from idaa_lib import results, train
 from idaa_lib.configs import ConfigError, EvalConfig, ImagesConfig, TrainingConfig, UserError
+from idaa_lib.configs.lookups import remember
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.evaluate import transfer
 from idaa_lib.evaluate.encoders import judged_on, open_splits
 from idaa_lib.grids import STAGES, Point
 from idaa_lib.kernels import leftovers
 from idaa_lib.runs import CONFIGS, Run, RunError, get, read_json, report_left_out
-from idaa_lib.runs.machine import open_images, remember, resolve_paths, torch_device
+from idaa_lib.runs.machine import open_images, resolve_paths, torch_device
 from idaa_lib.runs.progress import Tally
 
 if TYPE_CHECKING:
@@ -111,11 +112,12 @@ def admit(grid: Sequence[Point]) -> tuple[list[Point], str]:
     points = []
     with remember():
         for point, chain in pairs:
-            obstacles = filter(None, (_find_obstacle(key, chain) for key in chain))
-            if obstacle := next(obstacles, None):
-                reasons.setdefault(obstacle, []).append(point.name)
-            else:
+            try:
+                for key in chain:
+                    _check(key, chain)
                 points.append(point)
+            except UserError as error:
+                reasons.setdefault(str(error), []).append(point.name)
     return points, _name_refused(reasons, len(grid))
 
 
@@ -124,33 +126,31 @@ def refuse(tasks: Mapping[str, Task]) -> None:
     reasons: dict[str, list[str]] = {}
     with remember():
         for key in tasks:
-            if obstacle := _find_obstacle(key, tasks):
-                reasons.setdefault(obstacle, []).append(key)
+            try:
+                _check(key, tasks)
+            except UserError as error:
+                reasons.setdefault(str(error), []).append(key)
     if reasons:
         raise ConfigError(_name_refused(reasons, len(tasks)))
 
 
-def _find_obstacle(key: str, tasks: Mapping[str, Task]) -> str | None:
-    """Why a task cannot be made here: images that cannot be read, or have no labels to judge by, a
-    device or a run that is not there; None where nothing is in the way."""
+def _check(key: str, tasks: Mapping[str, Task]) -> None:
+    """Raises a UserError where a task cannot be made here: images that cannot be read, or have no
+    labels to judge by, a device or a run that is not there."""
     config, needs = tasks[key]
-    try:
-        torch_device(config.device)
-        if isinstance(config, TrainingConfig):
-            part = config.split, config.source_size or config.size, config.limit
-            open_images(config.dataset, *part, **config.reading)
-            for field in ("vae", "continue_from"):
-                if name := getattr(config, field, None):
-                    get("vae" if field == "vae" else config.stage, name)
-        elif isinstance(config, EvalConfig) and "run" in needs:
-            training = tasks[needs["run"]].config
-            dataset = config.dataset or judged_on(training.dataset)
-            reading = training.reading if dataset == training.dataset else {}
-            reading |= config.reading
-            open_splits(dataset, training.size, config.limit, **reading)
-    except UserError as error:
-        return str(error)
-    return None
+    torch_device(config.device)
+    if isinstance(config, TrainingConfig):
+        part = config.split, config.source_size or config.size, config.limit
+        open_images(config.dataset, *part, **config.reading)
+        for field in ("vae", "continue_from"):
+            if name := getattr(config, field, None):
+                get("vae" if field == "vae" else config.stage, name)
+    elif isinstance(config, EvalConfig) and "run" in needs:
+        training = tasks[needs["run"]].config
+        dataset = config.dataset or judged_on(training.dataset)
+        reading = training.reading if dataset == training.dataset else {}
+        reading |= config.reading
+        open_splits(dataset, training.size, config.limit, **reading)
 
 
 # --- what is there -------------------------------------------------------------------------------
@@ -164,10 +164,11 @@ def locate(config: Any) -> Run:
 
 def find_finished(config: ImagesConfig) -> Run | None:
     """The finished run of `config`. An evaluation with references serves where none are asked."""
-    kinds = [config]
+    if (run := locate(config)).finished:
+        return run
     if isinstance(config, EvalConfig) and not config.references:
-        kinds.append(config.replace(references=True))
-    return next((run for run in map(locate, kinds) if run.finished), None)
+        return find_finished(config.replace(references=True))
+    return None
 
 
 def is_whole(run: Run) -> bool:

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from idaa_lib import results
 from idaa_lib.configs import CompareConfig, ConfigError, ImagesConfig, SweepConfig, UserError
+from idaa_lib.configs.lookups import remember
 from idaa_lib.grids import read
 from idaa_lib.kernels import execute, leftovers
 from idaa_lib.plans import (
@@ -44,10 +45,8 @@ from idaa_lib.plans import (
     refuse,
     table,
 )
-from idaa_lib.plans import finished as finished  # what notebooks call beside these
-from idaa_lib.plans import vaes as vaes
 from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, parameters, write_json
-from idaa_lib.runs.machine import hardware, remember, resolve_paths
+from idaa_lib.runs.machine import hardware, resolve_paths
 from idaa_lib.runs.progress import Lines, Tally, clock
 
 # Runs that notebooks of this process are making now, and whether no further one may start.
@@ -321,10 +320,10 @@ def main(words: Sequence[str]) -> int:
         frame = table(points)
         for group in results.groups(frame):
             print(f"\n{group.title}\n{group.table.to_string()}\n{group.protocols}")
-        kept = results.save(frame, outputs_root() / "sweeps" / Path(options.grid).stem)
+        table_files = results.save(frame, outputs_root() / "sweeps" / Path(options.grid).stem)
         figures = [path for run in runs for path in sorted((run.path / "figures").glob("*.png"))]
         for title, paths in (
-            ("Tables", kept), ("Figures", figures), ("Executed notebooks", notebooks),
+            ("Tables", table_files), ("Figures", figures), ("Executed notebooks", notebooks),
         ):  # fmt: skip
             lines = [f"  {os.path.relpath(path)}" for path in paths if path.exists()]
             more = [f"  … and {len(lines) - 30} more beside them"] * (len(lines) > 30)

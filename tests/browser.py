@@ -40,7 +40,7 @@ INSTALL = "run `make browser` once (Chromium, on Debian and Ubuntu), or name one
 def chromium_path() -> str | None:
     """`IDAA_CHROMIUM`, else the system's; None where there is none."""
     names = os.environ.get("IDAA_CHROMIUM"), "chromium", "chromium-browser"
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def missing() -> str | None:
@@ -95,7 +95,7 @@ class Server:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read() or "null")
 
-    def fresh(self, notebook: str) -> None:
+    def end_kernel(self, notebook: str) -> None:
         """End its kernel: a session outlives the tab that opened it."""
         for session in self.ask("api/sessions"):
             if session["path"] == f"{notebook}.ipynb":
@@ -139,9 +139,9 @@ def jupyter(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
     overrides = {"@jupyterlab/docmanager-extension:plugin": {"autosave": False}}
     (settings / "overrides.json").write_text(json.dumps(overrides))
     token = secrets.token_urlsafe(24)
-    own = {name: str(folder / name.lower()) for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
-    own["JUPYTER_CONFIG_DIR"] = str(folder / "jupyter_config_dir")
-    own["JUPYTER_CONFIG_PATH"] = str(ROOT / "notebooks")
+    variables = {name: str(folder / name.lower()) for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    variables["JUPYTER_CONFIG_DIR"] = str(folder / "jupyter_config_dir")
+    variables["JUPYTER_CONFIG_PATH"] = str(ROOT / "notebooks")
     # Jupyter looks for a free port first and listens later. Below the range from which the system
     # gives ports to whoever asks for any, nobody takes it in between.
     port = 10_000 + secrets.randbelow(20_000)
@@ -150,10 +150,10 @@ def jupyter(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
     command += [f"--LabApp.app_settings_dir={settings}", "--LabApp.extension_manager=readonly"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     log = folder / "jupyter.log"
-    runtime = Path(own["JUPYTER_RUNTIME_DIR"])
-    with _started(command, environment | own | {"JUPYTER_TOKEN": token}, log) as process:
+    runtime = Path(variables["JUPYTER_RUNTIME_DIR"])
+    with _start(command, environment | variables | {"JUPYTER_TOKEN": token}, log) as process:
 
-        def answers() -> Server | None:
+        def find_server() -> Server | None:
             # The file is written once the port is chosen, and that is before it is listened on.
             for path in runtime.glob("jpserver-*.json"):
                 with contextlib.suppress(ValueError, OSError):
@@ -163,7 +163,7 @@ def jupyter(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
                     return server
             return None
 
-        yield _up(process, answers, log)
+        yield _wait(process, find_server, log)
 
 
 @contextlib.contextmanager
@@ -172,9 +172,9 @@ def app(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
     log = folder / "app.log"
     # The shell gives way to Voilà, whose process this is then.
     command = ["sh", "-c", f"cd {ROOT} && exec env {recipe('app')}"]
-    with _started(command, environment, log) as process:
-        told = re.compile(r"(http://127\.0\.0\.1:\d+/)\?token=(\S+)")
-        url, token = _up(process, lambda: (m := told.search(log.read_text())) and m.groups(), log)
+    with _start(command, environment, log) as process:
+        link = re.compile(r"(http://127\.0\.0\.1:\d+/)\?token=(\S+)")
+        url, token = _wait(process, lambda: (m := link.search(log.read_text())) and m.groups(), log)
         yield Server(url, token, folder, process.pid)
 
 
@@ -182,12 +182,12 @@ def recipe(verb: str) -> str:
     """What `make verb` runs after set-up, in this environment."""
     # Beneath `make test` a nested make would also print the directory that it enters and leaves.
     command = ["make", "-n", "--no-print-directory", verb, f"ENV={sys.prefix}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.partition("\n")[2].replace("\\\n", " ").strip()
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return process.stdout.partition("\n")[2].replace("\\\n", " ").strip()
 
 
 @contextlib.contextmanager
-def _started(command: list[str], environment: dict[str, str], log: Path) -> Iterator[Any]:
+def _start(command: list[str], environment: dict[str, str], log: Path) -> Iterator[Any]:
     with log.open("w") as sink:
         process = subprocess.Popen(
             command, env=os.environ | environment, cwd=log.parent, stdout=sink,
@@ -205,11 +205,11 @@ def _started(command: list[str], environment: dict[str, str], log: Path) -> Iter
             process.wait(5)
 
 
-def _up(process: Any, ready: Callable[[], Any], log: Path, seconds: float = 90) -> Any:
+def _wait(process: Any, ready: Callable[[], Any], log: Path, seconds: float = 90) -> Any:
     end = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < end:
-        if found := ready():
-            return found
+        if answer := ready():
+            return answer
         time.sleep(0.05)
     raise RuntimeError(f"{process.args[:3]} did not start:\n{log.read_text()[-3000:]}")
 
@@ -218,23 +218,23 @@ def _up(process: Any, ready: Callable[[], Any], log: Path, seconds: float = 90) 
 
 
 @dataclass
-class Seen:
+class Faults:
     """What a page did that it should not: errors on its console, requests that failed or left."""
 
     errors: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
 
 
-def watch(page: Any) -> Seen:
+def watch(page: Any) -> Faults:
     """Record from now on."""
-    seen = Seen()
-    here = re.compile(r"(https?|wss?)://127\.0\.0\.1[:/]|(blob|data|file|about):")
-    page.on("console", lambda m: m.type == "error" and seen.errors.append(m.text))
-    page.on("pageerror", lambda error: seen.errors.append(str(error)))
-    page.on("requestfailed", lambda r: seen.failed.append(f"{r.url} {r.failure}"))
-    page.on("request", lambda r: here.match(r.url) or seen.strangers.append(r.url))
-    return seen
+    faults = Faults()
+    pattern = re.compile(r"(https?|wss?)://127\.0\.0\.1[:/]|(blob|data|file|about):")
+    page.on("console", lambda m: m.type == "error" and faults.errors.append(m.text))
+    page.on("pageerror", lambda error: faults.errors.append(str(error)))
+    page.on("requestfailed", lambda r: faults.failures.append(f"{r.url} {r.failure}"))
+    page.on("request", lambda r: pattern.match(r.url) or faults.strangers.append(r.url))
+    return faults
 
 
 def until(page: Any, condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
@@ -246,10 +246,10 @@ def until(page: Any, condition: Callable[[], Any], what: str, seconds: float = 6
     """
     end = time.monotonic() + seconds
     while not (value := condition()):
-        told = trouble(page)
-        if "Traceback" in told or time.monotonic() > end:
+        text = trouble(page)
+        if "Traceback" in text or time.monotonic() > end:
             shot(page, f"failed-{re.sub(r'[^a-z0-9]+', '-', what.lower()).strip('-')}")
-            raise AssertionError(f"Waited {seconds:g} s at most for: {what}. Page: {told}")
+            raise AssertionError(f"Waited {seconds:g} s at most for: {what}. Page: {text}")
         page.wait_for_timeout(50)
     return value
 
@@ -312,10 +312,10 @@ def pixels(page: Any, selector: str = ".idaa-picture") -> np.ndarray | None:
         parts.push(String.fromCharCode(...image.data.subarray(i, i + 32768)));
       return [image.height, image.width, btoa(parts.join(''))];
     }}"""
-    found = page.evaluate(script, selector)
-    if found is None:
+    image = page.evaluate(script, selector)
+    if image is None:
         return None
-    height, width, data = found
+    height, width, data = image
     raw = np.frombuffer(base64.b64decode(data), np.uint8)
     return raw.reshape(height, width, 4)[..., :3].copy()
 
@@ -325,40 +325,40 @@ def picture(
 ) -> Any:
     """The picture's pixels, once they are there and differ from `other_than`."""
 
-    def changed() -> Any:
-        now = pixels(page, selector)
-        same = other_than is not None and now is not None and np.array_equal(now, other_than)
-        return None if now is None or same else (now,)
+    def find_change() -> Any:
+        image = pixels(page, selector)
+        is_same = other_than is not None and image is not None and np.array_equal(image, other_than)
+        return None if image is None or is_same else (image,)
 
-    return until(page, changed, f"pixels of {selector} that are new")[0]
+    return until(page, find_change, f"pixels of {selector} that are new")[0]
 
 
 def epsilon(page: Any) -> float:
     """What the field of ε says, once it is what the slider's handle says in words."""
     field, handle = page.locator(".idaa-epsilon input"), page.locator(".idaa-epsilon .noUi-handle")
 
-    def same() -> float | None:
-        typed = read_epsilon(field.input_value())
+    def agree() -> float | None:
+        value = read_epsilon(field.input_value())
         place = float((handle.get_attribute("aria-valuetext") or "").removeprefix("ε = ") or "nan")
-        return typed if abs(place / typed - 1) < 0.02 else None
+        return value if abs(place / value - 1) < 0.02 else None
 
-    return until(page, same, "a field that says what the slider does")
+    return until(page, agree, "a field that says what the slider does")
 
 
 def measured_at(page: Any) -> float | None:
     """The ε that the meters name; None while there are none."""
-    found = re.search(r"ε = ([0-9.]+(?:e[-+]?\d+)?)", text_of(page, ".idaa-meters"))
-    return float(found[1]) if found else None
+    match = re.search(r"ε = ([0-9.]+(?:e[-+]?\d+)?)", text_of(page, ".idaa-meters"))
+    return float(match[1]) if match else None
 
 
 def meters_follow(page: Any) -> str:
     """The meters' text, once they are those of the slider's ε."""
 
-    def same() -> bool:
-        told = measured_at(page)
-        return told is not None and abs(told / epsilon(page) - 1) < 0.01
+    def agree() -> bool:
+        value = measured_at(page)
+        return value is not None and abs(value / epsilon(page) - 1) < 0.01
 
-    until(page, same, "meters of the slider's ε")
+    until(page, agree, "meters of the slider's ε")
     return text_of(page, ".idaa-meters")
 
 
@@ -419,8 +419,8 @@ def moves(page: Any, times: int = 30) -> list[dict[str, float]]:
     }}""")
     for move in range(times):
         press(page)
-        done = f"() => window.idaaMoves[{move}]?.pixels && window.idaaMoves[{move}]?.meters"
-        until(page, lambda done=done: page.evaluate(done), f"pixels and meters of move {move + 1}")
+        test = f"() => window.idaaMoves[{move}]?.pixels && window.idaaMoves[{move}]?.meters"
+        until(page, lambda test=test: page.evaluate(test), f"pixels and meters of move {move + 1}")
     return page.evaluate("() => window.idaaMoves")
 
 
@@ -430,10 +430,10 @@ class Notebook:
     def __init__(self, context: Any, server: Server, name: str, fresh: bool = True) -> None:
         """Open it; with `fresh` in a new kernel, else in the one that it has, which may be busy."""
         if fresh:
-            server.fresh(name)
+            server.end_kernel(name)
         self.server, self.name = server, name
         self.page = context.new_page()
-        self.seen = watch(self.page)
+        self.faults = watch(self.page)
         # A workspace of its own: two tabs must not take each other's layout.
         workspace = f"lab/workspaces/{secrets.token_hex(4)}/tree/{name}.ipynb"
         self.page.goto(f"{server.url}{workspace}?reset&token={server.token}")
@@ -465,13 +465,13 @@ class Notebook:
         self.menu("Run", "runmenu:run-all")
         self._wait_for_start()
         if wait:
-            self.done()
+            self.wait_for_end()
 
     def restart_and_run_all(self) -> None:
         self.menu("Run", "runmenu:restart-and-run-all")
         self.page.locator(".jp-Dialog .jp-mod-accept").click()
         self._wait_for_start()
-        self.done()
+        self.wait_for_end()
 
     def _wait_for_start(self) -> None:
         """What cells show of an earlier time is gone once they wait."""
@@ -482,32 +482,32 @@ class Notebook:
         before = path.stat().st_mtime_ns
         self.menu("File", "docmanager:save")
 
-        def written() -> Any:
+        def read_copy() -> Any:
             with contextlib.suppress(ValueError):  # half of it is there
                 return path.stat().st_mtime_ns != before and json.loads(path.read_text("utf-8"))
 
-        until(self.page, written, f"{self.name}: saved")
+        until(self.page, read_copy, f"{self.name}: saved")
 
-    def done(self, seconds: float = 120) -> None:
+    def wait_for_end(self, seconds: float = 120) -> None:
         """All cells ran and none failed.
 
         Raises:
             AssertionError: a cell failed; the message has its error.
         """
 
-        def finished() -> bool:
-            assert not (error := self.failed()), f"{self.name}: {error}"
+        def has_ended() -> bool:
+            assert not (error := self.error_text()), f"{self.name}: {error}"
             cells = self.cells()
             return cells["count"] and cells["ran"] == cells["count"]
 
-        until(self.page, finished, f"{self.name}: all cells run", seconds)
+        until(self.page, has_ended, f"{self.name}: all cells run", seconds)
 
-    def failed(self) -> str:
+    def error_text(self) -> str:
         """The error at which the cells stopped; empty while they run, or ran."""
         cells = self.cells()
         # An error looks like any text on stderr; but after it the rest no longer waits.
-        stopped = not cells["waiting"] and cells["ran"] < cells["count"]
-        return "\n".join(cells["stderr"]) if stopped else ""
+        stop = not cells["waiting"] and cells["ran"] < cells["count"]
+        return "\n".join(cells["stderr"]) if stop else ""
 
     def cells(self) -> dict[str, Any]:
         """How many code cells there are, ran, and wait or run; what they wrote to stderr."""
@@ -536,6 +536,7 @@ def picture_all(outputs: Path) -> None:
         shutil.copytree(outputs, folder / "outputs", ignore=shutil.ignore_patterns("screenshots"))
         environment = {"IDAA_OUTPUTS": str(folder / "outputs")}
         with jupyter(folder, environment) as server:
+            server.set("02_decompose", vae="starter", run="starter")  # what a newcomer sees
             explorer = Notebook(context, server, "02_decompose")
             explorer.page.set_viewport_size(TALL)
             explorer.run_all()
@@ -565,8 +566,8 @@ def picture_all(outputs: Path) -> None:
             search.fill("ssl finished SimCLR validation")
             for row in start.page.locator(".idaa-runs-table tbody tr").all()[:3]:
                 row.click()
-            chosen = start.page.get_by_text("3 runs chosen")
-            until(start.page, chosen.count, "three runs chosen")
+            label = start.page.get_by_text("3 runs chosen")
+            until(start.page, label.count, "three runs chosen")
             names = start.page.locator(".idaa-runs-curves svg text", has_text="vae")
             until(start.page, lambda: names.count() >= 3, "curves of three runs")
             show(start.page, ".idaa-runs")

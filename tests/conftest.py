@@ -132,7 +132,7 @@ def cifar10_zip():
 def whole_and_resumed(train, config, monkeypatch, after, total):
     """`outcome` of a training, and of the same one that Ctrl-C stops after so many of its steps and
     that goes on then."""
-    whole = outcome(train(config))
+    result = outcome(train(config))
     shutil.rmtree(locate(config).path)
     original = Fit.train_step
 
@@ -146,4 +146,4 @@ def whole_and_resumed(train, config, monkeypatch, after, total):
         patch.setattr(Fit, "train_step", step)
         with pytest.raises(Stopped, match=f"after step {after} of {total} and saved"):
             train(config)
-    return whole, outcome(train(config))
+    return result, outcome(train(config))

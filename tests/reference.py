@@ -102,8 +102,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     for i in range(2 * n):
         partner = (i + n) % (2 * n)
         positive = torch.exp(z[i] @ z[partner] / temperature)
-        others = [torch.exp(z[i] @ z[j] / temperature) for j in range(2 * n) if j != i]
-        total = total - torch.log(positive / torch.stack(others).sum())
+        terms = [torch.exp(z[i] @ z[j] / temperature) for j in range(2 * n) if j != i]
+        total = total - torch.log(positive / torch.stack(terms).sum())
     return total / (2 * n)
 
 
@@ -180,8 +180,8 @@ def one_way(f1: Tensor, f2: Tensor, temperature: float) -> Tensor:
     """Plain's CL(x₁, x₂) (spec §4); f1, f2 (B, D) L2-normalised."""
     total = f1.new_zeros(())
     for i in range(len(f1)):
-        others = [torch.exp(f1[i] @ f2[j] / temperature) for j in range(len(f2))]
-        total = total - torch.log(others[i] / torch.stack(others).sum())
+        terms = [torch.exp(f1[i] @ f2[j] / temperature) for j in range(len(f2))]
+        total = total - torch.log(terms[i] / torch.stack(terms).sum())
     return total / len(f1)
 
 
@@ -208,9 +208,9 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """MoCo, Eq. 1: q, k (B, D) and queue (K, D), L2-normalised."""
     total = q.new_zeros(())
-    for one, key in zip(q, k, strict=True):
-        positive = torch.exp(one @ key / temperature)
-        negatives = [torch.exp(one @ old / temperature) for old in queue]
+    for query, key in zip(q, k, strict=True):
+        positive = torch.exp(query @ key / temperature)
+        negatives = [torch.exp(query @ negative / temperature) for negative in queue]
         total = total - torch.log(positive / (positive + torch.stack(negatives).sum()))
     return total / len(q)
 
@@ -377,7 +377,7 @@ def descriptor(params: dict[str, Tensor], i: int, keys: Sequence[str], jitter: S
     """ω of sample i as a list (docs/spec/siblings.md §1.2), for strengths of at most 1."""
     H, W = params["source"][i].tolist()
     top, left, h, w = params["crop"][i].tolist()
-    flipped = params["flip"][i].item() == 1
+    flip = params["flip"][i].item() == 1
     cx = (left + w / 2) / W
     b, c, s, hue = params["color"][i].tolist()
     values = {
@@ -389,7 +389,7 @@ def descriptor(params: dict[str, Tensor], i: int, keys: Sequence[str], jitter: S
             hue / (2 * jitter[3]),
         ],
         "color_diff": params["color_diff"][i].tolist(),
-        "crop": [(top + h / 2) / H, 1 - cx if flipped else cx, h / H, w / W],
+        "crop": [(top + h / 2) / H, 1 - cx if flip else cx, h / H, w / W],
         "flip": params["flip"][i].tolist(),
         "grayscale": params["gray"][i].tolist(),
     }
@@ -405,25 +405,25 @@ def augself(
     rows = torch.stack([torch.cat([h[a][i], h[b][i]]) for a, b, i in pairs])
     total = h[0].new_zeros(())
     for name, weight in weights.items():
-        out = heads[name](rows)
+        output = heads[name](rows)
         errors = []
-        for y, (a, b, i) in zip(out, pairs, strict=True):
-            one, two = params[a], params[b]
-            flips = [p["flip"][i].item() for p in (one, two)]
+        for y, (a, b, i) in zip(output, pairs, strict=True):
+            p1, p2 = params[a], params[b]
+            flips = [p["flip"][i].item() for p in (p1, p2)]
             if name == "flip":
                 sign = 1 if flips[0] == flips[1] else -1
                 errors.append(-F.logsigmoid(sign * y[0]))
                 continue
             if name == "crop":  # x in the frame of a, both unflipped else
-                plain = [dict(p, flip=torch.zeros_like(p["flip"])) for p in (one, two)]
-                crops = [descriptor(p, i, ["crop"], jitter) for p in plain]
+                copies = [dict(p, flip=torch.zeros_like(p["flip"])) for p in (p1, p2)]
+                crops = [descriptor(p, i, ["crop"], jitter) for p in copies]
                 target = [u - v for u, v in zip(*crops, strict=True)]
                 target[1] *= -1 if flips[0] else 1
             elif name == "color":
-                colors = [descriptor(p, i, ["color"], jitter) for p in (one, two)]
+                colors = [descriptor(p, i, ["color"], jitter) for p in (p1, p2)]
                 target = [u - v for u, v in zip(*colors, strict=True)]
             else:
-                target = [one["blur"][i].item() - two["blur"][i].item()]
+                target = [p1["blur"][i].item() - p2["blur"][i].item()]
             errors += [(torch.tanh(u) - v) ** 2 for u, v in zip(y, target, strict=True)]
         total = total + weight * torch.stack(errors).mean()
     return total
@@ -469,8 +469,8 @@ def ip_irm(
             if len(rows) > 1:
                 losses.append(nt_xent(z1[rows], z2[rows], temperature))
                 penalties.append(irm_penalty(z1[rows], z2[rows], irm_temp))
-    whole = nt_xent(z1, z2, temperature)
-    return whole + sum(losses) / len(losses) + penalty_weight * sum(penalties) / len(penalties)
+    total = nt_xent(z1, z2, temperature)
+    return total + sum(losses) / len(losses) + penalty_weight * sum(penalties) / len(penalties)
 
 
 def mixup(x: Tensor, draws: Tensor) -> tuple[Tensor, float, list[int]]:
@@ -482,8 +482,8 @@ def mixup(x: Tensor, draws: Tensor) -> tuple[Tensor, float, list[int]]:
     ranks = draws[:, 1].tolist()
     partners = sorted(range(len(x)), key=ranks.__getitem__)
     pairs = zip(shares, partners, strict=True)
-    mixed = [s * x[i] + (1 - s) * x[j] for i, (s, j) in enumerate(pairs)]
-    return torch.stack(mixed), sum(shares) / len(shares), partners
+    images = [s * x[i] + (1 - s) * x[j] for i, (s, j) in enumerate(pairs)]
+    return torch.stack(images), sum(shares) / len(shares), partners
 
 
 def mixed_loss(s: Tensor, share: float, partners: list[int]) -> Tensor:
@@ -518,8 +518,8 @@ def ip_irm_mixed(
     """
 
     def contrast(rows: list[int], slot: int) -> tuple[Tensor, Tensor]:
-        mixed, share, partners = mixup(x1[rows], draws[rows, slot])
-        return mixed_contrast(embed1(mixed), embed2(x2)[rows], temperature, share, partners)
+        images, share, partners = mixup(x1[rows], draws[rows, slot])
+        return mixed_contrast(embed1(images), embed2(x2)[rows], temperature, share, partners)
 
     divisor = max(1.0, penalty_weight)
     loss = contrast([*range(len(x1))], 0)[0] / (divisor if one else 1.0)
@@ -599,7 +599,7 @@ def ip_irm_maximisation(
     """
     scores, steps, rate = scores.clone(), 0, 0.5
     m, v = torch.zeros_like(scores), torch.zeros_like(scores)
-    lowest, best, without = math.inf, scores, 0
+    minimum, best, stalls = math.inf, scores, 0
     for epoch in range(61):
         if epoch in (5, 35):
             rate *= 0.2
@@ -624,9 +624,9 @@ def ip_irm_maximisation(
             step = (m / (1 - 0.9**steps)) / ((v / (1 - 0.999**steps)).sqrt() + 1e-8)
             scores = scores - rate * step
             risks.append(risk.item())
-        without += 1
-        if sum(risks) / len(risks) < lowest:
-            lowest, best, without = sum(risks) / len(risks), scores, 0
-        if epoch > 50 and without >= 5:
+        stalls += 1
+        if sum(risks) / len(risks) < minimum:
+            minimum, best, stalls = sum(risks) / len(risks), scores, 0
+        if epoch > 50 and stalls >= 5:
             break
     return best

@@ -124,12 +124,12 @@ def test_clae_agrees_with_the_published_order_of_work(network, x, epsilon):
 @pytest.mark.parametrize("kind", [IDAA, RandomSign])
 def test_idaa_and_its_control_change_the_reconstruction_alone(make, vae, x, kind):
     attack = make(kind, 0.7)(x, of_samples)
-    frozen = copy.deepcopy(vae).eval()
+    twin = copy.deepcopy(vae).eval()
     with torch.no_grad():
-        G = frozen.decode(zeta(vae, x))
+        G = twin.decode(zeta(vae, x))
         torch.testing.assert_close(attack.reconstruction, G)
         torch.testing.assert_close(attack.z, zeta(vae, x) + attack.delta)
-        torch.testing.assert_close(attack.images - x, frozen.decode(attack.z) - G)
+        torch.testing.assert_close(attack.images - x, twin.decode(attack.z) - G)
 
 
 def test_attack_of_several_steps_agrees_with_a_loop(make, x):
@@ -156,8 +156,8 @@ def test_attack_raises_the_loss_more_than_random_signs(make, network, x, kind, n
             delta = torch.randn(attack.delta.shape, generator=keyed_generator(seed)).sign()
             delta = delta * lengths(attack.delta, norm).mean() / lengths(delta, norm).mean()
             adversary = make(kind, epsilon, norm=norm)
-            moved = adversary.render(adversary.anchor(x), delta)
-            assert gain > 1.5 * (loss(moved) - loss(x)).abs()
+            images = adversary.render(adversary.anchor(x), delta)
+            assert gain > 1.5 * (loss(images) - loss(x)).abs()
 
 
 # --- the ball
@@ -214,9 +214,9 @@ def test_direction_has_norm_one(make, x, kind, norm):
 def test_l2_direction_does_not_depend_on_the_loss_s_scale(make, vae, x, kind, scale):
     vae.float()
     adversary = make(kind, 0.3, norm="l2")
-    plain = adversary.direction(x.float(), of_samples).unit
-    scaled = adversary.direction(x.float(), lambda x: scale * of_samples(x)).unit
-    torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-4)
+    unit = adversary.direction(x.float(), of_samples).unit
+    scaled_unit = adversary.direction(x.float(), lambda x: scale * of_samples(x)).unit
+    torch.testing.assert_close(scaled_unit, unit, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [IDAA, CLAE])
@@ -232,26 +232,26 @@ def test_zero_gradient_moves_nothing(make, x, kind, norm):
 def test_one_direction_serves_every_epsilon(make, x, kind, norm, epsilon):
     adversary = make(kind, 0.3, norm=norm)
     direction = adversary.direction(x, of_samples, generator=keyed_generator(7))
-    applied = adversary.apply(direction, epsilon)
-    called = make(kind, epsilon, norm=norm)(x, of_samples, generator=keyed_generator(7))
-    torch.testing.assert_close(applied.images, called.images)
-    torch.testing.assert_close(applied.delta, called.delta)
+    attack = adversary.apply(direction, epsilon)
+    expected = make(kind, epsilon, norm=norm)(x, of_samples, generator=keyed_generator(7))
+    torch.testing.assert_close(attack.images, expected.images)
+    torch.testing.assert_close(attack.delta, expected.delta)
     if kind is not CLAE:
-        torch.testing.assert_close(applied.z, called.z)
-        torch.testing.assert_close(applied.reconstruction, called.reconstruction)
+        torch.testing.assert_close(attack.z, expected.z)
+        torch.testing.assert_close(attack.reconstruction, expected.reconstruction)
 
 
 def starts(norm, n, epsilon=0.4):
     """Random starts δ (n, 3) of CLAE on images of one pixel, as the loss sees them."""
-    seen = []
+    batches = []
 
     def spy(x):
-        seen.append(x.detach().flatten(1))
+        batches.append(x.detach().flatten(1))
         return x.sum()
 
     adversary = CLAE(epsilon=epsilon, norm=norm, random_start=True)
     adversary(torch.zeros(n, 3, 1, 1, dtype=torch.float64), spy, generator=keyed_generator(5))
-    return seen[0] / epsilon
+    return batches[0] / epsilon
 
 
 def test_random_start_is_uniform_in_the_l2_ball():
@@ -302,28 +302,28 @@ def test_images_with_a_graph_stay_out_of_it(make, x, kind):
 
 def test_attack_works_inside_no_grad(make, x):
     with torch.no_grad():
-        inside = make(IDAA, 0.3)(x, of_samples)
-    torch.testing.assert_close(inside.images, make(IDAA, 0.3)(x, of_samples).images)
+        attack = make(IDAA, 0.3)(x, of_samples)
+    torch.testing.assert_close(attack.images, make(IDAA, 0.3)(x, of_samples).images)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         ({}, [True]),
         ({"steps": 3}, [True, False, False]),
         ({"steps": 2, "random_start": True}, [False, False]),
     ],
 )
-def test_loss_is_told_when_it_sees_x_itself(make, x, options, told):
-    seen = []
+def test_loss_is_told_when_it_sees_x_itself(make, x, options, expected):
+    flags = []
 
     def loss(images, at_start=False):
-        seen.append(at_start)
+        flags.append(at_start)
         assert torch.allclose(images, x, rtol=0, atol=1e-10) == at_start
         return of_samples(images)
 
     make(IDAA, 0.3, **options)(x, loss)
-    assert seen == told
+    assert flags == expected
 
 
 # --- normalisations
@@ -345,10 +345,10 @@ def test_idaa_converts_between_normalisations(vae, x):
     torch.testing.assert_close(attack.images, to_data(by_hand.images), rtol=0, atol=1e-5)
     G = to_data(by_hand.reconstruction)
     torch.testing.assert_close(attack.reconstruction, G, rtol=0, atol=1e-5)
-    plain = IDAA(vae, epsilon=0.5)(x, of_samples)
-    assert (plain.images - attack.images).abs().max() > 1e-3
-    same = IDAA(vae, epsilon=0.5, mean=CIFAR[0], std=CIFAR[1])(x, of_samples)
-    assert torch.equal(same.images, plain.images)
+    default = IDAA(vae, epsilon=0.5)(x, of_samples)
+    assert (default.images - attack.images).abs().max() > 1e-3
+    repeat = IDAA(vae, epsilon=0.5, mean=CIFAR[0], std=CIFAR[1])(x, of_samples)
+    assert torch.equal(repeat.images, default.images)
 
 
 # --- random signs
@@ -361,12 +361,12 @@ def refuse(x):
 @NORMS
 def test_random_signs_are_balanced_and_follow_their_generator(make, x, norm):
     adversary = make(RandomSign, 0.3, norm=norm)
-    many = x[:1].expand(2000, -1, -1, -1)
-    delta = adversary(many, refuse, generator=keyed_generator(1)).delta
-    again = adversary(many, refuse, generator=keyed_generator(1)).delta
-    other = adversary(many, refuse, generator=keyed_generator(2)).delta
-    assert torch.equal(delta, again)
-    assert not torch.equal(delta, other)
+    images = x[:1].expand(2000, -1, -1, -1)
+    delta = adversary(images, refuse, generator=keyed_generator(1)).delta
+    repeat = adversary(images, refuse, generator=keyed_generator(1)).delta
+    delta2 = adversary(images, refuse, generator=keyed_generator(2)).delta
+    assert torch.equal(delta, repeat)
+    assert not torch.equal(delta, delta2)
     size = 0.3 if norm == "linf" else 0.3 / DIM**0.5
     torch.testing.assert_close(delta.abs(), torch.full_like(delta, size))
     positive = int((delta > 0).sum())
@@ -380,23 +380,23 @@ def test_random_signs_are_balanced_and_follow_their_generator(make, x, norm):
 def test_two_ranks_draw_what_one_process_draws(make, x, kind, norm, steps):
     adversary = make(kind, 0.3, norm=norm, steps=steps, step_size=0.1, random_start=True)
     numbers = adversary.numbers(x.shape, keyed_generator(4))
-    whole = adversary(x, of_samples, numbers=numbers)
+    attack = adversary(x, of_samples, numbers=numbers)
     parts = [
         adversary(part, of_samples, numbers={k: v.chunk(2)[rank] for k, v in numbers.items()})
         for rank, part in enumerate(x.chunk(2))
     ]
-    torch.testing.assert_close(torch.cat([part.delta for part in parts]), whole.delta)
-    torch.testing.assert_close(torch.cat([part.images for part in parts]), whole.images)
+    torch.testing.assert_close(torch.cat([part.delta for part in parts]), attack.delta)
+    torch.testing.assert_close(torch.cat([part.images for part in parts]), attack.images)
     assert not torch.allclose(parts[0].delta, parts[1].delta)
 
 
 # --- errors
 
 
-def broken(vae, layer):
-    copied = copy.deepcopy(vae)
-    getattr(copied, layer).weight.data.fill_(math.nan)
-    return copied
+def break_layer(vae, layer):
+    twin = copy.deepcopy(vae)
+    getattr(twin, layer).weight.data.fill_(math.nan)
+    return twin
 
 
 NOT_FINITE = f"The attack's gradient is not finite for {B} of {B} images: "
@@ -411,7 +411,7 @@ NOT_FINITE = f"The attack's gradient is not finite for {B} of {B} images: "
 )
 def test_broken_vae_is_named(vae, x, layer, cause):
     with pytest.raises(AttackError) as error:
-        IDAA(broken(vae, layer), epsilon=0.1)(x, of_samples)
+        IDAA(break_layer(vae, layer), epsilon=0.1)(x, of_samples)
     assert str(error.value) == NOT_FINITE + cause
 
 

@@ -16,8 +16,9 @@ import record
 import sides
 import speed
 
-from idaa_lib import SSLConfig, sweeps
+from idaa_lib import SSLConfig, plans, runs
 from idaa_lib.nets import build_backbone
+from idaa_lib.runs import checkpoints
 from idaa_lib.runs import machine as environment
 
 
@@ -30,7 +31,7 @@ def row(what, value, unit="ms", spread=None):
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "named"),
+    ("cpuinfo", "name"),
     [
         (
             "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
@@ -40,12 +41,12 @@ def row(what, value, unit="ms", spread=None):
         ("processor\t: 0\nBogoMIPS\t: 50.00\n", "aarch64, "),  # of an ARM, which tells no name
     ],
 )
-def test_hardware_tells_processors_of_one_name_apart(cpuinfo, named, monkeypatch):
+def test_hardware_tells_processors_of_one_name_apart(cpuinfo, name, monkeypatch):
     monkeypatch.setattr(environment.platform, "processor", lambda: "aarch64")
     monkeypatch.setattr(environment.Path, "exists", lambda path: True)
     monkeypatch.setattr(environment.Path, "read_text", lambda path, **options: cpuinfo)
-    found = environment.hardware(torch.device("cpu"))
-    assert found.startswith(named) and found.endswith(f" of {os.cpu_count()} cores")
+    text = environment.hardware(torch.device("cpu"))
+    assert text.startswith(name) and text.endswith(f" of {os.cpu_count()} cores")
 
 
 @pytest.mark.parametrize(
@@ -62,11 +63,11 @@ def test_hardware_tells_processors_of_one_name_apart(cpuinfo, named, monkeypatch
     ],
 )
 def test_a_row_has_moved_beyond_both_spreads(old, new, unit, spread, verdict):
-    found = record.moves(
+    moves = record.moves(
         file(row("a", old, unit, spread), row("gone", 1)),
         file(row("a", new, unit, spread), row("fresh", 1)),
     )
-    assert found == [("a", old, new, verdict)]
+    assert moves == [("a", old, new, verdict)]
 
 
 def test_less_is_better_of_idaa_over_simclr():
@@ -75,20 +76,20 @@ def test_less_is_better_of_idaa_over_simclr():
 
 
 def test_the_page_of_speed_has_the_newest_figure_of_each_machine():
-    def of(hardware, *rows):
+    def file_of(hardware, *rows):
         about = {"name": "speed", "date": "d", "versions": {"python": "3.11", "torch": "2.14"}}
         return file(*rows) | about | {"hardware": hardware}
 
-    def measured(what, value, spread=None):
+    def measurement(what, value, spread=None):
         return row(what, value, "ratio", spread) | {"n": 7}
 
-    old = of("CPU", measured("simclr_step_ratio", 2.0), measured("idaa_step_ratio", 2.5))
-    new = of("CPU", measured("simclr_step_ratio", 2.25, [2.1, 2.3]))
+    old = file_of("CPU", measurement("simclr_step_ratio", 2.0), measurement("idaa_step_ratio", 2.5))
+    new = file_of("CPU", measurement("simclr_step_ratio", 2.25, [2.1, 2.3]))
     lines = record.table(
         {
             "2026-11-26-cpu-speed.json": old,
             "2026-11-27-cpu-speed.json": new,
-            "2026-11-25-gpu-speed.json": of("GPU", measured("startup_seconds", 8.0)),
+            "2026-11-25-gpu-speed.json": file_of("GPU", measurement("startup_seconds", 8.0)),
         }
     ).split("\n")
     assert lines[0].endswith("| target | CPU | GPU |")
@@ -100,7 +101,9 @@ def test_the_page_of_speed_has_the_newest_figure_of_each_machine():
     assert (max(files), sum(files)) == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["demo", "evidence", "hops", "methods", "precision", "slider"])
+@pytest.mark.parametrize(
+    "name", ["demo", "evidence", "hops", "methods", "precision", "slider", "starter"]
+)
 def test_a_benchmark_finds_what_it_uses(name):
     importlib.import_module(name)
 
@@ -110,42 +113,66 @@ def test_adversaries_are_compared_seed_by_seed():
     one of two lacks is in neither side of their difference."""
     import evidence
 
-    own = {"none": {0: 50.0, 1: 60.0, 2: 70.0}, "idaa": {0: 51.0, 1: 62.0, 2: 73.0}}
-    rows = {r["what"]: r for r in evidence.compare({"knn": own | {"clae": {2: 72.5}}})}
+    scores = {"none": {0: 50.0, 1: 60.0, 2: 70.0}, "idaa": {0: 51.0, 1: 62.0, 2: 73.0}}
+    rows = {r["what"]: r for r in evidence.summarise("knn", scores | {"clae": {2: 72.5}})}
     difference = rows["evidence_difference_idaa_none_knn"]
     assert (difference["value"], difference["n"]) == (2.0, 3)
     half = 4.302653 / 3**0.5
     assert difference["spread"] == pytest.approx([2 - half, 2 + half], abs=1e-3)
     assert rows["evidence_knn_idaa"]["value"] == 62.0
-    alone = rows["evidence_difference_idaa_clae_knn"]
-    assert (alone["value"], alone["n"], alone["spread"]) == (0.5, 1, None)
+    figures = rows["evidence_difference_idaa_clae_knn"]
+    assert (figures["value"], figures["n"], figures["spread"]) == (0.5, 1, None)
 
 
-def test_the_evidence_trains_one_vae_and_differs_by_adversary_and_seed_alone():
+def test_the_evidence_differs_by_adversary_and_seed_alone():
     import evidence
 
     grid = evidence.grid()
-    tasks = [task.config for task in sweeps.plan(grid).values()]
-    assert [config.stage for config in tasks].count("vae") == 1
+    tasks = [task.config for task in plans.plan(grid).values()]
+    assert {config.stage for config in tasks} == {"ssl", "eval"}  # the VAE is the starter's
     trainings = [config for config in tasks if config.stage == "ssl"]
     assert len(trainings) == len(evidence.ADVERSARIES) * len(evidence.SEEDS) == len(grid)
-    own = {"adversary", "seed", *(knob["knob"] for knob in SSLConfig.knobs())}
-    common = [{k: v for k, v in config if k not in own} for config in trainings]
-    assert all(config == common[0] for config in common)
+    names = {"adversary", "seed"}
+    names |= {row["name"] for row in SSLConfig.fields() if row["of"] != "all"}
+    configs = [{k: v for k, v in config if k not in names} for config in trainings]
+    assert all(config == configs[0] for config in configs)
+
+
+def test_what_another_machine_finished_is_not_made_again(tmp_path, monkeypatch):
+    """Of four points one is there; entries of another VAE and of other epochs are no points."""
+    import evidence
+
+    monkeypatch.setattr(evidence, "ENTRIES", tmp_path / "evidence.jsonl")
+    monkeypatch.setattr(evidence, "DATASET", "photos")  # CIFAR-10 may not be here
+    keys = [evidence.describe_point(point) for point in evidence.grid()[:4]]
+    for about in (keys[0], keys[1] | {"vae": "0" * 12}, keys[2] | {"epochs": 1}):
+        evidence.keep(about, {"kNN": 50.0, "linear": 60.0, "seconds": 9})
+    assert [bool(evidence.find_entries(about)) for about in keys] == [True, False, False, False]
+
+
+def test_the_committed_evidence_is_of_the_networks_that_ship():
+    import evidence
+
+    lines = evidence.read_entries()
+    ships = ("vae", "starter"), ("ssl", "starter"), ("ssl", "starter2")
+    digests = [checkpoints.digest(runs.get(*names))[:12] for names in ships]
+    studies = [entry for entry in lines if entry["part"] == "identity"]
+    assert [[entry["vae"], *entry["encoders"]] for entry in studies][-1:] == [digests]
+    assert {entry["vae"] for entry in lines if entry["part"] == "comparison"} <= {None, digests[0]}
 
 
 def test_what_stops_a_benchmark_loses_no_part_before_it(monkeypatch):
     """And the file is of the threads that the sides have: those that this process was given."""
 
-    def stopped():
+    def stop():
         raise KeyboardInterrupt
 
-    written, threads = [], torch.get_num_threads()
-    keep = lambda name, protocol, rows: written.append(  # noqa: E731
+    calls, threads = [], torch.get_num_threads()
+    keep = lambda name, protocol, rows: calls.append(  # noqa: E731
         (name, [r["what"] for r in rows], torch.get_num_threads())
     )
     monkeypatch.setattr(speed.record, "write", keep)
-    monkeypatch.setattr(speed, "PARTS", {"a": lambda: [row("a", 1)], "b": stopped})
+    monkeypatch.setattr(speed, "PARTS", {"a": lambda: [row("a", 1)], "b": stop})
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     try:
@@ -155,7 +182,7 @@ def test_what_stops_a_benchmark_loses_no_part_before_it(monkeypatch):
         assert speed.main(["c"]) == 2
     finally:
         torch.set_num_threads(threads)
-    assert written == [("speed", ["a"], cores), ("speed-a", ["a"], cores)]
+    assert calls == [("speed", ["a"], cores), ("speed-a", ["a"], cores)]
 
 
 def test_the_straightforward_nt_xent_is_the_loss_itself():
@@ -164,16 +191,16 @@ def test_the_straightforward_nt_xent_is_the_loss_itself():
         F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=1).requires_grad_()
         for _ in range(2)
     )
-    fast = sides.broadcast_nt_xent(z1, z2, 0.5)
-    torch.testing.assert_close(fast, reference.nt_xent(z1, z2, 0.5))
+    loss = sides.broadcast_nt_xent(z1, z2, 0.5)
+    torch.testing.assert_close(loss, reference.nt_xent(z1, z2, 0.5))
 
 
 def test_the_straightforward_network_rectifies_out_of_place_and_computes_the_same():
     network = build_backbone("resnet18", width=4, stem="cifar", adversarial_norms=False)
     x = torch.randn(2, 3, 32, 32)
     y = network.bn1(network.conv1(x)).detach()
-    rectified = sides.out_of_place(lambda: F.relu(y, inplace=True))()
-    assert y.min() < 0 <= rectified.min()
+    values = sides.out_of_place(lambda: F.relu(y, inplace=True))()
+    assert y.min() < 0 <= values.min()
     torch.testing.assert_close(sides.out_of_place(lambda: network(x))(), network(x))
     assert F.relu(y, inplace=True) is y  # outside as ever
 
@@ -200,15 +227,15 @@ def test_a_profile_s_parts_make_up_the_step_and_its_work_is_what_one_counts(
 ):
     """Per image: 6 units of an encoder's forward pass without an adversary; with IDAA, whose attack
     is one forward and one input-only backward pass, 11 and the VAE's share."""
-    written = {}
+    figures = {}
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
     monkeypatch.setattr(sides, "BATCH", 8)
     monkeypatch.setattr(profile_step, "STEPS", 1)
     monkeypatch.setattr(profile_step, "ceilings", lambda: (1e12, 1e10))
-    keep = lambda name, protocol, rows: written.update({r["what"]: r["value"] for r in rows})  # noqa: E731
+    keep = lambda name, protocol, rows: figures.update({r["what"]: r["value"] for r in rows})  # noqa: E731
     monkeypatch.setattr(profile_step.record, "write", keep)
     assert profile_step.main([name]) == 0
-    assert written["computed"] / 8 == pytest.approx(gflop, rel=0.02)
+    assert figures["computed"] / 8 == pytest.approx(gflop, rel=0.02)
     parts = [
         "random numbers",
         "views",
@@ -218,10 +245,10 @@ def test_a_profile_s_parts_make_up_the_step_and_its_work_is_what_one_counts(
         "losses, logging, the rest",
     ]
     parts += ["attack", "adversarial forward"] * (name == "idaa")
-    assert all(written[part] > 0 for part in parts)
+    assert all(figures[part] > 0 for part in parts)
     # They lie inside the step, each counted once; what is outside them only fetches the images.
-    whole, step = sum(written[part] for part in parts), written["step_seconds"]
-    assert step / 2 < whole < 1.01 * step
+    total, step = sum(figures[part] for part in parts), figures["step_seconds"]
+    assert step / 2 < total < 1.01 * step
     assert (tmp_path / "profile" / f"{name}-trace.json").stat().st_size > 1000
 
 

@@ -35,10 +35,10 @@ TILE = 33  # 32 pixels and the white line
 
 @pytest.fixture(scope="module")
 def context():
-    if lacks := browser.missing():
-        (pytest.fail if "browser" in REQUIRED else pytest.skip)(lacks)
-    with browser.chromium() as opened:
-        yield opened
+    if reason := browser.missing():
+        (pytest.fail if "browser" in REQUIRED else pytest.skip)(reason)
+    with browser.chromium() as window:
+        yield window
 
 
 @pytest.fixture(scope="module")
@@ -96,32 +96,33 @@ def test_notebook_02_runs_from_the_top(opened):
     assert browser.status(page) == ""
     browser.show(opened.page, ".idaa-explorer")
     browser.shot(page, "02_decompose")
-    assert opened.seen == browser.Seen()  # no error, nothing that failed, nothing off this machine
+    # no error, nothing that failed, nothing off this machine
+    assert opened.faults == browser.Faults()
 
 
 def test_keys_and_mouse_move_epsilon(explorer):
-    seen, told = browser.picture(explorer), browser.meters_follow(explorer)
-    began, still = browser.epsilon(explorer), browser.pixels(explorer, ".idaa-still")
+    picture, meters = browser.picture(explorer), browser.meters_follow(explorer)
+    start, still = browser.epsilon(explorer), browser.pixels(explorer, ".idaa-still")
     browser.press(explorer, "ArrowRight")
-    further = browser.picture(explorer, other_than=seen)
-    assert browser.epsilon(explorer) == pytest.approx(began * 10**0.01, rel=0.01)
-    assert browser.meters_follow(explorer) != told
+    neighbour = browser.picture(explorer, other_than=picture)
+    assert browser.epsilon(explorer) == pytest.approx(start * 10**0.01, rel=0.01)
+    assert browser.meters_follow(explorer) != meters
     browser.press(explorer, "ArrowLeft")
-    assert np.array_equal(browser.picture(explorer, other_than=further), seen)
+    assert np.array_equal(browser.picture(explorer, other_than=neighbour), picture)
 
     browser.drag(explorer, 0.25)  # of 1e-3 … 10
     assert browser.epsilon(explorer) == pytest.approx(0.01, rel=0.2)
-    browser.picture(explorer, other_than=seen)
+    browser.picture(explorer, other_than=picture)
     browser.meters_follow(explorer)  # at rest: on its way the handle showed other pictures
-    weak, x = browser.pixels(explorer), browser.pixels(explorer, ".idaa-still")
+    weak_pixels, x = browser.pixels(explorer), browser.pixels(explorer, ".idaa-still")
     assert np.array_equal(x, still)  # x, G and R stay as they are
     # At a small ε, x′ is nearly x; at a large one it is not. The rows: x, … and x′ in the middle.
-    near = np.abs(rows(weak)[1].astype(int) - rows(x)[0]).mean()
+    distance = np.abs(rows(weak_pixels)[1].astype(int) - rows(x)[0]).mean()
     browser.drag(explorer, 1.0)
-    browser.picture(explorer, other_than=weak)
+    browser.picture(explorer, other_than=weak_pixels)
     browser.meters_follow(explorer)
-    strong = browser.pixels(explorer)
-    assert near < 2 < np.abs(rows(strong)[1].astype(int) - rows(x)[0]).mean()
+    strong_pixels = browser.pixels(explorer)
+    assert distance < 2 < np.abs(rows(strong_pixels)[1].astype(int) - rows(x)[0]).mean()
 
 
 def type_epsilon(page, text):
@@ -158,14 +159,14 @@ def test_each_image_has_its_verdict_and_a_click_enlarges_it(explorer):
     texts = [mark.split() for mark in marks.all_text_contents()]
     assert len(texts) == DecomposeConfig().images
     assert all((sign == "✓") == (rank == "1") for sign, rank in texts)
-    kept = 100 * sum(sign == "✓" for sign, _ in texts) / len(texts)
-    assert f"{kept:.0f} % of {len(texts)} images" in browser.text_of(explorer, ".idaa-meters")
+    share = 100 * sum(sign == "✓" for sign, _ in texts) / len(texts)
+    assert f"{share:.0f} % of {len(texts)} images" in browser.text_of(explorer, ".idaa-meters")
     verdict = lambda: browser.text_of(explorer, ".idaa-verdict")  # noqa: E731
     browser.until(explorer, lambda: "95 %" in verdict() or "No ε" in verdict(), "a verdict", 120)
     explorer.locator(".idaa-still").click(position={"x": 2.5 * 2 * TILE, "y": 2.5 * 2 * TILE})
-    large = browser.picture(explorer, selector=".idaa-large")
+    enlargement = browser.picture(explorer, selector=".idaa-large")
     x = rows(browser.pixels(explorer, ".idaa-still"))[0]
-    assert np.array_equal(large[:, :TILE], x[:, 2 * TILE : 3 * TILE])
+    assert np.array_equal(enlargement[:, :TILE], x[:, 2 * TILE : 3 * TILE])
     choose(explorer, "chosen", 0)
     # A person without eyes hears what the picture is; no tooltip says "null".
     images = explorer.locator("img.idaa-pixels[src]:visible")
@@ -181,12 +182,12 @@ def rows(picture):
 def test_thirty_moves_each_bring_new_pixels_and_their_meters(explorer):
     browser.drag(explorer, 0.4)
     browser.meters_follow(explorer)
-    before, began = browser.picture(explorer), browser.epsilon(explorer)
+    before, start = browser.picture(explorer), browser.epsilon(explorer)
     moves = browser.moves(explorer, 30)
     assert len(moves) == 30
     for name in ("pixels", "meters"):
         print(f"{name}: median {median(move[name] for move in moves):.0f} ms of {len(moves)}")
-    assert browser.epsilon(explorer) == pytest.approx(began * 10 ** (30 * 0.01), rel=0.01)
+    assert browser.epsilon(explorer) == pytest.approx(start * 10 ** (30 * 0.01), rel=0.01)
     browser.meters_follow(explorer)
     assert not np.array_equal(browser.picture(explorer), before)
     assert browser.status(explorer) == ""
@@ -195,37 +196,37 @@ def test_thirty_moves_each_bring_new_pixels_and_their_meters(explorer):
 def test_another_vae_is_another_picture(explorer):
     x = rows(browser.pixels(explorer, ".idaa-still"))[0]
     before = browser.picture(explorer)
-    chosen = explorer.locator(".idaa-vae select").evaluate("e => e.selectedIndex")
-    choose(explorer, "vae", 1 - chosen)
+    index = explorer.locator(".idaa-vae select").evaluate("e => e.selectedIndex")
+    choose(explorer, "vae", 1 - index)
     still = browser.pixels(explorer, ".idaa-still")
     browser.picture(explorer, other_than=before)
     browser.until(explorer, lambda: browser.status(explorer) == "", "the other VAE, shown")
     still = rows(browser.pixels(explorer, ".idaa-still"))
     assert np.array_equal(still[0], x)  # the same images
-    choose(explorer, "vae", chosen)
-    again = browser.until(
+    choose(explorer, "vae", index)
+    match = browser.until(
         explorer,
         lambda: np.array_equal(browser.pixels(explorer), before),
         "the first VAE's picture again",
     )
-    assert again
+    assert match
 
 
 def test_an_uploaded_image_is_the_first(explorer, tmp_path):
-    shown = rows(browser.pixels(explorer, ".idaa-still"))[0]
-    made = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    Image.fromarray(made).save(tmp_path / "mine.png")
+    tiles = rows(browser.pixels(explorer, ".idaa-still"))[0]
+    image = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    Image.fromarray(image).save(tmp_path / "mine.png")
     with explorer.expect_file_chooser() as chooser:
         explorer.locator(".idaa-upload").click()
     chooser.value.set_files(tmp_path / "mine.png")
 
     def first():
         still = browser.pixels(explorer, ".idaa-still")
-        return still is not None and np.abs(still[:32, :32].astype(int) - made).max() <= 1
+        return still is not None and np.abs(still[:32, :32].astype(int) - image).max() <= 1
 
     browser.until(explorer, first, "the uploaded image in the first column")
     x = rows(browser.pixels(explorer, ".idaa-still"))[0]
-    assert not np.array_equal(x[:32, :32], shown[:32, :32])
+    assert not np.array_equal(x[:32, :32], tiles[:32, :32])
     browser.meters_follow(explorer)
     browser.shot(explorer, "02_upload")
 
@@ -244,23 +245,23 @@ def test_a_second_tab_shows_the_same_and_follows(context, lab, opened, explorer)
     type_epsilon(explorer, "0.5")  # away from both ends
     browser.meters_follow(explorer)
     opened.save()
-    second = browser.Notebook(context, lab, "02_decompose", fresh=False)
+    tab = browser.Notebook(context, lab, "02_decompose", fresh=False)
     try:
-        here = browser.picture(explorer)
-        there = browser.picture(second.page)
-        assert np.array_equal(here, there)
+        picture = browser.picture(explorer)
+        copy = browser.picture(tab.page)
+        assert np.array_equal(picture, copy)
         browser.press(explorer, "ArrowRight", 3)
-        moved = browser.picture(explorer, other_than=here)
+        neighbour = browser.picture(explorer, other_than=picture)
         browser.until(
-            second.page,
-            lambda: np.array_equal(browser.pixels(second.page), browser.pixels(explorer)),
+            tab.page,
+            lambda: np.array_equal(browser.pixels(tab.page), browser.pixels(explorer)),
             "the second tab's picture, moved by the first tab's slider",
         )
-        assert not np.array_equal(moved, here)
-        browser.press(second.page, "ArrowLeft", 3)  # and the other way round
-        browser.picture(explorer, other_than=moved)
+        assert not np.array_equal(neighbour, picture)
+        browser.press(tab.page, "ArrowLeft", 3)  # and the other way round
+        browser.picture(explorer, other_than=neighbour)
     finally:
-        second.close()
+        tab.close()
 
 
 def test_without_its_kernel_the_notebook_shows_figure_and_table(context, lab, opened, explorer):
@@ -270,19 +271,19 @@ def test_without_its_kernel_the_notebook_shows_figure_and_table(context, lab, op
     assert not cell.locator(record).is_visible()  # widgets are there
     opened.save()
     shutil.copy(lab.folder / "02_decompose.ipynb", lab.folder / "02_later.ipynb")
-    later = browser.Notebook(context, lab, "02_later")
+    notebook = browser.Notebook(context, lab, "02_later")
     try:
-        cell = later.page.locator(".jp-CodeCell", has_text="Explorer(config)")
+        cell = notebook.page.locator(".jp-CodeCell", has_text="Explorer(config)")
         cell.scroll_into_view_if_needed()
         picture = cell.locator(record)
-        browser.until(later.page, picture.is_visible, "the figure")
+        browser.until(notebook.page, picture.is_visible, "the figure")
         assert picture.evaluate("e => e.naturalWidth") > 500
         assert "finds x itself" in cell.locator("table").inner_text()
-        assert later.page.locator(".idaa-explorer").count() == 0
+        assert notebook.page.locator(".idaa-explorer").count() == 0
         assert not cell.get_by_text("displaying widget").is_visible()
-        browser.shot(later.page, "02_without_kernel")
+        browser.shot(notebook.page, "02_without_kernel")
     finally:
-        later.close()
+        notebook.close()
 
 
 def test_it_works_after_restart_and_run_all(opened, explorer):
@@ -295,18 +296,15 @@ def test_it_works_after_restart_and_run_all(opened, explorer):
     browser.meters_follow(explorer)
 
 
-def test_without_a_trained_run_it_says_what_to_run_first(context, lab, tmp_path):
+def test_without_a_run_of_one_s_own_the_starter_follows_the_slider(context, lab, tmp_path):
     lab.copy("02_decompose", "02_alone", f'import os; os.environ["IDAA_OUTPUTS"] = "{tmp_path}"')
     notebook = browser.Notebook(context, lab, "02_alone")
     try:
         notebook.run_all(wait=False)
-
-        def told():
-            return notebook.failed() or browser.status(notebook.page)
-
-        said = browser.until(notebook.page, told, "what to run first")
-        assert "01_pretrain_vae" in said
-        assert "Traceback" not in said
+        first = browser.picture(notebook.page)
+        browser.press(notebook.page, times=5)
+        browser.picture(notebook.page, first)
+        assert "starter" in browser.text_of(notebook.page, ".idaa-left-out")
         browser.shot(notebook.page, "02_without_a_run")
     finally:
         notebook.close()
@@ -317,8 +315,8 @@ def lines(page, column="id"):
     return page.locator(f".idaa-runs-table tbody td.idaa-{column}").all_inner_texts()
 
 
-def choose_runs(page, *chosen):
-    for run in chosen:
+def choose_runs(page, *selection):
+    for run in selection:
         page.locator(".idaa-runs-table tbody tr", has_text=run.id[-8:]).first.click()
 
 
@@ -333,14 +331,14 @@ def test_the_start_page_sorts_searches_and_overlays_two(context, lab, outputs):
         names = results.labels(vaes)
         assert len(names) == 2
 
-        def overlaid():
-            told = browser.text_of(page, ".idaa-runs-curves")
-            return all(name in told for name in names) and told
+        def find_names():
+            text = browser.text_of(page, ".idaa-runs-curves")
+            return all(name in text for name in names) and text
 
-        browser.until(page, overlaid, f"curves of {' and '.join(names)}")
+        browser.until(page, find_names, f"curves of {' and '.join(names)}")
         assert page.locator(".idaa-runs-curves svg").count() == 1
-        differ = browser.text_of(page, ".idaa-runs-diff")
-        assert "dim" in differ and "epochs" in differ
+        differences = browser.text_of(page, ".idaa-runs-diff")
+        assert "dim" in differences and "epochs" in differences
 
         page.get_by_role("columnheader", name="differs from preset").click()
 
@@ -355,8 +353,8 @@ def test_the_start_page_sorts_searches_and_overlays_two(context, lab, outputs):
         run = made(SSLConfig(adversary="clae", epsilon=0.3))
         browser.until(page, lambda: lines(page, "run") == [run.id[-8:]], "the new run alone")
         choose_runs(page, run)
-        chosen = page.locator(".idaa-runs-chosen")
-        browser.until(page, lambda: "3 runs" in chosen.inner_text(), "three runs chosen")
+        counter = page.locator(".idaa-runs-chosen")
+        browser.until(page, lambda: "3 runs" in counter.inner_text(), "three runs chosen")
         page.locator('.idaa-runs-table input[type="search"]').fill("")
         browser.until(page, lambda: len(lines(page, "run")) == len(runs.list_runs()), "all lines")
         assert in_order()
@@ -364,15 +362,15 @@ def test_the_start_page_sorts_searches_and_overlays_two(context, lab, outputs):
         browser.show(notebook.page, ".idaa-runs")
         browser.shot(page, "00_start_here")
         assert browser.status(page) == ""
-        assert notebook.seen == browser.Seen()
+        assert notebook.faults == browser.Faults()
     finally:
         notebook.close()
 
 
 def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
     # Long enough that it still goes when the tab is closed, also where the page is slow.
-    asked = SMALL | {"epochs": 25, "log_every": 1}
-    lab.set("03_train_ssl", **asked)
+    values = SMALL | {"epochs": 25, "log_every": 1}
+    lab.set("03_train_ssl", **values)
     notebook = browser.Notebook(context, lab, "03_train_ssl")
     try:
         notebook.run_all(wait=False)
@@ -395,10 +393,10 @@ def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
         lines = [line for line in run.metrics() if "loss" in line]
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
 
-        def whole():
-            return len(drawn := vertices(page, "loss")) == len(lines) and drawn
+        def full_curve():
+            return len(points := vertices(page, "loss")) == len(lines) and points
 
-        x, y = np.array(browser.until(page, whole, f"{len(lines)} points of the loss")).T
+        x, y = np.array(browser.until(page, full_curve, f"{len(lines)} points of the loss")).T
         # Each line of metrics.jsonl at its place: an SVG's y grows downwards.
         assert np.corrcoef(x, [line["step"] for line in lines])[0, 1] == pytest.approx(1, abs=1e-6)
         assert np.corrcoef(y, [line["loss"] for line in lines])[0, 1] == pytest.approx(-1, abs=1e-6)
@@ -429,15 +427,15 @@ def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
 def readings(page):
     """How many the live panel tells of; 0 where there is no panel (yet)."""
     figures = page.locator(".idaa-live-figures")
-    found = figures.count() and re.search(r"([\d,]+) readings", figures.first.text_content())
-    return int(found[1].replace(",", "")) if found else 0
+    match = figures.count() and re.search(r"([\d,]+) readings", figures.first.text_content())
+    return int(match[1].replace(",", "")) if match else 0
 
 
 def vertices(page, key):
     """The points (x, y) of a curve in the live panel's SVG."""
     path = page.locator(f'.idaa-live-curves [id="{key}"] > path')
-    drawn = path.first.get_attribute("d") if path.count() else ""
-    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", drawn)]
+    data = path.first.get_attribute("d") if path.count() else ""
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", data)]
 
 
 def test_the_app_asks_for_its_token(app):
@@ -456,7 +454,7 @@ def test_the_app_asks_for_its_token(app):
 
 def test_the_app_is_the_explorer_and_the_runs_without_code(context, app, outputs):
     page = context.new_page()
-    seen = browser.watch(page)
+    faults = browser.watch(page)
     try:
         page.goto(app.address)
         assert page.locator("li a").all_inner_texts() == ["ε explorer", "Runs"]
@@ -467,8 +465,8 @@ def test_the_app_is_the_explorer_and_the_runs_without_code(context, app, outputs
         browser.picture(page, other_than=before)
         browser.meters_follow(page)
         assert browser.status(page) == ""
-        shown = page.locator("body").inner_text()
-        assert "import " not in shown and "from_notebook" not in shown
+        text = page.locator("body").inner_text()
+        assert "import " not in text and "from_notebook" not in text
         assert page.locator(".jp-CodeCell .jp-InputArea, .cm-editor, .highlight").count() == 0
         browser.show(page, ".idaa-explorer")
         browser.shot(page, "app_explorer")
@@ -491,8 +489,8 @@ def test_the_app_is_the_explorer_and_the_runs_without_code(context, app, outputs
         assert buttons.all_inner_texts() == ["Refresh"]
         browser.shot(page, "app_runs")
         # The page that was left ended its kernel, with a request that outlives it.
-        seen.failed = [told for told in seen.failed if "/api/shutdown/" not in told]
-        assert seen == browser.Seen()
+        faults.failures = [line for line in faults.failures if "/api/shutdown/" not in line]
+        assert faults == browser.Faults()
         kernels = psutil.Process(app.pid).children
         browser.until(page, lambda: len(kernels()) == 1, "one kernel, of the page that is open")
     finally:
@@ -504,7 +502,7 @@ def test_the_report_is_one_page_that_opens_from_a_file(context, outputs):
     environment = os.environ | {"IDAA_OUTPUTS": str(outputs)}
     subprocess.run(["sh", "-c", command], env=environment, check=True, capture_output=True)
     page = context.new_page()
-    seen = browser.watch(page)
+    faults = browser.watch(page)
     try:
         page.goto((outputs / "report.html").as_uri())
         text = page.locator("body").inner_text()
@@ -513,6 +511,6 @@ def test_the_report_is_one_page_that_opens_from_a_file(context, outputs):
         assert all(sizes)
         assert sizes or page.locator("svg path").count()
         browser.shot(page, "report")
-        assert seen == browser.Seen()
+        assert faults == browser.Faults()
     finally:
         page.close()

@@ -40,13 +40,13 @@ def a_method(**values):
     return build_method(config, about).double()
 
 
-def drawn_views(n=4):
+def draw_views(n=4):
     images = torch.randint(0, 256, (n, 3, 16, 16), generator=keyed_generator(1)).to(torch.uint8)
     views = [CASSLE(images, keyed_generator(seed)) for seed in (2, 3)]
-    exact = [
+    params = [
         {k: v.double() if v.is_floating_point() else v for k, v in p.items()} for _, p in views
     ]
-    return tuple(View(view.images.double(), p) for view, p in zip(views, exact, strict=True))
+    return tuple(View(view.images.double(), p) for view, p in zip(views, params, strict=True))
 
 
 # --- the descriptor
@@ -54,15 +54,15 @@ def drawn_views(n=4):
 
 def test_the_descriptor_of_hand_made_parameters():
     keys = ["grayscale", "flip", "crop", "color_diff", "color", "blur"]
-    plain = dict(color=[1.4, 0.6, 1.0, 0.05], color_diff=[0.1, 0.0, -0.2], blur=[1.5], gray=[1.0])
-    omega = describe(a_view(**plain), keys, CASSLE)
+    values = dict(color=[1.4, 0.6, 1.0, 0.05], color_diff=[0.1, 0.0, -0.2], blur=[1.5], gray=[1.0])
+    omega = describe(a_view(**values), keys, CASSLE)
     expected = [1.5, 0.5, -0.5, 0, 0.25, 0.1, 0, -0.2, 0.625, 0.625, 0.25, 0.5, 0, 1]
     torch.testing.assert_close(omega, torch.tensor([expected]))
-    mirrored = describe(a_view(**plain, flip=[1.0]), keys, CASSLE)
+    mirror = describe(a_view(**values, flip=[1.0]), keys, CASSLE)
     expected[9], expected[12] = 1 - 0.625, 1  # x of the centre, and the flip
-    torch.testing.assert_close(mirrored, torch.tensor([expected]))
-    order = describe(a_view(**plain), ["blur", "crop"], CASSLE)  # alphabetical, whatever is given
-    assert torch.equal(order, describe(a_view(**plain), ["crop", "blur"], CASSLE))
+    torch.testing.assert_close(mirror, torch.tensor([expected]))
+    order = describe(a_view(**values), ["blur", "crop"], CASSLE)  # alphabetical, whatever is given
+    assert torch.equal(order, describe(a_view(**values), ["crop", "blur"], CASSLE))
 
 
 def test_colour_is_divided_by_the_recipe_s_own_ranges():
@@ -79,13 +79,13 @@ def test_colour_is_divided_by_the_recipe_s_own_ranges():
 
 
 def test_the_neutral_condition_is_that_of_a_view_without_augmentation():
-    whole = a_view(crop=[0.0, 0.0, 40.0, 80.0])
+    view = a_view(crop=[0.0, 0.0, 40.0, 80.0])
     for key, values in NEUTRAL.items():
-        assert describe(whole, [key], CASSLE).tolist() == [list(values)]
+        assert describe(view, [key], CASSLE).tolist() == [list(values)]
 
 
 def test_readme_s_condition_has_13_values_and_14_with_flip():
-    view = drawn_views()[0]
+    view = draw_views()[0]
     keys = SSLConfig(method="moco", augmentation="cassle", condition=README).condition
     assert describe(view.params, keys, CASSLE).shape == (4, 13)
     assert describe(view.params, [*keys, "flip"], CASSLE).shape == (4, 14)
@@ -95,28 +95,28 @@ def test_readme_s_condition_has_13_values_and_14_with_flip():
 
 
 def test_identical_views_differ_by_nothing():
-    params = drawn_views()[0].params
+    params = draw_views()[0].params
     for name, value in differences(params, params, CASSLE).items():
         assert torch.equal(value, torch.full_like(value, float(name == "flip"))), name
 
 
 def test_a_flip_of_the_first_view_mirrors_the_target_and_one_of_the_second_does_not():
     a, b = a_view(), a_view(crop=[0.0, 10.0, 20.0, 30.0], blur=[0.5])
-    plain = differences(a, b, CASSLE)
+    targets = differences(a, b, CASSLE)
     expected = torch.tensor([[0.625 - 0.25, 0.625 - 25 / 80, 0.25 - 0.5, 0.5 - 0.375]])
-    torch.testing.assert_close(plain["crop"], expected)
-    flipped = a | {"flip": torch.ones(1, 1)}
-    mirrored = differences(flipped, b, CASSLE)["crop"]
-    torch.testing.assert_close(mirrored, expected * torch.tensor([1, -1, 1, 1]))
-    other = b | {"flip": torch.ones(1, 1)}
-    assert torch.equal(differences(a, other, CASSLE)["crop"], plain["crop"])
-    flips = [differences(*pair, CASSLE)["flip"].item() for pair in ((a, b), (flipped, b))]
+    torch.testing.assert_close(targets["crop"], expected)
+    mirror_a = a | {"flip": torch.ones(1, 1)}
+    mirror_crop = differences(mirror_a, b, CASSLE)["crop"]
+    torch.testing.assert_close(mirror_crop, expected * torch.tensor([1, -1, 1, 1]))
+    mirror_b = b | {"flip": torch.ones(1, 1)}
+    assert torch.equal(differences(a, mirror_b, CASSLE)["crop"], targets["crop"])
+    flips = [differences(*pair, CASSLE)["flip"].item() for pair in ((a, b), (mirror_a, b))]
     assert flips == [1, 0]
     # So the target of (b, a) is minus that of (a, b) where the flips agree, and not elsewhere.
-    back = differences(b, a, CASSLE)
+    reverse = differences(b, a, CASSLE)
     for name in ("crop", "color", "blur"):
-        torch.testing.assert_close(back[name], -plain[name])
-    assert not torch.equal(differences(b, flipped, CASSLE)["crop"], -mirrored)
+        torch.testing.assert_close(reverse[name], -targets[name])
+    assert not torch.equal(differences(b, mirror_a, CASSLE)["crop"], -mirror_crop)
 
 
 # --- projectors
@@ -125,10 +125,10 @@ def test_a_flip_of_the_first_view_mirrors_the_target_and_one_of_the_second_does_
 @pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam", "barlow"])
 @pytest.mark.parametrize("injection", ["concatenate", "add", "multiply"])
 def test_a_conditioned_projector_is_its_formula(method, injection):
-    own = a_method(method=method, condition=README, injection=injection).eval()
-    view, projector = drawn_views()[0], own.network.projector
-    h = own.network.backbone(view.images)
-    gamma = projector.gamma(describe(view.params, own.options.condition, CASSLE))
+    learner = a_method(method=method, condition=README, injection=injection).eval()
+    view, projector = draw_views()[0], learner.network.projector
+    h = learner.network.backbone(view.images)
+    gamma = projector.gamma(describe(view.params, learner.options.condition, CASSLE))
     join = {
         "concatenate": lambda: torch.cat([h, gamma], 1),
         "add": lambda: h + gamma,
@@ -136,9 +136,13 @@ def test_a_conditioned_projector_is_its_formula(method, injection):
     }
     z = projector.head(join[injection]())
     expected = z if method == "barlow" else F.normalize(z, dim=1)
-    torch.testing.assert_close(own.embed(view).z, expected)
+    torch.testing.assert_close(learner.embed(view).z, expected)
     linear = [layer for layer in projector.gamma if isinstance(layer, torch.nn.Linear)]
-    sides = [13, *[64] * 5, 64 if injection == "concatenate" else own.network.backbone.feature_dim]
+    sides = [
+        13,
+        *[64] * 5,
+        64 if injection == "concatenate" else learner.network.backbone.feature_dim,
+    ]
     assert [tuple(layer.weight.shape) for layer in linear] == [
         (outputs, inputs) for inputs, outputs in itertools.pairwise(sides)
     ]
@@ -147,102 +151,102 @@ def test_a_conditioned_projector_is_its_formula(method, injection):
 
 
 def test_raw_gives_the_parameters_themselves():
-    own = a_method(method="simclr", condition="crop", gamma="raw").eval()
-    view = drawn_views()[0]
-    h, omega = own.network.backbone(view.images), describe(view.params, ["crop"], CASSLE)
-    z = own.network.projector.head(torch.cat([h, omega], 1))
-    torch.testing.assert_close(own.embed(view).z, F.normalize(z, dim=1))
+    learner = a_method(method="simclr", condition="crop", gamma="raw").eval()
+    view = draw_views()[0]
+    h, omega = learner.network.backbone(view.images), describe(view.params, ["crop"], CASSLE)
+    z = learner.network.projector.head(torch.cat([h, omega], 1))
+    torch.testing.assert_close(learner.embed(view).z, F.normalize(z, dim=1))
 
 
 def test_a_hypernetwork_s_weights_are_row_by_row_those_it_emits():
-    own = a_method(method="simclr", condition=README, injection="hypernetwork").eval()
-    view, projector = drawn_views()[0], own.network.projector
-    h = own.network.backbone(view.images)
-    emitted = projector.gamma(describe(view.params, own.options.condition, CASSLE))
+    learner = a_method(method="simclr", condition=README, injection="hypernetwork").eval()
+    view, projector = draw_views()[0], learner.network.projector
+    h = learner.network.backbone(view.images)
+    emissions = projector.gamma(describe(view.params, learner.options.condition, CASSLE))
     c = h.shape[1]
     assert isinstance(projector, Hypernetwork)
-    assert emitted.shape[1] == c * c + c + c * 8 + 8 == Hypernetwork.count([c, c, 8])
+    assert emissions.shape[1] == c * c + c + c * 8 + 8 == Hypernetwork.count([c, c, 8])
     rows = []
-    for x, weights in zip(h, emitted, strict=True):
+    for x, weights in zip(h, emissions, strict=True):
         w1, b1, w2, b2 = weights.split([c * c, c, c * 8, 8])
         rows.append((x @ w1.view(c, c) + b1).relu() @ w2.view(c, 8) + b2)
-    torch.testing.assert_close(own.embed(view).z, F.normalize(torch.stack(rows), dim=1))
+    torch.testing.assert_close(learner.embed(view).z, F.normalize(torch.stack(rows), dim=1))
 
 
 @pytest.mark.parametrize("injection", ["concatenate", "multiply", "hypernetwork"])
 def test_the_layer_projector_is_z_at_the_neutral_condition(injection):
-    own = a_method(method="simclr", condition=README, injection=injection).eval()
-    view = drawn_views()[0]
-    neutral = [v for key in own.options.condition for v in NEUTRAL[key]]
-    condition = torch.tensor([neutral], dtype=torch.float64).expand(4, -1)
-    expected = own.network(view.images, condition).z
-    torch.testing.assert_close(own.encoder("projector")(view.images), expected)
-    assert not torch.allclose(own.embed(view).z, expected)
+    learner = a_method(method="simclr", condition=README, injection=injection).eval()
+    view = draw_views()[0]
+    values = [v for key in learner.options.condition for v in NEUTRAL[key]]
+    condition = torch.tensor([values], dtype=torch.float64).expand(4, -1)
+    expected = learner.network(view.images, condition).z
+    torch.testing.assert_close(learner.encoder("projector")(view.images), expected)
+    assert not torch.allclose(learner.embed(view).z, expected)
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam", "barlow"])
 def test_a_baseline_with_augself_s_heads_has_the_projector_and_nothing_else(method):
     """Weights and losses of the method alone: no γ, no head of a pair, nothing of the views."""
-    plain, conditioned = (
+    base, variant = (
         a_method(method=method, heads="augself", condition=keys) for keys in ("", README)
     )
-    names = [name for name, _ in plain.network.named_parameters()]
+    names = [name for name, _ in base.network.named_parameters()]
     assert not any("gamma" in name or "differences" in name for name in names)
-    shapes = {name: p.shape for name, p in conditioned.network.named_parameters()}
-    for name, p in plain.network.named_parameters():
-        other = shapes[name.replace("projector.", "projector.head.")]
-        widened = torch.Size([p.shape[0], p.shape[1] + 64]) if p.ndim == 2 else None
-        assert other in (p.shape, widened), name
-    views = drawn_views()
+    shapes = {name: p.shape for name, p in variant.network.named_parameters()}
+    for name, p in base.network.named_parameters():
+        shape = shapes[name.replace("projector.", "projector.head.")]
+        wide_shape = torch.Size([p.shape[0], p.shape[1] + 64]) if p.ndim == 2 else None
+        assert shape in (p.shape, wide_shape), name
+    views = draw_views()
     strangers = tuple(View(view.images, {}) for view in views)
-    losses = [plain.step(v, {"images": torch.arange(4)}, Moment()).loss for v in (views, strangers)]
+    losses = [base.step(v, {"images": torch.arange(4)}, Moment()).loss for v in (views, strangers)]
     torch.testing.assert_close(*losses)
 
 
 def test_heads_follow_a_condition_unless_they_are_given():
-    of = lambda **knobs: SSLConfig(method="byol", augmentation="cassle", **knobs)  # noqa: E731
-    assert of().heads is None and of(heads="own").identity() == of().identity()
-    assert of(condition="crop").heads == of(augself="crop=1").heads == "augself"
-    assert of(condition="crop", heads="own").heads == "own"
-    assert of(augself="crop=0").identity() == of().identity()  # a head without weight is none
-    plain, conditioned = (
+    make = lambda **knobs: SSLConfig(method="byol", augmentation="cassle", **knobs)  # noqa: E731
+    assert make().heads is None and make(heads="own").identity() == make().identity()
+    assert make(condition="crop").heads == make(augself="crop=1").heads == "augself"
+    assert make(condition="crop", heads="own").heads == "own"
+    assert make(augself="crop=0").identity() == make().identity()  # a head without weight is none
+    baseline, variant = (
         a_method(method="byol"),
         a_method(method="byol", condition=README, heads="own"),
     )
-    for name, p in plain.network.predictor.named_parameters():
-        assert p.shape == conditioned.network.predictor.get_parameter(name).shape
+    for name, p in baseline.network.predictor.named_parameters():
+        assert p.shape == variant.network.predictor.get_parameter(name).shape
 
 
 @pytest.mark.parametrize("method", ["rsa", "ipirm"])
 def test_rsa_and_ip_irm_keep_their_heads_under_a_condition(method):
-    plain, conditioned = (a_method(method=method, condition=keys).network for keys in ("", README))
-    assert str(conditioned.projector.head[1:]) == str(plain.projector[1:])  # but for its inputs
+    baseline, variant = (a_method(method=method, condition=keys).network for keys in ("", README))
+    assert str(variant.projector.head[1:]) == str(baseline.projector[1:])  # but for its inputs
     if method == "rsa":
-        assert str(conditioned.predictor) == str(plain.predictor)
+        assert str(variant.predictor) == str(baseline.predictor)
 
 
 def test_other_conditions_move_the_loss_and_the_target_has_its_own_gamma():
-    own = a_method(method="byol", condition=README)
-    assert own.target.projector.gamma is not own.network.projector.gamma
-    views = drawn_views()
-    shuffled = (views[0], View(views[1].images, {k: v.flip(0) for k, v in views[1].params.items()}))
-    losses = [own.step(v, {"images": torch.arange(4)}, Moment()).loss for v in (views, shuffled)]
+    learner = a_method(method="byol", condition=README)
+    assert learner.target.projector.gamma is not learner.network.projector.gamma
+    views = draw_views()
+    shuffle = (views[0], View(views[1].images, {k: v.flip(0) for k, v in views[1].params.items()}))
+    losses = [learner.step(v, {"images": torch.arange(4)}, Moment()).loss for v in (views, shuffle)]
     assert (losses[0] - losses[1]).abs() > 1e-4
 
 
 @pytest.mark.parametrize("source", ["key", "query"])
 def test_the_queue_holds_keys_or_as_the_code_has_it_queries(source):
-    own = a_method(method="moco", queue=8, queue_source=source)
+    learner = a_method(method="moco", queue=8, queue_source=source)
     with torch.no_grad():
-        for p in own.network.parameters():
+        for p in learner.network.parameters():
             p.add_(0.05)
-    views = drawn_views()
-    query = own.embed(views[0]).z.detach()
-    key = own.target(views[1].images).z
-    step = own.step(views, {"images": torch.arange(4)}, Moment())
-    own.after_step(step, Moment())
-    assert not own.queue.requires_grad
-    torch.testing.assert_close(own.queue[:4], {"key": key, "query": query}[source])
+    views = draw_views()
+    query = learner.embed(views[0]).z.detach()
+    key = learner.target(views[1].images).z
+    step = learner.step(views, {"images": torch.arange(4)}, Moment())
+    learner.after_step(step, Moment())
+    assert not learner.queue.requires_grad
+    torch.testing.assert_close(learner.queue[:4], {"key": key, "query": query}[source])
 
 
 # --- Barlow Twins
@@ -251,13 +255,13 @@ def test_the_queue_holds_keys_or_as_the_code_has_it_queries(source):
 def test_redundancy_is_the_sum_over_entries_and_0_where_entries_do_not_correlate():
     z1, z2 = torch.randn(2, 7, 3, dtype=torch.float64, generator=keyed_generator(5))
     torch.testing.assert_close(redundancy(z1, z2, 0.3), barlow(z1, z2, 0.3))
-    white = torch.linalg.qr(z1)[0] * 7**0.5  # columns of length √n at right angles
-    assert redundancy(white, white, 0.3).abs() < 1e-12
+    columns = torch.linalg.qr(z1)[0] * 7**0.5  # columns of length √n at right angles
+    assert redundancy(columns, columns, 0.3).abs() < 1e-12
 
 
 def test_its_head_standardises_each_entry_over_the_batch():
-    own = a_method(method="barlow").train()
-    z = own.embed(drawn_views()[0]).z
+    learner = a_method(method="barlow").train()
+    z = learner.embed(draw_views()[0]).z
     torch.testing.assert_close(z.mean(0), torch.zeros(8, dtype=torch.float64))
     assert ((z.square().mean(0) - 1).abs() < 1e-2).all()  # but for the BatchNorm's ε
 
@@ -274,11 +278,11 @@ SPEC = {  # §1.4, §1.6: rate of MoCo and SimSiam, side, backbone, epochs, deca
 @pytest.mark.parametrize("system", ["cassle", "augself"])
 def test_recipes_are_the_published_ones(system, data):
     moco, simsiam, side, backbone, epochs, decay, weight = SPEC[data]
-    of = lambda method, **kw: SSLConfig(  # noqa: E731
+    make = lambda method, **kw: SSLConfig(  # noqa: E731
         preset=f"{system}-{data}", dataset="stl10", method=method, **kw
     )
     for method in ("moco", "simclr", "byol", "simsiam", "barlow"):
-        config = of(method)
+        config = make(method)
         assert (config.size, config.backbone, config.stem) == (side, backbone, "imagenet")
         assert (config.epochs, config.batch_size, config.weight_decay) == (epochs, 256, decay)
         assert (config.optimizer, config.schedule) == ("sgd", "cosine")
@@ -288,15 +292,15 @@ def test_recipes_are_the_published_ones(system, data):
         keys = ("blur", "color", "color_diff", "crop", "grayscale") if system == "cassle" else ()
         assert config.condition == keys
         assert config.augself == ({} if keys else {"color": weight, "crop": weight})
-        assert of(method, batch_size=512).learning_rate == pytest.approx(2 * config.learning_rate)
-    config = of("moco")
+        assert make(method, batch_size=512).learning_rate == pytest.approx(2 * config.learning_rate)
+    config = make("moco")
     assert (config.temperature, config.queue, config.momentum) == (0.2, 65536, 0.999)
     assert (config.projection_dim, config.gamma_depth, config.gamma_width) == (128, 6, 64)
-    assert (of("simclr").temperature, of("simclr").projection_dim) == (0.2, 128)
-    assert (of("byol").projection_dim, of("byol").momentum) == (256, 0.996)
-    assert (of("barlow").projection_dim, of("barlow").off_diagonal) == (8192, 0.0051)
-    assert of("simsiam").pairing == ("imagenet" if data == "imagenet100" else "cifar")
-    baseline = of("moco", condition="", augself={})
+    assert (make("simclr").temperature, make("simclr").projection_dim) == (0.2, 128)
+    assert (make("byol").projection_dim, make("byol").momentum) == (256, 0.996)
+    assert (make("barlow").projection_dim, make("barlow").off_diagonal) == (8192, 0.0051)
+    assert make("simsiam").pairing == ("imagenet" if data == "imagenet100" else "cifar")
+    baseline = make("moco", condition="", augself={})
     assert baseline.heads == "augself" and not baseline.condition and not baseline.augself
     if data == "stl10":
         assert (config.mean, config.std) == ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27))
@@ -315,16 +319,16 @@ def test_the_views_are_the_published_ones():
 
 def test_the_same_condition_in_other_words_is_the_same_run():
     base = dict(method="moco", augmentation="cassle")
-    one = SSLConfig(**base, condition="crop, blur", augself="flip=1/2, crop=0.25")
+    config = SSLConfig(**base, condition="crop, blur", augself="flip=1/2, crop=0.25")
     for condition, augself in (
         (["blur", "crop"], {"crop": 0.25, "flip": 0.5}),
         ("blur crop", '{"flip": 0.5, "crop": 0.25}'),
         ("('blur', 'crop')", "{'crop': 0.25, 'flip': 0.5}"),  # as Python prints them
     ):
-        other = SSLConfig(**base, condition=condition, augself=augself, heads="augself")
-        assert other.identity() == one.identity()
-    unused = {"condition", "injection", "gamma", "gamma_depth", "gamma_width", "augself", "heads"}
-    assert not unused & SSLConfig(**base).identity().keys()
+        twin = SSLConfig(**base, condition=condition, augself=augself, heads="augself")
+        assert twin.identity() == config.identity()
+    names = {"condition", "injection", "gamma", "gamma_depth", "gamma_width", "augself", "heads"}
+    assert not names & SSLConfig(**base).identity().keys()
 
 
 def test_the_command_of_a_run_makes_its_configuration_again():
@@ -334,7 +338,7 @@ def test_the_command_of_a_run_makes_its_configuration_again():
     assert SSLConfig(**words) == config
 
 
-BAD = [
+MISTAKES = [
     (dict(condition="blur", augmentation="normal"), "augmentation='normal' draws no blur"),
     (dict(augself="crop=1", augmentation="none"), "augmentation='none' draws no crop, .* augself"),
     (dict(condition="crop, colour"), "condition must be .*'color'.* and is 'colour'"),
@@ -359,7 +363,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("values", "words"), BAD)
+@pytest.mark.parametrize(("values", "words"), MISTAKES)
 def test_what_makes_no_sense_is_refused_in_a_sentence(values, words):
     with pytest.raises(ConfigError, match=words) as error:
         SSLConfig(**{"method": "simclr"} | values)

@@ -26,7 +26,7 @@ from idaa_lib.train import stages
 SMALL = {"limit": 24, "width": 4, "batch_size": 8, "epochs": 1, "device": "cpu", "size": 16}
 
 
-def made(config, who=None, at=None, weights=True, summary=None, lines=()):
+def write_run(config, who=None, at=None, weights=True, summary=None, lines=()):
     """A finished run that a `sweep` or a `person` started at a time, written by hand."""
     run = runs.run_for(config, "pixels")
     with run.writing(config, {"dataset": {"name": "photos", "fingerprint": "pixels"}}) as writer:
@@ -54,26 +54,26 @@ def test_weights_before_persons_before_times(outputs):
     """All combinations, made in any order; an integer stands for each part of the rule."""
     kinds = [*itertools.product((True, False), ("person", "sweep"), (1e9, 2e9))]
     random.Random(0).shuffle(kinds)
-    tree = {kind: made(VAEConfig(seed=7 + i), kind[1], kind[2], kind[0])
+    tree = {kind: write_run(VAEConfig(seed=7 + i), kind[1], kind[2], kind[0])
             for i, kind in enumerate(kinds)}  # fmt: skip
-    best = sorted(kinds, key=lambda k: 100 * k[0] + 10 * (k[1] == "person") + k[2] / 1e9)[::-1]
-    assert runs.find("vae") == [tree[kind] for kind in best]
+    order = sorted(kinds, key=lambda k: 100 * k[0] + 10 * (k[1] == "person") + k[2] / 1e9)[::-1]
+    assert runs.find("vae") == [tree[kind] for kind in order]
     assert runs.get("vae", None) == tree[True, "person", 2e9]
-    assert runs.usable("vae") == [tree[kind] for kind in best if kind[0]]
+    assert runs.usable("vae") == [tree[kind] for kind in order if kind[0]]
 
 
 def test_of_a_sweep_s_own_the_recipe_s_comes_before_what_was_varied(outputs):
     """After `make demo` the last point has dim = 512, which nobody asked for."""
-    middle = made(VAEConfig(), "sweep", 1e9)
-    varied = [made(VAEConfig(dim=dim), "sweep", 1e9 + dim) for dim in (32, 512)]
-    assert runs.find("vae") == [middle, *varied[::-1]]
-    asked = made(VAEConfig(dim=64), "person", 1e8)
-    assert runs.get("vae", None) == asked
+    centre = write_run(VAEConfig(), "sweep", 1e9)
+    points = [write_run(VAEConfig(dim=dim), "sweep", 1e9 + dim) for dim in (32, 512)]
+    assert runs.find("vae") == [centre, *points[::-1]]
+    person_run = write_run(VAEConfig(dim=64), "person", 1e8)
+    assert runs.get("vae", None) == person_run
 
 
 def test_a_copy_with_other_times_of_files_changes_nothing(outputs, monkeypatch, tmp_path):
     for seed, (who, at) in enumerate(itertools.product(("sweep", "person"), (1e9, 3e9, 2e9))):
-        made(VAEConfig(seed=seed), who, at)
+        write_run(VAEConfig(seed=seed), who, at)
     order = [run.id for run in runs.find("vae")]
     ages = {run.id: run.last_start for run in runs.list_runs()}
     copy = tmp_path / "copy"
@@ -89,30 +89,20 @@ def test_what_a_sweep_made_and_a_person_then_starts_is_a_person_s(outputs, monke
     def start(config, starter=None):
         with monkeypatch.context() as patch:
             if starter:
-                patch.setenv("IDAA_STARTER", starter)
+                patch.setenv("IDAA_STARTED_BY", starter)
             return perform(Plan(config, runs.run_for(config, "pixels")), lambda writer: {})
 
-    asked = start(VAEConfig(dim=64))
-    swept = [start(VAEConfig(seed=seed), "sweep") for seed in (1, 2)]
-    assert runs.get("vae", None) == asked and swept[0].starts.keys() == {"sweep"}
+    person_run = start(VAEConfig(dim=64))
+    points = [start(VAEConfig(seed=seed), "sweep") for seed in (1, 2)]
+    assert runs.get("vae", None) == person_run and points[0].starts.keys() == {"sweep"}
     start(VAEConfig(seed=1))  # shown: it is finished
-    assert runs.find("vae") == [swept[0], asked, swept[1]]
+    assert runs.find("vae") == [points[0], person_run, points[1]]
     start(VAEConfig(dim=64), "sweep")  # a sweep that passes by takes nothing away
-    assert runs.find("vae") == [swept[0], asked, swept[1]]
-
-
-def test_runs_of_before_are_told_apart_by_the_lock_of_their_sweep(outputs):
-    tree = [made(VAEConfig(seed=seed), "person", 1e9 + seed) for seed in range(4)]
-    for run in tree:
-        (run.path / "starts.json").unlink()
-    for run in tree[2:]:
-        (run.path / ".sweep").touch()
-    assert runs.find("vae") == [tree[1], tree[0], tree[3], tree[2]]
-    assert [run.last_start for run in tree] == [1e9, 1e9 + 1, 1e9 + 2, 1e9 + 3]
+    assert runs.find("vae") == [points[0], person_run, points[1]]
 
 
 def test_a_run_is_meant_by_the_end_of_its_id(outputs):
-    run, other = made(SSLConfig()), made(SSLConfig(adversary="clae"))
+    run, other = write_run(SSLConfig()), write_run(SSLConfig(adversary="clae"))
     assert [runs.get("ssl", r.id[-8:]) for r in (run, other)] == [run, other]
     with pytest.raises(RunError, match="no ssl run '0123abcd'"):
         runs.get("ssl", "0123abcd")
@@ -143,27 +133,27 @@ def damage(run, name, content):
 @pytest.fixture
 def ruins(outputs):
     """A sound VAE and encoder, and newer runs of which one file each is damaged in one way."""
-    vae, ssl = made(VAEConfig(), "person", 1e9), made(SSLConfig(), "person", 1e9)
-    broken = []
+    vae, ssl = write_run(VAEConfig(), "person", 1e9), write_run(SSLConfig(), "person", 1e9)
+    wrecks = []
     for seed, (name, kind) in enumerate(itertools.product(FILES, DAMAGE), 1):
         config = SSLConfig(seed=seed) if seed % 2 else VAEConfig(seed=seed)
-        run = made(config, "sweep" if name == "starts" else "person", 2e9)
+        run = write_run(config, "sweep" if name == "starts" else "person", 2e9)
         damage(run, name, DAMAGE[kind])
-        broken.append(run)
-    return vae, ssl, broken
+        wrecks.append(run)
+    return vae, ssl, wrecks
 
 
 def test_damage_is_a_sentence_and_takes_nobody_down(ruins):
-    vae, ssl, broken = ruins
-    assert set(runs.list_runs()) == {vae, ssl, *broken}
-    left_out = []
-    for run in (*runs.usable("vae", left_out), *runs.usable("ssl", left_out)):
+    vae, ssl, wrecks = ruins
+    assert set(runs.list_runs()) == {vae, ssl, *wrecks}
+    omissions = []
+    for run in (*runs.usable("vae", omissions), *runs.usable("ssl", omissions)):
         assert run.config and checkpoints.digest(run)
         run.users()
-    kinds = {run.path.name for run in broken}
-    assert left_out and {line.partition(":")[0] for line in left_out} <= kinds
-    assert all(run.id in " ".join(left_out) for run in broken[: len(DAMAGE)])  # config.json
-    states = [rows.row_of(run).state for run in broken]
+    kinds = {run.path.name for run in wrecks}
+    assert omissions and {line.partition(":")[0] for line in omissions} <= kinds
+    assert all(run.id in " ".join(omissions) for run in wrecks[: len(DAMAGE)])  # config.json
+    states = [rows.row_of(run).state for run in wrecks]
     assert {*states} <= rows.SIGNS.keys() and {*states[: len(DAMAGE)]} == {rows.DAMAGED}
     sentences = []
     frame = results.results([run for run in runs.list_runs() if run.finished], sentences)
@@ -173,9 +163,9 @@ def test_damage_is_a_sentence_and_takes_nobody_down(ruins):
 
 def test_the_first_whole_one_is_taken(outputs):
     """Weights that are cut off, changed by a bit, or gone."""
-    sound = made(VAEConfig(), "sweep", 1e9)
+    sound_run = write_run(VAEConfig(), "sweep", 1e9)
     files = [
-        made(VAEConfig(seed=seed), "person", 2e9).path / "checkpoints/1/tensors.safetensors"
+        write_run(VAEConfig(seed=seed), "person", 2e9).path / "checkpoints/1/tensors.safetensors"
         for seed in range(1, 5)
     ]
     content = files[0].read_bytes()
@@ -183,27 +173,27 @@ def test_the_first_whole_one_is_taken(outputs):
     files[1].write_bytes(content[:-1] + b"\x01")
     files[2].unlink()
     (files[3].parent / "checksums.json").unlink()
-    assert runs.get("vae", None) == sound
+    assert runs.get("vae", None) == sound_run
 
 
 def test_a_torn_reading_is_a_sentence_beside_the_curves_of_the_others(outputs):
     lines = [{"step": s, "epoch": 0, "loss": 9.0 - s} for s in range(3)]
-    sound, torn = (made(SSLConfig(seed=seed), lines=lines) for seed in (0, 1))
-    path = torn.path / "metrics.jsonl"
-    whole = path.read_bytes().splitlines(keepends=True)
-    for bad in (
+    sound_run, torn_run = (write_run(SSLConfig(seed=seed), lines=lines) for seed in (0, 1))
+    path = torn_run.path / "metrics.jsonl"
+    parts = path.read_bytes().splitlines(keepends=True)
+    for part in (
         b'{"step": 1, "lo{"step": 2}\n',
         b"5\n",
         b'{"loss": 1}\n',
         b"\xff\xfe\n",
         b"[" * 9999 + b"\n",
     ):
-        path.write_bytes(b"".join([whole[0], bad, whole[2]]))
+        path.write_bytes(b"".join([parts[0], part, parts[2]]))
         with pytest.raises(RunError, match="line 2 is no reading"):
-            torn.metrics()
-    drawn, panel = curves([sound, torn]), Panel(torn)
-    assert drawn.count("<svg") == 1 and "Curves of 1 run" in drawn
-    for text in (drawn, panel.status.value):
+            torn_run.metrics()
+    html, panel = curves([sound_run, torn_run]), Panel(torn_run)
+    assert html.count("<svg") == 1 and "Curves of 1 run" in html
+    for text in (html, panel.status.value):
         assert "line 2 is no reading" in text and "Traceback" not in text
 
 
@@ -230,24 +220,24 @@ def test_a_folder_that_was_moved_is_the_same(outputs, photographs, tmp_path, cap
         fields["classes"] = str(tmp_path / "classes.txt")
         (tmp_path / "classes.txt").write_text(classes)
     vae = train_vae(VAEConfig(dataset=str(photographs), dim=4, **fields))
-    moved = photographs.rename(tmp_path / "second")
-    encoder = SSLConfig(dataset=str(moved), adversary="idaa", **fields)
+    folder = photographs.rename(tmp_path / "second")
+    encoder = SSLConfig(dataset=str(folder), adversary="idaa", **fields)
     assert stages.settle(encoder)[0].vae == vae.id
     assert stages.settle(encoder.replace(vae=vae.id))[0].vae == vae.id
     assert "was trained on" not in capsys.readouterr().out
-    assert runs.find("vae", dataset=str(moved), classes=fields.get("classes", "")) == [vae]
+    assert runs.find("vae", dataset=str(folder), classes=fields.get("classes", "")) == [vae]
     assert runs.find("vae", dataset="photos", size=16) == []
-    own = {"classes": fields["classes"]} if classes else {}
-    assert reading_of(EvalConfig(), vae, str(moved)) == own
-    assert reading_of(EvalConfig(classes=""), vae, str(moved)) == {"classes": ""}
+    options = {"classes": fields["classes"]} if classes else {}
+    assert reading_of(EvalConfig(), vae, str(folder)) == options
+    assert reading_of(EvalConfig(classes=""), vae, str(folder)) == {"classes": ""}
     assert reading_of(EvalConfig(on_error="skip"), vae, "photos") == {"on_error": "skip"}
     # Started again, it knows the new place, and other runs do.
     assert vae.config.dataset == str(photographs)
-    assert train_vae(VAEConfig(dataset=str(moved), dim=4, **fields)) == vae
-    assert vae.config.dataset == str(moved)
+    assert train_vae(VAEConfig(dataset=str(folder), dim=4, **fields)) == vae
+    assert vae.config.dataset == str(folder)
     # Other images are others, whatever their folder's name.
-    other = moved / "train" / "cat" / "0.png"
-    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(other)
+    image = folder / "train" / "cat" / "0.png"
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(image)
     with pytest.raises(RunError, match="no finished vae run with dataset="):
         stages.settle(encoder)
 
@@ -256,7 +246,7 @@ def test_a_training_that_read_its_images_as_they_are_has_none_opened(outputs, mo
     """To compare them with other images would decode those at the training's size."""
     monkeypatch.setattr("idaa_lib.runs.choice.open_images", None)
     for config in (EvalConfig(), EvalConfig(gray_bits=12)):
-        assert reading_of(config, made(SSLConfig()), "food101") == config.reading
+        assert reading_of(config, write_run(SSLConfig()), "food101") == config.reading
 
 
 # --- what notebooks say --------------------------------------------------------------------------
@@ -265,15 +255,15 @@ def test_a_training_that_read_its_images_as_they_are_has_none_opened(outputs, mo
 def test_a_notebook_s_configuration_names_its_runs(outputs, capsys):
     vae = train_vae(VAEConfig(**SMALL, dim=4))
     ssl = train_ssl(SSLConfig(**SMALL, adversary="idaa", epsilon="8/255", seed=3))
-    damage(made(SSLConfig(seed=5)), "config", b"{")
+    damage(write_run(SSLConfig(seed=5)), "config", b"{")
     assert full_name(vae) == f"VAE β 3.2, dim 4 · photos · {vae.id[-8:]}"
     assert full_name(ssl) == f"SimCLR + IDAA ε 0.0313725 · photos · seed 3 · {ssl.id[-8:]}"
     for config in (EvalConfig(), TransferConfig(), EvalConfig(run=ssl.id[-8:])):
-        chosen = choose(config)
-        said = capsys.readouterr().out
-        assert chosen.run == ssl.id
-        assert f"run: {full_name(ssl)}\nits vae: {full_name(vae)}\n" in said
-        assert f'as in run = "{ssl.id[-8:]}"' in said and "Left out: " in said
+        choice = choose(config)
+        output = capsys.readouterr().out
+        assert choice.run == ssl.id
+        assert f"run: {full_name(ssl)}\nits vae: {full_name(vae)}\n" in output
+        assert f'as in run = "{ssl.id[-8:]}"' in output and "Left out: " in output
     config = choose(SSLConfig(**SMALL, adversary="idaa"))
     assert config.vae == vae.id and f"vae: {full_name(vae)}" in capsys.readouterr().out
 
@@ -288,11 +278,11 @@ def test_every_notebook_names_what_it_uses_where_its_configuration_is(path):
     """By `choose` in the cell that reads its parameters; a study by its plan's VAEs. 00 and 13
     choose none, since they show all runs."""
     cells = code(path)
-    reads = [cell for cell in cells if ".from_notebook(globals())" in cell]
+    readers = [cell for cell in cells if ".from_notebook(globals())" in cell]
     study = path.stem[:2] in ("05", "06", "11")
-    assert (len(reads) == 1) == (path.stem[:2] not in ("00", "13"))
+    assert (len(readers) == 1) == (path.stem[:2] not in ("00", "13"))
     if study:
-        assert "sweeps.outline(" in "".join(cells[1:4])
-    elif reads:
-        assert cells.index(reads[0]) <= 2 and " = choose(" in reads[0]
+        assert "plans.outline(" in "".join(cells[1:4])
+    elif readers:
+        assert cells.index(readers[0]) <= 2 and " = choose(" in readers[0]
     assert "this run" not in "".join(cells)

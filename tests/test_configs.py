@@ -11,7 +11,6 @@ from papermill.iorw import NoDatesSafeLoader
 from papermill.translators import translate_parameters
 
 from idaa_lib.configs import (
-    PRESETS,
     CompareConfig,
     ConfigError,
     DecomposeConfig,
@@ -26,6 +25,7 @@ from idaa_lib.runs import CONFIGS
 from idaa_lib.train.__main__ import read_words
 
 ALL = (VAEConfig, SSLConfig, EvalConfig, DecomposeConfig, SweepConfig)
+PRESETS = sorted(path.stem for path in SSLConfig.recipes.glob("*.toml"))
 
 
 def data_of(preset):
@@ -36,14 +36,14 @@ def data_of(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("config", ALL)
 def test_every_preset_resolves_every_field_and_survives_json(config, preset):
-    given = data_of(preset) if config in (VAEConfig, SSLConfig) else {}
-    resolved = config(preset=preset, **given)
+    values = data_of(preset) if config in (VAEConfig, SSLConfig) else {}
+    instance = config(preset=preset, **values)
     for name in ("dataset", "size", "epochs", "batch_size", "learning_rate", "dim", "kappa"):
-        optional = config in (EvalConfig, DecomposeConfig) and name == "dataset"
-        assert optional or getattr(resolved, name, 1) is not None, name
-    again = config(**json.loads(json.dumps(resolved.model_dump(mode="json"))))
-    assert again == resolved
-    assert not resolved.changed()
+        option = config in (EvalConfig, DecomposeConfig) and name == "dataset"
+        assert option or getattr(instance, name, 1) is not None, name
+    repeat = config(**json.loads(json.dumps(instance.model_dump(mode="json"))))
+    assert repeat == instance
+    assert not instance.changed()
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ def test_every_preset_resolves_every_field_and_survives_json(config, preset):
     ],
 )
 def test_what_cannot_be_is_one_sentence(config, values, words):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error:
         config(**values)
-    sentence = str(caught.value)
+    sentence = str(error.value)
     assert all(word in sentence for word in words), sentence
     assert "\n" not in sentence
-    assert caught.value._render_traceback_() == [f"ConfigError: {sentence}"]
+    assert error.value._render_traceback_() == [f"ConfigError: {sentence}"]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ NOTHING = ("None", "null", "NULL", "none", "")
 )  # fmt: skip
 def test_a_spelling_means_the_same_by_hand_and_by_papermill(config, name, spellings, value, way):
     for text in spellings:
-        read = getattr(config(**way(name, text)), name)
-        assert (read, type(read)) == (value, type(value)), text
+        result = getattr(config(**way(name, text)), name)
+        assert (result, type(result)) == (value, type(value)), text
 
 
 @pytest.mark.parametrize("way", [by_hand, by_papermill, by_yaml])
@@ -222,12 +222,12 @@ def test_the_paper_s_vae_at_224_pixels_is_the_imagenet_one():
     assert (small.dim, small.augmentation) == (512, "simclr")
     assert VAEConfig(preset="paper", size=224, dim=64, dataset="imagenet").dim == 64
     assert VAEConfig(preset="cifar10", size=224, dataset="imagenet").dim == 512
-    for made in (VAEConfig, SSLConfig):
+    for kind in (VAEConfig, SSLConfig):
         with pytest.raises(
             ConfigError, match=r"dataset must be given at size=224: that of preset="
         ):
-            made(preset="paper", size=224)
-        assert made(size=224).dataset == "photos"
+            kind(preset="paper", size=224)
+        assert kind(size=224).dataset == "photos"
     simsiam = dict(preset="paper", method="simsiam", pairing="imagenet")
     with pytest.raises(ConfigError, match="dataset must be given at size=224"):
         SSLConfig(**simsiam)
@@ -237,16 +237,16 @@ def test_the_paper_s_vae_at_224_pixels_is_the_imagenet_one():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_figure_has_its_axes_of_the_preset_and_what_is_given_besides(preset):
-    given = {"preset": preset} | data_of(preset)
-    sixth, fifth = SweepConfig(**given), SweepConfig(**given, figure="5")
-    assert min(len(each) for each in (sixth.epsilons, sixth.betas, sixth.dims)) > 2
-    assert sixth.axes == {} and (fifth.epsilons, fifth.betas, fifth.dims) == ((), (), ())
-    assert [*fifth.axes] == ["batch_size", "backbone", "epochs"]
-    middle = SSLConfig(**given)
-    assert all(getattr(middle, name) in along for name, along in fifth.axes.items())
+    fields = {"preset": preset} | data_of(preset)
+    sweep_6, sweep_5 = SweepConfig(**fields), SweepConfig(**fields, figure="5")
+    assert min(len(values) for values in (sweep_6.epsilons, sweep_6.betas, sweep_6.dims)) > 2
+    assert sweep_6.axes == {} and (sweep_5.epsilons, sweep_5.betas, sweep_5.dims) == ((), (), ())
+    assert [*sweep_5.axes] == ["batch_size", "backbone", "epochs"]
+    centre = SSLConfig(**fields)
+    assert all(getattr(centre, name) in axis for name, axis in sweep_5.axes.items())
     both = SweepConfig(preset=preset, figure=5, epsilons="0.1", axes='{"width": [4]}')
     assert (both.epsilons, both.dims, both.axes) == ((0.1,), (), {"width": [4]})
-    assert SweepConfig(preset=preset, axes={"width": [4]}).epsilons == sixth.epsilons
+    assert SweepConfig(preset=preset, axes={"width": [4]}).epsilons == sweep_6.epsilons
 
 
 def test_knobs_are_flat_names_with_the_defaults_of_their_choice():
@@ -255,12 +255,12 @@ def test_knobs_are_flat_names_with_the_defaults_of_their_choice():
     assert SemiConfig(adversary="idaa").epsilon == 0.5
     assert dict(SSLConfig(method="moco"))["queue"] == 1024  # of the demo's recipe
     assert not hasattr(SSLConfig(), "epsilon")
-    changed = SSLConfig(adversary="idaa", epsilon=0.3).replace(adversary="clae")
-    assert changed.epsilon == 0.03  # the knobs of the old choice are dropped
+    config = SSLConfig(adversary="idaa", epsilon=0.3).replace(adversary="clae")
+    assert config.epsilon == 0.03  # the knobs of the old choice are dropped
     assert SSLConfig(epsilon=None) == SSLConfig()  # None is the recipe's value, whosever it is
-    rows = {(row["knob"], row["of"]) for row in SSLConfig.knobs()}
+    rows = {(row["name"], row["of"]) for row in SSLConfig.fields()}
     assert ("epsilon", "adversary = idaa") in rows and ("queue", "method = moco") in rows
-    assert not any("fixmatch" in of for _, of in rows)
+    assert not any("fixmatch" in choice for _, choice in rows)
 
 
 def test_a_warm_up_as_long_as_the_training_is_refused_unless_it_is_the_recipe_s():
@@ -270,11 +270,11 @@ def test_a_warm_up_as_long_as_the_training_is_refused_unless_it_is_the_recipe_s(
     assert SSLConfig(warmup=2, epochs=3).warmup == 2
     with pytest.raises(ConfigError, match="warmup=2 must be less than epochs=2"):
         SSLConfig(warmup=2, epochs=3).replace(epochs=2)
-    own = dict(preset="rsa-imagenet", dataset="imagenet")
-    for short in (SSLConfig(**own, epochs=1), SSLConfig(**own).replace(epochs=1)):
-        assert short.warmup == 10 and short.replace(seed=1).warmup == 10
+    fields = dict(preset="rsa-imagenet", dataset="imagenet")
+    for config in (SSLConfig(**fields, epochs=1), SSLConfig(**fields).replace(epochs=1)):
+        assert config.warmup == 10 and config.replace(seed=1).warmup == 10
     with pytest.raises(ConfigError, match="warmup=11 must be less than epochs=11"):
-        SSLConfig(**own, epochs=11, warmup=11)
+        SSLConfig(**fields, epochs=11, warmup=11)
 
 
 def test_a_recipe_of_one_s_own_extends_another(tmp_path):
@@ -284,9 +284,9 @@ def test_a_recipe_of_one_s_own_extends_another(tmp_path):
         "[ssl.where.method.simsiam]\nbase_rate = 0.1\n[ssl.where.adversary.idaa]\nepsilon = 0.3\n"
         "[ssl.where.epochs.9]\nwidth = 32\n"
     )
-    mine = SSLConfig(preset=str(path), method="simsiam", adversary="idaa")
-    assert (mine.epochs, mine.epsilon, mine.optimizer, mine.width) == (7, 0.3, "sgd", 64)
-    assert mine.learning_rate == pytest.approx(0.2)  # .1 for 256 images
+    config = SSLConfig(preset=str(path), method="simsiam", adversary="idaa")
+    assert (config.epochs, config.epsilon, config.optimizer, config.width) == (7, 0.3, "sgd", 64)
+    assert config.learning_rate == pytest.approx(0.2)  # .1 for 256 images
     assert SSLConfig(preset=str(path), epochs=9).width == 32  # a condition is of the final value
     assert SSLConfig(preset=str(path), learning_rate=1.0).learning_rate == 1.0
     path.write_text("[ssl]\nepoch = 7\n")
@@ -333,24 +333,24 @@ def test_a_name_that_papermill_injected_and_nobody_knows_is_refused():
 
 
 def test_a_field_that_is_not_in_the_cell_is_a_parameter_too():
-    injected = "# Parameters\nmean = [0.5, 0.5, 0.5]\nlog_every = 1e1\n"
-    config = SSLConfig.from_notebook(kernel(PARAMETERS, injected))
+    cell = "# Parameters\nmean = [0.5, 0.5, 0.5]\nlog_every = 1e1\n"
+    config = SSLConfig.from_notebook(kernel(PARAMETERS, cell))
     assert (config.mean, config.log_every) == ((0.5, 0.5, 0.5), 10)
 
 
 def test_the_configuration_cell_runs_again():
     """Names of later cells are no parameters, and a corrected cell replaces the one before."""
-    later = kernel(PARAMETERS, INJECTED, "figure = 1\nsize = 7\nmean = rows = []\n")
-    config = SSLConfig.from_notebook(later)
+    namespace = kernel(PARAMETERS, INJECTED, "figure = 1\nsize = 7\nmean = rows = []\n")
+    config = SSLConfig.from_notebook(namespace)
     assert (config.epsilon, config.size, config.mean) == (0.3, 32, None)
-    wrong = PARAMETERS.replace("epsilon", "epsilom")
+    typo = PARAMETERS.replace("epsilon", "epsilom")
     with pytest.raises(ConfigError):
-        SSLConfig.from_notebook(kernel(wrong))
-    assert SSLConfig.from_notebook(kernel(wrong, PARAMETERS)).adversary == "idaa"
+        SSLConfig.from_notebook(kernel(typo))
+    assert SSLConfig.from_notebook(kernel(typo, PARAMETERS)).adversary == "idaa"
 
 
 def test_a_knob_that_papermill_injects_is_a_parameter():
-    injected = "# Parameters\ntemperature = 0.2\n"
-    assert SSLConfig.from_notebook(kernel(PARAMETERS, injected)).temperature == 0.2
+    cell = "# Parameters\ntemperature = 0.2\n"
+    assert SSLConfig.from_notebook(kernel(PARAMETERS, cell)).temperature == 0.2
     with pytest.raises(ConfigError, match="queue is a knob of method='moco'"):
         SSLConfig.from_notebook(kernel(PARAMETERS, "# Parameters\nqueue = 7\n"))

@@ -76,18 +76,18 @@ def network(task):
     return detection.build_detector(task.config, task.source, task.model)
 
 
-def changed(config, **values):
+def change(config, **values):
     return DetectionConfig(**{**config.model_dump(), **values})
 
 
 # --- reading
 
 
-def drawn_set(folder, annotations, names=("a.png", "b.png")):
+def draw_set(folder, annotations, names=("a.png", "b.png")):
     folder.mkdir()
     for name in names:
         Image.new("RGB", (20, 10), "red").save(folder / name)
-    listed = {
+    content = {
         "images": [{"id": 7 * i, "file_name": name, "width": 20, "height": 10}
                    for i, name in enumerate(names, 1)],
         "annotations": [{"id": i, "image_id": 7, "iscrowd": 0, **a}
@@ -95,7 +95,7 @@ def drawn_set(folder, annotations, names=("a.png", "b.png")):
         "categories": [{"id": 90, "name": "cup"}, {"id": 3, "name": "cat"}],
     }  # fmt: skip
     path = folder / "annotations.json"
-    path.write_text(json.dumps(listed))
+    path.write_text(json.dumps(content))
     return folder, path
 
 
@@ -107,14 +107,14 @@ def rectangle(x1, y1, x2, y2):
 
 def test_boxes_labels_and_masks_of_all_three_encodings(tmp_path, monkeypatch):
     polygon = [[2, 1, 8, 1, 8, 5, 2, 5]]
-    compressed = rle.encode(rectangle(10, 2, 15, 9))
-    compressed["counts"] = compressed["counts"].decode()
+    code = rle.encode(rectangle(10, 2, 15, 9))
+    code["counts"] = code["counts"].decode()
     # Column by column from the top left: zeros first.
     counts = {"counts": [30, 5, 5, 5, 155], "size": [10, 20]}
     crowd = {"category_id": 3, "bbox": [3, 0, 2, 5], "segmentation": counts, "iscrowd": 1}
-    data = CocoSet(*drawn_set(tmp_path / "set", [
+    data = CocoSet(*draw_set(tmp_path / "set", [
         {"category_id": 90, "bbox": [2, 1, 6, 4], "segmentation": polygon, "area": 23.5},
-        {"category_id": 3, "bbox": [10, 2, 5, 7], "segmentation": compressed},
+        {"category_id": 3, "bbox": [10, 2, 5, 7], "segmentation": code},
         crowd,
     ]))  # fmt: skip
     assert (data.classes, data.useful, data.objects, data.unmasked) == (("cat", "cup"), [0], 3, 0)
@@ -126,23 +126,23 @@ def test_boxes_labels_and_masks_of_all_three_encodings(tmp_path, monkeypatch):
     assert target["area"].tolist() == [23.5, 35, 10]
     expected = [rectangle(2, 1, 8, 5), rectangle(10, 2, 15, 9), rectangle(3, 0, 5, 5)]
     assert np.array_equal(target["masks"], expected)
-    _, empty = data[1]
-    assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 10, 20)
+    _, blank = data[1]
+    assert blank["boxes"].shape == (0, 4) and blank["masks"].shape == (0, 10, 20)
 
     flip = coco.AUGMENT.transforms[2]
     monkeypatch.setattr(flip, "p", 0.0)
-    plain, kept = for_training(image, target)
+    pixels, items = for_training(image, target)
     monkeypatch.setattr(flip, "p", 1.0)
-    mirrored, flipped = for_training(image, target)
-    assert torch.equal(mirrored.flip(-1), plain) and plain.max() == 1
-    assert kept["labels"].tolist() == flipped["labels"].tolist() == [2, 1]  # the crowd is out
-    assert flipped["boxes"].tolist() == [[12, 1, 18, 5], [5, 2, 10, 9]]
-    assert torch.equal(flipped["masks"], kept["masks"].flip(-1))
+    mirror, mirror_items = for_training(image, target)
+    assert torch.equal(mirror.flip(-1), pixels) and pixels.max() == 1
+    assert items["labels"].tolist() == mirror_items["labels"].tolist() == [2, 1]  # the crowd is out
+    assert mirror_items["boxes"].tolist() == [[12, 1, 18, 5], [5, 2, 10, 9]]
+    assert torch.equal(mirror_items["masks"], items["masks"].flip(-1))
 
 
 def test_boxes_are_cut_to_the_image_and_slivers_left_out(tmp_path):
     boxes = [[15, 5, 50, 50], [2, 2, 0.5, 5], [19.5, 2, 5, 5]]
-    data = CocoSet(*drawn_set(
+    data = CocoSet(*draw_set(
         tmp_path / "set", [{"category_id": 3, "bbox": box} for box in boxes]), masks=False
     )  # fmt: skip
     assert data.unmasked == 3
@@ -164,7 +164,7 @@ def test_boxes_are_cut_to_the_image_and_slivers_left_out(tmp_path):
     ],
 )
 def test_a_broken_set_is_one_sentence(tmp_path, spoil, sentence):
-    folder, path = drawn_set(tmp_path / "set", [{"category_id": 3, "bbox": [1, 1, 5, 5]}])
+    folder, path = draw_set(tmp_path / "set", [{"category_id": 3, "bbox": [1, 1, 5, 5]}])
     CocoSet(folder, path)
     spoil(folder)
     with pytest.raises(ConfigError, match=sentence):
@@ -199,10 +199,10 @@ RUNS = {"counts": [30, 5, 5, 5, 155], "size": [10, 20]}
 )  # fmt: skip
 def test_an_annotation_that_would_train_something_wrong_is_named(tmp_path, changes, sentence):
     """As labelling tools and scripts leave them: NaN would take all memory at the first batch."""
-    good = {"category_id": 3, "bbox": [2, 1, 6, 4], "segmentation": [SQUARE]}
-    with pytest.raises(ConfigError, match=f"annotation 2 .*{sentence}") as raised:
-        CocoSet(*drawn_set(tmp_path / "set", [good, good | changes]))
-    assert re.fullmatch(r"[^\n]+\.", str(raised.value))
+    annotation = {"category_id": 3, "bbox": [2, 1, 6, 4], "segmentation": [SQUARE]}
+    with pytest.raises(ConfigError, match=f"annotation 2 .*{sentence}") as error:
+        CocoSet(*draw_set(tmp_path / "set", [annotation, annotation | changes]))
+    assert re.fullmatch(r"[^\n]+\.", str(error.value))
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def test_an_annotation_that_would_train_something_wrong_is_named(tmp_path, chang
         ({"segmentation": SQUARE}, 0),  # a polygon that is not in a list of polygons
         ({"segmentation": [SQUARE], "area": None, "iscrowd": 0}, 0),
         ({"segmentation": [SQUARE], "area": NAN}, 0),
-        *(({"segmentation": nothing}, 1) for nothing in ([], [[]], None, {})),
+        *(({"segmentation": blank}, 1) for blank in ([], [[]], None, {})),
     ],
 )
 def test_what_is_harmless_in_an_annotation_trains(tmp_path, changes, unmasked):
-    good = {"category_id": 3, "bbox": [2, 1, 6, 4]}
-    data = CocoSet(*drawn_set(tmp_path / "set", [good | changes]), masks=not unmasked)
+    annotation = {"category_id": 3, "bbox": [2, 1, 6, 4]}
+    data = CocoSet(*draw_set(tmp_path / "set", [annotation | changes]), masks=not unmasked)
     assert (data.useful, data.unmasked) == ([0], unmasked)
     _, target = data[0]
     assert target["area"].tolist() == [24]
@@ -232,27 +232,27 @@ def test_compressed_runs_are_those_of_pycocotools(tmp_path):
         text = rle.encode(np.asfortranarray(pixels))["counts"].decode()
         runs = np.diff([0, *np.flatnonzero(np.diff(pixels.ravel("F"), prepend=0)), pixels.size])
         assert coco._read_runs(text) == [int(n) for n in runs]
-    whole = {"size": [60, 90], "counts": text}
+    code = {"size": [60, 90], "counts": text}
     pixels = (draw.random((60, 90)) < 0.3).astype("u1")
     text = rle.encode(np.asfortranarray(pixels))["counts"].decode()
-    assert not coco._fault_of_runs(whole | {"counts": text}, 60, 90)
-    for damaged in ("", text[:-1], text[: len(text) // 2], text + "0P1", "é", "\0", text[3:]):
-        assert coco._fault_of_runs(whole | {"counts": damaged}, 60, 90), damaged
+    assert not coco._fault_of_runs(code | {"counts": text}, 60, 90)
+    for damage in ("", text[:-1], text[: len(text) // 2], text + "0P1", "é", "\0", text[3:]):
+        assert coco._fault_of_runs(code | {"counts": damage}, 60, 90), damage
 
 
 def test_a_flat_box_is_not_trained_on_whatever_its_polygon(tmp_path):
-    flat = {"category_id": 3, "bbox": [2, 1, 6, 0], "segmentation": [[2, 1, 8, 1]]}
-    good = {"category_id": 3, "bbox": [2, 1, 6, 4], "segmentation": [SQUARE]}
-    data = CocoSet(*drawn_set(tmp_path / "set", [flat, good]))
+    line = {"category_id": 3, "bbox": [2, 1, 6, 0], "segmentation": [[2, 1, 8, 1]]}
+    annotation = {"category_id": 3, "bbox": [2, 1, 6, 4], "segmentation": [SQUARE]}
+    data = CocoSet(*draw_set(tmp_path / "set", [line, annotation]))
     _, target = for_training(*data[0])
     assert len(target["masks"]) == 1 and target["masks"].sum() == 24
 
 
 def test_the_same_id_twice_is_refused(tmp_path):
     """As of two exports that were joined: pycocotools would show one of them twice."""
-    good = {"category_id": 3, "bbox": [2, 1, 6, 4]}
+    annotation = {"category_id": 3, "bbox": [2, 1, 6, 4]}
     with pytest.raises(ConfigError, match="more than one of its annotations with id 1"):
-        CocoSet(*drawn_set(tmp_path / "set", [good, good | {"id": 1}]))
+        CocoSet(*draw_set(tmp_path / "set", [annotation, annotation | {"id": 1}]))
 
 
 # How a viewer turns pixels that are stored with each note (EXIF 2.32, tag 274).
@@ -271,17 +271,17 @@ def test_a_photograph_is_read_as_it_was_annotated(tmp_path, note):
     exif = Image.Exif()
     exif[274] = note
     corner = {"category_id": 3, "bbox": [0, 0, 2, 2], "segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]]}
-    folder, path = drawn_set(tmp_path / "set", [corner], names=["a.jpg"])
+    folder, path = draw_set(tmp_path / "set", [corner], names=["a.jpg"])
     Image.fromarray(pixels).save(folder / "a.jpg", exif=exif, quality=95)
-    upright, listed = TURNS[note](pixels), json.loads(path.read_text())
-    for wanted in (upright, upright if upright.shape == pixels.shape else pixels):
-        listed["images"][0] |= {"height": wanted.shape[0], "width": wanted.shape[1]}
-        path.write_text(json.dumps(listed))
+    oracle, content = TURNS[note](pixels), json.loads(path.read_text())
+    for expected in (oracle, oracle if oracle.shape == pixels.shape else pixels):
+        content["images"][0] |= {"height": expected.shape[0], "width": expected.shape[1]}
+        path.write_text(json.dumps(content))
         image, target = CocoSet(folder, path)[0]
-        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - wanted).max() < 100
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() < 100
         assert target["masks"].shape[1:] == image.shape[1:]
-    listed["images"][0] |= {"height": 40, "width": 80}
-    path.write_text(json.dumps(listed))
+    content["images"][0] |= {"height": 40, "width": 80}
+    path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"20 × 10 pixels, and .* says 80 × 40 .*annotation 1"):
         CocoSet(folder, path)
 
@@ -315,9 +315,9 @@ def own_evaluation(path, predictions, kind, data):
             {"image_id": data.ids[i], "category_id": ids[label - 1], "score": score.item(),
              "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
              "segmentation": rle.encode(np.asfortranarray(mask.byte()))}
-            for i, found in enumerate(predictions)
+            for i, result in enumerate(predictions)
             for box, label, score, mask in zip(
-                found["boxes"], found["labels"], found["scores"], found["masks"], strict=True)
+                result["boxes"], result["labels"], result["scores"], result["masks"], strict=True)
         ]  # fmt: skip
         for row in rows if kind == "bbox" else ():
             del row["segmentation"]
@@ -330,17 +330,17 @@ def own_evaluation(path, predictions, kind, data):
 
 def with_crowd(path, folder):
     """The same annotations, the first object of every other image being a crowd."""
-    listed = json.loads(path.read_text())
-    seen = set()
-    for found in listed["annotations"]:
-        if found["image_id"] % 2 and found["image_id"] not in seen:
-            polygons = rle.frPyObjects(found["segmentation"], SIDES[1], SIDES[0])
-            whole = rle.merge(polygons)
-            found |= {"iscrowd": 1, "segmentation": whole | {"counts": whole["counts"].decode()}}
-        seen.add(found["image_id"])
-    made = folder / "crowded.json"
-    made.write_text(json.dumps(listed))
-    return made
+    content = json.loads(path.read_text())
+    image_ids = set()
+    for item in content["annotations"]:
+        if item["image_id"] % 2 and item["image_id"] not in image_ids:
+            polygons = rle.frPyObjects(item["segmentation"], SIDES[1], SIDES[0])
+            union = rle.merge(polygons)
+            item |= {"iscrowd": 1, "segmentation": union | {"counts": union["counts"].decode()}}
+        image_ids.add(item["image_id"])
+    crowd_path = folder / "crowded.json"
+    crowd_path.write_text(json.dumps(content))
+    return crowd_path
 
 
 @pytest.fixture
@@ -351,12 +351,12 @@ def crowded(shapes, tmp_path):
 def test_the_truth_as_prediction_has_an_ap_of_100(crowded):
     pairs = []
     for _, target in crowded:
-        mine = {k: v[target["iscrowd"] == 0] for k, v in target.items()}
-        pairs.append((mine | {"scores": torch.ones(len(mine["labels"]))}, target))
+        prediction = {k: v[target["iscrowd"] == 0] for k, v in target.items()}
+        pairs.append((prediction | {"scores": torch.ones(len(prediction["labels"]))}, target))
     assert sum(int(target["iscrowd"].sum()) for _, target in pairs) > 2
-    found = average_precision(pairs)
-    assert set(found) == {f"{kind}_ap{t}" for kind in ("box", "mask") for t in ("", "50", "75")}
-    assert list(found.values()) == [100.0] * 6
+    scores = average_precision(pairs)
+    assert set(scores) == {f"{kind}_ap{t}" for kind in ("box", "mask") for t in ("", "50", "75")}
+    assert list(scores.values()) == [100.0] * 6
 
 
 def test_ap_is_pycocotools_own(crowded):
@@ -367,29 +367,29 @@ def test_ap_is_pycocotools_own(crowded):
         boxes = target["boxes"].repeat(3, 1)
         boxes = boxes + 6 * torch.randn(boxes.shape, generator=draw)
         boxes = torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 2)], 1)
-        kept = torch.rand(len(boxes), generator=draw) < 0.8
+        mask = torch.rand(len(boxes), generator=draw) < 0.8
         labels = target["labels"].repeat(3)
-        swapped = torch.rand(len(boxes), generator=draw) < 0.2
+        swaps = torch.rand(len(boxes), generator=draw) < 0.2
         masks = torch.stack([m.roll(int(s), -1) for m, s in zip(
             target["masks"].repeat(3, 1, 1), torch.randint(-9, 9, (len(boxes),), generator=draw),
             strict=True)])  # fmt: skip
-        found = {"boxes": boxes, "labels": torch.where(swapped, 3 - labels, labels)}
-        found |= {"scores": torch.rand(len(boxes), generator=draw), "masks": masks.bool()}
-        predictions.append({k: v[kept] for k, v in found.items()})
+        prediction = {"boxes": boxes, "labels": torch.where(swaps, 3 - labels, labels)}
+        prediction |= {"scores": torch.rand(len(boxes), generator=draw), "masks": masks.bool()}
+        predictions.append({k: v[mask] for k, v in prediction.items()})
         targets.append(target)
-    found = average_precision(zip(predictions, targets, strict=True))
+    scores = average_precision(zip(predictions, targets, strict=True))
     path = crowded.annotations
     for name, kind in (("box", "bbox"), ("mask", "segm")):
         expected = own_evaluation(path, predictions, kind, crowded)
         assert 1 < expected[0] < 90
-        values = [found[f"{name}_ap{t}"] for t in ("", "50", "75")]
+        values = [scores[f"{name}_ap{t}"] for t in ("", "50", "75")]
         assert values == pytest.approx(expected, abs=1e-4)
 
 
 # --- the network
 
 
-def small(width=4, classes=2, bottleneck=False, **values):
+def small_detector(width=4, classes=2, bottleneck=False, **values):
     with initial_weights(0):
         name = "resnet50" if bottleneck else "resnet18"
         backbone = build_backbone(name, width=width, stem="imagenet", adversarial_norms=False)
@@ -406,11 +406,11 @@ def test_each_stem_s_stride_is_that_of_its_maps():
 
 @pytest.mark.parametrize("bottleneck", [False, True])
 def test_the_layers_are_the_backbone_s_and_the_map_has_stride_16(bottleneck):
-    backbone, detector = small(bottleneck=bottleneck)
+    backbone, detector = small_detector(bottleneck=bottleneck)
     images = torch.randn(2, 3, 64, 96, generator=keyed_generator(0))
     backbone.eval()
-    whole = _layers(backbone, 4)(images).mean((2, 3))
-    assert torch.allclose(whole, backbone(images), atol=1e-6)
+    output = _layers(backbone, 4)(images).mean((2, 3))
+    assert torch.allclose(output, backbone(images), atol=1e-6)
     features = detector.eval().backbone(images)
     assert features.shape == (2, backbone.feature_dim // 2, 4, 6)
     regions = detector.roi_heads.regions({"0": features}, [torch.tensor([[0.0, 0, 64, 64]])] * 2)
@@ -439,7 +439,7 @@ class Averaged(nn.Module):
 
 def test_the_heads_agree_with_torchvision_s():
     """Where no BatchNorm learns from a batch, one pass through layer 4 or two is all the same."""
-    backbone, _ = small()
+    backbone, _ = small_detector()
     ours = C4Heads(backbone, 2, 16, True).eval()
     theirs = RoIHeads(
         Pooled(ours), ours.box_head, Averaged(ours), 0.5, 0.5, 16, 0.25, None, 0.05, 0.5, 100,
@@ -454,10 +454,10 @@ def test_the_heads_agree_with_torchvision_s():
         {"boxes": boxes[:3], "labels": torch.tensor([1, 2, 1]), "masks": masks}
         for boxes in proposals
     ]
-    given = (features, proposals, [(80, 80)] * 2)
-    for mine, other in zip(ours(*given)[0], theirs(*given)[0], strict=True):
-        assert mine.keys() == other.keys() and len(mine["boxes"])
-        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    inputs = (features, proposals, [(80, 80)] * 2)
+    for output, oracle in zip(ours(*inputs)[0], theirs(*inputs)[0], strict=True):
+        assert output.keys() == oracle.keys() and len(output["boxes"])
+        assert all(torch.equal(output[name], oracle[name]) for name in output)
     ours.training = theirs.training = True  # the heads alone: their layers stay in eval mode
     losses = []
     for heads in (ours, theirs):
@@ -471,20 +471,20 @@ def test_the_heads_agree_with_torchvision_s():
 @pytest.mark.parametrize("architecture", ["c4", "fpn"])
 @pytest.mark.parametrize("masks", [True, False])
 def test_an_image_without_objects_trains_and_every_weight_is_tuned(architecture, masks):
-    _, detector = small(architecture=architecture, masks=masks)
+    _, detector = small_detector(architecture=architecture, masks=masks)
     images = [torch.rand(3, 60, 70, generator=keyed_generator(0)) for _ in range(2)]
-    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long),
+    blank = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long),
              "masks": torch.zeros(0, 60, 70, dtype=torch.uint8)}  # fmt: skip
-    one = {"boxes": torch.tensor([[10.0, 10, 40, 45]]), "labels": torch.tensor([1]),
+    target = {"boxes": torch.tensor([[10.0, 10, 40, 45]]), "labels": torch.tensor([1]),
            "masks": torch.ones(1, 60, 70, dtype=torch.uint8)}  # fmt: skip
     torch.manual_seed(0)
-    losses = detector(images, [one, empty])
+    losses = detector(images, [target, blank])
     assert ("loss_mask" in losses) == masks
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())
-    nothing = detector(images, [empty, empty])
-    assert all(loss.isfinite() for loss in nothing.values())
-    assert nothing["loss_box_reg"] == nothing.get("loss_mask", 0) == 0
+    blank_losses = detector(images, [blank, blank])
+    assert all(loss.isfinite() for loss in blank_losses.values())
+    assert blank_losses["loss_box_reg"] == blank_losses.get("loss_mask", 0) == 0
 
 
 # --- the stage
@@ -498,44 +498,44 @@ def test_the_schedule_is_the_1x_one():
           80_000: 2e-4, 89_999: 2e-4}  # fmt: skip
     for step, expected in at.items():
         assert rate(config, step) == pytest.approx(expected)
-    assert rate(changed(config, warmup=0), 0) == 0.02
+    assert rate(change(config, warmup=0), 0) == 0.02
 
 
 def test_batches_go_through_all_images_again_and_again(config):
     order = list(batch_indices([3, 5, 8, 9, 11], config, range(10)))
-    seen = [*itertools.chain(*order)]
+    visits = [*itertools.chain(*order)]
     for epoch in range(8):
-        assert sorted(seen[5 * epoch : 5 * epoch + 5]) == [3, 5, 8, 9, 11]
-    assert seen[:5] != seen[5:10] or seen[:5] != seen[10:15]
+        assert sorted(visits[5 * epoch : 5 * epoch + 5]) == [3, 5, 8, 9, 11]
+    assert visits[:5] != visits[5:10] or visits[:5] != visits[10:15]
     assert list(batch_indices([3, 5, 8, 9, 11], config, range(4, 10))) == order[4:]
 
 
 def test_a_step_s_batch_is_the_same_whoever_reads_it_and_wherever_it_begins(config, outputs):
     def batches(workers, first):
-        task = detection.prepare(changed(config, workers=workers))
+        task = detection.prepare(change(config, workers=workers))
         with task.run.writing(task.config, {}) as writer:
             return list(Training(network(task), task.train, task.config, writer).batches(first, 4))
 
-    whole = batches(0, 0)
-    for other, first in ((batches(2, 0), 0), (batches(0, 2), 2)):
-        for (images, targets), (theirs, wanted) in zip(whole[first:], other, strict=True):
+    steps = batches(0, 0)
+    for rest, first in ((batches(2, 0), 0), (batches(0, 2), 2)):
+        for (images, targets), (theirs, expected) in zip(steps[first:], rest, strict=True):
             assert all(map(torch.equal, images, theirs))
-            assert all(map(torch.equal, targets[0].values(), wanted[0].values()))
-    images = [image for images, _ in whole for image in images]
-    mirrored = [image.flip(-1) for image in images]
-    assert any(torch.equal(a, b) for a in images for b in mirrored)  # one image, both ways
+            assert all(map(torch.equal, targets[0].values(), expected[0].values()))
+    images = [image for images, _ in steps for image in images]
+    mirrors = [image.flip(-1) for image in images]
+    assert any(torch.equal(a, b) for a in images for b in mirrors)  # one image, both ways
 
 
 def test_training_starts_from_the_run_s_weights(config, outputs, encoder):
     detector = network(detection.prepare(config))
-    found = detector.state_dict()
-    given = load_encoder(encoder).module.state_dict()
+    weights = detector.state_dict()
+    source = load_encoder(encoder).module.state_dict()
     names = {"conv1": "backbone.stem.0", "bn1": "backbone.stem.1"}
-    for name, value in given.items():
+    for name, value in source.items():
         part, _, rest = name.partition(".")
-        where = names.get(part, f"backbone.{part}")
-        where = f"roi_heads.box_head.{part}" if part == "layer4" else where
-        assert torch.equal(found[f"{where}.{rest}"], value), name
+        key = names.get(part, f"backbone.{part}")
+        key = f"roi_heads.box_head.{part}" if part == "layer4" else key
+        assert torch.equal(weights[f"{key}.{rest}"], value), name
     data = encoder.environment["dataset"]
     transform = detector.transform
     assert list(transform.image_mean) == data["mean"] and list(transform.image_std) == data["std"]
@@ -555,29 +555,29 @@ def test_a_finished_run_says_what_it_reached(finished, config):
     detector = load_detector(finished)
     _, val = detection.sets(config)
     pairs = [(predict(detector, image), target) for image, target in val]
-    again = average_precision(pairs)
-    assert again == {name: summary[name] for name in again}
+    repeat = average_precision(pairs)
+    assert repeat == {name: summary[name] for name in repeat}
     for name, kind in (("box", "bbox"), ("mask", "segm")):
         expected = own_evaluation(val.annotations, [p for p, _ in pairs], kind, val)
-        assert [again[f"{name}_ap{t}"] for t in ("", "50", "75")] == pytest.approx(
+        assert [repeat[f"{name}_ap{t}"] for t in ("", "50", "75")] == pytest.approx(
             expected, abs=1e-4
         )
 
 
-@pytest.mark.parametrize("by", ["request", "SIGINT", "SIGTERM"])
-def test_resumed_is_uninterrupted(finished, config, outputs, monkeypatch, capsys, by):
+@pytest.mark.parametrize("way", ["request", "SIGINT", "SIGTERM"])
+def test_resumed_is_uninterrupted(finished, config, outputs, monkeypatch, capsys, way):
     train_step, requests = Training.train_step, iter([None] * 9 + ["stop"])
 
-    def signalled(training, step, *batch):
+    def interrupt(training, step, *batch):
         if step == 9:
-            os.kill(os.getpid(), getattr(signal, by))
+            os.kill(os.getpid(), getattr(signal, way))
         return train_step(training, step, *batch)
 
     with monkeypatch.context() as patch:
-        if by == "request":
+        if way == "request":
             patch.setattr(runs.Run, "request", property(lambda self: next(requests)))
         else:
-            patch.setattr(Training, "train_step", signalled)
+            patch.setattr(Training, "train_step", interrupt)
         with pytest.raises(Stopped, match="after step 10 of 24"):
             detect(config)
     run = detection.locate(config)
@@ -587,13 +587,13 @@ def test_resumed_is_uninterrupted(finished, config, outputs, monkeypatch, capsys
     (ours, _), (theirs, _) = checkpoints.load(run), checkpoints.load(finished)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    timed = {"time", "images_per_second", "seconds"}
-    for mine, other in zip(run.metrics(), finished.metrics(), strict=True):
-        assert {k: v for k, v in mine.items() if k not in timed} == {
-            k: v for k, v in other.items() if k not in timed
+    times = {"time", "images_per_second", "seconds"}
+    for line, oracle in zip(run.metrics(), finished.metrics(), strict=True):
+        assert {k: v for k, v in line.items() if k not in times} == {
+            k: v for k, v in oracle.items() if k not in times
         }
-    same = set(run.summary) - timed
-    assert {k: run.summary[k] for k in same} == {k: finished.summary[k] for k in same}
+    keys = set(run.summary) - times
+    assert {k: run.summary[k] for k in keys} == {k: finished.summary[k] for k in keys}
     detect(config)
     assert "is finished" in capsys.readouterr().out
 
@@ -605,26 +605,26 @@ def test_statistics_are_plain_averages_over_batches(config, outputs):
         training.detector.train()
         norm, means, variances = training.detector.backbone.stem[1], [], []
 
-        def note(module, given):
-            means.append(given[0].mean((0, 2, 3)))
-            variances.append(given[0].transpose(0, 1).flatten(1).var(1))
+        def note(module, inputs):
+            means.append(inputs[0].mean((0, 2, 3)))
+            variances.append(inputs[0].transpose(0, 1).flatten(1).var(1))
 
-        seen = norm.register_forward_pre_hook(note)
+        hook = norm.register_forward_pre_hook(note)
         training.average_statistics()
-        seen.remove()
+        hook.remove()
     assert len(means) == 3  # ten images, four at a time
     assert torch.allclose(norm.running_mean, torch.stack(means).mean(0), atol=1e-5)
     assert torch.allclose(norm.running_var, torch.stack(variances).mean(0), rtol=1e-4)
 
 
 def test_objects_without_segmentation_leave_boxes_alone(config, outputs, shapes, tmp_path):
-    listed = json.loads(shapes.val_annotations.read_text())
-    del listed["annotations"][1]["segmentation"]
+    content = json.loads(shapes.val_annotations.read_text())
+    del content["annotations"][1]["segmentation"]
     path = tmp_path / "val.json"
-    path.write_text(json.dumps(listed))
-    config = changed(config, val_annotations=str(path), iterations=1, architecture="fpn", rois=4)
+    path.write_text(json.dumps(content))
+    config = change(config, val_annotations=str(path), iterations=1, architecture="fpn", rois=4)
     summary = detect(config).summary
-    total = len(listed["annotations"])
+    total = len(content["annotations"])
     assert summary["masks"] == f"absent: 1 of {total} objects of {path} have no segmentation"
     assert "box_ap" in summary and "mask_ap" not in summary
     assert "not comparable with the paper's C4" in summary["protocol"]
@@ -632,42 +632,43 @@ def test_objects_without_segmentation_leave_boxes_alone(config, outputs, shapes,
 
 def test_what_cannot_be_is_refused_with_the_reason(config, outputs, shapes, tmp_path, encoder):
     with pytest.raises(RunError, match=r"no finished ssl run with stem=imagenet .*03_train_ssl"):
-        detect(changed(config, run=None))
-    small = dict(size=16, width=4, limit=32, batch_size=32, epochs=1, device="cpu")
+        detect(change(config, run=None))
+    values = dict(size=16, width=4, limit=32, batch_size=32, epochs=1, device="cpu")
     for stem, stride in (("cifar", 4), ("mini", 8)):
-        other = train_ssl(SSLConfig(stem=stem, **small))
+        stem_run = train_ssl(SSLConfig(stem=stem, **values))
         reason = f"stem='{stem}': its layer 3 has stride {stride},.* one of 16 .*stem=\"imagenet"
         with pytest.raises(ConfigError, match=reason):
-            detect(changed(config, run=other.id))
-    wide = train_ssl(SSLConfig(backbone="wrn10", **small))
+            detect(change(config, run=stem_run.id))
+    wide_run = train_ssl(SSLConfig(backbone="wrn10", **values))
     with pytest.raises(ConfigError, match="no ResNet as its encoder"):
-        detect(changed(config, run=wide.id))
+        detect(change(config, run=wide_run.id))
     with pytest.raises(ConfigError, match="val_images is missing: give"):
-        changed(config, val_images=None)
+        change(config, val_images=None)
     with pytest.raises(ConfigError, match="preset must be one of demo, paper or"):
         DetectionConfig(preset="cifar10")
     with pytest.raises(ConfigError, match=r"There is no /no/such\.json"):
-        detect(changed(config, train_annotations="/no/such.json"))
-    listed = json.loads(shapes.val_annotations.read_text())
-    listed["categories"][0]["name"] = "oval"
+        detect(change(config, train_annotations="/no/such.json"))
+    content = json.loads(shapes.val_annotations.read_text())
+    content["categories"][0]["name"] = "oval"
     path = tmp_path / "val.json"
-    path.write_text(json.dumps(listed))
+    path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="differ in their categories"):
-        detect(changed(config, val_annotations=str(path)))
+        detect(change(config, val_annotations=str(path)))
     assert not (outputs / "detection").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, outputs):
     with pytest.raises(RunError, match=r"loss is (nan|inf) at step \d+: lower learning_rate"):
-        detect(changed(config, learning_rate=1e12, warmup=0))
+        detect(change(config, learning_rate=1e12, warmup=0))
 
 
-def judged(source, ap, seed=0, n=160, classes=("rectangle", "disc"), masks=True, **values):
+def write_run(source, ap, seed=0, n=160, classes=("rectangle", "disc"), masks=True, **values):
     """A finished detection run of an SSL run, written by hand."""
     keys = [f"{kind}_ap{t}" for kind in ("box", "mask")[: 1 + masks] for t in ("", "50", "75")]
     config = DetectionConfig(run=source.reference, seed=seed, **values)
     run = runs.run_for(config, "shapes", encoder=source.id)
-    with run.writing(config, {}, {"classes": list(classes)}) as writer:
+    model = {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "classes": list(classes)}
+    with run.writing(config, {}, model) as writer:
         writer.finish(dict.fromkeys(keys, ap) | {"n": n, "fingerprint": "shapes"})
     return run
 
@@ -679,20 +680,20 @@ def test_the_table_has_trainings_with_their_seeds_and_the_paper_beside_coco_alon
         ssl[adversary, seed] = run = runs.run_for(config, "photos")
         with run.writing(config, {}) as writer:
             writer.finish({})
-    run = judged(ssl["clae", 0], 30.0)
-    judged(ssl["clae", 1], 32.0)
-    judged(ssl["none", 0], 25.0, masks=False)
-    judged(ssl["none", 1], 99.0, iterations=7)  # another configuration
-    gone = judged(ssl["none", 1], 20.0)
+    run = write_run(ssl["clae", 0], 30.0)
+    write_run(ssl["clae", 1], 32.0)
+    write_run(ssl["none", 0], 25.0, masks=False)
+    write_run(ssl["none", 1], 99.0, iterations=7)  # another configuration
+    orphan = write_run(ssl["none", 1], 20.0)
     (ssl["none", 1].path / "config.json").unlink()
     rows = {row.pop("training"): row for row in detection.compare(run)}
     low, high = (31 + sign * 12.706 for sign in (-1, 1))  # t of one degree of freedom, s/√2 = 1
-    assert rows.pop(gone.config.run)["box_ap"] == "20.0"
+    assert rows.pop(orphan.config.run)["box_ap"] == "20.0"
     boxes, masks = ([f"{kind}_ap{t}" for t in ("", "50", "75")] for kind in ("box", "mask"))
-    both = dict.fromkeys([*boxes, *masks], f"31.0 [{low:.1f}, {high:.1f}]")
-    one = dict.fromkeys(boxes, "25.0") | dict.fromkeys(masks, "–")
-    assert rows == {"SimCLR": {"n": "1"} | one, "SimCLR + CLAE": {"n": "2"} | both}
-    run = judged(ssl["clae", 0], 38.0, n=5000, classes=map(str, range(80)), size=800)
+    pair_row = dict.fromkeys([*boxes, *masks], f"31.0 [{low:.1f}, {high:.1f}]")
+    single_row = dict.fromkeys(boxes, "25.0") | dict.fromkeys(masks, "–")
+    assert rows == {"SimCLR": {"n": "1"} | single_row, "SimCLR + CLAE": {"n": "2"} | pair_row}
+    run = write_run(ssl["clae", 0], 38.0, n=5000, classes=map(str, range(80)), size=800)
     *_, last = detection.compare(run)
     assert last == {
         "training": "SimSiam + IDAA (paper)", "n": "not stated", "box_ap50": "58.2",
@@ -709,8 +710,8 @@ def test_the_report_has_each_table_once(outputs):
     with source.writing(config, {}) as writer:
         writer.finish({})
     for seed, ap in enumerate((20.0, 22.0)):
-        judged(source, ap, seed)
-    judged(source, 33.0, iterations=7)
+        write_run(source, ap, seed)
+    write_run(source, 33.0, iterations=7)
     report = Report()
     text = report.detection(detection.compare).data
     assert not report.damage

@@ -64,8 +64,8 @@ def clusters(n, dim=6, classes=4, spread=1.0, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
 def test_knn_agrees_with_naive_loop(k, temperature):
     (bank, labels), (queries, _) = clusters(40), clusters(25, seed=1)
-    found = knn(bank, labels, queries, classes=4, k=k, temperature=temperature)
-    assert found.tolist() == reference.knn(bank, labels, queries, 4, k, temperature)
+    predictions = knn(bank, labels, queries, classes=4, k=k, temperature=temperature)
+    assert predictions.tolist() == reference.knn(bank, labels, queries, 4, k, temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
@@ -78,27 +78,27 @@ def test_knn_agrees_with_sklearn(temperature):
         weights=lambda distance: np.exp((1 - distance) / temperature),
     )
     expected = oracle.fit(bank, labels).predict(queries)
-    found = knn(bank, labels, queries, classes=4, k=30, temperature=temperature)
-    assert found.tolist() == expected.tolist()
+    predictions = knn(bank, labels, queries, classes=4, k=30, temperature=temperature)
+    assert predictions.tolist() == expected.tolist()
     assert len(set(expected)) == 4
 
 
 def test_knn_caps_k_by_the_bank():
     (bank, labels), (queries, _) = clusters(40), clusters(25, seed=1)
-    found = knn(bank, labels, queries, classes=4, k=200)
-    assert found.tolist() == reference.knn(bank, labels, queries, 4, 40, 0.5)
+    predictions = knn(bank, labels, queries, classes=4, k=200)
+    assert predictions.tolist() == reference.knn(bank, labels, queries, 4, 40, 0.5)
 
 
 def test_knn_does_not_depend_on_chunks_lengths_or_order():
     (bank, labels), (queries, _) = clusters(60), clusters(25, seed=1)
-    found = knn(bank, labels, queries, classes=4, k=7)
+    predictions = knn(bank, labels, queries, classes=4, k=7)
     length = normal(60, 1).exp()
     order = torch.randperm(60, generator=keyed_generator(2))
-    assert torch.equal(knn(bank, labels, queries, classes=4, k=7, chunk=4), found)
+    assert torch.equal(knn(bank, labels, queries, classes=4, k=7, chunk=4), predictions)
     for block in (1, 5, 20, 59):  # rows of the bank at a time, fewer than k too
-        assert torch.equal(knn(bank, labels, queries, classes=4, k=7, block=block), found)
-    assert torch.equal(knn(length * bank, labels, 1e3 * queries, classes=4, k=7), found)
-    assert torch.equal(knn(bank[order], labels[order], queries, classes=4, k=7), found)
+        assert torch.equal(knn(bank, labels, queries, classes=4, k=7, block=block), predictions)
+    assert torch.equal(knn(length * bank, labels, 1e3 * queries, classes=4, k=7), predictions)
+    assert torch.equal(knn(bank[order], labels[order], queries, classes=4, k=7), predictions)
 
 
 def test_knn_survives_a_tiny_temperature():
@@ -112,9 +112,9 @@ def test_knn_survives_a_tiny_temperature():
 def logistic_regression(x, y, classes, *penalties):
     """Weights under the last of `penalties`, each fitted from those of the one before."""
     protocol = CLEAN._replace(penalties=penalties, standardise=False, refit=False)
-    rising = iter(range(len(penalties)))
-    how = dict(classes=classes, protocol=protocol, score=lambda *_: next(rising))
-    return reference.probe_weights(lambda z: linear_probe((x, y), (x, y), z, **how).scores, x)
+    scores = iter(range(len(penalties)))
+    options = dict(classes=classes, protocol=protocol, score=lambda *_: next(scores))
+    return reference.probe_weights(lambda z: linear_probe((x, y), (x, y), z, **options).scores, x)
 
 
 def objective(weights, x, y, penalty):
@@ -142,10 +142,10 @@ def test_logistic_regression_agrees_with_sklearn(penalty):
 
 def test_logistic_regression_ends_at_the_same_place_from_any_start():
     x, y = clusters(200, spread=1.5)
-    warm, cold = (logistic_regression(x, y, 4, *path) for path in ((1e-5, 0.1), (0.1,)))
-    torch.testing.assert_close(warm[:-1], cold[:-1], rtol=0, atol=1e-3)
-    assert objective(warm, x, y, 0.1) == pytest.approx(objective(cold, x, y, 0.1), rel=1e-7)
-    assert not torch.equal(warm, cold) and not warm.requires_grad
+    warm_fit, cold_fit = (logistic_regression(x, y, 4, *path) for path in ((1e-5, 0.1), (0.1,)))
+    torch.testing.assert_close(warm_fit[:-1], cold_fit[:-1], rtol=0, atol=1e-3)
+    assert objective(warm_fit, x, y, 0.1) == pytest.approx(objective(cold_fit, x, y, 0.1), rel=1e-7)
+    assert not torch.equal(warm_fit, cold_fit) and not warm_fit.requires_grad
 
 
 def test_bias_alone_is_not_penalised():
@@ -168,9 +168,9 @@ def noisy(n, seed):
 def nearly_equal(n, seed):
     """The class is in a small difference of two features: only large weights find it."""
     y = torch.arange(n) % 2
-    common = normal(n, 1, seed=seed) + 0.5 * y[:, None]
+    base = normal(n, 1, seed=seed) + 0.5 * y[:, None]
     difference = 0.01 * (2 * y[:, None] - 1)
-    return torch.cat([common + difference, common - difference], 1), y
+    return torch.cat([base + difference, base - difference], 1), y
 
 
 @pytest.mark.parametrize(("data", "low", "high"), [(noisy, 0.1, 1), (nearly_equal, 1e-6, 1e-3)])
@@ -210,11 +210,11 @@ def test_linear_probe_does_not_learn_from_test_features():
     train, val, (test, _) = noisy(60, seed=0), noisy(300, seed=10), noisy(50, seed=20)
     probe = linear_probe(train, val, test, classes=2)
     order = torch.randperm(50, generator=keyed_generator(1))
-    shuffled = linear_probe(train, val, test[order], classes=2)
-    assert torch.equal(shuffled.predictions, probe.predictions[order])
-    extended = linear_probe(train, val, torch.cat([test, 1e3 * test]), classes=2)
-    assert torch.equal(extended.predictions[:50], probe.predictions)
-    assert extended.penalty == shuffled.penalty == probe.penalty
+    shuffle = linear_probe(train, val, test[order], classes=2)
+    assert torch.equal(shuffle.predictions, probe.predictions[order])
+    extension = linear_probe(train, val, torch.cat([test, 1e3 * test]), classes=2)
+    assert torch.equal(extension.predictions[:50], probe.predictions)
+    assert extension.penalty == shuffle.penalty == probe.penalty
 
 
 def test_linear_probe_survives_a_constant_feature():
@@ -232,12 +232,12 @@ def test_official_probe_agrees_with_full_batch_oracle(classes):
     x_test, y_test = clusters(100, classes=classes, seed=1, dtype=torch.float32)
     y_test = (y_test + 1) % classes
     curve = reference.official_probe((x, y), (x_test[:64], y_test[:64]), classes, 120, seed=3)
-    scores, last = official_probe(
+    scores, share = official_probe(
         (x, y), (x_test, y_test), classes=classes, epochs=120, batch_size=64, seed=3
     )
     assert scores.shape == (64, classes)
     assert top1(scores.argmax(1), y_test[:64]) == pytest.approx(max(curve))
-    assert last == pytest.approx(curve[-1])
+    assert share == pytest.approx(curve[-1])
     assert max(curve) > curve[-1]
 
 
@@ -247,21 +247,21 @@ def test_official_probe_drops_partial_batches():
     steps = []
     hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
     try:
-        scores, last = official_probe((x, y), (x_test, y_test), classes=4, epochs=5, batch_size=16)
+        scores, share = official_probe((x, y), (x_test, y_test), classes=4, epochs=5, batch_size=16)
     finally:
         hook.remove()
     assert len(steps) == 5 * (70 // 16)
     assert len(scores) == 48
     x_test[48:], y_test[48:] = math.nan, 0
-    again = official_probe((x, y), (x_test, y_test), classes=4, epochs=5, batch_size=16)
-    assert torch.equal(again[0], scores) and again[1] == last
+    repeat = official_probe((x, y), (x_test, y_test), classes=4, epochs=5, batch_size=16)
+    assert torch.equal(repeat[0], scores) and repeat[1] == share
 
 
 def test_official_probe_learns_and_its_best_is_no_less_than_its_last():
     train = clusters(256, spread=0.3, dtype=torch.float32)
     test = clusters(128, spread=0.3, seed=1, dtype=torch.float32)
-    scores, last = official_probe(train, test, classes=4, epochs=300, batch_size=32)
-    assert top1(scores.argmax(1), test[1]) >= last > 90
+    scores, share = official_probe(train, test, classes=4, epochs=300, batch_size=32)
+    assert top1(scores.argmax(1), test[1]) >= share > 90
 
 
 # --- figures
@@ -271,12 +271,12 @@ def test_official_probe_learns_and_its_best_is_no_less_than_its_last():
 def test_accuracy_s_interval_is_the_bootstrap_s(right, n):
     labels = torch.zeros(n, dtype=torch.int64)
     predictions = (torch.arange(n) >= right).long()
-    found = accuracy(predictions, labels)
+    result = accuracy(predictions, labels)
     low, high = reference.bootstrap(predictions == labels, 20_000, keyed_generator(1))
-    assert found.top1 == pytest.approx(100 * right / n)
-    assert found.n == n
-    assert found.low == pytest.approx(low, abs=100.01 / n)
-    assert found.high == pytest.approx(high, abs=100.01 / n)
+    assert result.top1 == pytest.approx(100 * right / n)
+    assert result.n == n
+    assert result.low == pytest.approx(low, abs=100.01 / n)
+    assert result.high == pytest.approx(high, abs=100.01 / n)
 
 
 def test_the_interval_of_a_mean_is_the_bootstrap_s():
@@ -284,8 +284,8 @@ def test_the_interval_of_a_mean_is_the_bootstrap_s():
     assert bootstrap_interval(torch.tensor([2.0])) == (2, 2, 2)
     values = torch.from_numpy(np.random.default_rng(0).exponential(size=1000))
     generator = torch.Generator().manual_seed(1)
-    resampled = values[torch.randint(1000, (9999, 1000), generator=generator)].mean(1)
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    means = values[torch.randint(1000, (9999, 1000), generator=generator)].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     assert bootstrap_interval(values) == pytest.approx((values.mean().item(), low, high), abs=0.01)
 
 
@@ -296,12 +296,12 @@ def test_the_interval_of_a_paired_difference_covers_as_often_as_it_says():
     for i, (b, c) in enumerate(counts):
         hits[i, 0, :b] = hits[i, 1, b : b + c] = 100
     intervals = [paired_difference(*pair) for pair in hits]
-    for more, less in ((0.0, 0.0), (0.1, 0.1), (0.4, 0.1), (0.05, 0.6), (0.3, 0.3)):
-        law = scipy.stats.multinomial(n, (more, less, 1 - more - less))
-        true = 100 * (more - less)
-        covers = [low <= true <= high for _, low, high in intervals]
+    for gain, loss in ((0.0, 0.0), (0.1, 0.1), (0.4, 0.1), (0.05, 0.6), (0.3, 0.3)):
+        law = scipy.stats.multinomial(n, (gain, loss, 1 - gain - loss))
+        truth = 100 * (gain - loss)
+        covers = [low <= truth <= high for _, low, high in intervals]
         share = sum(
-            law.pmf((b, c, n - b - c)) * yes for (b, c), yes in zip(counts, covers, strict=True)
+            law.pmf((b, c, n - b - c)) * cover for (b, c), cover in zip(counts, covers, strict=True)
         )
         assert 0.93 < share <= 1 + 1e-9
     a, b = hits[counts.index((7, 2))]
@@ -324,8 +324,8 @@ def test_the_interval_of_seeds_is_student_s():
 
 def test_mean_per_class_agrees_with_sklearn_and_its_interval_with_resampling():
     labels = torch.tensor([0] * 100 + [1] * 40 + [3] * 20)  # no image of class 2
-    wrong = torch.rand(160, generator=keyed_generator(0)) < 0.3
-    guess = torch.where(wrong, (labels + 1) % 4, labels)
+    errors = torch.rand(160, generator=keyed_generator(0)) < 0.3
+    guess = torch.where(errors, (labels + 1) % 4, labels)
     guess[guess == 2] = 3  # scikit-learn warns of a class that no label has
     expected = 100 * balanced_accuracy_score(labels, guess)
     assert mean_per_class(guess, labels) == pytest.approx(expected)
@@ -333,10 +333,10 @@ def test_mean_per_class_agrees_with_sklearn_and_its_interval_with_resampling():
     assert value == pytest.approx(expected)
     rng = np.random.default_rng(0)
     right = [(guess == labels)[labels == c].numpy() for c in (0, 1, 3)]
-    resampled = [
+    means = [
         100 * np.mean([rng.choice(part, len(part)).mean() for part in right]) for _ in range(4000)
     ]
-    assert (low, high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), abs=0.5)
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.5)
     assert mean_per_class_interval(labels, labels) == (100, 100, 100)
 
 
@@ -410,42 +410,42 @@ def test_features_are_the_module_s_on_normalised_images(module, images):
     with torch.no_grad():
         expected = twin((images / 255 - mean) / std)
     for batch_size in (1, 7, 23, 500):
-        found = features(module, images, 16, MEAN, STD, batch_size=batch_size)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert found.dtype == torch.float32 and not found.requires_grad
-    of_function = features(lambda x: twin(x), images, 16, MEAN, STD)
-    torch.testing.assert_close(of_function, expected, rtol=1e-4, atol=1e-5)
+        values = features(module, images, 16, MEAN, STD, batch_size=batch_size)
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+        assert values.dtype == torch.float32 and not values.requires_grad
+    function_values = features(lambda x: twin(x), images, 16, MEAN, STD)
+    torch.testing.assert_close(function_values, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_features_in_bf16_point_the_same_way():
     torch.manual_seed(0)
     backbone = build_backbone("resnet18", width=8, stem="cifar", adversarial_norms=False)
     images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=keyed_generator(0))
-    exact, fast = (features(backbone, images, 32, MEAN, STD, bf16=bf16) for bf16 in (False, True))
-    assert fast.dtype == torch.float32
-    assert not torch.equal(exact, fast)
-    assert torch.nn.functional.cosine_similarity(exact, fast).min() > 0.999
+    z32, z16 = (features(backbone, images, 32, MEAN, STD, bf16=bf16) for bf16 in (False, True))
+    assert z16.dtype == torch.float32
+    assert not torch.equal(z32, z16)
+    assert torch.nn.functional.cosine_similarity(z32, z16).min() > 0.999
 
 
 def test_features_resize_images_of_another_size(module, images):
-    large = torch.randint(256, (5, 3, 24, 24), dtype=torch.uint8, generator=keyed_generator(1))
-    resized = TF.resize(large / 255, [16, 16], antialias=True)
+    pictures = torch.randint(256, (5, 3, 24, 24), dtype=torch.uint8, generator=keyed_generator(1))
+    views = TF.resize(pictures / 255, [16, 16], antialias=True)
     with torch.no_grad():
-        expected = copy.deepcopy(module).eval()(TF.normalize(resized, MEAN, STD))
-    found = features(module, large, 16, MEAN, STD)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        expected = copy.deepcopy(module).eval()(TF.normalize(views, MEAN, STD))
+    values = features(module, pictures, 16, MEAN, STD)
+    torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_features_leave_the_module_alone(module, images):
     before = {k: v.clone() for k, v in module.state_dict().items()}
     modes = [part.training for part in module.modules()]
-    kept = images.clone()
+    original = images.clone()
     features(module, images, 16, MEAN, STD)
     for key, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[key]), key
     assert [part.training for part in module.modules()] == modes
     assert all(p.requires_grad and p.grad is None for p in module.parameters())
-    assert torch.equal(images, kept)
+    assert torch.equal(images, original)
 
 
 def test_pixels_are_centred():
@@ -539,21 +539,21 @@ def crops(outputs):
     """`crop_probe` on 40 photographs by a published protocol; the run, and what it gives."""
     size = 16
 
-    def probe(name, of="simsiam", module=None, **how):
-        published = PUBLISHED[of]
-        config = SSLConfig(**{"size": size, **published["run"]})
+    def probe(name, source="simsiam", module=None, **options):
+        protocol = PUBLISHED[source]
+        config = SSLConfig(**{"size": size, **protocol["run"]})
         classifier = config.chosen("method").official_protocol(config).classifier
-        classifier = classifier._replace(epochs=len(published["rates"]))
-        train, test = (load("photos", s, published["side"], 40) for s in ("trainval", "test"))
+        classifier = classifier._replace(epochs=len(protocol["rates"]))
+        train, test = (load("photos", s, protocol["side"], 40) for s in ("trainval", "test"))
         encoder = Encoder(module or Colours().eval(), size, train.mean, train.std)
         config = EvalConfig(run=name)
         run = runs.run_for(config, name)
         with run.writing(config, {}) as writer:
-            given = crop_probe(
+            results = crop_probe(
                 encoder, train, test, run, writer, classifier=classifier,
-                device=torch.device("cpu"), batch_size=16, seed=3, **how,
+                device=torch.device("cpu"), batch_size=16, seed=3, **options,
             )  # fmt: skip
-        return run, *given, train, test
+        return run, *results, train, test
 
     return probe
 
@@ -563,8 +563,8 @@ def test_a_classifier_on_fresh_views_agrees_with_a_slow_loop(crops, of):
     """Each protocol by hand: a crop and a flip of each image by torchvision (IP-IRM's views by its
     recipe), softmax regression by its closed gradient, the optimiser by its definition."""
     assert enlarged(224) == 256 and enlarged(16) == 18
-    published, size = PUBLISHED[of], 16
-    run, scores, last, train, test = crops("whole", of)
+    protocol, size = PUBLISHED[of], 16
+    run, scores, share, train, test = crops("whole", of)
     units = train.mean, train.std
     views = Recipe(size, *units, crop_scale=(0.08, 1.0), flip=0.5)
 
@@ -574,58 +574,58 @@ def test_a_classifier_on_fresh_views_agrees_with_a_slow_loop(crops, of):
     def encode_views(pictures, generator):
         if of == "ipirm":
             return Colours()(recipe("ipirm", size, *units)(pictures, generator).images).double()
-        drawn = views.parameters(views.numbers(len(pictures), generator), pictures.shape[2:])
-        made = []
-        for picture, box, flip in zip(pictures, drawn["crop"], drawn["flip"], strict=True):
+        params = views.parameters(views.numbers(len(pictures), generator), pictures.shape[2:])
+        crop_views = []
+        for picture, box, flip in zip(pictures, params["crop"], params["flip"], strict=True):
             box = [int(part) for part in box]
             view = TF.resized_crop(picture / 255, *box, [size, size], antialias=True)
-            made.append(TF.horizontal_flip(view) if flip else view)
-        return encode(made)
+            crop_views.append(TF.horizontal_flip(view) if flip else view)
+        return encode(crop_views)
 
     def encode_tests(pictures):
-        return encode(TF.center_crop(each, [published["test"]] * 2) / 255 for each in pictures)
+        return encode(TF.center_crop(picture, [protocol["test"]] * 2) / 255 for picture in pictures)
 
-    normed = lambda z: z / z.norm(dim=1, keepdim=True)  # noqa: E731
+    normalise_rows = lambda z: z / z.norm(dim=1, keepdim=True)  # noqa: E731
     prepare = lambda z: z  # noqa: E731
-    if "standardise" in published:
-        seen = normed(encode_tests(train.images))
-        mean, variance = seen.mean(0), (seen - seen.mean(0)).square().sum(0) / (len(seen) - 1)
-        prepare = lambda z: (normed(z) - mean) / (variance + 1e-5).sqrt()  # noqa: E731
+    if "standardise" in protocol:
+        bank = normalise_rows(encode_tests(train.images))
+        mean, variance = bank.mean(0), (bank - bank.mean(0)).square().sum(0) / (len(bank) - 1)
+        prepare = lambda z: (normalise_rows(z) - mean) / (variance + 1e-5).sqrt()  # noqa: E731
 
     torch.manual_seed(3)
     layer = nn.Linear(48, len(train.classes))
     w, b = layer.weight.detach().double(), layer.bias.detach().double()
-    if "deviation" in published:
+    if "deviation" in protocol:
         w = torch.empty(w.shape).normal_(0, 0.01, generator=keyed_generator(3)).double()
         b = torch.zeros_like(b)
     epochs = []
-    for epoch, rate in enumerate(published["rates"]):
+    for epoch, rate in enumerate(protocol["rates"]):
         batches = []
         order = torch.randperm(40, generator=keyed_generator(3, epoch))
         for at, index in enumerate(order.split(16)):
-            if len(index) == 16 or "drop_last" not in published:
+            if len(index) == 16 or "drop_last" not in protocol:
                 z = prepare(encode_views(train.images[index], keyed_generator(3, epoch, at)))
                 batches.append((z, train.labels[index]))
         epochs.append((rate, batches))
-    after = reference.softmax_regression(w, b, epochs, published["update"]())
+    after = reference.softmax_regression(w, b, epochs, protocol["update"]())
 
-    every = [prepare(encode_tests(test.images)) @ w.T + b for w, b, _ in after]
-    tops = [100 * (each.argmax(1) == test.labels).double().mean().item() for each in every]
-    counts = tops.index(max(tops)) if "best" in published else -1
+    passes = [prepare(encode_tests(test.images)) @ w.T + b for w, b, _ in after]
+    tops = [100 * (logits.argmax(1) == test.labels).double().mean().item() for logits in passes]
+    counts = tops.index(max(tops)) if "best" in protocol else -1
     tensors, state = checkpoints.load(run)
     assert state["step"] == sum(len(batches) for _, batches in epochs)
     for ours, theirs in (
         (tensors["weight"], after[-1][0]),
         (tensors["bias"], after[-1][1]),
-        (scores, every[counts]),
+        (scores, passes[counts]),
     ):
-        close = dict(rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
-        torch.testing.assert_close(ours.double(), theirs, **close)
-    assert last == pytest.approx(tops[-1])
+        tolerance = dict(rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+        torch.testing.assert_close(ours.double(), theirs, **tolerance)
+    assert share == pytest.approx(tops[-1])
     lines = [line for line in run.metrics() if "loss" in line]
     assert [line["loss"] for line in lines] == pytest.approx([x for *_, x in after], rel=1e-4)
     curve = [line["top1_test"] for line in run.metrics() if "top1_test" in line]
-    assert curve == pytest.approx(tops if "best" in published else [])
+    assert curve == pytest.approx(tops if "best" in protocol else [])
 
 
 @pytest.mark.parametrize(
@@ -635,14 +635,14 @@ def test_a_classifier_on_fresh_views_agrees_with_a_slow_loop(crops, of):
 )  # fmt: skip
 def test_length_and_batch_of_the_published_classifiers(of, epochs, batch_size, temperature):
     """RSA's batch is that of the training, IP-IRM's τ of kNN too; a baseline has its system's."""
-    own = {"batch_size": 64} | ({"temperature": 0.3} if of == "ipirm" else {})
-    config = SSLConfig(**PUBLISHED[of]["run"] | own)
+    values = {"batch_size": 64} | ({"temperature": 0.3} if of == "ipirm" else {})
+    config = SSLConfig(**PUBLISHED[of]["run"] | values)
     way = config.chosen("method").official_protocol(config)
-    given = way.classifier.epochs, way.batch_size, way.temperature
-    assert given == (epochs, batch_size, temperature)
+    protocol = way.classifier.epochs, way.batch_size, way.temperature
+    assert protocol == (epochs, batch_size, temperature)
     baseline = {"ipirm": {"baseline": True}, "rsa": {"rsa_views": "aggressive"}}
-    other = config.replace(**baseline.get(config.method, {}))
-    assert other.chosen("method").official_protocol(other) == way
+    twin = config.replace(**baseline.get(config.method, {}))
+    assert twin.chosen("method").official_protocol(twin) == way
 
 
 @pytest.mark.parametrize("of", PUBLISHED)
@@ -663,7 +663,7 @@ def test_a_classifier_leaves_the_encoder_s_statistics_and_modes(crops, of):
 ])  # fmt: skip
 def test_a_classifier_on_crops_goes_on_bit_for_bit(crops, monkeypatch, of, stopped_after, steps):
     """Stopped inside an epoch, and at the end of one."""
-    whole, expected, last, *_ = crops("whole", of)
+    oracle, expected, share, *_ = crops("whole", of)
     with monkeypatch.context() as patch:
         calls = iter(range(1, 100))
         requests = {stopped_after: "stop"}
@@ -671,9 +671,9 @@ def test_a_classifier_on_crops_goes_on_bit_for_bit(crops, monkeypatch, of, stopp
         message = f"after step {stopped_after} of {steps} and saved"
         with pytest.raises(runs.Stopped, match=message):
             crops("parts", of)
-    parts, *given, _, _ = crops("parts", of)
-    assert torch.equal(given[0], expected) and given[1] == last
-    (left, _), (right, _) = checkpoints.load(whole), checkpoints.load(parts)
+    parts, *outcome, _, _ = crops("parts", of)
+    assert torch.equal(outcome[0], expected) and outcome[1] == share
+    (left, _), (right, _) = checkpoints.load(oracle), checkpoints.load(parts)
     assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-    losses = [[x["loss"] for x in run.metrics() if "loss" in x] for run in (whole, parts)]
+    losses = [[x["loss"] for x in run.metrics() if "loss" in x] for run in (oracle, parts)]
     assert losses[0] == losses[1]

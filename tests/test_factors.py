@@ -28,8 +28,8 @@ def test_a_factor_that_is_the_partition_agrees_whatever_the_sides_are_called():
     sides = sides_of(200, 0.3, 1)
     for factor in (sides, 1 - sides, 2 * sides + torch.arange(200) % 2):
         assert compare_sides(sides, factor).value == 100
-    three = torch.arange(90) % 3
-    assert compare_sides(three, three.roll(1)).value == pytest.approx(100)
+    thirds = torch.arange(90) % 3
+    assert compare_sides(thirds, thirds.roll(1)).value == pytest.approx(100)
     assert compare_sides(sides, torch.zeros(200, dtype=torch.long)).value == pytest.approx(50)
 
 
@@ -46,10 +46,10 @@ def test_chance_is_that_of_sides_given_out_at_random(share):
     expected = sum(h.pmf(k) * v for k, v in zip(support, figures, strict=True))
     result = compare_sides(sides, values)
     assert result.chance == pytest.approx(expected, abs=0.3)
-    above = sum(h.pmf(k) for k, v in zip(support, figures, strict=True) if v > result.high)
-    assert 0.01 < above < 0.04 and result.n == n
-    inside = [compare_sides(sides_of(n, share, seed), values, draws=400) for seed in range(10, 50)]
-    assert sum(one.low <= one.value <= one.high for one in inside) >= 34
+    tail = sum(h.pmf(k) for k, v in zip(support, figures, strict=True) if v > result.high)
+    assert 0.01 < tail < 0.04 and result.n == n
+    results = [compare_sides(sides_of(n, share, seed), values, draws=400) for seed in range(10, 50)]
+    assert sum(agreement.low <= agreement.value <= agreement.high for agreement in results) >= 34
 
 
 def test_images_of_which_a_factor_is_unknown_are_left_out():
@@ -79,8 +79,8 @@ def test_factors_are_those_of_the_pixels():
 
 
 def test_rows_of_a_run_s_partitions(outputs):
-    own = dict(method="ipirm", maximize_iter=1, projection_dim=8)
-    partitions = load_partitions(train_ssl(SSLConfig(**TINY, **own)))
+    knobs = dict(method="ipirm", maximize_iter=1, projection_dim=8)
+    partitions = load_partitions(train_ssl(SSLConfig(**TINY, **knobs)))
     assert partitions.shape == (2, 16) and set(partitions.unique().tolist()) <= {0, 1}
     factors = {"the second": partitions[1].long(), "order": torch.arange(16) // 8}
     rows = compare_partitions(partitions, factors)

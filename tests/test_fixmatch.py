@@ -104,10 +104,10 @@ def test_every_operation_agrees_with_pil(name, size):
             strength = strengths_of(index, v * like, negative * like > 0, size)
             ours = augment(images.float(), index, strength.float())
             oracle = from_pil([pil(to_pil(i), name, v, size, negative) for i in images])
-            away = (ours - oracle).abs()
+            errors = (ours - oracle).abs()
             if name == "autocontrast":
-                assert away.max() <= 1
-                assert (away > 0).float().mean() < 0.01
+                assert errors.max() <= 1
+                assert (errors > 0).float().mean() < 0.01
             else:
                 assert torch.equal(ours, oracle)
 
@@ -117,9 +117,9 @@ def test_each_sample_has_its_own_operation_and_strength():
     index = torch.arange(len(OPERATIONS))
     v = torch.linspace(1, 9, len(OPERATIONS)).round().double()
     strength = strengths_of(index, v, index % 2 == 0, 32).float()
-    together = augment(images, index, strength)
-    alone = map(augment, images.split(1), index.split(1), strength.split(1))
-    assert torch.equal(together, torch.cat(list(alone)))
+    batch = augment(images, index, strength)
+    singles = map(augment, images.split(1), index.split(1), strength.split(1))
+    assert torch.equal(batch, torch.cat(list(singles)))
 
 
 def test_cutout_agrees_with_pil_and_is_cut_off_at_the_border():
@@ -136,22 +136,22 @@ def test_cutout_agrees_with_pil_and_is_cut_off_at_the_border():
     assert torch.equal(cutout(images.float(), box), images.float())
 
 
-def strong(size=32):
+def strong_recipe(size=32):
     return RandAugment(size, MEAN, STD, flip=0.5, shift=1 / 8)
 
 
 def test_a_strong_view_is_a_weak_one_its_operations_in_order_and_cutout():
-    images, augment_strongly = photographs(64, 32), strong()
+    images, augment_strongly = photographs(64, 32), strong_recipe()
     ours, params = augment_strongly(images, keyed_generator(0))
     oracle = []
     for k, image in enumerate(images):
         top, left = (4 + int(c) for c in params["crop"][k, :2])
-        padded = np.pad(image.permute(1, 2, 0).numpy(), ((4, 4), (4, 4), (0, 0)), "reflect")
-        view = Image.fromarray(np.ascontiguousarray(padded[top : top + 32, left : left + 32]))
+        canvas = np.pad(image.permute(1, 2, 0).numpy(), ((4, 4), (4, 4), (0, 0)), "reflect")
+        view = Image.fromarray(np.ascontiguousarray(canvas[top : top + 32, left : left + 32]))
         if params["flip"][k]:
             view = ImageOps.mirror(view)
-        for one in zip(params["operations"][k], params["strengths"][k], strict=True):
-            after = augment(from_pil([view]), *(part[None] for part in one))
+        for operation in zip(params["operations"][k], params["strengths"][k], strict=True):
+            after = augment(from_pil([view]), *(part[None] for part in operation))
             view = to_pil(after[0].byte())
         top, left = (int(c) for c in params["cutout"][k, :2])
         ImageDraw.Draw(view).rectangle([left, top, left + 15, top + 15], (127, 127, 127))
@@ -161,7 +161,7 @@ def test_a_strong_view_is_a_weak_one_its_operations_in_order_and_cutout():
 
 def test_strong_parameters_are_distributed_as_the_public_recipe_draws_them():
     n = 20_000
-    params = strong().parameters(strong().numbers(n, keyed_generator(1)), (32, 32))
+    params = strong_recipe().parameters(strong_recipe().numbers(n, keyed_generator(1)), (32, 32))
     for operations in params["operations"].T:
         counts = operations.bincount(minlength=len(OPERATIONS)).double()
         share = torch.full_like(counts, 0.5 / len(OPERATIONS))
@@ -182,10 +182,10 @@ def test_strong_parameters_are_distributed_as_the_public_recipe_draws_them():
 
 def test_a_weak_view_is_a_reflecting_shift_and_a_mirror():
     images = photographs(40, 32)
-    weak = Recipe(32, MEAN, STD, flip=0.5, shift=1 / 8)
-    view = weak(images, keyed_generator(2))
-    padded = F.pad(images / 255, (4, 4, 4, 4), mode="reflect")
-    for k, image in enumerate(padded):
+    augment_weakly = Recipe(32, MEAN, STD, flip=0.5, shift=1 / 8)
+    view = augment_weakly(images, keyed_generator(2))
+    canvas = F.pad(images / 255, (4, 4, 4, 4), mode="reflect")
+    for k, image in enumerate(canvas):
         top, left, height, width = view.params["crop"][k].int().tolist()
         assert (height, width) == (32, 32)
         x = image[:, 4 + top : 36 + top, 4 + left : 36 + left]
@@ -282,27 +282,27 @@ def a_vae():
     return VAE(8, SIZE, width=4).double().eval()
 
 
-def naive_step(trained, views, labels, config, attack):
+def naive_step(net, views, labels, config, attack):
     """Loss, x′ and what is believed, image by image, in the order of the authors' repository."""
 
     def network(images, adversarial=False):
-        e = trained(images, adversarial=adversarial)
+        e = net(images, adversarial=adversarial)
         return e.logits, e.h / e.h.norm(dim=1, keepdim=True)
 
     x, u, s = (view.images for view in views)
     logits, h = network(torch.cat([x, u, s]))
     p = logits[len(x) : len(x) + len(u)].detach().softmax(1)
-    pseudo, believed = p.argmax(1), p.max(1).values >= config.threshold
+    pseudo, trust = p.argmax(1), p.max(1).values >= config.threshold
     loss = sum(-logits[i].log_softmax(0)[label] for i, label in enumerate(labels)) / len(x)
-    strong = logits[len(x) + len(u) :]
+    strong_logits = logits[len(x) + len(u) :]
     for i in range(len(u)):
-        if believed[i]:
-            loss = loss - config.lambda_u * strong[i].log_softmax(0)[pseudo[i]] / len(u)
+        if trust[i]:
+            loss = loss - config.lambda_u * strong_logits[i].log_softmax(0)[pseudo[i]] / len(u)
     if attack is None:
-        return loss, None, believed
+        return loss, None, trust
 
-    def rows(anchor, of_x):
-        logits, h = of_x
+    def rows(anchor, output):
+        logits, h = output
         for i in range(len(u)):
             if config.contrast == "ce":
                 yield -logits[i].log_softmax(0)[pseudo[i]]
@@ -313,13 +313,13 @@ def naive_step(trained, views, labels, config, attack):
     with torch.no_grad():
         start = network(u, adversarial=True)[1]
 
-    def ascended(candidate):
+    def contrast(candidate):
         return sum(rows(start, network(candidate, adversarial=True))) / len(u)
 
-    x_adv = attack(ascended, u)
+    x_adv = attack(contrast, u)
     contrasts = rows(h[len(x) : len(x) + len(u)].detach(), network(x_adv, adversarial=True))
-    adversarial = sum(row for row, sure in zip(contrasts, believed, strict=True) if sure) / len(u)
-    return loss + config.alpha * adversarial, x_adv, believed
+    adversarial = sum(row for row, weight in zip(contrasts, trust, strict=True) if weight) / len(u)
+    return loss + config.alpha * adversarial, x_adv, trust
 
 
 def attacks(adversary, epsilon=0.5):
@@ -335,10 +335,10 @@ def attacks(adversary, epsilon=0.5):
     return (RandomSign(vae, epsilon=epsilon), signs) if adversary == "random_sign" else (None, None)
 
 
-def attacked(adversary, step, epsilon=0.5):
+def adversarial_view(adversary, step, epsilon=0.5):
     """x′ of the library's adversary."""
-    ours = attacks(adversary, epsilon)[0]
-    return ours(step.attacked.images, step.attack_loss, keyed_generator(9)).images
+    attack = attacks(adversary, epsilon)[0]
+    return attack(step.attacked.images, step.attack_loss, keyed_generator(9)).images
 
 
 CONTRASTS = pytest.mark.parametrize("contrast", ["infonce", "ce"])
@@ -351,19 +351,19 @@ def test_a_step_agrees_with_a_naive_one(adversary, contrast):
     values |= {} if adversary == "none" else {"contrast": contrast, "alpha": 0.7}
     method, config = fixmatch(**values), settings(**values)
     network = copy.deepcopy(method.network)
-    views, slow = three_views(), attacks(adversary)[1]
+    views, attack = three_views(), attacks(adversary)[1]
     labels = method.labels[BATCH["labelled"]]
-    oracle, x_adv, believed = naive_step(network, views, labels, config, slow)
-    assert 0 < believed.sum() < len(believed)  # or the test would not see the mask
+    oracle, x_adv, trust = naive_step(network, views, labels, config, attack)
+    assert 0 < trust.sum() < len(trust)  # or the test would not see the mask
     oracle.backward()
 
     step = method.step(views, BATCH, Moment())
     loss = step.loss
     if adversary != "none":
-        ours = attacked(adversary, step)
-        torch.testing.assert_close(ours, x_adv)
-        assert (ours - step.attacked.images).abs().max() > 0.01
-        loss = loss + config.alpha * step.adversarial_loss(ours)
+        view = adversarial_view(adversary, step)
+        torch.testing.assert_close(view, x_adv)
+        assert (view - step.attacked.images).abs().max() > 0.01
+        loss = loss + config.alpha * step.adversarial_loss(view)
     loss.backward()
     torch.testing.assert_close(loss.detach(), oracle.detach())
     pairs = zip(method.network.named_parameters(), network.parameters(), strict=True)
@@ -381,15 +381,15 @@ def test_epsilon_0_gives_the_adversarial_loss_of_the_weak_view_itself(adversary,
     method = fixmatch(**values)
     network, views = copy.deepcopy(method.network), three_views()
     labels = method.labels[BATCH["labelled"]]
-    itself, _, believed = naive_step(network, views, labels, settings(**values), lambda loss, u: u)
-    assert 0 < believed.sum() < len(believed)
+    oracle, _, trust = naive_step(network, views, labels, settings(**values), lambda loss, u: u)
+    assert 0 < trust.sum() < len(trust)
     step = method.step(views, BATCH, Moment())
-    total, other = (
-        step.loss + 0.7 * step.adversarial_loss(attacked(adversary, step, epsilon))
+    total, total_at_half = (
+        step.loss + 0.7 * step.adversarial_loss(adversarial_view(adversary, step, epsilon))
         for epsilon in (0.0, 0.5)
     )
-    torch.testing.assert_close(total, itself)
-    assert (other - itself).abs() > 1e-5  # so that agreement means something
+    torch.testing.assert_close(total, oracle)
+    assert (total_at_half - oracle).abs() > 1e-5  # so that agreement means something
 
 
 @CONTRASTS
@@ -400,27 +400,27 @@ def test_of_the_norms_the_backbone_s_adversarial_ones_alone_see_the_attacked_vie
     method = fixmatch(adversary=adversary, contrast=contrast)
     backbone = method.network.backbone
     norms = {name for name, m in method.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    trained = {name for name in norms if name.startswith("network.backbone.")}
-    twins = {name for name in trained if name.endswith("_adv")}
-    assert 0 < 2 * len(twins) == len(trained) == len(norms) / 2  # the other half: averages
+    backbone_norms = {name for name in norms if name.startswith("network.backbone.")}
+    twins = {name for name in backbone_norms if name.endswith("_adv")}
+    assert 0 < 2 * len(twins) == len(backbone_norms) == len(norms) / 2  # the other half: averages
 
-    def moved(work):
+    def find_changes(work):
         """The norms whose statistics `work` changes, and all buffers before it."""
         before = {name: buffer.clone() for name, buffer in method.named_buffers()}
         work()
-        now = dict(method.named_buffers())
-        changed = {name for name in now if not torch.equal(now[name], before[name])}
-        names = {name.rpartition(".")[0] for name in changed}
+        after = dict(method.named_buffers())
+        buffers = {name for name in after if not torch.equal(after[name], before[name])}
+        names = {name.rpartition(".")[0] for name in buffers}
         for statistic in ("running_mean", "running_var", "num_batches_tracked"):
-            assert {f"{name}.{statistic}" for name in names} <= changed
+            assert {f"{name}.{statistic}" for name in names} <= buffers
         return names, before
 
     steps = []
     work = lambda: steps.append(method.step(three_views(), BATCH, Moment()))  # noqa: E731
-    assert moved(work)[0] == trained - twins
-    x_adv = attacked(adversary, *steps)
-    seen, before = moved(lambda: steps[0].adversarial_loss(x_adv))
-    assert seen == twins
+    assert find_changes(work)[0] == backbone_norms - twins
+    x_adv = adversarial_view(adversary, *steps)
+    attack_norms, before = find_changes(lambda: steps[0].adversarial_loss(x_adv))
+    assert attack_norms == twins
     first = "layer1.0.bn1_adv.running_mean"
     expected = backbone.conv1(x_adv).mean((0, 2, 3))
     expected = 0.99 * before[f"network.backbone.{first}"] + 0.01 * expected
@@ -433,7 +433,7 @@ def test_infonce_of_features_that_are_all_alike_is_the_log_of_their_number():
 
 
 def test_pseudo_labels_are_counted():
-    method, unknown = fixmatch(), fixmatch(unknown=1)
+    method, partial = fixmatch(), fixmatch(unknown=1)
     with torch.no_grad():  # says class 1 of everything, and is sure
         method.network.head.weight.zero_()
         method.network.head.bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
@@ -442,7 +442,7 @@ def test_pseudo_labels_are_counted():
     assert parts["believed"].item() == 100
     assert parts["pseudo_top1"].item() == pytest.approx(100 * right)
     assert parts["believed_right"].item() == pytest.approx(100 * right)
-    assert "pseudo_top1" not in unknown.step(three_views(), BATCH, Moment()).parts
+    assert "pseudo_top1" not in partial.step(three_views(), BATCH, Moment()).parts
 
 
 def test_nothing_is_believed_below_the_threshold():
@@ -492,9 +492,9 @@ def test_vectors_do_not_decay_and_the_rate_falls_by_seven_sixteenths_of_a_half_t
     fit = fit_of(method, settings(weight_decay=1e-3, epochs=4))
     groups = fit.optimizer.param_groups
     names = {id(p): name for name, p in method.network.named_parameters()}
-    decayed, spared = ({names[id(p)] for p in group["params"]} for group in groups)
-    assert spared == {n for n in names.values() if "bn" in n or n.endswith("bias")}
-    assert decayed | spared == set(names.values())
+    matrices, vectors = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert vectors == {n for n in names.values() if "bn" in n or n.endswith("bias")}
+    assert matrices | vectors == set(names.values())
     assert [group["weight_decay"] for group in groups] == [1e-3, 0]
     assert all(group["nesterov"] and group["momentum"] == 0.9 for group in groups)
     for factor in fit.schedules:
@@ -510,8 +510,8 @@ def test_vectors_do_not_decay_and_the_rate_falls_by_seven_sixteenths_of_a_half_t
 def test_the_labelled_subset_is_balanced_and_drawn_by_seed(per_class):
     labels = torch.randint(0, 10, (2000,), generator=keyed_generator(0))
     labels[::7] = -1  # unknown
-    first, again, other = (labelled_subset(labels, per_class, 10, seed) for seed in (0, 0, 1))
-    assert torch.equal(first, again)
+    first, repeat, other = (labelled_subset(labels, per_class, 10, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, repeat)
     assert not torch.equal(first, other)
     assert labels[first].bincount(minlength=10).tolist() == [per_class] * 10
     assert len(first.unique()) == 10 * per_class
@@ -528,30 +528,30 @@ def test_streams_visit_all_images_equally_often_and_any_epoch_is_known_alone():
     epochs = [list(method.batches(epoch)) for epoch in range(3)]
     assert [len(batches) for batches in epochs] == [method.steps_per_epoch()] * 3
     batches = [batch for epoch in epochs for batch in epoch]  # 15 steps of 4 and of 8
-    every = torch.cat([batch["images"] for batch in batches])
-    assert every.bincount(minlength=30).tolist() == [4] * 30
-    assert every[:30].sort().values.tolist() == list(range(30))
-    assert every[:30].tolist() != every[30:60].tolist()
-    labelled = torch.cat([batch["labelled"] for batch in batches])
+    indices = torch.cat([batch["images"] for batch in batches])
+    assert indices.bincount(minlength=30).tolist() == [4] * 30
+    assert indices[:30].sort().values.tolist() == list(range(30))
+    assert indices[:30].tolist() != indices[30:60].tolist()
+    label_indices = torch.cat([batch["labelled"] for batch in batches])
     subset = labelled_subset(labels, 2, CLASSES, 0)
-    assert labelled.unique().tolist() == subset.tolist()
-    assert labelled.bincount(minlength=30)[subset].tolist() == [10] * 6
+    assert label_indices.unique().tolist() == subset.tolist()
+    assert label_indices.bincount(minlength=30)[subset].tolist() == [10] * 6
     assert method.images_per_step() == len(batches[0]["images"]) + len(batches[0]["labelled"])
-    third = list(method.batches(2))
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(third, epochs[2], strict=True) for k in a)
+    epoch_2 = list(method.batches(2))
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(epoch_2, epochs[2], strict=True) for k in a)
     assert fixmatch(100).steps_per_epoch() == 100 // (MU * B)
 
 
 def test_several_processes_draw_what_one_would():
     method = fixmatch(size=32)
     images = {"labelled": photographs(4, 32), "images": photographs(8, 32)}
-    whole = views_of(method, 0, 1, images)
+    views = views_of(method, 0, 1, images)
     halves = [{k: v.chunk(2)[rank] for k, v in images.items()} for rank in (0, 1)]
     parts = [views_of(method, rank, 2, half) for rank, half in enumerate(halves)]
-    assert [len(view.images) for view in whole] == [4, 8, 8]
-    assert "operations" in whole[2].params
+    assert [len(view.images) for view in views] == [4, 8, 8]
+    assert "operations" in views[2].params
     for k in range(3):
-        assert torch.equal(torch.cat([part[k].images for part in parts]), whole[k].images)
+        assert torch.equal(torch.cat([part[k].images for part in parts]), views[k].images)
 
 
 # --- two processes
@@ -572,15 +572,15 @@ class Plain(nn.Module):
 def a_step(rank, processes, wrap, kind):
     """This rank's part of a step of FixMatch + IDAA: δ and the parameters' gradients."""
     torch.manual_seed(0)
-    plain = Plain().double()
+    net = Plain().double()
     method = fixmatch(adversary="idaa", contrast=kind, threshold=0.4)
-    method.network = wrap(plain)
+    method.network = wrap(net)
     views = [View(view.images.chunk(processes)[rank], {}) for view in three_views()]
     batch = {k: index.chunk(processes)[rank] for k, index in BATCH.items()}
     step = method.step(tuple(views), batch, Moment())
     attack = IDAA(a_vae(), epsilon=0.5)(step.attacked.images, step.attack_loss)
     (step.loss + 0.7 * step.adversarial_loss(attack.images)).backward()
-    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    gradients = {name: p.grad for name, p in net.named_parameters()}
     return {"delta": attack.delta, "believed": step.parts["believed"], **gradients}
 
 
@@ -597,13 +597,13 @@ def test_two_processes_step_like_one(tmp_path):
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
     for kind in ("infonce", "ce"):
         ranks = [torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in (0, 1)]
-        one = a_step(0, 1, lambda network: network, kind)
-        believed = [rank["believed"].item() for rank in ranks]
-        assert 0 < sum(believed) / 2 == one["believed"] < 100
-        assert torch.equal(torch.cat([r["delta"] for r in ranks]).sign(), one["delta"].sign())
-        for name in one.keys() - {"delta", "believed"}:
+        single = a_step(0, 1, lambda network: network, kind)
+        shares = [rank["believed"].item() for rank in ranks]
+        assert 0 < sum(shares) / 2 == single["believed"] < 100
+        assert torch.equal(torch.cat([r["delta"] for r in ranks]).sign(), single["delta"].sign())
+        for name in single.keys() - {"delta", "believed"}:
             for rank in ranks:
-                torch.testing.assert_close(rank[name], one[name], msg=name)
+                torch.testing.assert_close(rank[name], single[name], msg=name)
 
 
 # --- configurations
@@ -618,11 +618,11 @@ def test_every_adversary_has_fixmatch_s_radius():
 def test_the_paper_s_preset_is_the_public_recipe():
     config = SemiConfig(preset="paper")
     assert config.epochs * config.steps_per_epoch == 2**20
-    published = dict(
+    values = dict(
         dataset="cifar100", backbone="wrn28", width=16 * 8, batch_size=64, mu=7, ema_decay=0.999,
         learning_rate=0.03, weight_decay=1e-3, threshold=0.95, lambda_u=1.0,
     )  # fmt: skip
-    assert {name: getattr(config, name) for name in published} == published
+    assert {name: getattr(config, name) for name in values} == values
 
 
 # --- whole runs
@@ -646,10 +646,10 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
     outputs, vae_run, monkeypatch, adversary
 ):
     config = SemiConfig(**TINY, **attacked_by(adversary, vae_run))
-    whole, again = whole_and_resumed(train_semi, config, monkeypatch, 9, 12)
-    assert whole[0].keys() == again[0].keys()
-    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
-    assert whole[1:] == again[1:]
+    result, repeat = whole_and_resumed(train_semi, config, monkeypatch, 9, 12)
+    assert result[0].keys() == repeat[0].keys()
+    assert all(torch.equal(result[0][k], repeat[0][k]) for k in result[0])
+    assert result[1:] == repeat[1:]
 
 
 def test_a_run_says_how_it_was_judged_and_its_encoder_can_be_evaluated(outputs):
@@ -661,14 +661,14 @@ def test_a_run_says_how_it_was_judged_and_its_encoder_can_be_evaluated(outputs):
     assert summary["images_per_second"] == pytest.approx(12 * 24 / summary["seconds"])
     lines = run.metrics()
     assert [line["step"] for line in lines if "ema_top1_val" in line] == [6, 12]
-    logged = set().union(*lines)
-    assert {"supervised_loss", "unsupervised_loss", "believed", "pseudo_top1"} <= logged
+    names = set().union(*lines)
+    assert {"supervised_loss", "unsupervised_loss", "believed", "pseudo_top1"} <= names
 
     (run.path / "environment.json").unlink()  # for the record alone
     module, *units = load_encoder(run.id, "classifier")
     guess = features(module, test.images, *units).argmax(1)
-    judged = 100 * (guess == test.labels).double().mean().item()
-    assert judged == pytest.approx(summary["ema_top1"])
+    accuracy = 100 * (guess == test.labels).double().mean().item()
+    assert accuracy == pytest.approx(summary["ema_top1"])
     tensors = checkpoints.load(run)[0]
     backbone = load_encoder(run).module
     assert torch.equal(backbone.conv1.weight, tensors["method.ema.backbone.conv1.weight"])
@@ -739,9 +739,9 @@ def test_a_vae_sees_cifar_100_s_views_in_its_own_units(outputs, tmp_path, monkey
     vae = load_vae(train_vae(VAEConfig(**values, batch_size=8, dim=8)))
     assert (vae.mean, vae.std) == (MEAN, STD)
     mean, std, vae_mean, vae_std = (torch.tensor(v).view(3, 1, 1) for v in (*CIFAR100, MEAN, STD))
-    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    assert_close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
     kind = {"idaa": IDAA, "random_sign": RandomSign}[adversary]
-    original, seen = kind.__call__, []
+    original, results = kind.__call__, []
 
     def attack(self, x, attack_loss, **turn):
         result = original(self, x, attack_loss, **turn)
@@ -753,25 +753,25 @@ def test_a_vae_sees_cifar_100_s_views_in_its_own_units(outputs, tmp_path, monkey
         G = vae.decode(zeta) * vae_std + vae_mean
         (gradient,) = torch.autograd.grad(attack_loss((pixels - G.detach() + G - mean) / std), zeta)
         if adversary == "idaa":
-            sure = gradient.abs() > 0.01 * gradient.abs().mean()
-            assert sure.double().mean() > 0.9
-            assert torch.equal(result.delta.sign()[sure], gradient.sign()[sure])
+            mask = gradient.abs() > 0.01 * gradient.abs().mean()
+            assert mask.double().mean() > 0.9
+            assert torch.equal(result.delta.sign()[mask], gradient.sign()[mask])
         with torch.no_grad():
-            close(result.delta.abs(), torch.full_like(zeta, 0.5))
-            close(result.z, zeta + result.delta)
-            close(result.reconstruction, (G - mean) / std)
-            changed = vae.decode(zeta + result.delta) * vae_std + vae_mean
-            close(result.images, (pixels - G + changed - mean) / std)
+            assert_close(result.delta.abs(), torch.full_like(zeta, 0.5))
+            assert_close(result.z, zeta + result.delta)
+            assert_close(result.reconstruction, (G - mean) / std)
+            reconstruction = vae.decode(zeta + result.delta) * vae_std + vae_mean
+            assert_close(result.images, (pixels - G + reconstruction - mean) / std)
             # What an attack without conversion would give lies elsewhere.
-            naive = x - vae.decode(vae.encode(x)[0]) + vae.decode(vae.encode(x)[0] + result.delta)
-            assert (naive - result.images).abs().max() > 0.01
-        seen.append(result)
+            images = x - vae.decode(vae.encode(x)[0]) + vae.decode(vae.encode(x)[0] + result.delta)
+            assert (images - result.images).abs().max() > 0.01
+        results.append(result)
         return result
 
     monkeypatch.setattr(kind, "__call__", attack)
     values |= dict(batch_size=4, mu=2, steps_per_epoch=2, labels_per_class=2)
     run = train_semi(SemiConfig(**values, adversary=adversary))
-    assert len(seen) == 2
+    assert len(results) == 2
     assert load_encoder(run)[2:] == CIFAR100
 
 
@@ -779,10 +779,10 @@ def test_the_notebook_runs_beside_labels_alone(outputs, tmp_path):
     sweeps.execute(
         "07_semi_supervised", TINY | {"adversary": "clae", "epochs": 1}, tmp_path / "out.ipynb"
     )
-    trained = runs.find("semi")
-    kinds = {(run.config.adversary, run.config.lambda_u) for run in trained}
+    trainings = runs.find("semi")
+    kinds = {(run.config.adversary, run.config.lambda_u) for run in trainings}
     assert kinds == {("none", 0.0), ("none", 1.0), ("clae", 1.0)}
-    (run,) = (run for run in trained if run.config.adversary == "clae")
+    (run,) = (run for run in trainings if run.config.adversary == "clae")
     assert {path.name for path in (run.path / "figures").glob("*.png")} == {
         "curves.png", "views.png", "losses.png", "pseudo_labels.png", "accuracy.png",
         "validation.png",
@@ -794,7 +794,7 @@ def test_the_picture_of_a_step_is_read_back(outputs):
     rows = samples.read(run)
     assert list(rows) == ["weak view", "strong view", "x′", "x′ − x, × 3"]
     assert {tuple(images.shape) for images in rows.values()} == {(8, 3, 32, 32)}
-    weak, x_adv, difference = (rows[k] for k in ("weak view", "x′", "x′ − x, × 3"))
-    inside = (x_adv > 0) & (x_adv < 1) & (difference > 0) & (difference < 1)
-    away = (0.5 + 3 * (x_adv - weak) - difference)[inside].abs()
-    assert away.max() < 4.5 / 255  # three roundings, those of x′ and x tripled
+    view, x_adv, difference = (rows[k] for k in ("weak view", "x′", "x′ − x, × 3"))
+    mask = (x_adv > 0) & (x_adv < 1) & (difference > 0) & (difference < 1)
+    errors = (0.5 + 3 * (x_adv - view) - difference)[mask].abs()
+    assert errors.max() < 4.5 / 255  # three roundings, those of x′ and x tripled

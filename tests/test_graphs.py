@@ -41,36 +41,36 @@ class Tape(TorchDispatchMode):
         if self.replays == 1:  # to note them on a CPU was to do them
             return
         with torch.no_grad():
-            for function, args, kwargs, made in self.operations:
-                again = function(*args, **kwargs)
+            for function, args, kwargs, result in self.operations:
+                repeat = function(*args, **kwargs)
                 if not function._schema.is_mutable:
-                    for old, new in zip(tensors(made), tensors(again), strict=True):
+                    for old, new in zip(tensors(result), tensors(repeat), strict=True):
                         old.copy_(new)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = str(function)
-        drawn = any(isinstance(v, torch.Generator) for v in (*args, *kwargs.values()))
-        if drawn or "_local_scalar_dense" in name or name.startswith("aten.equal"):
+        has_draws = any(isinstance(v, torch.Generator) for v in (*args, *kwargs.values()))
+        if has_draws or "_local_scalar_dense" in name or name.startswith("aten.equal"):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-        made = function(*args, **kwargs)
+        result = function(*args, **kwargs)
         if not function.is_view:
-            self.operations.append((function, args, kwargs, made))
-        return made
+            self.operations.append((function, args, kwargs, result))
+        return result
 
 
-def tensors(made):
-    return [t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
+def tensors(tree):
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 @pytest.fixture
 def tapes(monkeypatch):
     """Steps are recorded, and attacks look at nothing: as on a GPU with compile=True."""
-    made = []
+    record = []
 
     def tape():
-        made.append(Tape())
-        return made[-1]
+        record.append(Tape())
+        return record[-1]
 
     def recordable(fit):
         kinds = (type(fit.method), type(fit.adversary))
@@ -79,10 +79,10 @@ def tapes(monkeypatch):
     monkeypatch.setattr(loop, "CudaGraph", tape)
     monkeypatch.setattr(Fit, "_recordable", recordable)
     monkeypatch.setattr(ascent, "waits", lambda device: True)
-    return made
+    return record
 
 
-def same(first, second):
+def assert_same(first, second):
     for before, after in zip(first[0].items(), second[0].items(), strict=True):
         assert before[0] == after[0]
         assert torch.equal(before[1], after[1]), before[0]
@@ -111,11 +111,11 @@ def test_a_recorded_training_is_the_same_training(config, outputs, monkeypatch, 
     if getattr(config, "needs_vae", False):
         train_vae(VAE)
     tapes.clear()
-    recorded = outcome(train(config))
+    result = outcome(train(config))
     assert [tape.replays for tape in tapes] == [locate(config).state["steps"] - 3]
     shutil.rmtree(locate(config).path)
     monkeypatch.setattr(Fit, "_recordable", lambda fit: False)
-    same(recorded, outcome(train(config)))
+    assert_same(result, outcome(train(config)))
 
 
 def test_what_does_not_say_that_it_can_be_recorded_is_not(outputs, tapes, monkeypatch):
@@ -150,12 +150,12 @@ def test_a_step_that_reads_a_value_is_told_what_to_do(outputs, tapes, monkeypatc
 def test_a_recorded_attack_that_is_not_finite_is_told(outputs, tapes, monkeypatch):
     train_vae(VAE)
     config = SSLConfig(**SSL | {"log_every": 5}, adversary="idaa")
-    plain = Fit.train_step
+    original = Fit.train_step
 
     def step(fit, step, *args):
         if step == 7:
             fit.adversary.vae.fc21.bias.data.fill_(torch.nan)
-        return plain(fit, step, *args)
+        return original(fit, step, *args)
 
     monkeypatch.setattr(Fit, "train_step", step)
     with pytest.raises(runs.RunError, match="By step 10: An attack's gradient was not finite"):
@@ -169,15 +169,15 @@ def test_a_cuda_graph_trains_like_single_launches(outputs, adversary, monkeypatc
     turn where a gradient is nearly 0, and Adam makes much of it."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     train_vae(VAE)
-    few = {"device": "cuda", "adversary": adversary, "learning_rate": 1e-5}
+    options = {"device": "cuda", "adversary": adversary, "learning_rate": 1e-5}
 
     def losses(compile):
-        config = SSLConfig(**SSL | few, compile=compile)
+        config = SSLConfig(**SSL | options, compile=compile)
         if locate(config).finished:  # `compile` is no part of a run's identity
             shutil.rmtree(locate(config).path)
         return [r["loss"] for r in train_ssl(config).metrics() if "loss" in r]
 
-    recorded, plain = losses(True), losses(False)
+    graph_losses, launch_losses = losses(True), losses(False)
     monkeypatch.setattr(Fit, "_recordable", lambda fit: False)
-    assert recorded == pytest.approx(losses(True), rel=1e-3)
-    assert recorded == pytest.approx(plain, rel=2e-2)
+    assert graph_losses == pytest.approx(losses(True), rel=1e-3)
+    assert graph_losses == pytest.approx(launch_losses, rel=2e-2)

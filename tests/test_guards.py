@@ -47,11 +47,11 @@ class OnDevice(TorchDispatchMode):
 
 
 def a_config(method, adversary):
-    few = dict(size=SIZE, width=4, batch_size=B, adversary=adversary, epochs=2, device="cpu")
-    few |= {"backbone": "wrn10" if method == "fixmatch" else "tiny"}
+    values = dict(size=SIZE, width=4, batch_size=B, adversary=adversary, epochs=2, device="cpu")
+    values |= {"backbone": "wrn10" if method == "fixmatch" else "tiny"}
     if method == "fixmatch":
-        return SemiConfig(**few, mu=2, labels_per_class=2)
-    return SSLConfig(**few, method=method, **({"queue": 8} if method == "moco" else {}))
+        return SemiConfig(**values, mu=2, labels_per_class=2)
+    return SSLConfig(**values, method=method, **({"queue": 8} if method == "moco" else {}))
 
 
 def a_fit(config, device, monkeypatch, dtype=torch.float32):
@@ -68,10 +68,10 @@ def a_fit(config, device, monkeypatch, dtype=torch.float32):
     else:
         method = build_method(config, about)
         adversary = build_adversary(config, VAE(8, SIZE, width=4).to(dtype), mean=None, std=None)
-    plain = lambda name, groups, rate: torch.optim.SGD(  # noqa: E731 - fused knows no such device
+    build_plain = lambda name, groups, rate: torch.optim.SGD(  # noqa: E731 - fused knows no such device
         groups, rate, momentum=0.9, foreach=False
     )
-    monkeypatch.setattr(loop, "build_optimizer", plain)
+    monkeypatch.setattr(loop, "build_optimizer", build_plain)
     if device == "meta":  # which autocast does not know
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     accelerator = SimpleNamespace(
@@ -104,16 +104,16 @@ def a_step(fit, step=0):
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """A ResNet of four blocks, which is soon traced and compiled."""
-    monkeypatch.setitem(CHOICES["backbone"], "tiny", lambda **how: ResNet((1, 1, 1, 1), **how))
+    monkeypatch.setitem(CHOICES["backbone"], "tiny", lambda **knobs: ResNet((1, 1, 1, 1), **knobs))
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_does_nothing_but_launch_work_on_the_device(method, adversary, monkeypatch):
     fit = a_fit(a_config(method, adversary), "meta", monkeypatch)
-    given = a_step(fit)
+    arguments = a_step(fit)
     with OnDevice() as mode:
-        fit._work(*given)
+        fit._work(*arguments)
     if (method, adversary) == ("simclr", "idaa"):
         assert mode.count < 2100  # 2,022 with views and the parts of a plain optimiser
 
@@ -121,9 +121,9 @@ def test_a_step_does_nothing_but_launch_work_on_the_device(method, adversary, mo
 def test_the_vae_s_step_does_nothing_but_launch_work_on_the_device(monkeypatch):
     config = VAEConfig(size=SIZE, width=4, dim=8, batch_size=B, epochs=2, device="cpu")
     fit = a_fit(config, "meta", monkeypatch)
-    given = a_step(fit)
+    arguments = a_step(fit)
     with OnDevice():
-        fit._work(*given)
+        fit._work(*arguments)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "wrn", "vae"])
@@ -140,8 +140,8 @@ def test_a_compiled_step_is_compiled_once_and_is_the_plain_one(kind, monkeypatch
         fit = a_fit(config.replace(compile=compiles), "cpu", monkeypatch, torch.float64)
         fit.method._makers = {}  # views are drawn in fp32, where compilation rounds otherwise
         draw, losses = fit.method.draw, []
-        fit.method.draw = lambda *given, draw=draw: tuple(
-            view._replace(images=view.images.double()) for view in draw(*given)
+        fit.method.draw = lambda *arguments, draw=draw: tuple(
+            view._replace(images=view.images.double()) for view in draw(*arguments)
         )
         for step in range(3):
             stance = "fail_on_recompile" if compiles and step > 0 else "default"
@@ -150,10 +150,10 @@ def test_a_compiled_step_is_compiled_once_and_is_the_plain_one(kind, monkeypatch
                 images = {k: fit.feed.images[index] for k, index in batch.items()}
                 losses.append(fit.train_step(step, images, batch)["loss"].item())
         outcomes.append((losses, fit.method.state_dict()))
-    (plain, weights), (compiled, others) = outcomes
-    assert compiled == pytest.approx(plain, rel=1e-6)  # a loss is logged in fp32
+    (loss, weights), (compiled_loss, compiled_weights) = outcomes
+    assert compiled_loss == pytest.approx(loss, rel=1e-6)  # a loss is logged in fp32
     for name, value in weights.items():
-        torch.testing.assert_close(others[name], value, rtol=1e-7, atol=1e-8, msg=name)
+        torch.testing.assert_close(compiled_weights[name], value, rtol=1e-7, atol=1e-8, msg=name)
 
 
 def test_parameters_and_buffers_stay_where_they_are(monkeypatch):

@@ -52,11 +52,11 @@ def save(path, pixels):
 
 def class_folders(root, parts=("train/", "test/"), classes=("cat", "dog"), n=6):
     """PNGs of noise, each another; returns path → pixels (H, W, 3)."""
-    made = {}
+    files = {}
     for seed, (part, name, i) in enumerate(itertools.product(parts, classes, range(n))):
-        made[f"{part}{name}/{i}.png"] = noise(seed)
-        save(root / f"{part}{name}/{i}.png", made[f"{part}{name}/{i}.png"])
-    return made
+        files[f"{part}{name}/{i}.png"] = noise(seed)
+        save(root / f"{part}{name}/{i}.png", files[f"{part}{name}/{i}.png"])
+    return files
 
 
 def pack(root, path, prefix=""):
@@ -77,9 +77,9 @@ def chw(pixels):
 
 def only(tmp_path, **options):
     """The single image of a folder that holds one training image, shown as (H, W, 3)."""
-    loaded = images.load(tmp_path / "one", "train", **options)
-    assert len(loaded) == 1
-    return loaded.images[0].permute(1, 2, 0).numpy()
+    image_set = images.load(tmp_path / "one", "train", **options)
+    assert len(image_set) == 1
+    return image_set.images[0].permute(1, 2, 0).numpy()
 
 
 def nothing_left(data):
@@ -90,62 +90,62 @@ def nothing_left(data):
 
 
 def test_folder_and_zip_give_every_image_of_every_split_unchanged(tmp_path):
-    made = class_folders(tmp_path / "pets")
-    packed = pack(tmp_path / "pets", tmp_path / "pets.zip")
-    for source in (tmp_path / "pets", packed):
+    files = class_folders(tmp_path / "pets")
+    zip_path = pack(tmp_path / "pets", tmp_path / "pets.zip")
+    for source in (tmp_path / "pets", zip_path):
         sets = {split: images.load(source, split) for split in images.SPLITS}
         for split, parts in {"trainval": ["train/"], "test": ["test/"]}.items():
-            expected = {chw(p) for name, p in made.items() if name.startswith(tuple(parts))}
+            expected = {chw(p) for name, p in files.items() if name.startswith(tuple(parts))}
             assert rows(sets[split]) == expected
-        labels = {chw(p): "dog" in name for name, p in made.items()}
-        for some in sets.values():
-            assert some.classes == ("cat", "dog")
-            assert some.images.dtype == torch.uint8 and some.labels.dtype == torch.int64
-            found = {
+        labels = {chw(p): "dog" in name for name, p in files.items()}
+        for image_set in sets.values():
+            assert image_set.classes == ("cat", "dog")
+            assert image_set.images.dtype == torch.uint8 and image_set.labels.dtype == torch.int64
+            guesses = {
                 image.numpy().tobytes(): int(y)
-                for image, y in zip(some.images, some.labels, strict=True)
+                for image, y in zip(image_set.images, image_set.labels, strict=True)
             }
-            assert all(labels[image] == y for image, y in found.items())
+            assert all(labels[image] == y for image, y in guesses.items())
         assert rows(sets["train"]) | rows(sets["val"]) == rows(sets["trainval"])
         assert not rows(sets["train"]) & rows(sets["val"])
 
 
 def test_zip_and_folder_share_a_fingerprint_and_selections_do_not(tmp_path):
     class_folders(tmp_path / "pets")
-    packed = pack(tmp_path / "pets", tmp_path / "pets.zip", prefix="wrapped/twice/")
-    whole = images.load(tmp_path / "pets", "train")
-    assert whole.fingerprint == images.load(packed, "train").fingerprint
-    assert whole.fingerprint == images.load(packed, "train", limit=10**6).fingerprint
-    others = [
-        images.load(packed, "trainval"),
-        images.load(packed, "test"),
-        images.load(packed, "train", limit=3),
-        images.load(packed, "train", size=16),
-        whole.subset([1, 0]),
-        whole.subset([0, 1]),
+    zip_path = pack(tmp_path / "pets", tmp_path / "pets.zip", prefix="wrapped/twice/")
+    image_set = images.load(tmp_path / "pets", "train")
+    assert image_set.fingerprint == images.load(zip_path, "train").fingerprint
+    assert image_set.fingerprint == images.load(zip_path, "train", limit=10**6).fingerprint
+    selections = [
+        images.load(zip_path, "trainval"),
+        images.load(zip_path, "test"),
+        images.load(zip_path, "train", limit=3),
+        images.load(zip_path, "train", size=16),
+        image_set.subset([1, 0]),
+        image_set.subset([0, 1]),
     ]
-    assert len({other.fingerprint for other in [whole, *others]}) == 7
+    assert len({selection.fingerprint for selection in [image_set, *selections]}) == 7
 
 
 def test_mean_and_std_are_those_of_the_pool_whatever_is_selected(tmp_path):
-    made = class_folders(tmp_path / "pets")
-    pool = np.stack([p for name, p in made.items() if name.startswith("train")]) / 255
+    files = class_folders(tmp_path / "pets")
+    pool = np.stack([p for name, p in files.items() if name.startswith("train")]) / 255
     for options in ({"split": "train"}, {"split": "test"}, {"split": "train", "limit": 2}):
-        loaded = images.load(tmp_path / "pets", **options)
-        np.testing.assert_allclose(loaded.mean, pool.mean((0, 1, 2)), rtol=1e-12)
-        np.testing.assert_allclose(loaded.std, pool.std((0, 1, 2)), rtol=1e-9)
+        image_set = images.load(tmp_path / "pets", **options)
+        np.testing.assert_allclose(image_set.mean, pool.mean((0, 1, 2)), rtol=1e-12)
+        np.testing.assert_allclose(image_set.std, pool.std((0, 1, 2)), rtol=1e-9)
 
 
 def test_limit_keeps_the_same_random_images_and_subset_picks_rows(tmp_path):
     class_folders(tmp_path / "pets", n=20)
-    whole = images.load(tmp_path / "pets", "test")
-    some = images.load(tmp_path / "pets", "test", limit=10)
-    assert len(some) == 10 and rows(some) < rows(whole)
-    assert torch.equal(some.images, images.load(tmp_path / "pets", "test", limit=10).images)
-    assert set(some.labels.tolist()) == {0, 1}  # not the first ten, which are all cats
-    picked = whole.subset(torch.tensor([3, 1]))
-    assert torch.equal(picked.images, whole.images[[3, 1]]) and picked.size == 32
-    assert len(whole.subset(whole.labels == 1)) == 20
+    image_set = images.load(tmp_path / "pets", "test")
+    sample = images.load(tmp_path / "pets", "test", limit=10)
+    assert len(sample) == 10 and rows(sample) < rows(image_set)
+    assert torch.equal(sample.images, images.load(tmp_path / "pets", "test", limit=10).images)
+    assert set(sample.labels.tolist()) == {0, 1}  # not the first ten, which are all cats
+    subset = image_set.subset(torch.tensor([3, 1]))
+    assert torch.equal(subset.images, image_set.images[[3, 1]]) and subset.size == 32
+    assert len(image_set.subset(image_set.labels == 1)) == 20
 
 
 def test_single_folder_is_split_by_name_and_a_new_file_moves_no_other(tmp_path):
@@ -159,26 +159,26 @@ def test_single_folder_is_split_by_name_and_a_new_file_moves_no_other(tmp_path):
     assert sum(map(len, after.values())) == 201
 
 
-def part_of(made, part):
-    return {chw(pixels) for name, pixels in made.items() if name.startswith(part)}
+def part_of(files, part):
+    return {chw(pixels) for name, pixels in files.items() if name.startswith(part)}
 
 
 def test_own_val_is_taken_beside_a_test(tmp_path):
-    made = class_folders(tmp_path / "pets", parts=("train/", "val/", "test/"))
+    files = class_folders(tmp_path / "pets", parts=("train/", "val/", "test/"))
     for split in ROW:
-        loaded = images.load(tmp_path / "pets", split)
-        assert rows(loaded) == part_of(made, split) and not loaded.notes
+        image_set = images.load(tmp_path / "pets", split)
+        assert rows(image_set) == part_of(files, split) and not image_set.notes
 
 
 @pytest.mark.parametrize(("val", "zipped"), [("val/", False), ("Validation/", True)])
 def test_without_a_test_val_takes_its_place_and_train_is_shared(tmp_path, capsys, val, zipped):
     """As ImageNet is laid out. No image of val is trained on, and none chooses anything."""
     root = tmp_path / "pets"
-    made = class_folders(root, parts=("train/", val), n=20)
+    files = class_folders(root, parts=("train/", val), n=20)
     source = pack(root, tmp_path / "pets.zip", "wrapped/") if zipped else root
     sets = {split: images.load(source, split) for split in ROW}
-    assert rows(sets["test"]) == part_of(made, val)
-    assert rows(sets["train"]) | rows(sets["val"]) == part_of(made, "train")
+    assert rows(sets["test"]) == part_of(files, val)
+    assert rows(sets["train"]) | rows(sets["val"]) == part_of(files, "train")
     assert not rows(sets["train"]) & rows(sets["val"]) and 0 < len(sets["val"]) < 20
     assert capsys.readouterr().out.count("no test/, so val/ is the test split") == 1
     shutil.move(root / val, root / "test")  # what it is the same as
@@ -189,19 +189,19 @@ def test_images_without_classes_have_no_label(tmp_path):
     for i in range(20):
         save(tmp_path / f"heap/{i}.png", noise(i))
     for source in (tmp_path / "heap", pack(tmp_path / "heap", tmp_path / "heap.zip", "heap/")):
-        loaded = images.load(source, "train")
-        assert loaded.classes == () and not loaded.labelled and (loaded.labels == -1).all()
+        image_set = images.load(source, "train")
+        assert image_set.classes == () and not image_set.labelled and (image_set.labels == -1).all()
 
 
 def test_deeper_files_belong_to_their_class_and_hidden_ones_to_nobody(tmp_path):
     class_folders(tmp_path / "pets")
     save(tmp_path / "pets/test/cat/more/deep/x.png", noise(77))
-    packed = pack(tmp_path / "pets", tmp_path / "pets.zip", prefix="pets/")
-    with zipfile.ZipFile(packed, "a") as archive:
+    zip_path = pack(tmp_path / "pets", tmp_path / "pets.zip", prefix="pets/")
+    with zipfile.ZipFile(zip_path, "a") as archive:
         archive.writestr("__MACOSX/pets/train/cat/._0.png", b"resource fork")
         archive.writestr("pets/train/.DS_Store", b"")
         archive.writestr("pets/README.txt", b"")
-    assert images.load(packed, "test").labels.tolist() == [0] * 7 + [1] * 6
+    assert images.load(zip_path, "test").labels.tolist() == [0] * 7 + [1] * 6
 
 
 @pytest.mark.parametrize(
@@ -235,16 +235,16 @@ def test_folder_without_images_says_what_it_looked_for(tmp_path):
 @pytest.mark.parametrize("member", ["../evil.png", "/evil.png", "a/../../evil.png", "C:\\evil.png"])
 def test_zip_that_leaves_its_folder_is_refused_before_reading(tmp_path, data, member):
     class_folders(tmp_path / "pets")
-    packed = pack(tmp_path / "pets", tmp_path / "pets.zip")
-    with zipfile.ZipFile(packed, "a") as archive:
+    zip_path = pack(tmp_path / "pets", tmp_path / "pets.zip")
+    with zipfile.ZipFile(zip_path, "a") as archive:
         archive.writestr(zipfile.ZipInfo(member), b"")
     with pytest.raises(ValueError, match=r"member .*evil.png.* leaves it"):
-        images.load(packed, "train")
+        images.load(zip_path, "train")
     assert not data.exists()
 
 
 def test_missing_path_unknown_name_and_broken_zip(tmp_path):
-    names = "photos, cifar10, .*caltech101"  # no path is one of them, mistyped
+    names = "photos, starter, cifar10, .*caltech101"  # no path is one of them, mistyped
     for source, hint in (("cifar11", names), (tmp_path / "absent.zip", "path of a folder or zip")):
         with pytest.raises(FileNotFoundError, match=hint):
             images.load(source, "train")
@@ -259,14 +259,14 @@ def test_a_folder_of_the_data_folder_goes_by_its_name(data):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "mistake",
     [{"split": "valid"}, {"size": 0}, {"size": 32.0}, {"size": True}, {"limit": 0}, {"limit": "9"},
      {"on_error": "ignore"}, {"gray_bits": 17}],
 )  # fmt: skip
-def test_impossible_arguments_are_named_before_any_work(wrong, data):
-    [(field, value)] = wrong.items()
+def test_impossible_arguments_are_named_before_any_work(mistake, data):
+    [(field, value)] = mistake.items()
     with pytest.raises(ValueError, match=f"^{field}={value!r}"):
-        images.load("photos", **{"split": "train", **wrong})
+        images.load("photos", **{"split": "train", **mistake})
     assert not data.exists()
 
 
@@ -292,9 +292,9 @@ def gray(path):
 
 
 def gray16(path):
-    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
-    Image.fromarray(deep).save(path)
-    return np.repeat((deep / 65535 * 255).round()[..., None], 3, -1)
+    values = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(values).save(path)
+    return np.repeat((values / 65535 * 255).round()[..., None], 3, -1)
 
 
 def cmyk(path):
@@ -353,16 +353,16 @@ def test_other_shapes_are_shrunk_and_cropped_in_the_middle(tmp_path, shape):
     at = (np.arange(16) + 0.5) * side / 16 - 0.5  # centres of the new pixels among the old
     y, x = np.meshgrid(at + top, at + left, indexing="ij")
     expected = np.stack([x, y, x + y], -1) * 255 / sum(shape)  # a gradient shrinks to itself
-    inside = (slice(1, -1), slice(1, -1))  # at the border the filter leans inwards
-    np.testing.assert_allclose(only(tmp_path, size=16)[inside], expected[inside], atol=1.5)
+    middle = (slice(1, -1), slice(1, -1))  # at the border the filter leans inwards
+    np.testing.assert_allclose(only(tmp_path, size=16)[middle], expected[middle], atol=1.5)
 
 
 @pytest.fixture
 def damaged(tmp_path):
     """12 training images, of which train/cat/0 is cut off and train/dog/1 is no image."""
     class_folders(tmp_path / "pets")
-    whole = (tmp_path / "pets/train/cat/0.png").read_bytes()
-    (tmp_path / "pets/train/cat/0.png").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "pets/train/cat/0.png").read_bytes()
+    (tmp_path / "pets/train/cat/0.png").write_bytes(content[: len(content) // 2])
     (tmp_path / "pets/train/dog/1.png").write_bytes(b"not an image")
     return tmp_path / "pets"
 
@@ -383,25 +383,25 @@ def test_an_unreadable_image_is_named(tmp_path, content, reason):
 def test_unreadable_images_are_skipped_and_counted_and_no_sound_one_is_decoded_again(
     damaged, capsys, monkeypatch
 ):
-    decoded, decode = [], decoding._decode
+    calls, decode = [], decoding._decode
 
-    def count(listing, *how):
-        decoded.append(listing.names[how[-1]])
-        return decode(listing, *how)
+    def count(listing, *arguments):
+        calls.append(listing.names[arguments[-1]])
+        return decode(listing, *arguments)
 
     monkeypatch.setattr(decoding, "_decode", count)
-    broken = [str(damaged / "train" / name) for name in ("cat/0.png", "dog/1.png")]
+    paths = [str(damaged / "train" / name) for name in ("cat/0.png", "dog/1.png")]
     for _ in range(2):
         with pytest.raises(ValueError, match=r"0\.png cannot be read.*1\.png.*on_error='skip'$"):
             images.load(damaged, "test")
-    loaded = images.load(damaged, "trainval", on_error="skip")
-    assert (len(loaded), loaded.skipped) == (10, 2)
+    image_set = images.load(damaged, "trainval", on_error="skip")
+    assert (len(image_set), image_set.skipped) == (10, 2)
     assert images.load(damaged, "test", on_error="skip").skipped == 2
-    (note,) = loaded.notes
-    assert note.startswith("2 of 24 images cannot be read: ") and all(b in note for b in broken)
+    (note,) = image_set.notes
+    assert note.startswith("2 of 24 images cannot be read: ") and all(b in note for b in paths)
     assert capsys.readouterr().out == f"pets: {note}.\n"
-    sound = [name for name in decoded if name not in broken]
-    assert len(sound) == len(set(sound)) == 22
+    names = [name for name in calls if name not in paths]
+    assert len(names) == len(set(names)) == 22
 
 
 def test_what_no_stamp_tells_is_looked_at_again(tmp_path, monkeypatch):
@@ -412,9 +412,9 @@ def test_what_no_stamp_tells_is_looked_at_again(tmp_path, monkeypatch):
         patch.setattr(Path, "read_bytes", refuse)
         with pytest.raises(ValueError, match="no image for class 'cat'"):
             images.load(tmp_path / "pets", "train")
-        read = Path.open
+        opener = Path.open
         patch.setattr(
-            Path, "read_bytes", lambda p: refuse() if p.name == "1.png" else read(p, "rb").read()
+            Path, "read_bytes", lambda p: refuse() if p.name == "1.png" else opener(p, "rb").read()
         )
         with pytest.raises(ValueError, match=r"cat/1\.png cannot .*Permission denied"):
             images.load(tmp_path / "pets", "train")
@@ -449,8 +449,8 @@ def test_large_images_take_threads_and_keep_their_order(tmp_path):
     for i in range(600):
         save(tmp_path / f"heap/{i:03}.png", np.full((400, 400, 3), i % 256, np.uint8))
     for part in ("train", "val", "test"):
-        loaded = images.load(tmp_path / "heap", part, size=8)
-        values = loaded.images.flatten(1)
+        image_set = images.load(tmp_path / "heap", part, size=8)
+        values = image_set.images.flatten(1)
         assert (values == values[:, :1]).all()
         wraps = (values[1:, 0].int() <= values[:-1, 0].int()).sum()
         assert wraps == 2  # 0…255, 0…255, 0…87: sorted by name
@@ -467,10 +467,10 @@ def entry(data):
 def test_second_load_decodes_nothing_and_writing_stays_private(tmp_path, monkeypatch):
     class_folders(tmp_path / "pets")
     first = images.load(tmp_path / "pets", "train")
-    kept = first.images.clone()
+    pixels = first.images.clone()
     first.images.zero_()
     monkeypatch.setattr(decoding, "_decode", lambda *_: pytest.fail("decoded again"))
-    assert torch.equal(images.load(tmp_path / "pets", "train").images, kept)
+    assert torch.equal(images.load(tmp_path / "pets", "train").images, pixels)
     assert len(images.load(tmp_path / "pets", "test", limit=3)) == 3
 
 
@@ -499,13 +499,13 @@ def relabel(path):
 @pytest.mark.parametrize("damage", [cut, scribble, relabel, lambda p: (p / "images.u8").unlink()])
 def test_damaged_entry_is_built_again(tmp_path, data, damage):
     class_folders(tmp_path / "pets")
-    whole = images.load(tmp_path / "pets", "train")
-    kept = whole.images.clone(), whole.labels.clone()
+    image_set = images.load(tmp_path / "pets", "train")
+    tensors = image_set.images.clone(), image_set.labels.clone()
     time.sleep(0.01)
     damage(entry(data))
-    again = images.load(tmp_path / "pets", "train")
-    assert torch.equal(again.images, kept[0]) and torch.equal(again.labels, kept[1])
-    assert again.fingerprint == whole.fingerprint
+    repeat = images.load(tmp_path / "pets", "train")
+    assert torch.equal(repeat.images, tensors[0]) and torch.equal(repeat.labels, tensors[1])
+    assert repeat.fingerprint == image_set.fingerprint
 
 
 def test_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, data):
@@ -532,12 +532,12 @@ def test_a_disk_known_to_be_too_small_is_refused_before_decoding(tmp_path, data,
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path, data):
     class_folders(tmp_path / "pets")
-    whole = rows(images.load(tmp_path / "pets", "test"))
-    finished = entry(data)
-    cut(finished)
-    finished.rename(finished.with_name(f"{finished.name}.partial"))
-    assert rows(images.load(tmp_path / "pets", "test")) == whole
-    assert entry(data) == finished
+    pixels = rows(images.load(tmp_path / "pets", "test"))
+    folder = entry(data)
+    cut(folder)
+    folder.rename(folder.with_name(f"{folder.name}.partial"))
+    assert rows(images.load(tmp_path / "pets", "test")) == pixels
+    assert entry(data) == folder
 
 
 def test_processes_that_start_at_once_decode_once(tmp_path, data):
@@ -560,17 +560,17 @@ while not Path({str(tmp_path / "go")!r}).exists():
 print(images.load({str(tmp_path / "pets")!r}, "train").fingerprint)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = [
+    processes = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)
         for _ in range(3)
     ]
-    while len(list(tmp_path.glob("ready*"))) < 3 and all(p.poll() is None for p in started):
+    while len(list(tmp_path.glob("ready*"))) < 3 and all(p.poll() is None for p in processes):
         time.sleep(0.05)
     (tmp_path / "go").touch()
-    printed = {process.communicate(timeout=60)[0] for process in started}
-    assert len(printed) == 1 and len(printed.pop()) == 65  # one fingerprint and a newline
-    logged = (tmp_path / "log").read_text().split("\n")[:-1]
-    assert len(logged) == len(set(logged)) == 600
+    outputs = {process.communicate(timeout=60)[0] for process in processes}
+    assert len(outputs) == 1 and len(outputs.pop()) == 65  # one fingerprint and a newline
+    lines = (tmp_path / "log").read_text().split("\n")[:-1]
+    assert len(lines) == len(set(lines)) == 600
     assert entry(data)
 
 
@@ -579,42 +579,42 @@ print(images.load({str(tmp_path / "pets")!r}, "train").fingerprint)
 
 def test_photos_are_thirteen_balanced_classes_the_same_on_every_call(data):
     for split, count in photos.COUNTS.items():
-        loaded = images.load("photos", split)
-        assert loaded.images.shape == (count, 3, 32, 32) and len(loaded.classes) == 13
-        counts = torch.bincount(loaded.labels)
+        part = images.load("photos", split)
+        assert part.images.shape == (count, 3, 32, 32) and len(part.classes) == 13
+        counts = torch.bincount(part.labels)
         assert counts.max() - counts.min() <= 1
-    again = images.load("photos", "test", data_dir=data / "elsewhere")
-    assert torch.equal(again.images, loaded.images) and again.fingerprint == loaded.fingerprint
+    repeat = images.load("photos", "test", data_dir=data / "elsewhere")
+    assert torch.equal(repeat.images, part.images) and repeat.fingerprint == part.fingerprint
     assert len(images.load("photos", "trainval")) == 4500
 
 
 def test_photos_are_crops_of_their_photographs():
-    loaded = images.load("photos", "test", size=48)
+    image_set = images.load("photos", "test", size=48)
     crops = [crop for crop in photos.crops() if crop.split == "test"]
     for i in range(0, 1000, 97):
-        whole = Image.open(photos.paths()[crops[i].photo]).convert("RGB")
-        expected = whole.crop(crops[i].box).resize((48, 48), Image.Resampling.BILINEAR)
-        assert loaded.images[i].numpy().tobytes() == chw(np.asarray(expected))
-        assert loaded.classes[loaded.labels[i]] == crops[i].photo
+        photograph = Image.open(photos.paths()[crops[i].photo]).convert("RGB")
+        expected = photograph.crop(crops[i].box).resize((48, 48), Image.Resampling.BILINEAR)
+        assert image_set.images[i].numpy().tobytes() == chw(np.asarray(expected))
+        assert image_set.classes[image_set.labels[i]] == crops[i].photo
 
 
 def test_no_pixel_of_a_photograph_lies_in_crops_of_two_splits():
     shapes = {photo: Image.open(path).size[::-1] for photo, path in photos.paths().items()}
-    seen = {photo: np.zeros((3, *shape), bool) for photo, shape in shapes.items()}
+    masks = {photo: np.zeros((3, *shape), bool) for photo, shape in shapes.items()}
     for crop in photos.crops():
         height, width = shapes[crop.photo]
         left, top, right, bottom = crop.box
         assert 0 <= left < right <= width and 0 <= top < bottom <= height
         assert right - left == bottom - top
-        seen[crop.photo][ROW[crop.split], top:bottom, left:right] = True
-    assert len(seen) == 13
-    assert all(mask.sum(0).max() == 1 and mask.any((1, 2)).all() for mask in seen.values())
+        masks[crop.photo][ROW[crop.split], top:bottom, left:right] = True
+    assert len(masks) == 13
+    assert all(mask.sum(0).max() == 1 and mask.any((1, 2)).all() for mask in masks.values())
 
 
 def test_raw_pixels_say_something_about_photos_and_not_everything():
     train, test = images.load("photos", "train"), images.load("photos", "test")
-    nearest = KNeighborsClassifier(5).fit(train.images.flatten(1), train.labels)
-    accuracy = nearest.score(test.images.flatten(1), test.labels)
+    classifier = KNeighborsClassifier(5).fit(train.images.flatten(1), train.labels)
+    accuracy = classifier.score(test.images.flatten(1), test.labels)
     print(f"raw-pixel 5-NN on photos: {100 * accuracy:.1f} %")
     assert 0.40 < accuracy < 0.70
 
@@ -623,7 +623,7 @@ def test_raw_pixels_say_something_about_photos_and_not_everything():
 
 SPLIT = {split: {"split": split} for split in ("train", "val", "test")}
 TRAIN_TEST = {"train": SPLIT["train"], "test": SPLIT["test"]}
-ASKED = {  # name: torchvision's class, and what it should be asked for
+REQUESTS = {  # name: torchvision's class, and what it should be asked for
     "cifar10": ("CIFAR10", {"train": {"train": True}, "test": {"train": False}}),
     "cifar100": ("CIFAR100", {"train": {"train": True}, "test": {"train": False}}),
     "stl10": ("STL10", TRAIN_TEST),
@@ -641,14 +641,14 @@ ASKED = {  # name: torchvision's class, and what it should be asked for
 
 @pytest.mark.parametrize("name", sources.TORCHVISION)
 def test_every_torchvision_name_asks_for_its_parts(name, monkeypatch, data):
-    kind, parts = ASKED[name]
-    asked = []
+    kind, parts = REQUESTS[name]
+    calls = []
 
     class Fake:
         def __init__(self, root, download, **arguments):
             assert root == data / name.split("-")[0] and download
-            self.seed = 1000 * len(asked)
-            asked.append(arguments)
+            self.seed = 1000 * len(calls)
+            calls.append(arguments)
             if kind == "Caltech101":
                 self.categories = list("abcdefghij")
             elif kind != "SVHN":
@@ -664,7 +664,7 @@ def test_every_torchvision_name_asks_for_its_parts(name, monkeypatch, data):
 
     monkeypatch.setattr(torchvision.datasets, kind, Fake)
     sets = {split: images.load(name, split) for split in ("train", "val", "test", "trainval")}
-    assert sorted(map(repr, asked)) == sorted(map(repr, parts.values()))  # each once, then cached
+    assert sorted(map(repr, calls)) == sorted(map(repr, parts.values()))  # each once, then cached
     assert sets["train"].classes == tuple("0123456789" if kind == "SVHN" else "abcdefghij")
     if "all" in parts:
         assert sum(len(sets[split]) for split in ROW) == 60
@@ -673,9 +673,9 @@ def test_every_torchvision_name_asks_for_its_parts(name, monkeypatch, data):
         assert len(sets["val"]) == 60 if "val" in parts else 0 < len(sets["val"]) < 20
         assert len(sets["trainval"]) == 60 * (len(parts) - 1)
     seeds = {chw(noise(s)): s for part in range(3) for s in range(1000 * part, 1000 * part + 60)}
-    for loaded in sets.values():
-        assert [seeds[i.numpy().tobytes()] % 1000 % 10 for i in loaded.images] == list(
-            loaded.labels
+    for image_set in sets.values():
+        assert [seeds[i.numpy().tobytes()] % 1000 % 10 for i in image_set.images] == list(
+            image_set.labels
         )
     if name in ("cifar10", "cifar100"):
         assert sets["train"].mean == (0.4914, 0.4822, 0.4465)
@@ -717,17 +717,17 @@ print(json.dumps([seconds, peak, counts]))
         pytest.skip("the peak of memory is read from /proc/self/status, which only Linux has")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-c", script]
-    done = subprocess.run(run, capture_output=True, text=True, env=environment, check=True)
-    (first, again), peak, counts = json.loads(done.stdout)
-    print(f"CIFAR-10: decoded in {first:.1f} s, again {again:.2f} s, peak {peak:.0f} MiB")
+    process = subprocess.run(run, capture_output=True, text=True, env=environment, check=True)
+    (first, repeat), peak, counts = json.loads(process.stdout)
+    print(f"CIFAR-10: decoded in {first:.1f} s, again {repeat:.2f} s, peak {peak:.0f} MiB")
     assert counts == [[5000] * 10, [1000] * 10]
     assert peak < 1024
-    loaded = images.load(cifar10_zip, "test")
+    image_set = images.load(cifar10_zip, "test")
     with zipfile.ZipFile(cifar10_zip) as archive:
         for i in range(0, 10_000, 1111):
-            member = f"test/{loaded.classes[loaded.labels[i]]}/{i % 1000:04}.jpg"
-            decoded = Image.open(io.BytesIO(archive.read(member))).convert("RGB")
-            assert loaded.images[i].numpy().tobytes() == chw(np.asarray(decoded))
+            member = f"test/{image_set.classes[image_set.labels[i]]}/{i % 1000:04}.jpg"
+            image = Image.open(io.BytesIO(archive.read(member))).convert("RGB")
+            assert image_set.images[i].numpy().tobytes() == chw(np.asarray(image))
 
 
 # --- What lies in folders of other people
@@ -738,9 +738,9 @@ def test_a_part_by_another_name_is_no_class(tmp_path, train, test):
     """Train/ and Test/ would otherwise be two classes, and nobody would notice."""
     files = class_folders(tmp_path / "pets", parts=(f"{train}/", "Validation/", f"{test}/"))
     for split, part in (("train", train), ("val", "Validation"), ("test", test)):
-        loaded = images.load(tmp_path / "pets", split)
-        assert rows(loaded) == {chw(p) for name, p in files.items() if name.startswith(part)}
-        assert loaded.classes == ("cat", "dog")
+        image_set = images.load(tmp_path / "pets", split)
+        assert rows(image_set) == {chw(p) for name, p in files.items() if name.startswith(part)}
+        assert image_set.classes == ("cat", "dog")
 
 
 def test_what_systems_and_tools_leave_behind_is_no_image_and_no_class(tmp_path):
@@ -792,9 +792,9 @@ def test_a_folder_that_is_called_as_an_image_is_a_folder(tmp_path, zipped):
         (tmp_path / "pets" / name).mkdir(parents=True)
         save(tmp_path / "pets" / name / "tile.png", noise(99))
     source = pack(tmp_path / "pets", tmp_path / "pets.zip") if zipped else tmp_path / "pets"
-    whole = images.load(source, "trainval")
-    assert whole.classes == ("slide_1.tif", "slide_2.tif")
-    assert rows(whole) == part_of(files, "train") | {chw(noise(99))} and len(whole) == 13
+    image_set = images.load(source, "trainval")
+    assert image_set.classes == ("slide_1.tif", "slide_2.tif")
+    assert rows(image_set) == part_of(files, "train") | {chw(noise(99))} and len(image_set) == 13
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
@@ -830,27 +830,27 @@ def test_formats_by_other_extensions_are_read_and_the_rest_is_counted(tmp_path):
     sets = [images.load(tmp_path / "pets", split) for split in ROW]
     assert sum(map(len, sets)) == 48
     text = "not read as images: 12 .heic, 12 without extension; pip install pillow-heif"
-    assert all(text in some.notes[0] for some in sets)
+    assert all(text in image_set.notes[0] for image_set in sets)
 
 
 def test_what_is_left_out_is_said_before_training_and_kept(tmp_path, outputs, capsys):
     class_folders(tmp_path / "pets", n=12)
     (tmp_path / "pets/train/dog/5.png").rename(tmp_path / "pets/train/dog/5.heic")
     (tmp_path / "pets/train/dog/4.png").write_bytes(b"<html>")
-    tiny = {"epochs": 1, "width": 4, "batch_size": 8, "projection_dim": 4, "device": "cpu"}
-    config = SSLConfig(dataset=str(tmp_path / "pets"), **tiny)
+    knobs = {"epochs": 1, "width": 4, "batch_size": 8, "projection_dim": 4, "device": "cpu"}
+    config = SSLConfig(dataset=str(tmp_path / "pets"), **knobs)
     with pytest.raises(ConfigError, match=r"dog/4\.png cannot .*on_error='skip'"):
         train_ssl(config)
     assert not outputs.exists()
     capsys.readouterr()
     run = train_ssl(config.replace(on_error="skip"))
-    printed, notes = capsys.readouterr().out, run.environment["dataset"]["notes"]
+    output, notes = capsys.readouterr().out, run.environment["dataset"]["notes"]
     assert len(notes) == 2 and "1 .heic" in notes[0] and "1 of 47 images" in notes[1]
     for note in notes:
-        assert printed.count(note) == 1
-    judged = evaluate(EvalConfig(run=run.id, references=False, device="cpu"))
-    assert judged.config.on_error == "skip"  # of its own images, as they were trained on
-    assert judged.environment["dataset"]["notes"] == notes
+        assert output.count(note) == 1
+    evaluation = evaluate(EvalConfig(run=run.id, references=False, device="cpu"))
+    assert evaluation.config.on_error == "skip"  # of its own images, as they were trained on
+    assert evaluation.environment["dataset"]["notes"] == notes
     # A way of reading is known by what it gives, so the mended folder is the same run.
     (tmp_path / "pets/train/dog/4.png").unlink()
     assert locate(config) == run
@@ -865,16 +865,16 @@ def test_all_broken_images_are_named_at_once(damaged):
 @pytest.mark.parametrize("bits", [8, 10, 12])
 def test_grey_of_few_bits_in_16_is_said_and_scaled_by_a_field(tmp_path, bits):
     top = 2**bits - 1
-    deep = np.random.default_rng(bits).integers(0, top + 1, (20, 32, 32), np.uint16)
-    for i, image in enumerate(deep):
+    values = np.random.default_rng(bits).integers(0, top + 1, (20, 32, 32), np.uint16)
+    for i, image in enumerate(values):
         image[0, 0] = top
         (tmp_path / "cells").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / f"cells/{i:02}.{('png', 'tif')[i % 2]}")
-    dark = images.load(tmp_path / "cells", "train")
-    assert f"gray_bits={bits} makes" in dark.notes[0] and dark.images.max() == round(top / 257)
+    part = images.load(tmp_path / "cells", "train")
+    assert f"gray_bits={bits} makes" in part.notes[0] and part.images.max() == round(top / 257)
     sets = [images.load(tmp_path / "cells", split, gray_bits=bits) for split in ROW]
     expected = {
-        chw(np.repeat((d / top * 255).round()[..., None], 3, -1).astype("u1")) for d in deep
+        chw(np.repeat((d / top * 255).round()[..., None], 3, -1).astype("u1")) for d in values
     }
     assert set().union(*map(rows, sets)) == expected and not sets[0].notes
     with pytest.raises(
@@ -893,11 +893,11 @@ def test_one_class_is_said(tmp_path):
 def test_a_channel_without_spread_is_normalised_to_finite_numbers(tmp_path, colour):
     for i in range(20):
         save(tmp_path / f"cells/{i}.png", noise(i) * np.array(colour, np.uint8))
-    loaded = images.load(tmp_path / "cells", "train")
+    part = images.load(tmp_path / "cells", "train")
     spread = noise(0).std() / 255 if any(colour) else 1 / 255
-    assert loaded.std == pytest.approx([spread] * 3, rel=0.05)  # whatever a view makes of its hue
+    assert part.std == pytest.approx([spread] * 3, rel=0.05)  # whatever a view makes of its hue
     assert all(
-        mean > 0.4 if lit else mean == 0 for mean, lit in zip(loaded.mean, colour, strict=True)
+        mean > 0.4 if light else mean == 0 for mean, light in zip(part.mean, colour, strict=True)
     )
 
 
@@ -919,8 +919,8 @@ def test_a_zip_with_backslashes_has_the_folders_they_mean(tmp_path, mixed):
         members["test/dog/5.png"] = members.pop("test\\dog\\5.png")
     write_members(tmp_path / "win.zip", members)
     for split in images.SPLITS:
-        whole, win = (images.load(tmp_path / name, split) for name in ("pets", "win.zip"))
-        assert win.classes == ("cat", "dog") and win.fingerprint == whole.fingerprint
+        image_set, win_set = (images.load(tmp_path / name, split) for name in ("pets", "win.zip"))
+        assert win_set.classes == ("cat", "dog") and win_set.fingerprint == image_set.fingerprint
 
 
 def test_a_backslash_of_a_class_s_name_stays_in_a_zip(tmp_path):
@@ -944,9 +944,9 @@ def test_folders_of_annotations_are_neither_classes_nor_in_the_way(tmp_path):
     for name in ("readme.md", "annotations/a.json", "data/train/labels/0.txt"):
         (tmp_path / "pets" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "pets" / name).write_text("")
-    loaded = images.load(tmp_path / "pets", "test")
-    assert len(loaded) == 6 and loaded.classes == ("images",)
-    assert "1 .json, 1 .md, 1 .txt" in loaded.notes[0]
+    image_set = images.load(tmp_path / "pets", "test")
+    assert len(image_set) == 6 and image_set.classes == ("images",)
+    assert "1 .json, 1 .md, 1 .txt" in image_set.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -1013,22 +1013,22 @@ def test_another_locale_than_utf_8_trains_and_writes_utf_8(tmp_path):
     if not shutil.which("localedef"):
         pytest.skip("localedef, which makes a locale, is not installed")
     name = "en_US.ISO-8859-1"
-    made = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / name]
-    if subprocess.run(made, capture_output=True).returncode:
+    localedef = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / name]
+    if subprocess.run(localedef, capture_output=True).returncode:
         pytest.skip("this system has no sources of locales")
     class_folders(tmp_path / "pets", n=8)
-    own = {"LOCPATH": str(tmp_path), "LC_ALL": name, "IDAA_OUTPUTS": str(tmp_path / "τ")}
+    variables = {"LOCPATH": str(tmp_path), "LC_ALL": name, "IDAA_OUTPUTS": str(tmp_path / "τ")}
     fields = [f"dataset={tmp_path / 'pets'}", "epochs=1", "batch_size=8", "width=4", "device=cpu"]
     command = [sys.executable, "-X", "warn_default_encoding", "-m", "idaa_lib.train", "ssl"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **own}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     environment.pop("PYTHONIOENCODING", None)
-    done = subprocess.run([*command, *fields], capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr.decode("latin-1")
-    assert b"\\u03c4=0.5" in done.stdout
+    process = subprocess.run([*command, *fields], capture_output=True, env=environment)
+    assert process.returncode == 0, process.stderr.decode("latin-1")
+    assert b"\\u03c4=0.5" in process.stdout
     [summary] = (tmp_path / "τ").rglob("summary.json")
     assert "τ=0.5" in summary.read_text("utf-8")
-    warned = [line for line in done.stderr.splitlines() if b"EncodingWarning" in line]
-    assert not [line for line in warned if b"/idaa_lib/" in line]
+    warnings = [line for line in process.stderr.splitlines() if b"EncodingWarning" in line]
+    assert not [line for line in warnings if b"/idaa_lib/" in line]
 
 
 def test_a_missing_source_says_where_it_was_looked_for(monkeypatch):
@@ -1066,8 +1066,8 @@ def test_cifar_by_content_has_the_published_units(tmp_path, classes, zipped):
             save(root / part / name.replace("_", " ") / "0.png", noise(n))
     source = pack(root, tmp_path / "own.zip") if zipped else root
     for split, size in (("trainval", 32), ("test", 40)):
-        loaded = images.load(source, split, size)
-        assert loaded.mean == (0.4914, 0.4822, 0.4465) and loaded.std == (0.2023, 0.1994, 0.2010)
+        cifar = images.load(source, split, size)
+        assert cifar.mean == (0.4914, 0.4822, 0.4465) and cifar.std == (0.2023, 0.1994, 0.2010)
 
 
 @pytest.mark.parametrize(("classes", "side"), [(CIFAR10, 33), (CIFAR10[1:], 32), (["cat"], 32)])
@@ -1075,10 +1075,10 @@ def test_other_sets_have_their_own_units(tmp_path, classes, side):
     for n, name in enumerate(classes):
         for part, i in itertools.product(("train", "test"), range(4)):
             save(tmp_path / "own" / part / name / f"{i}.png", noise(10 * n + i, side, 32))
-    loaded = images.load(tmp_path / "own", "trainval")
-    pool = loaded.images.double() / 255
-    np.testing.assert_allclose(loaded.mean, pool.mean((0, 2, 3)), rtol=1e-9)
-    np.testing.assert_allclose(loaded.std, pool.std((0, 2, 3), correction=0), rtol=1e-9)
+    image_set = images.load(tmp_path / "own", "trainval")
+    pool = image_set.images.double() / 255
+    np.testing.assert_allclose(image_set.mean, pool.mean((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(image_set.std, pool.std((0, 2, 3), correction=0), rtol=1e-9)
 
 
 # --- The index
@@ -1086,11 +1086,11 @@ def test_other_sets_have_their_own_units(tmp_path, classes, side):
 
 def refuse_to_open(monkeypatch):
     """Whatever opens or lists anything but the index fails from now on."""
-    real = open
+    original = open
 
     def only_index(file, *args, **kwargs):
         assert str(file).endswith(".json") and "/cache/" in str(file), file
-        return real(file, *args, **kwargs)
+        return original(file, *args, **kwargs)
 
     refuse = lambda *_, **__: pytest.fail("opened")  # noqa: E731
     for place in ("builtins.open", "io.open"):
@@ -1108,19 +1108,19 @@ def test_what_a_set_is_costs_no_opening(tmp_path, monkeypatch, kind):
         "zip": pack(tmp_path / "pets", tmp_path / "pets.zip"),
     }[kind]  # fmt: skip
     requests = [("train", 8, None), ("train", 8, 10), ("trainval", 8, 7), ("test", 8, None)]
-    opened = [images.load(source, *request) for request in requests]
-    assert all(len(one.images) == len(one.labels) == len(one) for one in opened)
+    parts = [images.load(source, *request) for request in requests]
+    assert all(len(part.images) == len(part.labels) == len(part) for part in parts)
     with monkeypatch.context() as patch:
         refuse_to_open(patch)
-        described = [images.load(source, *request) for request in requests]
-        for about, whole in zip(described, opened, strict=True):
-            assert len(about) == len(whole) and about.labelled
+        twins = [images.load(source, *request) for request in requests]
+        for twin, part in zip(twins, parts, strict=True):
+            assert len(twin) == len(part) and twin.labelled
             for name in images.ImageSet.__dataclass_fields__.keys() - {"contents"}:
-                assert getattr(about, name) == getattr(whole, name)
-            assert about.sizes.tolist() == [[8, 8]] * len(whole)
-            assert about.subset([1, 0]).fingerprint == whole.subset([1, 0]).fingerprint
-    for about, whole in zip(described, opened, strict=True):
-        assert torch.equal(about.images, whole.images) and torch.equal(about.labels, whole.labels)
+                assert getattr(twin, name) == getattr(part, name)
+            assert twin.sizes.tolist() == [[8, 8]] * len(part)
+            assert twin.subset([1, 0]).fingerprint == part.subset([1, 0]).fingerprint
+    for twin, part in zip(twins, parts, strict=True):
+        assert torch.equal(twin.images, part.images) and torch.equal(twin.labels, part.labels)
 
 
 def test_the_id_of_a_run_costs_no_opening(tmp_path, monkeypatch):
@@ -1182,12 +1182,12 @@ def test_a_broken_index_is_written_anew(tmp_path, data, content):
 
 
 def test_gather_cuts_and_resizes_as_torchvision(tmp_path):
-    loaded = images.load("photos", "test", 48, 12)
-    assert loaded.sizes.tolist() == [[48, 48]] * 12
+    image_set = images.load("photos", "test", 48, 12)
+    assert image_set.sizes.tolist() == [[48, 48]] * 12
     index = torch.tensor([3, 0, 3, 11])
     boxes = torch.tensor([[0, 0, 48, 48], [4, 7, 20, 31], [47, 0, 1, 48], [10, 11, 36, 12]])
-    crops = loaded.gather(index, boxes, 24)
+    crops = image_set.gather(index, boxes, 24)
     assert crops.dtype == torch.uint8 and crops.shape == (4, 3, 24, 24)
     for crop, i, box in zip(crops, index, boxes.tolist(), strict=True):
-        oracle = F.resized_crop(loaded.images[i] / 255, *box, [24, 24], antialias=True)
+        oracle = F.resized_crop(image_set.images[i] / 255, *box, [24, 24], antialias=True)
         assert (crop / 255 - oracle).abs().max() < 1.1 / 255

@@ -83,12 +83,12 @@ class State(dict):
         norm(f"{prefix}bn1", width)
         inputs = width
         for stage, depth in enumerate(BLOCKS[name]):
-            inner = width * 2**stage
-            outputs = inner * 4 if bottleneck else inner
+            planes = width * 2**stage
+            outputs = planes * 4 if bottleneck else planes
             for block in range(depth):
                 at = f"{prefix}layer{stage + 1}.{block}."
                 kernels = (1, 3, 1) if bottleneck else (3, 3)
-                widths = (inner, inner, outputs) if bottleneck else (inner, outputs)
+                widths = (planes, planes, outputs) if bottleneck else (planes, outputs)
                 channels = inputs
                 for i, (k, w) in enumerate(zip(kernels, widths, strict=True), start=1):
                     self.conv(f"{at}conv{i}", w, channels, k, k)
@@ -121,10 +121,10 @@ def resnet(state, prefix, x, *, legacy, pool, adv=False):
         while f"{prefix}layer{stage}.{block}.conv1.weight" in state:
             at = f"layer{stage}.{block}."
             stride = 2 if stage > 1 and block == 0 else 1
-            deep = f"{prefix}{at}conv3.weight" in state
-            y = norm(f"{at}bn1", conv(f"{at}conv1", h, 1 if deep else stride)).relu()
-            y = norm(f"{at}bn2", conv(f"{at}conv2", y, stride if deep else 1))
-            y = norm(f"{at}bn3", conv(f"{at}conv3", y.relu())) if deep else y
+            bottleneck = f"{prefix}{at}conv3.weight" in state
+            y = norm(f"{at}bn1", conv(f"{at}conv1", h, 1 if bottleneck else stride)).relu()
+            y = norm(f"{at}bn2", conv(f"{at}conv2", y, stride if bottleneck else 1))
+            y = norm(f"{at}bn3", conv(f"{at}conv3", y.relu())) if bottleneck else y
             for shortcut, bn, _ in SHORTCUTS.values():
                 if f"{prefix}{at}{shortcut}.weight" in state:
                     h = norm(at + bn, conv(at + shortcut, h, stride))
@@ -138,10 +138,10 @@ def linear(state, name, x):
 
 
 def norm1d(state, name, x):
-    moved = (x - state[f"{name}.running_mean"]) / (state[f"{name}.running_var"] + 1e-5).sqrt()
+    y = (x - state[f"{name}.running_mean"]) / (state[f"{name}.running_var"] + 1e-5).sqrt()
     if f"{name}.weight" not in state:
-        return moved
-    return moved * state[f"{name}.weight"] + state[f"{name}.bias"]
+        return y
+    return y * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
 def simclr(adv, names="cifar", kernel=3):
@@ -203,7 +203,7 @@ def simsiam_imagenet(adv, names):
     return state, "encoder.", head, predict
 
 
-def wrapped(state):
+def wrap(state):
     return {f"module.{key}": value for key, value in state.items()}
 
 
@@ -212,12 +212,12 @@ FILES = {
     "cifar10_resnet18_batch_256_proj_dim_64_seed_1_epoch_300.pt":
         (lambda: simclr(False), dict, "simclr", False, False, 32, CIFAR),
     "cifar10_resnet18_alpha_1.0_adv_eps_0.1_best.t":
-        (lambda: simclr(True), lambda s: {"model": wrapped(s), "acc": 83.4, "epoch": 297},
+        (lambda: simclr(True), lambda s: {"model": wrap(s), "acc": 83.4, "epoch": 297},
          "simclr", False, False, 32, CIFAR),
     "simclr_mini.pt":
         (lambda: simclr(True, "ds", 7), dict, "simclr", True, True, 84, IMAGENET),
     "plain_best.t":
-        (lambda: plain(True), lambda s: {"net": wrapped(s), "acc": 86.0, "epoch": 250},
+        (lambda: plain(True), lambda s: {"net": wrap(s), "acc": 86.0, "epoch": 250},
          "plain", False, False, 32, CIFAR),
     "uel_mini_best.t":
         (lambda: plain(False, "ds"), lambda s: {"net": dict(s), "epoch": 9, "acc": 43.2},
@@ -228,19 +228,19 @@ FILES = {
         (lambda: simsiam(False, "ds"), dict, "simsiam", True, True, 84, IMAGENET),
     "checkpoint_0099.pth.tar":
         (lambda: simsiam_imagenet(True, "ds"),
-         lambda s: {"epoch": 100, "arch": "resnet50_imagenet", "state_dict": wrapped(s),
+         lambda s: {"epoch": 100, "arch": "resnet50_imagenet", "state_dict": wrap(s),
                     "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}},
                                   "param_groups": [{"lr": 0.05, "params": [0]}]}},
          "simsiam", False, True, 224, IMAGENET),
     "facebook.pth.tar":
         (lambda: simsiam_imagenet(False, "torchvision"),
-         lambda s: {"epoch": 100, "arch": "resnet50", "state_dict": wrapped(s), "optimizer": {}},
+         lambda s: {"epoch": 100, "arch": "resnet50", "state_dict": wrap(s), "optimizer": {}},
          "simsiam", False, True, 224, IMAGENET),
 }  # fmt: skip
 
 
 # Of the others neither name nor content says its epoch and accuracy.
-SAID = {
+RECORDS = {
     "cifar10_resnet18_batch_256_proj_dim_64_seed_1_epoch_300.pt": (300, None),
     "cifar10_resnet18_alpha_1.0_adv_eps_0.1_best.t": (297, 83.4),
     "plain_best.t": (250, 86.0),
@@ -256,31 +256,31 @@ def test_a_published_encoder_computes_what_its_names_say(name, tmp_path):
     state, prefix, head, predict = make()
     torch.save(pack(state), tmp_path / name)
     before = torch.get_rng_state()
-    found = interop.load_official(tmp_path / name)
+    official = interop.load_official(tmp_path / name)
     assert torch.equal(torch.get_rng_state(), before)
-    assert (found.kind, found.size, (found.mean, found.std)) == (kind, size, units)
-    assert (found.epoch, found.acc) == SAID.get(name, (None, None))
+    assert (official.kind, official.size, (official.mean, official.std)) == (kind, size, units)
+    assert (official.epoch, official.acc) == RECORDS.get(name, (None, None))
     x = torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(1))
-    close = {"rtol": 1e-4, "atol": 1e-5}
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
     with torch.no_grad():
         h = resnet(state, prefix, x, legacy=legacy, pool=pool)
-        torch.testing.assert_close(found.module(x), h, **close)
-        torch.testing.assert_close(found.encoder().module(x), h, **close)
-        torch.testing.assert_close(found.projector(h), head(h), **close)
-        z = found.encoder("projector").module(x)
-        torch.testing.assert_close(z, F.normalize(head(h), dim=1), **close)
-        if found.module.adversarial_norms:
-            other = resnet(state, prefix, x, legacy=legacy, pool=pool, adv=True)
-            torch.testing.assert_close(found.module(x, adversarial=True), other, **close)
-            assert (other - h).abs().max() > 0.01
+        torch.testing.assert_close(official.module(x), h, **tolerance)
+        torch.testing.assert_close(official.encoder().module(x), h, **tolerance)
+        torch.testing.assert_close(official.projector(h), head(h), **tolerance)
+        z = official.encoder("projector").module(x)
+        torch.testing.assert_close(z, F.normalize(head(h), dim=1), **tolerance)
+        if official.module.adversarial_norms:
+            h_adv = resnet(state, prefix, x, legacy=legacy, pool=pool, adv=True)
+            torch.testing.assert_close(official.module(x, adversarial=True), h_adv, **tolerance)
+            assert (h_adv - h).abs().max() > 0.01
         if predict is None:
-            assert found.predictor is None
+            assert official.predictor is None
         else:
-            torch.testing.assert_close(found.predictor(head(h)), predict(head(h)), **close)
-    assert found.module.adversarial_norms == any(
+            torch.testing.assert_close(official.predictor(head(h)), predict(head(h)), **tolerance)
+    assert official.module.adversarial_norms == any(
         "bn1_adv" in key and "ds" not in key for key in state
     )
-    for part in filter(None, (found.module, found.projector, found.predictor)):
+    for part in filter(None, (official.module, official.projector, official.predictor)):
         assert not any(m.training for m in part.modules())
         assert not any(p.requires_grad for p in part.parameters())
 
@@ -375,15 +375,15 @@ def test_a_published_vae_computes_what_its_names_say(size, units, tensors, tmp_p
     assert tensors in (None, len(state))
     path = tmp_path / "model_epoch292.pth"
     torch.save(dict(state), path)
-    found = interop.load_official(path)
-    assert (found.kind, found.epoch, found.projector) == ("vae", 292, None)
-    assert (found.size, found.mean, found.std) == (size, *units)
-    assert (found.module.size, found.module.mean, found.module.std) == (size, *units)
+    official = interop.load_official(path)
+    assert (official.kind, official.epoch, official.projector) == ("vae", 292, None)
+    assert (official.size, official.mean, official.std) == (size, *units)
+    assert (official.module.size, official.module.mean, official.module.std) == (size, *units)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     G, mu, logvar = vae(state, x)
     with torch.no_grad():
-        out = found.module(x)
-    for ours, theirs in zip((out.G, out.mu, out.logvar), (G, mu, logvar), strict=True):
+        output = official.module(x)
+    for ours, theirs in zip((output.G, output.mu, output.logvar), (G, mu, logvar), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     if size == 32:  # the other tests' own reference agrees with this one
         for ours, theirs in zip(cifar_vae(state, x, False), (G, mu, logvar), strict=True):
@@ -393,9 +393,9 @@ def test_a_published_vae_computes_what_its_names_say(size, units, tensors, tmp_p
 def test_the_published_vae_has_the_published_size(tmp_path):
     state = vae_state(32, dim=128, d=128)
     torch.save(dict(state), tmp_path / "model_epoch5.pth")
-    found = interop.load_official(tmp_path / "model_epoch5.pth")
-    assert sum(p.numel() for p in found.module.parameters()) == 4_081_158
-    assert (found.module.dim, found.module.width) == (128, 64)
+    official = interop.load_official(tmp_path / "model_epoch5.pth")
+    assert sum(p.numel() for p in official.module.parameters()) == 4_081_158
+    assert (official.module.dim, official.module.width) == (128, 64)
 
 
 def test_a_vae_of_another_shape_is_refused(tmp_path):
@@ -411,12 +411,12 @@ def test_a_vae_of_another_shape_is_refused(tmp_path):
 def test_an_attack_uses_a_published_vae_across_normalisations(tmp_path):
     """ε = 0 gives the images back, whatever units the encoder has (the attack converts)."""
     torch.save(dict(vae_state(32, 6, 16)), tmp_path / "model_epoch2.pth")
-    found = interop.load_official(tmp_path / "model_epoch2.pth", mean=(0.5,) * 3, std=(0.5,) * 3)
+    official = interop.load_official(tmp_path / "model_epoch2.pth", mean=(0.5,) * 3, std=(0.5,) * 3)
     x = torch.randn(2, 3, 32, 32)
-    attack = IDAA(found.module, epsilon=0.0, mean=CIFAR[0], std=CIFAR[1])
-    moved = attack(x, lambda y: y.square().sum())
-    torch.testing.assert_close(moved.images, x, rtol=1e-4, atol=1e-4)
-    assert found.module.mean == (0.5,) * 3
+    attack = IDAA(official.module, epsilon=0.0, mean=CIFAR[0], std=CIFAR[1])
+    result = attack(x, lambda y: y.square().sum())
+    torch.testing.assert_close(result.images, x, rtol=1e-4, atol=1e-4)
+    assert official.module.mean == (0.5,) * 3
 
 
 # --- files that are refused -----------------------------------------------------------------
@@ -429,11 +429,11 @@ def test_every_tensor_counts(name, tmp_path):
     state = make()[0]
     path = tmp_path / "x.t"
 
-    def refusal(changed):
-        torch.save(pack(changed), path)
-        with pytest.raises(ConfigError) as raised:
+    def refusal(variant):
+        torch.save(pack(variant), path)
+        with pytest.raises(ConfigError) as error:
             interop.load_official(path)
-        return str(raised.value)
+        return str(error.value)
 
     keys = list(state)
     for key in (keys[1], keys[-1], *(k for k in keys if k.endswith("layer2.0.bias"))):
@@ -453,9 +453,9 @@ class Harmful:
 def test_what_is_no_checkpoint_of_theirs_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("IDAA_TEST_HARM", str(tmp_path / "harm"))
     state = dict(simclr(False)[0])
-    whole = tmp_path / "whole.pt"
-    torch.save(state, whole)
-    (tmp_path / "short.pt").write_bytes(whole.read_bytes()[:5000])
+    path = tmp_path / "whole.pt"
+    torch.save(state, path)
+    (tmp_path / "short.pt").write_bytes(path.read_bytes()[:5000])
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "old_short.pt").write_bytes((tmp_path / "old.pt").read_bytes()[:5000])
     (tmp_path / "empty.pt").write_bytes(b"")
@@ -486,9 +486,9 @@ def test_what_is_no_checkpoint_of_theirs_is_one_sentence(tmp_path, monkeypatch):
         ("list.pt", "no state dict"),
         ("nothing.pt", "no tensor at all"),
     ):
-        with pytest.raises(ConfigError, match=sentence) as raised:
+        with pytest.raises(ConfigError, match=sentence) as error:
             interop.load_official(tmp_path / name)
-        assert re.fullmatch(r"[^\n]+\.", str(raised.value)), raised.value
+        assert re.fullmatch(r"[^\n]+\.", str(error.value)), error.value
     assert not (tmp_path / "harm").exists()
     assert interop.load_official(tmp_path / "old.pt").kind == "simclr"  # the format before 1.6
 
@@ -503,46 +503,46 @@ def bytes_of(content, zipped=True):
 def test_a_damaged_file_is_one_sentence_wherever_the_damage_is(zipped, tmp_path):
     """Cut anywhere, or with bytes that changed: a state dict in a zip never loads with others."""
     path, state = tmp_path / "x.pt", dict(vae_state(32, dim=2, d=16))
-    whole, draw = bytes_of(state, zipped), random.Random(0)
-    cuts = [whole[: len(whole) * part // 40] for part in range(40)]
-    changed = []
+    data, draw = bytes_of(state, zipped), random.Random(0)
+    cuts = [data[: len(data) * part // 40] for part in range(40)]
+    variants = []
     for _ in range(60):
-        content, at = bytearray(whole), draw.randrange(len(whole))
+        content, at = bytearray(data), draw.randrange(len(data))
         content[at : at + draw.choice((1, 8, 100))] = draw.randbytes(draw.choice((1, 8, 100)))
-        changed.append(bytes(content))
-    zeros = [whole[: len(whole) // 2].ljust(len(whole), b"\0"), b"\0" * 1000, whole[100:]]
-    refused = sentences = 0
-    for content in cuts + changed + zeros:
+        variants.append(bytes(content))
+    zeros = [data[: len(data) // 2].ljust(len(data), b"\0"), b"\0" * 1000, data[100:]]
+    refusals = sentences = 0
+    for content in cuts + variants + zeros:
         path.write_bytes(content)
         try:
-            found = interop.load_official(path)
+            official = interop.load_official(path)
         except ConfigError as error:
-            refused += re.fullmatch(r"[^\n]+\.", str(error)) is not None
+            refusals += re.fullmatch(r"[^\n]+\.", str(error)) is not None
             sentences += 1
         else:  # what changed is between the parts of the zip, or numbers alone
-            theirs = found.module.state_dict()
-            assert not zipped or all(torch.equal(theirs[key], state[key]) for key in state)
-    assert refused == sentences >= len(cuts) + len(zeros)
+            tensors = official.module.state_dict()
+            assert not zipped or all(torch.equal(tensors[key], state[key]) for key in state)
+    assert refusals == sentences >= len(cuts) + len(zeros)
 
 
 # --- files of others ------------------------------------------------------------------------
 
 
-def renamed(state, prefix):
+def rename(state, prefix):
     return {prefix + key: value for key, value in state.items()}
 
 
 @pytest.mark.parametrize(
     ("pack", "note"),
     [
-        (lambda s: renamed(s, "module."), "module. taken off its names"),
-        (lambda s: renamed(s, "_orig_mod."), "_orig_mod. taken off its names"),
-        (lambda s: renamed(s, "module._orig_mod."), "_orig_mod., module. taken off its names"),
-        (lambda s: {"state_dict": renamed(s, "model."), "epoch": 3, "hyper_parameters": {"lr": 1}},
+        (lambda s: rename(s, "module."), "module. taken off its names"),
+        (lambda s: rename(s, "_orig_mod."), "_orig_mod. taken off its names"),
+        (lambda s: rename(s, "module._orig_mod."), "_orig_mod., module. taken off its names"),
+        (lambda s: {"state_dict": rename(s, "model."), "epoch": 3, "hyper_parameters": {"lr": 1}},
          "model. taken off its names"),
         (lambda s: {"model": {"state_dict": s}, "epoch": 3}, ""),
         (lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {}}, "epoch": 3}, ""),
-        (lambda s: {"network": renamed(s, "module.")}, "module. taken off its names"),
+        (lambda s: {"network": rename(s, "module.")}, "module. taken off its names"),
         (lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
          r"\d+ missing num_batches_tracked set to 0"),
     ],
@@ -553,16 +553,16 @@ def test_what_others_wrap_around_a_state_dict_is_taken_off_and_said(
 ):
     state = make()
     torch.save(dict(state), tmp_path / "plain.pt")
-    plain_ = interop.load_official(tmp_path / "plain.pt")
+    bare_file = interop.load_official(tmp_path / "plain.pt")
     assert capsys.readouterr().out == ""
     content = pack(dict(state))
     torch.save(content, tmp_path / "other.pt")
-    found = interop.load_official(tmp_path / "other.pt")
+    official = interop.load_official(tmp_path / "other.pt")
     assert re.fullmatch(rf"other.pt: {note}\.\n" if note else "", capsys.readouterr().out)
-    assert found.epoch == content.get("epoch") and found.kind == plain_.kind
-    theirs = found.module.state_dict()
-    for key, tensor in plain_.module.state_dict().items():
-        assert key.endswith("num_batches_tracked") or torch.equal(theirs[key], tensor), key
+    assert official.epoch == content.get("epoch") and official.kind == bare_file.kind
+    tensors = official.module.state_dict()
+    for key, tensor in bare_file.module.state_dict().items():
+        assert key.endswith("num_batches_tracked") or torch.equal(tensors[key], tensor), key
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -579,7 +579,7 @@ def test_weights_of_a_training_that_failed_are_refused(value, tmp_path):
 
 
 ENCODER = "cifar100_resnet18_batch_16_alpha_0.5_adv_eps_0.03_proj_dim_6_bn_adv_momentum_0.01_seed_3"
-STATED = {
+STATEMENTS = {
     f"{ENCODER}_epoch_200.pt": dict(
         dataset="cifar100", batch_size=16, alpha=0.5, epsilon=0.03, seed=3, epochs=200,
         adversary="idaa"),
@@ -607,47 +607,47 @@ STATED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", STATED)
+@pytest.mark.parametrize("name", STATEMENTS)
 def test_an_official_name_is_read_as_its_code_writes_it(name, tmp_path):
     """Names as the format strings of the official and the development code make them."""
     fields = read_name(tmp_path / name)
     stage = VAEConfig if "model_epoch" in name else SSLConfig
-    assert {key: stage._read(key, value) for key, value in fields.items()} == STATED[name]
+    assert {key: stage._read(key, value) for key, value in fields.items()} == STATEMENTS[name]
 
 
 def test_what_a_published_file_does_not_say_is_unknown_to_who_looks(outputs, tmp_path, capsys):
     values = {"limit": 64, "dataset": "photos"}
     names = f"{ENCODER}_best.t", "simclr_best.t"
     for name in names:
-        torch.save({"model": wrapped(simclr(True)[0]), "acc": 83.4, "epoch": 297}, tmp_path / name)
-    named, bare = (idaa_lib.import_run(tmp_path / name, **values) for name in names)
-    stated = named.config.stated()
-    assert {name: stated[name] for name in STATED[names[0]]} == STATED[names[0]] | {
+        torch.save({"model": wrap(simclr(True)[0]), "acc": 83.4, "epoch": 297}, tmp_path / name)
+    source, stub = (idaa_lib.import_run(tmp_path / name, **values) for name in names)
+    fields = source.config.stated()
+    assert {name: fields[name] for name in STATEMENTS[names[0]]} == STATEMENTS[names[0]] | {
         "dataset": "photos"
     }
-    assert (stated["backbone"], stated["width"], stated["projection_dim"]) == ("resnet18", 4, 6)
+    assert (fields["backbone"], fields["width"], fields["projection_dim"]) == ("resnet18", 4, 6)
     for name in ("epochs", "learning_rate", "optimizer", "schedule", "vae", "temperature"):
-        assert stated[name] == "unknown", name
-    unknown = bare.config.stated()
+        assert fields[name] == "unknown", name
+    stub_fields = stub.config.stated()
     for name in ("batch_size", "epsilon", "alpha", "seed", "adversary", "epochs"):
-        assert unknown[name] == "unknown", name
-    assert "<td>batch_size</td><td>unknown</td>" in bare.config._repr_html_()
-    assert "seed='unknown'" in repr(bare.config)
-    assert results.name_of(named) == "SimCLR + IDAA"
-    assert results.name_of(bare) == "SimCLR + an unknown adversary"
-    judged = []
-    for run in (named, bare):
-        judged.append(runs.run_for(idaa_lib.EvalConfig(run=run.id), run.id))
-        with judged[-1].writing(idaa_lib.EvalConfig(run=run.id), {}) as writer:
+        assert stub_fields[name] == "unknown", name
+    assert "<td>batch_size</td><td>unknown</td>" in stub.config._repr_html_()
+    assert "seed='unknown'" in repr(stub.config)
+    assert results.name_of(source) == "SimCLR + IDAA"
+    assert results.name_of(stub) == "SimCLR + an unknown adversary"
+    evaluations = []
+    for run in (source, stub):
+        evaluations.append(runs.run_for(idaa_lib.EvalConfig(run=run.id), run.id))
+        with evaluations[-1].writing(idaa_lib.EvalConfig(run=run.id), {}) as writer:
             writer.finish({"knn_top1": 50.0, "knn_n": 64})
-    frame = results.results(judged)
+    frame = results.results(evaluations)
     assert [*frame["seed"].unique()] == [3, "unknown"] and {*frame["epochs"]} == {"unknown"}
     (group,) = results.groups(frame)
     assert [*group.table["seed"]] == ["3", "unknown"]
     assert all(label.endswith(", of a file") for label in group.table.index)
     # A training that goes on from it has the recipe's values, and they are known.
-    more = bare.config.replace(adversary="clae", continue_from=bare.id)
-    assert "unknown" not in more.stated().values() and more.seed == 0
+    config = stub.config.replace(adversary="clae", continue_from=stub.id)
+    assert "unknown" not in config.stated().values() and config.seed == 0
     # So are κ and β of a VAE, in its figures too.
     torch.save(dict(vae_state(32, dim=8, d=16)), tmp_path / "model_epoch292.pth")
     vae_ = idaa_lib.import_run(tmp_path / "model_epoch292.pth", **values)
@@ -655,8 +655,8 @@ def test_what_a_published_file_does_not_say_is_unknown_to_who_looks(outputs, tmp
     assert "unknown" in str(row_of(vae_).texts)  # its seed, on the page of runs
     # Notebooks name it so.
     assert results.full_name(vae_).startswith("VAE β unknown, dim 8 · photos · ")
-    assert results.full_name(bare).startswith("SimCLR + an unknown adversary ε unknown · photos · ")
-    assert results.full_name(named).startswith("SimCLR + IDAA ε 0.03 · photos · seed 3 · ")
+    assert results.full_name(stub).startswith("SimCLR + an unknown adversary ε unknown · photos · ")
+    assert results.full_name(source).startswith("SimCLR + IDAA ε 0.03 · photos · seed 3 · ")
     vae_ = idaa_lib.import_run(tmp_path / "model_epoch292.pth", **values, beta=0.5)
     assert not {"kappa", "beta"} & vae_.config.unknown
     assert vae_.summary["beta"] == 0.5
@@ -666,10 +666,10 @@ def test_an_import_without_a_word_takes_the_data_of_its_name(
     outputs, tmp_path, capsys, monkeypatch
 ):
     """`python -m idaa_lib import model_epoch292.pth`, where CIFAR-10 lies in the data folder."""
-    opened = []
+    calls = []
 
     def photos(dataset, split, size, limit, **reading):
-        opened.append(dataset)
+        calls.append(dataset)
         return open_images("photos", split, size, 50, **reading)
 
     monkeypatch.setattr(imported, "open_images", photos)
@@ -677,10 +677,10 @@ def test_an_import_without_a_word_takes_the_data_of_its_name(
         (tmp_path / name).mkdir()
         path = tmp_path / name / "model_epoch292.pth"
         torch.save(dict(vae_state(32, dim=8, d=16)), path)
-        opened.clear()
+        calls.clear()
         assert main(["import", str(path)]) == 0
         run = runs.find("vae")[0]
-        assert {*opened} == {run.config.dataset} == {dataset}
+        assert {*calls} == {run.config.dataset} == {dataset}
         assert str(run.path) in capsys.readouterr().out
 
 
@@ -695,11 +695,11 @@ def test_a_published_vae_becomes_a_run(outputs, tmp_path):
     assert idaa_lib.import_run(path, "photos", **values) == run
     assert (run.config.dim, run.config.width, run.config.kappa) == (8, 8, 0.3)
     assert run.environment["imported"]["file"] == path.name
-    loaded = idaa_lib.load_vae(run)
-    assert (loaded.mean, loaded.std) == CIFAR
+    network = idaa_lib.load_vae(run)
+    assert (network.mean, network.std) == CIFAR
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(x).G, vae(state, x)[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(network(x).G, vae(state, x)[0], rtol=1e-3, atol=1e-4)
     assert run.summary["rate_nats"] > 0
     # A training takes it, as any other run, and names it by its content.
     config = idaa_lib.SSLConfig(
@@ -713,12 +713,12 @@ def test_units_make_another_run_and_the_command_says_all(outputs, tmp_path, caps
     path = tmp_path / "model.pth"
     torch.save(dict(vae_state(32, dim=8, d=16)), path)
     half = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-    published = idaa_lib.import_run(path, "photos", limit=50)
-    mended = idaa_lib.import_run(path, "photos", limit=50, kappa=0.3, **half)
-    assert idaa_lib.load_vae(published).mean == CIFAR[0]
-    assert idaa_lib.load_vae(mended).mean == half["mean"]
+    run_1 = idaa_lib.import_run(path, "photos", limit=50)
+    run_2 = idaa_lib.import_run(path, "photos", limit=50, kappa=0.3, **half)
+    assert idaa_lib.load_vae(run_1).mean == CIFAR[0]
+    assert idaa_lib.load_vae(run_2).mean == half["mean"]
     capsys.readouterr()
-    for run in (published, mended):
+    for run in (run_1, run_2):
         _, _, _, *words = shlex.split(runs.command(run))
         assert main(words) == 0
         assert str(run.path) in capsys.readouterr().out.splitlines()
@@ -762,22 +762,22 @@ def test_a_published_encoder_becomes_a_run(name, outputs, tmp_path):
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(u)[:, None, None] for u in units)
     h = resnet(state, prefix, (images / 255 - mean) / std, legacy=legacy, pool=pool)
-    for layer, wanted in (("backbone", h), ("projector", F.normalize(head(h), dim=1))):
+    for layer, expected in (("backbone", h), ("projector", F.normalize(head(h), dim=1))):
         encoder = idaa_lib.load_encoder(run, layer)
-        found = features(encoder.module, images, *encoder[1:])
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
-    judged = idaa_lib.evaluate(
+        values = features(encoder.module, images, *encoder[1:])
+        torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-4)
+    evaluation = idaa_lib.evaluate(
         idaa_lib.EvalConfig(run=run.id, limit=64, references=False, device="cpu")
     )
-    assert judged.summary["knn_n"] == 64
+    assert evaluation.summary["knn_n"] == 64
     if kind == "plain":
-        asked = idaa_lib.EvalConfig(run=run.id, limit=64, references=False, protocol="official")
-        official = idaa_lib.evaluate(asked).summary
+        config = idaa_lib.EvalConfig(run=run.id, limit=64, references=False, protocol="official")
+        official = idaa_lib.evaluate(config).summary
         assert official["knn_protocol"].endswith(", epoch of the file")
 
 
 def test_a_uel_file_is_a_run_of_uel_where_one_says_so(outputs, tmp_path):
-    torch.save({"net": wrapped(plain(False)[0])}, tmp_path / "x_best.t")
+    torch.save({"net": wrap(plain(False)[0])}, tmp_path / "x_best.t")
     run = idaa_lib.import_run(tmp_path / "x_best.t", "photos", method="uel", limit=64)
     assert (run.config.method, run.config.augmentation) == ("uel", "normal")
     with pytest.raises(ConfigError, match="has method='plain', not 'simclr'"):
@@ -802,9 +802,9 @@ class Narrow(torchvision.models.ResNet):
         self.maxpool = self.maxpool if stem in ("imagenet", "mini") else nn.Identity()
         self.features, self.fc = self.fc.in_features // self.share, nn.Identity()
 
-    def _make_layer(self, block, planes, *how, **options):
+    def _make_layer(self, block, planes, *arguments, **options):
         self.inplanes = self.inplanes // self.share if planes == 64 else self.inplanes
-        return super()._make_layer(block, planes // self.share, *how, **options)
+        return super()._make_layer(block, planes // self.share, *arguments, **options)
 
 
 def perceptron(*sides, biases=False, last_bias=True, last=()):
@@ -827,11 +827,11 @@ class PublishedIPIRM(nn.Module):
     def __init__(self, name="resnet18", width=4, dim=6):
         super().__init__()
         net = Narrow(name, "cifar", width)
-        gone = nn.Linear, nn.MaxPool2d
+        types = nn.Linear, nn.MaxPool2d
         parts = [
             m
             for k, m in net.named_children()
-            if k not in ("maxpool", "fc") and not isinstance(m, gone)
+            if k not in ("maxpool", "fc") and not isinstance(m, types)
         ]
         self.f = nn.Sequential(*parts)
         self.g = perceptron(net.features, 512, dim)
@@ -911,19 +911,19 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def test_a_file_of_rsa_computes_what_its_model_does(name, stem, file, size, units, tmp_path):
     model = diverse(PublishedRSA(name, stem))
     state = model.state_dict()
-    torch.save(wrapped(state) if "Multi" in file else state, tmp_path / file)
-    found = interop.load_official(tmp_path / file)
-    assert (found.kind, found.epoch, found.module.stem) == ("rsa", 200, stem)
-    assert (found.size, (found.mean, found.std)) == (size, units)
+    torch.save(wrap(state) if "Multi" in file else state, tmp_path / file)
+    official = interop.load_official(tmp_path / file)
+    assert (official.kind, official.epoch, official.module.stem) == ("rsa", 200, stem)
+    assert (official.size, (official.mean, official.std)) == (size, units)
     x = images()
     h = model.encoder_q(x)
-    torch.testing.assert_close(found.module(x), h, **CLOSE)
-    torch.testing.assert_close(found.projector(h), model.encoder_q_head(h), **CLOSE)
+    torch.testing.assert_close(official.module(x), h, **CLOSE)
+    torch.testing.assert_close(official.projector(h), model.encoder_q_head(h), **CLOSE)
     z = model.encoder_q_head(h)
-    torch.testing.assert_close(found.predictor(z), model.pred(z), **CLOSE)
-    t = found.target["backbone"](x)
+    torch.testing.assert_close(official.predictor(z), model.pred(z), **CLOSE)
+    t = official.target["backbone"](x)
     torch.testing.assert_close(t, model.encoder_k(x), **CLOSE)
-    torch.testing.assert_close(found.target["projector"](t), model.encoder_k_head(t), **CLOSE)
+    torch.testing.assert_close(official.target["projector"](t), model.encoder_k_head(t), **CLOSE)
     assert (t - h).abs().max() > 0.01
 
 
@@ -932,26 +932,26 @@ def test_max_pooling_would_give_other_features_and_no_complaint(tmp_path):
     """The trap of a 3×3 stem: the same tensors, with another network behind them."""
     model = diverse(PublishedRSA())
     torch.save(model.state_dict(), tmp_path / "x.pth.tar")
-    pooled = Narrow("resnet18", "mini").eval()
-    pooled.load_state_dict(model.encoder_q.state_dict())  # strict
+    network = Narrow("resnet18", "mini").eval()
+    network.load_state_dict(model.encoder_q.state_dict())  # strict
     x = images()
-    found, h = interop.load_official(tmp_path / "x.pth.tar").module(x), model.encoder_q(x)
-    assert (pooled(x) - h).norm() > 0.3 * h.norm()
-    torch.testing.assert_close(found, h, **CLOSE)
+    values, h = interop.load_official(tmp_path / "x.pth.tar").module(x), model.encoder_q(x)
+    assert (network(x) - h).norm() > 0.3 * h.norm()
+    torch.testing.assert_close(values, h, **CLOSE)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "width"), [("resnet18", 4), ("resnet50", 64)])
 def test_a_file_of_ipirm_computes_what_its_model_does(name, width, tmp_path):
     model = diverse(PublishedIPIRM(name, width))
-    torch.save(wrapped(model.state_dict()), tmp_path / "model_400.pth")
-    found = interop.load_official(tmp_path / "model_400.pth")
-    assert (found.kind, found.epoch, found.module.stem) == ("ipirm", 400, "cifar")
-    assert (found.size, (found.mean, found.std)) == (32, CIFAR)
+    torch.save(wrap(model.state_dict()), tmp_path / "model_400.pth")
+    official = interop.load_official(tmp_path / "model_400.pth")
+    assert (official.kind, official.epoch, official.module.stem) == ("ipirm", 400, "cifar")
+    assert (official.size, (official.mean, official.std)) == (32, CIFAR)
     x = images(16, 2)
     feature, z = model(x)
-    torch.testing.assert_close(F.normalize(found.module(x), dim=1), feature, **CLOSE)
-    torch.testing.assert_close(found.encoder("projector").module(x), z, **CLOSE)
+    torch.testing.assert_close(F.normalize(official.module(x), dim=1), feature, **CLOSE)
+    torch.testing.assert_close(official.encoder("projector").module(x), z, **CLOSE)
 
 
 def test_a_file_of_rsa_becomes_a_run_with_its_target(outputs, tmp_path):
@@ -965,8 +965,8 @@ def test_a_file_of_rsa_becomes_a_run_with_its_target(outputs, tmp_path):
     tensors, state = checkpoints.load(run)
     assert state["lacks"] == []
     target = {k.removeprefix("encoder_k."): v for k, v in model.state_dict().items()}
-    stored = checkpoints.under("method.target.backbone.", tensors)
-    assert torch.equal(stored["conv1.weight"], target["conv1.weight"])
+    weights = checkpoints.under("method.target.backbone.", tensors)
+    assert torch.equal(weights["conv1.weight"], target["conv1.weight"])
     encoder = idaa_lib.load_encoder(run)
     with torch.no_grad():
         torch.testing.assert_close(encoder.module(images()), model.encoder_q(images()), **CLOSE)
@@ -982,32 +982,32 @@ def test_a_file_of_rsa_becomes_a_run_with_its_target(outputs, tmp_path):
 
 def test_what_a_file_of_ipirm_lacks_starts_as_in_a_new_run(outputs, tmp_path, capsys):
     model = diverse(PublishedIPIRM())
-    torch.save(wrapped(model.state_dict()), tmp_path / "model_25.pth")
+    torch.save(wrap(model.state_dict()), tmp_path / "model_25.pth")
     run = idaa_lib.import_run(tmp_path / "model_25.pth", "photos", limit=64)
     assert (run.config.method, run.config.batch_size) == ("ipirm", 256)
     images_ = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     for layer, column in (("backbone", 0), ("projector", 1)):
         encoder = idaa_lib.load_encoder(run, layer)
-        found = features(encoder.module, images_, *encoder[1:])
+        values = features(encoder.module, images_, *encoder[1:])
         mean, std = (torch.tensor(u)[:, None, None] for u in CIFAR)
         with torch.no_grad():
-            wanted = model((images_ / 255 - mean) / std)[column]
-        torch.testing.assert_close(F.normalize(found, dim=1), wanted, **CLOSE)
+            expected = model((images_ / 255 - mean) / std)[column]
+        torch.testing.assert_close(F.normalize(values, dim=1), expected, **CLOSE)
     config = run.config.replace(
         continue_from=run.id, epochs=1, batch_size=32, maximize_iter=1, device="cpu"
     )
     capsys.readouterr()
-    trained = idaa_lib.train_ssl(config)
+    training = idaa_lib.train_ssl(config)
     assert f"{run.id} lacks fitted, partitions for this run: new ones are made." in (
         capsys.readouterr().out
     )
-    tensors, _ = checkpoints.load(trained)
+    tensors, _ = checkpoints.load(training)
     assert tensors["method.partitions"].shape == (2, 64)
     assert tensors["method.fitted"] == 1
     # Again, with room for another number of partitions: from our own run, which has them.
-    longer = config.replace(continue_from=trained.id, epochs=2)
-    assert checkpoints.load(idaa_lib.train_ssl(longer))[0]["method.fitted"] == 2
-    assert f"{trained.id} lacks" in capsys.readouterr().out
+    continuation = config.replace(continue_from=training.id, epochs=2)
+    assert checkpoints.load(idaa_lib.train_ssl(continuation))[0]["method.fitted"] == 2
+    assert f"{training.id} lacks" in capsys.readouterr().out
 
 
 def test_the_kind_of_a_file_decides_its_stem(tmp_path):
@@ -1046,22 +1046,22 @@ LAYOUTS = {
     "moco, proj-none": (
         lambda d: PublishedProjector(nn.Identity(), perceptron(d, d, 6), "none"),
         None, "moco", (), None),
-    "moco, README": (lambda d: told(d, 13, perceptron(d + 8, d, 6)), None, "moco", README, None),
-    "moco, with flip": (lambda d: told(d, 14, perceptron(d + 8, d, 6)), None, "moco", KEYS, None),
+    "moco, README": (lambda d: build(d, 13, perceptron(d + 8, d, 6)), None, "moco", README, None),
+    "moco, with flip": (lambda d: build(d, 14, perceptron(d + 8, d, 6)), None, "moco", KEYS, None),
     "moco, raw": (
         lambda d: PublishedProjector(nn.Identity(), perceptron(d + 13, d, 6)),
         None, "moco", README, None),
     "moco, add": (
-        lambda d: told(d, 13, perceptron(d, d, 6), "add", d), None, "moco", README, "add"),
+        lambda d: build(d, 13, perceptron(d, d, 6), "add", d), None, "moco", README, "add"),
     "moco, multiply": (
-        lambda d: told(d, 13, perceptron(d, d, 6), "mul", d), None, "moco", README, "multiply"),
+        lambda d: build(d, 13, perceptron(d, d, 6), "mul", d), None, "moco", README, "multiply"),
     "byol, AugSelf's width": (
         lambda d: perceptron(d, 24, 6), lambda: perceptron(6, 24, 6), "byol", (), None),
     "simsiam on STL-10": (
         lambda d: perceptron(d, 8, 8, last_bias=False, last=[nn.BatchNorm1d(8)]),
         lambda: perceptron(8, 2, 8), "simsiam", (), None),
     "simsiam on ImageNet, conditioned": (
-        lambda d: told(d, 13, perceptron(
+        lambda d: build(d, 13, perceptron(
             d + 8, 8, 8, 8, last_bias=False, last=[nn.BatchNorm1d(8)])),
         lambda: perceptron(8, 2, 8), "simsiam", README, None),
     "barlow": (
@@ -1071,10 +1071,10 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def told(d, known, projector, injection="cat", outputs=8):
+def build(d, inputs, projector, injection="cat", outputs=8):
     """Six layers of γ that end in a BatchNorm."""
     last = [nn.BatchNorm1d(outputs)]
-    gamma = perceptron(known, *[8] * 5, outputs, last_bias=False, last=last)
+    gamma = perceptron(inputs, *[8] * 5, outputs, last_bias=False, last=last)
     return PublishedProjector(gamma, projector, injection)
 
 
@@ -1088,26 +1088,26 @@ def test_a_file_of_cassle_computes_what_its_model_does(name, tmp_path):
     if make_predictor:
         parts["predictor"] = diverse(make_predictor(), 2)
     torch.save(pack(**parts), tmp_path / "ckpt-last.pth")
-    found = interop.load_official(tmp_path / "ckpt-last.pth", injection=injection)
-    assert (found.kind, found.epoch, found.module.stem) == (kind, 3, "imagenet")
-    assert (found.size, found.mean, found.std) == (96, (0.43, 0.42, 0.39), (0.27, 0.26, 0.27))
-    assert found.knobs["condition"] == keys
+    model = interop.load_official(tmp_path / "ckpt-last.pth", injection=injection)
+    assert (model.kind, model.epoch, model.module.stem) == (kind, 3, "imagenet")
+    assert (model.size, model.mean, model.std) == (96, (0.43, 0.42, 0.39), (0.27, 0.26, 0.27))
+    assert model.knobs["condition"] == keys
     x = images()
     h = backbone(x)
-    torch.testing.assert_close(found.module(x), h, **CLOSE)
+    torch.testing.assert_close(model.module(x), h, **CLOSE)
     omega = torch.randn(len(x), sum(len(NEUTRAL[key]) for key in keys))
     z = projector(h, omega) if isinstance(projector, PublishedProjector) else projector(h)
-    torch.testing.assert_close(found.projector(*[h, omega][: 1 + bool(keys)]), z, **CLOSE)
+    torch.testing.assert_close(model.projector(*[h, omega][: 1 + bool(keys)]), z, **CLOSE)
     if keys:  # the layer `projector` is z at the neutral condition
-        neutral = torch.tensor([[v for key in keys for v in NEUTRAL[key]]], dtype=torch.float)
-        z = projector(h, neutral.expand(len(h), -1))
-        assert (found.projector(h, omega) - z).abs().max() > 0.01
-    whole = found.encoder("projector").module(x)
-    torch.testing.assert_close(whole, F.normalize(z, dim=1), **CLOSE)
+        condition = torch.tensor([[v for key in keys for v in NEUTRAL[key]]], dtype=torch.float)
+        z = projector(h, condition.expand(len(h), -1))
+        assert (model.projector(h, omega) - z).abs().max() > 0.01
+    encoding = model.encoder("projector").module(x)
+    torch.testing.assert_close(encoding, F.normalize(z, dim=1), **CLOSE)
     if make_predictor:
-        torch.testing.assert_close(found.predictor(z), parts["predictor"](z), **CLOSE)
+        torch.testing.assert_close(model.predictor(z), parts["predictor"](z), **CLOSE)
     else:
-        assert found.predictor is None
+        assert model.predictor is None
 
 
 @torch.no_grad()
@@ -1117,18 +1117,18 @@ def test_a_file_of_augself_brings_its_heads(outputs, tmp_path):
     d = backbone.features
     projector = diverse(perceptron(d, d, 6), 1)
     heads = {k: diverse(perceptron(2 * d, 512, 512, n), n) for k, n in (("crop", 4), ("color", 4))}
-    parallel = nn.DataParallel(backbone)
+    wrapper = nn.DataParallel(backbone)
     torch.save(
-        pack(backbone=parallel, projector=projector, ss_predictor=heads), tmp_path / "ckpt-500.pth"
+        pack(backbone=wrapper, projector=projector, ss_predictor=heads), tmp_path / "ckpt-500.pth"
     )
-    found = interop.load_official(tmp_path / "ckpt-500.pth")
-    assert (found.kind, found.size, (found.mean, found.std)) == ("moco", 224, IMAGENET)
+    official = interop.load_official(tmp_path / "ckpt-500.pth")
+    assert (official.kind, official.size, (official.mean, official.std)) == ("moco", 224, IMAGENET)
     x = images(64)
     h = backbone(x)
-    torch.testing.assert_close(found.module(x), h, **CLOSE)
+    torch.testing.assert_close(official.module(x), h, **CLOSE)
     pairs = torch.cat([h, h.flip(0)], 1)
     for name, head in heads.items():
-        torch.testing.assert_close(found.differences[name](pairs), head(pairs), **CLOSE)
+        torch.testing.assert_close(official.differences[name](pairs), head(pairs), **CLOSE)
     run = idaa_lib.import_run(
         tmp_path / "ckpt-500.pth", "photos", method="simclr", size=32, limit=64
     )
@@ -1138,15 +1138,15 @@ def test_a_file_of_augself_brings_its_heads(outputs, tmp_path):
     encoder = idaa_lib.load_encoder(run)
     torch.testing.assert_close(encoder.module(x), h, **CLOSE)
     tensors, state = checkpoints.load(run)
-    stored = checkpoints.under("method.network.differences.crop.", tensors)
-    assert torch.equal(stored["6.weight"], heads["crop"][6].weight)
+    weights = checkpoints.under("method.network.differences.crop.", tensors)
+    assert torch.equal(weights["6.weight"], heads["crop"][6].weight)
     assert state["lacks"] == []
 
 
 def test_a_file_of_cassle_becomes_a_run_that_a_training_continues(outputs, tmp_path, capsys):
     backbone = diverse(Narrow("resnet18", "imagenet"))
     d = backbone.features
-    projector = diverse(told(d, 13, perceptron(d + 8, d, 6)), 1)
+    projector = diverse(build(d, 13, perceptron(d + 8, d, 6)), 1)
     path = tmp_path / "ckpt-200.pth"
     torch.save(pack(backbone=backbone, projector=projector), path)
     run = idaa_lib.import_run(path, "photos", size=32, limit=64, queue=128)
@@ -1158,16 +1158,16 @@ def test_a_file_of_cassle_becomes_a_run_that_a_training_continues(outputs, tmp_p
     assert idaa_lib.import_run(path, "photos", condition=text, **values) == run
     x = images()
     encoder = idaa_lib.load_encoder(run, "projector")
-    neutral = torch.tensor([[v for key in README for v in NEUTRAL[key]]], dtype=torch.float)
+    condition = torch.tensor([[v for key in README for v in NEUTRAL[key]]], dtype=torch.float)
     with torch.no_grad():
-        z = projector(backbone(x), neutral.expand(len(x), -1))
+        z = projector(backbone(x), condition.expand(len(x), -1))
         torch.testing.assert_close(encoder.module(x), F.normalize(z, dim=1), **CLOSE)
     # The target is not in the file: as in a new run, it starts as the online network.
     tensors, _ = checkpoints.load(run)
-    online = checkpoints.under("method.network.", tensors)
+    weights = checkpoints.under("method.network.", tensors)
     target = checkpoints.under("method.target.", tensors)
-    assert target.keys() == online.keys()
-    assert all(torch.equal(target[k], online[k]) for k in online)
+    assert target.keys() == weights.keys()
+    assert all(torch.equal(target[k], weights[k]) for k in weights)
     capsys.readouterr()
     values = {"epochs": 1, "batch_size": 32, "device": "cpu"}
     idaa_lib.train_ssl(config.replace(continue_from=run.id, **values))
@@ -1181,8 +1181,8 @@ def test_a_file_of_cassle_becomes_a_run_that_a_training_continues(outputs, tmp_p
     ):
         with pytest.raises(ConfigError, match=sentence):
             idaa_lib.import_run(path, "photos", limit=64, **values)
-    wide = diverse(perceptron(d, 24, 6), 1), diverse(perceptron(6, 24, 6), 2)
-    torch.save(pack(backbone=backbone, projector=wide[0], predictor=wide[1]), path)
+    perceptrons = diverse(perceptron(d, 24, 6), 1), diverse(perceptron(6, 24, 6), 2)
+    torch.save(pack(backbone=backbone, projector=perceptrons[0], predictor=perceptrons[1]), path)
     with pytest.raises(ConfigError, match="not of the network that method='byol' has here"):
         idaa_lib.import_run(path, "photos", limit=64)
 
@@ -1191,30 +1191,30 @@ def test_a_condition_that_the_tensors_contradict_is_refused(tmp_path):
     backbone = Narrow("resnet18", "imagenet")
     d = backbone.features
 
-    def refusal(projector, **how):
+    def refusal(projector, **options):
         torch.save(pack(backbone=backbone, projector=projector), tmp_path / "ckpt-200.pth")
-        with pytest.raises(ConfigError) as raised:
-            interop.load_official(tmp_path / "ckpt-200.pth", **how)
-        assert re.fullmatch(r"[^\n]+\.", str(raised.value)), raised.value
-        return str(raised.value)
+        with pytest.raises(ConfigError) as error:
+            interop.load_official(tmp_path / "ckpt-200.pth", **options)
+        assert re.fullmatch(r"[^\n]+\.", str(error.value)), error.value
+        return str(error.value)
 
-    readme = told(d, 13, perceptron(d + 8, d, 6))
+    readme = build(d, 13, perceptron(d + 8, d, 6))
     assert "given 13 values of a view, and condition='crop' names 4" in refusal(
         readme, condition="crop"
     )
     assert "given 5 values of a view, and condition='' names 0" in refusal(
-        told(d, 5, perceptron(d + 8, d, 6))
+        build(d, 5, perceptron(d + 8, d, 6))
     )
     assert "condition[0]" not in refusal(readme, condition="crop, zoom")
     assert "zoom" in refusal(readme, condition="crop, zoom")
     assert "injection must be 'concatenate'" in refusal(readme, injection="add")
-    added = told(d, 13, perceptron(d, d, 6), "add", d)
+    sum_projector = build(d, 13, perceptron(d, d, 6), "add", d)
     assert "injection must be 'add' or 'multiply', as its tensors have it, and is None" in refusal(
-        added
+        sum_projector
     )
-    assert "and is 'concatenate'" in refusal(added, injection="concatenate")
-    plain_ = perceptron(d, d, 6)
-    assert "its projector is given no condition" in refusal(plain_, condition="crop")
+    assert "and is 'concatenate'" in refusal(sum_projector, injection="concatenate")
+    bare_projector = perceptron(d, d, 6)
+    assert "its projector is given no condition" in refusal(bare_projector, condition="crop")
     torch.save(PublishedRSA().state_dict(), tmp_path / "x.pth.tar")
     with pytest.raises(ConfigError, match="are of CASSLE's files, and it is of 'rsa'"):
         interop.load_official(tmp_path / "x.pth.tar", injection="add")
@@ -1225,18 +1225,18 @@ def test_files_of_the_siblings_that_are_not_read_are_named(tmp_path):
     d = backbone.features
     moco = perceptron(d, d, 6)
     v3 = perceptron(d, 24, 24, 6, last_bias=False, last=[nn.BatchNorm1d(6, affine=False)])
-    hyper = nn.ModuleDict({"projector_hn": perceptron(13, 8, 99)})
+    hypernetwork = nn.ModuleDict({"projector_hn": perceptron(13, 8, 99)})
     vit = nn.ParameterDict({"cls_token": torch.zeros(1, 1, 4)})
-    small = Narrow("resnet18", "cifar")
+    network = Narrow("resnet18", "cifar")
     for name, content in (
         ("MoCo-v3", pack(backbone=backbone, projector=v3)),
         ("MoCo-v3", {"state_dict": {"module.momentum_encoder.conv1.weight": torch.zeros(1)}}),
         ("SwAV", pack(backbone=backbone, projector=moco, prototypes=nn.Linear(6, 100, False))),
-        ("hypernetwork", pack(backbone=backbone, projector=hyper)),
+        ("hypernetwork", pack(backbone=backbone, projector=hypernetwork)),
         (r"vision transformer \(ViT\)", pack(backbone=vit, projector=moco)),
         (
             "first convolution is 3×3, and that of files of CASSLE and AugSelf is 7×7",
-            pack(backbone=small, projector=moco),
+            pack(backbone=network, projector=moco),
         ),
     ):
         torch.save(content, tmp_path / "ckpt-200.pth")
@@ -1247,7 +1247,7 @@ def test_files_of_the_siblings_that_are_not_read_are_named(tmp_path):
 # --- out ------------------------------------------------------------------------------------
 
 
-def varied(module):
+def vary_norms(module):
     """Affine parameters and statistics of every norm drawn too."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -1262,7 +1262,7 @@ def varied(module):
 
 def encoder(name="resnet18", width=4, stem="imagenet", adv=True):
     backbone = build_backbone(name, width=width, stem=stem, adversarial_norms=adv)
-    return Encoder(varied(backbone), 32, *IMAGENET)
+    return Encoder(vary_norms(backbone), 32, *IMAGENET)
 
 
 def pictures(n=2, size=64):
@@ -1298,18 +1298,18 @@ def test_a_discarded_stem_norm_survives_the_export(tmp_path):
     theirs.fc = nn.Identity()
     theirs.load_state_dict(torch.load(path, weights_only=True))
     x = pictures()
-    wanted = resnet(state, "encoder.", x, legacy=True, pool=True)
-    assert_same_features(theirs, lambda _: wanted, x)
+    expected = resnet(state, "encoder.", x, legacy=True, pool=True)
+    assert_same_features(theirs, lambda _: expected, x)
 
 
 def test_detectron2_reads_its_own_names(tmp_path):
     """Back by MoCo's published table of names, into torchvision's ResNet-50."""
     ours = encoder("resnet50", 64)
     path = idaa_lib.export(ours, tmp_path / "r50.pkl", "detectron2")
-    held = pickle.loads(path.read_bytes())
-    assert held.keys() == {"model", "__author__", "matching_heuristics"}
-    assert held["matching_heuristics"] is True
-    names = held["model"]
+    content = pickle.loads(path.read_bytes())
+    assert content.keys() == {"model", "__author__", "matching_heuristics"}
+    assert content["matching_heuristics"] is True
+    names = content["model"]
     assert len(names) == 53 * 5  # each convolution: its weight and four of its norm
     assert {"stem.conv1.weight", "stem.conv1.norm.running_var", "res2.0.shortcut.weight",
             "res2.0.shortcut.norm.bias", "res4.5.conv3.weight", "res5.2.conv2.norm.weight",
@@ -1323,28 +1323,28 @@ def test_detectron2_reads_its_own_names(tmp_path):
         weights[key] = torch.from_numpy(value)
     theirs = torchvision.models.resnet50()
     theirs.fc = nn.Identity()
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert all(key.endswith("num_batches_tracked") for key in missing)
+    missing_keys, unexpected_keys = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected_keys
+    assert all(key.endswith("num_batches_tracked") for key in missing_keys)
     assert_same_features(theirs, ours.module, pictures())
 
 
 def test_safetensors_holds_any_encoder_with_its_units(tmp_path):
     ours = encoder(stem="cifar")
     path = idaa_lib.export(ours, tmp_path / "x.safetensors", "safetensors")
-    found = load_file(path)
-    assert found.keys() == torchvision_weights(ours.module).keys()
-    assert not any("_adv" in key for key in found)
+    tensors = load_file(path)
+    assert tensors.keys() == torchvision_weights(ours.module).keys()
+    assert not any("_adv" in key for key in tensors)
     with safe_open(path, "pt") as file:
         about = file.metadata()
     assert about["mean"] == str(IMAGENET[0])
     assert (about["size"], about["stem"], about["width"]) == ("32", "cifar", "4")
     torch.save(dict(simclr(True)[0]), tmp_path / "x.pt")
     z = interop.load_official(tmp_path / "x.pt").encoder("projector")
-    found = load_file(idaa_lib.export(z, tmp_path / "z", "safetensors"))
-    assert "projector.2.bias" in found
+    tensors = load_file(idaa_lib.export(z, tmp_path / "z", "safetensors"))
+    assert "projector.2.bias" in tensors
     assert any("_adv" in key for key in z.module.state_dict())
-    assert not any("_adv" in key for key in found)
+    assert not any("_adv" in key for key in tensors)
 
 
 def test_onnxruntime_gives_the_same_features(tmp_path):
@@ -1359,8 +1359,8 @@ def test_onnxruntime_gives_the_same_features(tmp_path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for n in (1, 5):
         x = pictures(n, 32)
-        (found,) = session.run(["features"], {"images": x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), ours.module(x), rtol=1e-4, atol=1e-5)
+        (values,) = session.run(["features"], {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(values), ours.module(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_format_cannot_hold_is_refused_with_the_reason(outputs, tmp_path):
@@ -1368,9 +1368,9 @@ def test_what_a_format_cannot_hold_is_refused_with_the_reason(outputs, tmp_path)
         for stem in ("cifar", "mini"):
             with pytest.raises(ConfigError, match=f"7×7.*stem='{stem}'"):
                 idaa_lib.export(encoder(stem=stem), tmp_path / "x", format)
-        whole = Encoder(nn.Flatten(), 32, *IMAGENET)
+        module = Encoder(nn.Flatten(), 32, *IMAGENET)
         with pytest.raises(ConfigError, match="not a Flatten"):
-            idaa_lib.export(whole, tmp_path / "x", format)
+            idaa_lib.export(module, tmp_path / "x", format)
     with pytest.raises(ConfigError, match="width=4"):
         idaa_lib.export(encoder(), tmp_path / "x", "torchvision")
     with pytest.raises(ConfigError, match="one of torchvision, safetensors, onnx, detectron2"):

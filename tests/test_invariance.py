@@ -71,8 +71,8 @@ def test_features_of_colour_are_read_for_colour_and_not_for_crop():
     assert scores["colour"].low > 0.1
     assert scores["crop"].value < 0.02
     noise = Encoder(lambda x: x.flatten(1)[:, :3] * 0 + 1, SIZE, MEAN, STD)
-    blind = read_differences(noise, one_colour(400), one_colour(400, seed=1))
-    assert all(abs(score.value) < 0.05 for score in blind.values())
+    noise_scores = read_differences(noise, one_colour(400), one_colour(400, seed=1))
+    assert all(abs(score.value) < 0.05 for score in noise_scores.values())
 
 
 def test_explained_is_r2():
@@ -95,12 +95,12 @@ def test_invariance_is_the_mean_of_differences_of_cosines(conditioned, images):
         (name, layer) for name in ("crop", "flip", "colour", "gray", "blur") for layer in layers
     ]
     encoder = load_encoder(conditioned)
-    plain = recipe("none", *encoder[1:])(test, None).images
-    x, y = (encoder.module(part).detach() for part in (plain, plain.flip(3)))
+    pixels = recipe("none", *encoder[1:])(test, None).images
+    x, y = (encoder.module(part).detach() for part in (pixels, pixels.flip(3)))
     parts, place = [], 0
     for part in x.split(250):
-        mine = y[place : place + len(part)]
-        parts.append(F.cosine_similarity(part, mine) - F.cosine_similarity(part, mine.flip(0)))
+        rows_y = y[place : place + len(part)]
+        parts.append(F.cosine_similarity(part, rows_y) - F.cosine_similarity(part, rows_y.flip(0)))
         place += len(part)
     row = table["flip", "features"]
     assert row["value"] == pytest.approx(torch.cat(parts).mean().item(), abs=1e-5)
@@ -155,11 +155,11 @@ def test_runs_without_condition_or_heads_are_refused(outputs, images):
 def test_the_own_image_is_looked_for_among_all(conditioned, images):
     test = images["test"].images
     encoder = load_encoder(conditioned)
-    kept = systems.find_own(encoder, test)
-    how = dict(transform=recipe("mild", *encoder[1:]), generator=keyed_generator(0))
-    views = features(encoder.module, test, *encoder[1:], **how)
+    result = systems.find_own(encoder, test)
+    options = dict(transform=recipe("mild", *encoder[1:]), generator=keyed_generator(0))
+    views = features(encoder.module, test, *encoder[1:], **options)
     expected = retention(views, features(encoder.module, test, *encoder[1:]))
-    assert torch.equal(kept.ranks, expected.ranks) and kept.n == len(test)
+    assert torch.equal(result.ranks, expected.ranks) and result.n == len(test)
 
 
 # --- what a step costs (docs/spec/siblings.md §4.3)
@@ -175,16 +175,16 @@ def test_passes_are_those_of_the_specification(method):
     config = SSLConfig(method=method, size=SIZE, **views)
     assert count_passes(config) == PASSES[method]
     # The attack looks once and the adversarial loss once; BYOL embeds x′ by its target too.
-    attacked = config.replace(adversary="idaa")
-    assert count_passes(attacked) == PASSES[method] + 2 + (method == "byol")
+    attack_config = config.replace(adversary="idaa")
+    assert count_passes(attack_config) == PASSES[method] + 2 + (method == "byol")
 
 
-@pytest.mark.parametrize(("epochs", "every"), [(6, 50), (7, 3), (400, 50)])
-def test_ip_irm_embeds_all_images_twice_a_partition(epochs, every):
+@pytest.mark.parametrize(("epochs", "interval"), [(6, 50), (7, 3), (400, 50)])
+def test_ip_irm_embeds_all_images_twice_a_partition(epochs, interval):
     config = SSLConfig(
-        method="ipirm", augmentation="ipirm", epochs=epochs, maximize_iter=every, size=SIZE
+        method="ipirm", augmentation="ipirm", epochs=epochs, maximize_iter=interval, size=SIZE
     )
-    partitions = -(-epochs // every)
+    partitions = -(-epochs // interval)
     assert count_passes(config) == pytest.approx(2 * (1 + partitions / epochs))
 
 
@@ -224,18 +224,18 @@ def test_rows_are_registered_methods_or_systems_of_the_recipe():
     assert [config.method for config in configs] == ["simclr", "moco", "rsa"]
     assert configs[0].condition and configs[0].heads == "augself"
     assert [point.labels["system"] for point in grid] == ["cassle", "moco", "rsa"]
-    own = SystemsConfig(
+    grid_config = SystemsConfig(
         methods="mine", adversaries="none", systems='{"mine": {"method": "moco", "queue": 512}}'
     )
-    assert SSLConfig(**grids.cells(own)[0].ssl).queue == 512
+    assert SSLConfig(**grids.cells(grid_config)[0].ssl).queue == 512
 
 
 def test_notebook_11_shows_what_is_finished(tmp_path, monkeypatch):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
-    small = {k: v for k, v in SMALL.items() if k not in ("device", "augmentation")}
+    knobs = {k: v for k, v in SMALL.items() if k not in ("device", "augmentation")}
     fields = {
         "methods": "cassle, ipirm, rsa", "adversaries": "none", "device": "cpu",
-        "transfer_to": "photos", "ssl": json.dumps(small), "eval": json.dumps({"limit": 100}),
+        "transfer_to": "photos", "ssl": json.dumps(knobs), "eval": json.dumps({"limit": 100}),
     }  # fmt: skip
     for point in grids.cells(SystemsConfig(**fields)):
         run = train_ssl(SSLConfig(**point.ssl))
@@ -247,10 +247,10 @@ def test_notebook_11_shows_what_is_finished(tmp_path, monkeypatch):
         "table.csv", "kept.csv",
     }  # fmt: skip
     assert len(runs.find("transfer")) == 3
-    kept = pd.read_csv(study / "kept.csv")
-    assert set(kept["system"]) == {"cassle", "ipirm", "rsa"}
-    assert [*kept[kept["metric"] == "passes"]["value"]] == [2, 4, 4]
-    assert set(kept[kept["metric"] == "shuffled ω"]["system"]) == {"cassle"}
+    table = pd.read_csv(study / "kept.csv")
+    assert set(table["system"]) == {"cassle", "ipirm", "rsa"}
+    assert [*table[table["metric"] == "passes"]["value"]] == [2, 4, 4]
+    assert set(table[table["metric"] == "shuffled ω"]["system"]) == {"cassle"}
 
 
 def test_a_notebook_gets_a_condition_and_heads_as_parameters(tmp_path, monkeypatch):

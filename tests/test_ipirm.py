@@ -83,11 +83,11 @@ def test_compact_logits_hold_the_loss_of_nt_xent(n):
 def test_the_penalty_and_its_gradient_are_those_of_double_backward(n, dummy):
     z = torch.randn(2, n, 5, dtype=torch.float64, generator=keyed_generator(n))
     outcomes = []
-    for of in ("closed", "double"):
+    for form in ("closed", "double"):
         leaf = z.clone().requires_grad_()
         z1, z2 = F.normalize(leaf, dim=2)
-        closed = penalty(compact_logits(z1, z2)[0] / 0.5, dummy=dummy)
-        value = closed if of == "closed" else reference.irm_penalty(z1, z2, 0.5, dummy)
+        result = penalty(compact_logits(z1, z2)[0] / 0.5, dummy=dummy)
+        value = result if form == "closed" else reference.irm_penalty(z1, z2, 0.5, dummy)
         outcomes.append((value.detach(), *torch.autograd.grad(value, leaf)))
     torch.testing.assert_close(*outcomes)
     assert outcomes[0][0] > 1e-6
@@ -119,13 +119,13 @@ def test_equal_shares_give_plain_nt_xent(total):
 def test_certain_shares_give_the_loss_among_a_subset():
     """Up to the factor (2n − 2)/(number of the subset's negatives) of the negatives (§2.8)."""
     z1, z2 = pairs(6)
-    inside = [0, 2, 3, 5]
+    subset = [0, 2, 3, 5]
     shares = torch.zeros(6).double()
-    shares[inside] = 1
+    shares[subset] = 1
     loss, _ = soft_loss(*compact_logits(z1, z2), shares, (0.3, 0.5), False)
-    z = torch.cat([z1[inside], z2[inside]])
+    z = torch.cat([z1[subset], z2[subset]])
     rows = []
-    for i, (partner, others) in enumerate(reference.compact_rows(z1[inside], z2[inside])):
+    for i, (partner, others) in enumerate(reference.compact_rows(z1[subset], z2[subset])):
         positive = torch.exp(z[i] @ z[partner] / 0.3)
         negatives = sum(torch.exp(z[i] @ z[j] / 0.3) for j in others) * 10 / len(others)
         rows.append(-torch.log(positive / (positive + negatives)))
@@ -153,7 +153,7 @@ def test_an_imbalance_of_two_to_one_is_free():
     assert imbalance(half, "relaxed", True).item() == pytest.approx(0.0)  # −log 2 + log 2
 
 
-def planted(length, seed, n=256):
+def plant_factor(length, seed, n=256):
     """Two views of n images with a factor ±1 along u, and that factor (§2.8)."""
     generator = keyed_generator(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -164,11 +164,11 @@ def planted(length, seed, n=256):
 
 
 def agreement(length, seed, n=256):
-    views, factor = planted(length, seed, n)
+    views, factor = plant_factor(length, seed, n)
     scores = torch.randn(n, 2, generator=keyed_generator(seed, 1))
-    fitted = fit_partition(lambda epoch, batches: Embedded(*views), scores, OFFICIAL, (seed,))
-    same = (fitted.argmax(1) == factor).double().mean().item()
-    return max(same, 1 - same)
+    partition = fit_partition(lambda epoch, batches: Embedded(*views), scores, OFFICIAL, (seed,))
+    share = (partition.argmax(1) == factor).double().mean().item()
+    return max(share, 1 - share)
 
 
 def test_a_planted_factor_is_found_from_most_starts():
@@ -185,13 +185,13 @@ def test_a_tint_of_half_the_photographs_is_found(tint, low, high):
     images = load("photos", "train", 32, 160).images.float()
     half = torch.arange(len(images)) % 2
     red = torch.tensor([255.0, 0, 0])[:, None, None]
-    tinted = torch.lerp(images, red, tint * half[:, None, None, None]).to(torch.uint8)
+    pixels = torch.lerp(images, red, tint * half[:, None, None, None]).to(torch.uint8)
     config = SSLConfig(method="ipirm", width=4)
     views = replace(recipe("ipirm", 32, (0.5,) * 3, (0.25,) * 3), jitter_probability=0, gray=0)
     method = build_method(config, About(views, torch.zeros(len(images))))
 
-    def embed(layer, **how):
-        colour = features(lambda x: x.mean((2, 3)), tinted, 32, views.mean, views.std, **how)
+    def embed(layer, **options):
+        colour = features(lambda x: x.mean((2, 3)), pixels, 32, views.mean, views.std, **options)
         return F.normalize(colour - colour.mean(0), dim=1)
 
     method.before_epoch(0, SimpleNamespace(embed=embed, pulse=lambda message: None, say=print))
@@ -204,18 +204,18 @@ def test_a_tint_of_half_the_photographs_is_found(tint, low, high):
 def test_the_maximisation_is_step_by_step_that_of_the_specification(constrain, batch, drop_last):
     """Optimiser, schedule, batches, weights, what is kept and when it stops (§2.3)."""
     z1, z2 = (z.detach() for z in pairs(24))
-    how = IPIRM.Options(temperature=0.3, irm_weight_maxim=0.7, constrain=constrain)
+    options = IPIRM.Options(temperature=0.3, irm_weight_maxim=0.7, constrain=constrain)
     scores = torch.randn(24, 2, dtype=torch.float64, generator=keyed_generator(2))
     fitting = PLAIN._replace(batch=batch)
 
     def order(epoch):
-        whole = torch.randperm(24, generator=keyed_generator(7, epoch, ORDER))
-        return whole[:20] if drop_last else whole
+        permutation = torch.randperm(24, generator=keyed_generator(7, epoch, ORDER))
+        return permutation[:20] if drop_last else permutation
 
     embeddings = lambda epoch, batches: Embedded(z1, z2)  # noqa: E731
-    ours = fit_partition(embeddings, scores, how, (7,), fitting, drop_last)
-    slow = reference.ip_irm_maximisation(z1, z2, scores, order, batch, 0.3, 0.5, 0.7, constrain)
-    torch.testing.assert_close(ours, slow, rtol=1e-6, atol=1e-8)
+    ours = fit_partition(embeddings, scores, options, (7,), fitting, drop_last)
+    oracle = reference.ip_irm_maximisation(z1, z2, scores, order, batch, 0.3, 0.5, 0.7, constrain)
+    torch.testing.assert_close(ours, oracle, rtol=1e-6, atol=1e-8)
     assert (ours - scores).abs().max() > 1
 
 
@@ -228,7 +228,7 @@ def test_images_that_are_fewer_than_a_batch_of_the_maximisation_are_one_batch(mo
         drop_last=True, pulse=pulses.append,
     )  # fmt: skip
     assert 51 <= len(pulses) <= 61
-    maximised(monkeypatch, limit=8)
+    maximise(monkeypatch, limit=8)
     assert capsys.readouterr().out.splitlines() == [
         "partition: 8 images are one batch of the maximisation, not 3096."
     ]
@@ -237,8 +237,8 @@ def test_images_that_are_fewer_than_a_batch_of_the_maximisation_are_one_batch(mo
 def test_dcl_s_loss():
     z1, z2 = pairs(5)
     for prior in (0.05, 0.1, 0.9):
-        ours, slow = debiased(z1, z2, 0.5, prior), reference.debiased(z1, z2, 0.5, prior)
-        torch.testing.assert_close(ours, slow)
+        loss, oracle = debiased(z1, z2, 0.5, prior), reference.debiased(z1, z2, 0.5, prior)
+        torch.testing.assert_close(loss, oracle)
     torch.testing.assert_close(debiased(z1, z2, 0.5, 0.0), nt_xent(z1, z2, 0.5))
 
 
@@ -247,9 +247,9 @@ def test_dcl_s_loss():
 
 def test_images_are_mixed_as_drawn():
     x = noise(1, 6)
-    mixed, target = mix(x, DRAWS[:, 1])
-    slow, share, partners = reference.mixup(x, DRAWS[:, 1])
-    torch.testing.assert_close(mixed, slow)
+    images, target = mix(x, DRAWS[:, 1])
+    oracle, share, partners = reference.mixup(x, DRAWS[:, 1])
+    torch.testing.assert_close(images, oracle)
     assert sorted(partners) == [*range(6)] and 0.5 <= share <= 1
     expected = share * torch.eye(6).double()
     for i, j in enumerate(partners):
@@ -264,10 +264,10 @@ def test_the_soft_loss_of_mixed_images_is_that_of_the_specification(n):
     _, target = mix(noise(1, n), draws)
     _, share, partners = reference.mixup(noise(1, n), draws)
     outcomes = []
-    for slow in (False, True):
+    for by_hand in (False, True):
         leaf, scores = z.clone().requires_grad_(), draws[:, 0].clone().requires_grad_()
         (z1, z2), p = F.normalize(leaf, dim=2), (3 * scores).sigmoid()
-        if slow:
+        if by_hand:
             loss, omega = reference.soft_mixed_subset(z1, z2, p, 0.3, share, partners)
         else:
             loss, omega = soft_loss(*mixed_logits(z1, z2), p, (0.3, 0.3), False, target)
@@ -287,8 +287,8 @@ def test_with_a_partner_in_no_batch_the_image_itself_counts_alone():
     s = z1 @ z2.T / 0.3
     loss, _ = soft_loss(*mixed_logits(z1, z2), shares, (0.3, 0.3), False, 0.8 * torch.eye(3))
     torch.testing.assert_close(loss, 0.8 * F.cross_entropy(s, torch.arange(3)))
-    embedded = Embedded(z1, z2, share, torch.tensor([1, 2, 0]))
-    *_, target = embedded.logits(torch.tensor([2, 0]))  # of image 0 the partner is not there
+    embeddings = Embedded(z1, z2, share, torch.tensor([1, 2, 0]))
+    *_, target = embeddings.logits(torch.tensor([2, 0]))  # of image 0 the partner is not there
     torch.testing.assert_close(target, torch.tensor([[0.8, 0.2], [0, 0.8]]).double())
 
 
@@ -302,17 +302,17 @@ def test_with_a_partner_in_no_batch_the_image_itself_counts_alone():
 )
 def test_a_penalty_weight_above_1_divides_what_a_partition_is_in(values):
     method, (v1, v2) = a_method("ipirm/mixup", "none", **values), two_views()
-    one = "retain_group" in values
+    group = "retain_group" in values
     twin = copy.deepcopy(method)
     step = method.step((v1, v2), BATCH, MOMENT)
     embed = lambda x: twin.network(x).z  # noqa: E731
     batch = torch.arange(B), method.present(), DRAWS[:B]
     weight = values.get("penalty_weight", 0.2)
-    slow = reference.ip_irm_mixed(embed, embed, v1.images, v2.images, *batch, 0.3, weight, one)
+    oracle = reference.ip_irm_mixed(embed, embed, v1.images, v2.images, *batch, 0.3, weight, group)
     loss = total(step.loss)
-    torch.testing.assert_close(loss, slow)
-    assert len(step.loss) == (1 if one else 3)
-    if not one:  # the logged parts are L_all and means over partitions
+    torch.testing.assert_close(loss, oracle)
+    assert len(step.loss) == (1 if group else 3)
+    if not group:  # the logged parts are L_all and means over partitions
         parts = step.parts["contrast"] + 2 / 4 * (step.parts["subsets"] + 4 * step.parts["penalty"])
         torch.testing.assert_close(loss.detach(), parts)
 
@@ -331,7 +331,7 @@ def test_what_is_forwarded_again(values, passes, batches):
     kept, x₂ once (§2.4)."""
     method = a_method("ipirm/mixup", "none", **values)
     sizes = []
-    method.network.register_forward_hook(lambda net, args, out: sizes.append(len(args[0])))
+    method.network.register_forward_hook(lambda net, args, output: sizes.append(len(args[0])))
     step = method.step(two_views(), BATCH, MOMENT)
     total(step.loss).backward()
     assert (len(sizes), sum(sizes)) == (passes, B * batches)
@@ -341,8 +341,8 @@ def test_what_is_forwarded_again(values, passes, batches):
 def test_the_baseline_of_mixed_images_is_l_all_alone():
     method, (v1, v2) = a_method("ipirm/mixup", "none", n=7, baseline=True), two_views()
     twin = copy.deepcopy(method)
-    mixed, *pairs_ = reference.mixup(v1.images, DRAWS[:B, 0])
-    z1, z2 = (twin.network(x).z for x in (mixed, v2.images))
+    images, *pairs_ = reference.mixup(v1.images, DRAWS[:B, 0])
+    z1, z2 = (twin.network(x).z for x in (images, v2.images))
     expected, _ = reference.mixed_contrast(z1, z2, 0.3, *pairs_)
     torch.testing.assert_close(total(method.step((v1, v2), BATCH, MOMENT).loss), expected)
     assert not any("partition" in name for name in method.state_dict())
@@ -350,36 +350,36 @@ def test_the_baseline_of_mixed_images_is_l_all_alone():
 
 def test_mixing_is_drawn_from_the_step_s_numbers():
     method = a_method("ipirm/mixup", "none")
-    one, same, other = (
+    numbers, repeat, rest = (
         method.numbers({"images": B}, keyed_generator(key))["mixup"] for key in (1, 1, 2)
     )
-    assert one.shape == (B, 1 + method.capacity, 2)
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    plain = a_method("ipirm", "none").numbers({"images": B}, keyed_generator(1))
-    assert plain.keys() == {"view 0", "view 1"}
+    assert numbers.shape == (B, 1 + method.capacity, 2)
+    assert torch.equal(numbers, repeat) and not torch.equal(numbers, rest)
+    plain_numbers = a_method("ipirm", "none").numbers({"images": B}, keyed_generator(1))
+    assert plain_numbers.keys() == {"view 0", "view 1"}
     before = torch.get_rng_state()
     total(method.step(two_views(), BATCH, MOMENT).loss)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_mixup_is_refused_with_what_it_cannot_have():
-    mixed = dict(method="ipirm", mixup=True, augmentation="ipirm")
+    values = dict(method="ipirm", mixup=True, augmentation="ipirm")
     for field, value in (("condition", "crop"), ("augself", "crop=1"), ("compile", True)):
         with pytest.raises(ConfigError, match=f"{field}.* mixup"):
-            SSLConfig(**mixed, **{field: value})
+            SSLConfig(**values, **{field: value})
 
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_maximisation_of_mixed_images_mixes_within_its_batches(monkeypatch, offline):
-    calls, method = maximised(monkeypatch, mixup=True, mixup_max=True, offline=offline)
+    calls, method = maximise(monkeypatch, mixup=True, mixup_max=True, offline=offline)
     first, second = method.mixings[:2]
     assert second is None  # the other view is as it is
     share, partner = first
     assert ((share >= 0.5) & (share <= 1)).all() and len(share.unique()) == 8
     assert partner.tolist() == [6, 4, 7, 0, 2, 3, 5, 1]  # [6, 0, 3, 5] and [1, 7, 2, 4] in a ring
-    for *_, (one, later), _, fitting in calls:
+    for *_, (epoch_1, epoch_2), _, fitting in calls:
         assert fitting == (PLAIN if offline else ONLINE_MIXED)
-        assert torch.equal(one.share, later.share) == offline
+        assert torch.equal(epoch_1.share, epoch_2.share) == offline
     assert ONLINE_MIXED == (0.1, (5, 25), 31, 2048)
 
 
@@ -387,24 +387,24 @@ def test_a_view_is_mixed_with_that_of_its_partner():
     images = torch.randint(0, 256, (7, 3, 20, 20), dtype=torch.uint8)
     share, partner = torch.linspace(0.5, 1, 7), torch.arange(7).roll(1)
     views = recipe("ipirm", SIZE, MEAN, STD)
-    how = dict(transform=views, batch_size=3)
+    options = dict(transform=views, batch_size=3)
 
     def embed(mixing):
         units = torch.nn.Flatten(), images, SIZE, MEAN, STD
-        return features(*units, **how, generator=keyed_generator(4), mixing=mixing)
+        return features(*units, **options, generator=keyed_generator(4), mixing=mixing)
 
-    plain, mixed = embed(None), embed((share, partner))
+    rows, mixture = embed(None), embed((share, partner))
     weights = share[:, None]
-    torch.testing.assert_close(mixed, weights * plain + (1 - weights) * plain[partner])
+    torch.testing.assert_close(mixture, weights * rows + (1 - weights) * rows[partner])
 
 
 def test_a_run_goes_on_bit_for_bit_after_a_maximisation_of_mixed_images(outputs, monkeypatch):
-    own = dict(mixup=True, mixup_max=True, offline=False, maximize_iter=1, projection_dim=8)
-    config = SSLConfig(**TINY, method="ipirm", **own)
-    whole, again = whole_and_resumed(train_ssl, config, monkeypatch, 3, 4)
-    assert again[0]["method.fitted"] == 2
-    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
-    assert whole[1:] == again[1:]
+    knobs = dict(mixup=True, mixup_max=True, offline=False, maximize_iter=1, projection_dim=8)
+    config = SSLConfig(**TINY, method="ipirm", **knobs)
+    result, repeat = whole_and_resumed(train_ssl, config, monkeypatch, 3, 4)
+    assert repeat[0]["method.fitted"] == 2
+    assert all(torch.equal(result[0][k], repeat[0][k]) for k in result[0])
+    assert result[1:] == repeat[1:]
 
 
 # --- the method
@@ -424,12 +424,12 @@ def test_a_penalty_weight_above_1_divides_the_whole_loss():
     method = a_method("ipirm", "none", penalty_weight=4.0)
     z1, z2 = pairs(5)
     loss, _ = method.objective(z1, z2, torch.arange(5))
-    whole = reference.ip_irm(z1, z2, torch.arange(5), PARTITIONS, 0.3, penalty_weight=4.0)
-    torch.testing.assert_close(loss, whole / 4)
+    total_loss = reference.ip_irm(z1, z2, torch.arange(5), PARTITIONS, 0.3, penalty_weight=4.0)
+    torch.testing.assert_close(loss, total_loss / 4)
 
 
-@pytest.mark.parametrize(("retain", "kept"), [("all", 4), ("one", 1), ("2", 2)])
-def test_as_many_partitions_are_kept_as_asked_for(retain, kept):
+@pytest.mark.parametrize(("retain", "count"), [("all", 4), ("one", 1), ("2", 2)])
+def test_as_many_partitions_are_kept_as_asked_for(retain, count):
     config = SSLConfig(method="ipirm", retain_group=retain, epochs=7, maximize_iter=2, width=4)
     about = About(recipe("none", SIZE, MEAN, STD), torch.zeros(5), epochs=7)
     method = build_method(config, about)
@@ -439,17 +439,17 @@ def test_as_many_partitions_are_kept_as_asked_for(retain, kept):
         method.keep(partition)
         assert torch.equal(method.present()[-1], partition)
     assert method.partitions.shape == shape  # so that a checkpoint of any moment fits
-    assert torch.equal(method.present(), torch.stack(history)[-kept:])
+    assert torch.equal(method.present(), torch.stack(history)[-count:])
 
 
-def maximised(monkeypatch, **values):
+def maximise(monkeypatch, **values):
     """What the maximisation is asked for in 5 epochs, and the method after them."""
     calls = []
 
-    def fit(embeddings, scores, how, key, fitting, drop_last, pulse):
+    def fit(embeddings, scores, options, key, fitting, drop_last, pulse):
         batches = torch.tensor([6, 0, 3, 5]), torch.tensor([1, 7, 2, 4])
-        embedded = [embeddings(i, batches) for i in range(2)]
-        calls.append((scores.clone(), key, embedded, drop_last, fitting))
+        pair = [embeddings(i, batches) for i in range(2)]
+        calls.append((scores.clone(), key, pair, drop_last, fitting))
         return scores.flip(1) + 1
 
     monkeypatch.setattr(module, "fit_partition", fit)
@@ -470,27 +470,27 @@ def maximised(monkeypatch, **values):
 
 
 def test_partitions_are_fitted_before_epoch_1_and_after_every_maximize_iter(monkeypatch):
-    calls, method = maximised(monkeypatch)
+    calls, method = maximise(monkeypatch)
     assert [key for _, key, *_ in calls] == [(3, 0), (3, 2), (3, 4)]
     starts = [scores for scores, *_ in calls]
     assert not torch.equal(starts[0], starts[1])
     expected = torch.stack([scores.flip(1).argmax(1) for scores in starts])
     assert torch.equal(method.present(), expected)
-    again, _ = maximised(monkeypatch)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(calls, again, strict=True))
-    for *_, ((z1, z2, share, _), (later, *_)), drop_last, fitting in calls:
-        assert not torch.equal(z1, z2) and torch.equal(z1, later) and not drop_last
+    repeat, _ = maximise(monkeypatch)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(calls, repeat, strict=True))
+    for *_, ((z1, z2, share, _), (next_z1, *_)), drop_last, fitting in calls:
+        assert not torch.equal(z1, z2) and torch.equal(z1, next_z1) and not drop_last
         assert share is None and fitting is PLAIN
 
 
 def test_online_views_are_drawn_anew_in_each_epoch(monkeypatch):
-    calls, _ = maximised(monkeypatch, offline=False)
-    for *_, ((z1, *_), (later, *_)), drop_last, fitting in calls:
-        assert not torch.equal(z1, later) and drop_last and fitting is PLAIN
+    calls, _ = maximise(monkeypatch, offline=False)
+    for *_, ((z1, *_), (next_z1, *_)), drop_last, fitting in calls:
+        assert not torch.equal(z1, next_z1) and drop_last and fitting is PLAIN
 
 
 def test_without_random_init_the_scores_go_on_and_what_is_kept_does_not_change(monkeypatch):
-    calls, method = maximised(monkeypatch, random_init=False)
+    calls, method = maximise(monkeypatch, random_init=False)
     assert not calls[0][0].any()
     for before, after in itertools.pairwise(calls):
         assert torch.equal(after[0], before[0].flip(1) + 1)
@@ -503,23 +503,23 @@ def test_an_encoder_comes_back_and_a_run_goes_on_after_partitions_have_grown(out
     assert len(outcome(run)[0]["method.partitions"]) == 4
     assert outcome(run)[0]["method.fitted"] == 3
     assert load_encoder(run, "projector").module(torch.zeros(2, 3, SIZE, SIZE)).shape == (2, 8)
-    further = train_ssl(config.replace(continue_from=run.id))
-    assert further.finished
+    continuation = train_ssl(config.replace(continue_from=run.id))
+    assert continuation.finished
     lines = [line for line in run.metrics() if "penalty" in line]
     assert lines and all(math.isfinite(line["penalty"]) for line in lines)
 
 
 @pytest.mark.parametrize(
-    ("preset", "own"),
+    ("preset", "knobs"),
     [
         ("ipirm-cifar100", dict(dataset="cifar100", source_size=None, irm_weight_maxim=0.2)),
         ("ipirm-stl10", dict(dataset="stl10-all", source_size=96, irm_weight_maxim=0.5)),
     ],
 )
-def test_recipes_are_as_specified(preset, own):
+def test_recipes_are_as_specified(preset, knobs):
     """§2.1, §2.5."""
     config = SSLConfig(preset=preset)
-    values = own | dict(
+    values = knobs | dict(
         split="trainval", backbone="resnet50", stem="cifar", size=32, width=64, epochs=400,
         batch_size=256, learning_rate=1e-3, weight_decay=1e-6, optimizer="adam",
         schedule="constant", augmentation="ipirm", penalty_weight=0.2,
@@ -561,7 +561,7 @@ def fit_in_a_process(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     method = a_method("ipirm", "none", n=12, maximize_iter=1)
 
-    def embed(layer, **how):  # by running statistics of its own
+    def embed(layer, **options):  # by running statistics of its own
         return F.normalize(torch.randn(12, 4, generator=keyed_generator(rank)), dim=1)
 
     for epoch in (0, 1):
@@ -580,8 +580,8 @@ def test_all_processes_have_the_partitions_of_the_first(tmp_path):
 
 def test_a_continued_training_takes_no_partitions_of_other_images(tmp_path, monkeypatch):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
-    small = dict(size=16, width=4, limit=16, batch_size=8, epochs=1, device="cpu")
-    run = train_ssl(SSLConfig(**small, method="ipirm", augmentation="ipirm"))
+    knobs = dict(size=16, width=4, limit=16, batch_size=8, epochs=1, device="cpu")
+    run = train_ssl(SSLConfig(**knobs, method="ipirm", augmentation="ipirm"))
     data = run.environment["dataset"]
     views = recipe("ipirm", 16, (0.5,) * 3, (0.25,) * 3)
     method = build_method(run.config, About(views, torch.zeros(data["n"])))

@@ -44,14 +44,14 @@ def outputs(outputs):
             child.wait(30)
 
 
-def until(true, seconds=120):
+def until(condition, seconds=120):
     deadline = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.05)
 
 
-def going(run):
+def wait_for_steps(run):
     """Wait until some steps were logged."""
     until(lambda: look(run).word == "going" and len(run.metrics()) > 5)
     return run
@@ -72,7 +72,7 @@ def vertices(panel, key):
 
 def test_a_killed_process_leaves_a_run_that_ends_like_one_that_was_not(outputs):
     config = VAE.model_copy(update={"epochs": 20})
-    run = going(start(config))
+    run = wait_for_steps(start(config))
     assert os.getsid(pid_of(run)) == pid_of(run) != os.getsid(0)
     os.kill(pid_of(run), signal.SIGKILL)
     until(lambda: look(run).word == "interrupted")
@@ -82,63 +82,63 @@ def test_a_killed_process_leaves_a_run_that_ends_like_one_that_was_not(outputs):
     assert start(config) == run
     assert pid_of(run) != first
     until(lambda: run.finished)
-    again = outcome(run)
+    repeat = outcome(run)
     shutil.rmtree(run.path)
-    whole = outcome(train_vae(config))
-    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
-    assert whole[1] == again[1]
+    result = outcome(train_vae(config))
+    assert all(torch.equal(result[0][k], repeat[0][k]) for k in result[0])
+    assert result[1] == repeat[1]
 
 
 def test_a_zombie_and_a_later_process_of_the_same_number_are_not_alive():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    since = machine.birth(child.pid)
-    assert machine.is_alive(child.pid, since)
-    assert not machine.is_alive(child.pid, since - 3600)
+    birth = machine.birth(child.pid)
+    assert machine.is_alive(child.pid, birth)
+    assert not machine.is_alive(child.pid, birth - 3600)
     child.kill()
-    until(lambda: not machine.is_alive(child.pid, since), 30)  # nobody has waited for it yet
+    until(lambda: not machine.is_alive(child.pid, birth), 30)  # nobody has waited for it yet
     child.communicate()
     assert machine.birth(child.pid) is None
 
 
 def test_two_starts_make_one_process(outputs):
     """At once in this kernel, and from a kernel that knows nothing of it."""
-    config, found = LONG, []
-    threads = [threading.Thread(target=lambda: found.append(start(config))) for _ in range(3)]
+    config, starts = LONG, []
+    threads = [threading.Thread(target=lambda: starts.append(start(config))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({run.path for run in found}) == 1
-    first = pid_of(found[0])
+    assert len({run.path for run in starts}) == 1
+    first = pid_of(starts[0])
     code = (
         "import json, sys; from idaa_lib import VAEConfig; from idaa_lib.lab import process\n"
         "run = process.start(VAEConfig(**json.loads(sys.argv[1])))\n"
         "print(process.look(run).word, len(process._children))"
     )
     command = [sys.executable, "-c", code, config.model_dump_json()]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert said.split() in (["starting", "0"], ["going", "0"])
-    assert pid_of(going(found[0])) == first == found[0].state["pid"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert output.split() in (["starting", "0"], ["going", "0"])
+    assert pid_of(wait_for_steps(starts[0])) == first == starts[0].state["pid"]
 
 
 def test_one_that_another_process_trains_is_attached_to(outputs):
     """Started in a terminal: the refusal of a second writer is no failure of the run."""
     words = [f"{k}={v}" for k, v in TINY.items()] + ["dim=8", "epochs=4000"]
-    other = subprocess.Popen(
+    rival = subprocess.Popen(
         [sys.executable, "-m", "idaa_lib.train", "vae", *words], stdout=subprocess.DEVNULL
     )
     try:
         run = start(VAE.model_copy(update={"epochs": 4000}))  # before that one has the lock
         ours = process._children[pid_of(run)]
-        until(lambda: ours.poll() is not None or other.poll() is not None)
-        going(run)
-        assert run.state["pid"] == (other.pid if other.poll() is None else ours.pid)
+        until(lambda: ours.poll() is not None or rival.poll() is not None)
+        wait_for_steps(run)
+        assert run.state["pid"] == (rival.pid if rival.poll() is None else ours.pid)
         panel = Panel(run)
         assert panel.status.value == ""
         assert not panel.buttons["pause"].disabled
     finally:
-        other.kill()
-        other.wait()
+        rival.kill()
+        rival.wait()
 
 
 def test_a_start_that_fails_says_why(outputs, tmp_path):
@@ -151,9 +151,9 @@ def test_a_start_that_fails_says_why(outputs, tmp_path):
             pixels[0, 0] = (1, 2, 3 if split == "train" else 4)
             Image.fromarray(pixels).save(folder / split / "one" / f"{i}.png")
     config = VAE.model_copy(update={"dataset": str(folder), "limit": None})
-    settled, run = process.stages.settle(config)
+    full_config, run = process.stages.settle(config)
     shutil.rmtree(folder)
-    process.launch(run, settled)
+    process.launch(run, full_config)
     panel = Panel(run)
     until(lambda: look(run).word != "starting")
     panel.refresh()
@@ -171,26 +171,26 @@ def test_pause_holds_the_step_resume_goes_on_and_stop_stops(outputs):
     run = start(LONG)
     panel = Panel(run)
     assert panel.buttons["start"].disabled
-    going(run)
+    wait_for_steps(run)
     panel.refresh()
-    enabled = lambda: {n for n, b in panel.buttons.items() if not b.disabled}  # noqa: E731
-    assert enabled() == {"pause", "stop"}
+    choices = lambda: {n for n, b in panel.buttons.items() if not b.disabled}  # noqa: E731
+    assert choices() == {"pause", "stop"}
 
     panel.buttons["pause"].click()
     until(lambda: look(run).word == "paused")
     panel.refresh()
-    assert enabled() == {"resume", "stop"}
+    assert choices() == {"resume", "stop"}
     assert "paused" in panel.figures.value
-    held = len(run.metrics())
+    count = len(run.metrics())
     time.sleep(1)
-    assert len(run.metrics()) == held
+    assert len(run.metrics()) == count
 
     panel.buttons["resume"].click()
-    until(lambda: len(run.metrics()) > held)
+    until(lambda: len(run.metrics()) > count)
     panel.buttons["stop"].click()
     until(lambda: look(run).word == "interrupted")
     panel.refresh()
-    assert enabled() == {"start"}
+    assert choices() == {"start"}
     assert panel.status.value == ""
     step = run.metrics()[-1]["step"]
     assert checkpoints.load(run)[1]["step"] == step
@@ -205,7 +205,7 @@ def test_pause_holds_the_step_resume_goes_on_and_stop_stops(outputs):
 def test_every_reading_is_shown_also_to_who_comes_late(outputs):
     """1,500 of them: from 1,000 on matplotlib would leave some out."""
     run = train_vae(VAE)
-    early, log = Panel(run), run.path / "metrics.jsonl"
+    witness, log = Panel(run), run.path / "metrics.jsonl"
     log.unlink()
     for part in range(3):
         with log.open("a") as file:
@@ -213,25 +213,25 @@ def test_every_reading_is_shown_also_to_who_comes_late(outputs):
                 line = {"step": step + 1, "epoch": step // 750, "loss": step % 7, "lr": 1.0}
                 line |= {"reconstruction_val": 1 / (step + 1)} if step % 5 == 0 else {}
                 file.write(json.dumps(line) + "\n")
-        early.refresh()
-    late = Panel(run)
-    for panel in (early, late):
+        witness.refresh()
+    latecomer = Panel(run)
+    for panel in (witness, latecomer):
         assert vertices(panel, "loss") == vertices(panel, "lr") == 1500
         assert vertices(panel, "reconstruction_val") == 300
         assert "1,500 readings" in panel.figures.value
         assert "finished" in panel.figures.value
-    assert early.curves.value == late.curves.value
-    assert "#1f2328" not in late.curves.value  # its ink is the page's
+    assert witness.curves.value == latecomer.curves.value
+    assert "#1f2328" not in latecomer.curves.value  # its ink is the page's
 
 
 def test_nothing_is_sent_that_did_not_change(outputs):
     run = train_vae(VAE)
-    panel, sent = Panel(run), []
+    panel, changes = Panel(run), []
     for widget in (panel.figures, panel.curves, panel.status, panel.progress, panel.samples.image):
-        widget.observe(sent.append, "value")
+        widget.observe(changes.append, "value")
     for _ in range(3):
         panel.refresh()
-    assert not sent
+    assert not changes
 
 
 def test_the_panel_follows_a_log_that_grows_and_is_rewound(outputs):
@@ -277,9 +277,9 @@ def tiles(run):
     """The rows of the run's picture by label, (images, 32, 32, 3) in [0, 1]."""
     with Image.open(run.path / "samples" / "latest.png") as picture:
         rows, grid = json.loads(picture.info["rows"]), np.asarray(picture) / 255
-    cut = grid.reshape(len(rows), 33, -1, 33, 3).transpose(0, 2, 1, 3, 4)
+    images = grid.reshape(len(rows), 33, -1, 33, 3).transpose(0, 2, 1, 3, 4)
     assert np.all(grid[32::33] == 1) and np.all(grid[:, 32::33] == 1)
-    return dict(zip(rows, cut[:, :, :32, :32], strict=True))
+    return dict(zip(rows, images[:, :, :32, :32], strict=True))
 
 
 def cells(pixels):
@@ -287,25 +287,25 @@ def cells(pixels):
 
 
 def test_the_picture_is_what_the_loop_saw(outputs, monkeypatch):
-    seen, original = [], Fit.train_step
+    pictures, original = [], Fit.train_step
 
     def step(self, *args):
         values = original(self, *args)
-        seen.append(self._last.pictures)
+        pictures.append(self._last.pictures)
         return values
 
     monkeypatch.setattr(Fit, "train_step", step)
     run = train_vae(VAE)
-    picture, last = tiles(run), seen[-1]
+    picture, batch = tiles(run), pictures[-1]
     assert list(picture) == ["x", "G(x)", "R(x), × 3"]
     data = process.stages._plan(VAE).data
-    of = lambda x: denormalise(x, data.mean, data.std)  # noqa: E731
+    to_pixels = lambda x: denormalise(x, data.mean, data.std)  # noqa: E731
     half = 0.5 / 255 + 1e-6
     for row in ("x", "G(x)"):
-        assert np.abs(picture[row] - cells(of(last[row]))).max() <= half
-    residual = 0.5 + 3 * (of(last["x"]) - of(last["G(x)"]))
+        assert np.abs(picture[row] - cells(to_pixels(batch[row]))).max() <= half
+    residual = 0.5 + 3 * (to_pixels(batch["x"]) - to_pixels(batch["G(x)"]))
     assert np.abs(picture["R(x), × 3"] - cells(residual)).max() <= half
-    assert not last["G(x)"].requires_grad
+    assert not batch["G(x)"].requires_grad
 
 
 @pytest.mark.parametrize("adversary", ["none", "clae", "idaa"])
@@ -322,17 +322,17 @@ def test_an_attack_is_shown_beside_the_views(outputs, adversary):
     picture = tiles(run)
     assert list(picture) == rows[adversary]
     if adversary != "none":
-        moved = 0.5 + 3 * (picture["x′"] - picture["view 1"])
-        inside = (picture["x′"] > 0) & (picture["x′"] < 1) & (moved > 0) & (moved < 1)
-        assert np.abs((picture["x′ − x, × 3"] - moved)[inside]).max() <= 4 / 255
-        assert np.abs(moved - 0.5).max() > 0
+        change = 0.5 + 3 * (picture["x′"] - picture["view 1"])
+        mask = (picture["x′"] > 0) & (picture["x′"] < 1) & (change > 0) & (change < 1)
+        assert np.abs((picture["x′ − x, × 3"] - change)[mask]).max() <= 4 / 255
+        assert np.abs(change - 0.5).max() > 0
     state = run.state
     assert state["memory"]["resident"] > 100  # MiB: torch alone is more
     assert state["seconds_left"] == 0
     assert any(line.get("images_per_second", 0) > 0 for line in run.metrics())
     panel = Panel(run)
     assert panel.samples.rows == tuple(rows[adversary])
-    assert panel.samples.image.value == (run.path / "samples" / "latest.png").read_bytes()
+    assert panel.samples.image.value == samples.grid([*samples.read(run).values()], form="webp")
 
 
 def test_large_images_make_a_picture_of_a_bounded_width(outputs):
@@ -357,23 +357,23 @@ def test_unattended_it_trains_in_the_foreground(outputs, monkeypatch, capsys):
 
 def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, capsys):
     monkeypatch.setattr(live, "attended", lambda: True)
-    shown = []
-    monkeypatch.setattr(live, "display", shown.append)
+    parts = []
+    monkeypatch.setattr(live, "display", parts.append)
     run = live.train(VAE)
     assert run.finished
     assert pid_of(run) != os.getpid()
-    _, ui, *record = shown
+    _, ui, *record = parts
     assert "finished" in ui.children[3].value
     assert "panel below is for a page with its kernel" in capsys.readouterr().out
     live._panels[run.path].close()
-    shown.clear()
+    parts.clear()
     assert live.train(VAE) == run
     assert "is finished: showing its result" in capsys.readouterr().out
-    for table, picture in (record, shown):
+    for table, picture in (record, parts):
         values = table[full_name(run)]
         assert values["state"] == "finished"
-        last = run.metrics()[-1]["reconstruction_val"]
-        assert values["validation reconstruction"] == f"{last:.4f}"
+        reading = run.metrics()[-1]["reconstruction_val"]
+        assert values["validation reconstruction (MSE)"] == f"{reading:.4g}"
         assert values["rate_nats"] == f"{run.summary['rate_nats']:.4g}"
         assert picture.data == (run.path / "figures" / "curves.png").read_bytes()
 
@@ -387,42 +387,42 @@ def interruptible():
 
 
 def test_a_stop_and_an_interrupt_are_one_sentence_each(outputs, monkeypatch, interruptible):
-    shown, run = threading.Event(), locate(LONG)
+    display, run = threading.Event(), locate(LONG)
     monkeypatch.setattr(live, "attended", lambda: True)
     records = []
-    monkeypatch.setattr(live, "display", lambda part: records.append(part) or shown.set())
+    monkeypatch.setattr(live, "display", lambda part: records.append(part) or display.set())
 
-    def then(act):
+    def start_thread(act):
         """Once the cell shows its panel: a stop before it looks would make it start anew."""
-        shown.clear()
+        display.clear()
 
         def wait_and_act():
-            assert shown.wait(120)
-            going(run)
+            assert display.wait(120)
+            wait_for_steps(run)
             act()
 
         thread = threading.Thread(target=wait_and_act)
         thread.start()
         return thread
 
-    waiting = then(lambda: os.kill(os.getpid(), signal.SIGINT))
+    waiter = start_thread(lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped, match="goes on in a process of its own: run this cell again"):
         live.train(LONG)
-    waiting.join()
+    waiter.join()
     assert look(run).word == "going"
     first = pid_of(run)
-    waiting = then(lambda: live._panels[run.path].buttons["stop"].click())
+    waiter = start_thread(lambda: live._panels[run.path].buttons["stop"].click())
     with pytest.raises(Stopped, match=r"was stopped after step \d+ of 24000 and saved"):
         live.train(LONG)
-    waiting.join()
+    waiter.join()
     assert pid_of(run) == first
     live._panels[run.path].close()
     assert records[-2][full_name(run)]["state"] == "interrupted"  # a table, then a picture
 
-    broken = VAE.model_copy(update={"learning_rate": 1e30})
+    config = VAE.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(RunError, match=r"failed\. .*lower learning_rate"):
-        live.train(broken)
-    live._panels[locate(broken).path].close()
+        live.train(config)
+    live._panels[locate(config).path].close()
 
 
 CELL = """
@@ -443,44 +443,44 @@ def until_idle(client, request):
         state = content.get("data", {}).get("state", {}) if kind == "comm_msg" else {}
         texts += content.get("text", "") + str(state.get("value", ""))
         kinds.append(kind)
-        mine = message["parent_header"].get("msg_id") == request
-        if mine and content.get("execution_state") == "idle":
+        is_reply = message["parent_header"].get("msg_id") == request
+        if is_reply and content.get("execution_state") == "idle":
             return texts, kinds
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_who_can_be_asked_for_input_is_in_front_of_the_kernel(outputs, asked):
+@pytest.mark.parametrize("stdin", [True, False])
+def test_who_can_be_asked_for_input_is_in_front_of_the_kernel(outputs, stdin):
     """A page like JupyterLab's and one like papermill's; the kernel's death takes no run along."""
     from jupyter_client.manager import start_new_kernel
 
-    config = LONG if asked else VAE
+    config = LONG if stdin else VAE
     fields = {k: v for k, v in config if v is not None}
     manager, client = start_new_kernel(kernel_name="python3")
     try:
-        client.execute(CELL.format(fields=fields), allow_stdin=asked)
+        client.execute(CELL.format(fields=fields), allow_stdin=stdin)
         run = locate(config)
-        if asked:
-            going(run)
+        if stdin:
+            wait_for_steps(run)
         else:
             until(lambda: run.finished)
-        said = ""
-        until_said = time.monotonic() + 60
-        while "attended" not in said and time.monotonic() < until_said:
+        output = ""
+        deadline = time.monotonic() + 60
+        while "attended" not in output and time.monotonic() < deadline:
             message = client.get_iopub_msg(timeout=60)
-            said += message["content"].get("text", "")
-        assert f"attended {asked}" in said
-        if asked:
-            below = client.execute("print('the cell below')")
+            output += message["content"].get("text", "")
+        assert f"attended {stdin}" in output
+        if stdin:
+            request = client.execute("print('the cell below')")
             manager.interrupt_kernel()
-            texts, kinds = until_idle(client, below)
+            texts, kinds = until_idle(client, request)
             assert "No longer waiting for" in texts and "The cells below did not run." in texts
             assert "error" not in kinds and "the cell below" not in texts
             assert look(run).word == "going"
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    assert (run.path / "process.json").exists() is asked
-    if asked:
+    assert (run.path / "process.json").exists() is stdin
+    if stdin:
         steps = len(run.metrics())
         until(lambda: len(run.metrics()) > steps)
         assert Panel(run).status.value == ""
@@ -492,14 +492,14 @@ def test_while_the_cell_waits_its_buttons_are_answered_and_another_page_is_let_i
     from jupyter_client.session import Session
 
     manager, client = start_new_kernel(kernel_name="python3")
-    other = manager.client()
-    other.session = Session(key=manager.session.key)
+    page = manager.client()
+    page.session = Session(key=manager.session.key)
     try:
         client.control_channel.send(client.session.msg("create_subshell_request"))
         subshell = client.get_control_msg(timeout=60)["content"]["subshell_id"]
         fields = {k: v for k, v in LONG if v is not None}
         client.execute(CELL.format(fields=fields), allow_stdin=True)
-        below = client.execute("print('the cell below')", allow_stdin=True)
+        request = client.execute("print('the cell below')", allow_stdin=True)
         run, comm = locate(LONG), None
         while comm is None:
             message = client.get_iopub_msg(timeout=60)
@@ -508,21 +508,21 @@ def test_while_the_cell_waits_its_buttons_are_answered_and_another_page_is_let_i
                 comm = (
                     message["content"]["comm_id"] if state.get("description") == "pause" else None
                 )
-        going(run)
+        wait_for_steps(run)
         click = {"method": "custom", "content": {"event": "click"}}
         message = client.session.msg("comm_msg", {"comm_id": comm, "data": click})
         message["header"]["subshell_id"] = subshell
         client.shell_channel.send(message)
         until(lambda: look(run).word == "paused", 30)
-        other.start_channels()
-        other.kernel_info()
-        texts, kinds = until_idle(client, below)
+        page.start_channels()
+        page.kernel_info()
+        texts, kinds = until_idle(client, request)
         assert "No longer waiting for" in texts and "error" not in kinds
         assert "opened anew while its cell waited" in texts  # in the panel, which outlives the cell
         assert "the cell below" not in texts
         assert look(run).word == "paused"
-        assert other.get_shell_msg(timeout=60)["msg_type"] == "kernel_info_reply"
+        assert page.get_shell_msg(timeout=60)["msg_type"] == "kernel_info_reply"
     finally:
         client.stop_channels()
-        other.stop_channels()
+        page.stop_channels()
         manager.shutdown_kernel(now=True)

@@ -1,7 +1,6 @@
 """Nothing is lost: kills, full and broken disks, damaged files, signals, memory, NaN."""
 
 import errno
-import io
 import itertools
 import json
 import math
@@ -18,15 +17,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from idaa_lib import runs
 from idaa_lib.configs import EvalConfig, VAEConfig
 from idaa_lib.lab import rows
+from idaa_lib.methods.vae import VAETraining
 from idaa_lib.runs import RunError, Stopped, checkpoints, files
 from idaa_lib.runs import steps as steps_module
-from idaa_lib.runs.progress import Progress
+from idaa_lib.runs.progress import Lines
 from idaa_lib.runs.steps import Steps
+from idaa_lib.train import locate, train_vae
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL, EPOCH = 12, 4
@@ -119,9 +119,9 @@ def test_a_run_can_be_read_at_each_moment_of_its_start(run, monkeypatch, again):
                     break
             except Dead:
                 pass
-        for found in runs.list_runs():
-            assert found.config == VAEConfig() and found.state["state"] in ("new", "interrupted")
-            assert rows.row_of(found).state != rows.DAMAGED
+        for entry in runs.list_runs():
+            assert entry.config == VAEConfig() and entry.state["state"] in ("new", "interrupted")
+            assert rows.row_of(entry).state != rows.DAMAGED
     assert at == 4
     assert runs.find("vae", finished=False) == [run]
 
@@ -130,18 +130,18 @@ def test_drafts_of_processes_that_are_gone_are_cleared_away(run, monkeypatch):
     kill_in(run, 9, monkeypatch)
     child = subprocess.Popen(["true"])
     child.wait()
-    gone, here, old = child.pid, os.getpid(), 1.0
-    drafts = [f".state.json.{gone}", f"checkpoints/.8.{gone}", f"../.{run.id}.{gone}"]
+    dead_pid, own_pid, stamp = child.pid, os.getpid(), 1.0
+    drafts = [f".state.json.{dead_pid}", f"checkpoints/.8.{dead_pid}", f"../.{run.id}.{dead_pid}"]
     drafts += [
-        f"samples/.latest.png.{gone}",
-        f".latest.json.{here}",
+        f"samples/.latest.png.{dead_pid}",
+        f".latest.json.{own_pid}",
         f".config.json.{os.getppid()}",
     ]
     (run.path / "samples").mkdir()
     for name in drafts:
         (run.path / name).mkdir() if "8." in name or run.id in name else (run.path / name).touch()
     # A number that a process has again: the draft is older than the process.
-    os.utime(run.path / drafts[4], (old, old))
+    os.utime(run.path / drafts[4], (stamp, stamp))
     train(run)
     assert [name for name in drafts if (run.path / name).exists()] == drafts[-1:]
     assert {path.name for path in run.path.glob(".*")} == {".lock", Path(drafts[-1]).name}
@@ -153,16 +153,16 @@ DISKS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES]
 
 
 @pytest.mark.parametrize("number", DISKS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("where", ["safetensors", "replace", "log"])
-def test_a_disk_that_refuses_is_a_sentence(run, monkeypatch, where, number):
+@pytest.mark.parametrize("target", ["safetensors", "replace", "log"])
+def test_a_disk_that_refuses_is_a_sentence(run, monkeypatch, target, number):
     def refuse(*args, **options):
-        if where == "safetensors":
+        if target == "safetensors":
             words = f"I/O error: {os.strerror(number)} (os error {number})"
             raise SafetensorError(f"Error while serializing: {words}")
         raise OSError(number, os.strerror(number))
 
     train(run)
-    saved = checkpoints.load(run)
+    checkpoint = checkpoints.load(run)
     (run.path / "summary.json").unlink()
     shutil.rmtree(run.path / "checkpoints" / "12")
     (run.path / "latest.json").write_text('{"step": 8}')
@@ -170,17 +170,17 @@ def test_a_disk_that_refuses_is_a_sentence(run, monkeypatch, where, number):
         "safetensors": (checkpoints, "save_file"),
         "replace": (os, "replace"),
         "log": (runs.Writer, "log"),
-    }[where]
+    }[target]
     with monkeypatch.context() as patch:
         patch.setattr(*place, refuse)
         words = (
             f"{os.strerror(number)}, so .*{run.id}.* was not written; what was saved is intact: "
         )
-        with pytest.raises(RunError, match=words) as told:
+        with pytest.raises(RunError, match=words) as error:
             train(run)
-    assert len(str(told.value).splitlines()) == 1
+    assert len(str(error.value).splitlines()) == 1
     train(run)
-    assert torch.equal(checkpoints.load(run)[0]["model"], saved[0]["model"])
+    assert torch.equal(checkpoints.load(run)[0]["model"], checkpoint[0]["model"])
 
 
 @pytest.mark.parametrize("size", [1024, 100_000])
@@ -210,7 +210,7 @@ CONTENTS += [b'{"step": [], "state": 1, "request": 2, "seed": {}}', b'{"step": 9
 
 
 # Files that a start replaces, which a folder in their place forbids.
-REPLACED = ("config.json", "environment.json", "latest.json", "metrics.jsonl", "control.json")
+NAMES = ("config.json", "environment.json", "latest.json", "metrics.jsonl", "control.json")
 
 
 def damage(path, content):
@@ -223,38 +223,59 @@ def test_a_damaged_file_costs_a_run_that_goes_on_nothing(run, monkeypatch):
     """Of all files of a training that was killed, in every way: it ends as if nothing had been, or
     says in a sentence what to delete (a folder in a file's place)."""
     train(run)
-    whole, lines = checkpoints.load(run)[0]["model"], run.metrics()
+    model, lines = checkpoints.load(run)[0]["model"], run.metrics()
     shutil.rmtree(run.path)
     kill_in(run, 9, monkeypatch)
     run.ask("go on")
     (run.path / "state.json").write_text("{}")
-    kept = run.path.with_name("kept")
-    shutil.copytree(run.path, kept)
-    names = [path.relative_to(kept) for path in kept.rglob("*.*") if path.is_file()]
+    backup = run.path.with_name("kept")
+    shutil.copytree(run.path, backup)
+    names = [path.relative_to(backup) for path in backup.rglob("*.*") if path.is_file()]
     names = [name for name in names if name.name != ".lock"]
     assert len(names) == 13
     for name, content in itertools.product(names, CONTENTS):
         shutil.rmtree(run.path)
-        shutil.copytree(kept, run.path)
+        shutil.copytree(backup, run.path)
         damage(run.path / name, content)
-        if content is None and name.name in REPLACED:
+        if content is None and name.name in NAMES:
             with pytest.raises(RunError, match=rf"{name.name} was not .*delete that folder"):
                 train(run)
             continue
         train(run)
-        assert torch.equal(checkpoints.load(run)[0]["model"], whole), (name, content)
+        assert torch.equal(checkpoints.load(run)[0]["model"], model), (name, content)
         steps = [line["step"] for line in lines]
         assert steps_of(run) == (steps[-2:] if name.name == "metrics.jsonl" else steps)
+
+
+MODEL = {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "classes": 2}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *({k: v for k, v in MODEL.items() if k != name} for name in MODEL),
+        *(MODEL | {name: value} for name in ("mean", "std") for value in ([None] * 3, ["1"] * 3)),
+        *(MODEL | {name: value} for name in ("size", "mean", "std") for value in (None, "1", {})),
+        {"step": [], "state": {}},
+    ],
+)
+def test_what_rebuilds_a_network_is_whole_or_a_sentence(run, model):
+    train(run)
+    files.write_json(run.path / "model.json", MODEL)
+    assert run.model == MODEL
+    files.write_json(run.path / "model.json", model)
+    with pytest.raises(RunError, match=rf"{run.id}/model\.json is damaged .*: delete"):
+        _ = run.model
 
 
 @pytest.mark.parametrize("content", CONTENTS[:-1])
 @pytest.mark.parametrize("name", ["latest.json", "checkpoints/12/checksums.json"])
 def test_of_a_finished_run_only_the_last_checkpoint_serves(run, name, content):
     train(run)
-    whole = checkpoints.load(run)[0]["model"]
+    model = checkpoints.load(run)[0]["model"]
     damage(run.path / name, content)
     if name == "latest.json":
-        assert torch.equal(checkpoints.load(run)[0]["model"], whole) and checkpoints.are_whole(run)
+        assert torch.equal(checkpoints.load(run)[0]["model"], model) and checkpoints.are_whole(run)
     else:
         with pytest.raises(RunError, match=rf"{run.id}.* (damaged|gone)"):
             checkpoints.load(run)
@@ -331,19 +352,14 @@ def test_a_kernel_without_its_driver_saves_before_it_ends(run, monkeypatch):
 
 
 def test_a_terminal_that_is_gone_ends_no_training(monkeypatch):
-    class Gone:
+    class Pipe:
         def write(self, text):
             raise OSError(errno.EIO, "Input/output error")
 
         flush = write
 
-    progress = Progress("vae", 9, 0)
-    progress._bar = tqdm(total=9, file=io.StringIO(), mininterval=0, miniters=1)
-    progress._bar.sp = Gone().write
-    progress.update(5)
-    progress.show("1/2", {"loss": 1.0})
-    progress.close()
-    assert progress.step == 5
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    Lines().show(1.0, "the end", last=True)
 
 
 # --- memory, NaN, minutes -------------------------------------------------------------------------
@@ -363,25 +379,36 @@ def test_memory_that_ran_out_names_the_batch_size(run, fail):
     with pytest.raises(RunError, match=words), run.writing(config, {}):
         fail()
     assert run.state["state"] == "failed" and "batch_size=77" in run.state["error"]
-    judged = EvalConfig(run="r")
-    with pytest.raises(RunError, match=r"lower .*limit"), run.writing(judged, {}):
+    evaluation = EvalConfig(run="r")
+    with pytest.raises(RunError, match=r"lower .*limit"), run.writing(evaluation, {}):
         fail()
 
 
-@pytest.mark.parametrize("bad", [0, 5, 6, 11])
+def test_a_network_that_a_device_does_not_hold_is_the_same_sentence(outputs, monkeypatch):
+    def fail(method, *args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")
+
+    monkeypatch.setattr(VAETraining, "to", fail)
+    config = VAEConfig(limit=32, batch_size=16, width=4, epochs=1)
+    with pytest.raises(RunError, match=r"memory did not suffice.*lower batch_size=16 or size=32"):
+        train_vae(config)
+    assert not locate(config).path.exists()  # nothing was written
+
+
+@pytest.mark.parametrize("fault", [0, 5, 6, 11])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_the_first_step_that_is_not_finite_is_kept_with_its_images(run, bad, value):
-    saved = bad // EPOCH * EPOCH or None
-    good = f"the last checkpoint, of step {saved}, is intact" if saved else "no checkpoint yet"
+def test_the_first_step_that_is_not_finite_is_kept_with_its_images(run, fault, value):
+    number = fault // EPOCH * EPOCH or None
+    state = f"the last checkpoint, of step {number}, is intact" if number else "no checkpoint yet"
     words = (
-        rf"The loss is {value} at step {bad + 1}: lower learning_rate .*{good}.*not_finite\.json"
+        rf"The loss is {value} at step {fault + 1}: lower learning_rate .*{state}.*not_finite\.json"
     )
     for _ in range(2):  # it goes on from what was sound, and says so again
         with pytest.raises(RunError, match=words):
-            train(run, value=lambda step: value if step >= bad else 1.0)
+            train(run, value=lambda step: value if step >= fault else 1.0)
     about = json.loads((run.path / "not_finite.json").read_text())
-    assert about["step"] == bad + 1 and about["checkpoint"] == saved
-    assert about["images"] == {"images": [bad, 100 + bad]}
+    assert about["step"] == fault + 1 and about["checkpoint"] == number
+    assert about["images"] == {"images": [fault, 100 + fault]}
     train(run)
     assert run.summary == {"sum": sum(range(TOTAL))}
 
@@ -394,15 +421,15 @@ def test_weights_that_are_not_finite_are_not_saved(run):
 
 
 def test_a_checkpoint_is_due_after_minutes_too(run, monkeypatch):
-    now = 0.0
-    clock = SimpleNamespace(monotonic=lambda: now, time=time.time, sleep=time.sleep)
+    clock_time = 0.0
+    clock = SimpleNamespace(monotonic=lambda: clock_time, time=time.time, sleep=time.sleep)
     monkeypatch.setattr(steps_module, "time", clock)
-    saved = []
-    monkeypatch.setattr(checkpoints, "save", lambda run, step, *rest: saved.append(step))
+    saves = []
+    monkeypatch.setattr(checkpoints, "save", lambda run, step, *rest: saves.append(step))
 
     def act(step, model):
-        nonlocal now
-        now += 40
+        nonlocal clock_time
+        clock_time += 40
 
     train(run, act, checkpoint_minutes=2)
-    assert saved == [3, 4, 7, 8, 11, 12]  # 120 s after the last one, and after each epoch
+    assert saves == [3, 4, 7, 8, 11, 12]  # 120 s after the last one, and after each epoch

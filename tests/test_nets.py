@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from idaa_lib.configs import VAEConfig
 from idaa_lib.methods.base import About, Moment
@@ -32,7 +33,7 @@ def backbone(name="resnet18", width=4, stem="cifar", adversarial_norms=True):
     return build_backbone(name, width=width, stem=stem, adversarial_norms=adversarial_norms)
 
 
-def scrambled(module):
+def scramble(module):
     """`module` with affine parameters and statistics of its BatchNorms away from 1 and 0."""
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -47,7 +48,7 @@ def clones(tensors):
     return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
-def changed(before, tensors):
+def changed_names(before, tensors):
     return {name for name, tensor in tensors if not torch.equal(tensor, before[name])}
 
 
@@ -68,10 +69,10 @@ def test_vae_parameter_counts(dim, size, count):
 
 
 def names(part, convs, norms, residuals):
-    found = {f"{part}.{i}.weight" for i in convs}
-    found |= {f"{part}.{i}.{leaf}" for i in norms for leaf in NORM}
-    found |= {f"{part}.{i}.convs.{j}.{w}" for i in residuals for j in (1, 4) for w in NORM[:2]}
-    return found | {f"{part}.{i}.convs.2.{leaf}" for i in residuals for leaf in NORM}
+    keys = {f"{part}.{i}.weight" for i in convs}
+    keys |= {f"{part}.{i}.{leaf}" for i in norms for leaf in NORM}
+    keys |= {f"{part}.{i}.convs.{j}.{w}" for i in residuals for j in (1, 4) for w in NORM[:2]}
+    return keys | {f"{part}.{i}.convs.2.{leaf}" for i in residuals for leaf in NORM}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_vae_too_narrow_for_its_size_is_refused():
 @pytest.mark.parametrize("training", [False, True])
 def test_vae_agrees_with_functional_form(training):
     torch.manual_seed(0)
-    vae = scrambled(VAE(6, 32, width=4)).double().train(training)
+    vae = scramble(VAE(6, 32, width=4)).double().train(training)
     x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
     G, mu, logvar = reference.cifar_vae(vae.state_dict(), x, training)
     output = vae(x)
@@ -146,7 +147,7 @@ def test_vae_agrees_with_functional_form(training):
 
 @pytest.mark.parametrize("size", [16, 64, 84])
 def test_eval_decode_of_mu_is_G_bit_for_bit(size):
-    vae = scrambled(VAE(6, size, width=4)).eval()
+    vae = scramble(VAE(6, size, width=4)).eval()
     output = vae(torch.randn(3, 3, size, size))
     assert torch.equal(output.z, output.mu)
     assert torch.equal(vae.decode(output.mu), output.G)
@@ -181,7 +182,7 @@ def test_each_batchnorm_gets_its_gradient_in_the_layout_of_its_input(layout):
 
 
 def test_channels_last_changes_nothing():
-    vae = scrambled(VAE(6, 16, width=4)).double().eval()
+    vae = scramble(VAE(6, 16, width=4)).double().eval()
     x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     mu = vae(x).mu
     vae.to(memory_format=torch.channels_last)
@@ -189,13 +190,13 @@ def test_channels_last_changes_nothing():
 
 
 def test_decompose_splits_and_leaves_the_vae_alone():
-    vae = scrambled(VAE(6, 16, width=4)).train()
+    vae = scramble(VAE(6, 16, width=4)).train()
     vae.bn.eval()
     x = torch.randn(4, 3, 16, 16)
-    before, was = clones(vae.state_dict().items()), modes(vae)
+    before, modes_before = clones(vae.state_dict().items()), modes(vae)
     G, R = vae.decompose(x)
-    assert not changed(before, vae.state_dict().items())
-    assert modes(vae) == was
+    assert not changed_names(before, vae.state_dict().items())
+    assert modes(vae) == modes_before
     assert not G.requires_grad and not R.requires_grad
     torch.testing.assert_close(G + R, x)
     assert torch.equal(G, vae.eval()(x).G)
@@ -270,7 +271,7 @@ def test_cifar_resnet18_counts_and_names():
 @pytest.mark.parametrize("adversarial", [False, True])
 def test_cifar_resnet18_agrees_with_functional_form(adversarial, training):
     torch.manual_seed(0)
-    net = scrambled(backbone()).double().train(training)
+    net = scramble(backbone()).double().train(training)
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     oracle = reference.cifar_resnet18(net.state_dict(), x, adversarial, training)
     torch.testing.assert_close(net(x, adversarial=adversarial), oracle)
@@ -304,7 +305,7 @@ def test_a_block_whose_residual_is_zero_is_its_shortcut(name):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_imagenet_resnets_agree_with_torchvision(name):
     torch.manual_seed(0)
-    ours = scrambled(backbone(name, 64, "imagenet", adversarial_norms=False)).double()
+    ours = scramble(backbone(name, 64, "imagenet", adversarial_norms=False)).double()
     with torch.device("meta"):
         theirs = getattr(torchvision.models, name)(weights=None)
     theirs.fc = nn.Identity()
@@ -332,7 +333,7 @@ def test_a_forward_pass_updates_its_own_statistics_only(name, stem, adversarial)
     net = backbone(name, stem=stem).train()
     before = clones(net.named_buffers())
     net(torch.randn(2, 3, 32, 32), adversarial=adversarial)
-    assert changed(before, net.named_buffers()) == {
+    assert changed_names(before, net.named_buffers()) == {
         k for k in before if ("_adv." in k) == adversarial
     }
 
@@ -353,9 +354,9 @@ def test_both_sets_of_norms_get_gradients_of_their_own_only():
     for adversarial in (False, True):
         net.zero_grad()
         net(torch.randn(2, 3, 16, 16), adversarial=adversarial).sum().backward()
-        idle = {name for name, p in net.named_parameters() if p.grad is None}
+        idle_names = {name for name, p in net.named_parameters() if p.grad is None}
         norms = {name for name, _ in net.named_parameters() if "bn" in name}
-        assert idle == {name for name in norms if ("_adv." in name) != adversarial}
+        assert idle_names == {name for name in norms if ("_adv." in name) != adversarial}
 
 
 def test_inference_uses_the_main_norms():
@@ -378,50 +379,52 @@ def test_unknown_backbone_is_refused():
 def test_evaluating_restores_mixed_modes_also_after_an_error():
     net = backbone().train()
     net.layer2.eval()
-    was = modes(net)
+    modes_before = modes(net)
     with contextlib.suppress(InterruptedError), evaluating(net):
         assert not any(modes(net))
         raise InterruptedError
-    assert modes(net) == was
+    assert modes(net) == modes_before
 
 
 def test_networks_made_in_threads_have_the_weights_of_their_seed():
     """A widget's thread makes one while a cell makes another; torch has one generator for both."""
 
-    def made(seed):
+    def draw_weights(seed):
         with initial_weights(seed):
             return [torch.rand(1).item() for _ in range(200)]
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(made, [0, 1, 2, 3] * 8))
-    assert all(found[i] == made(i % 4) for i in range(len(found)))
+        weights = list(pool.map(draw_weights, [0, 1, 2, 3] * 8))
+    assert all(weights[i] == draw_weights(i % 4) for i in range(len(weights)))
 
 
 @pytest.mark.parametrize("size", [32, 84, 224])
 def test_a_vae_without_its_batch_norms_is_the_same_map(size):
-    vae = scrambled(VAE(8, size, width=16)).double()
-    whole, before = folded(vae), clones(vae.state_dict().items())
+    vae = scramble(VAE(8, size, width=16)).double()
+    folded_vae, before = folded(vae), clones(vae.state_dict().items())
     x = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
-    expected, found = vae.eval()(x), whole(x)
-    for ours, theirs in zip(found, expected, strict=True):
+    expected, outputs = vae.eval()(x), folded_vae(x)
+    for ours, theirs in zip(outputs, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
-    gradients = [torch.autograd.grad(output.G.sum(), x)[0] for output in (found, expected)]
+    gradients = [torch.autograd.grad(output.G.sum(), x)[0] for output in (outputs, expected)]
     torch.testing.assert_close(*gradients)
     # Those after a sum, at the edges of the bottleneck and of G stay.
-    left, were = (sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) for one in (whole, vae))
-    assert 0 < left < were
-    assert not changed(before, vae.state_dict().items())
+    count, count_before = (
+        sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) for one in (folded_vae, vae)
+    )
+    assert 0 < count < count_before
+    assert not changed_names(before, vae.state_dict().items())
 
 
 def test_a_sub_pixel_layer_is_the_transposed_convolution():
     layer = nn.ConvTranspose2d(5, 2, 4, 2, 1, bias=False, dtype=torch.float64)
     torch.manual_seed(1)
     x = torch.randn(3, 5, 4, 7, dtype=torch.float64)
-    drawn = torch.get_rng_state()
-    found = sub_pixel(layer)
-    torch.testing.assert_close(found(x), layer(x))
-    assert torch.equal(torch.get_rng_state(), drawn)  # a compiled run draws what another does
-    assert not any(p.requires_grad for p in found.parameters())
+    state = torch.get_rng_state()
+    convolution = sub_pixel(layer)
+    torch.testing.assert_close(convolution(x), layer(x))
+    assert torch.equal(torch.get_rng_state(), state)  # a compiled run draws what another does
+    assert not any(p.requires_grad for p in convolution.parameters())
 
 
 @pytest.mark.parametrize(("channels", "side"), [(4, 32), (8, 64), (15, 46), (4, 9)])
@@ -434,3 +437,28 @@ def test_a_projection_of_few_channels_is_its_convolution(channels, side):
         parts.append((y, *torch.autograd.grad(y.square().sum(), (x, convolution.weight))))
     for ours, theirs in zip(*parts, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class Strides(TorchDispatchMode):
+    """The (stride, input channels, input side) of each 1×1 convolution that runs under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.pointwise = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default and args[1].shape[-1] == 1:
+            self.pointwise.append((args[3][0], *args[0].shape[1:3]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "wrn10", "wrn28"])
+def test_no_backbone_runs_a_convolution_whose_gradient_writes_out_of_bounds(backbone, size):
+    """docs/upstream.md: strided, 1×1, of fewer than 8 channels, or than 16 above 44 pixels."""
+    network = build_backbone(backbone, width=4, stem="cifar", adversarial_norms=False)
+    with Strides() as strides, torch.no_grad():
+        network(torch.zeros(2, 3, size, size))
+    assert strides.pointwise
+    for stride, channels, side in strides.pointwise:
+        assert stride == 1 or channels >= (16 if side > 44 else 8)

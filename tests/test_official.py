@@ -70,9 +70,9 @@ def test_a_name_of_the_official_code_is_answered_with_ours(flag, capsys):
     stage = VAEConfig if flag == "kl" else SSLConfig
     values = {"adversary": "idaa"} if flag == "eps" else {}
     sentence = f"SSLConfig has no field {flag!r}; the published code's {flag} is {ours} here."
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(ConfigError) as refusal:
         stage(**{flag: 0.1}, **values)
-    assert str(raised.value) == sentence.replace("SSLConfig", stage.__name__)
+    assert str(refusal.value) == sentence.replace("SSLConfig", stage.__name__)
     cells = {"In": [f"# Parameters\n{flag} = 0.1"], flag: 0.1}
     with pytest.raises(ConfigError, match=f"no parameter '{flag}'; the published code's {flag} is"):
         stage.from_notebook(cells)

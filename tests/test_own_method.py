@@ -103,21 +103,21 @@ def test_with_power_0_it_is_idaa(own, vae, x):
     theirs = IDAA(vae, epsilon=0.3)(x, of_samples)
     torch.testing.assert_close(mine.images, theirs.images)
     torch.testing.assert_close(mine.delta, theirs.delta)
-    still = own.PosteriorIDAA(vae, epsilon=0.0)(x, of_samples)
-    torch.testing.assert_close(still.images, x)
+    still_attack = own.PosteriorIDAA(vae, epsilon=0.0)(x, of_samples)
+    torch.testing.assert_close(still_attack.images, x)
 
 
 def test_it_meets_images_in_other_units_than_its_vae(own, vae, x):
     vae.mean, vae.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    other = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
-    columns = {k: x.new_tensor(v).view(3, 1, 1) for k, v in other.items()}
+    units = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
+    columns = {k: x.new_tensor(v).view(3, 1, 1) for k, v in units.items()}
 
     def convert(x):
         return ((x * columns["std"] + columns["mean"]) - 0.5) / 0.25
 
-    mine = own.PosteriorIDAA(vae, **other)(x, lambda x: of_samples(convert(x)))
-    plain = own.PosteriorIDAA(vae)(convert(x), of_samples)
-    torch.testing.assert_close(convert(mine.images), plain.images)
+    mine = own.PosteriorIDAA(vae, **units)(x, lambda x: of_samples(convert(x)))
+    expected = own.PosteriorIDAA(vae)(convert(x), of_samples)
+    torch.testing.assert_close(convert(mine.images), expected.images)
 
 
 def test_it_trains_and_its_knobs_are_in_the_run_s_id(own, outputs):
@@ -129,16 +129,16 @@ def test_it_trains_and_its_knobs_are_in_the_run_s_id(own, outputs):
     assert load_encoder(run, "projector").module(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
     assert {"clean_loss", "adversarial_loss", "moved"} <= run.metrics()[0].keys()
     assert train_ssl(config.replace(adversary="none")).finished
-    stored = (run.path / "config.json").read_bytes()
+    content = (run.path / "config.json").read_bytes()
     for kinds, name in (("method", "align_uniform"), ("adversary", "idaa_posterior")):
         del registry.CHOICES[kinds][name]  # as in another kernel
-    judged = evaluate(EvalConfig(run=run.id, limit=64, device="cpu"))  # its backbone needs no file
-    assert judged.summary.keys() >= {"knn_top1", "random_knn_top1"}
+    judge = evaluate(EvalConfig(run=run.id, limit=64, device="cpu"))  # its backbone needs no file
+    assert judge.summary.keys() >= {"knn_top1", "random_knn_top1"}
     for name in ("summary.json", "state.json"):
         (run.path / name).unlink()
     with pytest.raises(ConfigError, match="import the module that registers it first"):
         process.launch(run, run.config)  # which knows no knobs of theirs
-    assert (run.path / "config.json").read_bytes() == stored
+    assert (run.path / "config.json").read_bytes() == content
 
 
 def test_a_shell_and_a_recipe_know_it_too(outputs, tmp_path):
@@ -146,13 +146,13 @@ def test_a_shell_and_a_recipe_know_it_too(outputs, tmp_path):
     (tmp_path / "own.toml").write_text('extends = "demo"\n' + text)
     words = [f"{k}={v}" for k, v in TINY.items()] + [f"preset={tmp_path / 'own.toml'}"]
     command = [sys.executable, "-m", "idaa_lib.train", "ssl", *words]
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, str(EXAMPLES / "own_method.py")], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert '"spread": 0.5' in next((outputs / "ssl").glob("*/config.json")).read_text()
-    done = subprocess.run([*command, "no.py"], capture_output=True, text=True)
-    assert "ConfigError: There is no file no.py" in done.stderr
+    result = subprocess.run([*command, "no.py"], capture_output=True, text=True)
+    assert "ConfigError: There is no file no.py" in result.stderr
 
 
 # --- registering ------------------------------------------------------------------------------
@@ -335,8 +335,8 @@ def test_an_adversary_knows_the_units_of_its_images():
 
 def test_without_a_cell_of_parameters_every_knob_counts(own):
     names = {"method": "align_uniform", "spread": 0.02, "limit": 7}
-    for given in (names, names | {"In": ["", "method = 1"]}):
-        config = SSLConfig.from_notebook(given)
+    for values in (names, names | {"In": ["", "method = 1"]}):
+        config = SSLConfig.from_notebook(values)
         assert (config.spread, config.limit) == (0.02, 7)
     cell = "# Parameters\nmethod = 'align_uniform'\n"
     assert SSLConfig.from_notebook(names | {"In": [cell]}).spread == 1.0  # of a later cell

@@ -31,10 +31,10 @@ R = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def reading(epsilon, share):
-    found = 100 * (1 - share)
-    ends = dict(low=found - 5, high=found + 5)
+    percent = 100 * (1 - share)
+    ends = dict(low=percent - 5, high=percent + 5)
     return dict(
-        epsilon=epsilon, loss_after=1 + share, loss_before=1.0, retrieved=found, n=50, **ends
+        epsilon=epsilon, loss_after=1 + share, loss_before=1.0, retrieved=percent, n=50, **ends
     )
 
 
@@ -65,28 +65,28 @@ def figures(run):
         for axis in ("epsilon", "beta") for v in (0.1, 1.0) for s in (0, 1)
         for m in ("kNN", "linear")
     ]).assign(adversary="IDAA", split="validation", features="encoder")  # fmt: skip
-    further = rows[rows["axis"] == "beta"].assign(axis="backbone", adversary="no adversary")
-    further["at"] = further["at"].map({0.1: "resnet18", 1.0: "resnet34"})
-    rows = pd.concat([rows, further, further.assign(adversary="IDAA")])
+    backbone_rows = rows[rows["axis"] == "beta"].assign(axis="backbone", adversary="no adversary")
+    backbone_rows["at"] = backbone_rows["at"].map({0.1: "resnet18", 1.0: "resnet34"})
+    rows = pd.concat([rows, backbone_rows, backbone_rows.assign(adversary="IDAA")])
     cells = product(("SimCLR", "MoCo"), ("no adversary", "IDAA"), (0, 1), ("kNN", "linear"))
-    compared = pd.DataFrame([
+    evaluations = pd.DataFrame([
         {"method": m, "adversary": a, "metric": probe, "value": 40.0 + s, "low": 38, "high": 42}
         for m, a, s, probe in cells
     ]).assign(features="encoder", dataset="photos")  # fmt: skip
-    untrained = compared[:2].assign(features="untrained encoder", low=math.nan, high=math.nan)
-    compared = pd.concat([compared, untrained])
+    references = evaluations[:2].assign(features="untrained encoder", low=math.nan, high=math.nan)
+    evaluations = pd.concat([evaluations, references])
     return {
         "curves": plots.curves({"a": run, "b": run}, ["loss"]),
         "energy_maps": pictures.energy_maps({"R": R}),
         "spectra": pictures.spectra({"R": R, "x": 2 * R}),
-        "evaluation": plots.accuracies(compared, "dataset", "features", "metric"),
+        "evaluation": plots.accuracies(evaluations, "dataset", "features", "metric"),
         "confusion": plots.confusion(labels, labels, classes),
         "embedding_map": plots.embedding_map(features, labels, classes),
         "sensitivity": plots.sensitivity(rows),
         "invariance": plots.plot_invariance({"a": INVARIANCE, "b": INVARIANCE}),
         "neighbours": plots.neighbours(features, torch.zeros(20, 3, 8, 8), labels, [0, 1], classes),
         "image_rows": pictures.image_rows({"x": R, "a long name of a row": R}, "title"),
-        "methods": plots.accuracies(compared, "metric", "method", "adversary"),
+        "methods": plots.accuracies(evaluations, "metric", "method", "adversary"),
         "identity_curves": pictures.identity_curves(CURVES),
         "likeness": pictures.likeness(
             (0.0, 0.5, 1.0), {"z": torch.rand(3, 2), "R": torch.rand(3, 2)}
@@ -98,9 +98,9 @@ def test_no_axis_is_without_a_name(run):
     for name, figure in figures(run).items():
         if name in ("neighbours", "image_rows"):  # their rows have names
             continue
-        shown = figure.axes
-        assert shown, name
-        for axis in shown:
+        axes = figure.axes
+        assert axes, name
+        for axis in axes:
             # Of axes that share one, only the outermost repeat its name.
             outer = axis.get_subplotspec() is None or axis.get_subplotspec().is_last_row()
             left = axis.get_subplotspec() is None or axis.get_subplotspec().is_first_col()
@@ -136,8 +136,12 @@ def test_sensitivity_is_the_encoder_s_alone():
 def test_a_run_has_one_colour_in_all_panels():
     """Also in a panel that an earlier run has no line in."""
     lines = {"a": [{"step": 1, "loss": 1.0}], "b": [{"step": 1, "loss": 2.0, "moved": 3.0}]}
-    both, alone = plots.curves(lines, ["loss", "moved"]).axes[:2]
-    assert both.lines[1].get_color() == alone.lines[0].get_color() != both.lines[0].get_color()
+    loss_axis, moved_axis = plots.curves(lines, ["loss", "moved"]).axes[:2]
+    assert (
+        loss_axis.lines[1].get_color()
+        == moved_axis.lines[0].get_color()
+        != loss_axis.lines[0].get_color()
+    )
 
 
 def test_accuracies_are_means_with_their_intervals_and_references_are_lines():
@@ -146,11 +150,11 @@ def test_accuracies_are_means_with_their_intervals_and_references_are_lines():
     frame = pd.DataFrame(rows, columns=["features", "method", "value", "low", "high"])
     frame = frame.assign(adversary="IDAA", metric="kNN")
     (axis,) = plots.accuracies(frame, "metric", "method", "adversary").axes
-    one, several = axis.containers
-    assert [line.get_ydata()[0] for line in (one[0], several[0])] == [40.0, 51.0]
+    one, mean_bar = axis.containers
+    assert [line.get_ydata()[0] for line in (one[0], mean_bar[0])] == [40.0, 51.0]
     (bar,) = one[2][0].get_segments()
     assert [y for _, y in bar] == [35, 44]
-    (bar,) = several[2][0].get_segments()  # Student's of two seeds
+    (bar,) = mean_bar[2][0].get_segments()  # Student's of two seeds
     assert [y for _, y in bar] == pytest.approx(stats.t.interval(0.95, 1, loc=51, scale=1))
     (line,) = [line for line in axis.lines if line.get_label() == "raw pixels"]
     assert set(line.get_ydata()) == {30.0}
@@ -161,8 +165,8 @@ def test_image_rows_show_the_pixels_and_no_more_columns_than_asked():
     figure = pictures.image_rows({"a": pixels, "b": 2 * pixels}, "title", columns=3, names="xyz")
     (axis,) = figure.axes
     assert len(axis.images) == 6
-    shown = axis.images[4].get_array()
-    assert np.allclose(shown, (2 * pixels[1]).clamp(0, 1).permute(1, 2, 0))
+    picture = axis.images[4].get_array()
+    assert np.allclose(picture, (2 * pixels[1]).clamp(0, 1).permute(1, 2, 0))
     assert [text.get_text() for text in axis.get_xticklabels()] == ["x", "y", "z"]
     assert [text.get_text() for text in axis.get_yticklabels()] == ["a", "b"]
 
@@ -242,7 +246,7 @@ DEFICIENCIES = {
 
 @pytest.mark.parametrize("deficiency", [None, *DEFICIENCIES])
 def test_any_two_colours_can_be_told_apart(deficiency):
-    def seen(colour):
+    def see(colour):
         rgb = np.array(to_rgb(colour))
         if deficiency:
             linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
@@ -251,41 +255,33 @@ def test_any_two_colours_can_be_told_apart(deficiency):
         return rgb2lab(rgb[None, None])[0, 0]
 
     for a, b in combinations(set(style.COLOURS.values()), 2):
-        assert np.linalg.norm(seen(a) - seen(b)) > 15, (a, b)  # 2.3 is a just noticeable difference
+        assert np.linalg.norm(see(a) - see(b)) > 15, (a, b)  # 2.3 is a just noticeable difference
 
 
 def test_an_svg_takes_the_page_s_colours_and_is_always_the_same():
-    drawn, again = (style.svg(pictures.identity_curves(CURVES)) for _ in range(2))
-    assert drawn == again
-    assert drawn.startswith("<svg") and drawn.rstrip().endswith("</svg>")
-    assert style.INK not in drawn and style.GRID not in drawn and "fill: #ffffff" not in drawn
-    assert "--jp-ui-font-color1" in drawn
-    assert ">Hardness<" in drawn  # text stays text
+    svg, again = (style.svg(pictures.identity_curves(CURVES)) for _ in range(2))
+    assert svg == again
+    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>")
+    assert style.INK not in svg and style.GRID not in svg and "fill: #ffffff" not in svg
+    assert "--jp-ui-font-color1" in svg
+    assert ">Hardness<" in svg  # text stays text
 
 
 def test_a_place_in_an_svg_can_be_computed():
     """The explorer's marker: nothing is cropped, so shares of the figure are shares of the SVG."""
     figure = pictures.identity_curves(CURVES)
-    drawn = style.svg(figure)
-    width = float(re.search(r'width="([\d.]+)pt"', drawn)[1])
+    svg = style.svg(figure)
+    width = float(re.search(r'width="([\d.]+)pt"', svg)[1])
     assert width == pytest.approx(72 * figure.get_figwidth())
 
 
-def test_a_saved_figure_is_what_the_notebook_shows_and_pdf_on_request(tmp_path, monkeypatch):
+def test_a_saved_figure_is_what_the_notebook_shows(tmp_path):
     figure = pictures.spectra({"R": R})
-    shown = style.save(figure, tmp_path / "a.png")
-    assert shown.data == (tmp_path / "a.png").read_bytes()
+    picture = style.save(figure, tmp_path / "a.png")
+    assert picture.data == (tmp_path / "a.png").read_bytes()
     width = Image.open(tmp_path / "a.png").width
-    assert shown.width == round(width * 96 / style.DPI)
+    assert picture.width == round(width * 96 / style.DPI)
     assert not (tmp_path / "a.pdf").exists()
-    monkeypatch.setenv("IDAA_PDF", "1")
-    style.save(figure, tmp_path / "a.png")
-    pdf = (tmp_path / "a.pdf").read_bytes()
-    assert pdf.startswith(b"%PDF") and b"/Subtype /Image" not in pdf  # vectors
-    assert b"/FontType 42" in pdf or b"/Subtype /Type0" in pdf or b"/TrueType" in pdf
-    monkeypatch.setenv("IDAA_PDF", "yes")
-    with pytest.raises(ValueError, match="IDAA_PDF must be 1"):
-        style.save(figure, tmp_path / "a.png")
 
 
 # A legend leaves out what begins with "_"; "$" opens a formula; 猫 is in few fonts.
@@ -304,7 +300,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
         for a, b, c in zip(names, names[1:] + names[:1], names[2:] + names[:2], strict=True)
     ]).assign(low=0.0, high=2.0, features="encoder", split="validation", seed=0)  # fmt: skip
     layers = [dict(augmentation=n, layer=n, value=0.5, low=0.4, high=0.6) for n in names]
-    drawn = {
+    figure_by_kind = {
         "confusion": plots.confusion(labels, labels, names),
         "embedding_map": plots.embedding_map(features, labels, names),
         "neighbours": plots.neighbours(features, images, labels, [0, 1, 2, 3], names),
@@ -317,13 +313,13 @@ def test_names_are_drawn_as_they_are(tmp_path):
         "spectra": pictures.spectra(rows),
         "likeness": pictures.likeness((0, 1), dict.fromkeys(names, torch.rand(2, 2))),
     }
-    for kind, figure in drawn.items():
+    for kind, figure in figure_by_kind.items():
         text = html.unescape(style.svg(figure))
         assert all(name in text for name in names), kind
     for kind in ("embedding_map", "curves", "accuracies", "sensitivity", "invariance", "spectra"):
-        entries = [text.get_text().strip() for text in drawn[kind].legends[0].texts]
+        entries = [text.get_text().strip() for text in figure_by_kind[kind].legends[0].texts]
         assert sorted(entries) == sorted(names), kind
-    style.save(drawn["accuracies"], tmp_path / "figure.png", "single")
+    style.save(figure_by_kind["accuracies"], tmp_path / "figure.png", "single")
 
 
 def test_a_letter_of_another_font_is_drawn_by_it_or_said(monkeypatch):
@@ -356,8 +352,8 @@ def test_a_test_split_of_a_few_images_has_its_figures(n):
     images, classes = torch.zeros(n, 3, 8, 8, dtype=torch.uint8), ("cat", "dog")
     points = plots.embedding_map(features, labels, classes).axes[0].collections[0].get_offsets()
     assert points.shape == (n, 2) and np.isfinite(points).all()
-    near = plots.neighbours(features, images, labels, [0], classes).axes[0].images
-    assert len(near) == n  # the query among them
+    panels = plots.neighbours(features, images, labels, [0], classes).axes[0].images
+    assert len(panels) == n  # the query among them
     assert plots.confusion(labels, labels, classes).axes
     assert embedding_std(features[:1]) == 0
 
@@ -375,15 +371,15 @@ def test_a_user_s_matplotlib_stays_as_it_is():
         changed = {k for k, v in matplotlib.rcParams.items() if v != before[k]}
         assert not changed, changed
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_figures_drawn_in_threads_leave_it_as_it_is():
     before = dict(mpl.rcParams)
     with ThreadPoolExecutor(3) as pool:
-        drawn = [*pool.map(lambda _: style.svg(pictures.spectra({"R": R})), range(3))]
-    assert len({*drawn}) == 1 and dict(mpl.rcParams) == before
+        drawings = [*pool.map(lambda _: style.svg(pictures.spectra({"R": R})), range(3))]
+    assert len({*drawings}) == 1 and dict(mpl.rcParams) == before
 
 
 @pytest.mark.parametrize("formats", [(), ("png",)], ids=["plain", "inline"])
@@ -391,40 +387,43 @@ def test_a_figure_at_the_end_of_a_cell_shows_itself_once(formats):
     """Also where matplotlib's own way to show figures is there."""
     shell = InteractiveShell.instance()
     select_figure_formats(shell, formats)
-    with capture_output() as shown:
+    with capture_output() as capture:
         assert shell.display_formatter.format(pictures.spectra({"R": R})) == ({}, {})
-    (output,) = shown.outputs
+    (output,) = capture.outputs
     assert "image/png" in output.data
     InteractiveShell.clear_instance()
 
 
 def test_a_column_of_a_paper(run):
     """Text of 8 pt, no title; nothing is cut off, no panel loses its labels."""
-    drawn = figures(run)
+    figure_by_name = figures(run)
     double = [(name, 6.9) for name in ("methods", "identity_curves", "sensitivity")]
-    for name, inches in [*((name, 3.3) for name in drawn), *double]:
-        figure = drawn[name]
+    for name, inches in [*((name, 3.3) for name in figure_by_name), *double]:
+        figure = figure_by_name[name]
         size, title = tuple(figure.get_size_inches()), figure.get_suptitle()
-        printed, box = style._print(figure, inches)
+        column_figure, box = style._print(figure, inches)
         assert (box.x0, box.x1) == (0, inches)
         # The figure itself stays as it is.
         assert (tuple(figure.get_size_inches()), figure.get_suptitle()) == (size, title)
-        assert {text.get_fontsize() for text in printed.findobj(Text)} == {8}, name
-        assert not printed.get_suptitle()
-        used = printed.get_tightbbox()
-        assert used.x0 > -0.01 and used.x1 < inches + 0.01, name
-        for axis in printed.axes:
+        assert {text.get_fontsize() for text in column_figure.findobj(Text)} == {8}, name
+        assert not column_figure.get_suptitle()
+        extent = column_figure.get_tightbbox()
+        assert extent.x0 > -0.01 and extent.x1 < inches + 0.01, name
+        for axis in column_figure.axes:
             if name not in ("neighbours", "image_rows") and axis.get_label() != "<colorbar>":
-                below = axis.get_subplotspec().is_last_row()
+                last_row = axis.get_subplotspec().is_last_row()
                 assert axis.get_ylabel() or not axis.yaxis.get_tick_params()["labelleft"], name
-                assert axis.get_xlabel() or not below, name
+                assert axis.get_xlabel() or not last_row, name
 
 
 def test_a_column_s_files_are_exactly_as_wide(tmp_path):
     figure = pictures.spectra({"R": R})
     style.save(figure, tmp_path / "a.png", "single")
     assert Image.open(tmp_path / "a.png").width == round(3.3 * 2 * style.DPI)
-    box = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", (tmp_path / "a.pdf").read_bytes())
+    pdf = (tmp_path / "a.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"/Subtype /Image" not in pdf  # vectors
+    assert b"/FontType 42" in pdf or b"/Subtype /Type0" in pdf or b"/TrueType" in pdf
+    box = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf)
     assert float(box[1]) == pytest.approx(72 * 3.3, abs=0.1)
     with pytest.raises(ValueError, match=r"'single' \(3.3 inches\) or .*, and is 'half'"):
         style.save(figure, tmp_path / "a.png", "half")
@@ -439,46 +438,48 @@ def lines_of(figure):
 
 @pytest.mark.parametrize("points", [3, 100])
 def test_twelve_runs_are_twelve_lines_coloured_by_adversary(outputs, points):
-    logged = [{"step": i, "epoch": 0, "loss": 1.0} for i in range(points)]
+    log = [{"step": i, "epoch": 0, "loss": 1.0} for i in range(points)]
     adversaries = ["none", "clae", "idaa", "random_sign"]
-    chosen = {
+    run_by_name = {
         f"{method} {adversary}": made(
-            SSLConfig(method=method, adversary=adversary), {}, f"{method} {adversary}", lines=logged
+            SSLConfig(method=method, adversary=adversary), {}, f"{method} {adversary}", lines=log
         )
         for method in ("simclr", "moco", "byol")
         for adversary in adversaries
     }
-    looks = lines_of(plots.curves(chosen, ["loss"]))
+    looks = lines_of(plots.curves(run_by_name, ["loss"]))
     assert len({*looks}) == 12
     assert [colour for colour, *_ in looks] == 3 * [style.COLOURS[name] for name in adversaries]
-    dashes = [rest for _, *rest in looks]
+    dashes = [look for _, *look in looks]
     assert all(part == 4 * part[:1] for part in (dashes[:4], dashes[4:8], dashes[8:]))
     # Of one method, and of none (VAEs), too.
     for config in (SSLConfig(adversary="clae"), VAEConfig()):
-        same = {str(i): made(config.replace(seed=i), {}, lines=logged) for i in range(12)}
-        assert len({*lines_of(plots.curves(same, ["loss"]))}) == 12
+        run_by_seed = {str(i): made(config.replace(seed=i), {}, lines=log) for i in range(12)}
+        assert len({*lines_of(plots.curves(run_by_seed, ["loss"]))}) == 12
 
 
 def test_an_adversary_of_one_s_own_has_a_colour_of_its_own():
-    own = [style.colour(name) for name in ("mine", "yours", "mine")]
-    assert own[0] == own[2] != own[1]
-    assert not {*own} & {style.COLOURS[name] for name in ("none", "idaa", "clae", "random_sign")}
+    colours = [style.colour(name) for name in ("mine", "yours", "mine")]
+    assert colours[0] == colours[2] != colours[1]
+    assert not {*colours} & {
+        style.COLOURS[name] for name in ("none", "idaa", "clae", "random_sign")
+    }
 
 
 def test_runs_compare_by_the_loss_on_clean_pairs():
-    plain = [{"step": i, "loss": 4.0 - i} for i in range(3)]
-    attacked = [{"step": i, "loss": 8.0 - i, "clean_loss": 5.0 - i} for i in range(3)]
-    (axis,) = plots.curves({"plain": plain, "attacked": attacked}, ["loss"]).axes
+    plain_lines = [{"step": i, "loss": 4.0 - i} for i in range(3)]
+    attack_lines = [{"step": i, "loss": 8.0 - i, "clean_loss": 5.0 - i} for i in range(3)]
+    (axis,) = plots.curves({"plain": plain_lines, "attacked": attack_lines}, ["loss"]).axes
     assert [[*line.get_ydata()] for line in axis.lines] == [[4, 3, 2], [5, 4, 3]]
     assert "clean pairs" in axis.get_ylabel()
-    (alone,) = plots.curves({"attacked": attacked}, ["loss"]).axes
-    assert [*alone.lines[0].get_ydata()] == [8, 7, 6] and "clean" not in alone.get_ylabel()
+    (lone_axis,) = plots.curves({"attacked": attack_lines}, ["loss"]).axes
+    assert [*lone_axis.lines[0].get_ydata()] == [8, 7, 6] and "clean" not in lone_axis.get_ylabel()
 
 
 def test_validation_has_its_interval_as_a_band():
     ends = {"knn_low_val": 38.0, "knn_high_val": 43.0}
-    logged = [{"step": i, "knn_top1_val": 40.0 + i, **ends} for i in range(2)]
-    (axis,) = plots.curves({"": logged}, ["knn_top1_val"]).axes
+    log = [{"step": i, "knn_top1_val": 40.0 + i, **ends} for i in range(2)]
+    (axis,) = plots.curves({"": log}, ["knn_top1_val"]).axes
     (band,) = axis.collections
     assert {y for _, y in band.get_paths()[0].vertices} == {38, 43}
 

@@ -44,25 +44,25 @@ def judge(run):
     """The evaluations of `run` by the clean protocol, and by one on crops. Of 97 images and of
     batches of 33 two processes cannot take as many each."""
     classifier = Classifier("lars", 0.1, "cosine", epochs=3, standardise=True)
-    official = OfficialProtocol("a test", "backbone", 0.1, "projector", "last", 33, classifier)
+    protocol = OfficialProtocol("a test", "backbone", 0.1, "projector", "last", 33, classifier)
     common = dict(run=run, limit=97, references=False, precision="fp32", device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SimCLR, "official_protocol", lambda config: official)
+        patch.setattr(SimCLR, "official_protocol", lambda config: protocol)
         return [evaluate(EvalConfig(protocol=p, **common)) for p in ("clean", "official")]
 
 
 def main(trainings):
     """What each of two processes does."""
-    trained = [train_ssl(SSLConfig(**values)) for values in eval(trainings)]
-    judged = judge(trained[0].id)
+    encoders = [train_ssl(SSLConfig(**values)) for values in eval(trainings)]
+    evaluations = judge(encoders[0].id)
     if dist.get_rank() == 0:
-        print("runs:", *(run.path for run in trained + judged))
+        print("runs:", *(run.path for run in encoders + evaluations))
 
 
 @pytest.fixture(scope="module")
 def configs(module_outputs):
     vae = train_vae(VAEConfig(**COMMON, width=4, dim=8))
-    return [SSLConfig(**COMMON, **own, vae=str(vae.path)) for own in TRAININGS]
+    return [SSLConfig(**COMMON, **training, vae=str(vae.path)) for training in TRAININGS]
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +70,17 @@ def shared(configs, tmp_path_factory):
     """The trainings by two processes, and evaluations of the first, in outputs of their own."""
     folder = tmp_path_factory.mktemp("two")
     pairs = zip(TRAININGS, configs, strict=True)
-    values = repr([COMMON | own | {"vae": config.vae} for own, config in pairs])
+    values = repr([COMMON | training | {"vae": config.vae} for training, config in pairs])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launch, "--nproc-per-node=2", __file__, values]
-    own = os.environ | {"IDAA_OUTPUTS": str(folder)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=own)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Warning" not in done.stderr
-    return [Run(Path(path)) for path in done.stdout.partition("runs: ")[2].split()]
+    environment = os.environ | {"IDAA_OUTPUTS": str(folder)}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "Warning" not in process.stderr
+    return [Run(Path(path)) for path in process.stdout.partition("runs: ")[2].split()]
 
 
-@pytest.mark.parametrize("which", range(3), ids=[own["method"] for own in TRAININGS])
+@pytest.mark.parametrize("which", range(3), ids=[training["method"] for training in TRAININGS])
 def test_two_processes_train_as_one_does(which, configs, shared, module_outputs):
     """Weights and statistics, adversarial norms too, after 8 steps in fp32. By SGD, slowly: Adam's
     first step has the size of its rate also where a gradient is rounding alone, and at a high rate
@@ -88,23 +88,23 @@ def test_two_processes_train_as_one_does(which, configs, shared, module_outputs)
     two, one = shared[which], train_ssl(configs[which])
     assert one.id == two.id and one.path != two.path
     start = build_method(configs[which], About(recipe("none", 16, (0,) * 3, (1,) * 3)))
-    own, theirs = (checkpoints.load(run)[0] for run in (one, two))
+    ours, theirs = (checkpoints.load(run)[0] for run in (one, two))
     rows = {f"method.{name}": value for name, value in start.named_parameters()}
-    moved = max((own[name] - value).abs().max().item() for name, value in rows.items())
-    apart = {
+    movement = max((ours[name] - value).abs().max().item() for name, value in rows.items())
+    differences = {
         name: ((value - theirs[name]).abs() / value.abs().clamp(min=1)).max().item()
-        for name, value in own.items()
+        for name, value in ours.items()
         if value.is_floating_point() and value.numel()
     }
-    weights = [difference for name, difference in apart.items() if name in rows]
-    assert 0 < max(weights) < min(1e-5, moved / 20)
-    assert any("running_var" in name and "_adv" in name for name in apart)
-    assert not {name: d for name, d in apart.items() if "running" in name and d > 2e-3}
+    weights = [difference for name, difference in differences.items() if name in rows]
+    assert 0 < max(weights) < min(1e-5, movement / 20)
+    assert any("running_var" in name and "_adv" in name for name in differences)
+    assert not {name: d for name, d in differences.items() if "running" in name and d > 2e-3}
     assert len(one.metrics()) == len(two.metrics())
     for line, other in zip(one.metrics()[:2], two.metrics(), strict=False):
         common = ("loss", "clean_loss", "adversarial_loss", "moved")
-        own, theirs = ({k: v for k, v in each.items() if k in common} for each in (line, other))
-        assert own == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+        ours, theirs = ({k: v for k, v in each.items() if k in common} for each in (line, other))
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("which", range(2), ids=["clean", "crops"])
@@ -112,8 +112,8 @@ def test_two_processes_judge_as_one_does(which, shared, module_outputs):
     one, two = judge(str(shared[0].path))[which], shared[3 + which]
     assert one.path != two.path and two.config.protocol == one.config.protocol
     for name, value in (one.summary | {"seconds": two.summary["seconds"]}).items():
-        about = {"rel": 1e-4} if isinstance(value, float) else {}
-        assert two.summary[name] == pytest.approx(value, **about), name
+        tolerance = {"rel": 1e-4} if isinstance(value, float) else {}
+        assert two.summary[name] == pytest.approx(value, **tolerance), name
     for name, tensor in results(one).items():
         torch.testing.assert_close(tensor, results(two)[name], rtol=1e-4, atol=1e-6)
 
@@ -144,8 +144,8 @@ def test_one_process_where_two_were_asked_for_is_a_sentence(outputs):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
     command += ["--mixed_precision=no", "--num_machines=1", "--dynamo_backend=no"]
     command += ["-m", "idaa_lib.train", "ssl", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode and "write torchrun --nproc_per_node=2 in place of" in done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode and "write torchrun --nproc_per_node=2 in place of" in process.stderr
     assert not runs.find("ssl", finished=False)
 
 
@@ -165,25 +165,25 @@ def parts_of(rank, processes, share):
         x = torch.randn(shape, dtype=torch.double) * 3 + 1
         weight = torch.randn(shape, dtype=torch.double)
         rows = torch.arange(12).split([12] if processes == 1 else [7, 5])[rank]
-        mine = x[rows].clone().requires_grad_()
-        y = norm(mine)
+        leaf = x[rows].clone().requires_grad_()
+        y = norm(leaf)
         (y.square() * weight[rows]).sum().backward()
-        results.append([y.detach(), mine.grad, norm.running_mean, norm.running_var])
-    evaluated = network[0].eval()(torch.ones(2, 5, dtype=torch.double)).detach()
-    return results, evaluated
+        results.append([y.detach(), leaf.grad, norm.running_mean, norm.running_var])
+    output = network[0].eval()(torch.ones(2, 5, dtype=torch.double)).detach()
+    return results, output
 
 
 def steps_of(rank, folder, **control):
     """Steps of a run that is asked to pause, for longer than an exchange may take, and to stop;
     the first process alone has the run's directory. The steps that are taken until then."""
-    taken, began = [], time.monotonic()
+    events, start = [], time.monotonic()
 
     class Asked(Run):
         @property
         def request(self):
-            if taken[-1] == 5 and "stop" in control:
+            if events[-1] == 5 and "stop" in control:
                 return "stop"
-            pauses = taken[-1] == 3 and time.monotonic() - began < control["pause"]
+            pauses = events[-1] == 3 and time.monotonic() - start < control["pause"]
             return "pause" if pauses else None
 
     run = Asked(Path(folder, f"of {rank}", "vae", "run"))
@@ -197,16 +197,16 @@ def steps_of(rank, folder, **control):
         images=1,
         log_every=2,
         state=lambda: ({"weights": torch.tensor([7.0 + rank])}, {}),
-        restore=lambda tensors, values: taken.append(tensors["weights"].item()),
+        restore=lambda tensors, values: events.append(tensors["weights"].item()),
     )
     steps.resume()
     try:
         for step in steps:
-            taken.append(step)
+            events.append(step)
             steps.add({"loss": torch.tensor(1.0)})
     except Stopped as error:
-        taken.append(str(error))
-    return taken
+        events.append(str(error))
+    return events
 
 
 def worker(rank, folder):
@@ -215,19 +215,19 @@ def worker(rank, folder):
     # torch 2.11 has it under its old name.
     limit = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     limit(timedelta(seconds=3))
-    taken = [steps_of(rank, folder, pause=4, stop=True), steps_of(rank, folder, pause=0)]
+    events = [steps_of(rank, folder, pause=4, stop=True), steps_of(rank, folder, pause=0)]
     with pytest.raises(RunError, match="no good"):
         do_once(lambda: refuse(rank))
-    table, asked = torch.arange(30).view(10, 3), []
+    table, counts = torch.arange(30).view(10, 3), []
 
     def look_up(index):
-        asked.append(len(index))
+        counts.append(len(index))
         return table[index]
 
     for start, stop in ((0, 10), (3, 8), (9, 10)):  # as many each, one left over, one alone
         assert torch.equal(share(range(start, stop), look_up), table[start:stop])
-    assert asked == [5, 3, 1]
-    torch.save((*parts, taken), f"{folder}/{rank}.pt")
+    assert counts == [5, 3, 1]
+    torch.save((*parts, events), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -245,23 +245,23 @@ def ranks(tmp_path_factory):
 
 def test_processes_pause_stop_and_resume_as_one(ranks):
     """None waits in an exchange through a pause; the checkpoint is read by the first alone."""
-    said = "Stopped (stop) after step 6 of 9 and saved: start the same run again to continue."
-    for *_, (stopped, resumed) in ranks:
-        assert stopped == [0, 1, 2, 3, 4, 5, said]
-        assert resumed == [7.0, 6, 7, 8]
+    sentence = "Stopped (stop) after step 6 of 9 and saved: start the same run again to continue."
+    for *_, (events_before, events_after) in ranks:
+        assert events_before == [0, 1, 2, 3, 4, 5, sentence]
+        assert events_after == [7.0, 6, 7, 8]
 
 
 def test_shared_statistics_are_torch_s_batchnorm_of_the_whole_batch(ranks):
-    whole, evaluated = parts_of(0, 1, share=False)
-    for i, (y, gradient, mean, var) in enumerate(whole):
+    expected, output = parts_of(0, 1, share=False)
+    for i, (y, gradient, mean, var) in enumerate(expected):
         halves = [results[i] for results, *_ in ranks]
-        torch.testing.assert_close(torch.cat([half[0] for half in halves]), y)
-        torch.testing.assert_close(torch.cat([half[1] for half in halves]), gradient)
-        for half in halves:
-            torch.testing.assert_close(half[2], mean)
-            torch.testing.assert_close(half[3], var)
-    for _, own, _ in ranks:
-        torch.testing.assert_close(own, evaluated)
+        torch.testing.assert_close(torch.cat([part[0] for part in halves]), y)
+        torch.testing.assert_close(torch.cat([part[1] for part in halves]), gradient)
+        for part in halves:
+            torch.testing.assert_close(part[2], mean)
+            torch.testing.assert_close(part[3], var)
+    for _, rank_output, _ in ranks:
+        torch.testing.assert_close(rank_output, output)
 
 
 if __name__ == "__main__":

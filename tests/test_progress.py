@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from idaa_lib import grids, sweeps
+from idaa_lib import grids, plans, sweeps
 from idaa_lib.configs import SSLConfig, VAEConfig
 from idaa_lib.lab import study
 from idaa_lib.runs import Run, Stopped, outputs_root, progress, run_for, write_json
@@ -29,7 +29,7 @@ def test_lines_of_a_log_thin_out_and_never_stop(clock, capsys):
         clock.now = 1e6 + second
         lines.show(0.5, "goes on")
         moments += [second] if capsys.readouterr().out == "goes on\n" else []
-    gaps = [later - sooner for sooner, later in pairwise(moments)]
+    gaps = [end - start for start, end in pairwise(moments)]
     assert 5 <= min(gaps) <= 7 and 598 <= max(gaps) <= 602
     lines.show(1.0, "the end", last=True)
     assert capsys.readouterr().out == "the end\n"
@@ -91,20 +91,20 @@ def test_each_encoder_is_judged_before_the_next_one_is_trained(outputs, monkeypa
         return sweeps.Outcome(name, "finished", None, 60.0)
 
     monkeypatch.setattr(sweeps, "perform", perform)
-    show = lambda known: sizes.append(len(known))  # noqa: E731
-    outcomes = sweeps.perform_all(sweeps.plan(grid_of(3)), 1, show)
+    show = lambda outcome_by_key: sizes.append(len(outcome_by_key))  # noqa: E731
+    outcomes = sweeps.perform_all(plans.plan(grid_of(3)), 1, show)
     assert order == ["ssl", "eval"] * 3 and sizes == [2, 4, 6]
     assert {outcome.state for outcome in outcomes.values()} == {"finished"}
-    printed = capsys.readouterr().out
-    assert "ssl-1: finished\n" in printed
-    assert printed.endswith("6 of 6 runs finished · 0 going · about 0:00 left\n")
+    output = capsys.readouterr().out
+    assert "ssl-1: finished\n" in output
+    assert output.endswith("6 of 6 runs finished · 0 going · about 0:00 left\n")
 
 
 class Output:
     """What `display` gives back; it keeps what it shows."""
 
-    def __init__(self, shown):
-        self.parts = [shown]
+    def __init__(self, part):
+        self.parts = [part]
 
     def update(self, part):
         self.parts.append(part)
@@ -113,22 +113,22 @@ class Output:
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_study_grows_by_a_row_and_a_point_for_each_run(outputs, monkeypatch, stopped):
     grid, outputs_, points = grid_of(3), [], []
-    keys = [key for key in sweeps.plan(grid) if key.startswith("eval")]
+    keys = [key for key in plans.plan(grid) if key.startswith("eval")]
     frame = pd.DataFrame({"learning_rate": [1e-3, 2e-3, 3e-3], "value": [40.0, 50.0, 60.0]})
     frame = frame.assign(metric="kNN", unit="%", low=0.0, high=99.0, seed=0)
     frame = frame.assign(split="validation", features="encoder")
-    known = {}
+    outcome_by_key = {}
 
     def perform_all(tasks, jobs, show):
         for key in keys[:2]:
-            known[key] = sweeps.Outcome("eval-1", "finished")
-            show(known)
-            show(known)  # nothing new
-        known[keys[2]] = sweeps.Outcome("eval-3", "failed", "A sentence.")
-        show(known)
+            outcome_by_key[key] = sweeps.Outcome("eval-1", "finished")
+            show(outcome_by_key)
+            show(outcome_by_key)  # nothing new
+        outcome_by_key[keys[2]] = sweeps.Outcome("eval-3", "failed", "A sentence.")
+        show(outcome_by_key)
         if stopped:
             raise KeyboardInterrupt
-        return known
+        return outcome_by_key
 
     def draw(rows):
         points.append(list(rows["value"]))
@@ -141,12 +141,12 @@ def test_a_study_grows_by_a_row_and_a_point_for_each_run(outputs, monkeypatch, s
     monkeypatch.setattr(study, "display", display)
     monkeypatch.setattr(study, "time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setattr(sweeps, "perform_all", perform_all)
-    monkeypatch.setattr(sweeps, "table", lambda grid: frame[: len(known)])
+    monkeypatch.setattr(plans, "table", lambda grid: frame[: len(outcome_by_key)])
     if stopped:
         with pytest.raises(Stopped, match="run this cell again to go on"):
             study.perform(grid, 2, "validation", draw)
     else:
-        assert study.perform(grid, 2, "validation", draw) == known
+        assert study.perform(grid, 2, "validation", draw) == outcome_by_key
     assert points == [[40.0], [40.0, 50.0]]
     rows, curve = outputs_
     assert [len(part) for part in rows.parts[1:3]] == [1, 2]

@@ -86,8 +86,8 @@ def imported_rooms(path):
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_what_the_map_allows(room):
     files = [*(ROOT / "idaa_lib" / room).rglob("*.py"), ROOT / "idaa_lib" / f"{room}.py"]
-    found = {other for path in files if path.exists() for other in imported_rooms(path)}
-    assert found <= ROOMS[room] | {room}
+    rooms = {other for path in files if path.exists() for other in imported_rooms(path)}
+    assert rooms <= ROOMS[room] | {room}
 
 
 def test_the_map_knows_every_room():
@@ -107,8 +107,8 @@ def test_text_is_utf_8_whatever_the_locale(root):
                 text = name in ("read_text", "write_text") or "text=True" in words
                 file = name in ("open", "fdopen") and re.search(r"'[rwax]\+?t?'", " ".join(words))
                 if text or file or ast.unparse(call.func) == "open":
-                    named = re.search(r"utf-8|'[rwax]?\+?b", " ".join(words))
-                    assert named, (path.name, call.lineno, ast.unparse(call))
+                    encoding = re.search(r"utf-8|'[rwax]?\+?b", " ".join(words))
+                    assert encoding, (path.name, call.lineno, ast.unparse(call))
 
 
 def test_the_core_imports_without_the_lab():
@@ -116,8 +116,8 @@ def test_the_core_imports_without_the_lab():
     lab = ("papermill", "jupyterlab", "ipywidgets", "matplotlib", "seaborn", "pandas", "joblib")
     hide = f"import sys\nfor name in {lab!r}: sys.modules[name] = None\n"
     code = hide + "import idaa_lib, idaa_lib.sweeps"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_environment_yml_cannot_drift_from_pyproject():
@@ -173,8 +173,8 @@ def test_a_notebook_s_parameters_are_few_and_papermill_explains_each(stem):
     assert len(names) <= 20
     help = inspect_notebook(ROOT / "notebooks" / f"{stem}.ipynb")  # what --help-notebook prints
     assert help.keys() == names.keys()
-    for name, about in help.items():
-        kind, (text, _, values) = about["inferred_type_name"], about["help"].partition(" [")
+    for name, entry in help.items():
+        kind, (text, _, values) = entry["inferred_type_name"], entry["help"].partition(" [")
         assert kind != "None" and len(text) > 5, name
         if names[name] is None and getattr(config(), name, None) not in (None, "", (), {}):
             assert kind == "dict" or values == recipe_values(config, name) + "]", name
@@ -205,9 +205,9 @@ def test_each_field_and_knob_has_a_meaning(config):
 
 def test_make_lab_opens_the_first_notebook_without_news():
     command = ["make", "-n", "--no-print-directory", "lab", f"ENV={sys.prefix}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb" in done.stdout
-    assert f'JUPYTER_CONFIG_PATH="{ROOT}/notebooks' in done.stdout
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb" in process.stdout
+    assert f'JUPYTER_CONFIG_PATH="{ROOT}/notebooks' in process.stdout
     path = ROOT / "notebooks" / "labconfig" / "default_setting_overrides.json"
     (notification,) = json.loads(path.read_text()).values()
     assert notification["fetchNews"] == "false"
@@ -238,7 +238,7 @@ def test_the_readme_is_short():
 
 
 def test_every_verb_of_the_makefile_is_in_its_help():
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    process = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     for verb in (
         "demo",
         "test",
@@ -252,7 +252,7 @@ def test_every_verb_of_the_makefile_is_in_its_help():
         "setup",
         "format",
     ):
-        assert f"\n{verb} " in f"\n{done.stdout}"
+        assert f"\n{verb} " in f"\n{process.stdout}"
 
 
 def test_the_lock_file_names_a_version_of_each_package_that_fits_its_range():
@@ -299,15 +299,15 @@ def test_set_up_says_what_failed_and_what_to_do(tmp_path, monkeypatch):
          "could not reach the package index", "PIP_INDEX_URL"),
         ("ERROR: Failed building wheel for x", "Failed building wheel", "see the lines above"),
     ):  # fmt: skip
-        said = bootstrap.diagnosis(log)
-        assert what in said[0]
-        assert advice in said[1]
+        diagnosis = bootstrap.diagnosis(log)
+        assert what in diagnosis[0]
+        assert advice in diagnosis[1]
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
     with pytest.raises(SystemExit, match=r"3\.11 or newer is needed"):
         bootstrap.main(tmp_path / "env")
     monkeypatch.undo()
-    full = bootstrap.shutil._ntuple_diskusage(10**9, 10**9, 10**6)
-    monkeypatch.setattr(bootstrap.shutil, "disk_usage", lambda path: full)
+    usage = bootstrap.shutil._ntuple_diskusage(10**9, 10**9, 10**6)
+    monkeypatch.setattr(bootstrap.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(SystemExit, match="GiB free"):
         bootstrap.main(tmp_path / "env")
     assert not (tmp_path / "env").exists()

@@ -68,9 +68,9 @@ def filled(outputs):
     lines = [{"step": s, "loss": 9 - s, "knn_top1_val": 10 + s, "epoch": 0} for s in range(3)]
     vae = made(VAEConfig(), {"rate_nats": 12.34, "reconstruction": 0.5, "seconds": 3}, lines=lines)
     vae.figure("decomposition.png").write_bytes(PNG)
-    trained = {"knn_top1_val": 41.26, "knn_low_val": 38.0, "knn_high_val": 44.5, "n_val": 500}
-    one = made(SSLConfig(adversary="idaa", vae=vae.id, epsilon=0.3), trained, lines=lines)
-    two = made(SSLConfig(adversary="clae"), trained, lines=lines)
+    values = {"knn_top1_val": 41.26, "knn_low_val": 38.0, "knn_high_val": 44.5, "n_val": 500}
+    one = made(SSLConfig(adversary="idaa", vae=vae.id, epsilon=0.3), values, lines=lines)
+    two = made(SSLConfig(adversary="clae"), values, lines=lines)
     made(EvalConfig(run=one.id), judgement(43.21))
     made(EvalConfig(run=two.id), judgement(32.19))
     made(EvalConfig(run=two.id, limit=64), judgement(11.11, 64))
@@ -96,8 +96,8 @@ def test_the_page_asks_for_nothing_beside_itself(filled):
     checker = Checker(text)
     assert all(address.startswith(("data:", "#")) for address in checker.asked)
     assert any(address.startswith("data:image/png;base64,") for address in checker.asked)
-    outside = [a for a in checker.links if not a.startswith("#")]
-    assert outside == ["https://proceedings.mlr.press/v162/yang22s.html"]  # of the paper, plain
+    links = [a for a in checker.links if not a.startswith("#")]
+    assert links == ["https://proceedings.mlr.press/v162/yang22s.html"]  # of the paper, plain
     styles = "".join(re.findall(r"<style.*?</style>", text, re.DOTALL))
     assert not re.search(r"url\((?!['\"]?(#|data:))|@import|<script", styles + text)
     assert "Report()" not in text and "43.21 [39.21, 47.21]" in text
@@ -105,9 +105,9 @@ def test_the_page_asks_for_nothing_beside_itself(filled):
 
 def test_it_has_every_figure_and_its_command(filled):
     text = html.unescape(page())
-    for shown in ("43.21 [39.21, 47.21]", "32.19 [28.19, 36.19]", "54.32 [50.32, 58.32]",
+    for figure in ("43.21 [39.21, 47.21]", "32.19 [28.19, 36.19]", "54.32 [50.32, 58.32]",
                   "rate 12.3 nats", "kNN 41.3 %, validation"):  # fmt: skip
-        assert shown in text
+        assert figure in text
     for run in runs.list_runs():
         assert runs.command(run) in text
     assert (
@@ -122,21 +122,21 @@ def test_every_finished_stage_is_there_once_and_seeds_are_in_their_order(outputs
     lines = [{"step": s, "loss": 9 - s, "epoch": 0} for s in range(3)]
     for seed in (10, 2, 0):
         values = {"knn_top1_val": 40.0 + seed, "knn_low_val": 38.0, "knn_high_val": 60, "n_val": 50}
-        own = made(SSLConfig(seed=seed), values, lines=lines)
-        made(EvalConfig(run=own.id), judgement(40.0 + seed))
+        run = made(SSLConfig(seed=seed), values, lines=lines)
+        made(EvalConfig(run=run.id), judgement(40.0 + seed))
     test = {"ema_top1": 61.0, "ema_low": 55.0, "ema_high": 67.0, "ema_n": 90, "ema_protocol": "e"}
     for weight in (0.0, 1.0):
         made(SemiConfig(lambda_u=weight), test | {"ema_top1": 61.0 + weight}, lines=lines)
     row = dict(dataset="pets", metric="top-1", probe="linear", features="encoder", value=71.5)
     rows = [row | dict(low=70.0, high=73.0, n=90, protocol="t")]
-    made(TransferConfig(run=own.id), {"rows": rows, "left_out": {}})
+    made(TransferConfig(run=run.id), {"rows": rows, "left_out": {}})
     claim = dict(claim="R keeps more than G", value=3.25, low=1.0, high=5.0, unit="points")
     claims = [claim | dict(n=20, verdict="more", note="", section="parts")]
     made(TheoryConfig(vae="v"), {"claims": claims, "n": 20})
     report = Report()
     tables, trainings = report.results().data, report.trainings().data
-    for shown in ("71.50 [70.00, 73.00]", "61.00 [55.00, 67.00]", "62.00 [55.00, 67.00]"):
-        assert tables.count(shown) == 1
+    for text in ("71.50 [70.00, 73.00]", "61.00 [55.00, 67.00]", "62.00 [55.00, 67.00]"):
+        assert tables.count(text) == 1
     # Means over seeds with Student's interval, seeds by size; the control has its own name.
     low, high = stats.t.interval(0.95, 2, loc=44.0, scale=stats.sem([40.0, 42.0, 50.0]))
     mean = f"44.00 [{low:.2f}, {high:.2f}]"
@@ -174,11 +174,11 @@ def test_with_nothing_there_it_says_what_to_run_first(outputs):
 
 
 def test_names_are_escaped_and_damage_is_named(outputs):
-    evil = "/data/<script>alert(1)</script>"
-    made(VAEConfig(dataset=evil), {"rate_nats": 1.0, "reconstruction": 1.0})
+    dataset = "/data/<script>alert(1)</script>"
+    made(VAEConfig(dataset=dataset), {"rate_nats": 1.0, "reconstruction": 1.0})
     made(EvalConfig(run="<img src=x>"), judgement(12.0))
-    broken = made(VAEConfig(seed=1), {})
-    (broken.path / "config.json").write_text("{")
+    broken_run = made(VAEConfig(seed=1), {})
+    (broken_run.path / "config.json").write_text("{")
     folder = outputs / "sweep" / "sweep-<b>"
     folder.mkdir(parents=True)
     (folder / "sensitivity.csv").write_text("axis\n")
@@ -186,4 +186,4 @@ def test_names_are_escaped_and_damage_is_named(outputs):
     Checker(text)
     assert "<script" not in text and "<img src=x" not in text and "sweep-<b>" not in text
     assert "&lt;img src=x&gt;" in text  # an evaluation whose training is gone keeps its row
-    assert f"{broken.id}" in text and "is damaged" in text
+    assert f"{broken_run.id}" in text and "is damaged" in text

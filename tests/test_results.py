@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from idaa_lib import grids, runs, sweeps
+from idaa_lib import grids, plans, runs, sweeps
 from idaa_lib.configs import (
     EvalConfig,
     SemiConfig,
@@ -42,7 +42,7 @@ CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def finished(config, summary, *data, size=32, classes=None, units=CIFAR):
+def finish_run(config, summary, *data, size=32, classes=None, units=CIFAR):
     """A finished run written by hand, on data sets (name, fingerprint)."""
     pointers = {name: getattr(config, name, None) for name in ("vae", "run", "continue_from")}
     run = runs.run_for(config, " ".join(f"{each}" for each in data), **pointers)
@@ -81,10 +81,10 @@ def figures(beginning):
 
 def of_paper(stage, columns="metric"):
     """The rows of a table of docs/paper.csv: method and adversary → figures in order."""
-    mine = THEIRS[THEIRS["stage"] == stage]
+    table = THEIRS[THEIRS["stage"] == stage]
     return {
-        who: (tuple(map(float, rows["value"])), tuple(rows[columns]))
-        for who, rows in mine.groupby(["method", "adversary"], sort=False)
+        key: (tuple(map(float, rows["value"])), tuple(rows[columns]))
+        for key, rows in table.groupby(["method", "adversary"], sort=False)
     }
 
 
@@ -114,8 +114,8 @@ def test_the_paper_s_figures_are_those_of_the_specification():
 
     (line,) = (x for x in SPEC.split("\n") if x.startswith("ImageNet (epochs/batch"))
     pairs = re.findall(r"(\d+\.\d)/(\d+\.\d)", line[line.index("SimSiam§") :])
-    large = THEIRS[(THEIRS["dataset"] == "imagenet") & (THEIRS["source"] == "")]
-    order = large.groupby(["epochs", "adversary"], sort=True)["value"].apply(tuple)
+    imagenet = THEIRS[(THEIRS["dataset"] == "imagenet") & (THEIRS["source"] == "")]
+    order = imagenet.groupby(["epochs", "adversary"], sort=True)["value"].apply(tuple)
     assert list(order) == pairs
 
 
@@ -126,9 +126,9 @@ def test_every_cell_of_the_main_table_is_that_of_the_specification(column, datas
     name = r"(Plain|UEL|SimSiam|SimCLR|\+CLAE|\+IDAA)"
     lines = re.findall(rf"^\| {name} \| ([\d.,± ]+) \| ([\d.,± ]+) \|$", SPEC, re.M)
     assert len(lines) == 12
-    mine = THEIRS[(THEIRS["stage"] == "eval") & (THEIRS["dataset"] == dataset)]
+    table = THEIRS[(THEIRS["stage"] == "eval") & (THEIRS["dataset"] == dataset)]
     for probe, part in (("kNN", 1), ("linear", 2)):
-        rows = mine[mine["metric"] == probe]
+        rows = table[table["metric"] == probe]
         texts = rows["value"] + "±" + rows["spread"]
         assert list(texts) == [line[part].split(", ")[column] for line in lines]
         methods = [line[0] for line in lines]
@@ -161,10 +161,10 @@ def test_the_paper_s_rows_stand_beside_their_own_data_size_classes_and_units(
     outputs, dataset, size, units, first
 ):
     config = SSLConfig(method="plain", size=size)
-    run = finished(config, {}, (dataset, "pixels"), size=size, units=units)
+    run = finish_run(config, {}, (dataset, "pixels"), size=size, units=units)
     judgement = {f"{p}_{k}": 1.0 for p in ("knn", "linear") for k in ("top1", "low", "high", "n")}
-    judged = finished(EvalConfig(run=run.id), judgement, (dataset, "pixels"), size=size)
-    (group,) = groups(results([judged]))
+    evaluation = finish_run(EvalConfig(run=run.id), judgement, (dataset, "pixels"), size=size)
+    (group,) = groups(results([evaluation]))
     theirs = [name for name in group.table.index if "paper" in name]
     stands = first is not None and "±" in first
     assert theirs == stands * ["Plain (paper)", "Plain + CLAE (paper)", "Plain + IDAA (paper)"]
@@ -179,17 +179,17 @@ def test_the_paper_s_rows_stand_beside_their_own_data_size_classes_and_units(
         assert "none stands here" in group.protocols
 
 
-def published(dataset, method, size, classes, **values):
+def read_published(dataset, method, size, classes, **values):
     """The test figures of a training on a data set beside the published ones."""
     config = SSLConfig(method=method, size=size, **values)
     units = IMAGENET if "imagenet" in dataset else CIFAR
-    run = finished(config, {}, (dataset, "pixels"), size=size, classes=classes, units=units)
+    run = finish_run(config, {}, (dataset, "pixels"), size=size, classes=classes, units=units)
     judgement = {"linear_top1": 50.0, "linear_n": 5, "linear_protocol": "official of some"}
     # The test images may be larger than what the encoder was trained on.
-    judged = finished(
+    evaluation = finish_run(
         EvalConfig(run=run.id), judgement, (dataset, "pixels"), size=2 * size, classes=classes
     )
-    (group,) = groups(results([judged]))
+    (group,) = groups(results([evaluation]))
     figures = group.table["linear (%)"]
     return {name: figures[name] for name in figures.index if "README" in name}, group.protocols
 
@@ -210,11 +210,11 @@ RSA = {
 
 @pytest.mark.parametrize("method", ["ipirm", "simclr", "rsa"])
 def test_the_siblings_figures_stand_beside_their_own_data_and_network(outputs, method):
-    large = dict(backbone="resnet50", width=64)
-    names, protocols = published("stl10", method, 32, 10, **large)
+    network = dict(backbone="resnet50", width=64)
+    names, protocols = read_published("stl10", method, 32, 10, **network)
     assert names == IPIRM
     assert "IP-IRM's README: STL-10, ResNet-50 with the 3×3 stem, " in protocols
-    names, protocols = published("imagenet", method, 224, 1000, stem="imagenet", **large)
+    names, protocols = read_published("imagenet", method, 224, 1000, stem="imagenet", **network)
     assert names == RSA
     assert "RSA's README: ImageNet at 224 px, ResNet-50" in protocols
 
@@ -238,7 +238,7 @@ def test_the_siblings_figures_stand_beside_their_own_data_and_network(outputs, m
 def test_elsewhere_the_siblings_figures_do_not_stand_and_a_note_says_why(
     outputs, dataset, size, classes, values, differs
 ):
-    names, protocols = published(dataset, "ipirm", size, classes, **values)
+    names, protocols = read_published(dataset, "ipirm", size, classes, **values)
     assert names == {}
     source = "RSA's" if dataset == "imagenet" else "IP-IRM's"
     if differs:
@@ -258,10 +258,10 @@ def test_the_siblings_figures_are_those_of_the_specification():
 
 def test_imagenet_s_rows_say_their_epochs(outputs):
     config, data = SSLConfig(method="simsiam", size=224), ("imagenet", "pixels")
-    run = finished(config, {}, data, size=224, units=IMAGENET)
+    run = finish_run(config, {}, data, size=224, units=IMAGENET)
     judgement = {"linear_top1": 2.0, "linear_top5": 3.0, "linear_n": 5}
-    judged = finished(EvalConfig(run=run.id), judgement, ("imagenet", "pixels"), size=224)
-    (group,) = groups(results([judged]))
+    evaluation = finish_run(EvalConfig(run=run.id), judgement, ("imagenet", "pixels"), size=224)
+    (group,) = groups(results([evaluation]))
     assert [*group.table.columns[:2]] == ["linear (%)", "linear top-5 (%)"]
     assert group.table.loc["SimSiam + IDAA, 200 epochs (paper)"].to_list()[:2] == ["70.6", "89.7"]
     cells = group.table.loc["SimSiam"].to_list()[:2]
@@ -274,7 +274,7 @@ def test_imagenet_s_rows_say_their_epochs(outputs):
 def semi(top1, data=("cifar100", "pixels"), **values):
     summary = {"ema_top1": top1, "ema_n": 1000}
     config = SemiConfig(**{"preset": "paper", "labels_per_class": 4, **values})
-    return finished(config, summary, data)
+    return finish_run(config, summary, data)
 
 
 def test_results_are_tidy(outputs):
@@ -310,11 +310,13 @@ def test_the_fixmatch_table_has_labels_adversaries_and_seeds(outputs):
     with pytest.MonkeyPatch.context() as patch:  # nor of a library that computed something else
         patch.setattr(runs.directory, "RESULTS_VERSION", 0)
         out.insert(0, semi(9.0, seed=7))
-    damaged = semi(8.0, seed=9)
-    (damaged.path / "config.json").write_text("{")
-    shown = beside(run)
-    assert len(shown.runs) == 6 and not {*shown.runs} & {each.id for each in [*out, damaged]}
-    table = shown.table
+    damaged_run = semi(8.0, seed=9)
+    (damaged_run.path / "config.json").write_text("{")
+    comparison = beside(run)
+    assert len(comparison.runs) == 6 and not {*comparison.runs} & {
+        each.id for each in [*out, damaged_run]
+    }
+    table = comparison.table
     assert [*table] == [
         *(f"{n} labels a class (%)" for n in (4, 25, 100)), "seed", "epochs", "images",
     ]  # fmt: skip
@@ -326,7 +328,7 @@ def test_the_fixmatch_table_has_labels_adversaries_and_seeds(outputs):
         "FixMatch + CLAE (paper)": ["50.34", "68.58", "74.54", "not stated"],
         "FixMatch + IDAA (paper)": ["52.88", "68.96", "75.28", "not stated"],
     }
-    assert "57.5/72.9/78.1" in shown.protocols
+    assert "57.5/72.9/78.1" in comparison.protocols
     # ε and VAE are rows of their own.
     semi(51.0, adversary="idaa", vae="vae-b", epsilon=0.1)
     rows = beside(run).table.index
@@ -344,13 +346,13 @@ def test_another_budget_is_a_row_that_says_so(outputs):
 
 
 def test_the_paper_s_figures_stand_beside_their_own_data_alone(outputs):
-    shown = beside(semi(50.0, ("photos", "photos"), dataset="photos"))
-    assert next(iter(shown.table)) == "4 labels a class (%)" and [*shown.table.index] == [
+    comparison = beside(semi(50.0, ("photos", "photos"), dataset="photos"))
+    assert next(iter(comparison.table)) == "4 labels a class (%)" and [*comparison.table.index] == [
         "FixMatch"
     ]
-    assert "The paper's figures are of other data: none stands here." in shown.protocols
-    for name, same in (("cifar100", 1), ("cifar100-images", 1), ("cifar10", 0), ("cifar1000", 0)):
-        assert ("FixMatch (paper)" in beside(semi(1.0, (name, name))).table.index) == same
+    assert "The paper's figures are of other data: none stands here." in comparison.protocols
+    for name, count in (("cifar100", 1), ("cifar100-images", 1), ("cifar10", 0), ("cifar1000", 0)):
+        assert ("FixMatch (paper)" in beside(semi(1.0, (name, name))).table.index) == count
 
 
 def test_several_seeds_give_student_s_interval():
@@ -361,63 +363,67 @@ def test_several_seeds_give_student_s_interval():
 
 def trainings():
     """SimCLR with and without IDAA, of two seeds; and one of another length."""
-    made = {}
+    run_by_key = {}
     for adversary in ("none", "idaa"):
         for seed in (0, 1):
             config = SSLConfig(adversary=adversary, seed=seed)
-            made[adversary, seed] = finished(config, {}, ("photos", "pixels"))
-    made["short", 0] = finished(SSLConfig(epochs=1), {}, ("photos", "pixels"))
-    return made
+            run_by_key[adversary, seed] = finish_run(config, {}, ("photos", "pixels"))
+    run_by_key["short", 0] = finish_run(SSLConfig(epochs=1), {}, ("photos", "pixels"))
+    return run_by_key
 
 
-def moved(run, values, size=32, **fields):
+def write_transfer(run, values, size=32, **fields):
     """A transfer to data sets: name → accuracy."""
-    about = {"features": "encoder", "protocol": f"{size} px, frozen"}
+    common = {"features": "encoder", "protocol": f"{size} px, frozen"}
     rows = [
-        about | {"dataset": name, "probe": probe, "metric": metric, "value": value}
+        common | {"dataset": name, "probe": probe, "metric": metric, "value": value}
         for name, value in values.items()
         for metric in ("mean per class" if name == "oxfordiiitpet" else "top-1",)
         for probe in ("linear", "10 % of labels")
     ]
     rows += [rows[0] | {"features": "random", "value": 1.0}]
     config = TransferConfig(run=run.reference, datasets=tuple(values), **fields)
-    return finished(config, {"rows": rows}, *((name, name) for name in values))
+    return finish_run(config, {"rows": rows}, *((name, name) for name in values))
 
 
 def test_the_transfer_table_has_trainings_and_data_sets(outputs):
-    made = trainings()
-    run = moved(made["idaa", 0], {"cifar10": 60.0, "oxfordiiitpet": 40.0, "photos": 30.0})
-    moved(made["idaa", 1], {"cifar10": 61.0, "photos": 31.0}, shots=(1,), references=False)
-    moved(made["none", 0], {"cifar10": 55.0, "dtd": 20.0})
-    moved(made["short", 0], {"cifar10": 33.0})
-    moved(made["none", 1], {"cifar10": 1.0}, limit=7)  # fewer images
-    moved(made["none", 1], {"cifar10": 2.0}, size=224, seed=1)  # another protocol
-    moved(made["none", 1], {"dtd": 3.0})  # other data
-    shown = beside(run)
+    run_by_key = trainings()
+    run = write_transfer(
+        run_by_key["idaa", 0], {"cifar10": 60.0, "oxfordiiitpet": 40.0, "photos": 30.0}
+    )
+    write_transfer(
+        run_by_key["idaa", 1], {"cifar10": 61.0, "photos": 31.0}, shots=(1,), references=False
+    )
+    write_transfer(run_by_key["none", 0], {"cifar10": 55.0, "dtd": 20.0})
+    write_transfer(run_by_key["short", 0], {"cifar10": 33.0})
+    write_transfer(run_by_key["none", 1], {"cifar10": 1.0}, limit=7)  # fewer images
+    write_transfer(run_by_key["none", 1], {"cifar10": 2.0}, size=224, seed=1)  # another protocol
+    write_transfer(run_by_key["none", 1], {"dtd": 3.0})  # other data
+    comparison = beside(run)
     columns = ["cifar10 (%)", "oxfordiiitpet, mean per class (%)", "photos (%)"]
-    assert [*shown.table][:3] == columns
-    rows = shown.table.iloc[:3]
+    assert [*comparison.table][:3] == columns
+    rows = comparison.table.iloc[:3]
     assert rows[columns].T.to_dict("list") == {
         "SimCLR + IDAA, epochs = 3": [mean([60.0, 61.0]), "40.00", mean([30.0, 31.0])],
         "SimCLR, epochs = 1": ["33.00", "–", "–"],
         "SimCLR, epochs = 3": ["55.00", "–", "–"],
     }
-    theirs = shown.table.loc["SimCLR + IDAA (paper)"]
+    theirs = comparison.table.loc["SimCLR + IDAA (paper)"]
     assert theirs.to_list()[:4] == ["64.49", "46.76", "–", "not stated"]
-    assert "at most 2,000 images of a split" in shown.title
-    assert "linear: 32 px, frozen." in shown.protocols and "Kornblith" in shown.protocols
-    photos = beside(moved(made["idaa", 0], {"photos": 30.0}))
+    assert "at most 2,000 images of a split" in comparison.title
+    assert "linear: 32 px, frozen." in comparison.protocols and "Kornblith" in comparison.protocols
+    photos = beside(write_transfer(run_by_key["idaa", 0], {"photos": 30.0}))
     assert "none stands here" in photos.protocols
     assert not any("paper" in row for row in photos.table.index)
 
 
 def test_a_transfer_of_a_training_that_is_gone_keeps_its_name(outputs):
-    made = trainings()
-    run = moved(made["idaa", 0], {"cifar10": 60.0})
-    gone = made["none", 0]
-    moved(gone, {"cifar10": 55.0})
-    (gone.path / "config.json").unlink()
-    assert [*beside(run).table.index[:2]] == ["SimCLR + IDAA", gone.id]
+    run_by_key = trainings()
+    run = write_transfer(run_by_key["idaa", 0], {"cifar10": 60.0})
+    source = run_by_key["none", 0]
+    write_transfer(source, {"cifar10": 55.0})
+    (source.path / "config.json").unlink()
+    assert [*beside(run).table.index[:2]] == ["SimCLR + IDAA", source.id]
 
 
 # --- what makes them -----------------------------------------------------------------------------
@@ -426,40 +432,42 @@ def test_a_transfer_of_a_training_that_is_gone_keeps_its_name(outputs):
 def test_notebook_07_s_loop_makes_the_paper_s_nine_runs():
     *_, cell = json.loads((ROOT / "notebooks/07_semi_supervised.ipynb").read_text())["cells"]
     loop = "".join(line[6:] for line in cell["source"] if line.startswith(" " * 6))
-    spoken = 'python() { echo "$@"; }\n' + loop
-    done = subprocess.run(["bash", "-euc", spoken], capture_output=True, text=True, check=True)
+    script = 'python() { echo "$@"; }\n' + loop
+    process = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
     module = ["-m", "idaa_lib.train"]
-    asked = [line.split(" ") for line in done.stdout.splitlines()]
-    assert all(words[:2] == module for words in asked)
-    (_, _, first, *fields), *others = asked
+    commands = [line.split(" ") for line in process.stdout.splitlines()]
+    assert all(words[:2] == module for words in commands)
+    (_, _, first, *fields), *others = commands
     vae = VAEConfig(**dict(field.split("=") for field in fields))
     assert (first, vae.dataset, vae.preset) == ("vae", "cifar100", "paper")
-    made = [SemiConfig(**dict(field.split("=") for field in words[3:])) for words in others]
-    assert {words[2] for words in others} == {"semi"} and {c.dataset for c in made} == {"cifar100"}
+    configs = [SemiConfig(**dict(field.split("=") for field in words[3:])) for words in others]
+    assert {words[2] for words in others} == {"semi"} and {c.dataset for c in configs} == {
+        "cifar100"
+    }
     # The last is what the notebook itself, with nothing but the preset, stands beside FixMatch.
-    alone = made.pop()
-    assert alone == SemiConfig(preset="paper", lambda_u=0.0)
+    control = configs.pop()
+    assert control == SemiConfig(preset="paper", lambda_u=0.0)
     names = {"none": "FixMatch", "clae": "FixMatch + CLAE", "idaa": "FixMatch + IDAA"}
-    told = [(names[config.adversary], config.labels_per_class) for config in made]
-    assert len(told) == 9
-    theirs = THEIRS[THEIRS["stage"] == "semi"]
-    labels = theirs["metric"].str.partition(" ")[0].astype(int)
-    who = theirs["method"] + (" + " + theirs["adversary"]).where(theirs["adversary"] != "", "")
-    assert {*told} == {*zip(who, labels, strict=True)}
+    pairs = [(names[config.adversary], config.labels_per_class) for config in configs]
+    assert len(pairs) == 9
+    paper = THEIRS[THEIRS["stage"] == "semi"]
+    labels = paper["metric"].str.partition(" ")[0].astype(int)
+    methods = paper["method"] + (" + " + paper["adversary"]).where(paper["adversary"] != "", "")
+    assert {*pairs} == {*zip(methods, labels, strict=True)}
 
 
 @pytest.mark.xdist_group("photos")
 def test_figure_5_is_made_from_its_sweep(outputs, tmp_path, monkeypatch):
     """Of the preset's values; the runs in this process, which the notebook then finds."""
-    few = {"limit": 128, "width": 4}
-    given = {"figure": 5, "device": "cpu", "eval": json.dumps({"limit": 100})}
-    given |= {"ssl": json.dumps(few), "vae": json.dumps(few | {"dim": 8, "epochs": 1})}
+    limits = {"limit": 128, "width": 4}
+    parameters = {"figure": 5, "device": "cpu", "eval": json.dumps({"limit": 100})}
+    parameters |= {"ssl": json.dumps(limits), "vae": json.dumps(limits | {"dim": 8, "epochs": 1})}
     with monkeypatch.context() as patch:
         patch.setattr(
             sweeps, "ensure", lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)
         )
-        grid = grids.sensitivity(SweepConfig(**given))
-        outcomes = sweeps.perform_all(sweeps.plan(grid))
+        grid = grids.sensitivity(SweepConfig(**parameters))
+        outcomes = sweeps.perform_all(plans.plan(grid))
     assert {outcome.state for outcome in outcomes.values()} == {"finished"}
     axes = {"batch_size": (64, 128), "backbone": ("resnet18", "resnet34"), "epochs": (3, 6)}
     attacks = {"idaa": "IDAA", "none": "no adversary"}
@@ -469,63 +477,65 @@ def test_figure_5_is_made_from_its_sweep(outputs, tmp_path, monkeypatch):
         for value in values
         for adversary in attacks
     ]
-    made = {run.id: run.config for run in runs.find("ssl")}
-    assert len(made) == 8  # the middle is a point of each axis
-    frame = sweeps.table(grid)
+    config_by_run = {run.id: run.config for run in runs.find("ssl")}
+    assert len(config_by_run) == 8  # the middle is a point of each axis
+    frame = plans.table(grid)
     validation = frame[(frame["split"] == "validation") & (frame["metric"] == "kNN")]
     assert [*zip(validation["axis"], validation["at"], validation["adversary"], strict=True)] == [
         (axis, value, attacks[adversary]) for axis, value, adversary in
         (point.labels.values() for point in grid)
     ]  # fmt: skip
     for _, row in validation.iterrows():
-        assert getattr(made[row["training"]], row["axis"]) == row["at"]
-    sweeps.execute("05_sensitivity", given, tmp_path / "05.ipynb")
+        assert getattr(config_by_run[row["training"]], row["axis"]) == row["at"]
+    sweeps.execute("05_sensitivity", parameters, tmp_path / "05.ipynb")
     assert len(runs.find("ssl")) == 8
     (folder,) = (outputs / "sweep").iterdir()
-    kept = pd.read_csv(folder / "sensitivity.csv")
-    assert kept["value"].to_list() == pytest.approx(frame["value"].to_list())
+    table = pd.read_csv(folder / "sensitivity.csv")
+    assert table["value"].to_list() == pytest.approx(frame["value"].to_list())
     assert (folder / "sensitivity.png").exists()
 
 
 def test_a_label_says_what_differs_and_no_knob_of_another_method(outputs):
     """Evaluations of both may stand in one table of the runs page and of the report."""
-    both = [finished(config, {}, ("photos", "p")) for config in (SSLConfig(), SemiConfig())]
-    first, second = apart(both)
+    pair = [finish_run(config, {}, ("photos", "p")) for config in (SSLConfig(), SemiConfig())]
+    first, second = apart(pair)
     assert first.startswith("SimCLR, ") and second.startswith("FixMatch, ")
     assert "backbone = resnet18" in first and "backbone = wrn10" in second
     for knob in ("mu", "temperature", "alpha", "labels_per_class"):
         assert knob not in first + second
-    assert differing(both)["mu"] == [None, SemiConfig().mu]
+    assert differing(pair)["mu"] == [None, SemiConfig().mu]
 
 
 def test_a_label_names_beta_and_dim_of_the_vae_not_its_hash(outputs):
-    vaes = [finished(VAEConfig(beta=b, dim=d), {}, ("photos", "p"))
+    vaes = [finish_run(VAEConfig(beta=b, dim=d), {}, ("photos", "p"))
             for b, d in ((4, 8), (1, 8), (1, 16))]  # fmt: skip
-    chosen = [finished(SSLConfig(adversary="idaa", vae=v.id), {}, ("photos", "p")) for v in vaes]
-    chosen.append(finished(SSLConfig(), {}, ("photos", "p")))  # needs none
-    several = ["dim = 8, β = 4", "dim = 8, β = 1", "dim = 16, β = 1"]
-    assert apart(chosen) == [*(f"SimCLR + IDAA, {text}" for text in several), "SimCLR"]
-    assert "vae" not in differing(chosen)
+    encoders = [
+        finish_run(SSLConfig(adversary="idaa", vae=v.id), {}, ("photos", "p")) for v in vaes
+    ]
+    encoders.append(finish_run(SSLConfig(), {}, ("photos", "p")))  # needs none
+    differences = ["dim = 8, β = 4", "dim = 8, β = 1", "dim = 16, β = 1"]
+    assert apart(encoders) == [*(f"SimCLR + IDAA, {text}" for text in differences), "SimCLR"]
+    assert "vae" not in differing(encoders)
     # Seeds of a VAE and its encoder are one thing to a study; a VAE of another seed is told.
-    third = finished(VAEConfig(beta=4, dim=8, seed=1), {}, ("photos", "p"))
+    third_vae = finish_run(VAEConfig(beta=4, dim=8, seed=1), {}, ("photos", "p"))
     for seed, text in ((1, ""), (0, ", VAE seed = 1")):
-        own = SSLConfig(adversary="idaa", vae=third.id, seed=seed)
-        both = [chosen[0], finished(own, {}, ("photos", "p"))]
-        assert apart(both, {"seed"}) == ["SimCLR + IDAA", f"SimCLR + IDAA{text}"]
+        config = SSLConfig(adversary="idaa", vae=third_vae.id, seed=seed)
+        pair = [encoders[0], finish_run(config, {}, ("photos", "p"))]
+        assert apart(pair, {"seed"}) == ["SimCLR + IDAA", f"SimCLR + IDAA{text}"]
     # Where a VAE is gone, its hash is all there is.
-    third.delete()
-    assert re.search(r", vae = \w{8}$", apart(both, {"seed"})[1])
+    third_vae.delete()
+    assert re.search(r", vae = \w{8}$", apart(pair, {"seed"})[1])
 
 
 def test_the_control_of_fixmatch_is_not_called_so(outputs):
-    both = [finished(SemiConfig(lambda_u=w), {}, ("photos", "p")) for w in (0.0, 1.0)]
-    assert apart(both) == ["labels alone", "FixMatch"]
-    assert set(results(both)["method"]) <= {"labels alone", "FixMatch"}
+    pair = [finish_run(SemiConfig(lambda_u=w), {}, ("photos", "p")) for w in (0.0, 1.0)]
+    assert apart(pair) == ["labels alone", "FixMatch"]
+    assert set(results(pair)["method"]) <= {"labels alone", "FixMatch"}
 
 
 def test_an_accuracy_has_an_interval_wherever_it_has_an_n(outputs):
     summary = {"linear_top1": 50.0, "linear_top5": 80.0, "linear_n": 100, "linear_top1_val": 40.0}
-    run = finished(EvalConfig(run="gone"), summary | {"linear_n_val": 50}, ("photos", "p"))
+    run = finish_run(EvalConfig(run="gone"), summary | {"linear_n_val": 50}, ("photos", "p"))
     frame = results([run]).set_index(["metric", "split"])
     for key, share, n in ((("linear", "test"), 0.5, 100), (("linear top-5", "test"), 0.8, 100),
                           (("linear", "validation"), 0.4, 50)):  # fmt: skip

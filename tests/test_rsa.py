@@ -24,7 +24,7 @@ def four_views():
     return tuple(View(noise(seed), {}) for seed in (3, 4, 5, 6))
 
 
-def drawn_views(views="four", **changes):
+def draw_views(views="four", **changes):
     images = torch.randint(0, 256, (B, 3, 24, 24), dtype=torch.uint8, generator=keyed_generator(1))
     config = a_config("rsa", "none", rsa_views=views)
     method = build_method(config, About(recipe("rsa", SIZE, MEAN, STD)))
@@ -34,21 +34,21 @@ def drawn_views(views="four", **changes):
 
 
 def test_aggressive_views_are_their_weak_views_after_photometry():
-    a1, a2, w1, w2 = drawn_views()
+    a1, a2, w1, w2 = draw_views()
     assert not torch.equal(w1.images, w2.images)
     for a, w in ((a1, w1), (a2, w2)):
         assert torch.equal(a.params["crop"], w.params["crop"])
         assert torch.equal(a.params["flip"], w.params["flip"])
         assert (a.images - w.images).abs().max() > 0.1
-    a1, a2, w1, w2 = drawn_views(jitter_probability=0, gray=0, blur=0)
+    a1, a2, w1, w2 = draw_views(jitter_probability=0, gray=0, blur=0)
     assert torch.equal(a1.images, w1.images) and torch.equal(a2.images, w2.images)
 
 
 @pytest.mark.parametrize("views", ["aggressive", "weak"])
 def test_byol_under_the_recipe_sees_two_views(views):
-    drawn = drawn_views(views)
-    assert len(drawn) == 2
-    assert any(view.params["blur"].any() for view in drawn) == (views == "aggressive")
+    batch_views = draw_views(views)
+    assert len(batch_views) == 2
+    assert any(view.params["blur"].any() for view in batch_views) == (views == "aggressive")
 
 
 def test_beta_falls_from_beta0_to_0_by_a_cosine():
@@ -113,8 +113,8 @@ def test_at_beta_1_the_aggressive_pair_alone_counts_and_each_is_stopped():
 
 def test_a_compiled_step_sees_beta_move():
     """β reads `progress`, a tensor: a number would stay what it was when the step was compiled."""
-    compiled = torch.compile(lambda progress: beta(0.4, progress, 4), backend="eager")
-    values = [compiled(torch.tensor(k / 4)).item() for k in range(4)]
+    compiled_beta = torch.compile(lambda progress: beta(0.4, progress, 4), backend="eager")
+    values = [compiled_beta(torch.tensor(k / 4)).item() for k in range(4)]
     assert values == pytest.approx([reference.rsa_beta(0.4, s, 4) for s in (1, 2, 3, 4)], abs=1e-7)
 
 
@@ -162,8 +162,10 @@ def test_recipes_are_as_specified(preset):
         assert (config.dataset, config.split) == ("stl10-all", "trainval")
         assert config.mean == (0.4408, 0.4279, 0.3867) and config.std == (0.2682, 0.2610, 0.2686)
     # True division: the published lr = base · (B // 256) is 0 below 256.
-    half = config.replace(batch_size=128, learning_rate=None)
-    assert half.learning_rate == pytest.approx(config.learning_rate * 128 / config.batch_size)
+    half_config = config.replace(batch_size=128, learning_rate=None)
+    assert half_config.learning_rate == pytest.approx(
+        config.learning_rate * 128 / config.batch_size
+    )
 
 
 def test_lars_spares_vectors_alone():
@@ -172,15 +174,15 @@ def test_lars_spares_vectors_alone():
     method = a_method("rsa", "none", n=B)
     optimizer = fit_of(method, config).optimizer
     assert isinstance(optimizer, LARS)
-    seen = set()
+    ids = set()
     for group in optimizer.param_groups:
         for p in group["params"]:
             vector = p.ndim == 1
             assert (group["weight_decay"], group["adapt"]) == (
                 (0, False) if vector else (0.3, True)
             )
-            seen.add(id(p))
-    assert seen == {id(p) for p in method.network.parameters()}
+            ids.add(id(p))
+    assert ids == {id(p) for p in method.network.parameters()}
 
 
 def test_bad_values_are_refused():

@@ -114,19 +114,19 @@ def test_a_failure_is_kept_with_its_reason(outputs):
     assert run.state["error"] == "ZeroDivisionError: division by zero"
 
 
-def hold(path, config, started):
+def hold(path, config, event):
     with Run(path).writing(config, {}):
-        started.set()
+        event.set()
         time.sleep(60)
 
 
 def test_one_writer_at_a_time_and_a_killed_one_is_interrupted(outputs):
     run = run_of(outputs)
     context = multiprocessing.get_context("spawn")
-    started = context.Event()
-    process = context.Process(target=hold, args=(run.path, VAEConfig(), started))
+    event = context.Event()
+    process = context.Process(target=hold, args=(run.path, VAEConfig(), event))
     process.start()
-    assert started.wait(60)
+    assert event.wait(60)
     assert run.state["state"] == "going"
     before = (run.path / "config.json").read_bytes()
     sentence = rf"being written by process {process.pid} on"
@@ -161,7 +161,7 @@ def test_rewind_drops_what_came_after_the_checkpoint(outputs):
     assert [line["step"] for line in run.metrics()] == [0, 1, 2]
 
 
-def finished(config, summary=None):
+def finish_run(config, summary=None):
     run = runs.run_for(config, "pixels")
     with run.writing(config, {}) as writer:
         writer.finish(summary or {})
@@ -169,7 +169,7 @@ def finished(config, summary=None):
 
 
 def test_runs_are_found_newest_first_by_their_values(outputs):
-    first, second = finished(VAEConfig(dim=32)), finished(VAEConfig(dim=64))
+    first, second = finish_run(VAEConfig(dim=32)), finish_run(VAEConfig(dim=64))
     with (
         pytest.raises(ZeroDivisionError),
         run_of(outputs, VAEConfig(dim=16)).writing(VAEConfig(dim=16), {}),
@@ -184,16 +184,16 @@ def test_runs_are_found_newest_first_by_their_values(outputs):
 
 
 def test_a_run_of_another_version_is_refused_in_one_sentence_and_hides_no_other(outputs):
-    run, old, strange = (finished(VAEConfig(dim=dim)) for dim in (32, 64, 16))
-    (old.path / "environment.json").write_text('{"results_version": 4}')
-    (strange.path / "config.json").write_text('{"dim": 8, "field_of_before": 1}')
-    again = r"made by another version .*: delete .* and make it again with notebooks/01_pretrain"
-    for each in (old, strange):
-        with pytest.raises(RunError, match=again):
+    run, old_run, strange_run = (finish_run(VAEConfig(dim=dim)) for dim in (32, 64, 16))
+    (old_run.path / "environment.json").write_text('{"results_version": 4}')
+    (strange_run.path / "config.json").write_text('{"dim": 8, "field_of_before": 1}')
+    sentence = r"made by another version .*: delete .* and make it again with notebooks/01_pretrain"
+    for each in (old_run, strange_run):
+        with pytest.raises(RunError, match=sentence):
             _ = each.config
     assert runs.find("vae") == runs.find("vae", finished=False) == [run]
     assert runs.get("vae", None) == run
-    assert set(runs.list_runs()) == {run, old, strange}  # for whoever shows or deletes them
+    assert set(runs.list_runs()) == {run, old_run, strange_run}  # for whoever shows or deletes them
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_a_run_of_another_version_is_refused_in_one_sentence_and_hides_no_other(
     ids=lambda c: c.stage,
 )
 def test_a_stored_configuration_is_the_one_that_ran(outputs, config):
-    stored = finished(config).config
-    assert stored == config and stored.identity() == config.identity()
-    assert stored.replace(seed=7) == config.replace(seed=7)
+    stored_config = finish_run(config).config
+    assert stored_config == config and stored_config.identity() == config.identity()
+    assert stored_config.replace(seed=7) == config.replace(seed=7)
 
 
 def test_a_run_is_read_whatever_became_of_its_recipe_and_its_method(outputs, tmp_path):
@@ -223,7 +223,7 @@ def test_a_run_is_read_whatever_became_of_its_recipe_and_its_method(outputs, tmp
     register_method("mine")(Mine)
     try:
         config = SSLConfig(preset=str(recipe), method="mine", pull=2.0, seed=3)
-        run = finished(config)
+        run = finish_run(config)
         recipe.write_text("extends = 'demo'\n[ssl]\nepochs = 8\nlimit = 5\n")
         assert (run.config, run.config.epochs, run.config.pull) == (config, 7, 2.0)
     finally:
@@ -237,19 +237,19 @@ def test_a_run_is_read_whatever_became_of_its_recipe_and_its_method(outputs, tmp
 
 def test_outputs_can_be_moved(outputs, monkeypatch):
     """What a configuration says of a run below outputs/ is its id, however it was named."""
-    vae = finished(VAEConfig())
+    vae = finish_run(VAEConfig())
     link = outputs.parent / "link"
     link.symlink_to(outputs)
     for name in (vae.id, str(vae.path), str(link / "vae" / vae.id), vae):
         assert runs.get("vae", name).reference == vae.id
         assert Run(link / "vae" / vae.id).reference == vae.id
     config = SSLConfig(adversary="idaa", vae=runs.get("vae", str(vae.path)).reference)
-    run = finished(config)
-    moved = outputs.rename(outputs.parent / "moved")
-    monkeypatch.setenv("IDAA_OUTPUTS", str(moved))
-    again = runs.get("ssl", run.id)
-    assert again == runs.run_for(config, "pixels") and again.path.parent.parent == moved
-    assert runs.get("vae", again.config.vae).users() == [again]
+    run = finish_run(config)
+    folder = outputs.rename(outputs.parent / "moved")
+    monkeypatch.setenv("IDAA_OUTPUTS", str(folder))
+    copy = runs.get("ssl", run.id)
+    assert copy == runs.run_for(config, "pixels") and copy.path.parent.parent == folder
+    assert runs.get("vae", copy.config.vae).users() == [copy]
 
 
 def test_a_missing_or_unfinished_run_is_one_sentence(outputs):
@@ -279,9 +279,9 @@ def some(step):
 
 @pytest.fixture
 def run(outputs):
-    made = run_of(outputs)
-    made.path.mkdir(parents=True)
-    return made
+    new_run = run_of(outputs)
+    new_run.path.mkdir(parents=True)
+    return new_run
 
 
 def test_what_is_saved_comes_back_and_two_are_kept(run):
@@ -318,10 +318,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run):
 def test_a_full_disk_leaves_the_checkpoint_before_intact(run, monkeypatch):
     checkpoints.save(run, 1, some(1), {"step": 1})
 
-    def full(*args):
+    def refuse(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", refuse)
     with (
         pytest.raises(RunError, match=r"No space left .* what was saved is intact"),
         run.writing(VAEConfig(), {}),

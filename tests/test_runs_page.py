@@ -43,11 +43,11 @@ def made(config, summary=None, fingerprint="pixels", error=None, lines=()):
 
 
 def judgement(top1, n=100, protocol="clean: backbone"):
-    found = {"protocol": protocol.split(":")[0]}
+    values = {"protocol": protocol.split(":")[0]}
     for key in ("knn", "linear"):
-        found |= {f"{key}_top1": top1, f"{key}_low": top1 - 4, f"{key}_high": top1 + 4}
-        found |= {f"{key}_n": n, f"{key}_protocol": f"{protocol} {key}"}
-    return found
+        values |= {f"{key}_top1": top1, f"{key}_low": top1 - 4, f"{key}_high": top1 + 4}
+        values |= {f"{key}_n": n, f"{key}_protocol": f"{protocol} {key}"}
+    return values
 
 
 def texts(page):
@@ -56,10 +56,10 @@ def texts(page):
     return {line["id"]: line for line in frame.to_dict("records")}
 
 
-def pick(page, *chosen):
+def pick(page, *selection):
     """Choose these lines, as a click on each does."""
     ids = [*page.table.df["id"]]
-    page.table.selected_rows = [ids.index(run.id) for run in chosen]
+    page.table.selected_rows = [ids.index(run.id) for run in selection]
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ def test_the_command_says_no_more_than_it_must(outputs):
 
 def test_all_runs_are_listed_damaged_ones_too(outputs):
     first = made(VAEConfig(), {})
-    damaged = made(SSLConfig(seed=1), error="x")
-    (damaged.path / "config.json").write_text("{")
+    damaged_run = made(SSLConfig(seed=1), error="x")
+    (damaged_run.path / "config.json").write_text("{")
     last = made(EvalConfig(run="r"))
-    assert set(runs.list_runs()) == {first, damaged, last}
+    assert set(runs.list_runs()) == {first, damaged_run, last}
 
 
 def test_users_name_a_run_by_id_or_path(outputs):
@@ -118,10 +118,10 @@ def test_users_name_a_run_by_id_or_path(outputs):
     by_path = made(SSLConfig(adversary="idaa", vae=str(vae.path), epsilon=0.7))
     more = made(VAEConfig(continue_from=vae.id, seed=5))
     made(SSLConfig())
-    judging = made(EvalConfig(run=by_id.id))
+    evaluation = made(EvalConfig(run=by_id.id))
     assert set(vae.users()) == {by_id, by_path, more}
-    assert by_id.users() == [judging]
-    assert judging.users() == []
+    assert by_id.users() == [evaluation]
+    assert evaluation.users() == []
 
 
 def test_deletion_frees_what_the_size_says(outputs):
@@ -164,11 +164,11 @@ def test_a_deletion_that_broke_off_leaves_no_run(outputs, monkeypatch):
 
 def test_rows_say_state_reason_result_and_damage(outputs, going):
     ssl = made(SSLConfig(adversary="clae", epsilon=0.05, seed=4), {"knn_top1_val": 41.26})
-    failed = made(VAEConfig(seed=2), error="The loss is nan <b>here</b>: lower learning_rate.")
+    failed_run = made(VAEConfig(seed=2), error="The loss is nan <b>here</b>: lower learning_rate.")
     idaa = made(SSLConfig(adversary="idaa"), {})
-    broken = made(VAEConfig(seed=3), {})
-    (broken.path / "config.json").write_text('{"preset": "de')
-    stopped = made(VAEConfig(dim=32))
+    broken_run = made(VAEConfig(seed=3), {})
+    (broken_run.path / "config.json").write_text('{"preset": "de')
+    stopped_run = made(VAEConfig(dim=32))
     page = RunsPage()
     rows = texts(page)
     assert page.status.value == ""
@@ -180,12 +180,12 @@ def test_rows_say_state_reason_result_and_damage(outputs, going):
     assert rows[idaa.id]["adversary"] == "IDAA ε=0.1"  # the recipe's, which is searched too
     assert rows[going.id]["state"] == "▶ going"
     assert going.id[-8:] in page.head.value
-    assert rows[stopped.id]["state"] == "◼ interrupted, 7 of 20"
-    assert rows[failed.id]["state"].startswith("✗ failed")
-    assert rows[failed.id]["result"] == "The loss is nan <b>here</b>: lower learning_rate."
+    assert rows[stopped_run.id]["state"] == "◼ interrupted, 7 of 20"
+    assert rows[failed_run.id]["state"].startswith("✗ failed")
+    assert rows[failed_run.id]["result"] == "The loss is nan <b>here</b>: lower learning_rate."
     assert "<b>here" not in json.dumps(page.table.get_state())  # it is text, and no HTML
-    assert rows[broken.id]["state"] == "⚠ damaged"
-    assert "is damaged" in rows[broken.id]["result"]
+    assert rows[broken_run.id]["state"] == "⚠ damaged"
+    assert "is damaged" in rows[broken_run.id]["result"]
 
 
 def test_a_training_has_what_its_evaluations_found(outputs):
@@ -215,7 +215,7 @@ def test_runs_of_several_seeds_are_one_line_on_request(outputs):
     trainings = [made(SSLConfig(seed=s), {"knn_top1_val": 10.0 + s}) for s in (10, 2, 0)]
     for run, value in zip(trainings, (40.0, 50.0, 60.0), strict=True):
         made(EvalConfig(run=run.id), judgement(value))
-    other, stopped = made(SSLConfig(epsilon=0.3, adversary="clae"), {}), made(SSLConfig(seed=3))
+    other, stopped_run = made(SSLConfig(epsilon=0.3, adversary="clae"), {}), made(SSLConfig(seed=3))
     page = RunsPage()
     pick(page, trainings[0])
     page.means.value = True
@@ -227,16 +227,21 @@ def test_runs_of_several_seeds_are_one_line_on_request(outputs):
     # Of 40, 50, 60 the mean is 50 and Student's half-width 4.3027 · 10 / √3.
     assert line["test kNN (%)"] == line["test linear (%)"] == "50.0 [25.2, 74.8]"
     assert line["result"] == "kNN 14.0 [0.9, 27.1] %, validation"
-    assert {*page.picked} == {*trainings, stopped}  # a line is all of its runs
+    assert {*page.picked} == {*trainings, stopped_run}  # a line is all of its runs
     # A newer evaluation, of fewer images, stands beside none of the others: no mean.
-    fewer = made(EvalConfig(run=trainings[1].id, limit=50), judgement(10.0, n=50))
-    runs.write_json(fewer.path / "state.json", fewer.state | {"started": time.time() + 60})
-    os.utime(fewer.path / "config.json", (time.time() + 60,) * 2)
+    evaluation = made(EvalConfig(run=trainings[1].id, limit=50), judgement(10.0, n=50))
+    runs.write_json(
+        evaluation.path / "state.json", evaluation.state | {"started": time.time() + 60}
+    )
+    os.utime(evaluation.path / "config.json", (time.time() + 60,) * 2)
     page.refresh()
-    shown = page.table.df[page.table.df["seed"].astype(str) == "0, 2, 3, 10"]
-    assert shown["test kNN (%)"].isna().all()
+    rows = page.table.df[page.table.df["seed"].astype(str) == "0, 2, 3, 10"]
+    assert rows["test kNN (%)"].isna().all()
     page.means.value = False
-    assert {*texts(page)} >= {other.id, stopped.id} and {*page.picked} == {*trainings, stopped}
+    assert {*texts(page)} >= {other.id, stopped_run.id} and {*page.picked} == {
+        *trainings,
+        stopped_run,
+    }
 
 
 def test_tags_stay_beside_the_run(outputs):
@@ -256,22 +261,22 @@ def test_tags_stay_beside_the_run(outputs):
 
 
 def test_only_a_table_that_changed_is_sent(outputs, going):
-    still = made(VAEConfig(), {})
-    page, sent = RunsPage(), []
-    pick(page, still)
+    run = made(VAEConfig(), {})
+    page, changes = RunsPage(), []
+    pick(page, run)
     for widget in (page.table, page.chosen, page.curves):
-        widget.observe(lambda change: sent.append(change["name"]))
+        widget.observe(lambda change: changes.append(change["name"]))
     runs.write_json(going.path / "state.json", going.state | {"step": 9, "steps": 20})
     page.refresh()
-    assert "9 of 20" in page.head.value and sent == []  # a step further is no other table
-    new = made(VAEConfig(seed=1), {})
+    assert "9 of 20" in page.head.value and changes == []  # a step further is no other table
+    new_run = made(VAEConfig(seed=1), {})
     page.refresh()
-    assert new.id in texts(page) and page.picked == [still]
-    (still.path / "config.json").unlink()
+    assert new_run.id in texts(page) and page.picked == [run]
+    (run.path / "config.json").unlink()
     page.refresh()
-    assert still.id not in texts(page) and page.picked == []
-    pick(page, new)
-    assert page.picked == [new]
+    assert run.id not in texts(page) and page.picked == []
+    pick(page, new_run)
+    assert page.picked == [new_run]
 
 
 def test_a_thousand_runs_are_read_once(outputs, monkeypatch):
@@ -287,9 +292,9 @@ def test_a_thousand_runs_are_read_once(outputs, monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
     start = time.monotonic()
     page = RunsPage()
-    shown = time.monotonic()
+    end = time.monotonic()
     assert len(texts(page)) == 1000
-    assert len(reads) <= 9 * 1000 and shown - start < 60
+    assert len(reads) <= 9 * 1000 and end - start < 60
     reads.clear()
     start = time.monotonic()
     page.refresh()
@@ -317,9 +322,9 @@ def test_the_thread_follows_until_the_page_is_closed(outputs, monkeypatch):
 def test_the_difference_is_exactly_the_fields_that_differ(outputs):
     one = made(SSLConfig(adversary="idaa", epsilon=0.3, vae="vae-a"), {})
     two = made(SSLConfig(adversary="idaa", epsilon=0.1, vae="vae-a", width=8, alpha=2), {})
-    same = made(VAEConfig(), {})
+    vae = made(VAEConfig(), {})
     page = RunsPage()
-    pick(page, one, two, same)
+    pick(page, one, two, vae)
     a, b = one.config.model_dump(), two.config.model_dump()
     expected = {k: {f"{a[k]:g}", f"{b[k]:g}"} for k in a if a[k] != b[k]}
     assert set(expected) == {"epsilon", "width", "alpha"}
@@ -333,7 +338,7 @@ def test_the_difference_is_exactly_the_fields_that_differ(outputs):
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("/srv/u/outputs/vae/x is damaged", "…/x is damaged"),
         ("delete '/srv/u/a b.zip'; C:\\u\\v.py:3", "delete '…/a b.zip'; …/v.py:3"),
@@ -342,14 +347,14 @@ def test_the_difference_is_exactly_the_fields_that_differ(outputs):
         ('<svg xmlns="http://www.w3.org/2000/svg">', '<svg xmlns="http://www.w3.org/2000/svg">'),
     ],
 )
-def test_a_visitor_sees_no_path(text, shown):
-    assert hide_paths(text) == shown
+def test_a_visitor_sees_no_path(text, expected):
+    assert hide_paths(text) == expected
 
 
 def test_visitors_read(outputs):
-    broken = made(VAEConfig(dataset="/srv/private/x.zip", seed=1), {})
-    (broken.path / "config.json").write_text("{")
-    failed = made(VAEConfig(seed=2), error="There is no /srv/private/y.zip.")
+    broken_run = made(VAEConfig(dataset="/srv/private/x.zip", seed=1), {})
+    (broken_run.path / "config.json").write_text("{")
+    failed_run = made(VAEConfig(seed=2), error="There is no /srv/private/y.zip.")
     judge = made(EvalConfig(run="/srv/private/ssl-gone"), judgement(40.0))
     vaes = [
         made(VAEConfig(dataset=f"/srv/private/{name}.zip", seed=seed), {})
@@ -357,35 +362,35 @@ def test_visitors_read(outputs):
     ]
     (vaes[0].path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
     page = RunsPage(read_only=True)
-    pick(page, broken, failed, judge, *vaes)
+    pick(page, broken_run, failed_run, judge, *vaes)
 
     def widgets_of(widget):
         yield widget
         for child in getattr(widget, "children", ()):
             yield from widgets_of(child)
 
-    here = [*widgets_of(page.ui)]
-    state = str([widget.get_state() for widget in here])
+    widgets = [*widgets_of(page.ui)]
+    state = str([widget.get_state() for widget in widgets])
     assert str(outputs) not in state and "/srv" not in state
-    assert texts(page)[failed.id]["result"] == "There is no …/y.zip."
+    assert texts(page)[failed_run.id]["result"] == "There is no …/y.zip."
     assert page.status.value == ""
     assert "no curves" in page.curves.value and "a.zip" in page.diff.value
     acts = page.open, page.watch, page.resume, page.delete, page.tag, page.tags, page.yes, page.no
-    assert not {*here} & {*acts}
+    assert not {*widgets} & {*acts}
     assert all(act.comm is None for act in acts)  # nor can a message press one
-    empty = RunsPage(read_only=True)
-    assert str(outputs) not in empty.head.value
+    empty_page = RunsPage(read_only=True)
+    assert str(outputs) not in empty_page.head.value
 
 
 def test_a_torn_log_is_a_sentence_and_the_others_are_drawn(outputs):
     lines = [{"step": s, "loss": 9 - s, "epoch": 0} for s in range(3)]
-    torn, whole = (made(VAEConfig(seed=s), {}, lines=lines) for s in (0, 1))
-    log = torn.path / "metrics.jsonl"
+    torn_run, whole_run = (made(VAEConfig(seed=s), {}, lines=lines) for s in (0, 1))
+    log = torn_run.path / "metrics.jsonl"
     log.write_text(log.read_text()[:-9] + log.read_text())
     page = RunsPage()
-    pick(page, torn, whole)
+    pick(page, torn_run, whole_run)
     assert page.status.value == "" and page.curves.value.count("<svg") == 1
-    assert f"{torn.id} has no curves" in page.curves.value
+    assert f"{torn_run.id} has no curves" in page.curves.value
 
 
 def test_curves_and_accuracies_of_the_chosen(outputs):
@@ -401,14 +406,14 @@ def test_curves_and_accuracies_of_the_chosen(outputs):
     assert page.curves.value.count("<svg") == 1
     assert "seed = 0" in page.curves.value and "seed = 1" in page.curves.value
     tables = page.accuracy.value.split("<h4>")[1:]
-    (clean,) = [t for t in tables if "clean: backbone" in t]
-    (official,) = [t for t in tables if "official: z" in t]
+    (clean_table,) = [t for t in tables if "clean: backbone" in t]
+    (official_table,) = [t for t in tables if "official: z" in t]
     for text in (
         "40.04 [36.04, 44.04]", "50.06 [46.06, 54.06]", "20.00 [16.00, 24.00]", "100 test images",
         "untrained encoder",
     ):  # fmt: skip
-        assert text in clean and text not in official
-    assert "60.00 [56.00, 64.00]" in official and "60.00" not in clean
+        assert text in clean_table and text not in official_table
+    assert "60.00 [56.00, 64.00]" in official_table and "60.00" not in clean_table
 
 
 def test_deleting_asks_first_and_says_who_uses_it(outputs):
@@ -432,20 +437,20 @@ def test_deleting_asks_first_and_says_who_uses_it(outputs):
 
 
 def test_buttons_offer_what_the_run_allows(outputs, going):
-    stopped, done = made(VAEConfig(seed=1)), made(VAEConfig(seed=2), {})
+    stopped_run, finished_run = made(VAEConfig(seed=1)), made(VAEConfig(seed=2), {})
     page = RunsPage()
 
-    def enabled(*chosen):
-        pick(page, *chosen)
+    def enabled_buttons(*selection):
+        pick(page, *selection)
         buttons = ("open", "watch", "resume", "delete")
         return {name for name in buttons if not getattr(page, name).disabled}
 
-    assert enabled() == set()
-    assert enabled(going) == {"open", "watch"}
-    assert enabled(stopped) == {"open", "resume", "delete"}
-    assert enabled(done) == {"open", "delete"}
-    assert enabled(stopped, done) == {"open", "delete"}
-    assert enabled(stopped, going) == {"open"}
+    assert enabled_buttons() == set()
+    assert enabled_buttons(going) == {"open", "watch"}
+    assert enabled_buttons(stopped_run) == {"open", "resume", "delete"}
+    assert enabled_buttons(finished_run) == {"open", "delete"}
+    assert enabled_buttons(stopped_run, finished_run) == {"open", "delete"}
+    assert enabled_buttons(stopped_run, going) == {"open"}
 
 
 def test_resume_starts_the_run_and_shows_its_panel(outputs):
@@ -525,5 +530,5 @@ def test_without_runs_it_says_what_to_run_first(outputs):
 def test_the_start_notebook_runs_headless(outputs, tmp_path):
     from idaa_lib import sweeps
 
-    done = sweeps.execute("00_start_here", {}, tmp_path / "out.ipynb")
-    assert "idaa" in json.dumps(nbformat.read(done, 4)) and done.exists()
+    path = sweeps.execute("00_start_here", {}, tmp_path / "out.ipynb")
+    assert "idaa" in json.dumps(nbformat.read(path, 4)) and path.exists()

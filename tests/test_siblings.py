@@ -84,7 +84,7 @@ LINES = {
 }
 
 
-def written(start, end):
+def read_commands(start, end):
     """Commands in backticks in the second column of the tables between two texts of the page."""
     part = PAGE[PAGE.index(start) : PAGE.index(end)]
     cells = [line.split(" | ", 1)[1] for line in part.splitlines() if line.startswith("| ")]
@@ -92,7 +92,7 @@ def written(start, end):
 
 
 def test_the_page_has_the_lines_that_are_checked_and_no_others():
-    commands = written("## What their READMEs say", "Evaluations:")
+    commands = read_commands("## What their READMEs say", "Evaluations:")
     assert {c for c in commands if c.startswith("preset=")} == LINES.keys()
 
 
@@ -107,12 +107,12 @@ def test_a_line_of_a_readme_is_the_published_training(line):
 
 
 def test_the_lines_of_evaluations_are_configurations():
-    lines = written("Evaluations:", "## CASSLE and AugSelf")
+    lines = read_commands("Evaluations:", "## CASSLE and AugSelf")
     kinds = {"transfer": TransferConfig, "eval": EvalConfig}
     configs = []
     for line in lines:
         kind, *words = line.replace("<id>", "some-run").split()
         configs.append(kinds[kind](**dict(word.split("=", 1) for word in words)))
-    transfer, *official = configs
+    transfer, *evaluations = configs
     assert (transfer.iterations, transfer.tolerance, transfer.penalize_bias) == (5000, 1e-10, True)
-    assert [config.protocol for config in official] == ["official", "official"]
+    assert [config.protocol for config in evaluations] == ["official", "official"]

@@ -137,17 +137,17 @@ def steps(adversary, epsilon, network, vae, **knobs):
 def test_a_step_agrees_with_the_official_order_of_work(kind, alpha, reuse_anchor):
     method, views, vae = simclr(adversary=kind), two_views(), a_vae()
     network = copy.deepcopy(method.network)
-    slow = Projected(network)
-    adversary, attack = steps(kind, 0.5, slow, vae, reuse_anchor=reuse_anchor)
+    oracle_network = Projected(network)
+    adversary, attack = steps(kind, 0.5, oracle_network, vae, reuse_anchor=reuse_anchor)
     oracle, x_adv = reference.simclr_step(
-        slow, views[0].images, views[1].images, attack, alpha, TEMPERATURE
+        oracle_network, views[0].images, views[1].images, attack, alpha, TEMPERATURE
     )
 
     step = method.step(views, {}, Moment())
-    attacked = adversary(step.attacked.images, step.attack_loss)
-    loss = step.loss + alpha * step.adversarial_loss(attacked.images)
+    result = adversary(step.attacked.images, step.attack_loss)
+    loss = step.loss + alpha * step.adversarial_loss(result.images)
     loss.backward()
-    torch.testing.assert_close(attacked.images, x_adv, rtol=0, atol=1e-10)
+    torch.testing.assert_close(result.images, x_adv, rtol=0, atol=1e-10)
     torch.testing.assert_close(loss.detach(), oracle)
     for (name, p), q in zip(method.network.named_parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, msg=name)
@@ -198,16 +198,16 @@ def test_positive_pair_gives_no_gradient_at_the_start(reuse_anchor):
     method, views = simclr(), two_views()
     step = method.step(views, {}, Moment())
     x = step.attacked.images.clone().requires_grad_()
-    (whole,) = torch.autograd.grad(step.attack_loss(x, at_start=reuse_anchor), x)
+    (gradient,) = torch.autograd.grad(step.attack_loss(x, at_start=reuse_anchor), x)
     network = Projected(copy.deepcopy(method.network))
     anchor = network(step.attacked.images, adversarial=True).detach()
     z = network(x, adversarial=True)
-    (positive,) = torch.autograd.grad((anchor * z).sum(), x, retain_graph=True)
-    assert positive.abs().max() < 1e-10 < 1e-6 < whole.abs().max()
+    (positive_gradient,) = torch.autograd.grad((anchor * z).sum(), x, retain_graph=True)
+    assert positive_gradient.abs().max() < 1e-10 < 1e-6 < gradient.abs().max()
     rows = torch.cat([anchor, z])
-    others = (rows @ rows.T / TEMPERATURE).fill_diagonal_(-torch.inf).logsumexp(1).mean()
-    (negatives,) = torch.autograd.grad(others, x)
-    torch.testing.assert_close(whole, negatives, rtol=1e-6, atol=1e-10)
+    losses = (rows @ rows.T / TEMPERATURE).fill_diagonal_(-torch.inf).logsumexp(1).mean()
+    (negatives,) = torch.autograd.grad(losses, x)
+    torch.testing.assert_close(gradient, negatives, rtol=1e-6, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -319,14 +319,14 @@ def test_batches_are_permutations_keyed_by_seed_and_epoch():
 def test_views_differ_and_two_ranks_draw_what_one_process_draws():
     method = simclr(n=B)
     images = torch.randint(256, (6, 3, 20, 20), dtype=torch.uint8, generator=keyed_generator(0))
-    whole = views_of(method, 0, 1, {"images": images})
-    assert len(whole) == 2
-    assert not torch.allclose(whole[0].images, whole[1].images)
+    views = views_of(method, 0, 1, {"images": images})
+    assert len(views) == 2
+    assert not torch.allclose(views[0].images, views[1].images)
     parts = [views_of(method, rank, 2, {"images": images.chunk(2)[rank]}) for rank in (0, 1)]
     for k in (0, 1):
-        for name, value in whole[k].params.items():
+        for name, value in views[k].params.items():
             assert torch.equal(torch.cat([part[k].params[name] for part in parts]), value)
-        torch.testing.assert_close(torch.cat([part[k].images for part in parts]), whole[k].images)
+        torch.testing.assert_close(torch.cat([part[k].images for part in parts]), views[k].images)
 
 
 def test_unknown_method_is_refused():
@@ -352,9 +352,9 @@ class Plain(nn.Module):
 def a_step(rank, processes, wrap, reuse_anchor):
     """This rank's part of a step of SimCLR + IDAA: loss, δ, and the parameters' gradients."""
     torch.manual_seed(0)
-    plain = Plain().double()
+    network = Plain().double()
     method = simclr()
-    method.network = wrap(plain)
+    method.network = wrap(network)
     part = slice(rank * B // processes, (rank + 1) * B // processes)
     views = tuple(View(view.images[part], {}) for view in two_views())
     step = method.step(views, {}, Moment())
@@ -367,7 +367,7 @@ def a_step(rank, processes, wrap, reuse_anchor):
         "loss": loss.detach(),
         "delta": attack.delta,
         "embeddings": step.embeddings[0].detach(),  # else its graph outlives the process group
-        **{name: p.grad for name, p in plain.named_parameters()},
+        **{name: p.grad for name, p in network.named_parameters()},
     }
 
 

@@ -77,8 +77,8 @@ def test_the_authors_pickles_of_mini_imagenet_are_read_as_they_are(data, kind, p
     assert sorted(parts[2].images[:, 0, 0, 0].tolist()) == list(range(24))
     assert parts[0].n + parts[1].n == parts[2].n
     for part in parts:
-        wanted = [(2, 0, 1)[int(red) % 3] for red in part.images[:, 0, 0, 0]]
-        assert part.labels.tolist() == wanted
+        expected = [(2, 0, 1)[int(red) % 3] for red in part.images[:, 0, 0, 0]]
+        assert part.labels.tolist() == expected
 
 
 class Harm:
@@ -108,9 +108,9 @@ def test_a_pickle_that_is_none_of_theirs_is_one_sentence_and_runs_nothing(
     monkeypatch.setenv("IDAA_TEST_HARM", str(tmp_path / "harm"))
     content = content if isinstance(content, bytes) else pickle.dumps(content)
     (mini(tmp_path / "mini") / "test.pkl").write_bytes(content)
-    with pytest.raises(ConfigError, match=sentence) as raised:
+    with pytest.raises(ConfigError, match=sentence) as refusal:
         open_images(str(tmp_path / "mini"), "train", 84, None)
-    assert re.fullmatch(r"[^\n]+\.", str(raised.value))
+    assert re.fullmatch(r"[^\n]+\.", str(refusal.value))
     assert not (tmp_path / "harm").exists()
 
 
@@ -125,7 +125,7 @@ def test_mini_imagenet_s_recipe_is_what_its_page_says(data):
     assert (vae.dim, vae.width, vae.kappa, vae.epochs) == (512, 64, 0.1, 300)
     sgd = dict(stem="mini", optimizer="sgd", learning_rate=0.03, weight_decay=5e-4)
     batch = dict(epochs=100, batch_size=128, augmentation="normal")
-    for method, wanted in {
+    for method, fields in {
         "simclr": dict(stem="imagenet", epochs=300, batch_size=256, learning_rate=3e-4,
                        optimizer="adam", schedule="delayed_cosine", augmentation="simclr"),
         "plain": sgd | batch | dict(schedule="delayed_cosine"),
@@ -134,7 +134,7 @@ def test_mini_imagenet_s_recipe_is_what_its_page_says(data):
                               augmentation="simsiam", pairing="cifar"),
     }.items():  # fmt: skip
         config = SSLConfig(preset="mini-imagenet", method=method)
-        assert (units | wanted | dict(backbone="resnet18", width=64)).items() <= dict(
+        assert (units | fields | dict(backbone="resnet18", width=64)).items() <= dict(
             config
         ).items()
     assert CompareConfig(preset="mini-imagenet").dataset == "mini-imagenet"
@@ -165,7 +165,7 @@ def pack(root):
     return path
 
 
-def listed(tmp_path, *names, file="list.txt"):
+def write_list(tmp_path, *names, file="list.txt"):
     (tmp_path / file).write_text("\n".join(names) + "\n")
     return tmp_path / file
 
@@ -177,12 +177,12 @@ def test_a_file_picks_class_folders_in_its_order(tmp_path, parts, zipped, names)
     root = class_folders(tmp_path / "pets", parts, n=20)
     (root / parts[0] / "loose.png").write_bytes(b"of no class: not looked at")
     (root / parts[0] / "ant/broken.png").write_bytes(b"of another class: not looked at")
-    source, file = pack(root) if zipped else root, listed(tmp_path, *names)
+    source, file = pack(root) if zipped else root, write_list(tmp_path, *names)
     colours = set()
     for split in ("train", "val", "test"):
-        loaded = images.load(source, split, classes=file)
-        assert loaded.classes == names and loaded.labelled
-        for image, label in zip(loaded.images, loaded.labels, strict=True):
+        pets = images.load(source, split, classes=file)
+        assert pets.classes == names and pets.labelled
+        for image, label in zip(pets.images, pets.labels, strict=True):
             red, *others = image[:, 0, 0].tolist()
             assert names[label] == CLASSES[red // 10]
             colours.add((red, *others))
@@ -200,7 +200,7 @@ def test_classes_are_known_by_content_and_a_changed_list_is_seen(tmp_path):
         "more": ("dog", "bee", "cat"),
         "all": CLASSES,
     }.items():
-        prints[key] = images.load(root, "train", classes=listed(tmp_path, *names)).fingerprint
+        prints[key] = images.load(root, "train", classes=write_list(tmp_path, *names)).fingerprint
     prints["none"] = images.load(root, "train").fingerprint
     assert prints["two"] == prints["again"] and prints["all"] == prints["none"]
     assert len({prints[key] for key in ("two", "turned", "more", "all")}) == 4
@@ -213,11 +213,11 @@ def test_files_of_other_classes_are_not_looked_at(tmp_path):
     (root / "train/dog/wild").mkdir()
     source = sources.Source(root, "pets", ("dog", "bee"))
     folders = {name for name, _, _ in source.members() if name.endswith("/")}
-    inside = {"train/dog/bee/", "train/dog/wild/"}
-    assert folders - inside == {"train/", "test/"} | {
+    inner_folders = {"train/dog/bee/", "train/dog/wild/"}
+    assert folders - inner_folders == {"train/", "test/"} | {
         f"{part}/{name}/" for part in ("train", "test") for name in ("dog", "bee")
     }
-    assert inside <= folders
+    assert inner_folders <= folders
 
 
 def test_imagenet_100_ships_and_a_file_of_one_s_own_comes_first(tmp_path, data, monkeypatch):
@@ -225,10 +225,10 @@ def test_imagenet_100_ships_and_a_file_of_one_s_own_comes_first(tmp_path, data, 
     assert len(set(names)) == 100 and all(re.fullmatch(r"n\d{8}", name) for name in names)
     assert names[:2] == ("n02869837", "n01749939")  # the place is the label: not sorted
     data.mkdir()
-    listed(data, "of the data folder", file="imagenet100.txt")
+    write_list(data, "of the data folder", file="imagenet100.txt")
     assert sources.read_classes("imagenet100.txt", data) == ("of the data folder",)
     monkeypatch.chdir(tmp_path)
-    listed(tmp_path, "of this folder", file="imagenet100.txt")
+    write_list(tmp_path, "of this folder", file="imagenet100.txt")
     assert sources.read_classes("imagenet100.txt", data) == ("of this folder",)
 
 
@@ -244,7 +244,7 @@ def test_imagenet_100_ships_and_a_file_of_one_s_own_comes_first(tmp_path, data, 
     ],
 )
 def test_a_list_that_does_not_fit_is_refused(tmp_path, outputs, names, words):
-    root, file = class_folders(tmp_path / "pets", ("train", "test")), listed(tmp_path, *names)
+    root, file = class_folders(tmp_path / "pets", ("train", "test")), write_list(tmp_path, *names)
     for source in (root, pack(root)):
         with pytest.raises(ConfigError, match=words):
             train_ssl(ssl(dataset=str(source), classes=str(file)))
@@ -256,7 +256,7 @@ def test_a_list_that_is_not_there_and_data_without_class_folders_are_refused(tmp
         ConfigError, match=r"classes='absent\.txt' is no list.* or imagenet100\.txt"
     ):
         locate(ssl(classes="absent.txt"))
-    file = str(listed(tmp_path, "dog"))
+    file = str(write_list(tmp_path, "dog"))
     for dataset in ("photos", "cifar10"):
         with pytest.raises(ConfigError, match=f"class folders, and '{dataset}' has none"):
             locate(ssl(dataset=dataset, classes=file))
@@ -268,30 +268,32 @@ def test_a_list_that_is_not_there_and_data_without_class_folders_are_refused(tmp
 
 def test_a_run_keeps_its_classes_wherever_it_is_judged(tmp_path, outputs, monkeypatch):
     root = class_folders(tmp_path / "pets", ("train", "val", "test"), n=12)
-    listed(tmp_path, "dog", "bee")
+    write_list(tmp_path, "dog", "bee")
     monkeypatch.chdir(tmp_path)
     run = train_ssl(ssl(dataset="pets", classes="list.txt", limit=None))
     assert run.config.classes == str(tmp_path / "list.txt") and run.model["classes"] == 2
     assert run.summary["n_val"] == 24
-    other = ssl(dataset="pets", classes=str(listed(tmp_path, "dog", "bee", file="copy.txt")))
+    other = ssl(dataset="pets", classes=str(write_list(tmp_path, "dog", "bee", file="copy.txt")))
     assert locate(other.replace(limit=None)) == run  # known by what it says
     assert locate(ssl(dataset="pets", limit=None)).id[-8:] != run.id[-8:]
 
     monkeypatch.chdir(root)  # a notebook runs in another folder
-    small = {"run": run.id, "references": False, "device": "cpu"}
-    assert evaluate(EvalConfig(**small)).environment["dataset"]["classes"] == 2
-    judged = evaluate(EvalConfig(**small, dataset=str(root)))
-    assert judged.summary["knn_n"] == 24 and judged.config.classes == run.config.classes
-    assert evaluate(EvalConfig(**small, classes="")).summary["knn_n"] == 48
-    few = TransferConfig(run=run.id, fractions="1.0", shots="1", references=False, device="cpu")
-    rows = transfer(few.replace(ways=2, queries=2, episodes=2, draws=2)).summary["rows"]
+    fields = {"run": run.id, "references": False, "device": "cpu"}
+    assert evaluate(EvalConfig(**fields)).environment["dataset"]["classes"] == 2
+    evaluation = evaluate(EvalConfig(**fields, dataset=str(root)))
+    assert evaluation.summary["knn_n"] == 24 and evaluation.config.classes == run.config.classes
+    assert evaluate(EvalConfig(**fields, classes="")).summary["knn_n"] == 48
+    transfer_config = TransferConfig(
+        run=run.id, fractions="1.0", shots="1", references=False, device="cpu"
+    )
+    rows = transfer(transfer_config.replace(ways=2, queries=2, episodes=2, draws=2)).summary["rows"]
     assert rows[0]["n"] == 24
 
     vae = train_vae(VAEConfig(**TINY | {"limit": None}, dim=8, **_own(run)))
     assert open_scene(DecomposeConfig(vae=vae.id, images=4)).data.classes == ("dog", "bee")
     train_vae(VAEConfig(**TINY | {"limit": None}, dim=8, dataset=str(root)))  # newer, of all
-    chosen = stages.settle(ssl(adversary="idaa", limit=None, **_own(run)))[0]
-    assert chosen.vae == vae.id
+    config = stages.settle(ssl(adversary="idaa", limit=None, **_own(run)))[0]
+    assert config.vae == vae.id
 
 
 def _own(run):
@@ -321,18 +323,22 @@ def stl10(data, monkeypatch):
 
 def test_stl10_all_has_the_labelled_images_of_stl10_and_those_without(stl10):
     sets = {split: images.load("stl10-all", split, 96) for split in images.SPLITS}
-    whole, labels = stl10["train"], torch.arange(60) % 10
-    everything = {image.numpy().tobytes() for image in torch.cat([whole, stl10["unlabeled"]])}
-    assert {image.numpy().tobytes() for image in sets["trainval"].images} == everything
+    train_images, labels = stl10["train"], torch.arange(60) % 10
+    contents = {image.numpy().tobytes() for image in torch.cat([train_images, stl10["unlabeled"]])}
+    assert {image.numpy().tobytes() for image in sets["trainval"].images} == contents
     assert len(sets["trainval"]) == 150 and not sets["trainval"].labelled
     assert sets["trainval"].labels.eq(-1).sum() == 90
-    label_of = {image.numpy().tobytes(): int(y) for image, y in zip(whole, labels, strict=True)}
+    label_of = {
+        image.numpy().tobytes(): int(y) for image, y in zip(train_images, labels, strict=True)
+    }
     for split in ("train", "val", "test"):
-        some = sets[split].with_labels()
-        own = images.load("stl10", split, 96)  # no image of its val is trained on
-        assert torch.equal(some.images, own.images) and torch.equal(some.labels, own.labels)
+        part = sets[split].with_labels()
+        originals = images.load("stl10", split, 96)  # no image of its val is trained on
+        assert torch.equal(part.images, originals.images) and torch.equal(
+            part.labels, originals.labels
+        )
         if split != "test":
-            pairs = zip(some.images, some.labels, strict=True)
+            pairs = zip(part.images, part.labels, strict=True)
             assert all(label_of[image.numpy().tobytes()] == y for image, y in pairs)
     assert torch.equal(sets["test"].images, stl10["test"])
 
@@ -340,14 +346,14 @@ def test_stl10_all_has_the_labelled_images_of_stl10_and_those_without(stl10):
 def test_what_has_no_label_is_trained_on_and_left_out_of_knn_and_said(stl10, outputs, capsys):
     run = train_ssl(ssl(dataset="stl10-all", limit=None, split="trainval", source_size=96))
     assert run.environment["dataset"]["n"] == 150
-    printed = capsys.readouterr().out
+    output = capsys.readouterr().out
     train_, val = (open_images("stl10-all", split, 32, None) for split in ("train", "val"))
-    for some in (train_, val):
-        bare = some.labels.eq(-1).sum()
-        assert f"stl10-all, {some.split}: {bare} of {len(some)} images have no label" in printed
-    bank, queries = (some.with_labels() for some in (train_, val))
+    for part in (train_, val):
+        count = part.labels.eq(-1).sum()
+        assert f"stl10-all, {part.split}: {count} of {len(part)} images have no label" in output
+    bank, queries = (part.with_labels() for part in (train_, val))
     encoder = load_encoder(run)
-    z = [features(encoder.module, some.images, *encoder[1:]) for some in (bank, queries)]
+    z = [features(encoder.module, part.images, *encoder[1:]) for part in (bank, queries)]
     guess = naive_knn(z[0], bank.labels, z[1], k=min(200, len(bank)), temperature=0.5, classes=10)
     top1 = 100 * (torch.tensor(guess) == queries.labels).double().mean().item()
     assert run.summary["knn_top1_val"] == pytest.approx(top1)
@@ -364,15 +370,15 @@ def test_a_few_labels_among_many_images_without(stl10, outputs):
 
 def test_stl10_all_is_judged_on_stl10(stl10, outputs):
     run = train_ssl(ssl(dataset="stl10-all", limit=None))
-    small = {"run": run.id, "references": False, "device": "cpu"}
-    judged = evaluate(EvalConfig(**small))
-    assert judged.config.dataset == "stl10" and judged.summary["knn_n"] == 40
+    fields = {"run": run.id, "references": False, "device": "cpu"}
+    evaluation = evaluate(EvalConfig(**fields))
+    assert evaluation.config.dataset == "stl10" and evaluation.summary["knn_n"] == 40
     with pytest.raises(ConfigError, match=r"dataset='stl10-all' is to train on.* on 'stl10'\."):
-        evaluate(EvalConfig(**small, dataset="stl10-all"))
+        evaluate(EvalConfig(**fields, dataset="stl10-all"))
     with pytest.raises(ConfigError, match=r"dataset='stl10-unlabeled' is to train on.*'stl10'"):
-        transfer(TransferConfig(**small, datasets="stl10-unlabeled"))
-    few = dict(fractions="1.0", draws=2, ways=2, shots="1", queries=2, episodes=2)
-    assert transfer(TransferConfig(**small, **few)).summary["rows"][0]["dataset"] == "stl10"
+        transfer(TransferConfig(**fields, datasets="stl10-unlabeled"))
+    options = dict(fractions="1.0", draws=2, ways=2, shots="1", queries=2, episodes=2)
+    assert transfer(TransferConfig(**fields, **options)).summary["rows"][0]["dataset"] == "stl10"
     grid = cells(CompareConfig(dataset="stl10-all", methods=("simclr",), adversaries=("none",)))
     assert (grid[0].ssl["dataset"], grid[0].eval["dataset"]) == ("stl10-all", "stl10")
 
@@ -393,48 +399,51 @@ def test_stl10_all_is_judged_on_stl10(stl10, outputs):
 def test_views_are_cropped_of_larger_images_and_all_else_is_of_size(
     outputs, monkeypatch, make, values
 ):
-    kept, fit = [], stages.Fit
-    monkeypatch.setattr(stages, "Fit", lambda *args: kept.append(args[2]) or fit(*args))
+    datasets, fit = [], stages.Fit
+    monkeypatch.setattr(stages, "Fit", lambda *args: datasets.append(args[2]) or fit(*args))
     run = train(make(**values, source_size=48))
-    (trained,) = kept
-    assert torch.equal(trained, images.load("photos", "train", 48, 96).images)
+    (training_images,) = datasets
+    assert torch.equal(training_images, images.load("photos", "train", 48, 96).images)
     assert (run.config.size, run.model["size"]) == (32, 32)
-    plain = locate(make(**values))
-    assert plain.id != run.id and "source_size=48" in run.id
+    plain_run = locate(make(**values))
+    assert plain_run.id != run.id and "source_size=48" in run.id
     if run.stage == "ssl":  # kNN is of images of 32 px, as the evaluation's
         bank, val = images.load("photos", "train", 32, 96), images.load("photos", "val", 32, 24)
         encoder = load_encoder(run)
-        z = [features(encoder.module, some.images, *encoder[1:]) for some in (bank, val)]
+        z = [features(encoder.module, part.images, *encoder[1:]) for part in (bank, val)]
         guess = naive_knn(z[0], bank.labels, z[1], k=96, temperature=0.5, classes=13)
         top1 = 100 * (torch.tensor(guess) == val.labels).double().mean().item()
         assert run.summary["knn_top1_val"] == pytest.approx(top1)
-        own = run.config.mean or images.load("photos", "train", 48).mean
-        assert run.model["mean"] == pytest.approx(own)
+        mean = run.config.mean or images.load("photos", "train", 48).mean
+        assert run.model["mean"] == pytest.approx(mean)
 
 
 def test_a_crop_is_of_the_original_s_pixels():
     """A view of half the side of an image of 64 px is that part of it, unchanged at 32 px."""
     about = stages._plan(ssl(source_size=64)).about
-    original = images.load("photos", "train", 64, 96).images[:1]
+    image = images.load("photos", "train", 64, 96).images[:1]
     params = about.recipe.parameters(about.recipe.numbers(1, None), (64, 64))
-    neutral = {"crop": [[16, 8, 32, 32]], "flip": [[0]], "color": [[1, 1, 1, 0]], "gray": [[0]]}
-    params |= {name: torch.tensor(value).float() for name, value in neutral.items()}
+    values = {"crop": [[16, 8, 32, 32]], "flip": [[0]], "color": [[1, 1, 1, 0]], "gray": [[0]]}
+    params |= {name: torch.tensor(value).float() for name, value in values.items()}
     mean, std = (
         torch.tensor(unit)[:, None, None] for unit in (about.recipe.mean, about.recipe.std)
     )
-    view = about.recipe.apply(original, params).images[0] * std + mean
-    torch.testing.assert_close(view, original[0, :, 16:48, 8:40] / 255, atol=1e-5, rtol=0)
+    view = about.recipe.apply(image, params).images[0] * std + mean
+    torch.testing.assert_close(view, image[0, :, 16:48, 8:40] / 255, atol=1e-5, rtol=0)
 
 
 def test_images_kept_at_size_are_the_run_without_source_size(outputs):
-    plain, same = ssl(), ssl(source_size=32)
-    assert locate(same) == locate(plain) != locate(ssl(source_size=33))
-    assert same.identity() == plain.identity() and "source_size" not in plain.identity()
-    assert same.replace(size=28).source_size == 32
+    plain_config, same_config = ssl(), ssl(source_size=32)
+    assert locate(same_config) == locate(plain_config) != locate(ssl(source_size=33))
+    assert (
+        same_config.identity() == plain_config.identity()
+        and "source_size" not in plain_config.identity()
+    )
+    assert same_config.replace(size=28).source_size == 32
     # A recipe's originals do not come back where the user wants none.
-    large = SSLConfig(preset="rsa-stl10", source_size=64)
-    assert large.replace(seed=1).source_size == 64
-    assert "source_size" not in large.identity()
+    large_config = SSLConfig(preset="rsa-stl10", source_size=64)
+    assert large_config.replace(seed=1).source_size == 64
+    assert "source_size" not in large_config.identity()
 
 
 def test_a_source_size_below_size_is_refused():
@@ -447,7 +456,7 @@ def test_a_source_size_below_size_is_refused():
 
 
 def test_room_is_needed_for_images_as_they_are_kept(data, outputs, monkeypatch):
-    free = SimpleNamespace(free=5500 * 3 * 48**2 - 1)
-    monkeypatch.setattr(pool.shutil, "disk_usage", lambda _: free)
+    usage = SimpleNamespace(free=5500 * 3 * 48**2 - 1)
+    monkeypatch.setattr(pool.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ConfigError, match=r"photos could not be written .* they take 36 MiB"):
         locate(ssl(source_size=48))

@@ -95,8 +95,8 @@ def test_a_loss_that_is_not_finite_is_told_by_its_own_line(run, late, delay, bad
     with pytest.raises(RunError, match=f"The loss is nan at step {bad_step + 1}: lower"):
         train(run, bad_step)
     assert [line["step"] for line in run.metrics()] == good
-    saved = checkpoints.load(run)
-    assert (saved[1]["step"] if saved else 0) == (by - 1) // 10 * 10
+    checkpoint = checkpoints.load(run)
+    assert (checkpoint[1]["step"] if checkpoint else 0) == (by - 1) // 10 * 10
 
 
 @pytest.mark.parametrize("stop", [4, 5, 9, 10, 15])
@@ -154,11 +154,11 @@ def test_speed_and_time_left_are_of_the_steps_alone(run, monkeypatch, within):
         return {}
 
     def request():
-        if steps.step == 5 and not pause and (within == bool(inside)):
+        if steps.step == 5 and not pause and (within == bool(work)):
             pause.append(now)
         return "pause" if pause and now < pause[0] + 6 else None
 
-    inside = []
+    work = []
     with run.writing(VAEConfig(), {}) as writer:
         write = writer.state
         writer.state = lambda **news: (states.append(news), write(**news))
@@ -172,16 +172,16 @@ def test_speed_and_time_left_are_of_the_steps_alone(run, monkeypatch, within):
             at_epoch_end=lambda epoch: spend(4) or {"validation": 1.0},
         )  # fmt: skip
         for step in steps:
-            inside.append(step)
+            work.append(step)
             steps.pulse()
-            inside.clear()
+            work.clear()
             spend(2 if step < 12 else 1)
     assert now > 1e6 + 12 * 2 + 11 + 3 * 3 + 2 * 4 + 6 - 0.1
     rates = {line["step"]: line["images_per_second"] for line in run.metrics()
              if "images_per_second" in line}  # fmt: skip
     assert rates == pytest.approx({s: 4.0 if s <= 12 else 8.0 for s in rates})
     assert {8, 10, 12, 16, 23} <= rates.keys()
-    left = {s["step"]: s["seconds_left"] for s in states if "seconds_left" in s}
-    assert left == pytest.approx({s: (TOTAL - s) * (2 if s <= 12 else 1) for s in left})
+    forecasts = {s["step"]: s["seconds_left"] for s in states if "seconds_left" in s}
+    assert forecasts == pytest.approx({s: (TOTAL - s) * (2 if s <= 12 else 1) for s in forecasts})
     assert steps.seconds == pytest.approx(12 * 2 + 11)
     assert len(pause) == 1

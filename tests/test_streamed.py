@@ -43,9 +43,9 @@ TINY |= {"precision": "fp32"}
 def photograph(seed, sides=SIDES):
     """Coloured noise with broad and fine structure, as a photograph has."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(sides)
-    fine = rng.normal(0, 8, (sides[1], sides[0], 3))
-    return Image.fromarray((np.asarray(coarse) + fine).clip(0, 255).astype(np.uint8))
+    base = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(sides)
+    noise = rng.normal(0, 8, (sides[1], sides[0], 3))
+    return Image.fromarray((np.asarray(base) + noise).clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture
@@ -83,27 +83,27 @@ def test_crops_are_those_of_the_upright_original(tmp_path, data, monkeypatch, mo
     if decoder == "Pillow":
         monkeypatch.setattr(streamed, "jpeg_decoder", lambda: None)
     (tmp_path / "one").mkdir()
-    image, kept = photograph(1), {}
+    image, options = photograph(1), {}
     if mode == "turned":  # a camera held upright
-        kept = {"exif": image.getexif()}
-        kept["exif"][0x0112] = 6
+        options = {"exif": image.getexif()}
+        options["exif"][0x0112] = 6
     else:
         image = image.convert(mode)
-    image.save(tmp_path / "one/0.jpg", quality=90, **kept)
-    whole = Image.open(tmp_path / "one/0.jpg").convert("RGB")
-    whole = F.pil_to_tensor(whole.rotate(-90, expand=True) if kept else whole)
-    loaded = cached.load(tmp_path / "one", "train", 32, streamed=True)
-    height, width = whole.shape[1:]
-    assert loaded.sizes.tolist() == [[height, width]]
+    image.save(tmp_path / "one/0.jpg", quality=90, **options)
+    original = Image.open(tmp_path / "one/0.jpg").convert("RGB")
+    original = F.pil_to_tensor(original.rotate(-90, expand=True) if options else original)
+    dataset = cached.load(tmp_path / "one", "train", 32, streamed=True)
+    height, width = original.shape[1:]
+    assert dataset.sizes.tolist() == [[height, width]]
     boxes = torch.tensor([[0, 0, height, width], [3, 9, 40, 31], [height - 1, 0, 1, width]])
-    crops = loaded.gather(torch.tensor([0]), boxes[:, None], 24)  # three crops of one image
+    crops = dataset.gather(torch.tensor([0]), boxes[:, None], 24)  # three crops of one image
     assert crops.dtype == torch.uint8 and crops.shape == (3, 1, 3, 24, 24)
     for crop, box in zip(crops[:, 0], boxes.tolist(), strict=True):
-        oracle = F.resized_crop(whole / 255, *box, [24, 24], antialias=True)
+        oracle = F.resized_crop(original / 255, *box, [24, 24], antialias=True)
         assert (crop / 255 - oracle).abs().max() < 1.6 / 255
     side, top, left = min(height, width), max(0, height - width) // 2, max(0, width - height) // 2
-    middle = F.resized_crop(whole / 255, top, left, side, side, [32, 32], antialias=True)
-    assert (loaded.images[0] / 255 - middle).abs().max() < 1.6 / 255
+    middle = F.resized_crop(original / 255, top, left, side, side, [32, 32], antialias=True)
+    assert (dataset.images[0] / 255 - middle).abs().max() < 1.6 / 255
 
 
 def fit_on(data, config, rank=0, processes=1):
@@ -115,7 +115,7 @@ def fit_on(data, config, rank=0, processes=1):
     return Fit(SimpleNamespace(**place), method, data.images, config)
 
 
-def drawn(fit, first, last):
+def draw_views(fit, first, last):
     """Views of the steps from `first` to `last` of a training."""
     batches = fit.feed(fit._batches(first))
     for step in range(first, last):
@@ -127,11 +127,11 @@ def drawn(fit, first, last):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_n_processes_and_a_resume_see_what_one_process_sees(photos, one_process, processes):
     config = SSLConfig(**TINY, dataset=str(photos), method="simsiam")
-    loaded = cached.load(photos, "train", 32, streamed=True)
-    whole = list(drawn(fit_on(loaded, config), 0, 6))  # into the second epoch
-    ranks = [fit_on(loaded, config, rank, processes) for rank in range(processes)]
-    for step, views in enumerate(zip(*(drawn(fit, 2, 6) for fit in ranks), strict=True), 2):
-        for view, parts in zip(whole[step], zip(*views, strict=True), strict=True):
+    dataset = cached.load(photos, "train", 32, streamed=True)
+    expected = list(draw_views(fit_on(dataset, config), 0, 6))  # into the second epoch
+    ranks = [fit_on(dataset, config, rank, processes) for rank in range(processes)]
+    for step, views in enumerate(zip(*(draw_views(fit, 2, 6) for fit in ranks), strict=True), 2):
+        for view, parts in zip(expected[step], zip(*views, strict=True), strict=True):
             assert torch.equal(view.images, torch.cat([part.images for part in parts]))
             for name, values in view.params.items():
                 assert torch.equal(values, torch.cat([part.params[name] for part in parts]))
@@ -139,26 +139,26 @@ def test_n_processes_and_a_resume_see_what_one_process_sees(photos, one_process,
 
 def test_a_view_is_what_its_parameters_say_of_the_original(photos, one_process, monkeypatch):
     config = SSLConfig(**TINY, dataset=str(photos), method="simsiam")
-    loaded, decoded = cached.load(photos, "train", 32, streamed=True), []
-    original = streamed.Photographs._decode
+    dataset, calls = cached.load(photos, "train", 32, streamed=True), []
+    decode = streamed.Photographs._decode
     monkeypatch.setattr(
-        streamed.Photographs, "_decode", lambda self, row: decoded.append(1) or original(self, row)
+        streamed.Photographs, "_decode", lambda self, row: calls.append(1) or decode(self, row)
     )
-    fit = fit_on(loaded, config)
-    plain = {"jitter_probability": 0.0, "gray": 0.0, "blur": 0.0}
-    fit.method.recipe = type(fit.method.recipe)(**vars(fit.method.recipe) | plain)
-    [views] = drawn(fit, 0, 1)
-    assert len(decoded) == 8  # each once, for both views
+    fit = fit_on(dataset, config)
+    fields = {"jitter_probability": 0.0, "gray": 0.0, "blur": 0.0}
+    fit.method.recipe = type(fit.method.recipe)(**vars(fit.method.recipe) | fields)
+    [views] = draw_views(fit, 0, 1)
+    assert len(calls) == 8  # each once, for both views
     index = next(fit.method.batches(0))["images"]
-    mean, std = (torch.tensor(unit)[:, None, None] for unit in (loaded.mean, loaded.std))
+    mean, std = (torch.tensor(unit)[:, None, None] for unit in (dataset.mean, dataset.std))
     for view in views:
-        assert torch.equal(view.params["source"], loaded.sizes[index].float())
+        assert torch.equal(view.params["source"], dataset.sizes[index].float())
         assert 0 < view.params["flip"].mean() < 1
         of_view = view.images, view.params["crop"], view.params["flip"]
         for i, pixels, box, flip in zip(index, *of_view, strict=True):
-            row = loaded.images._table(loaded.images.rows[[i]])[0]
-            whole = original(loaded.images, row).contiguous() / 255
-            oracle = F.resized_crop(whole, *map(int, box), [32, 32], antialias=True)
+            row = dataset.images._table(dataset.images.rows[[i]])[0]
+            picture = decode(dataset.images, row).contiguous() / 255
+            oracle = F.resized_crop(picture, *map(int, box), [32, 32], antialias=True)
             oracle = oracle.flip(2) if flip else oracle
             assert (pixels * std + mean - oracle).abs().max() < 1.6 / 255
 
@@ -167,13 +167,13 @@ def test_a_view_is_what_its_parameters_say_of_the_original(photos, one_process, 
 
 
 def interrupt_after(monkeypatch, steps):
-    original, done = Fit.train_step, []
+    train_step, calls = Fit.train_step, []
 
     def step(self, *args):
-        done.append(1)
-        if len(done) == steps:
+        calls.append(1)
+        if len(calls) == steps:
             signal.raise_signal(signal.SIGINT)
-        return original(self, *args)
+        return train_step(self, *args)
 
     monkeypatch.setattr(Fit, "train_step", step)
 
@@ -182,7 +182,7 @@ def test_from_photographs_to_results_with_a_stop_on_the_way(photos, outputs, mon
     images = {"dataset": str(photos), "split": "trainval"}
     vae = train_vae(VAEConfig(**TINY | {"epochs": 1}, **images, dim=8))
     config = SSLConfig(**TINY, **images, method="simsiam", adversary="idaa", projection_dim=8)
-    whole = outcome(train_ssl(config))
+    expected = outcome(train_ssl(config))
     before, _, _ = capsys.readouterr().out.partition("ssl ·")
     assert "val/ is the test split, and a tenth of train/ is held out" in before
     shutil.rmtree(locate(config).path)
@@ -192,11 +192,14 @@ def test_from_photographs_to_results_with_a_stop_on_the_way(photos, outputs, mon
             train_ssl(config)
     run = train_ssl(config)
     again = outcome(run)
-    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0]) and whole[1:] == again[1:]
+    assert (
+        all(torch.equal(expected[0][k], again[0][k]) for k in expected[0])
+        and expected[1:] == again[1:]
+    )
 
-    plain = evaluate(EvalConfig(run=run.id))  # reads images as the training did
-    assert plain.config.streamed and plain.summary["knn_n"] == 10
-    assert "pixels_knn_top1" not in plain.summary
+    evaluation = evaluate(EvalConfig(run=run.id))  # reads images as the training did
+    assert evaluation.config.streamed and evaluation.summary["knn_n"] == 10
+    assert "pixels_knn_top1" not in evaluation.summary
     scene = open_scene(DecomposeConfig(vae=vae.id, run=run.id, images=2))
     assert scene.data.streamed and scene.x.shape == (2, 3, 32, 32)
     assert not [*(photos.parent / "data/cache").glob("*-32-*")]  # nothing was decoded ahead
@@ -206,7 +209,7 @@ def test_from_photographs_to_results_with_a_stop_on_the_way(photos, outputs, mon
         patch.setattr("os.walk", lambda *_, **__: pytest.fail("walked"))
         patch.setattr(streamed.Photographs, "_table", lambda *_: pytest.fail("read"))
         assert train_ssl(config).id == locate(config.replace(vae=vae.id)).id == run.id
-        assert evaluate(EvalConfig(run=run.id)).id == plain.id
+        assert evaluate(EvalConfig(run=run.id)).id == evaluation.id
     photograph(99).save(photos / "train/n0/new.JPEG")
     assert locate(config.replace(vae=vae.id)).id != run.id
 
@@ -246,7 +249,7 @@ def test_a_photograph_that_changed_is_noticed_when_it_is_read(photos, monkeypatc
     """One of a million that nobody watches, of the same size."""
     monkeypatch.setattr(sources.Source, "watch", lambda self, members: [str(self.path)])
     cached.load(photos, "train", 32, streamed=True)
-    loaded = cached.load(photos, "train", 32, streamed=True)
+    dataset = cached.load(photos, "train", 32, streamed=True)
     path = photos / "train/n0/000.JPEG"
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
@@ -255,21 +258,21 @@ def test_a_photograph_that_changed_is_noticed_when_it_is_read(photos, monkeypatc
     with pytest.raises(
         RunError, match=r"000\.JPEG changed since it was described: start again\. The"
     ):
-        list(drawn(fit_on(loaded, config), 0, 4))  # from a worker, without its trace
+        list(draw_views(fit_on(dataset, config), 0, 4))  # from a worker, without its trace
     with pytest.raises(ValueError, match="net changed since it was described: start again"):
         cached.load(photos, "train", 32, streamed=True).labels  # noqa: B018
     after = cached.load(photos, "train", 32, streamed=True)
-    assert after.fingerprint != loaded.fingerprint and len(after.images[:]) == len(loaded)
+    assert after.fingerprint != dataset.fingerprint and len(after.images[:]) == len(dataset)
 
 
 def test_photographs_that_cannot_be_read_are_named_before_anything_starts(photos):
     (photos / "train/n0/000.JPEG").write_bytes(b"no photograph")
-    whole = (photos / "train/n1/001.JPEG").read_bytes()
-    (photos / "train/n1/001.JPEG").write_bytes(whole[: len(whole) // 2])
+    content = (photos / "train/n1/001.JPEG").read_bytes()
+    (photos / "train/n1/001.JPEG").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"000\.JPEG cannot be read.*001\.JPEG cannot be"):
         cached.load(photos, "train", 32, streamed=True)
-    skipping = cached.load(photos, "trainval", 32, streamed=True, on_error="skip")
-    assert (len(skipping), skipping.skipped) == (38, 2) and len(skipping.images[:]) == 38
+    dataset = cached.load(photos, "trainval", 32, streamed=True, on_error="skip")
+    assert (len(dataset), dataset.skipped) == (38, 2) and len(dataset.images[:]) == 38
 
 
 # --- Shards
@@ -315,9 +318,13 @@ def test_shards_as_webdataset_has_them(photos, tmp_path):
         assert len(ours) == len(theirs)
         rows = [
             sorted(
-                zip(some.images[:].flatten(1).sum(1).tolist(), some.labels.tolist(), strict=True)
+                zip(
+                    dataset.images[:].flatten(1).sum(1).tolist(),
+                    dataset.labels.tolist(),
+                    strict=True,
+                )
             )
-            for some in (ours, theirs)
+            for dataset in (ours, theirs)
         ]
         assert rows[0] == rows[1]
 
@@ -330,19 +337,24 @@ def test_many_decoded_images_stay_in_their_file(outputs, monkeypatch):
     config = SSLConfig(
         limit=40, batch_size=8, epochs=1, width=4, device="cpu", precision="fp32", size=32
     )
-    small = outcome(train_ssl(config))
+    small_outcome = outcome(train_ssl(config))
     shutil.rmtree(outputs)
     monkeypatch.setattr(cached, "SMALL", 0)
-    loaded = cached.load("photos", "train", 32, 40)
-    assert isinstance(loaded.images, streamed.Images) and len(pickle.dumps(loaded.images)) < 2000
-    large = outcome(train_ssl(config))
-    assert all(torch.equal(small[0][k], large[0][k]) for k in small[0]) and small[1:] == large[1:]
+    dataset = cached.load("photos", "train", 32, 40)
+    assert isinstance(dataset.images, streamed.Images) and len(pickle.dumps(dataset.images)) < 2000
+    large_outcome = outcome(train_ssl(config))
+    assert (
+        all(torch.equal(small_outcome[0][k], large_outcome[0][k]) for k in small_outcome[0])
+        and small_outcome[1:] == large_outcome[1:]
+    )
     index = torch.tensor([3, 0, 3])
-    parts = loaded.images.split(16)
+    parts = dataset.images.split(16)
     assert [len(part) for part in parts] == [16, 16, 8]
-    assert torch.equal(torch.cat([part[:] for part in parts]), loaded.images.to("cpu"))
-    assert torch.equal(loaded.subset(index).images[:], loaded.images[index])
-    assert torch.equal(loaded.images[index], torch.stack([loaded.images[3], *loaded.images[0:4:3]]))
+    assert torch.equal(torch.cat([part[:] for part in parts]), dataset.images.to("cpu"))
+    assert torch.equal(dataset.subset(index).images[:], dataset.images[index])
+    assert torch.equal(
+        dataset.images[index], torch.stack([dataset.images[3], *dataset.images[0:4:3]])
+    )
 
 
 def test_a_renamed_folder_has_the_same_cache_and_clean_removes_what_nobody_has(
@@ -351,23 +363,23 @@ def test_a_renamed_folder_has_the_same_cache_and_clean_removes_what_nobody_has(
     for how in ({}, {"streamed": True}):
         cached.load(photos, "train", 32, **how)
     pools = sorted(path.name for path in (data / "cache").iterdir() if path.is_dir())
-    renamed = photos.rename(photos.with_name("other"))
+    folder = photos.rename(photos.with_name("other"))
     with monkeypatch.context() as patch:
         patch.setattr(pool, "decode_items", lambda *_: pytest.fail("decoded again"))
         for how in ({}, {"streamed": True}):
-            cached.load(renamed, "train", 32, **how)
+            cached.load(folder, "train", 32, **how)
     assert sorted(path.name for path in (data / "cache").iterdir() if path.is_dir()) == pools
     assert commands.main(["clean"]) == 0
     assert capsys.readouterr().out.count("kept") == 2
     time.sleep(0.02)
-    photograph(99).save(renamed / "train/n0/new.JPEG")
-    cached.load(renamed, "train", 32)
+    photograph(99).save(folder / "train/n0/new.JPEG")
+    cached.load(folder, "train", 32)
     assert commands.main(["clean"]) == 0
     assert capsys.readouterr().out.count("removed  net-") == 2
     assert len([path for path in (data / "cache").iterdir() if path.is_dir()]) == 1
     assert commands.main(["clean", "all"]) == 0
     assert not [path for path in (data / "cache").iterdir() if path.is_dir()]
-    assert len(cached.load(renamed, "train", 32).images) > 0
+    assert len(cached.load(folder, "train", 32).images) > 0
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from idaa_lib import grids, kernels, results, runs, sweeps
+from idaa_lib import grids, kernels, plans, results, runs, sweeps
 from idaa_lib.configs import VAEConfig
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.lab import plots
@@ -35,16 +35,16 @@ def notebook(tmp_path, monkeypatch):
 
 @pytest.fixture
 def three_points(monkeypatch, outputs):
-    """The plan of three encoders and their evaluations, of which `bad` fail, and what is performed:
-    no notebook is started."""
+    """The plan of three encoders and their evaluations, of which those at `bad_rates` fail, and
+    what is performed: no notebook is started."""
     cross = {"ssl": {"learning_rate": [1e-3, 2e-3, 3e-3]}}
-    tasks = sweeps.plan(grids.read({"fixed": {"all": {"device": "cpu"}}, "cross": cross}).points())
-    order, bad = [], {2e-3}
+    tasks = plans.plan(grids.read({"fixed": {"all": {"device": "cpu"}}, "cross": cross}).points())
+    order, bad_rates = [], {2e-3}
 
     def perform(config):
         order.append(config.stage)
-        failed = getattr(config, "learning_rate", None) in bad
-        state = ("failed", "Why.") if failed else ("finished", None)
+        fails = getattr(config, "learning_rate", None) in bad_rates
+        state = ("failed", "Why.") if fails else ("finished", None)
         return sweeps.Outcome(f"{config.stage}-x", *state, 1.0)
 
     monkeypatch.setattr(sweeps, "perform", perform)
@@ -55,8 +55,8 @@ def test_a_kernel_that_crashes_is_named_by_its_signal_and_its_place(notebook, tm
     name = notebook("import ctypes\n\ndef crash():\n    ctypes.string_at(0)\n\ncrash()")
     with pytest.raises(RunError, match=r"of\.ipynb was killed by SIGSEGV in string_at \(.*ctypes"):
         kernels.execute(name, {}, tmp_path / "runs" / "out.ipynb")
-    left = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert left == {"out.failed.ipynb", "out.trace.txt"}
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert names == {"out.failed.ipynb", "out.trace.txt"}
     assert "Segmentation fault" in (tmp_path / "runs" / "out.trace.txt").read_text()
 
 
@@ -64,7 +64,7 @@ def test_an_executed_notebook_says_what_made_it_and_its_channels_have_no_port(no
     name = notebook(
         "import os, ipykernel\n"
         "about = ipykernel.get_connection_info(unpack=True)\n"
-        "print(about['transport'], os.environ['IDAA_STARTER'])"
+        "print(about['transport'], os.environ['IDAA_STARTED_BY'])"
     )
     path = kernels.execute(name, {}, tmp_path / "runs" / "out.ipynb")
     first, last = (
@@ -72,8 +72,8 @@ def test_an_executed_notebook_says_what_made_it_and_its_channels_have_no_port(no
         json.loads(path.read_text())["cells"][-1],
     )
     assert "".join(first["outputs"][0]["text"]) == "ipc sweep\n"
-    made = "".join(last["source"])
-    assert all(f"\n| {word} | " in made for word in ("software", "hardware", "commit"))
+    text = "".join(last["source"])
+    assert all(f"\n| {word} | " in text for word in ("software", "hardware", "commit"))
     assert [each.name for each in path.parent.iterdir()] == ["out.ipynb"]
 
 
@@ -81,23 +81,23 @@ def test_an_executed_notebook_says_what_made_it_and_its_channels_have_no_port(no
 def test_no_two_kernels_have_one_gpu_at_a_time(visible, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(kernels.tempfile, "gettempdir", lambda: str(tmp_path))
-    held, seen, clash = set(), set(), []
+    devices, names, clash = set(), set(), []
 
     def work():
         with kernels._gpu("auto") as variables:
             (name,) = variables.values()
-            clash.extend([name] * (name in held))
-            held.add(name)
-            seen.add(name)
+            clash.extend([name] * (name in devices))
+            devices.add(name)
+            names.add(name)
             time.sleep(0.05)
-            held.discard(name)
+            devices.discard(name)
 
     threads = [threading.Thread(target=work) for _ in range(7)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not clash and seen == {name.strip() for name in visible.split(",")}
+    assert not clash and names == {name.strip() for name in visible.split(",")}
     with kernels._gpu("cpu") as variables:
         assert variables == {}
 
@@ -130,9 +130,9 @@ def test_retry_makes_what_failed_and_what_needs_it_alone(three_points):
     sweeps.perform_all(tasks)
     assert order.count("ssl") == 3 and order.count("eval") == 2  # one is left out
     keys = [*tasks]
-    bad = sweeps.locate(tasks[keys[2]].config)
-    bad.path.mkdir(parents=True)
-    (bad.path / "notebook.failed.ipynb").write_text("{}")
+    run = sweeps.locate(tasks[keys[2]].config)
+    run.path.mkdir(parents=True)
+    (run.path / "notebook.failed.ipynb").write_text("{}")
     order.clear()
     outcomes = sweeps.perform_all(tasks, retry=True)
     assert order == ["ssl"] and set(outcomes) == {keys[2], keys[3]}
@@ -213,9 +213,9 @@ def test_seeds_are_rows_or_means_with_student_s_intervals(tmp_path):
     )
     assert results.means(frame.iloc[:0]).empty
     csv, parquet = results.save(frame, tmp_path / "new" / "table")
-    for kept in (pd.read_csv(csv), pd.read_parquet(parquet)):
-        assert [*kept.columns] == [*frame.columns]
-        assert kept["value"].to_list() == frame["value"].to_list()
+    for table in (pd.read_csv(csv), pd.read_parquet(parquet)):
+        assert [*table.columns] == [*frame.columns]
+        assert table["value"].to_list() == frame["value"].to_list()
 
 
 def test_two_fields_that_are_crossed_are_a_heat_map_of_their_means():

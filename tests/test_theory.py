@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from idaa_lib import results, runs, sweeps
 from idaa_lib.configs import ConfigError, SSLConfig, TheoryConfig, VAEConfig
-from idaa_lib.identity import scene, stage, study, theory
-from idaa_lib.identity.scene import UNTRAINED
+from idaa_lib.identity import networks, scene, stage, study, theory
+from idaa_lib.identity.networks import UNTRAINED
 from idaa_lib.identity.theory import bound
 from idaa_lib.lab import pictures, verdict
 from idaa_lib.lab.rows import row_of
@@ -40,18 +40,18 @@ def posteriors(n, m, spread=1.0, seed=0):
 def test_log_densities_are_those_of_the_normal_distribution():
     mu, logvar = posteriors(7, 5)
     z = torch.randn(3, 5)
-    found = theory.log_densities(z, mu, logvar)
+    densities = theory.log_densities(z, mu, logvar)
     for i, j in itertools.product(range(3), range(7)):
         std = (0.5 * logvar[j].double()).exp()
         normal = torch.distributions.Normal(mu[j].double(), std)
-        assert found[i, j].item() == pytest.approx(normal.log_prob(z[i].double()).sum().item())
+        assert densities[i, j].item() == pytest.approx(normal.log_prob(z[i].double()).sum().item())
 
 
 def test_identical_posteriors_say_nothing_and_distant_ones_everything():
-    same = torch.randn(1, 6).expand(40, 6)
-    assert theory.information(same, same)[0] == pytest.approx(0, abs=1e-9)
-    far = 1000 * torch.eye(40)
-    nats, error = theory.information(far, torch.zeros(40, 40))
+    equal_rows = torch.randn(1, 6).expand(40, 6)
+    assert theory.information(equal_rows, equal_rows)[0] == pytest.approx(0, abs=1e-9)
+    far_rows = 1000 * torch.eye(40)
+    nats, error = theory.information(far_rows, torch.zeros(40, 40))
     assert nats == pytest.approx(math.log(40))
     assert error == pytest.approx(0, abs=1e-9)
 
@@ -63,14 +63,14 @@ def test_two_gaussians_on_a_line_against_quadrature():
         q = [stats.norm.pdf(z, m, s) for m, s in zip(mu, std, strict=True)]
         return sum(0.5 * p * math.log(p / (0.5 * sum(q))) for p in q if p > 0)
 
-    exact, _ = integrate.quad(integrand, -12, 12, limit=200)
+    integral, _ = integrate.quad(integrand, -12, 12, limit=200)
     # Of each posterior 1,000 copies: the same mixture, and as many samples of each.
     parts = (
         part[:, None].repeat(1000, 1) for part in (torch.tensor(mu), 2 * torch.tensor(std).log())
     )
     nats, error = theory.information(*parts, keyed_generator(1))
     assert error < 0.013
-    assert nats == pytest.approx(exact, abs=4 * error)
+    assert nats == pytest.approx(integral, abs=4 * error)
 
 
 def test_information_is_the_naive_loop():
@@ -94,8 +94,8 @@ def test_information_lies_between_its_bounds(spread):
     assert 0 <= nats <= math.log(64) + 1e-9
     assert nats <= rate(mu, logvar).mean()
     for size in (2, 8, 64):
-        made = [theory.batch_bounds(mu, logvar, size, keyed_generator(1, i)) for i in range(60)]
-        lower, upper = (np.array(side) for side in zip(*made, strict=True))
+        bounds = [theory.batch_bounds(mu, logvar, size, keyed_generator(1, i)) for i in range(60)]
+        lower, upper = (np.array(side) for side in zip(*bounds, strict=True))
         slack = lambda side: 4 * (side.std() / math.sqrt(60) + error) + 1e-9  # noqa: E731
         assert lower.max() <= math.log(size) + 1e-9
         assert lower.mean() <= nats + slack(lower)
@@ -106,7 +106,7 @@ def test_information_lies_between_its_bounds(spread):
 
 def test_batch_bounds_are_the_naive_loop():
     mu, logvar = (part.double() for part in posteriors(9, 2))
-    found_lower, found_upper = theory.batch_bounds(mu, logvar, 3, keyed_generator(2))
+    lower_mean, upper_mean = theory.batch_bounds(mu, logvar, 3, keyed_generator(2))
     generator = keyed_generator(2)
     z = theory.sample(mu, logvar, generator)
     order = torch.randperm(9, generator=generator).tolist()
@@ -120,8 +120,8 @@ def test_batch_bounds_are_the_naive_loop():
             }
             lower.append(math.log(q[i] / (sum(q.values()) / 3)))
             upper.append(math.log(q[i] / ((sum(q.values()) - q[i]) / 2)))
-    assert found_lower == pytest.approx(statistics.mean(lower))
-    assert found_upper == pytest.approx(statistics.mean(upper))
+    assert lower_mean == pytest.approx(statistics.mean(lower))
+    assert upper_mean == pytest.approx(statistics.mean(upper))
 
 
 # --- Theorem 3.5 --------------------------------------------------------------------------------
@@ -142,10 +142,10 @@ def test_of_discrete_pixels_it_is_at_least_their_code_length(std):
     x = np.round(generator.normal(G, std) / step) * step
     mse = ((x - G) ** 2).mean()
     cells = stats.norm.cdf(x + step / 2, G, mse**0.5) - stats.norm.cdf(x - step / 2, G, mse**0.5)
-    found = theory.distortion(mse, 4, (1.0, 0.5, 2.0))
-    assert 0 <= -np.log(cells).sum() <= found
+    nats = theory.distortion(mse, 4, (1.0, 0.5, 2.0))
+    assert 0 <= -np.log(cells).sum() <= nats
     if std == 100:  # cells are small: the density is all
-        assert found == pytest.approx(-np.log(cells).sum(), rel=1e-3)
+        assert nats == pytest.approx(-np.log(cells).sum(), rel=1e-3)
 
 
 def test_the_bound_is_the_theorem_s_arithmetic():
@@ -183,15 +183,15 @@ def test_an_observer_that_sees_all_and_one_that_sees_nothing():
 
 def test_retention_is_the_naive_loop():
     queries, candidates = torch.randn(9, 3), torch.randn(14, 3)
-    found = theory.retention(queries, candidates)
+    retention = theory.retention(queries, candidates)
     a, b = F.normalize(queries.double(), dim=1), F.normalize(candidates.double(), dim=1)
     cosine = [[(p @ q).item() for q in b] for p in a]
     ranks = [1 + sum(c > row[i] for c in row) for i, row in enumerate(cosine)]
-    assert found.ranks.tolist() == ranks
-    assert found.own.tolist() == pytest.approx([row[i] for i, row in enumerate(cosine)])
-    nearest = [max(c for j, c in enumerate(row) if j != i) for i, row in enumerate(cosine)]
-    assert found.nearest.tolist() == pytest.approx(nearest)
-    row = found.row()
+    assert retention.ranks.tolist() == ranks
+    assert retention.own.tolist() == pytest.approx([row[i] for i, row in enumerate(cosine)])
+    neighbours = [max(c for j, c in enumerate(row) if j != i) for i, row in enumerate(cosine)]
+    assert retention.nearest.tolist() == pytest.approx(neighbours)
+    row = retention.row()
     assert row["retrieved"] == pytest.approx(100 * ranks.count(1) / 9)
     assert row["mrr"] == pytest.approx(statistics.mean(1 / r for r in ranks))
 
@@ -202,33 +202,33 @@ def test_retention_is_the_naive_loop():
     halves, expected = (range(0, 9, 2), range(1, 9, 2)), {}
     for mine, other in (halves, halves[::-1]):
         taus = theory.TEMPERATURES
-        best = max(taus, key=lambda tau: statistics.mean(gain(i, tau) for i in other))
-        expected |= {i: gain(i, best) for i in mine}
-    assert found.gains.tolist() == pytest.approx([expected[i] for i in range(9)])
+        best_tau = max(taus, key=lambda tau: statistics.mean(gain(i, tau) for i in other))
+        expected |= {i: gain(i, best_tau) for i in mine}
+    assert retention.gains.tolist() == pytest.approx([expected[i] for i in range(9)])
     assert row["infonce"] <= math.log(14)
 
 
 def test_order_and_length_of_features_do_not_matter():
     draw = keyed_generator(20)
     queries, candidates = (torch.randn(20, 6, generator=draw) for _ in range(2))
-    found = theory.retention(queries, candidates)
+    retention = theory.retention(queries, candidates)
     order = torch.randperm(20)
-    permuted = theory.retention(queries[order], 7 * candidates[order])
-    assert torch.equal(permuted.ranks, found.ranks[order])
+    permuted_retention = theory.retention(queries[order], 7 * candidates[order])
+    assert torch.equal(permuted_retention.ranks, retention.ranks[order])
     for key in ("retrieved", "mrr", "own", "nearest"):
-        assert permuted.row()[key] == pytest.approx(found.row()[key], abs=1e-6)
+        assert permuted_retention.row()[key] == pytest.approx(retention.row()[key], abs=1e-6)
 
 
 def test_among_fewer_candidates_is_what_all_subsets_give():
-    found = theory.retention(torch.randn(6, 3), torch.randn(6, 3))
+    retention = theory.retention(torch.randn(6, 3), torch.randn(6, 3))
     for k in (1, 2, 4, 6):
         hits = []
-        for rank in found.ranks.tolist():
-            better = set(range(rank - 1))
+        for rank in retention.ranks.tolist():
+            rivals = set(range(rank - 1))
             for others in itertools.combinations(range(5), k - 1):
-                hits.append(not better & set(others))
-        assert found.among(k) == pytest.approx(100 * statistics.mean(hits))
-    assert found.among(6) == pytest.approx(found.row()["retrieved"])
+                hits.append(not rivals & set(others))
+        assert retention.among(k) == pytest.approx(100 * statistics.mean(hits))
+    assert retention.among(6) == pytest.approx(retention.row()["retrieved"])
 
 
 def test_fano():
@@ -242,12 +242,12 @@ def test_fano():
 def test_hardness():
     x, z = torch.randn(5, 3, 4, 4), torch.randn(5, 8)
     loss = lambda a, b: (a - b).abs().sum()  # noqa: E731
-    same = theory.hardness(x, x, z, z, loss)
-    assert same == pytest.approx({"rise": 0, "cosine": 1, "l2": 0, "linf": 0}, abs=1e-6)
-    found = theory.hardness(x, x + 0.5, z, -z, loss)
+    values_at_x = theory.hardness(x, x, z, z, loss)
+    assert values_at_x == pytest.approx({"rise": 0, "cosine": 1, "l2": 0, "linf": 0}, abs=1e-6)
+    values = theory.hardness(x, x + 0.5, z, -z, loss)
     rise = 2 * z.abs().sum().item()
     expected = {"rise": rise, "cosine": -1, "l2": 0.5 * 48**0.5, "linf": 0.5}
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert values == pytest.approx(expected, rel=1e-5)
 
 
 # --- the study ----------------------------------------------------------------------------------
@@ -288,15 +288,15 @@ def plan(made):
 def test_the_study_is_a_run_that_is_shown_again(made, monkeypatch, capsys):
     assert made.finished
     config = made.config
-    newest, _, oldest = runs.find("ssl")
-    assert (config.run, config.witness) == (newest.id, oldest.id)
+    newest_run, _, oldest_run = runs.find("ssl")
+    assert (config.run, config.witness) == (newest_run.id, oldest_run.id)
     monkeypatch.setattr(stage, "_measure", lambda plan: pytest.fail("measured again"))
     words = shlex.split(runs.command(made))
     assert main(words[words.index("theory") :]) == 0
     assert f"{made.id} is finished: showing its result" in capsys.readouterr().out
     json.loads((made.path / "summary.json").read_text(), parse_constant=pytest.fail)
     vae = runs.get("vae", config.vae)
-    assert made in oldest.users() and made in vae.users()
+    assert made in oldest_run.users() and made in vae.users()
     assert row_of(made).state == "finished"
     assert results.name_of(made) == "identity of 20 images"
 
@@ -309,8 +309,8 @@ def test_its_figures_are_the_theory_s_of_these_networks(made, plan):
     for part, images in (("x", x), ("G", G), ("R", R)):
         z = F.normalize(witness.embed(images), dim=1)
         cosine = z @ F.normalize(witness.candidates, dim=1).T
-        found = 100 * (cosine.argmax(1) == torch.arange(20)).float().mean().item()
-        assert summary["parts"][part]["retrieved"] == pytest.approx(found)
+        percent = 100 * (cosine.argmax(1) == torch.arange(20)).float().mean().item()
+        assert summary["parts"][part]["retrieved"] == pytest.approx(percent)
     latent = summary["latent"]
     assert latent["information"] <= min(math.log(20), latent["rate"]) + 1e-9
     # The decoder's s², of both terms of L_VAE, with the noise of a pixel's cell (Δ²/12).
@@ -329,19 +329,19 @@ def test_its_figures_are_the_theory_s_of_these_networks(made, plan):
 def test_an_exchange_is_the_naive_loop(made, plan):
     witness, x = plan.witness, plan.scene.x
     G, R = plan.scene.vae.decompose(x)
-    seen = []
+    pairs = []
     for a in range(20):
         b = (a + 1) % 20
         z = witness.embed((G[a] + R[b])[None])
         like_a, like_b = (F.cosine_similarity(z, witness.embed(x[[i]])).item() for i in (a, b))
-        seen.append((like_a, like_b))
-    to_a, to_b = np.array(seen).T
-    found = made.summary["exchange"]
-    assert found["cosines"]["R: a → b, G of a"][-1] == pytest.approx([to_a.mean(), to_b.mean()])
+        pairs.append((like_a, like_b))
+    to_a, to_b = np.array(pairs).T
+    exchange = made.summary["exchange"]
+    assert exchange["cosines"]["R: a → b, G of a"][-1] == pytest.approx([to_a.mean(), to_b.mean()])
     (claim,) = (row for row in made.summary["claims"] if row["section"] == "exchange")
     assert claim["value"] == pytest.approx(100 * (to_b > to_a).mean())
     assert claim["verdict"] == stage.verdict((claim["value"], claim["low"], claim["high"]), 50)
-    assert found["cosines"]["G: a → b, R of a"][0][0] == pytest.approx(1, abs=1e-5)
+    assert exchange["cosines"]["G: a → b, R of a"][0][0] == pytest.approx(1, abs=1e-5)
 
 
 def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made, plan):
@@ -351,8 +351,8 @@ def test_attacks_are_the_scene_s_and_equally_hard_ones_are(made, plan):
         row = curve[-1]
         x_adv = scene.attack(name, row["epsilon"])
         assert row["loss_after"] == pytest.approx(scene.loss(x_adv).item(), rel=1e-4)
-        moved = (x_adv - scene.x).flatten(1).norm(dim=1).mean().item()
-        assert row["l2"] == pytest.approx(moved, rel=1e-4)
+        distance = (x_adv - scene.x).flatten(1).norm(dim=1).mean().item()
+        assert row["l2"] == pytest.approx(distance, rel=1e-4)
         assert 0 <= row["consistency"] <= 100
     curves = summary["curves"]
     pairs = [row for row in summary["claims"] if row.get("at") == "hardness" and row["value"]]
@@ -376,8 +376,8 @@ def test_attacks_in_batches_are_averaged_over_all_images(made, plan, monkeypatch
     assert [len(x) for x, _ in again.batches] == [7, 7, 6]
     x_adv, parts = [], []
     for x, z in again.batches:
-        alone = dataclasses.replace(again, x=x)
-        x_adv.append(alone.attack("clae", 0.3))
+        part = dataclasses.replace(again, x=x)
+        x_adv.append(part.attack("clae", 0.3))
         parts.append(len(x) / 20 * scene.loss(z, again.embed(x_adv[-1])).item())
     assert torch.allclose(again.attack("clae", 0.3), torch.cat(x_adv), atol=1e-6)
     read = scene.read(again, plan.witness, "clae", 0.3)
@@ -385,11 +385,11 @@ def test_attacks_in_batches_are_averaged_over_all_images(made, plan, monkeypatch
 
 
 def test_vaes_that_differ_in_one_thing_alone_are_siblings(middle):
-    found = scene.siblings(middle)
-    assert [run.config.beta for run in found["beta"]] == [1.0, 4.0]
-    assert [run.config.dim for run in found["dim"]] == [4, 8]
+    siblings = networks.siblings(middle)
+    assert [run.config.beta for run in siblings["beta"]] == [1.0, 4.0]
+    assert [run.config.dim for run in siblings["dim"]] == [4, 8]
     (other,) = runs.find("vae", beta=16.0)
-    assert scene.siblings(other) == {"beta": [other], "dim": [other]}
+    assert networks.siblings(other) == {"beta": [other], "dim": [other]}
 
 
 def test_every_axis_of_a_figure_has_a_label(made):
@@ -403,10 +403,10 @@ def test_every_axis_of_a_figure_has_a_label(made):
     table = verdict.hardness_table(summary)
     assert set(table[""]) == {"IDAA", "CLAE", "random sign"}
     assert pictures.vaes(summary | {"vaes": {"epsilon": 0.3}}) is None
-    unlabelled = {n: [{**row} for row in curve] for n, curve in summary["curves"].items()}
-    for row in itertools.chain(*unlabelled.values()):
+    curves = {n: [{**row} for row in curve] for n, curve in summary["curves"].items()}
+    for row in itertools.chain(*curves.values()):
         del row["consistency"]
-    assert len(pictures.equal_hardness(summary | {"curves": unlabelled}).axes) == 2
+    assert len(pictures.equal_hardness(summary | {"curves": curves}).axes) == 2
 
 
 def test_attacked_and_witness_may_both_be_untrained(middle):
@@ -415,11 +415,11 @@ def test_attacked_and_witness_may_both_be_untrained(middle):
     )
     plan = stage.plan_study(config)
     with torch.no_grad():
-        embedded, seen = (
+        features, witness_features = (
             plan.scene.embed(plan.scene.x),
             plan.witness.embed(plan.scene.x),
         )
-    assert not torch.allclose(embedded[:, :8], seen[:, :8])
+    assert not torch.allclose(features[:, :8], witness_features[:, :8])
     assert plan.run != stage.plan_study(CONFIG).run
     (caveat,) = plan.caveats
     assert "untrained" in caveat
@@ -447,13 +447,13 @@ def test_claims_are_the_differences_of_the_readings(made):
     probes = [row for row in claims if row.get("by") == "probe"]
     assert [row["n"] for row in probes] == [20, 20]
     for row, kind in zip(probes, ("instance", "class"), strict=True):
-        found = summary["probes"][kind]
+        probe = summary["probes"][kind]
         assert row["claim"].endswith(f"which {kind}")
-        assert row["value"] == pytest.approx(found["R"][0] - found["G"][0])
+        assert row["value"] == pytest.approx(probe["R"][0] - probe["G"][0])
     attacks = [row for row in claims if row["section"] == "attacks"]
-    equal = [row for row in attacks if "at" not in row]
-    assert len(equal) == 2 * 2 * 2  # adversaries, radii, measures
-    for row in equal:
+    equal_rows = [row for row in attacks if "at" not in row]
+    assert len(equal_rows) == 2 * 2 * 2  # adversaries, radii, measures
+    for row in equal_rows:
         mine, other = (
             next(r for r in summary["curves"][name] if r["epsilon"] == row["epsilon"])
             for name in ("idaa", row["adversary"])
@@ -465,17 +465,17 @@ def test_claims_are_the_differences_of_the_readings(made):
     spread = 1.96 * summary["latent"]["error"]
     assert latent["value"] - latent["low"] == pytest.approx(spread)
     assert theorem["value"] == summary["latent"]["bound"]
-    vacuous = theorem["value"] <= 0
-    assert ("vacuous" in theorem["note"], theorem["verdict"] == "less") == (vacuous, vacuous)
+    is_vacuous = theorem["value"] <= 0
+    assert ("vacuous" in theorem["note"], theorem["verdict"] == "less") == (is_vacuous, is_vacuous)
     table = verdict.verdict_table(summary)
     assert len(table) == len(claims)
     left_out = [row["verdict"] == "left out" for row in claims]
     assert ((table["value"] == "") == left_out).all()
     assert ((table["95 % interval"] == "") == left_out).all()
     assert len(verdict.verdict_table(summary, "attacks")) == len(attacks)
-    short = verdict.attack_table(summary)  # all of these claims, few of its rows
-    assert len(short) == 8 and short.notna().all(axis=None)
-    texts = " ".join(short.stack())
+    short_table = verdict.attack_table(summary)  # all of these claims, few of its rows
+    assert len(short_table) == 8 and short_table.notna().all(axis=None)
+    texts = " ".join(short_table.stack())
     for row in attacks:
         assert row["value"] is None or f"{row['value']:+.1f} [{row['low']:+.1f}" in texts
 
@@ -485,13 +485,13 @@ def test_claims_are_the_differences_of_the_readings(made):
     [(1.0, "no ε of random sign up to 1 is as hard as IDAA"), (-1.0, "does not make x harder")],
 )
 def test_a_radius_that_is_left_out_says_why(plan, monkeypatch, rise, why):
-    def read(*about):
-        reading = scene.read(*about)
+    def read(*arguments):
+        reading = scene.read(*arguments)
         reading.row["loss_after"] = reading.row["loss_before"] + rise
         return reading
 
     monkeypatch.setattr(stage, "read", read)
-    monkeypatch.setattr(stage, "equal_hardness", lambda *about: None)
+    monkeypatch.setattr(stage, "equal_hardness", lambda *arguments: None)
     again = dataclasses.replace(plan)
     with torch.no_grad():
         stage._attacks(again)
@@ -505,8 +505,8 @@ def test_a_claim_by_an_unfair_witness_says_so(middle):
         update={"vae": middle.id, "run": UNTRAINED, "witness": UNTRAINED, "images": 10}
     )
     plan = stage.plan_study(config)
-    kept = plan.witness.retention(plan.scene.x)
-    plan.compare("x keeps more than x", kept, kept, note=["a note"])
+    retention = plan.witness.retention(plan.scene.x)
+    plan.compare("x keeps more than x", retention, retention, note=["a note"])
     assert len(plan.claims) == 2
     for row in plan.claims:
         assert (row["value"], row["verdict"], row["n"]) == (0, "cannot be told", 10)
@@ -516,10 +516,10 @@ def test_a_claim_by_an_unfair_witness_says_so(middle):
 @pytest.mark.parametrize("bend", [lambda e: e**3, lambda e: e**0.3, lambda e: math.exp(5 * e) - 1])
 def test_an_equal_loss_is_found_on_bent_curves(bend):
     curve = [(e, 2.0 + bend(e)) for e in (0.03, 0.1, 0.3, 1.0, 3.0)]
-    for wanted in (0.01, 0.05, 0.2, 0.7, 2.9):
-        loss = 2.0 + bend(wanted)
+    for point in (0.01, 0.05, 0.2, 0.7, 2.9):
+        loss = 2.0 + bend(point)
         epsilon = stage.equal_hardness(lambda e: 2.0 + bend(e), curve, loss, 2.0)
-        assert bend(epsilon) == pytest.approx(bend(wanted), rel=0.01)
+        assert bend(epsilon) == pytest.approx(bend(point), rel=0.01)
 
 
 def test_an_equal_loss_that_is_jumped_over_is_not_made_up():
@@ -531,24 +531,24 @@ def test_an_equal_loss_that_is_jumped_over_is_not_made_up():
 
 
 def test_a_witness_of_another_seed_comes_first_and_one_of_the_same_is_told(made, plan):
-    fair, clae, same = runs.find("ssl")  # seeds 1, 0 (CLAE's), 0
+    fair_run, clae, same_run = runs.find("ssl")  # seeds 1, 0 (CLAE's), 0
     vae = plan.scene.run
-    assert scene.choose_witness(vae, clae.reference) == fair.reference
-    assert scene.choose_witness(vae, fair.reference) == same.reference
+    assert networks.choose_witness(vae, clae.reference) == fair_run.reference
+    assert networks.choose_witness(vae, fair_run.reference) == same_run.reference
     assert made.summary["caveats"] == []
 
-    def about(run, witness):
+    def list_caveats(run, witness):
         update = {"run": run.reference, "witness": witness.reference}
         return dataclasses.replace(plan, config=made.config.model_copy(update=update)).caveats
 
-    assert about(clae, fair) == []
-    assert ["same seed" in caveat for caveat in about(clae, same)] == [True]
-    trained, began = about(same, clae)
-    assert "trained with clae" in trained and "same seed" in began
+    assert list_caveats(clae, fair_run) == []
+    assert ["same seed" in caveat for caveat in list_caveats(clae, same_run)] == [True]
+    first_caveat, second_caveat = list_caveats(same_run, clae)
+    assert "trained with clae" in first_caveat and "same seed" in second_caveat
 
 
 @pytest.mark.parametrize(
-    ("asked", "sentence"),
+    ("values", "sentence"),
     [
         (dict(images=1000), "images=1000 is more than the 500"),
         (dict(vae="nobody"), "no vae run 'nobody'"),
@@ -556,9 +556,9 @@ def test_a_witness_of_another_seed_comes_first_and_one_of_the_same_is_told(made,
         (dict(dataset="/no/such/folder"), "/no/such/folder"),
     ],
 )
-def test_what_is_not_there_is_one_sentence(outputs, asked, sentence):
+def test_what_is_not_there_is_one_sentence(outputs, values, sentence):
     with pytest.raises((ConfigError, RunError), match=sentence):
-        study(CONFIG.model_copy(update=asked))
+        study(CONFIG.model_copy(update=values))
 
 
 def test_the_attacked_encoder_is_no_witness(made):
@@ -583,8 +583,8 @@ def test_a_study_that_cannot_be_made_is_refused(values, sentence):
 
 
 def test_the_notebook_shows_the_finished_study(made, tmp_path):
-    asked = {"vae": made.config.vae, "images": 20, "limit": 60, "epsilons": "0.3, 1"}
-    sweeps.execute("08_identity_theory", asked | {"device": "cpu"}, tmp_path / "out.ipynb")
-    found = {path.stem for path in (made.path / "figures").glob("*.png")}
-    assert found == set(FIGURES)
+    parameters = {"vae": made.config.vae, "images": 20, "limit": 60, "epsilons": "0.3, 1"}
+    sweeps.execute("08_identity_theory", parameters | {"device": "cpu"}, tmp_path / "out.ipynb")
+    names = {path.stem for path in (made.path / "figures").glob("*.png")}
+    assert names == set(FIGURES)
     assert len(runs.find("theory")) == 1

@@ -51,12 +51,12 @@ def vae(outputs):
 
 def stop_after(monkeypatch, steps, how):
     """Call `how` when `steps` steps were made in this process."""
-    original, made = Fit.train_step, []
+    train_step, calls = Fit.train_step, []
 
     def step(self, *args):
-        values = original(self, *args)
-        made.append(1)
-        if len(made) == steps:
+        values = train_step(self, *args)
+        calls.append(1)
+        if len(calls) == steps:
             how(self)
         return values
 
@@ -76,7 +76,7 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
         config = VAEConfig(**TINY, dim=8, seed=1)
     else:
         config = ssl(adversary=adversary, keep_every=1)
-    whole = outcome(train(config))
+    expected = outcome(train(config))
     run = locate(config)
     shutil.rmtree(run.path)
     with monkeypatch.context() as patch:
@@ -86,13 +86,13 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_like_one_that_was_not(
     assert run.state["state"] == "interrupted"
     assert not run.finished
     again = outcome(train(config))
-    assert whole[0].keys() == again[0].keys()
-    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
-    assert whole[1:] == again[1:]
+    assert expected[0].keys() == again[0].keys()
+    assert all(torch.equal(expected[0][k], again[0][k]) for k in expected[0])
+    assert expected[1:] == again[1:]
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(outputs, monkeypatch):
-    whole = outcome(train_vae(VAE))
+    expected = outcome(train_vae(VAE))
     shutil.rmtree(locate(VAE).path)
     with monkeypatch.context() as patch:
 
@@ -104,8 +104,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(outputs, monkeypatch):
             train_vae(VAE)
     assert [line["step"] for line in locate(VAE).metrics()] == [4, 6, 8]
     again = outcome(train_vae(VAE))
-    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
-    assert whole[1:] == again[1:]
+    assert all(torch.equal(expected[0][k], again[0][k]) for k in expected[0])
+    assert expected[1:] == again[1:]
 
 
 def test_two_epochs_differ_and_two_runs_agree(outputs):
@@ -139,8 +139,8 @@ def test_a_run_directory_holds_what_the_design_says(outputs, vae):
     assert run.config.vae == vae.id
     assert run.environment["versions"]["torch"] == torch.__version__.split("+")[0]
     assert all({"step", "epoch", "time"} <= line.keys() for line in run.metrics())
-    logged = set().union(*run.metrics())
-    assert {"embedding_std", "effective_rank", "alignment", "uniformity"} <= logged
+    keys = set().union(*run.metrics())
+    assert {"embedding_std", "effective_rank", "alignment", "uniformity"} <= keys
 
 
 def test_training_learns(outputs):
@@ -148,20 +148,20 @@ def test_training_learns(outputs):
     run = train_vae(VAEConfig(limit=500, width=8, dim=32, epochs=6, batch_size=32, device="cpu"))
     assert run.summary["reconstruction"] < 0.8  # 1 is the variance of normalised pixels
     assert run.summary["rate_nats"] > 1
-    trained = train_ssl(
+    long_run = train_ssl(
         SSLConfig(limit=600, width=8, epochs=4, batch_size=64, learning_rate=2e-3, log_every=9)
     )
-    losses = [line["loss"] for line in trained.metrics() if "loss" in line]
+    losses = [line["loss"] for line in long_run.metrics() if "loss" in line]
     assert losses[-1] < losses[0]
-    knn = [line["knn_top1_val"] for line in trained.metrics() if "knn_top1_val" in line]
+    knn = [line["knn_top1_val"] for line in long_run.metrics() if "knn_top1_val" in line]
     assert knn[-1] > 100 / 13 * 2
 
 
 def test_a_longer_run_continues_from_a_finished_one(outputs, vae):
-    longer = train_vae(VAE.model_copy(update={"continue_from": vae.id, "epochs": 3}))
-    assert longer != vae
+    longer_run = train_vae(VAE.model_copy(update={"continue_from": vae.id, "epochs": 3}))
+    assert longer_run != vae
     assert vae.finished
-    assert longer.metrics()[0]["loss"] < vae.metrics()[0]["loss"]
+    assert longer_run.metrics()[0]["loss"] < vae.metrics()[0]["loss"]
 
 
 def test_continuing_from_other_weights_is_told_before_work(outputs, vae):
@@ -173,42 +173,42 @@ def test_continuing_from_other_weights_is_told_before_work(outputs, vae):
 def test_request_to_stop_and_to_pause(outputs, monkeypatch):
     def pause(fit):
         fit.writer.run.ask("pause")
-        later = [(0.6, "go"), (1.2, "stop")]
-        for delay, request in later:
+        requests = [(0.6, "go"), (1.2, "stop")]
+        for delay, request in requests:
             threading.Timer(delay, fit.writer.run.ask, (request,)).start()
 
     stop_after(monkeypatch, 2, pause)
-    slow = VAE.model_copy(update={"epochs": 400})
-    began = time.monotonic()
+    config = VAE.model_copy(update={"epochs": 400})
+    start = time.monotonic()
     with pytest.raises(Stopped, match=r"Stopped \(stop\)"):
-        train_vae(slow)
-    assert time.monotonic() - began > 1.0
-    state = locate(slow).state
+        train_vae(config)
+    assert time.monotonic() - start > 1.0
+    state = locate(config).state
     assert (state["state"], state["paused"]) == ("interrupted", False)
-    assert checkpoints.load(locate(slow))[1]["seconds"] < time.monotonic() - began - 0.5
+    assert checkpoints.load(locate(config))[1]["seconds"] < time.monotonic() - start - 0.5
 
 
 def test_the_command_line_trains_and_speaks_in_sentences(outputs):
     command = [sys.executable, "-m", "idaa_lib.train"]
     words = [f"{k}={v}" for k, v in TINY.items()]
-    done = subprocess.run([*command, "vae", *words, "dim=8"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([*command, "vae", *words, "dim=8"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert locate(VAE).finished
-    assert "epoch 2/2" in done.stdout  # a readable log where there is no terminal
+    assert "epoch 2/2" in process.stdout  # a readable log where there is no terminal
     run = train_ssl(ssl())
     words = [f"run={run.id}", "limit=60", "references=False"]
-    done = subprocess.run([*command, "eval", *words], capture_output=True, text=True)
-    assert '"knn_top1"' in done.stdout, done.stderr
-    for bad, sentence in (
+    process = subprocess.run([*command, "eval", *words], capture_output=True, text=True)
+    assert '"knn_top1"' in process.stdout, process.stderr
+    for arguments, sentence in (
         (["ssl", "epsilom=3"], "did you mean 'epsilon'"),
         (["ssl", "epsilon"], "neither name=value nor @file.json"),
         (["ssl", "dataset=nowhere"], "nowhere"),
         (["ssl", "@nowhere.json"], "There is no configuration nowhere.json."),
     ):
-        done = subprocess.run([*command, *bad], capture_output=True, text=True)
-        assert done.returncode == 2
-        assert sentence in done.stderr
-        assert "Traceback" not in done.stderr
+        process = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert process.returncode == 2
+        assert sentence in process.stderr
+        assert "Traceback" not in process.stderr
 
 
 def test_ctrl_c_in_a_process_saves_and_says_how_to_go_on(outputs):
@@ -239,32 +239,32 @@ def test_a_vae_of_other_images_attacks_in_its_own_units(
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((160 + image // 3).permute(1, 2, 0).numpy()).save(path)
-    pale = dict(dataset=str(tmp_path / "pale"), adversary="idaa", limit=64)
+    fields = dict(dataset=str(tmp_path / "pale"), adversary="idaa", limit=64)
     with pytest.raises(RunError, match=r"no finished vae run with dataset=.*pale"):
-        train_ssl(ssl(**pale))
+        train_ssl(ssl(**fields))
 
-    used, anchor = [], adversaries.IDAA.anchor
+    calls, anchor = [], adversaries.IDAA.anchor
 
-    def watched(attack, x, graph=False):
-        made = anchor(attack, x, graph)
+    def watch(attack, x, graph=False):
+        result = anchor(attack, x, graph)
         mean, std = (torch.tensor(u)[:, None, None] for u in attack.units[0])
         pixels = x * std + mean  # back in [0, 1], and into the VAE's units by hand
-        own = (pixels - torch.tensor(vae_.mean)[:, None, None]) / torch.tensor(vae_.std)[
+        own_pixels = (pixels - torch.tensor(vae_.mean)[:, None, None]) / torch.tensor(vae_.std)[
             :, None, None
         ]
-        used.append((attack.units, made.point, vae_.encode(own)[0]))
-        return made
+        calls.append((attack.units, result.point, vae_.encode(own_pixels)[0]))
+        return result
 
     vae_ = load_vae(vae)
-    monkeypatch.setattr(adversaries.IDAA, "anchor", watched)
-    run = train_ssl(ssl(**pale, vae=vae.id, precision="fp32"))
+    monkeypatch.setattr(adversaries.IDAA, "anchor", watch)
+    run = train_ssl(ssl(**fields, vae=vae.id, precision="fp32"))
     assert f"vae: {vae.id} was trained on photos, not on" in capsys.readouterr().out
-    about = run.environment["dataset"]
-    units = (tuple(about["mean"]), tuple(about["std"])), (vae_.mean, vae_.std)
-    assert units[0] != units[1] and len(used) == 8
-    for found, point, by_hand in used:
-        assert found == units
-        torch.testing.assert_close(point, by_hand, rtol=1e-4, atol=1e-4)
+    dataset = run.environment["dataset"]
+    units = (tuple(dataset["mean"]), tuple(dataset["std"])), (vae_.mean, vae_.std)
+    assert units[0] != units[1] and len(calls) == 8
+    for attack_units, point, z_by_hand in calls:
+        assert attack_units == units
+        torch.testing.assert_close(point, z_by_hand, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard"])
@@ -290,13 +290,13 @@ def test_a_tracker_that_does_not_start_is_a_sentence_before_a_step(
     def refuse(*_):
         raise RuntimeError(error)
 
-    available = [*map(str, get_available_trackers()), tracker]
-    monkeypatch.setattr("idaa_lib.train.accelerator.get_available_trackers", lambda: available)
+    trackers = [*map(str, get_available_trackers()), tracker]
+    monkeypatch.setattr("idaa_lib.train.accelerator.get_available_trackers", lambda: trackers)
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
-    with pytest.raises(ConfigError, match=help_) as caught:
+    with pytest.raises(ConfigError, match=help_) as refusal:
         train_vae(VAE.model_copy(update={"tracker": tracker}))
-    text = str(caught.value)
+    text = str(refusal.value)
     reason = error.splitlines()[0].rstrip(".") if error else "RuntimeError"
     assert text.startswith(f"tracker={tracker!r} does not start ({reason})") and "\n" not in text
     assert not runs.find("vae", finished=False)[0].metrics()
@@ -340,29 +340,29 @@ def test_values_that_only_the_start_can_judge(outputs, values, sentence, monkeyp
 
 def test_no_space_is_told_before_work(outputs, monkeypatch):
     assert len(images.load("photos", "train").images)  # decoded, while there is space
-    full = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    said = {}
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    sizes = {}
     for every in (None, 1):
         with pytest.raises(
             RunError, match=r"No space for .*: its checkpoints need \d+ MiB"
-        ) as told:
+        ) as refusal:
             train_ssl(ssl(epochs=101, width=16, keep_every=every))
-        said[every] = int(re.search(r"need (\d+) MiB", str(told.value))[1])
+        sizes[every] = int(re.search(r"need (\d+) MiB", str(refusal.value))[1])
     # Three checkpoints of weights and two moments; each of the 100 snapshots is of weights alone.
-    assert said[1] == pytest.approx(said[None] * (9 + 100) / 9, rel=0.1)
+    assert sizes[1] == pytest.approx(sizes[None] * (9 + 100) / 9, rel=0.1)
     run = locate(ssl(epochs=101, width=16))
     for epoch in range(1, 101):  # an interrupted run has them already
         checkpoints.keep(run, epoch, {"weight": torch.zeros(1)})
-    with pytest.raises(RunError, match=rf"its checkpoints need {said[None]} MiB"):
+    with pytest.raises(RunError, match=rf"its checkpoints need {sizes[None]} MiB"):
         train_ssl(ssl(epochs=101, width=16, keep_every=1))
 
 
 def test_a_disk_that_fills_up_ends_in_a_sentence(outputs, monkeypatch):
-    def full(fit):
+    def fill_disk(fit):
         raise OSError(28, os.strerror(28))
 
-    stop_after(monkeypatch, 9, full)
+    stop_after(monkeypatch, 9, fill_disk)
     with pytest.raises(RunError, match="No space left on device, so"):
         train_vae(VAE)
     assert checkpoints.load(locate(VAE))[1]["step"] == 6
@@ -376,13 +376,13 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_is_not_saved(outputs, l
             train_ssl(config)
     run = locate(config)
     assert run.state["state"] == "failed"
-    saved = checkpoints.load(run)
-    assert saved is None or all(t.isfinite().all() for t in saved[0].values())
-    about = json.loads((run.path / "not_finite.json").read_text())
-    assert about["checkpoint"] == (saved and saved[1]["step"])
+    checkpoint = checkpoints.load(run)
+    assert checkpoint is None or all(t.isfinite().all() for t in checkpoint[0].values())
+    report = json.loads((run.path / "not_finite.json").read_text())
+    assert report["checkpoint"] == (checkpoint and checkpoint[1]["step"])
     order = torch.randperm(96, generator=keyed_generator(config.seed, 0, 0, 0))
-    first = 16 * (about["step"] - 1)
-    assert about["images"] == {"images": order[first : first + 16].tolist()}
+    first = 16 * (report["step"] - 1)
+    assert report["images"] == {"images": order[first : first + 16].tolist()}
 
 
 @pytest.mark.parametrize("delay", [0, 1, 9])
@@ -390,12 +390,12 @@ def test_an_attack_that_is_not_finite_is_told_by_the_log(vae, monkeypatch, late,
     monkeypatch.setattr(adversaries.ascent, "waits", lambda device: True)  # as on a GPU
     late(delay)
 
-    def broken(run):
-        found = load_vae(run)
-        found.fc21.bias.data.fill_(torch.nan)
-        return found
+    def load_broken(run):
+        network = load_vae(run)
+        network.fc21.bias.data.fill_(torch.nan)
+        return network
 
-    monkeypatch.setattr(stages, "load_vae", broken)
+    monkeypatch.setattr(stages, "load_vae", load_broken)
     config = ssl(adversary="idaa", log_every=3)
     with pytest.raises(RunError, match="By step 3: An attack's gradient was not finite"):
         train_ssl(config)
@@ -406,35 +406,37 @@ def test_an_attack_that_is_not_finite_is_told_by_the_log(vae, monkeypatch, late,
 
 @pytest.mark.parametrize("delay", [1, 3, 99])
 def test_lines_that_come_late_change_no_training(outputs, late, delay):
-    plain = outcome(train_vae(VAE))
+    expected = outcome(train_vae(VAE))
     shutil.rmtree(locate(VAE).path)
     late(delay)
     again = outcome(train_vae(VAE))
-    assert again[1:] == plain[1:]
-    assert all(torch.equal(again[0][name], value) for name, value in plain[0].items())
+    assert again[1:] == expected[1:]
+    assert all(torch.equal(again[0][name], value) for name, value in expected[0].items())
 
 
 def test_images_from_the_host_are_those_of_the_device():
-    held = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
     device = torch.device("cpu")
-    here, streamed = Feed(held, device), Feed(held, device, resident=False)
+    resident_feed, host_feed = Feed(pixels, device), Feed(pixels, device, resident=False)
     for epoch in range(2):  # workers outlive an epoch
         order = torch.randperm(50, generator=torch.Generator().manual_seed(epoch)).split(8)
         batches = [{"images": index, "unlabelled": index.flip(0)} for index in order]
-        for ours, theirs, batch in zip(here(batches), streamed(batches), batches, strict=True):
+        for ours, theirs, batch in zip(
+            resident_feed(batches), host_feed(batches), batches, strict=True
+        ):
             for name, index in batch.items():
-                for indices, found in (ours, theirs):
+                for indices, tensors in (ours, theirs):
                     assert torch.equal(indices[name], index)
-                    assert torch.equal(found[name], held[index])
+                    assert torch.equal(tensors[name], pixels[index])
 
 
 def test_a_run_that_streams_its_images_is_the_same_run(outputs, monkeypatch):
-    held = outcome(train_vae(VAE))
+    expected = outcome(train_vae(VAE))
     shutil.rmtree(outputs)
     monkeypatch.setattr(loop, "Feed", partial(Feed, resident=False))
-    streamed = outcome(train_vae(VAE))
-    assert all(torch.equal(held[0][k], streamed[0][k]) for k in held[0])
-    assert held[1:] == streamed[1:]
+    streamed_outcome = outcome(train_vae(VAE))
+    assert all(torch.equal(expected[0][k], streamed_outcome[0][k]) for k in expected[0])
+    assert expected[1:] == streamed_outcome[1:]
 
 
 def test_compiled_views_are_the_same_views(outputs):
@@ -442,9 +444,9 @@ def test_compiled_views_are_the_same_views(outputs):
     method = build_method(ssl(), About(recipe("simclr", 32, data.mean, data.std)))
     batch = {"images": data.images}
     moment = Moment(numbers=method.numbers({"images": len(data)}, keyed_generator(1)))
-    plain = method.draw(batch, {}, moment)
+    expected = method.draw(batch, {}, moment)
     method.compile_parts()
-    for ours, theirs in zip(method.draw(batch, {}, moment), plain, strict=True):
+    for ours, theirs in zip(method.draw(batch, {}, moment), expected, strict=True):
         torch.testing.assert_close(ours.images, theirs.images, atol=1e-4, rtol=1e-4)
 
 
@@ -458,25 +460,25 @@ def test_compiled_views_are_the_same_views(outputs):
 def test_a_compiled_network_trains_like_a_plain_one_and_is_a_run_of_its_own(
     method, adversary, outputs, monkeypatch
 ):
-    short = {"precision": "fp32", "limit": 32, "epochs": 1, "log_every": 1}
+    fields = {"precision": "fp32", "limit": 32, "epochs": 1, "log_every": 1}
     if method == "vae":
-        plain = VAEConfig(**TINY | short, dim=8)
+        config = VAEConfig(**TINY | fields, dim=8)
     else:
         if adversary == "idaa":
             train_vae(VAE)
         # Its preset's ε; in small steps, as a δ of little gradient turns its sign with rounding.
-        short |= {"adversary": adversary, "learning_rate": 1e-5}
+        fields |= {"adversary": adversary, "learning_rate": 1e-5}
         if method == "fixmatch":
-            few = {"limit": 64, "batch_size": 4, "mu": 2, "labels_per_class": 2}
-            plain = SemiConfig(**TINY | short | few)
+            limits = {"limit": 64, "batch_size": 4, "mu": 2, "labels_per_class": 2}
+            config = SemiConfig(**TINY | fields | limits)
         else:
-            plain = ssl(**short, method=method, **({"queue": 32} if method == "moco" else {}))
+            config = ssl(**fields, method=method, **({"queue": 32} if method == "moco" else {}))
         # All but the C++ compiler, which works a minute on an encoder's graphs.
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    compiled = plain.replace(compile=True)
-    assert locate(compiled) != locate(plain)  # it rounds otherwise
-    first = outcome(train(plain))
-    second = outcome(train(compiled))
+    compiled_config = config.replace(compile=True)
+    assert locate(compiled_config) != locate(config)  # it rounds otherwise
+    first = outcome(train(config))
+    second = outcome(train(compiled_config))
     assert first[0].keys() == second[0].keys()
     for line, other in zip(first[2], second[2], strict=True):
         assert line == pytest.approx(other, rel=1e-2)  # Adam turns rounding into steps
@@ -518,13 +520,13 @@ def test_a_relative_path_is_meant_from_where_it_was_given(outputs, tmp_path, mon
 
 
 def test_moving_a_folder_is_the_same_run(outputs, tmp_path):
-    here = folder(tmp_path / "here")
-    config = ssl(dataset=str(here), size=16)
+    path = folder(tmp_path / "here")
+    config = ssl(dataset=str(path), size=16)
     run = locate(config)
-    moved = shutil.move(here, tmp_path / "sub" / "here")
-    assert locate(config.model_copy(update={"dataset": str(moved)})) == run
-    (Path(moved) / "train" / "a" / "0.png").unlink()
-    assert locate(config.model_copy(update={"dataset": str(moved)})) != run
+    target = shutil.move(path, tmp_path / "sub" / "here")
+    assert locate(config.model_copy(update={"dataset": str(target)})) == run
+    (Path(target) / "train" / "a" / "0.png").unlink()
+    assert locate(config.model_copy(update={"dataset": str(target)})) != run
 
 
 def test_an_encoder_of_an_unfinished_or_damaged_run_is_refused(outputs, monkeypatch):
@@ -543,29 +545,29 @@ def test_an_encoder_of_an_unfinished_or_damaged_run_is_refused(outputs, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("asked", "sentence"),
+    ("values", "sentence"),
     [({"device": "gpu"}, "device must be one of .*'gpu'"), ({"run": "vae"}, "stage 'vae'")],
 )
-def test_an_evaluation_that_cannot_be_leaves_nothing_behind(outputs, vae, asked, sentence):
+def test_an_evaluation_that_cannot_be_leaves_nothing_behind(outputs, vae, values, sentence):
     run = train_ssl(ssl())
-    asked = {"run": run.id} | {k: str(vae.path) if v == "vae" else v for k, v in asked.items()}
+    values = {"run": run.id} | {k: str(vae.path) if v == "vae" else v for k, v in values.items()}
     with pytest.raises((ConfigError, RunError), match=sentence):
-        evaluate(EvalConfig(**asked))
+        evaluate(EvalConfig(**values))
     assert not (outputs / "eval").exists()
 
 
 def test_validation_images_are_never_in_their_own_bank(outputs, monkeypatch):
     """Trained on `trainval`, an image would otherwise be its own nearest neighbour."""
-    seen = []
-    original = idaa_lib.train.stages.knn
+    banks = []
+    knn = idaa_lib.train.stages.knn
 
-    def watched(bank, *rest, **options):
-        seen.append(bank)
-        return original(bank, *rest, **options)
+    def watch(bank, *arguments, **options):
+        banks.append(bank)
+        return knn(bank, *arguments, **options)
 
-    monkeypatch.setattr("idaa_lib.train.stages.knn", watched)
+    monkeypatch.setattr("idaa_lib.train.stages.knn", watch)
     run = train_ssl(ssl(split="trainval", limit=4500, epochs=1, batch_size=64))
-    assert len(seen[0]) == len(images.load("photos", "train")) == 4000
+    assert len(banks[0]) == len(images.load("photos", "train")) == 4000
     assert "trained on without their labels" in run.summary["knn_protocol"]
 
 
@@ -580,9 +582,9 @@ def test_an_encoder_comes_back_in_one_line(outputs):
     assert (size, mean, std) == (32, data.mean, data.std)
     assert not module.training
     assert not any(p.requires_grad for p in module.parameters())
-    stored, _ = checkpoints.load(run)
+    tensors, _ = checkpoints.load(run)
     for name, value in module.state_dict().items():
-        assert torch.equal(value, stored[f"method.network.backbone.{name}"])
+        assert torch.equal(value, tensors[f"method.network.backbone.{name}"])
     z = features(load_encoder(run, "projector").module, data.images, size, mean, std)
     assert z.shape == (96, 8)
     assert torch.allclose(z.norm(dim=1), torch.ones(96), atol=1e-5)
@@ -593,15 +595,15 @@ def test_an_encoder_comes_back_in_one_line(outputs):
 def test_a_backbone_comes_back_without_its_method(outputs, monkeypatch):
     """Whatever became of the method's code: configuration and weights are enough."""
     run = train_ssl(ssl(adversary="clae"))
-    wanted = load_encoder(run)
+    expected = load_encoder(run)
     monkeypatch.setattr(encoders, "build_method", lambda *_: pytest.fail("built"))
     state = torch.get_rng_state()
     module = load_encoder(run).module
     assert torch.equal(torch.get_rng_state(), state)
-    assert module.state_dict().keys() == wanted.module.state_dict().keys()
+    assert module.state_dict().keys() == expected.module.state_dict().keys()
     assert not any("_adv." in name for name in module.state_dict())  # they serve training alone
     x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(module(x), wanted.module(x))
+    assert torch.equal(module(x), expected.module(x))
     path = run.path / "config.json"
     path.write_text(path.read_text().replace('"width": 4', '"width": 8'))
     with pytest.raises(RunError, match="do not fit its networks as they are now"):
@@ -627,43 +629,43 @@ def test_images_without_a_label_are_left_out_of_what_labels_judge(outputs, monke
 
 
 def test_the_reference_encoder_is_the_one_before_training(outputs, monkeypatch):
-    kept, build = {}, stages.build_method
+    weights, build = {}, stages.build_method
 
     def keep(*args):
         method = build(*args)
-        kept.update({k: v.clone() for k, v in method.network.backbone.state_dict().items()})
+        weights.update({k: v.clone() for k, v in method.network.backbone.state_dict().items()})
         return method
 
     monkeypatch.setattr(stages, "build_method", keep)
     run = train_ssl(ssl(seed=3))
     module = random_encoder(run).module
-    assert all(torch.equal(v, kept[k]) for k, v in module.state_dict().items())
+    assert all(torch.equal(v, weights[k]) for k, v in module.state_dict().items())
 
 
 def test_an_evaluation_is_a_run_with_figures_that_say_how_they_came(outputs):
     run = train_ssl(ssl())
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
-    judged = evaluate(EvalConfig(run=run.id, limit=120, device="cpu"))
-    summary, found = judged.summary, results(judged)
+    evaluation_run = evaluate(EvalConfig(run=run.id, limit=120, device="cpu"))
+    summary, tensors = evaluation_run.summary, results(evaluation_run)
     test = images.load("photos", "test", limit=120)
-    assert torch.equal(found["labels"], test.labels)
+    assert torch.equal(tensors["labels"], test.labels)
     for subject in ("", "random_", "pixels_"):
         for probe in ("knn", "linear"):
             key = f"{subject}{probe}"
             name = subject.rstrip("_") or "encoder"
-            top1 = (found[f"{name}.{probe}"] == test.labels).double().mean().item() * 100
+            top1 = (tensors[f"{name}.{probe}"] == test.labels).double().mean().item() * 100
             assert summary[f"{key}_top1"] == pytest.approx(top1)
             assert summary[f"{key}_low"] <= top1 <= summary[f"{key}_high"]
             assert summary[f"{key}_n"] == 120
             assert summary[f"{key}_protocol"].startswith("clean: ")
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
-    assert evaluate(EvalConfig(run=run.id, limit=120)) == judged
+    assert evaluate(EvalConfig(run=run.id, limit=120)) == evaluation_run
 
 
 def test_the_official_protocol_is_labelled(outputs):
     run = train_ssl(ssl())
-    asked = EvalConfig(run=run.id, limit=120, protocol="official", references=False)
-    summary = evaluate(asked).summary
+    config = EvalConfig(run=run.id, limit=120, protocol="official", references=False)
+    summary = evaluate(config).summary
     assert "official" in summary["knn_protocol"]
     assert summary["knn_protocol"].endswith(", final epoch")
     assert "best test epoch" in summary["linear_protocol"]
@@ -685,43 +687,47 @@ def test_the_official_protocol_takes_the_kept_epoch_that_is_best_on_test(
     for epoch in (1, 2):
         config = run.config.model_copy(update={"seed": epoch})
         about = About(recipe("none", 32, (0.5,) * 3, (0.25,) * 3))
-        made = build_method(config, about).state_dict()
-        checkpoints.keep(run, epoch, {f"method.{k}": v for k, v in made.items()})
-    flat = {k: torch.zeros_like(v) if "conv1" in k else v for k, v in tensors.items()}
-    checkpoints.save(run, state["step"], flat, state)
+        weights = build_method(config, about).state_dict()
+        checkpoints.keep(run, epoch, {f"method.{k}": v for k, v in weights.items()})
+    flat_tensors = {k: torch.zeros_like(v) if "conv1" in k else v for k, v in tensors.items()}
+    checkpoints.save(run, state["step"], flat_tensors, state)
 
     how = dict(run=run.id, limit=120, k=20, references=False, device="cpu", precision="fp32")
-    asked = EvalConfig(**how, protocol="official")
-    judged = evaluate(asked)
+    eval_config = EvalConfig(**how, protocol="official")
+    evaluation_run = evaluate(eval_config)
     *bank, test = (images.load("photos", split, limit=120) for split in ("train", "val", "test"))
     labels = torch.cat([data.labels for data in bank])
     tau = 0.1 if method == "plain" else 0.5
 
-    def encoded(data, layer, epoch):
+    def encode(data, layer, epoch):
         module, *units = load_encoder(run, layer, epoch)
         return features(module, data.images, *units)
 
-    found = {}
+    accuracies = {}
     for epoch in (1, 2):
-        z = torch.cat([encoded(data, "projector", epoch) for data in bank])
-        queries = encoded(test, "projector", epoch)
+        z = torch.cat([encode(data, "projector", epoch) for data in bank])
+        queries = encode(test, "projector", epoch)
         guess = naive_knn(z, labels, queries, len(test.classes), 20, tau)
-        found[epoch] = 100 * (torch.tensor(guess) == test.labels).double().mean().item()
-    best = max(reversed(found), key=found.get)
-    summary = judged.summary
-    assert summary["knn_epoch"] == best
-    assert summary["knn_top1"] == pytest.approx(found[best])
+        accuracies[epoch] = 100 * (torch.tensor(guess) == test.labels).double().mean().item()
+    best_epoch = max(reversed(accuracies), key=accuracies.get)
+    summary = evaluation_run.summary
+    assert summary["knn_epoch"] == best_epoch
+    assert summary["knn_top1"] == pytest.approx(accuracies[best_epoch])
     assert summary["knn_top1_last"] < summary["knn_top1"]
     assert summary["knn_protocol"].endswith(", best of 3 epochs by kNN on test")
-    chosen = best if of_linear == "best" else None
-    assert summary["linear_epoch"] == chosen
+    linear_epoch = best_epoch if of_linear == "best" else None
+    assert summary["linear_epoch"] == linear_epoch
     layer = "projector" if method == "plain" else "backbone"
-    torch.testing.assert_close(results(judged)["features"], encoded(test, layer, chosen))
+    torch.testing.assert_close(
+        results(evaluation_run)["features"], encode(test, layer, linear_epoch)
+    )
     # The same weights with other snapshots are another evaluation; the clean one knows of none.
     checkpoints.keep(run, 1, tensors)
-    assert not evaluation.locate(asked).finished
-    clean = evaluate(EvalConfig(**how)).summary
-    assert "knn_epoch" not in clean and clean["knn_protocol"].endswith(", last weights")
+    assert not evaluation.locate(eval_config).finished
+    clean_summary = evaluate(EvalConfig(**how)).summary
+    assert "knn_epoch" not in clean_summary and clean_summary["knn_protocol"].endswith(
+        ", last weights"
+    )
 
 
 def test_of_equally_good_epochs_the_latest_is_taken(outputs):
@@ -730,34 +736,36 @@ def test_of_equally_good_epochs_the_latest_is_taken(outputs):
     weights, state = checkpoints.load(run)
     for epoch in (1, 2):
         checkpoints.keep(run, epoch, weights)
-    asked = EvalConfig(run=run.id, limit=60, protocol="official", references=False, device="cpu")
-    assert evaluate(asked).summary["knn_epoch"] is None  # the final one
-    flat = {k: torch.zeros_like(v) if "conv1" in k else v for k, v in weights.items()}
-    checkpoints.save(run, state["step"], flat, state)
-    assert evaluate(asked).summary["knn_epoch"] == 2
+    config = EvalConfig(run=run.id, limit=60, protocol="official", references=False, device="cpu")
+    assert evaluate(config).summary["knn_epoch"] is None  # the final one
+    flat_weights = {k: torch.zeros_like(v) if "conv1" in k else v for k, v in weights.items()}
+    checkpoints.save(run, state["step"], flat_weights, state)
+    assert evaluate(config).summary["knn_epoch"] == 2
 
 
 def test_imagenet_simsiam_s_official_classifier_is_trained_on_crops(outputs, monkeypatch):
     """By the final weights, whatever was kept; no references, asked for or not: one evaluation."""
     run = train_ssl(ssl(method="simsiam", pairing="imagenet", keep_every=1, epochs=2))
-    asked = EvalConfig(run=run.id, limit=60, protocol="official")
-    assert evaluation.locate(asked) == evaluation.locate(
-        asked.model_copy(update={"references": False})
+    config = EvalConfig(run=run.id, limit=60, protocol="official")
+    assert evaluation.locate(config) == evaluation.locate(
+        config.model_copy(update={"references": False})
     )
     with monkeypatch.context() as patch:
         patch.setattr(runs.Run, "request", property(lambda self: "stop"))
         with pytest.raises(Stopped, match="after step 1 of 90"):
-            evaluate(asked)
-    judged = evaluate(asked)
-    summary = judged.summary
+            evaluate(config)
+    evaluation_run = evaluate(config)
+    summary = evaluation_run.summary
     assert summary["knn_protocol"].startswith("official of SimSiam on ImageNet (bank without")
     words = "LARS on random crops of central squares, 90 epochs, the last, final epoch"
     assert summary["linear_protocol"].endswith(f": backbone features, {words}")
     assert not any("random" in key or "pixels" in key for key in summary)
-    assert len(judged.metrics()) == 90  # of 60 images a step an epoch
-    guess = results(judged)["encoder.linear"]
+    assert len(evaluation_run.metrics()) == 90  # of 60 images a step an epoch
+    guess = results(evaluation_run)["encoder.linear"]
     assert summary["linear_n"] == len(guess) == 60
-    assert summary["linear_top1"] == 100 * (guess == results(judged)["labels"]).double().mean()
+    assert (
+        summary["linear_top1"] == 100 * (guess == results(evaluation_run)["labels"]).double().mean()
+    )
 
 
 def folder_of(root, n, classes=("cat", "dog")):
@@ -794,23 +802,23 @@ def test_the_siblings_official_protocols_are_labelled(
 ):
     """And the images are as large as those that the training's crops were cut of. (Two epochs are
     enough to see that.)"""
-    original = evaluation.crops.crop_probe
+    crop_probe = evaluation.crops.crop_probe
 
     def probe(*sets, classifier, **how):
-        return original(*sets, classifier=classifier._replace(epochs=2), **how)
+        return crop_probe(*sets, classifier=classifier._replace(epochs=2), **how)
 
     monkeypatch.setattr(evaluation.crops, "crop_probe", probe)
-    own = {"source_size": 48} if px == 48 else {}
+    size_field = {"source_size": 48} if px == 48 else {}
     if "source_size" not in SSLConfig.model_fields:
-        monkeypatch.setattr(SSLConfig, "source_size", own.get("source_size"), raising=False)
-        own, values = {}, {k: v for k, v in values.items() if k != "source_size"}
+        monkeypatch.setattr(SSLConfig, "source_size", size_field.get("source_size"), raising=False)
+        size_field, values = {}, {k: v for k, v in values.items() if k != "source_size"}
     if px is None:  # photographs are many to decode at 224 px
         for part, n in (("train", 4), ("val", 2), ("test", 10)):
             folder_of(tmp_path / "two" / part, n)
         values = values | {"dataset": str(tmp_path / "two")}
-    run = train_ssl(ssl(**{"epochs": 1, "limit": 32} | own | values))
-    asked = EvalConfig(run=run.id, limit=20, protocol="official", k=9, device="cpu")
-    summary = evaluate(asked).summary
+    run = train_ssl(ssl(**{"epochs": 1, "limit": 32} | size_field | values))
+    config = EvalConfig(run=run.id, limit=20, protocol="official", k=9, device="cpu")
+    summary = evaluate(config).summary
     at = f", images of {px} px" if px else ""
     knn_protocol = f"official of {of}: backbone features, k=9, τ={tau:g}{at}, final epoch"
     assert summary["knn_protocol"] == knn_protocol
@@ -825,10 +833,10 @@ def test_the_siblings_official_protocols_are_labelled(
 
 def test_rsa_s_official_protocol_is_of_its_own_sizes_and_stems(outputs):
     run = train_ssl(ssl(method="rsa", epochs=1, stem="imagenet"))
-    asked = EvalConfig(run=run.id, limit=20, protocol="official")
+    eval_config = EvalConfig(run=run.id, limit=20, protocol="official")
     message = r"stem='imagenet' at size=32: take protocol='clean'"
     with pytest.raises(ConfigError, match=message):
-        evaluate(asked)
+        evaluate(eval_config)
     assert not (outputs / "eval").exists()
     for values in (dict(stem="mini"), dict(size=224), dict(size=224, stem="mini")):
         config = ssl(method="rsa", **values)
@@ -840,17 +848,17 @@ def test_one_class_is_refused_by_classifiers_on_fresh_views(outputs, tmp_path):
     run = train_ssl(ssl(method="rsa", epochs=1))
     for part in ("train", "val", "test"):
         folder_of(tmp_path / "one" / part, 3, ("cat",))
-    asked = EvalConfig(run=run.id, dataset=str(tmp_path / "one"), protocol="official")
+    config = EvalConfig(run=run.id, dataset=str(tmp_path / "one"), protocol="official")
     with pytest.raises(ConfigError, match="has 1 class, and the official classifier of RSA needs"):
-        evaluate(asked)
+        evaluate(config)
 
 
 def test_a_vae_comes_back_frozen(outputs, vae):
-    loaded = load_vae(vae)
-    assert (loaded.dim, loaded.size, loaded.width) == (8, 32, 4)
-    assert not loaded.training
-    assert not any(p.requires_grad for p in loaded.parameters())
-    assert loaded.mean == images.load("photos", "train").mean
+    network = load_vae(vae)
+    assert (network.dim, network.size, network.width) == (8, 32, 4)
+    assert not network.training
+    assert not any(p.requires_grad for p in network.parameters())
+    assert network.mean == images.load("photos", "train").mean
 
 
 def test_a_method_without_an_attack_refuses_an_adversary(outputs, monkeypatch):
@@ -878,17 +886,17 @@ def test_checkpoints_that_are_gone_are_not_silently_made_again(outputs, monkeypa
 def test_two_processes_start_the_same_run_and_one_wins(outputs, tmp_path):
     words = [f"{k}={v}" for k, v in (TINY | {"epochs": 60}).items()]
     command = [sys.executable, "-m", "idaa_lib.train", "vae", *words, "dim=8"]
-    both = [
+    processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=300) for process in both]
-    codes = sorted(process.returncode for process in both)
+    streams = [process.communicate(timeout=300) for process in processes]
+    codes = sorted(process.returncode for process in processes)
     run = locate(VAE.model_copy(update={"epochs": 60}))
     assert run.finished
     assert codes in ([0, 2], [0, 0])  # the later one may come after the end, and shows the result
     if codes == [0, 2]:
-        assert any("is being written by process" in error for _, error in said)
+        assert any("is being written by process" in error for _, error in streams)
     steps = [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").open()]
     assert steps == sorted(steps)
 
@@ -935,8 +943,8 @@ def test_two_processes_train_one_run(outputs):
     words = [f"{k}={v}" for k, v in TINY.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--standalone", "-m", "idaa_lib.train", "ssl", "adversary=clae"]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run([*command, *words], capture_output=True, text=True, timeout=150)
+    assert process.returncode == 0, process.stderr[-3000:]
     run = locate(ssl(adversary="clae", projection_dim=64))
     assert run.finished
     assert run.environment["processes"] == 2
@@ -948,22 +956,24 @@ def test_two_processes_train_one_run(outputs):
 def test_two_processes_train_ip_irm_on_mixed_images_as_one_would_begin(outputs):
     """Parts of a step that are differentiated one after another exchange their gradients, though
     not each of them reaches the adversarial norms; the first partition is that of one process."""
-    own = dict(method="ipirm", mixup=True, mixup_max=True, adversary="clae", maximize_iter=1)
+    options = dict(method="ipirm", mixup=True, mixup_max=True, adversary="clae", maximize_iter=1)
     values = (
-        TINY | own | dict(epochs=2, batch_size=8, limit=16, log_every=1, seed=1, precision="fp32")
+        TINY
+        | options
+        | dict(epochs=2, batch_size=8, limit=16, log_every=1, seed=1, precision="fp32")
     )
     words = [f"{k}={v}" for k, v in values.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--standalone", "-m", "idaa_lib.train", "ssl", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert process.returncode == 0, process.stderr[-3000:]
     run = locate(SSLConfig(**values))
-    together = checkpoints.load(run)[0]["method.partitions"]
+    partitions = checkpoints.load(run)[0]["method.partitions"]
     first = next(line["loss"] for line in run.metrics() if "loss" in line)
     shutil.rmtree(run.path)
-    alone = train_ssl(SSLConfig(**values))
-    assert torch.equal(checkpoints.load(alone)[0]["method.partitions"][0], together[0])
-    assert first == pytest.approx(alone.metrics()[0]["loss"], rel=1e-5)
+    single_run = train_ssl(SSLConfig(**values))
+    assert torch.equal(checkpoints.load(single_run)[0]["method.partitions"][0], partitions[0])
+    assert first == pytest.approx(single_run.metrics()[0]["loss"], rel=1e-5)
 
 
 # --- what a method may do besides -----------------------------------------------------------------
@@ -976,18 +986,20 @@ def test_a_loss_of_closures_is_their_sum(outputs, monkeypatch):
         def step(self, views, batch, moment):
             step = super().step(views, batch, moment)
 
-            def half():
+            def half_loss():
                 z1, z2 = (self.embed(view).z for view in views)
                 return self.contrast(z1, z2) / 2
 
-            step.loss = [half, half]
+            step.loss = [half_loss, half_loss]
             return step
 
     monkeypatch.setitem(METHODS, "halves", Halves)
-    whole = train_ssl(ssl(precision="fp32")).metrics()
+    whole_lines = train_ssl(ssl(precision="fp32")).metrics()
     halves = train_ssl(ssl(precision="fp32", method="halves")).metrics()
     for key in ("loss", "alignment"):
-        first, second = ([line[key] for line in lines if key in line] for lines in (whole, halves))
+        first, second = (
+            [line[key] for line in lines if key in line] for lines in (whole_lines, halves)
+        )
         assert first == pytest.approx(second, rel=1e-3)
 
 
@@ -1003,7 +1015,7 @@ def test_a_long_preparation_of_an_epoch_hears_a_stop_and_starts_again(outputs, m
 
     monkeypatch.setitem(METHODS, "prepares", Prepares)
     config = ssl(method="prepares", checkpoint_every=2)
-    whole = outcome(train_ssl(config))
+    expected = outcome(train_ssl(config))
     shutil.rmtree(locate(config).path)
     pulses.clear()
     with monkeypatch.context() as patch:
@@ -1014,14 +1026,14 @@ def test_a_long_preparation_of_an_epoch_hears_a_stop_and_starts_again(outputs, m
             train_ssl(config)
     again = outcome(train_ssl(config))
     assert pulses == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 0), (1, 1), (1, 2)]
-    assert all(torch.equal(whole[0][k], again[0][k]) for k in whole[0])
+    assert all(torch.equal(expected[0][k], again[0][k]) for k in expected[0])
 
 
 @pytest.mark.parametrize(
-    ("every", "written"), [(1, [0, 6, 12, 18, 24]), (3, [0, 12, 18, 24]), (9, [0, 12, 24])]
+    ("every", "expected"), [(1, [0, 6, 12, 18, 24]), (3, [0, 12, 18, 24]), (9, [0, 12, 24])]
 )
 def test_a_checkpoint_before_an_epoch_is_written_where_long_work_is_due_and_none_is_there(
-    outputs, monkeypatch, every, written
+    outputs, monkeypatch, every, expected
 ):
     class PreparesEverySecond(SimCLR):
         def before_epoch(self, epoch, work):
@@ -1032,7 +1044,7 @@ def test_a_checkpoint_before_an_epoch_is_written_where_long_work_is_due_and_none
     monkeypatch.setattr(checkpoints, "save", lambda *a: (steps.append(a[1]), save(*a))[1])
     monkeypatch.setitem(METHODS, "prepares", PreparesEverySecond)
     train_ssl(ssl(method="prepares", checkpoint_every=every, epochs=4))
-    assert steps == written
+    assert steps == expected
 
 
 def test_without_a_compiler_a_run_says_so_and_goes_on(outputs, monkeypatch, capsys):
@@ -1041,9 +1053,9 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(outputs, monkeypatch, caps
 
     monkeypatch.setattr(torch, "compile", refuse)
     assert train_ssl(ssl(compile=True, epochs=1)).finished
-    said = capsys.readouterr().out
-    assert "compile=True is left out" in said and "No working C++ compiler found" in said
-    assert "a page more" not in said
+    output = capsys.readouterr().out
+    assert "compile=True is left out" in output and "No working C++ compiler found" in output
+    assert "a page more" not in output
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -69,8 +69,8 @@ def make(name: str, size: int) -> Recipe:
 
 
 def draw(name: str, n: int, image_size: tuple[int, int], size: int, *key: int) -> Params:
-    drawn = make(name, size)
-    return drawn.parameters(drawn.numbers(n, keyed_generator(*key)), image_size)
+    views = make(name, size)
+    return views.parameters(views.numbers(n, keyed_generator(*key)), image_size)
 
 
 def largest_difference(ours: Tensor, oracle: Tensor) -> float:
@@ -270,18 +270,18 @@ JITTERS = {
 @pytest.mark.parametrize("name", JITTERS)
 def test_jitter_is_distributed_as_torchvision_draws_it(name: str) -> None:
     *strengths, probability = JITTERS[name]
-    drawn = make("normal" if name == "strong" else name, 32)
+    views = make("normal" if name == "strong" else name, 32)
     if name == "strong":
-        drawn = dataclasses.replace(drawn, jitter=tuple(strengths))
-    params = drawn.parameters(drawn.numbers(N, keyed_generator(3)), (32, 32))
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    applied = (params["color"] != neutral).any(1)
-    assert stats.binomtest(int(applied.sum()), N, probability).pvalue > P_VALUE
+        views = dataclasses.replace(views, jitter=tuple(strengths))
+    params = views.parameters(views.numbers(N, keyed_generator(3)), (32, 32))
+    no_jitter = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    is_jittered = (params["color"] != no_jitter).any(1)
+    assert stats.binomtest(int(is_jittered.sum()), N, probability).pvalue > P_VALUE
     torch.manual_seed(1)
     jitter = v1.ColorJitter(*strengths)
     ranges = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
     oracle = torch.tensor([jitter.get_params(*ranges)[1:] for _ in range(N)])
-    ours = params["color"][applied]
+    ours = params["color"][is_jittered]
     for part in range(4):
         assert same_distribution(ours[:, part], oracle[:, part])
     correlation = torch.corrcoef(ours.T) - torch.eye(4)
@@ -308,10 +308,10 @@ def test_flip_and_gray_happen_as_often_as_they_should(name: str) -> None:
 def test_blur_is_distributed_as_torchvision_draws_it() -> None:
     torch.manual_seed(2)
     sigma = draw("simsiam", N, (96, 96), 64, 6)["blur"]
-    blurred = sigma[sigma > 0]
-    assert stats.binomtest(len(blurred), N, 0.5).pvalue > P_VALUE
+    sigmas = sigma[sigma > 0]
+    assert stats.binomtest(len(sigmas), N, 0.5).pvalue > P_VALUE
     oracle = [v1.GaussianBlur.get_params(0.1, 2.0) for _ in range(N)]
-    assert same_distribution(blurred, torch.tensor(oracle))
+    assert same_distribution(sigmas, torch.tensor(oracle))
 
 
 @pytest.mark.parametrize(("name", "size", "kernel"), [("simsiam", 224, 23), ("simsiam", 64, 7)])
@@ -342,32 +342,32 @@ def test_color_diff_is_what_the_jitter_does_to_the_mean_of_each_channel(name: st
     images = photographs(96, 40, 48)
     view = make(name, 32)(images, keyed_generator(20))
     rows = [{key: value[i].tolist() for key, value in view.params.items()} for i in range(96)]
-    skipped = torch.tensor([row["color"] == [1, 1, 1, 0] for row in rows])
-    assert skipped.any() == (make(name, 32).jitter_probability < 1)
+    is_skipped = torch.tensor([row["color"] == [1, 1, 1, 0] for row in rows])
+    assert is_skipped.any() == (make(name, 32).jitter_probability < 1)
     oracle = []
     for image, row in zip(images, rows, strict=True):
-        without = row | {"gray": [0], "blur": [0]}
-        before = chain(name, image, without | {"color": [1, 1, 1, 0]}, 32)
-        oracle.append((before - chain(name, image, without, 32)).mean((1, 2)))
+        plain_row = row | {"gray": [0], "blur": [0]}
+        before = chain(name, image, plain_row | {"color": [1, 1, 1, 0]}, 32)
+        oracle.append((before - chain(name, image, plain_row, 32)).mean((1, 2)))
     assert largest_difference(view.params["color_diff"], torch.stack(oracle)) < CLOSE
-    assert not view.params["color_diff"][skipped].any()
-    assert view.params["color_diff"][~skipped].abs().max() > 0.05
+    assert not view.params["color_diff"][is_skipped].any()
+    assert view.params["color_diff"][~is_skipped].abs().max() > 0.05
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "strong"])
 def test_a_pair_is_the_view_before_photometry_and_the_same_view_after(name: str) -> None:
-    images, drawn = photographs(24, 40, 48), make(name, 32)
-    numbers = drawn.numbers(24, keyed_generator(21))
-    before, after = drawn.pair(images, numbers)
-    alone = drawn.view(images, numbers)
-    assert torch.equal(after.images, alone.images)
-    assert all(torch.equal(after.params[key], alone.params[key]) for key in alone.params)
+    images, views = photographs(24, 40, 48), make(name, 32)
+    numbers = views.numbers(24, keyed_generator(21))
+    before, after = views.pair(images, numbers)
+    view = views.view(images, numbers)
+    assert torch.equal(after.images, view.images)
+    assert all(torch.equal(after.params[key], view.params[key]) for key in view.params)
     assert before.params.keys() == after.params.keys()
     assert all(torch.equal(before.params[k], after.params[k]) for k in ("source", "crop", "flip"))
-    geometry = drawn.geometry(images, after.params)
+    geometry = views.geometry(images, after.params)
     assert torch.equal(before.images, normalise(geometry, MEAN, STD))
     # By its own parameters it is made again: they are neutral where they should be.
-    again = drawn.apply(images, before.params)
+    again = views.apply(images, before.params)
     tolerance = 0.5 / 255 + CLOSE if name == "strong" else CLOSE  # strong views: whole levels
     ours, again_ours = (denormalise(x, MEAN, STD) for x in (before.images, again.images))
     assert largest_difference(ours, again_ours) < tolerance
@@ -376,18 +376,18 @@ def test_a_pair_is_the_view_before_photometry_and_the_same_view_after(name: str)
 @pytest.mark.parametrize("name", [*RECIPES, "strong"])
 def test_sizes_may_differ_by_sample(name: str) -> None:
     sizes = torch.tensor([[40, 48], [32, 32], [20, 160], [96, 64]])
-    drawn = make(name, 32)
-    numbers = drawn.numbers(4, keyed_generator(22))
-    params = drawn.parameters(numbers, sizes)
+    views = make(name, 32)
+    numbers = views.numbers(4, keyed_generator(22))
+    params = views.parameters(numbers, sizes)
     for i, size in enumerate(sizes.tolist()):
-        alone = drawn.parameters(numbers[i : i + 1], size)
-        assert all(torch.equal(params[key][i], alone[key][0]) for key in alone)
+        sample = views.parameters(numbers[i : i + 1], size)
+        assert all(torch.equal(params[key][i], sample[key][0]) for key in sample)
 
 
 def test_a_view_with_other_images_keeps_its_parameters() -> None:
     view = make("simclr", 32)(photographs(3, 40, 48), keyed_generator(8))
-    changed = view._replace(images=view.images + 1)
-    assert changed.params is view.params and not torch.equal(changed.images, view.images)
+    other_view = view._replace(images=view.images + 1)
+    assert other_view.params is view.params and not torch.equal(other_view.images, view.images)
 
 
 # --- moments of what comes out
@@ -407,23 +407,23 @@ def torchvision_recipe(name: str, size: int) -> v2.Compose:
     blur = v2.RandomApply([v2.GaussianBlur(kernel_side(name, size), (0.1, 2.0))], 0.5)
     crop = v2.RandomResizedCrop(size, (SMALLEST.get(name, 0.2), 1), antialias=True)
     strengths = (0.4, 0.4, 0.4, 0.1)
-    blurred = [crop, flip, v2.RandomApply([jitter(*strengths)], 0.8), gray, blur]
+    blur_steps = [crop, flip, v2.RandomApply([jitter(*strengths)], 0.8), gray, blur]
     steps = {
         "simclr": [crop, flip, v2.RandomApply([jitter(0.8, 0.8, 0.8, 0.2)], 0.8), gray],
         "byol": [crop, flip, v2.RandomApply([jitter(0.4, 0.4, 0.4, 0.1)], 0.8), gray],
         "normal": [crop, jitter(0.4, 0.4, 0.4, 0.4), gray, flip],
         "mild": [crop, flip, jitter(0.2, 0.2, 0.2, 0.05)],
-        **dict.fromkeys(BLURRED, blurred),
+        **dict.fromkeys(BLURRED, blur_steps),
     }[name]
     return v2.Compose([*steps, v2.Normalize(list(MEAN), list(STD))])
 
 
 def moments(x: Tensor) -> Tensor:
     """(B, 15) by image: means, second moments of channel pairs, products of neighbours in a row."""
-    flat = x.double().flatten(2)
-    pairs = torch.einsum("bcp,bdp->bcd", flat, flat) / flat.shape[2]
+    pixels = x.double().flatten(2)
+    pairs = torch.einsum("bcp,bdp->bcd", pixels, pixels) / pixels.shape[2]
     neighbours = (x[..., 1:] * x[..., :-1]).double().mean((2, 3))
-    return torch.cat([flat.mean(2), pairs.flatten(1), neighbours], 1)
+    return torch.cat([pixels.mean(2), pairs.flatten(1), neighbours], 1)
 
 
 def summary(moments: Tensor) -> Tensor:
@@ -432,8 +432,8 @@ def summary(moments: Tensor) -> Tensor:
     covariance = pairs.unflatten(-1, (3, 3)) - mean[..., None] * mean[..., None, :]
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     correlation = covariance / (variance[..., None] * variance[..., None, :]).sqrt()
-    between = correlation[..., [0, 0, 1], [1, 2, 2]]
-    return torch.cat([mean, variance, between, (neighbours - mean**2) / variance], -1)
+    channels = correlation[..., [0, 0, 1], [1, 2, 2]]
+    return torch.cat([mean, variance, channels, (neighbours - mean**2) / variance], -1)
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -476,8 +476,8 @@ def test_neighbouring_keys_give_unrelated_streams() -> None:
     first = torch.stack([torch.rand(2, generator=keyed_generator(*key)) for key in keys])
     assert len(first[:, 0].unique()) > 0.999 * len(keys)
     assert stats.kstest(first[:, 0].numpy(), "uniform").pvalue > P_VALUE
-    lagged = np.corrcoef(first[1:, 0], first[:-1, 0])[0, 1]
-    assert abs(lagged) < 4 / math.sqrt(len(keys))
+    lag_correlation = np.corrcoef(first[1:, 0], first[:-1, 0])[0, 1]
+    assert abs(lag_correlation) < 4 / math.sqrt(len(keys))
     assert keyed_generator(1, 23).initial_seed() != keyed_generator(12, 3).initial_seed()
     assert keyed_generator(1).initial_seed() != keyed_generator(1, 0).initial_seed()
 
@@ -485,11 +485,12 @@ def test_neighbouring_keys_give_unrelated_streams() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_slices_of_a_global_draw_give_slices_of_the_global_views(name: str) -> None:
     images, params = photographs(48, 40, 40), draw(name, 48, (40, 40), 40, 10)
-    whole = make(name, 40).apply(images, params).images
+    expected = make(name, 40).apply(images, params).images
     for part in (slice(0, 16), slice(16, 48), slice(47, 48)):
         rows = {key: value[part] for key, value in params.items()}
         assert (
-            largest_difference(make(name, 40).apply(images[part], rows).images, whole[part]) < CLOSE
+            largest_difference(make(name, 40).apply(images[part], rows).images, expected[part])
+            < CLOSE
         )
 
 
@@ -497,22 +498,27 @@ def test_permuted_samples_give_permuted_views() -> None:
     images, params = photographs(48, 40, 40), draw("simsiam", 48, (40, 40), 40, 11)
     p = torch.randperm(48, generator=keyed_generator(12))
     apply = make("simsiam", 40).apply
-    permuted = apply(images[p], {key: value[p] for key, value in params.items()})
-    whole = apply(images, params)
-    assert largest_difference(permuted.images, whole.images[p]) < CLOSE
-    assert largest_difference(permuted.params["color_diff"], whole.params["color_diff"][p]) < CLOSE
+    permuted_view = apply(images[p], {key: value[p] for key, value in params.items()})
+    view = apply(images, params)
+    assert largest_difference(permuted_view.images, view.images[p]) < CLOSE
+    assert (
+        largest_difference(permuted_view.params["color_diff"], view.params["color_diff"][p]) < CLOSE
+    )
 
 
 def test_inputs_are_left_as_they_were() -> None:
     images, params = photographs(8, 40, 40), draw("simsiam", 8, (40, 40), 40, 13)
-    kept, kept_params = images.clone(), {key: value.clone() for key, value in params.items()}
+    images_before, params_before = (
+        images.clone(),
+        {key: value.clone() for key, value in params.items()},
+    )
     x = images / 255
     make("simsiam", 40).apply(images, params)
     make("simsiam", 40).photometry(x, params)
     denormalise(normalise(x, MEAN, STD), MEAN, STD)
-    assert torch.equal(images, kept)
-    assert torch.equal(x, kept / 255)
-    assert all(torch.equal(params[key], kept_params[key]) for key in params)
+    assert torch.equal(images, images_before)
+    assert torch.equal(x, images_before / 255)
+    assert all(torch.equal(params[key], params_before[key]) for key in params)
 
 
 @pytest.mark.parametrize("fill", [0, 1, 255])
@@ -529,27 +535,27 @@ def test_flat_images_give_finite_pixels_in_range(name: str, fill: int) -> None:
 def test_what_is_made_of_numbers_reads_no_value_back(name: str) -> None:
     """Tensors of the meta device have no values: a shape or a branch that needs one raises, as does
     an operation with a tensor elsewhere."""
-    drawn = make(name, 64)
-    numbers = drawn.numbers(8, keyed_generator(15)).to("meta")
+    views = make(name, 64)
+    numbers = views.numbers(8, keyed_generator(15)).to("meta")
     images = torch.empty(8, 3, 96, 80, dtype=torch.uint8, device="meta")
-    found = drawn.view(images, numbers)
-    assert found.images.shape == (8, 3, 64, 64)
-    assert {value.device.type for value in found.params.values()} == {"meta"}
-    assert numbers.shape[1] == sum(drawn.columns.values())
+    view = views.view(images, numbers)
+    assert view.images.shape == (8, 3, 64, 64)
+    assert {value.device.type for value in view.params.values()} == {"meta"}
+    assert numbers.shape[1] == sum(views.columns.values())
 
 
 # A strong view's pixels are whole levels: a few are rounded to a neighbour.
 @pytest.mark.parametrize(("name", "others"), [("simsiam", 0), ("strong", 1e-3)])
 def test_compiled_views_are_the_views(name: str, others: float) -> None:
-    drawn = make(name, 40)
-    images, numbers = photographs(64, 48, 44), drawn.numbers(64, keyed_generator(18))
-    plain, found = drawn.view(images, numbers), compile_view(drawn.view)(images, numbers)
-    for key, value in plain.params.items():
+    views = make(name, 40)
+    images, numbers = photographs(64, 48, 44), views.numbers(64, keyed_generator(18))
+    expected, view = views.view(images, numbers), compile_view(views.view)(images, numbers)
+    for key, value in expected.params.items():
         of_pixels = key == "color_diff"
         torch.testing.assert_close(
-            found.params[key], value, rtol=1e-6, atol=CLOSE if of_pixels else 0
+            view.params[key], value, rtol=1e-6, atol=CLOSE if of_pixels else 0
         )
-    assert ((found.images - plain.images).abs() > 1e-4).double().mean() <= others
+    assert ((view.images - expected.images).abs() > 1e-4).double().mean() <= others
 
 
 def test_an_unknown_recipe_is_named_with_the_known_ones() -> None:

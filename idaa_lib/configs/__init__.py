@@ -13,7 +13,6 @@ from idaa_lib.configs.base import (
     Options,
 )
 from idaa_lib.configs.reading import ConfigError, UserError
-from idaa_lib.configs.recipes import PRESETS
 from idaa_lib.configs.stages import (
     CompareConfig,
     DecomposeConfig,

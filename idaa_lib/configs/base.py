@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from idaa_lib.configs.lookups import once
 from idaa_lib.configs.reading import ConfigError, Values, quote, read
 from idaa_lib.registry import CHOICES
 
@@ -120,7 +121,6 @@ class Config(Values):
         Raises:
             ConfigError: a name that there is no longer.
         """
-        values = {name: cls._read(name, value) for name, value in values.items()}
         chosen = {choice: values.get(choice) for choice in cls.choices}
         kinds = [cls.registered(choice).get(str(name)) for choice, name in chosen.items()]
         models = [kind.Options if kind else Options for kind in kinds]
@@ -144,7 +144,7 @@ class Config(Values):
 
     @classmethod
     def registered(cls, choice: str) -> dict[str, Any]:
-        """The classes that a stage's `method` or `adversary` may name."""
+        """The classes that a stage's `method`, `adversary` or `backbone` may name."""
         kinds = CHOICES[choice].items()
         return {
             name: kind for name, kind in kinds if getattr(kind, "stage", cls.stage) == cls.stage
@@ -219,11 +219,6 @@ class Config(Values):
             for name, field in model.model_fields.items()
         ]
 
-    @classmethod
-    def knobs(cls) -> list[dict[str, Any]]:
-        """The rows of `fields` for each knob of each registered choice, with `knob` for `name`."""
-        return [{"knob": row.pop("name")} | row for row in cls.fields() if row["of"] != "all"]
-
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_"):
             for options in self._options:
@@ -242,18 +237,18 @@ class Config(Values):
         return self._options[self.choices.index(choice)]
 
     def chosen(self, choice: str) -> Any:
-        """The registered class that `method` or `adversary` names."""
+        """The registered class that `method`, `adversary` or `backbone` names."""
         return self._choose(choice, getattr(self, choice))
 
     def replace(self, **values: Any) -> typing.Self:
         """The same configuration with other values; knobs of a choice that changes are dropped."""
         if all(value == getattr(self, name) for name, value in values.items()):
             return self  # frozen, and to read all values again takes half a millisecond
-        kept = dict(self)
+        fields = dict(self)
         for choice, options in zip(self.choices, self._options, strict=True):
             if values.get(choice, getattr(self, choice)) != getattr(self, choice):
-                kept = {k: v for k, v in kept.items() if k not in type(options).model_fields}
-        return type(self)(**kept | values)
+                fields = {k: v for k, v in fields.items() if k not in type(options).model_fields}
+        return type(self)(**fields | values)
 
     def model_copy(self, *, update: Any = None, deep: bool = False) -> typing.Self:
         return self.replace(**update) if update else super().model_copy(deep=deep)
@@ -293,10 +288,11 @@ class Config(Values):
 
     def changed(self) -> dict[str, Any]:
         """The names whose values differ from what the recipe gives beside `principal` ones."""
-        principal = {name: getattr(self, name) for name in self.principal}
+        principal = {name: getattr(self, name) for name in ("preset", *self.principal)}
         plain: dict[str, Any] = {}
         with contextlib.suppress(ConfigError):  # the recipe is gone
-            plain = dict(type(self)(preset=self.preset, **principal))
+            key = (type(self), *principal.values())
+            plain = once(key, lambda: dict(type(self)(**principal)))
         return {
             name: value
             for name, value in self
@@ -313,15 +309,8 @@ class Config(Values):
         A field that is added later with a neutral default changes nothing here. Device and pointers
         are left out: what they name is named by its content.
         """
-        values = self.model_dump(mode="json")
-        models = [type(model).model_fields for model in (self, *self._options)]
-        defaults = {name: field.default for fields in models for name, field in fields.items()}
-        silent = self.circumstances | self.pointers
-        return {
-            name: values[name]
-            for name, value in self
-            if name not in silent and value != defaults[name]
-        }
+        silent = {*self.circumstances, *self.pointers}
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=silent)
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
         return iter(self.stated().items())
@@ -357,6 +346,5 @@ class ImagesConfig(Config):
     @property
     def reading(self) -> dict[str, Any]:
         """The fields that say how images are read, where they are set: arguments of `load`."""
-        names = ("classes", "on_error", "gray_bits", "streamed")
-        values = {name: getattr(self, name, None) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
+        names = {"classes", "on_error", "gray_bits", "streamed"}
+        return self.model_dump(include=names, exclude_none=True)

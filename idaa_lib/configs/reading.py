@@ -100,12 +100,12 @@ def _read(annotation: Any, value: Any) -> Any:
         return value
     kinds, text = _kinds(annotation), isinstance(value, str)
     word = value.strip() if text else ""
-    empty = not word and (types.NoneType in kinds or not kinds & {str, tuple, dict})
+    empty = not word and (types.NoneType in kinds or not kinds.keys() & {str, tuple, dict})
     none = {"none"} if types.NoneType in kinds else set()  # else it may be a name: no adversary
     if text and (empty or word == "None" or word.lower() in {"null", *none}):
         return None
     if tuple in kinds:
-        parts, item = _list(value), _item(annotation)
+        parts, item = _list(value), (*kinds[tuple], Any)[0]
         return tuple(_read(item, part) for part in parts) if isinstance(parts, tuple) else parts
     if dict in kinds:
         return _pairs(value) if text else value
@@ -114,7 +114,7 @@ def _read(annotation: Any, value: Any) -> Any:
     if text:
         value = _number(WORDS.get(word.lower(), value))
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and not kinds & {int, float}:  # a run named 2024
+    if whole and not kinds.keys() & {int, float}:  # a run named 2024
         return str(value) if str in kinds else value
     with contextlib.suppress(OverflowError):
         if whole and float in kinds:
@@ -125,25 +125,17 @@ def _read(annotation: Any, value: Any) -> Any:
 
 
 @functools.cache
-def _kinds(annotation: Any) -> set[type]:
-    """The plain types that an annotation allows: tuple and NoneType of `tuple[int, ...] | None`."""
+def _kinds(annotation: Any) -> dict[type, tuple[Any, ...]]:
+    """The plain types that an annotation allows, with what it says of their parts: of
+    `tuple[int, ...] | None` tuple with (int, ...), and NoneType."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
-        return {type(value) for value in parts}
+        return {type(value): () for value in parts}
     if origin is Annotated:
         return _kinds(parts[0])
     if origin in (typing.Union, types.UnionType):
-        return set().union(*map(_kinds, parts))
-    return {origin or annotation}
-
-
-@functools.cache
-def _item(annotation: Any) -> Any:
-    """What a list's annotation says of its items: int of `tuple[int, ...] | None`."""
-    parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) is tuple:
-        return parts[0]
-    return next((item for part in parts if (item := _item(part)) is not None), None)
+        return {kind: own for part in parts for kind, own in _kinds(part).items()}
+    return {origin or annotation: parts}
 
 
 def _number(value: Any) -> Any:

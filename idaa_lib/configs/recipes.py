@@ -19,8 +19,6 @@ from typing import Any
 from idaa_lib.configs.base import Config
 from idaa_lib.configs.reading import ConfigError, expand, quote
 
-PRESETS = tuple(sorted(path.stem for path in Config.recipes.glob("*.toml")))
-
 
 def recipe_values(stage: type[Config], explicit: Mapping[str, Any]) -> dict[str, Any]:
     """The values that the recipe gives to a configuration of `stage`.
@@ -37,10 +35,10 @@ def recipe_values(stage: type[Config], explicit: Mapping[str, Any]) -> dict[str,
         merged: dict[str, Any] = {}
         for path, document in documents:
             _apply(stage, document.get(stage.stage, {}), merged, values, path)
-        if values == {**merged, **explicit}:
+        before, values = values, {**merged, **explicit}
+        if values == before:
             break
-        values = {**merged, **explicit}
-    base, batch = merged.pop("base_rate", None), ({**merged, **explicit}).get("batch_size")
+    base, batch = merged.pop("base_rate", None), values.get("batch_size")
     if not isinstance(base, int | float | None):
         raise ConfigError(
             f"base_rate of preset={quote(preset)} must be a number, and is {quote(base)}."

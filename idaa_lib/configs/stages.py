@@ -72,11 +72,12 @@ class DecomposeConfig(ImagesConfig):
     """Pictures of what a VAE splits and what an attack moves (notebook 02).
 
     Fields (besides `on_error`, `gray_bits`, `streamed`, None: the training's, of its own images):
-        vae: id or path of a VAE run (None: the last that a person started, else a sweep's).
+        vae: id or path of a VAE run (None: the last that a person started, else a sweep's, else the
+            `starter` that ships).
         run: id or path of the SSL run whose encoder is attacked (None: one on the same
             images and size, an untrained encoder where there is none; `untrained`: that one).
-        dataset: None for the VAE's own. split: which part of it. images: how many are attacked
-            together and judged (pictures show the first of them).
+        dataset: None for the VAE's own, of the starter the images that ship. split: which part of
+            it. images: how many are attacked together and judged (pictures show the first of them).
         only: images of this class alone. indices: these images come first. own: image file that
             comes before all.
         epsilon: the largest radius, in units of z. norm: of the attack. steps: of the attack.
@@ -106,7 +107,8 @@ class TheoryConfig(ImagesConfig):
             `DecomposeConfig` does where they are None; `untrained` is an encoder too.
         witness: id or path of the SSL run that judges identity, never the attacked one (None: the
             latest other, one without an adversary first; `untrained` where there is none).
-        dataset: None for the VAE's own. split: which part of it the images come from.
+        dataset: None for the VAE's own, of the starter the images that ship. split: which part of
+            it the images come from.
         images: N, as many candidates; the most that an observer can know is log N.
         limit: labelled training images of the class probes.
         augmentation: recipe of the candidates, other views of the same images. It is `mild` (crops
@@ -124,7 +126,7 @@ class TheoryConfig(ImagesConfig):
     witness: str | None = None
     dataset: str | None = None
     split: Literal["val", "test"] = "val"
-    images: Annotated[int, Field(ge=10, le=1000)] = RECIPE
+    images: Annotated[int, Field(ge=10, le=2000)] = RECIPE
     limit: Positive = RECIPE
     augmentation: Literal["mild", "simclr", "simsiam", "normal"] = "mild"
     epsilons: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.03, 0.1, 0.3, 1.0, 3.0)

@@ -17,10 +17,10 @@ from idaa_lib.configs.base import (
     Rate,
     Seed,
 )
-from idaa_lib.configs.reading import ConfigError, quote
+from idaa_lib.configs.reading import ConfigError
 from idaa_lib.configs.recipes import recipe_values
 from idaa_lib.nets.vae import halvings
-from idaa_lib.registry import CHOICES
+from idaa_lib.registry import SOURCES
 
 # Recipes of random views (`views.RECIPES`).
 Augmentation = Literal["simclr", "simsiam", "normal", "byol", "cassle", "ipirm", "rsa", "none"]
@@ -125,6 +125,17 @@ class TrainingConfig(ImagesConfig):
             )
         return {}
 
+    def foreign(self) -> dict[str, Any]:
+        """The method, adversary and backbone that are not ours, by name: only a process that runs
+        the file that registers them knows them.
+
+        Raises:
+            ConfigError: this one does not.
+        """
+        choices = (*self.choices, "backbone") if self.choices else ()
+        kinds = {getattr(self, choice): self.chosen(choice) for choice in choices}
+        return {name: kind for name, kind in kinds.items() if kind in SOURCES}
+
     def _check_streamed(self, explicit: Mapping[str, Any]) -> None:
         if self.stage == "semi":
             raise ConfigError(
@@ -216,11 +227,7 @@ class EncoderConfig(TrainingConfig):
 
     def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
         self.chosen("method").check(self)
-        if self.backbone not in (names := CHOICES["backbone"]):
-            raise ConfigError(
-                f"backbone must be one of {', '.join(names)}, and is {quote(self.backbone)} (your "
-                f"own: import the module that registers it first)."
-            )
+        self.chosen("backbone")  # raises where there is none
         return super()._derive(explicit)
 
     @property

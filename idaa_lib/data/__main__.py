@@ -98,9 +98,9 @@ def clean(everything: bool = False) -> int:
         with contextlib.suppress(OSError, ValueError, KeyError):
             body = (pool / "about.json").read_text("utf-8").partition("\n")[2]
             digest = json.loads(body)["about"]["digest"]
-        kept = digest in used and not everything
-        print(f"{size / 2**20:10,.0f} MiB  {'kept' if kept else 'removed'}  {pool.name}")
-        if not kept:
+        is_used = digest in used and not everything
+        print(f"{size / 2**20:10,.0f} MiB  {'kept' if is_used else 'removed'}  {pool.name}")
+        if not is_used:
             with lock(cache, pool.name.rsplit("-", 2)[0]).acquire(timeout=0):
                 shutil.rmtree(pool)
             removed += size

@@ -9,6 +9,9 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+# What ships with the library: images of CIFAR-10 in images/, and finished runs by their stages.
+STARTER = Path(__file__).resolve().parents[2] / "data" / "starter"
+
 
 class Place(NamedTuple):
     """Where the bytes of an item lie: in which file below the source, from where on, how many."""

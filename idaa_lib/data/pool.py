@@ -161,8 +161,8 @@ class Pool:
         order = sorted(range(len(listing.names)), key=lambda i: PARTS.index(listing.splits[i]))
         items: list[Item] = []
         errors: dict[str, str] = {}  # place in the listing: why it cannot be read
-        kept, make = self._maker(listing)
-        stream = decode_items(listing, order, kept, make)
+        shape, make = self._maker(listing)
+        stream = decode_items(listing, order, shape, make)
         title = f"{'decoding' if self.size else 'checking'} {self.source.name}"
         # Not through a map of the file: a disk that fills up would kill the process there.
         with open(file, "wb") as target:
@@ -177,7 +177,7 @@ class Pool:
         notes = self._check(listing, items, errors)
         labels = [item.label for item in items]
         counts = [sum(listing.splits[item.place] == part for item in items) for part in PARTS]
-        images = Images(file, (len(items), *kept), np.arange(len(items)))
+        images = Images(file, (len(items), *shape), np.arange(len(items)))
         learnt = counts[0] + counts[1]
         if self.size:
             mean, std = _measure(images.map()[:learnt])

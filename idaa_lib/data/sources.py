@@ -21,7 +21,15 @@ from PIL import Image
 
 from idaa_lib.data import photos
 from idaa_lib.data.layout import EXTENSIONS, HIDDEN, PARTS, arrange, split_by_name
-from idaa_lib.data.places import Place, check_size, list_shards, read_file, read_place, read_stamp
+from idaa_lib.data.places import (
+    STARTER,
+    Place,
+    check_size,
+    list_shards,
+    read_file,
+    read_place,
+    read_stamp,
+)
 
 _TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
 _THREE = {**_TWO, "val": {"split": "val"}}
@@ -39,7 +47,7 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {  # name: class
     "food101": ("Food101", _TWO),
     "caltech101": ("Caltech101", {"all": {}}),
 }
-NAMES = ("photos", *TORCHVISION)
+NAMES = ("photos", "starter", *TORCHVISION)
 # To train on, since most images have no label: what to judge with, those that have.
 LABELLED = {"stl10-unlabeled": "stl10", "stl10-all": "stl10"}
 # Data sets that nobody may hand on: folders in the data folder, laid out as a page says.
@@ -315,6 +323,8 @@ def find_source(
 
     FileNotFoundError where there is none, ValueError where it has no class folders.
     """
+    if source == "starter":
+        return Source(STARTER / "images", source, classes)
     if classes and source in NAMES:
         raise ValueError(f"classes picks class folders, and {source!r} has none: leave classes out")
     if source == "photos":

@@ -121,8 +121,8 @@ def crop_probe(
             for name, parameter in parameters.items()
             for slot, value in optimizer.state[parameter].items()
         }
-        kept = chosen.state_dict().items() if classifier.best else ()
-        best = {f"best.{name}": value for name, value in kept}
+        weights = chosen.state_dict().items() if classifier.best else ()
+        best = {f"best.{name}": value for name, value in weights}
         return parameters | slots | best, {"best_top1": best_top1}
 
     def restore(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -166,8 +166,8 @@ def crop_probe(
         order = torch.randperm(len(train), generator=keyed_generator(seed, epoch))
         index = order[at * batch_size : (at + 1) * batch_size]
         generator = keyed_generator(seed, epoch, at)
-        drawn = machine | {"transform": views, "generator": generator}
-        z = prepare(features(module, Part(train.images, index), size, mean, std, **drawn))
+        options = machine | {"transform": views, "generator": generator}
+        z = prepare(features(module, Part(train.images, index), size, mean, std, **options))
         optimizer.param_groups[0]["lr"] = rate * factor(step)
         with torch.enable_grad():
             loss = F.cross_entropy(layer(z), train.labels[index].to(device))

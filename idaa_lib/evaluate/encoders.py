@@ -128,8 +128,8 @@ def features(
     transform = transform or recipe("none", size, mean, std)
     batch_size = batch_size or max(64, 2**19 // size**2)
     n = len(images)
-    sizes = [min(batch_size, n - start) for start in range(0, max(1, n), batch_size)]
-    numbers = torch.cat([transform.numbers(size, generator) for size in sizes])
+    counts = [min(batch_size, n - start) for start in range(0, max(1, n), batch_size)]
+    numbers = torch.cat([transform.numbers(count, generator) for count in counts])
 
     def view(rows: Any) -> Tensor:
         return transform.view(images[rows].to(device), numbers[rows]).images

@@ -5,11 +5,10 @@ Explored in notebook 02 and measured in notebook 08.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,26 +16,24 @@ from torch.nn import functional as F
 
 from idaa_lib import runs
 from idaa_lib.adversaries.ascent import CLAE, IDAA, Anchor, Direction, RandomSign
-from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig, TheoryConfig
+from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.data.decoding import decode
 from idaa_lib.evaluate.encoders import load_encoder, load_vae
+from idaa_lib.identity.networks import UNTRAINED, name_images, name_runs
 from idaa_lib.identity.theory import Retention, hardness, retention
 from idaa_lib.methods import About, build_method
 from idaa_lib.methods.simclr import nt_xent
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import Run
-from idaa_lib.runs.choice import first, reading_of
-from idaa_lib.runs.machine import open_images, resolve_path
+from idaa_lib.runs.choice import reading_of
+from idaa_lib.runs.machine import open_images
 from idaa_lib.views import denormalise, keyed_generator, normalise, recipe
 
-VAES = 8  # siblings of one axis at most, the newest
-C = TypeVar("C", DecomposeConfig, TheoryConfig)
 Embed = Callable[[Tensor], Tensor]  # normalised images (N, 3, size, size) → features (N, D)
 
 KINDS: dict[str, Any] = {"idaa": IDAA, "clae": CLAE, "random_sign": RandomSign}
 ADVERSARIES = tuple(KINDS)
-UNTRAINED = "untrained"  # in place of a run
 BATCH = 256  # images that are attacked together: as in training they are each other's negatives
 POOL = 1000  # further images at most
 # What an attack ascends: SimCLR's loss, at its τ, between embeddings of x and of x′ (B, D).
@@ -207,9 +204,9 @@ def read(scene: Scene, witness: Witness, adversary: str, epsilon: float) -> Read
     """The reading of an attack on all images."""
     images = scene.attack(adversary, epsilon)
     change, features = scene.hardness(images), witness.features(images)
-    kept, before = retention(features, witness.candidates), scene.loss_before
+    identity, before = retention(features, witness.candidates), scene.loss_before
     losses = {"loss_before": before, "loss_after": before + change["rise"]}
-    return Reading({"epsilon": epsilon, **losses, **change, **kept.row()}, kept, features)
+    return Reading({"epsilon": epsilon, **losses, **change, **identity.row()}, identity, features)
 
 
 def open_scene(
@@ -244,82 +241,13 @@ def open_scene(
 
 
 def open_split(config: Any, vae: Run, split: str, limit: int | None = None) -> ImageSet:
-    """The images that `config` names, or those that the VAE was trained on, at the VAE's size.
+    """The images that `name_images` names, at the VAE's size.
 
     Raises:
         ConfigError: they are not there.
     """
-    dataset = resolve_path(config.dataset or vae.config.dataset)
+    dataset = name_images(config, vae)
     return open_images(dataset, split, vae.config.size, limit, **reading_of(config, vae, dataset))
-
-
-def name_runs(config: C) -> C:
-    """The configuration with its VAE, attacked encoder and witness named. Where they are None: the
-    VAE that None means (`runs.choice`), the first encoder of its images or else `untrained`, and
-    what `choose_witness` gives.
-
-    Raises:
-        RunError: there is no such run. ConfigError: the witness is the attacked encoder.
-    """
-    vae, attacked = runs.get("vae", config.vae), config.run
-    if attacked is None:
-        attacked = _reference(first(beside("ssl", vae)))
-    elif attacked != UNTRAINED:
-        attacked = runs.get("ssl", attacked).reference
-    names = {"vae": vae.reference, "run": attacked}
-    if isinstance(config, TheoryConfig):
-        names["witness"] = choose_witness(vae, attacked, config.witness)
-    return config.replace(**names)
-
-
-def choose_witness(vae: Run, attacked: str, name: str | None = None) -> str:
-    """The run that judges identity, never the attacked one: `name`, else another one of the VAE's
-    images, else `untrained`.
-
-    Those come first that no adversary taught to see past its changes, then those of another seed
-    (the same one begins with the same weights).
-    """
-    if name is None:
-        others = [run for run in beside("ssl", vae) if run.reference != attacked]
-        seed = None if attacked == UNTRAINED else runs.get("ssl", attacked).config.seed
-        others.sort(key=lambda run: (run.config.adversary != "none", run.config.seed == seed))
-        return _reference(first(others))
-    if name != UNTRAINED and (name := runs.get("ssl", name).reference) == attacked:
-        raise ConfigError(f"witness={name!r} is the encoder that is attacked: name another.")
-    return name
-
-
-def _reference(run: Run | None) -> str:
-    return run.reference if run else UNTRAINED
-
-
-def beside(stage: str, vae: Run) -> list[Run]:
-    """Finished runs of a stage on the images and of the size of a VAE, whose weights are there; the
-    one that None means first."""
-    names = ("dataset", "classes", "size")
-    return runs.usable(stage, **{name: getattr(vae.config, name) for name in names})
-
-
-def siblings(run: Run) -> dict[str, list[Run]]:
-    """Finished VAE runs on the same images that differ from `run` in β alone, and in dim alone.
-
-    The newest `VAES` of each by ascending value, `run` itself among them.
-    """
-
-    def rest(config: Any) -> tuple[dict[str, Any], frozenset[str]]:
-        axes = {"beta", "dim", "kappa"}  # κ follows from the others
-        return {k: v for k, v in config.identity().items() if k not in axes}, config.unknown
-
-    config = run.config
-    members = {axis: {getattr(config, axis): run} for axis in ("beta", "dim")}
-    for other in beside("vae", run):
-        same_dim = other.config.dim == config.dim
-        same_beta = math.isclose(other.config.beta, config.beta, rel_tol=1e-6)
-        axis = "beta" if same_dim else "dim"
-        alike = same_dim != same_beta and rest(other.config) == rest(config)
-        if alike and len(members[axis]) < VAES:
-            members[axis].setdefault(getattr(other.config, axis), other)
-    return {axis: [of[value] for value in sorted(of)] for axis, of in members.items()}
 
 
 def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:
@@ -335,5 +263,8 @@ def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:
         if index >= len(data):
             raise ConfigError(f"indices: {index} is beyond the {len(data)} {config.split} images.")
     if len(order) < n:
-        raise ConfigError(f"images={n} is more than the {len(order)} of split={config.split!r}.")
+        raise ConfigError(
+            f"images={n} is more than the {len(order)} of split={config.split!r} of {data.name}: "
+            f"take fewer, or name another dataset."
+        )
     return torch.tensor([*dict.fromkeys([*config.indices, *order])][: n + POOL])

@@ -26,22 +26,20 @@ from idaa_lib.configs import DecomposeConfig, TheoryConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import load_vae
 from idaa_lib.evaluate.metrics import bootstrap_interval
+from idaa_lib.identity.networks import UNTRAINED, name_images, name_runs, siblings
 from idaa_lib.identity.pixels import DRAWS, INSTANCES, name_instances, probe
 from idaa_lib.identity.scene import (
     ADVERSARIES,
-    UNTRAINED,
     Reading,
     Scene,
     Witness,
-    name_runs,
     open_scene,
     open_split,
     read,
-    siblings,
 )
 from idaa_lib.identity.theory import Retention, read_latent
 from idaa_lib.runs import Run, checkpoints
-from idaa_lib.runs.machine import describe, resolve_path, torch_device
+from idaa_lib.runs.machine import describe, torch_device
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.views import keyed_generator, normalise, recipe
 
@@ -151,7 +149,7 @@ def plan_study(config: TheoryConfig) -> Study:
     shared = config.model_dump(include=DecomposeConfig.model_fields.keys() - {"preset", "images"})
     scene = open_scene(DecomposeConfig(**shared), config.images, device)
     vae, data = scene.run, scene.data
-    config = config.replace(dataset=resolve_path(config.dataset or vae.config.dataset))
+    config = config.replace(dataset=name_images(config, vae))
     train, others = open_split(config, vae, "train", config.limit), siblings(vae)
     weights = "".join(checkpoints.digest(run) for axis in others.values() for run in axis)
     encoders = {"run": config.run, "witness": config.witness}
@@ -195,11 +193,11 @@ def _latent(plan: Study) -> dict[str, Any]:
 
 def _parts(plan: Study) -> dict[str, Any]:
     """What the witness, and linear probes, find of x in x, G and R."""
-    kept = {part: plan.witness.retention(images) for part, images in plan.scene.parts.items()}
-    plan.compare("R keeps more than G, by the witness", kept["R"], kept["G"], section="parts")
+    parts = {part: plan.witness.retention(images) for part, images in plan.scene.parts.items()}
+    plan.compare("R keeps more than G, by the witness", parts["R"], parts["G"], section="parts")
     return {
-        "parts": {part: kept[part].row() for part in PARTS},
-        "among": {"k": _counts(len(plan.scene.x))} | {part: _among(kept[part]) for part in PARTS},
+        "parts": {part: parts[part].row() for part in PARTS},
+        "among": {"k": _counts(len(plan.scene.x))} | {part: _among(parts[part]) for part in PARTS},
         "probes": _probes(plan),
     }
 
@@ -209,8 +207,8 @@ def _counts(n: int) -> list[int]:
     return sorted({round(k) for k in np.geomspace(2, n, 12)})
 
 
-def _among(kept: Retention) -> list[float]:
-    return [kept.among(k) for k in _counts(kept.n)]
+def _among(identity: Retention) -> list[float]:
+    return [identity.among(k) for k in _counts(identity.n)]
 
 
 def _probes(plan: Study) -> dict[str, Any]:
@@ -337,13 +335,13 @@ def _vaes(plan: Study) -> dict[str, Any]:
         if run != scene.run:
             scene = replace(scene, run=run, vae=load_vae(run).to(scene.x.device))
         attack = read(scene, plan.witness, "idaa", epsilon).row
-        kept = {part: plan.witness.retention(scene.parts[part]).row() for part in ("G", "R")}
+        readings = {part: plan.witness.retention(scene.parts[part]).row() for part in ("G", "R")}
         return {
             "value": getattr(run.config, axis),
             "run": run.reference,
             "loss": attack["loss_after"],
             "latent": read_latent(scene.vae, scene.x, run.config.beta, plan.config.seed),
-            "kept": kept | {"idaa": attack},
+            "kept": readings | {"idaa": attack},
         }
 
     several = {axis: vaes for axis, vaes in plan.others.items() if len(vaes) > 1}

@@ -35,11 +35,11 @@ def measure(run: Run, splits: Mapping[str, ImageSet], seed: int = 0) -> list[dic
     """
     train, test = (splits[name].images for name in ("train", "test"))
     encoder = load_encoder(run)
-    kept = find_own(encoder, test, seed).row()
+    values = find_own(encoder, test, seed).row()
     colour, crop = read_differences(encoder, train, test, seed).values()
     rows: list[tuple[Any, ...]] = [
-        ("own image found", kept["retrieved"], kept["low"], kept["high"], "%"),
-        ("own image", kept["infonce"], kept["infonce_low"], kept["infonce_high"], "nats"),
+        ("own image found", values["retrieved"], values["low"], values["high"], "%"),
+        ("own image", values["infonce"], values["infonce_low"], values["infonce_high"], "nats"),
         ("colour read", *colour, "R²"),
         ("crop read", *crop, "R²"),
     ]

@@ -16,11 +16,11 @@ from idaa_lib.configs.reading import expand, read
 from idaa_lib.interop.layouts import Channels, Keys
 from idaa_lib.interop.official import Official, load_official
 from idaa_lib.methods import About, build_method
+from idaa_lib.methods.vae import vae_figures
 from idaa_lib.nets.resnet import SHAPES
 from idaa_lib.runs import Run, Writer, checkpoints
 from idaa_lib.runs.machine import describe, open_images, resolve_path
 from idaa_lib.runs.stage import Plan, perform
-from idaa_lib.train.stages import vae_figures
 from idaa_lib.views import recipe
 
 
@@ -106,9 +106,10 @@ def _tensors(
     if isinstance(config, VAEConfig):
         return nn.ModuleDict({"network": source.module}).state_dict(), []
     method = build_method(config, About(recipe(config.augmentation, *source.units)))
-    heads = {"predictor": source.predictor, "differences": source.differences}
-    network = _join({"backbone": source.module, "projector": source.projector, **heads})
-    theirs = _join({"network": network, "target": source.target}).state_dict()
+    parts: dict[str, Any] = {"backbone": source.module, "projector": source.projector}
+    parts |= {"predictor": source.predictor, "differences": source.differences}
+    whole: dict[str, Any] = {"network": nn.ModuleDict(parts), "target": source.target}
+    theirs = nn.ModuleDict(whole).state_dict()
     ours = method.state_dict()
     others = [k for k in theirs if k not in ours or theirs[k].shape != ours[k].shape]
     missing = sorted(ours.keys() - theirs.keys())
@@ -119,10 +120,6 @@ def _tensors(
         )
     copies = {k: theirs.get(k.replace("target.", "network.", 1), ours[k]) for k in missing}
     return theirs | copies, sorted({k.partition(".")[0] for k in missing})
-
-
-def _join(parts: dict[str, nn.Module | None]) -> nn.ModuleDict:
-    return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
 
 def read_name(path: Path) -> dict[str, Any]:

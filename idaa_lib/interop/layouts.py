@@ -7,7 +7,6 @@ import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,19 +46,8 @@ class Layout(NamedTuple):
 
     kind: str
     names: Names
-    stems: Mapping[int, str] = MappingProxyType({})
+    stems: Mapping[int, str] = {}
     project: str = ""
-
-
-class Content(NamedTuple):
-    """What a file holds: its kind, our parts without storage, its names for them, the published
-    units, and what it says of the knobs of its method."""
-
-    kind: str
-    parts: dict[str, Any]
-    names: Names
-    units: Units
-    knobs: dict[str, Any]
 
 
 SIMSIAM_IMAGENET, CASSLE, IPIRM, RSA = "encoder.fc.", "backbone.", "g.", "encoder_q_head."
@@ -134,8 +122,11 @@ RSA_UNITS: dict[str, Units] = {
 
 def read_layout(
     state: State, file: str, condition: Keys = None, injection: str | None = None
-) -> Content:
-    """What the tensors of `file` are of; condition, injection: as in `load_official`.
+) -> tuple[str, dict[str, Any], Names, Units, dict[str, Any]]:
+    """What the tensors of `file` are of: the kind, our parts without storage, the file's names for
+    them, the published units, and what it says of the knobs of its method.
+
+    condition, injection: as in `load_official`.
 
     Raises:
         ConfigError: it is of no kind that is read, or its tensors make no network of that kind.
@@ -157,7 +148,7 @@ def read_layout(
         if kind == "vae":
             vae = _vae(state)
             mean, std = CIFAR_UNITS if vae.size in (32, 84) else IMAGENET_UNITS
-            return Content(kind, {"vae": vae}, names, (vae.size, mean, std), {})
+            return kind, {"vae": vae}, names, (vae.size, mean, std), {}
         backbone, shortcuts = _backbone(state, layout)
         d = backbone.feature_dim
         if mark == CASSLE:
@@ -168,8 +159,7 @@ def read_layout(
         if mark == RSA:
             online = {"backbone": backbone, "projector": heads["projector"]}
             parts["target"] = copy.deepcopy(nn.ModuleDict(online))
-    units = _units(mark, backbone, file)
-    return Content(kind, parts, names | shortcuts | others, units, knobs)
+    return kind, parts, names | shortcuts | others, _units(mark, backbone, file), knobs
 
 
 def rename(name: str, names: Names) -> str:

@@ -121,8 +121,7 @@ def load_official(
     file = _read(path)
     try:
         state, prefixes, epoch, acc = _unwrap(file)
-        content = read_layout(state, path.name, condition, injection)
-        kind, parts, names, published, knobs = content
+        kind, parts, names, published, knobs = read_layout(state, path.name, condition, injection)
         counters = _fill(parts, state, names)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -201,13 +200,11 @@ def _unwrap(content: Any) -> tuple[State, list[str], int | None, float | None]:
             case {"iteration": int(steps), "epoch_length": int(length)} if length > 0:
                 about = {"epoch": steps // length}
         content = dict(_flatten({k: content[k] for k in _CASSLE if k in content}))
-    for _ in NESTS:
-        if not isinstance(content, Mapping):
-            break
-        inner = (content[name] for name in NESTS if isinstance(content.get(name), Mapping))
-        if (state := next(inner, None)) is None:
-            break
-        about, content = {**about, **content}, state
+    for _ in NESTS:  # a file may hold itself
+        outer = content if isinstance(content, Mapping) else {}
+        inner = next((outer[name] for name in NESTS if isinstance(outer.get(name), Mapping)), None)
+        if inner is not None:
+            about, content = {**about, **outer}, inner
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ConfigError(f"it has no state dict, alone or as {', '.join(NESTS)}.")
     tensors, prefixes = dict(_flatten(content)), list[str]()

@@ -48,8 +48,8 @@ class Background:
 
     def _serve(self) -> None:
         while True:
-            while (left := self._quiet_from - time.monotonic()) > 0:
-                time.sleep(left)
+            while (seconds := self._quiet_from - time.monotonic()) > 0:
+                time.sleep(seconds)
             with self._change:
                 kind, work = next(((k, w) for k, w in self._waiting.items() if w), ("", None))
                 # Without work the thread ends, and its team of OpenMP threads with it: a team that

@@ -16,9 +16,11 @@ from idaa_lib import runs
 from idaa_lib.configs import ConfigError, DecomposeConfig
 from idaa_lib.data.decoding import decode
 from idaa_lib.data.sources import NAMES as DATASETS
-from idaa_lib.identity.scene import ADVERSARIES, UNTRAINED, Scene
+from idaa_lib.identity.networks import STARTER_NOTE, UNTRAINED
+from idaa_lib.identity.scene import ADVERSARIES, Scene
 from idaa_lib.lab.style import NAMES
 from idaa_lib.results import full_name
+from idaa_lib.runs.choice import list_starter
 
 LOW, HIGH = 1e-3, 10.0  # of ε
 STEP = 0.01  # of the slider, in log10 of ε
@@ -63,12 +65,11 @@ TOOLTIPS = {
 
 
 def control(name: str, kind: type[widgets.Widget], description: str = "", **options: Any) -> Any:
-    """A widget of CSS class `idaa-<name>` with its tooltip; explorer.css has its width."""
+    """A widget of CSS class `idaa-<name>` with its tooltip; lab.css has its width."""
     if name in TOOLTIPS:
         options["tooltip"] = TOOLTIPS[name]
     widget = kind(description=description, **options) if description else kind(**options)
-    widget.add_class(f"idaa-{name}")
-    return widget
+    return widget.add_class(f"idaa-{name}")
 
 
 def read_epsilon(text: str) -> float:
@@ -233,12 +234,12 @@ class Controls:
         """
         names = DecomposeConfig.model_fields.keys() - {"preset", "epsilon"}
         config = self.config.replace(**{k: v for k, v in setting.items() if k in names})
-        chosen = {name: getattr(self, name).value for name in ("adversary", "fairness")}
-        for name, choices in (("adversary", ADVERSARIES), ("fairness", FAIRNESS)):
-            if (value := setting.get(name, chosen[name])) not in choices:
-                wish = ", ".join(choices)
+        choices = {"adversary": [*ADVERSARIES], "fairness": [*FAIRNESS]}
+        chosen = {name: setting[name] for name in choices if name in setting}
+        for name, value in chosen.items():
+            if value not in choices[name]:
+                wish = ", ".join(choices[name])
                 raise ConfigError(f"{name} must be one of {wish}, and is {value!r}.")
-            chosen[name] = value
         for name, value in chosen.items():
             getattr(self, name).value = value
         self.epsilon.field.value = str(setting.get("epsilon", self.epsilon.field.value))
@@ -263,9 +264,12 @@ class Controls:
     def list_choices(self, scene: Scene) -> None:
         """The choices that fit, with what is shown chosen."""
         left_out: list[str] = []
-        vaes = [*runs.usable("vae", left_out), scene.run]
-        encoders = runs.usable("ssl", left_out, size=scene.run.config.size)
-        lines = map(html.escape, runs.report_left_out(left_out))
+        vaes = [*runs.usable("vae", left_out), *list_starter("vae"), scene.run]
+        size = scene.run.config.size
+        encoders = runs.usable("ssl", left_out, size=size)
+        encoders += [run for run in list_starter("ssl") if run.config.size == size]
+        notes = [STARTER_NOTE] * ("starter" in (scene.run.id, scene.attacked))
+        lines = map(html.escape, [*notes, *runs.report_left_out(left_out)])
         self.left_out.value = "".join(f"<div>{line}</div>" for line in lines)
         names = {scene.attacked: scene.attacked} | {r.reference: full_name(r) for r in encoders}
         names |= {UNTRAINED: "a ResNet-18 before training"}

@@ -7,7 +7,8 @@ images, so each picture costs one decode and one small PNG.
 from __future__ import annotations
 
 from bisect import insort
-from functools import cached_property, lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -18,14 +19,13 @@ from torch import Tensor
 from idaa_lib import runs
 from idaa_lib.adversaries import IDAA
 from idaa_lib.configs import UNKNOWN, DecomposeConfig
+from idaa_lib.identity.networks import UNTRAINED, choose_witness
 from idaa_lib.identity.scene import (
     ADVERSARIES,
     BATCH,
-    UNTRAINED,
     Reading,
     Scene,
     Witness,
-    choose_witness,
     open_scene,
     read,
 )
@@ -67,7 +67,6 @@ class Engine:
         self.curves: dict[str, list[dict[str, float]]] = {name: [] for name in ADVERSARIES}
         order = (*EPSILONS[::4], *EPSILONS[2::4], *EPSILONS[1::2])
         self._unread = [(name, epsilon) for epsilon in order for name in ADVERSARIES]
-        self.reading = lru_cache(8)(self.measure)
 
     @cached_property
     def witness(self) -> Witness:
@@ -93,7 +92,7 @@ class Engine:
     def still(self) -> dict[str, Tensor]:
         """The rows that no ε moves: name → pixels (columns, 3, size, size)."""
         x, G, R = self.scene.parts.values()
-        rows = self.scene.pixels(x), self.scene.pixels(G), self._around_gray(R)
+        rows = self.scene.pixels(x), self.scene.pixels(G), self.scene.contrast(R, GAIN)[0]
         return dict(zip(STILL, rows, strict=True))
 
     def moving(self, adversary: str, epsilon: float) -> dict[str, Tensor]:
@@ -103,7 +102,7 @@ class Engine:
         # CLAE leaves the latent alone: what is decoded is G(x) itself.
         decoded = G if adversary == "clae" else x_adv - R
         pixels = self.scene.pixels
-        rows = pixels(decoded), pixels(x_adv), self._around_gray(x_adv - x)
+        rows = pixels(decoded), pixels(x_adv), self.scene.contrast(x_adv - x, GAIN)[0]
         return dict(zip(MOVING, rows, strict=True))
 
     def strip(self, index: int) -> dict[str, Tensor]:
@@ -120,22 +119,20 @@ class Engine:
         x_adv = self.scene.attack(adversary, epsilon)
         return {"x": x, "G(x)": G, "R(x)": R, "x′": x_adv, "x′ − x": x_adv - x}
 
-    def _around_gray(self, part: Tensor) -> Tensor:
-        return self.scene.contrast(part, GAIN)[0]
-
     # --- identity -----------------------------------------------------------------------------
 
-    def measure(self, adversary: str, epsilon: float) -> Reading:
-        """How hard an attack is, and what identity the witness finds in its x′; `reading` is the
-        same, and remembers the last ones."""
-        return read(self.scene, self.witness, adversary, epsilon)
+    @cached_property
+    def reading(self) -> Callable[[str, float], Reading]:
+        """(adversary, ε) → how hard the attack is, and what identity the witness finds in its x′;
+        the last ones are remembered."""
+        return lru_cache(8)(partial(read, self.scene, self.witness))
 
     def advance(self) -> bool:
         """Read one further point of the curves over ε, coarse before fine; False: all are read."""
         if self.complete:
             return False
         adversary, epsilon = self._unread[0]
-        row = self.measure(adversary, epsilon).row
+        row = read(self.scene, self.witness, adversary, epsilon).row
         insort(self.curves[adversary], row, key=itemgetter("epsilon"))
         del self._unread[0]
         return True

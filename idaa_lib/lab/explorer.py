@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 
 import ipywidgets as widgets
 import torch
-from IPython.display import HTML, display
+from IPython.display import HTML, DisplayHandle, display
 from torch import Tensor
 
 from idaa_lib import runs
@@ -37,19 +37,13 @@ from idaa_lib.lab.controls import (
     keep_image,
 )
 from idaa_lib.lab.engine import MOVING, STILL, STRIP, STRIP_NAMES, Engine
-from idaa_lib.lab.grid import STYLE, Grid
-from idaa_lib.lab.kernel import attended, guarded, query
-from idaa_lib.lab.record import GONE, INSTEAD, Record
-from idaa_lib.lab.style import COLOURS, NAMES, svg
+from idaa_lib.lab.grid import Grid
+from idaa_lib.lab.kernel import SHEET, attended, guarded, query
+from idaa_lib.lab.style import COLOURS, NAMES, picture, svg
 from idaa_lib.lab.walk import WalkPanel
 from idaa_lib.results import html_table
 
-HERE = Path(__file__).parent
-PAGE = (
-    f"<style>{(HERE / 'explorer.css').read_text(encoding='utf-8')}</style>"
-    f"<script>{(HERE / 'explorer.js').read_text(encoding='utf-8')}</script>"
-)
-
+SCRIPT = (Path(__file__).parent / "explorer.js").read_text(encoding="utf-8")
 FOLDS = ("One image over ε", "Spectra", "Walk in the latent: what is identity?")
 LARGE = 150  # pixels a side of an enlarged image
 
@@ -62,7 +56,9 @@ class Explorer(Controls):
     """
 
     engine: Any = None  # an `Engine`, once there is a VAE
-    record: Record | None = None
+    # A figure and a table that stay in the cell without its kernel, and what the figure is of.
+    _record: tuple[DisplayHandle, ...] = ()
+    _recorded: tuple[Engine, bool] | None = None
     _attack = (ADVERSARIES[0], 0.1)  # what the picture shows: adversary and ε
     _waits = False  # whether it waits for the curves over ε
     _now: tuple[str, Reading] | None = None  # what the meters say, and of what
@@ -138,10 +134,11 @@ class Explorer(Controls):
 
         Where nobody sits in front of the page, as under papermill, this waits for what they show.
         """
-        display(HTML(STYLE + PAGE + GONE + INSTEAD.format(name="idaa-explorer")), self.ui)
+        display(HTML(f"{SHEET}<script>{SCRIPT}</script>"), self.ui)
         if self.engine is None or query() is not None:  # a page of Voilà's is never without one
             return
-        self.record, engine = Record(), self.engine
+        engine = self.engine
+        self._record = tuple(display(HTML(""), display_id=True) for _ in range(2))
         self._later("verdict", lambda: self._judge(engine))
         if not attended() and not self._background.settle(timeout=300):
             self._keep_record(engine)
@@ -333,14 +330,19 @@ class Explorer(Controls):
                 self._keep_record(engine)
 
     def _keep_record(self, engine: Engine) -> None:
-        if self.record is None or self._now is None:
+        if not self._record or self._now is None:
             return
         readings = dict([self._now])
         if engine.complete and (pair := engine.at_equal_loss(self.epsilon.value)):
             for adversary, reading in zip(("idaa", "clae"), pair, strict=True):
                 readings.setdefault(verdict.title(adversary, reading.row["epsilon"]), reading)
         table, note = verdict.meters(engine, readings)
-        self.record.keep(engine.curves, self.verdict.value, table, html.escape(note))
+        figure, text = self._record
+        if self._recorded != (engine, engine.complete):
+            self._recorded = engine, engine.complete
+            figure.update(picture(pictures.identity_curves(engine.curves, pictures.SAME)))
+        page = f"<p>{self.verdict.value}</p>{html_table(table)}<p>{html.escape(note)}</p>"
+        text.update({"text/plain": table.to_string(), "text/html": page}, raw=True)
 
     def _mark(self) -> None:
         """Draw a line at the present ε over the curves."""

@@ -10,25 +10,6 @@ from torch import Tensor
 
 from idaa_lib.train.samples import grid
 
-# Pixels as they are: the browser neither smooths nor stretches them.
-STYLE = """<style>
-.idaa-pixels { image-rendering: pixelated; }
-.idaa-grid .widget-html, .idaa-grid .widget-html-content {
-  margin: 0; height: auto; line-height: 1.2;
-}
-.idaa-grid > .widget-html { align-self: flex-end; }
-.idaa-row {
-  height: var(--side); line-height: var(--side); width: 104px; padding-right: 8px;
-  white-space: nowrap; text-align: right;
-}
-.idaa-names { white-space: nowrap; }
-.idaa-names > span {
-  display: inline-block; box-sizing: border-box; width: var(--side); padding: 2px 0;
-  font-size: 11px; line-height: 13px; text-align: center; vertical-align: bottom;
-  white-space: normal; overflow-wrap: anywhere;
-}
-.idaa-marks { min-height: 17px; }
-</style>"""
 WIDEST = 16383  # pixels of a WebP picture
 Cell = tuple[str, str, str]  # a text (HTML), its CSS class, its tooltip
 
@@ -49,11 +30,10 @@ class Grid(widgets.HBox):
         name: str,
         text: str = "",
         marks: bool = False,
-        form: str = "webp",
     ) -> None:
-        self.rows, self._marks, self._form = tuple(rows), marks, form
+        self.rows, self._marks = tuple(rows), marks
         self._side, self._text = 0, text
-        self.image = widgets.Image(format=form)
+        self.image = widgets.Image()
         self.image.add_class(name).add_class("idaa-pixels")
         self._left, self._top, self._bottom = widgets.HTML(), widgets.HTML(), widgets.HTML()
         columns = widgets.VBox([self._top, self.image, self._bottom])
@@ -76,7 +56,7 @@ class Grid(widgets.HBox):
         self.image.layout = widgets.Layout(
             width=width, min_width=width, height=height, align_self="flex-start"
         )
-        self.image.format = self._form if columns * (size + 1) <= WIDEST else "png"
+        self.image.format = "webp" if columns * (size + 1) <= WIDEST else "png"
         self._show(self._top, [(html.escape(name), "", "") for name in names[:columns]])
         self.mark([])
         left = "".join(f'<div class="idaa-row">{html.escape(row)}</div>' for row in self.rows)

@@ -15,6 +15,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
@@ -25,6 +26,8 @@ from idaa_lib.configs import UserError
 from idaa_lib.runs import Stopped
 
 T = TypeVar("T")
+# The styles of all our widgets, for the page that shows one.
+SHEET = f"<style>{(Path(__file__).parent / 'lab.css').read_text(encoding='utf-8')}</style>"
 
 
 def _kernel() -> Any:

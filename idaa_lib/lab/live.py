@@ -7,10 +7,10 @@ All that is shown is read from the run directory and all that is asked goes thro
 from __future__ import annotations
 
 import html
+import math
 import shutil
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import pandas as pd
 from IPython.display import HTML, display
 
 from idaa_lib.configs import TrainingConfig, UserError
-from idaa_lib.lab import grid, plots, style
-from idaa_lib.lab.kernel import apart, attended, newcomer
-from idaa_lib.lab.process import UNDER_WAY, Look, launch, look, start
-from idaa_lib.lab.record import GONE
+from idaa_lib.lab import plots, style
+from idaa_lib.lab.grid import Grid
+from idaa_lib.lab.kernel import SHEET, apart, attended, guarded, newcomer
+from idaa_lib.lab.process import UNDER_WAY, Look, launch, look, stamp, start
 from idaa_lib.registry import SOURCES
 from idaa_lib.results import full_name
 from idaa_lib.runs import Run, RunError, Stopped
@@ -31,29 +31,11 @@ from idaa_lib.train import samples, stages
 
 # Seconds between two looks at a run that goes and at one that stands, and between two drawings.
 GOING, STANDING, DRAWING = 1.0, 3.0, 2.0
-# Key of a reading → its name and form.
-FIGURES = {
-    "loss": ("loss", "{:.4f}"),
-    "adversarial_loss": ("loss on (x, x′)", "{:.4f}"),
-    "knn_top1_val": ("validation kNN", "{:.1f} %"),
-    "ema_top1_val": ("validation accuracy", "{:.1f} %"),
-    "believed": ("pseudo-labels believed", "{:.1f} %"),
-    "reconstruction_val": ("validation reconstruction", "{:.4f}"),
-    "rate_nats_val": ("rate", "{:.1f} nats"),
-    "lr": ("learning rate", "{:.3g}"),
-    "images_per_second": ("speed", "{:,.0f} images/s"),
-}
 BELOW = "The cells below did not run."
 NOTICE = (
     "This notebook was opened anew while its cell waited, so the cells below did not run: once the "
     "training is over, select this cell and choose Run ▸ Run Selected Cell and All Below."
 )
-STYLE = """<style>
-.idaa-live-curves svg { max-width: 100%; height: auto; }
-.idaa-live-figures > div { color: var(--jp-ui-font-color1); line-height: 1.4; }
-.idaa-live-tiles { display: flex; flex-wrap: wrap; gap: 6px 24px; }
-.idaa-live-tiles span { color: var(--jp-ui-font-color2); }
-</style>"""
 
 
 def train(config: TrainingConfig) -> Run:
@@ -68,7 +50,7 @@ def train(config: TrainingConfig) -> Run:
         Stopped: the run was stopped and saved; or this no longer waits for it, while it goes on:
             the kernel was interrupted, or the notebook was opened anew.
     """
-    person, own = attended(), stages.foreign(config).items()
+    person, own = attended(), config.foreign().items()
     names = " and ".join(n for n, kind in own if not Path(SOURCES[kind][0]).is_file())
     if person and names:
         print(f"{names}: typed in this kernel, so training runs here and ends with it.")
@@ -93,7 +75,7 @@ def _attach(run: Run) -> None:
         f"which attaches to the training or shows its result."
     )
     try:
-        display(HTML(GONE))
+        display(HTML(SHEET))
         display(panel.ui)
         panel.follow()
         end = _wait(run)
@@ -127,20 +109,23 @@ def leave_record(run: Run) -> None:
     lines = run.metrics()
     if not lines:
         return
-    values = {key: value for line in lines for key, value in line.items()} | (run.summary or {})
-    cells = {"state": run.state["state"], "step": f"{lines[-1]['step']:,}", **figures_of(values)}
-    further = {k: v for k, v in (run.summary or {}).items() if k not in FIGURES}
-    cells |= {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in further.items()}
-    name = full_name(run)
+    summary, name = run.summary or {}, full_name(run)
+    values = {key: value for line in lines for key, value in line.items()} | summary
+    cells = {"state": run.state["state"], "step": f"{lines[-1]['step']:,}"}
+    for key in dict.fromkeys([*plots.CURVES[run.stage], *summary]):
+        if key in values:
+            cells[plots.LABELS.get(key, key)] = write_value(values[key])
     with pd.option_context("display.max_colwidth", None):
         display(pd.DataFrame({name: cells}))
-    figure = plots.curves({name: run}, plots.CURVES[run.stage], {name: lines})
+    figure = plots.curves({name: run}, plots.CURVES[run.stage])
     display(plots.save(figure, run.figure("curves.png")))
 
 
-def figures_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """What a person reads of a run's metrics or summary: name → value and unit."""
-    return {name: form.format(values[k]) for k, (name, form) in FIGURES.items() if k in values}
+def write_value(value: Any) -> str:
+    """A figure as a person reads it while it changes: four digits of what is measured."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
 
 
 # The one that `train` shows of each run: shown again, so that no older output of a cell goes stale.
@@ -179,7 +164,7 @@ class Panel:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._word = self._complaint = self._damage = ""
-        self._steps: int | None = None
+        self._steps = math.inf
         self._log_stamp, self._read_after, self._picture_stamp = (0, 0), 0.0, (0, 0)
         apart(self._build)
         self.refresh()
@@ -195,25 +180,24 @@ class Panel:
             )
         }
         self.progress = widgets.FloatProgress(max=1, layout={"width": "auto"})
-        self.figures, self.curves, self.status = (widgets.HTML() for _ in range(3))
-        self.samples = grid.Grid((), "idaa-live-samples", form="png")
+        self.figures, self.curves, self.status = (
+            widgets.HTML().add_class(f"idaa-live-{name}")
+            for name in ("figures", "curves", "status")
+        )
+        self.samples = Grid((), "idaa-live-samples")
         self.samples.layout.display = "none"  # until there are some
-        names = {name: getattr(self, name) for name in ("progress", "figures", "curves", "status")}
-        for name, widget in (self.buttons | names).items():
-            widget.add_class(f"idaa-live-{name}")
         for name, button in self.buttons.items():
+            button.add_class(f"idaa-live-{name}")
             button.on_click(lambda _, name=name: self._press(name))
         parts = (
             widgets.HBox(list(self.buttons.values())), self.progress, self.status, self.figures,
-            self.samples, self.curves, widgets.HTML(grid.STYLE + STYLE),
+            self.samples, self.curves,
         )  # fmt: skip
-        self.ui = widgets.VBox(parts)
-        self.ui.add_class("idaa-live")
+        self.ui = widgets.VBox(parts).add_class("idaa-live")
 
     def follow(self) -> None:
         """Keep the panel true, in a thread, until `close`."""
         if self._thread is None:
-            self._closed = False
             self._thread = threading.Thread(target=self._follow, daemon=True)
             self._thread.start()
 
@@ -250,11 +234,8 @@ class Panel:
 
     def refresh(self) -> None:
         """Read the run directory and show what is new; a widget sends only what has changed."""
-        with self._lock:
-            try:
-                apart(self._refresh)
-            except Exception as error:  # in a thread nobody would see it
-                self.status.value = f"<b>{html.escape(f'{error}')}</b>"
+        with self._lock, guarded(self.status):
+            apart(self._refresh)
 
     def _refresh(self) -> None:
         now = look(self.run)
@@ -276,9 +257,8 @@ class Panel:
         reason = now.reason or self._complaint or self._damage
         reason = " ".join(filter(None, (reason, self.notice)))
         self.status.value = f"<b>{html.escape(reason)}</b>" if reason else ""
-        self._steps = now.state.get("steps") or self._steps
-        step = self._latest().get("step", 0)
-        self.progress.value = step / self._steps if self._steps else 0.0
+        self._steps = now.state.get("steps", self._steps)  # a run that starts again has none yet
+        self.progress.value = self._latest().get("step", 0) / self._steps
         word = {"pause": "pausing", "stop": "stopping"}.get(request or "") if going else None
         self.figures.value = self._table(word or now.word, now.state)
         self._show_samples()
@@ -290,24 +270,27 @@ class Panel:
     def _read(self, over: bool) -> None:
         """The log, if it has changed, and its curves, every point of them: at most every 2 s, and
         for a fifth of the time."""
-        start, stamp = time.monotonic(), _stamp(self.run.path / "metrics.jsonl")
-        if stamp == self._log_stamp or not (over or start >= self._read_after):
+        began, changed = time.monotonic(), stamp(self.run.path / "metrics.jsonl")
+        if changed == self._log_stamp or not (over or began >= self._read_after):
             return
         try:
             self.lines, self._damage = self.run.metrics(), ""
+            figure = plots.curves({"": self.run}, plots.CURVES[self.run.stage])
+            self.curves.value = style.svg(figure) if figure.axes else ""
         except RunError as error:  # the buttons work all the same
             self._damage = str(error)
-        self._log_stamp = stamp
-        figure = plots.curves({"": self.run}, plots.CURVES[self.run.stage], {"": self.lines})
-        self.curves.value = style.svg(figure) if self.lines else ""
-        self._read_after = time.monotonic() + max(DRAWING, 4 * (time.monotonic() - start))
+        self._log_stamp = changed
+        self._read_after = time.monotonic() + max(DRAWING, 4 * (time.monotonic() - began))
 
     def _table(self, word: str, state: dict[str, Any]) -> str:
         """The figures as HTML."""
         latest, config = self._latest(), self.run.config
-        steps = f" of {self._steps:,}" if self._steps else ""
+        steps = f" of {self._steps:,}" if self._steps < math.inf else ""
         cells = {"state": word, "step": f"{latest.get('step', 0):,}{steps}"}
-        cells |= {"epoch": f"{latest.get('epoch', 0) + 1} of {config.epochs}", **figures_of(latest)}
+        cells["epoch"] = f"{latest.get('epoch', 0) + 1} of {config.epochs}"
+        for key in plots.CURVES[self.run.stage]:
+            if key in latest:
+                cells[plots.LABELS[key]] = write_value(latest[key])
         if word in ("going", "pausing", "stopping", "paused"):
             cells["time left"] = clock(state.get("seconds_left"))
         names = {"resident": "memory", "cuda": "GPU memory, at most"}
@@ -324,19 +307,12 @@ class Panel:
 
     def _show_samples(self) -> None:
         """What is trained on, if it is another than what is shown."""
-        stamp = _stamp(path := self.run.path / "samples" / "latest.png")
-        if stamp == self._picture_stamp:
+        changed = stamp(self.run.path / "samples" / "latest.png")
+        if changed == self._picture_stamp:
             return
-        self._picture_stamp = stamp
+        self._picture_stamp = changed
         rows = samples.read(self.run)
         columns, _, _, size = next(iter(rows.values())).shape
         self.samples.layout.display = None
         self.samples.resize(columns, size, rows=rows)
-        self.samples.image.value = path.read_bytes()
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """What changes with the content of a file; zeros where there is none."""
-    if not path.exists():
-        return 0, 0
-    return path.stat().st_mtime_ns, path.stat().st_size
+        self.samples.show(rows.values())

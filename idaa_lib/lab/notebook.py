@@ -12,9 +12,10 @@ from urllib.parse import quote
 
 from idaa_lib import kernels, runs
 from idaa_lib.configs import Config, TrainingConfig
-from idaa_lib.identity.scene import UNTRAINED, name_runs
+from idaa_lib.identity.networks import STARTER_NOTE, UNTRAINED, name_runs
 from idaa_lib.results import full_name
 from idaa_lib.runs import Run, RunError
+from idaa_lib.runs.files import replace
 from idaa_lib.train import stages
 
 C = TypeVar("C", bound=Config)
@@ -55,6 +56,7 @@ def choose(config: C, **needs: Any) -> C:
             with contextlib.suppress(RunError):  # it is gone, and nothing here needs it
                 lines["its vae"] = full_name(runs.get("vae", vae))
     text = [f"{field}: {line}" for field, line in lines.items()]
+    text += [STARTER_NOTE] * ("starter" in chosen.values())
     if chosen:
         field, name = next(iter(chosen.items()))
         text.append(
@@ -79,9 +81,7 @@ def notebook_of(run: Run) -> Path:
     if not path.exists():
         stage = load_notebook_node(str(kernels.FOLDER / f"{runs.NOTEBOOKS[run.stage]}.ipynb"))
         filled = parameterize_notebook(stage, runs.parameters(run.config))
-        draft = path.with_suffix(f".{os.getpid()}")
-        nbformat.write(filled, draft)
-        os.replace(draft, path)
+        replace(path, nbformat.writes(filled).encode())
     return path
 
 

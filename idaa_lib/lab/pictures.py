@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,9 +75,8 @@ def energy_maps(maps: Mapping[str, Tensor]) -> Figure:
 def spectra(parts: Mapping[str, Tensor]) -> Figure:
     """In which frequencies something lives: radially averaged power of (N, 3, H, W)."""
     figure, axis = style.axes(figsize=(6.4, 4))
-    others = itertools.cycle(OTHERS)
-    colours = [COLOURS.get(label.partition(" x′")[0]) or next(others) for label in parts]
-    hows = looks(zip(colours, parts, strict=True))
+    names = [label.partition(" x′")[0] for label in parts]
+    hows = looks((n if n in COLOURS else None, n) for n in names)
     for (label, part), how in zip(parts.items(), hows, strict=True):
         axis.plot(*radial_power(part), **how, label=entry(label), markersize=3)
     axis.set(xlabel="spatial frequency (cycles per image)", yscale="log")
@@ -144,7 +142,7 @@ def identity_curves(
     """Hardness and retrieval over ε, and retrieval over hardness: adversary → rows by ε.
 
     Rows are those of `scene.Reading`; `sought` says what their witness looks for. The right panel
-    compares adversaries where it is fair: at an equal loss.
+    compares adversaries at an equal loss of the attacked encoder.
     """
     figure, (left, middle, right) = style.axes(1, 3, figsize=(10.2, 3.2))
     for name, curve in curves.items():
@@ -291,8 +289,8 @@ def vaes(summary: Summary) -> Figure | None:
         left.set_yscale("symlog", linthresh=10)
         left.set(ylabel="nats", title="Latent", ylim=(0, 1.6 * max(10, *rate)))
         for part in ("G", "R", "idaa"):
-            kept = [row["kept"][part] for row in rows]
-            mean, spread = _spread([(one["retrieved"], one["low"], one["high"]) for one in kept])
+            points = [row["kept"][part] for row in rows]
+            mean, spread = _spread([(one["retrieved"], one["low"], one["high"]) for one in points])
             middle.errorbar(value, mean, yerr=spread, capsize=3, **LOOKS[part])
         middle.set(title=f"Identity, ε = {epsilon:g}")
         middle.set(ylabel=f"{VIEW} found\namong {summary['n']} (%)")

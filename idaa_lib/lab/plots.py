@@ -18,7 +18,7 @@ from torch import Tensor
 
 from idaa_lib.lab import style
 from idaa_lib.lab.pictures import image_rows
-from idaa_lib.lab.style import INK, OTHERS, PALETTE, entry, legend, look, looks
+from idaa_lib.lab.style import INK, PALETTE, entry, legend, look, looks
 from idaa_lib.lab.style import save as save  # what notebooks call beside the figures
 from idaa_lib.results import interval, title
 from idaa_lib.runs import Run
@@ -57,23 +57,14 @@ CURVES = {
 
 
 @look()
-def curves(
-    runs: Mapping[str, Run | Lines],
-    keys: Sequence[str],
-    readings: Mapping[str, Lines] | None = None,
-) -> Figure:
+def curves(runs: Mapping[str, Run | Lines], keys: Sequence[str]) -> Figure:
     """Training curves, a panel a key, a line a run: label → run, or the lines of its metrics.jsonl.
 
     The adversary gives the colour, the method dashes and marker. Where several runs are drawn, the
     loss of attacked ones is that on clean pairs, which compares. Bands are 95 % intervals over the
     validation images. In an SVG a line is a group whose id is its key.
-
-    Args:
-        readings: the lines of each run's metrics.jsonl, where they were read before.
     """
-    readings = readings or {
-        name: run.metrics() if isinstance(run, Run) else run for name, run in runs.items()
-    }
+    readings = {name: run.metrics() if isinstance(run, Run) else run for name, run in runs.items()}
     keys = [k for k in keys if any(k in line for lines in readings.values() for line in lines)]
     if not keys:
         return Figure()
@@ -107,13 +98,9 @@ def _lines(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The look of each run's line."""
     configs = [run.config if isinstance(run, Run) else None for run in runs.values()]
     adversaries = [getattr(config, "adversary", None) for config in configs]
-    colours = [
-        style.colour(name) if name else OTHERS[i % len(OTHERS)]
-        for i, name in enumerate(adversaries)
-    ]
     pairs = zip(configs, adversaries, strict=True)
     methods = [title(config)[0] if name else i for i, (config, name) in enumerate(pairs)]
-    return looks(zip(colours, methods, strict=True))
+    return looks(zip(adversaries, methods, strict=True))
 
 
 @look()
@@ -131,9 +118,7 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
     own = frame[frame["features"] == "encoder"] if with_lines else frame
     names = [*frame[panels].unique()]
     places, members = [*own[groups].unique()], [*own[colours].unique()]
-    plain = [OTHERS[i % len(OTHERS)] for i in range(len(members))]
-    shades = map(style.colour, members) if colours == "adversary" else plain
-    hows = looks(zip(shades, members, strict=True))
+    hows = looks((m if colours == "adversary" else None, m) for m in members)
     texts = [str(place).replace(", ", ",\n") for place in places]
     letters = max(8, *(len(line) for text in texts for line in text.split("\n")))
     size = (max(4.8, 1.2 + 0.1 * letters * len(places)), 3.6)
@@ -192,22 +177,19 @@ def plot_invariance(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 @look()
 def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
     """Rows: true class, columns: predicted class; percent of the row."""
-    import seaborn as sns  # half of what plotting would take to import
-    from sklearn.metrics import confusion_matrix
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     n = len(classes)
     share = confusion_matrix(labels, predictions, labels=range(n), normalize="true")
     figure, axis = style.axes(figsize=(0.52 * n + 2.2, 0.46 * n + 1.6), layout="compressed")
-    sns.heatmap(
-        100 * share, annot=n <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, ax=axis,
-        xticklabels=False, yticklabels=False, cbar_kws={"label": "percent of the true class"},
-    )  # fmt: skip
-    # Not by seaborn, which draws them before names are known to be no formulas.
-    crowded = max(map(len, classes)) > 6
-    axis.set_xticks(np.arange(n) + 0.5, classes, rotation=90 if crowded else 0)
-    axis.set_yticks(np.arange(n) + 0.5, classes)
-    axis.set(xlabel="predicted class", ylabel="true class", aspect="equal")
+    how: dict[str, Any] = dict(values_format=".0f", include_values=n <= 20, colorbar=False)
+    how |= dict(cmap="Blues", xticks_rotation=90 if max(map(len, classes)) > 6 else 0)
+    matrix = ConfusionMatrixDisplay(100 * share, display_labels=classes)
+    matrix.plot(ax=axis, im_kw={"vmin": 0, "vmax": 100}, **how)
+    figure.colorbar(matrix.im_, ax=axis, label="percent of the true class")
+    axis.set(xlabel="predicted class", ylabel="true class")
     axis.set(title="Confusion of the linear probe on test")
+    axis.grid(False)
     return figure
 
 
@@ -292,7 +274,7 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
     """Validation accuracy over ε, β, dim and further axes: a column each, kNN above, linear below.
 
     Args:
-        frame: of `sweeps.table`, with the columns `axis` and `at`. Intervals are over images, or
+        frame: of `plans.table`, with the columns `axis` and `at`. Intervals are over images, or
             over several seeds. Values that are not numbers stand side by side; results of no axis,
             such as those without an adversary, are a line in each that has none of their own.
     """
@@ -342,7 +324,7 @@ def crossed(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
     intervals. Over one field it is curves.
 
     Args:
-        frame: of `sweeps.table`. fields: its columns that were crossed.
+        frame: of `plans.table`. fields: its columns that were crossed.
     """
     frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
     fields = [name for name in fields if frame[name].astype(str).nunique() > 1]

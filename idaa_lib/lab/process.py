@@ -14,8 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -55,7 +55,7 @@ def launch(run: Run, config: TrainingConfig) -> None:
             time.sleep(0.1)
         if now.word in UNDER_WAY or now.word == "finished":
             return
-        files = sorted({SOURCES[kind][0] for kind in stages.foreign(config).values()})
+        files = sorted({SOURCES[kind][0] for kind in config.foreign().values()})
         runs.write_json(run.path / "config.json", config.model_dump(mode="json"))
         command = [sys.executable, "-m", "idaa_lib.train", run.stage, *files]
         own = {"IDAA_OUTPUTS": str(run.path.parent.parent), "PYTHONUNBUFFERED": "1"}
@@ -73,8 +73,7 @@ def launch(run: Run, config: TrainingConfig) -> None:
         runs.write_json(run.path / "process.json", about)
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """A run at one moment.
 
     word: new, starting, going, paused, ending (over, its process about to go), finished,
@@ -112,6 +111,15 @@ def look(run: Run) -> Look:
         reason = "Its process was killed, by hand or for want of memory (a lower batch_size helps)."
         return Look(word, state, f"{reason} Start goes on from the last checkpoint.")
     return Look(word, state)
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """What changes with the content of a file; zeros where there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return 0, 0
+    return about.st_mtime_ns, about.st_size
 
 
 def _lives(process: dict[str, Any]) -> bool:

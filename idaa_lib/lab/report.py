@@ -24,6 +24,7 @@ from idaa_lib import results, runs
 from idaa_lib.configs import SweepConfig
 from idaa_lib.lab import plots, style, verdict
 from idaa_lib.runs import NOTEBOOKS, Run
+from idaa_lib.runs.choice import list_starter
 from idaa_lib.runs.machine import hardware, versions
 
 # What notebook 02 draws, and what it shows.
@@ -39,9 +40,9 @@ class Report:
     def __init__(self) -> None:
         self.damage: list[str] = []
         stages = [stage for stage in runs.CONFIGS if stage != "detection"]  # it has its own part
-        order = lambda run: (stages.index(run.stage), results.natural(run.id))  # noqa: E731
         finished = [run for run in runs.list_runs(*stages) if run.finished]
-        finished.sort(key=order)  # seeds in their order: 10 after 2
+        # Seeds in their order: 10 after 2.
+        finished.sort(key=lambda run: (stages.index(run.stage), results.natural(run.id)))
         self.frame = results.results(finished, self.damage)
         damaged = tuple(line.partition(": ")[0] for line in self.damage)
         self.runs = {run.id: run for run in finished if str(run.path) not in damaged}
@@ -100,14 +101,14 @@ class Report:
         def show(run: Run) -> str:
             text = ""
             for name, caption in PICTURES.items():
-                if (path := run.path / "figures" / name).exists():
+                if (path := run.figures / name).exists():
                     data = base64.b64encode(path.read_bytes()).decode()
                     text += f"<figure><img src='data:image/png;base64,{data}' alt='{caption}'>"
                     text += f"<figcaption>{caption}</figcaption></figure>"
             made_by = papermill("02_decompose", {"vae": run.reference})
             return text and _heading(run) + text + _commands([*_lineage(run), made_by])
 
-        vaes = [run for run in self.runs.values() if run.stage == "vae"]
+        vaes = [run for run in self.runs.values() if run.stage == "vae"] + list_starter("vae")
         return self._each(vaes, show, "No pictures yet: run notebooks/02_decompose.ipynb.")
 
     def identity(self) -> HTML:
@@ -203,5 +204,4 @@ def _commands(lines: Iterable[str]) -> str:
 def _svg(figure: Figure) -> str:
     """Inline SVG without its groups' names, which many figures on one page would share."""
     text = re.sub(r'<g id="(?!legend)[^"]*"', "<g", style.svg(figure))
-    # No request, but a page that names no other place is easier to trust.
-    return f"<figure>{re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)}</figure>"
+    return f"<figure>{text}</figure>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import time
@@ -35,6 +34,8 @@ COLUMNS = (
     "state", "stage", "run", "data", "method", "adversary", "differs from preset", "seed", "result",
     *TESTS.values(), "tags", "started", SIZE, "id",
 )  # fmt: skip
+# What a row is made from.
+FILES = ("config.json", "state.json", "process.json", "summary.json", "tags.json")
 # Fields with a column of their own.
 HIDDEN = {"preset", "seed", "dataset", "method", "adversary", "run"}
 
@@ -47,12 +48,12 @@ class Row(NamedTuple):
     training: str  # id of the training that an evaluation judges
     progress: str  # of a run under way
     size: int  # bytes
-    stamps: tuple[int, ...]  # of the files that it is made from
+    stamps: list[tuple[int, int]]  # of FILES
 
 
 def row_of(run: Run, old: Row | None = None) -> Row:
     """What the files of a run say, whatever their state; `old`, if they are as they were then."""
-    stamps = _stamp(run)
+    stamps = [process.stamp(run.path / name) for name in FILES]
     if old and old.state != "going" and old.stamps == stamps:
         return old
     size = run.size
@@ -98,15 +99,6 @@ def row_of(run: Run, old: Row | None = None) -> Row:
     except results.DAMAGE as error:
         texts |= {"state": f"{SIGNS[DAMAGED]} {DAMAGED}", "result": str(error)}
         return Row(DAMAGED, texts, [], run.id, "", "", size, stamps)
-
-
-def _stamp(run: Run) -> tuple[int, ...]:
-    """When the files that a row is made from changed."""
-    times = []
-    for name in ("config.json", "state.json", "process.json", "summary.json", "tags.json"):
-        with contextlib.suppress(OSError):
-            times.append((run.path / name).stat().st_mtime_ns)
-    return tuple(times)
 
 
 def tabulate(rows: Mapping[Run, Row], means: bool) -> tuple[pd.DataFrame, list[list[Run]]]:

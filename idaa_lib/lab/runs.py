@@ -12,7 +12,6 @@ import html
 import re
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -23,13 +22,12 @@ from itables.widget import ITable
 
 from idaa_lib import results, runs
 from idaa_lib.lab import plots, process, style
-from idaa_lib.lab.kernel import guarded
+from idaa_lib.lab.kernel import SHEET, guarded
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import link, notebook_of
 from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIZE, TESTS, Row, join, row_of, tabulate
 from idaa_lib.runs import Run, RunError
 
-STYLE = (Path(__file__).parent / "runs.css").read_text(encoding="utf-8")
 RATED = [COLUMNS.index(name) for name in TESTS.values()]
 # Columns that are shown on request; the search is in what each row shows without it.
 OPTIONAL = [i for i, name in enumerate(COLUMNS) if "official" in name or name in (SIZE, "id")]
@@ -82,7 +80,7 @@ class RunsPage:
 
         kind = VisitorsText if read_only else widgets.HTML
         self.status, self.head, self.chosen, self.links, self.accuracy, self.diff, self.curves = (
-            _named(kind(), name)
+            kind().add_class(f"idaa-runs-{name}")
             for name in ("status", "head", "chosen", "links", "accuracy", "diff", "curves")
         )
         self.question, self.live = widgets.HTML(), widgets.VBox()
@@ -90,9 +88,9 @@ class RunsPage:
         self.means = widgets.Checkbox(
             description="means over seeds", indent=False, layout=widgets.Layout(width="auto")
         )
-        _named(self.means, "means").observe(self._safe(lambda _: self._fill()), "value")
+        self.means.add_class("idaa-runs-means").observe(self._safe(lambda _: self._fill()), "value")
         again = self._button("refresh", "Refresh", lambda: self.refresh(redraw=True))
-        self.table = _named(ITable(**TABLE), "table")
+        self.table = ITable(**TABLE).add_class("idaa-runs-table")
         self._picking = self._safe(lambda _: self._pick())
         self.table.observe(self._picking, "selected_rows")
         self.open = self._button("open", "Open notebook", self._open)
@@ -102,8 +100,8 @@ class RunsPage:
         self.yes = self._button("yes", "Yes, delete", self._delete)
         self.no = self._button("no", "No", self._unask)
         self.yes.button_style = "danger"
-        self.confirm = _named(_bar(self.question, self.yes, self.no), "confirm")
-        self.tags = _named(widgets.Text(placeholder="tags, with commas"), "tags")
+        self.confirm = _bar(self.question, self.yes, self.no).add_class("idaa-runs-confirm")
+        self.tags = widgets.Text(placeholder="tags, with commas").add_class("idaa-runs-tags")
         self.tag = self._button("tag", "Tag", self._tag)
         acts = self.open, self.watch, self.resume, self.delete, self.tags, self.tag
         bars = _bar(self.chosen, *acts), self.confirm
@@ -111,12 +109,11 @@ class RunsPage:
             for widget in (*bars, *acts, self.yes, self.no):
                 widget.close()  # so that no message of a browser reaches it
         parts = (
-            widgets.HTML(f"<style>{STYLE}</style>"), _bar(self.means, again, self.head), self.table,
+            widgets.HTML(SHEET), _bar(self.means, again, self.head), self.table,
             *((self.chosen,) if read_only else bars),
             self.status, self.links, self.live, self.accuracy, self.diff, self.curves,
         )  # fmt: skip
-        self.ui = widgets.VBox(parts)
-        self.ui.add_class("idaa-runs")
+        self.ui = widgets.VBox(parts).add_class("idaa-runs")
         self._safe(self._choose)()
         self._safe(self.refresh)()
 
@@ -129,7 +126,8 @@ class RunsPage:
 
     def close(self) -> None:
         self._closed.set()
-        self._detach()
+        if self._panel is not None:
+            self._panel.close()
 
     def _follow(self) -> None:
         while not self._closed.wait(2):
@@ -239,15 +237,11 @@ class RunsPage:
 
     def _attach(self, run: Run) -> None:
         """The live panel of a run, in the place of the one before."""
-        self._detach()
+        if self._panel is not None:
+            self._panel.close()
         self._panel = Panel(run)
         self._panel.follow()
         self.live.children = (self._panel.ui,)
-
-    def _detach(self) -> None:
-        if self._panel is not None:
-            self._panel.close()
-        self._panel, self.live.children = None, ()
 
     def _ask(self) -> None:
         users = {user for run in self.picked for user in run.users()} - set(self.picked)
@@ -276,7 +270,7 @@ class RunsPage:
     def _button(self, name: str, label: str, act: Callable[[], None]) -> widgets.Button:
         button = widgets.Button(description=label, layout=widgets.Layout(width="auto"))
         button.on_click(self._safe(lambda _: act()))
-        return _named(button, name)
+        return button.add_class(f"idaa-runs-{name}")
 
 
 class VisitorsText(widgets.HTML):
@@ -292,14 +286,8 @@ def hide_paths(text: str) -> str:
     return re.sub(r"(?<![\w<:/…])(?:~|[A-Za-z]:)?[/\\](?:[^\s<>/\\\"']+[/\\])+", "…/", text)
 
 
-def _named(widget: Any, name: str) -> Any:
-    """The widget, with the CSS class of that name."""
-    widget.add_class(f"idaa-runs-{name}")
-    return widget
-
-
 def _bar(*children: widgets.Widget) -> widgets.HBox:
-    return _named(widgets.HBox(children), "bar")
+    return widgets.HBox(children).add_class("idaa-runs-bar")
 
 
 def mebibytes(size: int) -> str:

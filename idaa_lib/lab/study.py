@@ -10,7 +10,7 @@ import pandas as pd
 from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
 
-from idaa_lib import results, sweeps
+from idaa_lib import plans, results, sweeps
 from idaa_lib.grids import Point
 from idaa_lib.lab import style
 from idaa_lib.lab.kernel import attended
@@ -27,12 +27,12 @@ def perform(
 
     Args:
         split: whose accuracies are shown, `validation` or `test`. draw: the figure of such rows of
-            `sweeps.table`.
+            `plans.table`.
     Raises:
         Stopped: the kernel was interrupted; the runs under way were saved.
     """
     attended()
-    tasks = sweeps.plan(grid)
+    tasks = plans.plan(grid)
     outputs: list[DisplayHandle] = []
     evaluations, draw_after = 0, 0.0
 
@@ -44,7 +44,7 @@ def perform(
             return
         evaluations = count
         with contextlib.suppress(Exception):  # others still train; the cells below say it
-            frame = sweeps.table(grid)
+            frame = plans.table(grid)
             frame = frame[(frame["split"] == split) & (frame["features"] == "encoder")]
             by = [name for name in (*grid[0].labels, "seed") if frame[name].notna().any()]
             rows = results.tabulate(frame.fillna(dict.fromkeys(by, "–")), by)

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import io
 import itertools
-import os
 import pickle
 import textwrap
 import threading
@@ -47,7 +46,6 @@ RC: dict[Any, Any] = {
     # Lines and text of a paper, on a white grid.
     **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 10.56),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9.68),
-    "legend.title_fontsize": 10.56,
     "axes.linewidth": 1.0,
     "lines.linewidth": 1.2,
     "lines.markersize": 4.8,
@@ -125,11 +123,12 @@ def colour(adversary: str) -> str:
     return COLOURS.setdefault(adversary, OTHERS[len(COLOURS) % len(OTHERS)])
 
 
-def looks(lines: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """The look of each line (colour, what it is of), no two alike: what one thing has in common
-    are dashes and marker, unless another line of that colour has them."""
+def looks(lines: Iterable[tuple[str | None, Any]]) -> list[dict[str, Any]]:
+    """The look of each line (its adversary, if any, and what it is of), no two alike: the adversary
+    gives the colour, the other dashes and marker, unless another line of that colour has them."""
     things, used, chosen = list[Any](), set[tuple[str, int]](), []
-    for color, thing in lines:
+    for i, (adversary, thing) in enumerate(lines):
+        color = colour(adversary) if adversary else OTHERS[i % len(OTHERS)]
         things += [thing] * (thing not in things)
         ranks = itertools.chain([things.index(thing)], itertools.count())
         rank = next(i for i in ranks if (color, i) not in used)
@@ -160,19 +159,14 @@ def legend(figure: Figure, axes: Iterable[Any], least: int = 1, points: float = 
 
 
 def save(figure: Figure, path: Path | str, column: str | None = None) -> Image:
-    """Write a figure as `path` (.png), and beside it as vector PDF where `IDAA_PDF=1` asks for it.
-
-    Gives back the picture as it was saved, which a notebook displays.
+    """The picture that is written as `path` (.png), which a notebook displays.
 
     Args:
         column: `single` or `double`, for print: 3.3 or 6.9 inches wide, text of 8 points, no title,
             PNG and PDF. The figure itself stays as it is.
     Raises:
-        ValueError: IDAA_PDF is neither 0 nor 1; there is no such column. RunError: as `saving`.
+        ValueError: there is no such column. RunError: as `saving`.
     """
-    choice = os.environ.get("IDAA_PDF") or "0"
-    if choice not in ("0", "1"):
-        raise ValueError(f"IDAA_PDF must be 1 (figures as PDF too) or 0, and is {choice!r}.")
     if column not in (None, *COLUMNS):
         wish = " or ".join(f"{name!r} ({width} inches)" for name, width in COLUMNS.items())
         raise ValueError(f"column must be {wish}, and is {column!r}.")
@@ -182,7 +176,7 @@ def save(figure: Figure, path: Path | str, column: str | None = None) -> Image:
         dpi = 2 * DPI
     with saving(path):
         path.write_bytes(_render(figure, "png", bbox_inches=box, dpi=dpi))
-        if choice == "1" or column:
+        if column:
             path.with_suffix(".pdf").write_bytes(_render(figure, "pdf", bbox_inches=box))
     return _image(path.read_bytes(), dpi)
 
@@ -294,8 +288,9 @@ def svg(figure: Figure) -> str:
     the same SVG reads well in the light and the dark theme.
     """
     # The whole figure, not what `savefig.bbox` crops: places in it can be computed then.
-    whole: dict[str, Any] = {"bbox_inches": figure.bbox_inches, "transparent": True}
-    text = _render(figure, "svg", **whole, metadata={"Date": None}).decode()
+    how: dict[str, Any] = {"bbox_inches": figure.bbox_inches, "transparent": True}
+    how["metadata"] = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none
+    text = _render(figure, "svg", **how).decode()
     text = text[text.index("<svg") :]  # without the XML head
     for ink, page in (
         (INK, "var(--jp-ui-font-color1, currentColor)"),

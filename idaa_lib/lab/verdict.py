@@ -10,7 +10,8 @@ import pandas as pd
 
 from idaa_lib import runs
 from idaa_lib.evaluate.metrics import paired_difference
-from idaa_lib.identity.scene import UNTRAINED, Reading
+from idaa_lib.identity.networks import UNTRAINED
+from idaa_lib.identity.scene import Reading
 from idaa_lib.identity.stage import verdict
 from idaa_lib.identity.theory import Retention
 from idaa_lib.lab.engine import EPSILONS, Engine
@@ -49,12 +50,12 @@ def strength(engine: Engine, adversary: str, idaa: float, equal: bool) -> tuple[
     return hardest, f"{title(adversary, hardest)}: its hardest, not as hard as IDAA at {idaa:.6g}"
 
 
-def marks(kept: Retention) -> list[tuple[str, str, str]]:
+def marks(identity: Retention) -> list[tuple[str, str, str]]:
     """For `Grid.mark`: of each image, whether the witness finds x first, and its rank."""
     return [
         (f"{'✓' if rank == 1 else '✗'} {rank}", "idaa-kept" if rank == 1 else "idaa-lost",
-         f"Given x′, the witness finds x at rank {rank} of {kept.n}")
-        for rank in kept.ranks.tolist()
+         f"Given x′, the witness finds x at rank {rank} of {identity.n}")
+        for rank in identity.ranks.tolist()
     ]  # fmt: skip
 
 
@@ -79,8 +80,8 @@ def _encoder_name(name: str) -> str:
 def sentence(engine: Engine, epsilon: float) -> str:
     """Which of IDAA, with this ε, and CLAE keeps more identity at the same loss."""
     if not engine.complete:
-        done, all_ = sum(map(len, engine.curves.values())), len(engine.curves) * len(EPSILONS)
-        return f"IDAA and CLAE at the same loss: {done} of {all_} points over ε are read …"
+        count, all_ = sum(map(len, engine.curves.values())), len(engine.curves) * len(EPSILONS)
+        return f"IDAA and CLAE at the same loss: {count} of {all_} points over ε are read …"
     if (pair := engine.at_equal_loss(epsilon)) is None:
         if engine.as_hard("clae", epsilon) is None:
             return f"No ε of CLAE up to {EPSILONS[-1]:g} is as hard as IDAA with ε = {epsilon:.6g}."

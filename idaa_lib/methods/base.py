@@ -33,8 +33,9 @@ class About:
     """What a method may know of its training beside its options."""
 
     recipe: Recipe  # of the views, with their size and normalisation
+    # (N,) int64 of all training images, −1 where unknown; and how many classes there are.
     labels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    classes: int = 0  # `labels`: (N,) int64 of all training images, −1 where unknown
+    classes: int = 0
     epochs: int = 1
     batch_size: int = 2  # of all processes together
     seed: int = 0

@@ -122,9 +122,9 @@ class IPIRM(SimCLR):
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
         super().__init__(options, backbone, about)
-        kept = options.retain_group
+        rule = options.retain_group
         most = -(-about.epochs // options.maximize_iter) + 1
-        self.capacity = 0 if options.baseline else {"all": most, "one": 1}.get(kept, kept)
+        self.capacity = 0 if options.baseline else {"all": most, "one": 1}.get(rule, rule)
         if not options.baseline:
             shape = self.capacity, about.n
             self.register_buffer("partitions", torch.zeros(shape, dtype=torch.uint8))
@@ -213,11 +213,11 @@ class IPIRM(SimCLR):
     # --- minimisation with mixed images -----------------------------------------------------------
 
     def numbers(self, sizes: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
-        drawn = super().numbers(sizes, generator)
+        tensors = super().numbers(sizes, generator)
         if self.options.mixup:  # for the whole batch and within each partition
             shape = sizes["images"], 1 + self.capacity, 2
-            drawn["mixup"] = torch.rand(shape, generator=generator)
-        return drawn
+            tensors["mixup"] = torch.rand(shape, generator=generator)
+        return tensors
 
     def contrast_mixed(
         self, images: Tensor, z2: Tensor, draws: Tensor, adversarial: bool

@@ -1,17 +1,19 @@
-"""The VAE's own training (docs/spec/idaa.md §1) as a method: one loop trains everything."""
+"""The VAE's own training (docs/spec/idaa.md §1) as a method, and what it is judged by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from idaa_lib.configs import VAEConfig
 from idaa_lib.methods.base import About, Batch, Method, Moment, Step
-from idaa_lib.nets import initial_weights
-from idaa_lib.nets.vae import VAE, vae_loss
-from idaa_lib.views import View
+from idaa_lib.nets import evaluating, initial_weights
+from idaa_lib.nets.processes import share
+from idaa_lib.nets.vae import VAE, rate, vae_loss
+from idaa_lib.views import Recipe, View, recipe
 
 
 class VAETraining(Method):
@@ -23,8 +25,8 @@ class VAETraining(Method):
     def __init__(self, config: VAEConfig, about: About) -> None:
         super().__init__(self.Options(), None, about)
         with initial_weights(config.seed):
-            recipe = about.recipe
-            self.network = VAE(config.dim, config.size, config.width, recipe.mean, recipe.std)
+            units = about.recipe.mean, about.recipe.std
+            self.network = VAE(config.dim, config.size, config.width, *units)
         self.dim, self.kappa = config.dim, config.kappa
 
     def numbers(self, sizes: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
@@ -41,3 +43,35 @@ class VAETraining(Method):
             parts={"reconstruction": reconstruction, "kl": kl},
             pictures={"x": x, "G(x)": G, "R(x)": (x, G)},
         )
+
+
+@torch.no_grad()
+def vae_figures(vae: Any, recipe_: Recipe, data: Tensor) -> dict[str, float]:
+    """On un-augmented validation images: reconstruction (MSE), kl (the loss's term), rate in nats,
+    and the official acc_gx = 1 − mean ‖x−G‖²/‖x‖², acc_rx = 1 − mean ‖G‖²/‖x‖² (spec §1)."""
+    transform = recipe("none", recipe_.size, recipe_.mean, recipe_.std)
+    device = next(vae.parameters()).device
+    totals, n = torch.zeros(4, dtype=torch.float64, device=device), len(data)
+
+    def judge(rows: Any) -> Tensor:
+        """Error, rate, and shares of the energy in error and reconstruction (B, 4)."""
+        x = transform(data[rows].to(device), None).images
+        _, G, mu, logvar = vae.forward(x)  # a compiled one would be compiled anew, for these
+        energy = x.square().flatten(1).sum(1)
+        error = (x - G).square().flatten(1).sum(1)
+        share_ = G.float().square().flatten(1).sum(1) / energy
+        nats = rate(mu.float(), logvar.float())
+        return torch.stack([error, nats, error / energy, share_], 1)
+
+    with evaluating(vae):
+        for start in range(0, n, 500):
+            figures = share(range(start, min(start + 500, n)), judge)
+            totals += torch.stack([values.sum() for values in figures.T.contiguous()])
+    error_sum, nats_sum, gx, rx = totals.tolist()
+    return {
+        "reconstruction_val": error_sum / (n * 3 * recipe_.size**2),
+        "kl_val": nats_sum / n / (3 * vae.dim),
+        "rate_nats_val": nats_sum / n,
+        "acc_gx_val": 1 - gx / n,
+        "acc_rx_val": 1 - rx / n,
+    }

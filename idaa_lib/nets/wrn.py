@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from idaa_lib.nets import register_backbone
-from idaa_lib.nets.resnet import Normed
+from idaa_lib.nets.resnet import Normed, project
 
 SLOPE = 0.1
 STEM = 16
@@ -37,7 +37,7 @@ class _Block(Normed):
         y = self.norm("bn1", x, adversarial, slope=SLOPE)
         x = y if self.activates_shortcut else x
         y = self.conv2(self.norm("bn2", self.conv1(y), adversarial, slope=SLOPE))
-        return y + (x if self.shortcut is None else self.shortcut(x))
+        return y + (x if self.shortcut is None else project(x, self.shortcut))
 
 
 class WideResNet(Normed):

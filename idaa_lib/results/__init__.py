@@ -13,7 +13,6 @@ from typing import Any
 from idaa_lib.results.figures import (
     COLUMNS,
     DAMAGE,
-    SAME,
     SHOWN,
     headline,
     interval,
@@ -37,14 +36,12 @@ from idaa_lib.results.names import (
     value_text,
 )
 from idaa_lib.results.tables import (
-    AGREE,
     PAPER,
     Group,
     beside,
     groups,
     html_table,
     natural,
-    paper,
     paper_name,
     table,
     tabulate,
@@ -52,6 +49,9 @@ from idaa_lib.results.tables import (
 
 
 class _Results(types.ModuleType):
+    """This module, which is called as `idaa_lib.results()` too: the room and its main function have
+    one name."""
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         return results(*args, **options)
 

@@ -208,9 +208,9 @@ def save(frame: pd.DataFrame, path: Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_name(f"{path.name}.{ending}") for ending in ("csv", "parquet")]
     frame.to_csv(files[0], index=False)
-    kept = frame.infer_objects()
-    for name in kept:
-        if pd.api.types.infer_dtype(kept[name], skipna=True).startswith("mixed"):
-            kept[name] = kept[name].map(str, na_action="ignore")
-    kept.to_parquet(files[1], index=False)
+    table = frame.infer_objects()
+    for name in table:
+        if pd.api.types.infer_dtype(table[name], skipna=True).startswith("mixed"):
+            table[name] = table[name].map(str, na_action="ignore")
+    table.to_parquet(files[1], index=False)
     return files

@@ -36,45 +36,40 @@ class Group(NamedTuple):
 
 
 def groups(frame: pd.DataFrame) -> list[Group]:
-    """Test figures in tables that mix neither stages, images, limits, n, protocols or versions. Of
-    transfers it is the linear probe on all labels, a column each data set."""
-    frame = frame[frame["split"] == "test"]
-    other = (frame["stage"] == "transfer") & ~frame["metric"].str.startswith("linear")
-    frame = frame[~other]
+    """Test figures in tables that mix neither stages, images, limits, n, protocols or versions."""
+    frame = _compared(frame)
     own = frame[frame["features"] == "encoder"]
     metric = own["metric"].mask(own["stage"] == "semi", "")  # columns: how many labels a class
     kinds = (own["stage"] + metric + own["alike"]).groupby(own["run"], sort=False).agg(frozenset)
     members = kinds.groupby(kinds, sort=False).groups.values()
-    parts = (frame[frame["run"].isin(ids)] for ids in members)
-    return [_group(part, _columns(part["stage"].iloc[0])) for part in parts]
+    return [_group(frame[frame["run"].isin(ids)]) for ids in members]
 
 
-def _columns(stage: str) -> str:
-    """What the columns of a table of that stage are."""
-    return "dataset" if stage == "transfer" else "metric"
+def _compared(frame: pd.DataFrame) -> pd.DataFrame:
+    """Test figures; of transfers those of the linear probe on all labels."""
+    other = (frame["stage"] == "transfer") & ~frame["metric"].str.startswith("linear")
+    return frame[(frame["split"] == "test") & ~other]
 
 
 def beside(run: Run) -> Group:
     """The test figures of a run with those of all finished runs that may stand beside them."""
     damage: list[str] = []
     others = [other for other in runs.find(run.stage, left_out=damage) if other != run]
-    by = _columns(run.stage)
 
     def test_figures(chosen: Sequence[Run]) -> pd.DataFrame:
-        frame = results(chosen, damage)
-        frame = frame[(frame["split"] == "test") & (frame["features"] == "encoder")]
-        frame = frame[frame["metric"].str.startswith("linear")] if by == "dataset" else frame
+        frame = _compared(results(chosen, damage))
+        frame = frame[frame["features"] == "encoder"]
         return frame[frame["alike"].isin(frame[frame["run"] == run.id]["alike"])]
 
     members = set(test_figures([run, *others])["run"])
     # Once more, of these alone: a label says what differs between them.
     frame = test_figures([run, *(other for other in others if other.id in members)])
-    group = _group(frame.sort_values("label", kind="stable"), by)
+    group = _group(frame.sort_values("label", kind="stable"))
     protocols = [group.protocols, *runs.report_left_out(damage)]
     return group._replace(protocols="\n".join(protocols))
 
 
-def _group(frame: pd.DataFrame, by: str) -> Group:
+def _group(frame: pd.DataFrame) -> Group:
     own = frame[frame["features"] == "encoder"]
     first = own.iloc[0]
     n = " or ".join(f"{value:,}" for value in dict.fromkeys(own["n"].dropna()))
@@ -87,13 +82,14 @@ def _group(frame: pd.DataFrame, by: str) -> Group:
         protocols.append("The paper's figures are of other data: none stands here.")
     datasets = ", ".join(dict.fromkeys(own["dataset"]))
     return Group(
-        f"{datasets}: {n} test images{limit}", table(frame, by), "\n".join(protocols),
+        f"{datasets}: {n} test images{limit}", table(frame), "\n".join(protocols),
         list(dict.fromkeys(own["run"])),
     )  # fmt: skip
 
 
-def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
-    """For people: a row each label, then references, then the paper's; a column each value of `by`.
+def table(frame: pd.DataFrame) -> pd.DataFrame:
+    """For people: a row each label, then references, then the paper's; a column each metric, of
+    transfers each data set.
 
     Of one seed the interval is over test images; of several it is the mean with Student's interval
     over trainings, and `seed` says which. Of two runs with one seed the first counts.
@@ -102,7 +98,7 @@ def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
 
     about, key = ["seed", "epochs", "images"], ["label", "heading"]  # about: of trainings
     reference = frame["features"] != "encoder"
-    ours = frame.assign(heading=_heading(frame, by))
+    ours = frame.assign(heading=_heading(frame))
     ours["label"] = ours["label"].mask(reference, ours["features"])
     # References are the same for all, whatever the training.
     ours[about] = ours[about].mask(reference, None)
@@ -110,7 +106,7 @@ def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     rows = _interval_table(ours, ["label"]).join(ours.groupby("label")[about].agg(_values))
 
     theirs, _ = paper(frame)
-    theirs = theirs.assign(heading=_heading(theirs, by))
+    theirs = theirs.assign(heading=_heading(theirs))
     their_rows = theirs.pivot_table("text", "label", "heading", aggfunc="first", sort=False)
     their_rows["epochs"] = theirs.groupby("label")["epochs"].first().replace("", "not stated")
     their_rows["seed"] = "not stated"
@@ -120,10 +116,10 @@ def table(frame: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     return rows.fillna("–").rename_axis(index=None, columns=None)
 
 
-def _heading(frame: pd.DataFrame, by: str) -> pd.Series:
-    """The columns of a table by metric, or of the linear accuracies on several data sets."""
-    metric = frame["metric"]
-    return (metric if by == "metric" else frame["dataset"] + metric.str[len("linear") :]) + " (%)"
+def _heading(frame: pd.DataFrame) -> pd.Series:
+    """The column of a table that each figure stands in."""
+    datasets = frame["dataset"] + frame["metric"].str.removeprefix("linear")
+    return frame["metric"].where(frame["stage"] != "transfer", datasets) + " (%)"
 
 
 def natural(text: str) -> list[Any]:
@@ -137,15 +133,15 @@ def _values(column: pd.Series) -> str:
     return ", ".join([*numbers, *values & {UNKNOWN}]) or "–"
 
 
-def _interval_text(mine: pd.DataFrame) -> str:
-    value, low, high = interval(mine)
-    return f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def _interval_table(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """A row for each value of the columns `by`, a column for each of `heading`: interval texts."""
+
+    def write(mine: pd.DataFrame) -> str:
+        value, low, high = interval(mine)
+        return f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
     figures = frame.groupby([*by, "heading"], sort=False)[["value", "low", "high"]]
-    return figures.apply(_interval_text).unstack(sort=False)
+    return figures.apply(write).unstack(sort=False)
 
 
 def tabulate(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:

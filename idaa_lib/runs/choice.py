@@ -4,10 +4,14 @@ None means the first of the finished runs that fit: one whose weights are there 
 that was pruned, then one that a person started before one that a sweep made, then what was started
 last. Of a sweep's own those come first that differ least from their recipe: the others are what it
 varied. The times are stored (`Run.starts`), so a copy of `outputs/` changes nothing.
+
+`starter` (and of encoders `starter2`) names a run that ships in data/starter. None never means it,
+except where pictures and studies of identity find no VAE of the user's own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -17,6 +21,7 @@ from typing import Any
 
 from idaa_lib.configs import ConfigError, ImagesConfig, TrainingConfig
 from idaa_lib.configs.reading import expand
+from idaa_lib.data.places import STARTER
 from idaa_lib.runs import checkpoints
 from idaa_lib.runs.directory import CONFIGS, NOTEBOOKS, Run, list_runs, outputs_root
 from idaa_lib.runs.files import RunError
@@ -36,16 +41,15 @@ def find(
     """
     if stage not in CONFIGS:
         raise RunError(f"There is no stage {stage!r}; there are {', '.join(CONFIGS)}.")
-    images = {k: v for k, v in values.items() if k in ("dataset", "classes")}
-    images = images if "dataset" in images else {}
-    plain = {name: value for name, value in values.items() if name not in images}
+    by_content = {"dataset", "classes"} if "dataset" in values else set()
+    images = {name: value for name, value in values.items() if name in by_content}
+    plain = {name: value for name, value in values.items() if name not in by_content}
     fingerprint, runs = functools.cache(_fingerprint), []  # many runs are of one set of images
     for run in list_runs(stage):
         try:
             config = run.config
-            if finished and not run.finished:
-                continue
-            if any(getattr(config, name, None) != value for name, value in plain.items()):
+            fits = all(getattr(config, name, None) == value for name, value in plain.items())
+            if not fits or (finished and not run.finished):
                 continue
             if not images or has_images(run, **images, fingerprint=fingerprint):
                 runs.append(run)
@@ -86,6 +90,17 @@ def first(candidates: list[Run]) -> Run | None:
     return next((run for run in candidates if checkpoints.are_whole(run)), None)
 
 
+def list_starter(stage: str) -> list[Run]:
+    """The runs of a stage that ship with the library and are as they shipped, the one to take
+    first."""
+    ships = []
+    for run in map(Run, sorted((STARTER / stage).glob("starter*"))):
+        with contextlib.suppress(RunError):  # its configuration cannot be read
+            if run.config and checkpoints.are_there(run):
+                ships.append(run)
+    return ships
+
+
 def get(stage: str, name: Run | str | None, **values: Any) -> Run:
     """The finished run that a name means; None means the best that has these values.
 
@@ -107,8 +122,9 @@ def get(stage: str, name: Run | str | None, **values: Any) -> Run:
     elif os.sep in name:
         run = Run(Path(os.path.realpath(expand(name))))
     else:
-        folder = outputs_root() / stage
+        folder, starter = outputs_root() / stage, STARTER / stage / name
         ends = [*folder.glob(f"*-{name}")] if re.fullmatch("[0-9a-f]{8}", name) else []
+        ends += [starter] * (starter / "config.json").is_file()
         run = Run(ends[0] if ends else folder / name)
     if not os.path.isfile(run.path / "config.json"):
         raise RunError(f"There is no {stage} run {run.id!r} at {run.path}.")
@@ -136,8 +152,8 @@ def encoder(name: Run | str | None) -> Run:
 def has_images(run: Run, dataset: str, classes: str = "", *, fingerprint: Any = None) -> bool:
     """Whether a training read images of `dataset` (of its class folders `classes` alone), by
     content. By name where nobody can look: the images, or what the run says of them, are gone."""
-    config, about, content = run.config, run.environment.get("dataset"), None
-    stored = about.get("fingerprint") if isinstance(about, dict) else None
+    config, content = run.config, None
+    stored = run.environment.get("dataset", {}).get("fingerprint")
     if isinstance(config, TrainingConfig) and stored is not None:
         part = config.split, config.source_size or config.size, config.limit
         reading = config.reading | {"classes": classes}

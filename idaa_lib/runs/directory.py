@@ -32,6 +32,8 @@ from idaa_lib.configs import (
     UserError,
     VAEConfig,
 )
+from idaa_lib.configs.lookups import once
+from idaa_lib.data.places import STARTER
 from idaa_lib.runs.files import (
     NUMBER,
     RunError,
@@ -43,13 +45,13 @@ from idaa_lib.runs.files import (
     saving,
     write_json,
 )
-from idaa_lib.runs.machine import birth, is_alive, lacks_memory, once
+from idaa_lib.runs.machine import birth, is_alive, lacks_memory
 
 # Raised whenever the same configuration would give other numbers than before.
 RESULTS_VERSION = 5
 
 # Variable of the environment that names who starts runs, where it is no person.
-STARTER = "IDAA_STARTER"
+STARTED_BY = "IDAA_STARTED_BY"
 # Seconds without a heartbeat after which a run on another machine counts as interrupted.
 SILENCE = 600
 
@@ -93,6 +95,11 @@ class Run:
         return self.path.parent.name
 
     @property
+    def ships(self) -> bool:
+        """Whether it is of the starter, which stays as it is."""
+        return self.path.parent.parent == STARTER
+
+    @property
     def config(self) -> Any:
         """The resolved configuration, as the class of its stage. (The knobs of a method that this
         process has not imported are left out.) Of an imported run, `stated()` says which values
@@ -118,10 +125,13 @@ class Run:
             unknown = environment.get("imported", {}).get("unknown", ())
             return CONFIGS[self.stage].restore(values, unknown)
         except ConfigError as error:
+            notebook = f"notebooks/{NOTEBOOKS[self.stage]}.ipynb"
+            again = f"delete {self.path} and make it again with {notebook}"
+            if self.ships:
+                again = "get data/starter of this version"
             raise RunError(
                 f"Run {self.id} was made by another version of this library "
-                f"({str(error).rstrip('.')}): delete {self.path} and make it again with "
-                f"notebooks/{NOTEBOOKS[self.stage]}.ipynb."
+                f"({str(error).rstrip('.')}): {again}."
             ) from error
 
     @property
@@ -135,13 +145,21 @@ class Run:
         `std` per channel in [0, 1] units, `classes`, their number or names.
 
         Raises:
-            RunError: the run stores none.
+            RunError: the run stores none, or its file is damaged.
         """
         if (values := read_json(self.path / "model.json")) is None:
             raise RunError(
                 f"{self.path} has no model.json, so it holds no network, or an earlier version "
                 f"made it: delete the folder and start it again."
             )
+        try:
+            size, mean, std, _ = (values[name] for name in ("size", "mean", "std", "classes"))
+            sum([*mean, *std], size)  # all are numbers
+        except (KeyError, TypeError) as error:
+            raise RunError(
+                f"{self.path / 'model.json'} is damaged ({error}): delete the folder and start the "
+                f"run again."
+            ) from None
         return values
 
     @property
@@ -173,22 +191,16 @@ class Run:
     @property
     def reference(self) -> str:
         """What a configuration calls this run: its id under `outputs_root`, which may be moved
-        then, else its path."""
+        then, or in the starter, else its path."""
         usual = outputs_root() in (self.path.parent.parent, self.path.resolve().parent.parent)
-        return self.id if usual else str(self.path)
+        return self.id if usual or self.ships else str(self.path)
 
     @property
     def starts(self) -> dict[str, float]:
-        """`person` and `sweep` → when each asked for this run last, in seconds since 1970.
-
-        Of a run that an earlier version made: its last start, and a sweep's where a sweep locked
-        it. Empty where nothing is known.
-        """
-        with contextlib.suppress(RunError, KeyError):
-            if (times := read_json(self.path / "starts.json")) is not None:
-                return {who: at for who, at in times.items() if isinstance(at, NUMBER)}
-            who = "sweep" if (self.path / ".sweep").exists() else "person"
-            return {who: (read_json(self.path / "state.json") or {})["started"]}
+        """`person` and `sweep` → when each asked for this run last, in seconds since 1970."""
+        with contextlib.suppress(RunError):
+            times = read_json(self.path / "starts.json") or {}
+            return {who: at for who, at in times.items() if isinstance(at, NUMBER)}
         return {}
 
     @property
@@ -203,7 +215,7 @@ class Run:
         """Record who starts this run, now; of a finished one also where what it names by content
         lies now, as `config` has it: a folder of images may have been moved. What earlier processes
         left half written is removed."""
-        who = os.environ.get(STARTER, "person")
+        who = os.environ.get(STARTED_BY, "person")
         with contextlib.suppress(OSError, RunError):
             self.path.mkdir(parents=True, exist_ok=True)
             for name in ("..", "", "checkpoints", "snapshots", "samples"):
@@ -246,9 +258,15 @@ class Run:
         """Give the run these tags in place of those that it has."""
         write_json(self.path / "tags.json", {"tags": list(dict.fromkeys(tags))})
 
+    @property
+    def figures(self) -> Path:
+        """The folder of its figures: of a run of the starter, which stays as it ships, under
+        `outputs_root`."""
+        return (outputs_root() / self.stage / self.id if self.ships else self.path) / "figures"
+
     def figure(self, name: str) -> Path:
         """Where the figure `name` of this run belongs (the folder is made)."""
-        folder = self.path / "figures"
+        folder = self.figures
         with saving(folder):
             folder.mkdir(parents=True, exist_ok=True)
         return folder / name
@@ -291,7 +309,7 @@ class Run:
                 f"{other.get('host', '?')} already; wait for it, or stop it, and start again."
             ) from None
         try:
-            with saving(self.path):
+            with saving(self.path), explain_memory(self, config):
                 (self.path / "control.json").unlink(missing_ok=True)
                 self.note_start(config)
                 writer.state(state="going", started=time.time(), error=None)
@@ -306,15 +324,8 @@ class Run:
             writer.state(state="interrupted")
             raise
         except BaseException as error:
-            if lacks_memory(error):
-                sizes = {name: getattr(config, name, None) for name in ("batch_size", "size")}
-                values = [f"{name}={value}" for name, value in sizes.items() if value]
-                error = RunError(
-                    f"The memory did not suffice, so {self.id} ended; what was saved is intact: "
-                    f"lower {' or '.join([*values, 'limit'])} ({error})."
-                )
             writer.state(state="failed", error=f"{type(error).__name__}: {error}")
-            raise error
+            raise
         finally:
             lock.release()
 
@@ -335,8 +346,8 @@ class Run:
         Raises:
             RunError: another process writes it now, or it is no run directory.
         """
-        if self.stage not in CONFIGS or not (self.path / "config.json").exists():
-            raise RunError(f"{self.path} is no run directory; nothing was deleted.")
+        if self.stage not in CONFIGS or not (self.path / "config.json").exists() or self.ships:
+            raise RunError(f"{self.path} is no run directory of yours; nothing was deleted.")
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 freed, draft = self.size, draft_of(self.path)
@@ -372,18 +383,34 @@ class Writer:
     def rewind(self, step: int) -> None:
         """Drop metrics after `step`, which a killed process logged beyond its last checkpoint, and
         what is no reading."""
-        path, kept = self.run.path / "metrics.jsonl", b""
+        path, content = self.run.path / "metrics.jsonl", b""
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
             with contextlib.suppress(RunError):
                 if line.endswith(b"\n") and any(
                     r["step"] <= step for r in read_lines(path, [line])
                 ):
-                    kept += line
-        replace(path, kept)
+                    content += line
+        replace(path, content)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         write_json(self.run.path / "summary.json", dict(summary))
         self.state(state="finished")
+
+
+@contextlib.contextmanager
+def explain_memory(run: Run, config: Config) -> Iterator[None]:
+    """Inside, memory that does not suffice is one sentence: a RunError with what to lower."""
+    try:
+        yield
+    except BaseException as error:
+        if not lacks_memory(error):
+            raise
+        sizes = {name: getattr(config, name, None) for name in ("batch_size", "size")}
+        values = [f"{name}={value}" for name, value in sizes.items() if value]
+        raise RunError(
+            f"The memory did not suffice, so {run.id} ended; what was saved is intact: lower "
+            f"{' or '.join([*values, 'limit'])} ({error})."
+        ) from error
 
 
 def list_runs(*stages: str) -> list[Run]:

@@ -74,8 +74,8 @@ def parameters(config: Config) -> dict[str, Any]:
 def command(run: Run) -> str:
     """The shell command that makes the run (or resumes it, or shows it)."""
     if source := run.environment.get("imported"):
-        given = {"dataset": run.config.dataset, **source["given"]}
-        words = [source["path"], *(f"{name}={value}" for name, value in given.items())]
+        values = {"dataset": run.config.dataset, **source["given"]}
+        words = [source["path"], *(f"{name}={value}" for name, value in values.items())]
         return shlex.join(["python", "-m", "idaa_lib", "import", *words])
     words = [f"{name}={value}" for name, value in parameters(run.config).items()]
     return shlex.join(["python", "-m", "idaa_lib.train", run.stage, *words])

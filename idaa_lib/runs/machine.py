@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,14 +20,12 @@ import psutil
 import torch
 
 from idaa_lib.configs import ConfigError, ImagesConfig
+from idaa_lib.configs.lookups import once
 from idaa_lib.configs.reading import expand, quote
 from idaa_lib.data.cached import ImageSet, load
 from idaa_lib.data.sources import NAMES
 
 Reader = TypeVar("Reader", bound=ImagesConfig)
-T = TypeVar("T")
-# What `remember` has seen; None outside of it.
-_values: ContextVar[dict[Any, Any] | None] = ContextVar("values", default=None)
 PACKAGES = ("idaa_lib", "torch", "torchvision", "accelerate", "numpy", "scikit-learn", "pillow")
 
 
@@ -46,28 +43,6 @@ def open_images(dataset: str, split: str, size: int, limit: int | None, **readin
             raise ConfigError(f"dataset={quote(dataset)}: {error}.") from error
 
     return once((dataset, split, size, limit, *reading.items()), look)
-
-
-@contextlib.contextmanager
-def remember() -> Iterator[None]:
-    """Inside, what `once` is asked for is looked at once: the images and configurations that a
-    thousand runs share, while they are looked for. One inside another shares its values."""
-    values = _values.get()
-    token = _values.set({} if values is None else values)
-    try:
-        yield
-    finally:
-        _values.reset(token)
-
-
-def once(key: Any, look: Callable[[], T]) -> T:
-    """What `look` gives; inside of `remember` what it gave first, by a key that can be hashed."""
-    values = _values.get()
-    if values is None:
-        return look()
-    if key not in values:
-        values[key] = look()
-    return values[key]
 
 
 def drop_unlabelled(images: ImageSet) -> ImageSet:
@@ -197,8 +172,7 @@ def hardware(device: torch.device | None = None) -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         first = info.read_text(encoding="utf-8").partition("\n\n")[0]  # a paragraph for each
-        lines = (line.partition(":") for line in first.splitlines())
-        facts = {key.strip(): value.strip() for key, _, value in lines}
+        facts = dict(re.findall(r"(\S.*?)\s*: (.*)", first))
         name = facts.get("model name", name)
         if "cpu family" in facts:
             name += f" (family {facts['cpu family']}, model {facts['model']})"
@@ -240,38 +214,33 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or bool(by_words)
 
 
-class Driver(int):
-    """The process that runs a kernel's notebook: papermill, JupyterLab. ipykernel compares its
-    number every second with that of the kernel's parent, and ends the kernel at once where they
-    differ. This one says that they do not, and notes the end of the driver as a signal, so that a
-    training saves first."""
+class AnyProcess:
+    """A process number that differs from none. ipykernel ends a kernel at once where its parent is
+    no longer the process that started it (papermill, JupyterLab); a training saves first."""
 
-    def __new__(cls, number: int, names: list[str]) -> Driver:
-        driver = super().__new__(cls, number)
-        driver.names = names
-        return driver
-
-    names: list[str]
-
-    def __ne__(self, parent: object) -> bool:
-        if int(self) != parent and not self.names:
-            self.names.append("the process that ran this notebook ended")
+    def __ne__(self, other: object) -> bool:
         return False
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[list[str]]:
-    """Names of the signals that came: Ctrl-C, SIGTERM, SIGHUP and the end of a kernel's driver are
-    collected instead of raised; a second Ctrl-C raises at once."""
+def signals() -> Iterator[Callable[[], str | None]]:
+    """A function that names the first signal that came, None while there is none: Ctrl-C, SIGTERM,
+    SIGHUP and the end of a kernel's driver are noted, not raised; a second Ctrl-C raises."""
     names: list[str] = []
+    parent, driver = None, os.getppid()
 
     def note(number: int, frame: Any) -> None:
         if names and number == signal.SIGINT:
             raise KeyboardInterrupt
         names.append(signal.Signals(number).name)
 
+    def first() -> str | None:
+        if parent is not None and os.getppid() != driver:
+            names.append("the process that ran this notebook ended")
+        return names[0] if names else None
+
     if threading.current_thread() is not threading.main_thread():
-        yield names  # Python delivers signals to the main thread only
+        yield first  # Python delivers signals to the main thread only
         return
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
@@ -281,9 +250,9 @@ def signals() -> Iterator[list[str]]:
     poller: Any = getattr(kernel.IPKernelApp._instance, "poller", None) if kernel else None
     parent = getattr(poller, "parent_pid", None)
     if parent is not None:
-        poller.parent_pid = Driver(os.getppid(), names)
+        poller.parent_pid = AnyProcess()
     try:
-        yield names
+        yield first
     finally:
         if parent is not None:
             poller.parent_pid = parent

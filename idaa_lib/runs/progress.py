@@ -1,8 +1,8 @@
 """Progress that reads well where it is read: a terminal, JupyterLab, a papermill or cluster log.
 
-A terminal gets tqdm's bar of a training. Everything else gets lines: at most one every few seconds,
-fewer as the work lasts longer, because a bar in a log is thousands of lines. A notebook kernel gets
-its lines and one output that is updated in place, which papermill stores once.
+All of them get lines: at most one every few seconds, fewer as the work lasts longer, because a bar
+in a log is thousands of lines. A notebook kernel gets besides one output that is updated in place,
+which papermill stores once.
 """
 
 from __future__ import annotations
@@ -18,16 +18,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from statistics import mean
 from typing import Any
 
-from tqdm import tqdm
-
 from idaa_lib.configs import Config
 from idaa_lib.runs.directory import Run, RunError, list_runs, outputs_root, read_json
 
 # The values that a line of progress has room for.
 BRIEF = ("loss", "adversarial_loss", "reconstruction_val", "rate_nats_val", "knn_top1_val",
          "ema_top1_val")  # fmt: skip
-# tqdm's own rate and time left would count pauses.
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 # Seconds that a kernel takes to start, to import and to draw, beside the work of its run.
 KERNEL = 12.0
 
@@ -46,7 +42,7 @@ class Lines:
         seconds = time.monotonic() - self._start
         if self._handle is not None and (last or seconds - self._updated > 0.25):
             self._updated = seconds
-            self._handle.update(_Bar(fraction, text))
+            self._handle.update(_bar(fraction, text), raw=True)
         # Later a twentieth of the time so far apart, 10 minutes at most.
         if last or seconds - self._printed > min(600.0, max(self.least, 0.05 * seconds)):
             self._printed = seconds
@@ -71,45 +67,12 @@ class Lines:
             thread.join()
 
 
-class Progress:
-    """Steps done out of `total`, `step` of them already; `pace`: seconds a step, 0 if unknown."""
-
-    def __init__(self, name: str, total: int, step: int) -> None:
-        self.name, self.total, self.step, self.pace = name, total, step, 0.0
-        self._bar = self._lines = None
-        if _shell() is None and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=step, desc=name, bar_format=BAR)
-        else:
-            self._lines = Lines()
-
-    @property
-    def seconds_left(self) -> float | None:
-        """At the present pace; None before the first line of the log."""
-        return (self.total - self.step) * self.pace if self.pace else None
-
-    def update(self, step: int) -> None:
-        self.step = step
-        if self._bar is not None:
-            with contextlib.suppress(OSError):  # the terminal was closed
-                self._bar.update(step - self._bar.n)
-
-    def show(self, epoch: str, values: Mapping[str, Any]) -> None:
-        """Show the latest values; `epoch` such as '3/10'."""
-        parts = [f"{name} {values[name]:.4g}" for name in BRIEF if name in values]
-        if "images_per_second" in values:
-            parts.append(f"{values['images_per_second']:.0f} images/s")
-        parts.append(f"{clock(self.seconds_left)} left")
-        if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.set_postfix_str(" · ".join(parts))
-        elif self._lines is not None:
-            parts = [self.name, f"epoch {epoch}", f"step {self.step}/{self.total}", *parts]
-            self._lines.show(self.step / self.total, " · ".join(parts), self.step >= self.total)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.close()
+def brief(values: Mapping[str, Any], seconds_left: float | None) -> str:
+    """The values of a line of the log that there is room for, and the time left."""
+    parts = [f"{name} {values[name]:.4g}" for name in BRIEF if name in values]
+    if "images_per_second" in values:
+        parts.append(f"{values['images_per_second']:.0f} images/s")
+    return " · ".join([*parts, f"{clock(seconds_left)} left"])
 
 
 class Tally:
@@ -136,34 +99,34 @@ class Tally:
                         if len(self.sizes[stage]) < 20:  # each walks a directory
                             self.sizes[stage].append(run.size)
 
-    def _left(self, done: Collection[str]) -> Counter[str]:
+    def _left(self, keys: Collection[str]) -> Counter[str]:
         """Stage → how many of its runs are not done."""
-        return Counter(self.configs[key].stage for key in self.configs.keys() - set(done))
+        return Counter(self.configs[key].stage for key in self.configs.keys() - set(keys))
 
-    def seconds_left(self, done: Collection[str]) -> float | None:
+    def seconds_left(self, keys: Collection[str]) -> float | None:
         """For all that is not done, by the mean of its stage; None where nothing is known of it."""
-        left, work = self._left(done), defaultdict[str, float](float)
+        counts, work = self._left(keys), defaultdict[str, float](float)
         for run in list(self.going):  # which other threads change
             work[run.stage] += _share(run)
-        if not all(self.seconds[stage] for stage in left):
+        if not all(self.seconds[stage] for stage in counts):
             return None
-        seconds = (max(0.0, n - work[s]) * mean(self.seconds[s]) for s, n in left.items())
+        seconds = (max(0.0, n - work[s]) * mean(self.seconds[s]) for s, n in counts.items())
         return sum(seconds) / self.jobs
 
-    def plan(self, done: Collection[str]) -> str:
+    def plan(self, keys: Collection[str]) -> str:
         """What is to be made, before it starts."""
         stages = Counter(config.stage for config in self.configs.values())
         parts = ", ".join(f"{n} {stage}" for stage, n in stages.items())
-        text = f"{len(self.configs)} runs ({parts}): {len(done)} are finished"
-        if left := len(self.configs) - len(done):
-            seconds = self.seconds_left(done)
+        text = f"{len(self.configs)} runs ({parts}): {len(keys)} are finished"
+        if count := len(self.configs) - len(keys):
+            seconds = self.seconds_left(keys)
             basis = "no such run yet"
             if seconds:
-                mib = sum(n * mean(self.sizes[s]) for s, n in self._left(done).items()) / 2**20
+                mib = sum(n * mean(self.sizes[s]) for s, n in self._left(keys).items()) / 2**20
                 free = shutil.disk_usage(outputs_root().anchor).free / 2**20
                 basis = f"about {clock(seconds)} and {mib:,.0f} MiB of disk, by the runs so far"
                 basis += f" (only {free:,.0f} MiB are free)" * (free < mib)
-            text += f", {left} are to be made, {self.jobs} at a time: {basis}"
+            text += f", {count} are to be made, {self.jobs} at a time: {basis}"
         return f"{text}."
 
     def line(self, states: Mapping[str, str]) -> tuple[float, str]:
@@ -185,36 +148,19 @@ def _share(run: Run) -> float:
     return state.get("step", 0) / state.get("steps", 1) if state["state"] == "going" else 0.0
 
 
-class _Bar:
-    """One line of text, and the same with a bar where HTML is shown."""
-
-    def __init__(self, fraction: float, text: str) -> None:
-        self.fraction, self.text = fraction, text
-
-    def _repr_html_(self) -> str:
-        return (
-            f'<progress value="{self.fraction:.4f}" style="width:30%"></progress> '
-            f'<code style="font-size:smaller">{html.escape(self.text)}</code>'
-        )
-
-    def __repr__(self) -> str:
-        return self.text
-
-
-def _shell() -> Any:
-    """IPython's shell where a Jupyter kernel runs this process, else None."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell if hasattr(shell, "kernel") else None
+def _bar(fraction: float, text: str) -> dict[str, str]:
+    """The text, and the same with a bar where HTML is shown, by MIME type."""
+    bar = f'<progress value="{fraction:.4f}" style="width:30%"></progress>'
+    line = f'{bar} <code style="font-size:smaller">{html.escape(text)}</code>'
+    return {"text/plain": text, "text/html": line}
 
 
 def _notebook_display() -> Any:
-    """A display handle in a Jupyter kernel, else None."""
-    if _shell() is None:
+    """A display handle where a Jupyter kernel runs this process, else None."""
+    ipython = sys.modules.get("IPython")
+    if ipython is None or not hasattr(ipython.get_ipython(), "kernel"):
         return None
-    from IPython.display import display
-
-    return display(_Bar(0.0, "starting …"), display_id=True)
+    return ipython.display.display(_bar(0.0, "starting …"), raw=True, display_id=True)
 
 
 def clock(seconds: float | None) -> str:

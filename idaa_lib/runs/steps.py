@@ -25,7 +25,7 @@ from idaa_lib.runs import checkpoints
 from idaa_lib.runs.directory import Run, Stopped, Writer
 from idaa_lib.runs.files import RunError, write_json
 from idaa_lib.runs.machine import signals
-from idaa_lib.runs.progress import Progress
+from idaa_lib.runs.progress import Lines, brief
 
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, JSON values
 
@@ -88,11 +88,11 @@ class Steps:
         self._saved_at = time.monotonic()
         self.sums: dict[str, Tensor] = {}  # over the `count` steps of the log interval under way
         self.count = 0
-        self._finite: Tensor | None = None  # of the steps since `_since`, how many were finite
+        self._finite: Tensor | int = 0  # of the steps since `_since`, how many were finite
         self._since = 0
         self._interval = (0, 0.0)  # steps and seconds at the last line of the log
+        self._pace = 0.0  # seconds a step, once there was a line
         self._line: Line | None = None  # of which the scalars are on their way
-        self._signals: list[str] = []
 
     def resume(self) -> None:
         """Continue after the run's last checkpoint, if there is one."""
@@ -111,18 +111,14 @@ class Steps:
             self.writer.rewind(self.step)
 
     def __iter__(self) -> Iterator[int]:
-        self._progress = progress = Progress(self.run.stage, self.total, self.step)
-        try:
-            with signals() as self._signals:
-                while self.step < self.total:
-                    start = time.monotonic()
-                    yield self.step
-                    self.seconds += time.monotonic() - start
-                    self.step += 1
-                    progress.update(self.step)
-                    self._finish_step()
-        finally:
-            progress.close()
+        self._lines = Lines()
+        with signals() as self._signal:
+            while self.step < self.total:
+                start = time.monotonic()
+                yield self.step
+                self.seconds += time.monotonic() - start
+                self.step += 1
+                self._finish_step()
 
     def _finish_step(self) -> None:
         last = self.step == self.total
@@ -131,10 +127,9 @@ class Steps:
         self._write_line(wait=logs)
         if logs:
             means = {name: value / self.count for name, value in self.sums.items()}
-            values = {**means, **self._at_log()}
-            values |= {} if self._finite is None else {"finite": self._finite}
+            values = {**means, **self._at_log(), "finite": self._finite}
             self._line = Line(self.step, epoch, values, self._since)
-            self.sums, self.count, self._finite, self._since = {}, 0, None, self.step
+            self.sums, self.count, self._finite, self._since = {}, 0, 0, self.step
             self._write_line(wait=False)
         if ends or last:
             self.check()
@@ -160,8 +155,7 @@ class Steps:
             sum_ = self.sums.get(name)
             self.sums[name] = value.clone() if sum_ is None else sum_.to(value.device) + value
         if "loss" in self.sums:  # a sum stays NaN or infinite once it is
-            finite = self.sums["loss"].isfinite().float()
-            self._finite = finite if self._finite is None else self._finite + finite
+            self._finite = self._finite + self.sums["loss"].isfinite().float()
         self.count += 1
 
     def pulse(self, message: str = "") -> None:
@@ -202,8 +196,7 @@ class Steps:
         """
         self._write_line()
         if not math.isfinite(loss := self.sums["loss"].item() if "loss" in self.sums else 0.0):
-            finite = 0 if self._finite is None else self._finite.item()
-            self._refuse(f"The loss is {loss}", self._since + int(finite) + 1)
+            self._refuse(f"The loss is {loss}", self._since + int(self._finite) + 1)
         self._check()
 
     def _refuse(self, what: str, step: int) -> NoReturn:
@@ -229,7 +222,7 @@ class Steps:
         start = time.monotonic()
         values, self._line = line.read(), None
         self.seconds += time.monotonic() - start  # in which the device takes its steps
-        finite = values.pop("finite", 0.0)
+        finite = values.pop("finite")
         if not math.isfinite(loss := values.get("loss", 0.0)):
             self.step = line.step  # for the caller's sentence
             self._refuse(f"The loss is {loss}", line.since + int(finite) + 1)
@@ -238,12 +231,12 @@ class Steps:
     def _log(self, step: int, epoch: int, values: dict[str, float]) -> None:
         if self.writer is None:
             return
-        progress, (before, seconds) = self._progress, self._interval
+        before, seconds = self._interval
         if step > before:
-            pace = (self.seconds - seconds) / (step - before)
-            progress.pace = pace
-            values = values | {"images_per_second": self.images / max(pace, 1e-9)}
+            self._pace = (self.seconds - seconds) / (step - before)
+            values = values | {"images_per_second": self.images / max(self._pace, 1e-9)}
             self._interval = step, self.seconds
+        seconds_left = (self.total - self.step) * self._pace if self._pace else None
         self.writer.log(step=step, epoch=epoch, time=time.time(), **values)
         self._track(values, step)
         self.writer.state(
@@ -251,10 +244,12 @@ class Steps:
             step=step,
             steps=self.total,
             epoch=epoch,
-            seconds_left=progress.seconds_left,
+            seconds_left=seconds_left,
             memory=memory(),
         )
-        progress.show(f"{epoch + 1}/{-(-self.total // self.per_epoch)}", values)
+        at = f"epoch {epoch + 1}/{-(-self.total // self.per_epoch)} · step {self.step}/{self.total}"
+        text = f"{self.run.stage} · {at} · {brief(values, seconds_left)}"
+        self._lines.show(self.step / self.total, text, self.step >= self.total)
 
     def _request(self) -> str | None:
         """Why to stop now, or None. A pause is waited out here, by all processes together."""
@@ -271,7 +266,7 @@ class Steps:
     def _wish(self) -> str | None:
         """The most pressing of what all processes want: a signal or `stop`, `pause`, nothing."""
         request = self.run.request if self.writer is not None else None
-        wishes = filter(None, exchange(self._signals[0] if self._signals else request))
+        wishes = filter(None, exchange(self._signal() or request))
         return min(wishes, key=lambda wish: wish == "pause", default=None)
 
     def _beat(self, **news: Any) -> None:

@@ -17,7 +17,7 @@ from idaa_lib.views import send
 WORKERS = 2
 
 
-class Feed:
+class Feed(Dataset):
     """uint8 images (N, 3, H, W) as batches on `device`.
 
     They all stay on the device if they take less than half of what is free there. Else worker
@@ -55,7 +55,7 @@ class Feed:
                 yield here, {key: self.images[index] for key, index in source.items()}
             return
         loader = DataLoader(
-            _Gathered(self.images),
+            self,
             batch_size=None,  # an item is a whole batch: one image at a time costs more than a copy
             sampler=batches,
             num_workers=count_cores() if self.streamed else WORKERS,
@@ -70,15 +70,9 @@ class Feed:
             )
             yield batch, images
 
-
-class _Gathered(Dataset):
-    """A batch's indices → the indices and their images."""
-
-    def __init__(self, images: Any) -> None:
-        self.images = images
-
     def __getitem__(self, batch: Batch) -> Any:
-        if not isinstance(self.images, Photographs):
+        """What a worker makes of a batch's indices: them and their images, or an error."""
+        if not self.streamed:
             return batch, {key: self.images[index] for key, index in batch.items()}
         cuts = {name: cut for name, cut in batch.items() if name.startswith("cut ")}
         boxes = torch.stack([cut[:, 2:] for cut in cuts.values()])

@@ -46,7 +46,7 @@ class Fit:
     Args:
         accelerator: from `accelerator.make_accelerator`.
         adversary: None for none; its adversarial loss is weighted by the knob `alpha`.
-        validate: method → figures, called after every `validate_every` epochs and the last.
+        validate: method → figures, called after every `knn_every` epochs and the last.
     Raises:
         ConfigError: a batch that cannot be drawn, before anything is written.
     """
@@ -59,7 +59,6 @@ class Fit:
         config: TrainingConfig,
         adversary: Adversary | None = None,
         validate: Callable[[Method], dict[str, float]] = lambda method: {},
-        validate_every: int = 1,
     ) -> None:
         batch, processes = config.batch_size, accelerator.num_processes
         if batch > len(images):
@@ -72,7 +71,7 @@ class Fit:
         self.feed = Feed(images, self.device)
         self.adversary = adversary or NoAdversary()
         self.alpha = getattr(config, "alpha", 1.0)
-        self.validate, self.validate_every = validate, validate_every
+        self.validate, self.validate_every = validate, getattr(config, "knn_every", 1)
         self.keep_every = getattr(config, "keep_every", None)
         self.per_epoch = method.steps_per_epoch()
         self.total = config.epochs * self.per_epoch
@@ -214,8 +213,8 @@ class Fit:
         """This process's part of each batch from step `first` on."""
         sizes = self.feed.images.sizes if self.feed.streamed else None
         for epoch in range(first // self.per_epoch, self.config.epochs):
-            done, begin = max(0, first - epoch * self.per_epoch), epoch * self.per_epoch
-            batches = itertools.islice(enumerate(self.method.batches(epoch), begin), done, None)
+            start, begin = max(0, first - epoch * self.per_epoch), epoch * self.per_epoch
+            batches = itertools.islice(enumerate(self.method.batches(epoch), begin), start, None)
             for step, whole in batches:
                 batch = self._mine(whole)
                 yield batch if sizes is None else batch | self._cuts(step, batch, sizes)
@@ -381,13 +380,13 @@ class Fit:
             self._pictured = time.monotonic()
 
     def _at_epoch_end(self, epoch: int) -> dict[str, float]:
-        done = epoch + 1
-        last = done == self.config.epochs
+        epochs = epoch + 1
+        last = epochs == self.config.epochs
         self._picture()
         self._last = None  # no batch lives on through validation
-        if self.keep_every and done % self.keep_every == 0 and self.writer and not last:
-            checkpoints.keep(self.writer.run, done, self.weights())
-        if not last and done % self.validate_every:
+        if self.keep_every and epochs % self.keep_every == 0 and self.writer and not last:
+            checkpoints.keep(self.writer.run, epochs, self.weights())
+        if not last and epochs % self.validate_every:
             return {}
         self._figures = self._validate()
         return self._figures

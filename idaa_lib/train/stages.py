@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from idaa_lib import runs
 from idaa_lib.adversaries import Adversary, VAEOptions, build_adversary
@@ -29,25 +26,23 @@ from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.metrics import Accuracy, accuracy, effective_rank, embedding_std
 from idaa_lib.methods import About, Method, build_method
 from idaa_lib.methods.fixmatch import labelled_subset
-from idaa_lib.methods.vae import VAETraining
-from idaa_lib.nets import evaluating
-from idaa_lib.nets.processes import share
-from idaa_lib.nets.vae import rate
-from idaa_lib.registry import CHOICES, SOURCES, source
-from idaa_lib.runs import Run, RunError, Writer, checkpoints
+from idaa_lib.methods.vae import VAETraining, vae_figures
+from idaa_lib.registry import source
+from idaa_lib.runs import Run, Writer, checkpoints
 from idaa_lib.runs.choice import has_images
+from idaa_lib.runs.directory import explain_memory
 from idaa_lib.runs.machine import (
     describe,
     drop_unlabelled,
     open_images,
     resolve_paths,
-    torch_device,
     uses_bf16,
 )
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train.accelerator import make_accelerator, start_trackers
+from idaa_lib.train.limits import check_disk, check_memory
 from idaa_lib.train.loop import Fit
-from idaa_lib.views import Recipe, recipe
+from idaa_lib.views import recipe
 
 
 @dataclass(frozen=True)
@@ -202,43 +197,8 @@ def _begin(config: TrainingConfig, kind: type[TrainingConfig]) -> tuple[Training
     plan = _plan(config)
     if plan.vae and not getattr(config, "vae", None):
         print(f"vae: {plan.vae.id} (none was named, and it fits)")
-    _check_memory(plan)
+    check_memory(plan.config, plan.about)
     return plan, _open(config, "val", limit)
-
-
-def _check_memory(plan: TrainingPlan) -> None:
-    """Whether a machine that could do nothing else had room: for the weights, their gradients, two
-    moments, and a batch of images. A training takes more, so none that fits is refused.
-
-    Raises:
-        ConfigError: it has not.
-    """
-    config, device = plan.config, torch_device(plan.config.device)
-    numbers = {name: value for name, value in config if type(value) is int and value > 1024}
-    if not numbers.keys() - {"seed", "epochs", "limit"}:  # networks are small: no need to look
-        return
-    build = VAETraining if isinstance(config, VAEConfig) else build_method
-    need, largest = 4 * config.batch_size * 3 * config.size**2, "a batch of images"
-    try:
-        with torch.device("meta"):
-            tensors = build(config, plan.about).state_dict()
-    except (RuntimeError, TypeError):  # sizes beyond 64 bits
-        if foreign(config):  # which may not be built so
-            return
-        need, largest = 2**63, "a network"
-    else:
-        sizes = {name: 4 * tensor.nbytes for name, tensor in tensors.items()} | {largest: need}
-        need, largest = sum(sizes.values()), max(sizes, key=sizes.__getitem__)
-    room = psutil.virtual_memory().total
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory
-    if need > room:
-        names = ", ".join(f"{name}={number}" for name, number in numbers.items())
-        raise ConfigError(
-            f"The training needs {need / 2**30:.3g} GiB of memory or more, most of it for "
-            f"{largest}, and this machine has {room / 2**30:.3g}: take less of "
-            f"{names}."
-        )
 
 
 def _open(config: TrainingConfig, split: str, limit: int | None) -> ImageSet:
@@ -260,8 +220,8 @@ def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -
 
 def _plan(config: TrainingConfig) -> TrainingPlan:
     config = resolve_paths(config)
-    kept = config.source_size or config.size
-    data = open_images(config.dataset, config.split, kept, config.limit, **config.reading)
+    size = config.source_size or config.size
+    data = open_images(config.dataset, config.split, size, config.limit, **config.reading)
     vae = start = None
     if isinstance(config, EncoderConfig) and config.needs_vae:
         vae = _choose_vae(config)
@@ -285,24 +245,10 @@ def _own_code(config: TrainingConfig) -> str | None:
     Our own are covered by `runs.RESULTS_VERSION`.
     """
     try:
-        texts = sorted({text for kind in foreign(config).values() if (text := source(kind))})
+        texts = sorted({text for kind in config.foreign().values() if (text := source(kind))})
     except ValueError as error:  # edited, and not imported again
         raise ConfigError(str(error)) from None
     return hashlib.sha256("".join(texts).encode()).hexdigest() if texts else None
-
-
-def foreign(config: TrainingConfig) -> dict[str, Any]:
-    """The method, adversary and backbone of `config` that are not ours, by name: only a process
-    that runs the file that registers them knows them.
-
-    Raises:
-        ConfigError: this one does not.
-    """
-    if not isinstance(config, EncoderConfig):
-        return {}
-    kinds = {config.backbone: CHOICES["backbone"].get(config.backbone)}
-    kinds |= {getattr(config, choice): config.chosen(choice) for choice in config.choices}
-    return {name: kind for name, kind in kinds.items() if kind in SOURCES}
 
 
 def _choose_vae(config: EncoderConfig) -> Run:
@@ -346,15 +292,14 @@ def _train(
     method = build()
     weights = _weights_of(plan, method)
     accelerator = make_accelerator(config, run.path)
-    _check_disk(config, run, method)
+    check_disk(config, run, method)
     adversary: Adversary | None = None
     mean, std = plan.units
     if isinstance(config, EncoderConfig):
         vae = load_vae(plan.vae) if plan.vae else None
         adversary = build_adversary(config, vae, mean=mean, std=std)
-    images = plan.data.images
-    every = getattr(config, "knn_every", 1)
-    fit = Fit(accelerator, method, images, config, adversary, validate, every)
+    with explain_memory(run, config):  # of the GPU, where the network goes there
+        fit = Fit(accelerator, method, plan.data.images, config, adversary, validate)
     if weights is not None and checkpoints.load(run) is None:
         fit.restore(weights, None)
 
@@ -400,58 +345,3 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
             f"shape, the first {names[0]} (other width, dim, method, or norms of an adversary)."
         )
     return tensors
-
-
-def _check_disk(config: TrainingConfig, run: Run, method: nn.Module) -> None:
-    """Room for the checkpoints that are kept and the one being written, and for snapshots, before
-    work starts."""
-    weights = sum(p.numel() * p.element_size() for p in method.state_dict().values())
-    need = 3 * weights * (checkpoints.KEEP + 1)  # Adam's two moments beside the weights
-    if every := getattr(config, "keep_every", None):
-        # Those that an interrupted run has already take their room.
-        need += weights * max(0, (config.epochs - 1) // every - len(checkpoints.snapshots(run)))
-    folder = runs.outputs_root()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise RunError(
-            f"{folder} cannot hold runs ({error}): set IDAA_OUTPUTS elsewhere."
-        ) from error
-    if free < need:
-        raise RunError(
-            f"No space for {run.id}: its checkpoints need {need / 2**20:.0f} MiB, and the disk of "
-            f"{folder} has {free / 2**20:.0f} MiB free."
-        )
-
-
-@torch.no_grad()
-def vae_figures(vae: Any, recipe_: Recipe, data: Tensor) -> dict[str, float]:
-    """On un-augmented validation images: reconstruction (MSE), kl (the loss's term), rate in nats,
-    and the official acc_gx = 1 − mean ‖x−G‖²/‖x‖², acc_rx = 1 − mean ‖G‖²/‖x‖² (spec §1)."""
-    transform = recipe("none", recipe_.size, recipe_.mean, recipe_.std)
-    device = next(vae.parameters()).device
-    totals, n = torch.zeros(4, dtype=torch.float64, device=device), len(data)
-
-    def judge(rows: Any) -> Tensor:
-        """Error, rate, and shares of the energy in error and reconstruction (B, 4)."""
-        x = transform(data[rows].to(device), None).images
-        _, G, mu, logvar = vae.forward(x)  # a compiled one would be compiled anew, for these
-        energy = x.square().flatten(1).sum(1)
-        error = (x - G).square().flatten(1).sum(1)
-        share_ = G.float().square().flatten(1).sum(1) / energy
-        nats = rate(mu.float(), logvar.float())
-        return torch.stack([error, nats, error / energy, share_], 1)
-
-    with evaluating(vae):
-        for start in range(0, n, 500):
-            figures = share(range(start, min(start + 500, n)), judge)
-            totals += torch.stack([values.sum() for values in figures.T.contiguous()])
-    error_sum, nats_sum, gx, rx = totals.tolist()
-    return {
-        "reconstruction_val": error_sum / (n * 3 * recipe_.size**2),
-        "kl_val": nats_sum / n / (3 * vae.dim),
-        "rate_nats_val": nats_sum / n,
-        "acc_gx_val": 1 - gx / n,
-        "acc_rx_val": 1 - rx / n,
-    }

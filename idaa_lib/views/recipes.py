@@ -184,8 +184,8 @@ class Recipe:
         after = self.parameters(numbers, images.shape[2:], cut)
         after = {name: send(value, images.device) for name, value in after.items()}
         x = self.geometry(images, after, cut is not None)
-        kept = ("source", "crop", "flip", "order")
-        before = {k: v if k in kept else torch.zeros_like(v) for k, v in after.items()}
+        keys = ("source", "crop", "flip", "order")
+        before = {k: v if k in keys else torch.zeros_like(v) for k, v in after.items()}
         before["color"] = row(NO_JITTER, x).expand(len(x), 4)
         before["color_diff"] = x.new_zeros(len(x), 3)
         y, after = self.photometry(x, after)
