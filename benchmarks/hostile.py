@@ -324,8 +324,8 @@ def try_images(n: int, root: Path, seed: int = 0) -> Tried:
     def look(path: Path, what: str) -> None:
         accepted, why = judge(lambda: open_images(str(folder), "train", 8, None).images)
         if not accepted and not why and not path.is_dir():
-            kept, why = judge(lambda: open_images(str(folder), "train", 8, None, on_error="skip"))
-            why = "" if kept else f"skip: {why}"
+            skips, why = judge(lambda: open_images(str(folder), "train", 8, None, on_error="skip"))
+            why = "" if skips else f"skip: {why}"
         if why:
             unclear.append(f"{what}: {why}")
 

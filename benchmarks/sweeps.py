@@ -27,7 +27,7 @@ import nbformat
 import psutil
 import record
 
-from idaa_lib import kernels, sweeps
+from idaa_lib import kernels, plans, sweeps
 from idaa_lib.grids import read
 from idaa_lib.runs import outputs_root, parameters, write_json
 from idaa_lib.train import train
@@ -59,7 +59,7 @@ def noted(stderr, variables):
     folder = os.path.dirname(stderr.name)
     before = Path(notes).read_text("utf-8").splitlines() if os.path.exists(notes) else []
     pids = [int(line.split("\\t")[1]) for line in before if line.startswith(folder + "\\t")]
-    again = any(map(psutil.pid_exists, pids)) or sweeps._is_whole(sweeps.Run(Path(folder)))
+    again = any(map(psutil.pid_exists, pids)) or sweeps.is_whole(sweeps.Run(Path(folder)))
     with plain(stderr, variables) as kernel:
         pid = kernel.provisioner.process.pid
         with open(notes, "a", encoding="utf-8") as file:
@@ -98,12 +98,12 @@ def starts(folder: Path) -> list[list[str]]:
 
 
 def tasks() -> dict[str, sweeps.Task]:
-    return sweeps.plan(read(GRID).points())
+    return plans.plan(read(GRID).points())
 
 
 def lacking() -> list[str]:
     """What runs of the grid lack: themselves, their executed notebook, a figure."""
-    there, lacks = sweeps.find_runs(tasks()), []
+    there, lacks = plans.find_runs(tasks()), []
     for key in tasks():
         if (run := there.get(key)) is None:
             lacks.append(key)
@@ -118,7 +118,7 @@ def lacking() -> list[str]:
 
 def encoders() -> list[tuple[Any, ...]]:
     """The accuracy of each encoder, by which two ways of making them are compared."""
-    frame = sweeps.table(read(GRID).points())
+    frame = plans.table(read(GRID).points())
     frame = frame[(frame["metric"] == "kNN") & (frame["split"] == "validation")]
     columns = ["run", "method", "seed", "value"]
     return sorted(map(tuple, frame[columns].itertuples(index=False)))
@@ -128,8 +128,8 @@ def failures() -> list[Row]:
     """Three runs whose checkpoints cannot be written; then they can, and `--retry` makes them."""
     folder = home("failures")
     points = read(GRID | {"stages": ["vae"], "seeds": [0]}).points()
-    sweeps.check(sweeps.perform_all(sweeps.plan(points), 2))
-    there, bad = sweeps.find_runs(tasks()), []
+    sweeps.check(sweeps.perform_all(plans.plan(points), 2))
+    there, bad = plans.find_runs(tasks()), []
     for task in list(tasks().values())[5:20:6]:
         config = task.config.replace(vae=there[task.needs["vae"]].reference)
         path = sweeps.locate(config).path / "checkpoints"
@@ -270,10 +270,10 @@ def kernels_in_a_row(n: int = 200) -> list[Row]:
         except Exception as error:
             print(error)
             errors += 1
-    left = len(mine.children(recursive=True))
+    children = len(mine.children(recursive=True))
     return [
         record.row("kernels_in_a_row", n - errors, "kernels", n),
-        record.row("kernels_left_processes", left, "processes", n),
+        record.row("kernels_left_processes", children, "processes", n),
         record.row("kernel_seconds", round((time.monotonic() - start) / n, 2), "s each", n),
     ]
 
@@ -285,7 +285,7 @@ def locate(n: int = 1000) -> list[Row]:
     fixed["eval"] = {"references": False}
     cross = {"ssl": {"epsilon": [(i + 1) / 1000 for i in range(n)]}}
     points, runs_by_key = read({"fixed": fixed, "cross": cross}).points(), dict[str, Any]()
-    for key, (config, needs) in sweeps.plan(points).items():
+    for key, (config, needs) in plans.plan(points).items():
         config = config.replace(**{f: runs_by_key[other].reference for f, other in needs.items()})
         if config.stage == "vae":
             runs_by_key[key] = first = train(config)
@@ -296,7 +296,7 @@ def locate(n: int = 1000) -> list[Row]:
     walls, seconds = [], []
     for _ in range(3):
         wall, start = time.monotonic(), time.process_time()
-        there = sweeps.find_runs(sweeps.plan(points))
+        there = plans.find_runs(plans.plan(points))
         walls.append(time.monotonic() - wall)
         seconds.append(time.process_time() - start)
         assert len(there) == 2 * n + 1
@@ -313,7 +313,7 @@ def overhead(n: int = 5) -> list[Row]:
     home("overhead")
     fixed = {"all": SMALL, "ssl": {"adversary": "none"}}
     points = read({"stages": ["ssl"], "fixed": fixed, "seeds": [*range(2 * n + 1)]}).points()
-    first, *configs = [task.config for task in sweeps.plan(points).values()]
+    first, *configs = [task.config for task in plans.plan(points).values()]
     sweeps.perform(first)  # imports what the driver needs
     commands, notebooks = [], []
     for command, notebook in zip(configs[::2], configs[1::2], strict=True):
@@ -352,12 +352,12 @@ def main(words: list[str]) -> None:
             print(row["what"], row["value"], row["unit"], flush=True)
         write_json(FOLDER / f"{name}.json", {"rows": rows, "load": os.getloadavg()})
     files = [FOLDER / f"{name}.json" for name in TRIALS if (FOLDER / f"{name}.json").exists()]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    loads = [f"{p.stem} {each['load'][1]:.0f}" for p, each in zip(files, found, strict=True)]
+    trials = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    loads = [f"{p.stem} {each['load'][1]:.0f}" for p, each in zip(files, trials, strict=True)]
     protocol = f"""{" ".join((__doc__ or "").split())} Same table: the same runs with the same
 accuracies as after the kills. Processes that wanted this machine's cores at the end of each trial:
 {", ".join(loads)}."""
-    rows = [row for each in found for row in each["rows"]]
+    rows = [row for each in trials for row in each["rows"]]
     print(record.write("sweeps", " ".join(protocol.split()), rows))
 
 
