@@ -280,7 +280,9 @@ def test_without_its_kernel_the_notebook_shows_figure_and_table(context, lab, op
         assert picture.evaluate("e => e.naturalWidth") > 500
         assert "finds x itself" in cell.locator("table").inner_text()
         assert notebook.page.locator(".idaa-explorer").count() == 0
-        assert not cell.get_by_text("displaying widget").is_visible()
+        absent = cell.get_by_text("displaying widget")
+        browser.until(notebook.page, absent.count, "JupyterLab's note that the widget is gone")
+        assert not absent.is_visible()
         browser.shot(notebook.page, "02_without_kernel")
     finally:
         notebook.close()

@@ -27,7 +27,8 @@ from idaa_lib.runs import Stopped
 
 T = TypeVar("T")
 # The styles of all our widgets, for the page that shows one.
-SHEET = f"<style>{(Path(__file__).parent / 'lab.css').read_text(encoding='utf-8')}</style>"
+_CSS = (Path(__file__).parent / "lab.css").read_text(encoding="utf-8")
+SHEET = f'<style class="idaa-sheet">{_CSS}</style>'
 
 
 def _kernel() -> Any:
