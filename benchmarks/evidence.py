@@ -3,10 +3,11 @@
     python benchmarks/evidence.py          # make what is missing, in order, then write
     python benchmarks/evidence.py write    # the result file of all that is finished
 
-Takes about seven hours of two cores. Ctrl-C or SIGTERM stops it after a step, and the same command
+Takes about eight hours of two cores. Ctrl-C or SIGTERM stops it after a step, and the same command
 goes on, to the same bits. What is finished goes into evidence.jsonl beside this file, a line each.
 Commit it: another machine then goes on with what is missing, also without `outputs/` of this one.
-Images: all training images of CIFAR-10 ($IDAA_CIFAR10_ZIP, else torchvision's).
+Images: all training images of CIFAR-10 ($IDAA_CIFAR10_ZIP, else torchvision's), and for the VAE on
+other images two sets that packages ship.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from typing import Any
 
 import record
 import torch
+from PIL import Image
 from scipy.optimize import brentq
 
 from idaa_lib import grids, plans, results, runs, train
 from idaa_lib.configs import DecomposeConfig, EvalConfig, TheoryConfig, VAEConfig
+from idaa_lib.data.cached import data_root
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.grids import Point
@@ -50,6 +53,9 @@ IMAGES = 2000
 RATES: dict[str, Any] = {"epochs": 3, "limit": 20000, "width": 32, "dim": 128, "seed": 0}
 KAPPAS = (0.1, 1.0, 10.0, 100.0)
 ENCODERS = {"run": "starter", "witness": "starter2"}
+# Sets that packages ship, on which the VAE of CIFAR-10 serves, or does not.
+OTHER_IMAGES = ("photos", "digits")
+OTHER: dict[str, Any] = {"epochs": 10, "limit": 2000, "width": 16}
 Rows = Iterator[dict[str, Any]]
 PROTOCOL = f"""All training images of CIFAR-10 (44,988 after a tenth is held out for validation)
 from JPEG class folders, recipe `cifar10`: batch 256, Adam, the same batches, views and number of
@@ -62,7 +68,12 @@ images (recipe `mild`); bootstrapped 95 % intervals over the images; equal hardn
 at which the attacked loss is IDAA's. rise_*: how much SimCLR's loss of (x, x') rises by the
 attacked encoder and by the witness, whom no attack saw; Student's 95 % interval over 4 batches of
 250 images. *_kappa_*: the same for 500 images and VAEs of width 32 and
-dim 128 after 3 epochs on 20,000 images, which differ in κ alone."""
+dim 128 after 3 epochs on 20,000 images, which differ in κ alone. *_on_photos, *_on_digits: SimCLR,
+recipe `demo`, width {OTHER["width"]}, {OTHER["epochs"]} epochs, at most {OTHER["limit"]:,} training
+images of the photographs that scikit-image and scikit-learn ship, and of scikit-learn's handwritten
+digits (the last fifth is the test split): without an adversary, with IDAA by the starter's VAE
+(cifar10_vae), and with IDAA by a VAE of its size and epochs that was trained on those images
+(own_vae)."""
 
 
 def grid() -> list[Point]:
@@ -80,13 +91,56 @@ def grid() -> list[Point]:
     return [point for part in parts for point in grids.read(part).points()]
 
 
+def other_grid() -> list[Point]:
+    """SimCLR on other images, seed by seed: without an adversary, with IDAA by the VAE of CIFAR-10,
+    and with IDAA by a VAE of the images themselves."""
+    cross = [
+        {"adversary": "none"}, {"adversary": "idaa", "vae": "starter"}, {"adversary": "idaa"},
+    ]  # fmt: skip
+    vae = runs.get("vae", "starter").config
+    points = []
+    for seed, name in itertools.product(SEEDS, OTHER_IMAGES):
+        dataset = name if name == "photos" else str(write_digits())
+        fixed = {
+            "all": {"preset": "demo", "dataset": dataset, "device": "cpu", "limit": OTHER["limit"]},
+            "vae": {key: getattr(vae, key) for key in ("epochs", "width", "dim")},
+            "ssl": {**OTHER, "knn_every": OTHER["epochs"], "compile": True},
+            "eval": {"references": False},
+        }
+        part = {"fixed": fixed, "cross": {"ssl": cross}, "labels": {"set": name}, "seeds": [seed]}
+        points += grids.read(part).points()
+    return points
+
+
+def write_digits() -> Path:
+    """scikit-learn's 1,797 handwritten digits as class folders: `train`, and the last fifth, which
+    other people wrote, as `test`."""
+    from sklearn.datasets import load_digits
+
+    folder, digits = data_root() / "digits", load_digits()
+    first_of_test = len(digits.target) * 4 // 5
+    for i, (image, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
+        split = "train" if i < first_of_test else "test"
+        path = folder / split / str(digit) / f"{i:04d}.png"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * 255 / 16).round().astype("uint8")).save(path)
+    return folder
+
+
 def describe_point(point: Point) -> dict[str, Any]:
-    """What tells a point of the comparison from the others: also the weights of its VAE."""
-    names = ("adversary", "seed", "epochs", "width")
+    """What tells a point from the others: also the weights of its VAE."""
+    names = ["adversary", "seed", "epochs", "width"]
+    about: dict[str, Any] = {"part": "comparison"}
     vae = point.ssl.get("vae")
     weights = checkpoints.digest(runs.get("vae", vae))[:12] if vae else None
-    about = {name: point.ssl[name] for name in names}
-    return {"part": "comparison", **about, "vae": weights, **describe_images("train")}
+    if "set" in point.labels:
+        names.append("limit")
+        about = {"part": "other images", "set": point.labels["set"]}
+        if point.ssl["adversary"] == "idaa" and not vae:
+            weights = "own"
+    about |= {name: point.ssl[name] for name in names}
+    return about | {"vae": weights} | describe_images("train", point.ssl["dataset"])
 
 
 def describe_study(config: TheoryConfig) -> dict[str, Any]:
@@ -96,9 +150,9 @@ def describe_study(config: TheoryConfig) -> dict[str, Any]:
     return about | describe_images("val")
 
 
-def describe_images(split: str) -> dict[str, Any]:
+def describe_images(split: str, dataset: str | None = None) -> dict[str, Any]:
     """The pixels that are read (a JPEG copy of CIFAR-10 has others), and the library's version."""
-    images = open_images(DATASET, split, 32, None).fingerprint[:12]
+    images = open_images(dataset or DATASET, split, 32, None).fingerprint[:12]
     return {"images": images, "results_version": RESULTS_VERSION}
 
 
@@ -122,9 +176,9 @@ def keep(about: dict[str, Any], figures: dict[str, Any]) -> None:
     print(line, flush=True)
 
 
-def compare_adversaries() -> None:
+def make_points(points: list[Point]) -> None:
     """Train and judge each point that is missing."""
-    for point in grid():
+    for point in points:
         about = describe_point(point)
         if find_entries(about):
             continue
@@ -133,7 +187,7 @@ def compare_adversaries() -> None:
             config = plans.name_needs(config, needs, by_task)
             judge = isinstance(config, EvalConfig)
             by_task[name] = evaluate(config) if judge else train.train(config)
-        training, evaluation = by_task.values()
+        *_, training, evaluation = by_task.values()
         frame = results.results([evaluation])
         test = frame[(frame["split"] == "test") & (frame["features"] == "encoder")]
         figures = {m: test.loc[test["metric"] == m, "value"].item() for m in ("kNN", "linear")}
@@ -224,6 +278,7 @@ def write() -> str:
             for metric in ("kNN", "linear"):
                 values[metric.lower()][entry["adversary"]][entry["seed"]] = entry[metric]
     rows = [row for metric, own in values.items() for row in summarise(metric, own)]
+    rows += describe_other_images()
     for about, _, own in studies():
         ending = f"_kappa_{own.kappa:g}" if own else ""
         for entry in find_entries(about):
@@ -240,6 +295,25 @@ def write() -> str:
     return str(record.write("evidence", " ".join(PROTOCOL.split()), rows))
 
 
+def describe_other_images() -> Rows:
+    """Rows of the VAE of CIFAR-10 on other images: means, and differences paired by seed."""
+    values: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for about in map(describe_point, other_grid()):
+        which = {None: "no_adversary", "own": "own_vae"}.get(about["vae"], "cifar10_vae")
+        for entry in find_entries(about):
+            for metric in ("kNN", "linear"):
+                values[metric.lower(), entry["set"]][which][entry["seed"]] = entry[metric]
+    for (metric, name), by_vae in values.items():
+        ending = f"{metric}_on_{name}"
+        for which, by_seed in by_vae.items():
+            yield average(f"evidence_{which}_{ending}", [*by_seed.values()])
+        for which in ("no_adversary", "own_vae"):
+            what = f"evidence_difference_cifar10_vae_{which}_{ending}"
+            yield from subtract(what, by_vae["cifar10_vae"], by_vae[which])
+
+
 def summarise(metric: str, by_adversary: dict[str, dict[int, float]]) -> Rows:
     """Rows of each adversary's mean, and of IDAA's differences to the others, paired by seed;
     by_adversary: adversary → seed → value."""
@@ -247,9 +321,14 @@ def summarise(metric: str, by_adversary: dict[str, dict[int, float]]) -> Rows:
         yield average(f"evidence_{metric}_{adversary}", [*by_seed.values()])
     idaa = by_adversary.get("idaa", {})
     for other, theirs in by_adversary.items():
-        pairs = [idaa[seed] - theirs[seed] for seed in idaa.keys() & theirs.keys()]
-        if other != "idaa" and pairs:
-            yield average(f"evidence_difference_idaa_{other}_{metric}", pairs)
+        if other != "idaa":
+            yield from subtract(f"evidence_difference_idaa_{other}_{metric}", idaa, theirs)
+
+
+def subtract(what: str, ours: dict[int, float], theirs: dict[int, float]) -> Rows:
+    """A row of the mean difference of seeds that both have, none where there is no such seed."""
+    if pairs := [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]:
+        yield average(what, pairs)
 
 
 def average(what: str, values: list[float]) -> dict[str, Any]:
@@ -309,7 +388,8 @@ if __name__ == "__main__":
         if sys.argv[1:] != ["write"]:
             study_identity()
             compare_hardness()
-            compare_adversaries()
+            make_points(other_grid())
+            make_points(grid())
         print(write())
     except Stopped as stop:
         sys.exit(str(stop))

@@ -1,13 +1,16 @@
 """The benchmarks' own arithmetic: what is compared, and what counts as having moved."""
 
 import importlib
+import itertools
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -148,6 +151,39 @@ def test_what_another_machine_finished_is_not_made_again(tmp_path, monkeypatch):
     for about in (keys[0], keys[1] | {"vae": "0" * 12}, keys[2] | {"epochs": 1}):
         evidence.keep(about, {"kNN": 50.0, "linear": 60.0, "seconds": 9})
     assert [bool(evidence.find_entries(about)) for about in keys] == [True, False, False, False]
+
+
+def test_the_vae_of_cifar10_is_compared_on_other_images(tmp_path, monkeypatch):
+    """Differences are 4 points to no adversary on both seeds, and 1 and 3 to a VAE of the images;
+    the digits of the second set are scikit-learn's, each once."""
+    import evidence
+    from sklearn.datasets import load_digits
+
+    monkeypatch.setenv("IDAA_DATA", str(tmp_path))
+    monkeypatch.setattr(evidence, "ENTRIES", tmp_path / "evidence.jsonl")
+    grid = [point for point in evidence.other_grid() if point.ssl["seed"] < 2]
+    keys = [evidence.describe_point(point) for point in grid]
+    assert len({str(key) for key in keys}) == len(grid) == 2 * 2 * 3
+    scores = {None: (50.0, 60.0), "own": (53.0, 61.0)}  # of two seeds; else the starter's VAE
+    for about in keys:
+        score = scores.get(about["vae"], (54.0, 64.0))[about["seed"]]
+        evidence.keep(about, {"kNN": score, "linear": score, "seconds": 9})
+    rows = {row["what"]: row for row in evidence.describe_other_images()}
+    for name, metric in itertools.product(evidence.OTHER_IMAGES, ("knn", "linear")):
+        start, end = "evidence_difference_cifar10_vae", f"{metric}_on_{name}"
+        row = rows[f"{start}_no_adversary_{end}"]
+        assert (row["value"], row["n"], row["spread"]) == (4.0, 2, [4.0, 4.0])
+        assert rows[f"{start}_own_vae_{end}"]["value"] == 2.0
+
+    digits, files = load_digits(), sorted((tmp_path / "digits").glob("*/*/*.png"))
+    assert sorted(int(path.stem) for path in files) == [*range(len(digits.target))]
+    assert all(int(path.parent.name) == digits.target[int(path.stem)] for path in files)
+    assert {path.stem for path in files if "test" in path.parts} == {
+        f"{i:04d}" for i in range(1437, 1797)
+    }
+    for path in files[:: len(files) // 20]:
+        image = digits.images[int(path.stem)]
+        assert np.abs(np.asarray(Image.open(path)) / 255 * 16 - image).max() < 0.04
 
 
 def test_the_committed_evidence_is_of_the_networks_that_ship():
