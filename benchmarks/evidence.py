@@ -113,8 +113,8 @@ def other_grid() -> list[Point]:
 
 
 def write_digits() -> Path:
-    """scikit-learn's 1,797 handwritten digits as class folders: `train`, and the last fifth, which
-    other people wrote, as `test`."""
+    """scikit-learn's 1,797 handwritten digits as class folders: `train`, and the last fifth as
+    `test`."""
     from sklearn.datasets import load_digits
 
     folder, digits = data_root() / "digits", load_digits()

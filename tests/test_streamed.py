@@ -382,6 +382,25 @@ def test_a_renamed_folder_has_the_same_cache_and_clean_removes_what_nobody_has(
     assert len(cached.load(folder, "train", 32).images) > 0
 
 
+def test_a_copied_folder_takes_no_second_place_in_the_cache(photos, data, capsys):
+    """Also where one of the two goes; a folder of other labels or pixels has its own file."""
+    copies = [photos.with_name(name) for name in ("copy", "other")]
+    for copy in copies:
+        shutil.copytree(photos, copy, copy_function=shutil.copyfile)  # times of change are new
+    photograph(99).save(copies[1] / "train/n0/new.JPEG")
+    sets = [cached.load(folder, "train", 32) for folder in (photos, *copies)]
+    images = [dataset.images.clone() for dataset in sets]
+    files = sorted((data / "cache").glob("*/images.u8"), key=lambda file: file.stat().st_nlink)
+    assert [file.stat().st_nlink for file in files] == [1, 2, 2]
+    assert files[1].samefile(files[2])
+    shutil.rmtree(photos)
+    other, shared = (file.stat().st_size for file in files[:2])
+    assert 0 < commands.clean() < shared  # what describes it alone
+    again = [cached.load(folder, "train", 32) for folder in copies]
+    assert all(torch.equal(a.images, b) for a, b in zip(again, images[1:], strict=True))
+    assert commands.clean(everything=True) > shared + other
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_what_is_being_written_is_not_cleaned(photos, data, monkeypatch, zipped):
     source = shutil.make_archive(str(photos), "zip", photos) if zipped else photos

@@ -80,7 +80,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def clean(everything: bool = False) -> int:
-    """Bytes of the decoded images that were removed: those that no data set has any more, whose
+    """Bytes that became free: decoded images are removed that no data set has any more, whose
     folder is gone or has changed. `everything` removes the others too, which are made again when
     they are needed. Each pool is printed, with its size.
     """
@@ -89,21 +89,19 @@ def clean(everything: bool = False) -> int:
         with contextlib.suppress(OSError, ValueError, KeyError):
             index = json.loads(path.read_text("utf-8"))
             if all([*read_stamp(file)] == stamp for file, stamp in index["stamps"].items()):
-                used.add(index["about"]["digest"])
+                used.add(index["entry"])
             elif not everything:
                 path.unlink()
     for pool in sorted(path for path in cache.glob("*") if path.is_dir()):
-        size = sum(file.stat().st_size for file in pool.iterdir())
-        digest = ""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            body = (pool / "about.json").read_text("utf-8").partition("\n")[2]
-            digest = json.loads(body)["about"]["digest"]
-        is_used = digest in used and not everything
+        stats = [file.stat() for file in pool.iterdir()]
+        size = sum(stat.st_size for stat in stats)
+        is_used = pool.name in used and not everything
         print(f"{size / 2**20:10,.0f} MiB  {'kept' if is_used else 'removed'}  {pool.name}")
         if not is_used:
             with lock(cache, pool.name.rsplit("-", 2)[0]).acquire(timeout=0):
                 shutil.rmtree(pool)
-            removed += size
+            # Copies of a folder share a file, whose room is free when the last one goes.
+            removed += sum(stat.st_size for stat in stats if stat.st_nlink == 1)
     return removed
 
 

@@ -143,7 +143,8 @@ class Pool:
             draft.mkdir()
             if shutil.disk_usage(draft).free < need:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            body = json.dumps(self._decode(draft / "images.u8", listing))
+            content = self._decode(draft / "images.u8", listing)
+            body = json.dumps(self._share(draft / "images.u8", content))
             (draft / "about.json").write_text(f"{sha256(body)}\n{body}", "utf-8")
             shutil.rmtree(entry, ignore_errors=True)  # one that `_read` refused
             draft.rename(entry)
@@ -155,6 +156,19 @@ class Pool:
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+    def _share(self, file: Path, content: dict[str, Any]) -> dict[str, Any]:
+        """The content of a pool that was decoded into `file`. Where another pool has the same
+        pixels, as that of a copied folder, the two become one file on the disk."""
+        others = self.cache.glob(f"*-{self.size}-*") if self.size else ()
+        for other in others:
+            pool, link = _read(other), file.with_suffix(".link")
+            if pool and pool[0]["digest"] == content["about"]["digest"]:
+                with contextlib.suppress(OSError):  # a file system without links
+                    link.hardlink_to(other / file.name)
+                    link.replace(file)
+                return content | {"stamp": read_stamp(file)}
+        return content
 
     def _decode(self, file: Path, listing: Listing) -> dict[str, Any]:
         """Decode a source into a file: what `_read` gives, as JSON values."""
