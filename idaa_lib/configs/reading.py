@@ -73,6 +73,11 @@ WORDS |= {"off": False}
 def read(model: type[BaseModel], name: str, value: Any) -> Any:
     """A value as meant. Shells send text, papermill and YAML make of some of it a number, a list or
     None: one spelling means the same by all three ('8/255', 1e2, '[32 64]', 'null', 'true')."""
+    plain = isinstance(value, str | int | float | None)
+    return (_read_plain if plain else _read_value)(model, name, value)
+
+
+def _read_value(model: type[BaseModel], name: str, value: Any) -> Any:
     field = model.model_fields.get(name)
     value = _read(field.annotation, value) if field else value
     try:
@@ -93,6 +98,10 @@ def read(model: type[BaseModel], name: str, value: Any) -> Any:
                 f"{name} must be between -{LARGEST:g} and {LARGEST:g}, and is {quote(number)}."
             )
     return value
+
+
+# Of a grid's thousand configurations most values are the same.
+_read_plain = functools.lru_cache(10_000, typed=True)(_read_value)
 
 
 def _read(annotation: Any, value: Any) -> Any:
