@@ -39,7 +39,7 @@ from idaa_lib.identity import study
 from idaa_lib.identity.scene import ADVERSARIES as ATTACKS
 from idaa_lib.identity.scene import Scene, loss, open_scene
 from idaa_lib.runs import RESULTS_VERSION, Run, Stopped, checkpoints
-from idaa_lib.runs.machine import hardware, open_images
+from idaa_lib.runs.machine import hardware, open_images, uses_bf16
 
 DATASET = os.environ.get("IDAA_CIFAR10_ZIP", "cifar10")
 ENTRIES = Path(__file__).with_name("evidence.jsonl")
@@ -56,14 +56,16 @@ ENCODERS = {"run": "starter", "witness": "starter2"}
 # Sets that packages ship, on which the VAE of CIFAR-10 serves, or does not.
 OTHER_IMAGES = ("photos", "digits")
 OTHER: dict[str, Any] = {"epochs": 10, "limit": 2000, "width": 16}
+CPU = torch.device("cpu")
 Rows = Iterator[dict[str, Any]]
 PROTOCOL = f"""All training images of CIFAR-10 (44,988 after a tenth is held out for validation)
 from JPEG class folders, recipe `cifar10`: batch 256, Adam, the same batches, views and number of
 steps for each adversary. ResNet-18 of width 16, {EPOCHS} epochs, SimCLR; ε .1 (clae: the recipe's).
 VAE: the starter's (width 32, dim 128, κ .1, 30 epochs). Clean protocol: kNN and linear classifier
 (penalty chosen on validation) on the 10,000 test images. Means over n seeds with Student's 95 %
-interval; differences are paired by seed. Identity: {IMAGES} validation images; the starter's
-encoder (SimCLR, seed 0) is attacked, the starter's witness (seed 1) judges, by other views of the
+interval; differences are paired by seed, and all of one seed are of one precision: bf16 where the
+processor has it. Identity: {IMAGES} validation images; the starter's encoder (SimCLR, seed 0) is
+attacked, the starter's witness (seed 1) judges, by other views of the
 images (recipe `mild`); bootstrapped 95 % intervals over the images; equal hardness: the ε of CLAE
 at which the attacked loss is IDAA's. rise_*: how much SimCLR's loss of (x, x') rises by the
 attacked encoder and by the witness, whom no attack saw; Student's 95 % interval over 4 batches of
@@ -140,7 +142,8 @@ def describe_point(point: Point) -> dict[str, Any]:
         if point.ssl["adversary"] == "idaa" and not vae:
             weights = "own"
     about |= {name: point.ssl[name] for name in names}
-    return about | {"vae": weights} | describe_images("train", point.ssl["dataset"])
+    about |= {"vae": weights, "precision": "bf16" if uses_bf16("auto", CPU) else "fp32"}
+    return about | describe_images("train", point.ssl["dataset"])
 
 
 def describe_study(config: TheoryConfig) -> dict[str, Any]:
@@ -154,6 +157,17 @@ def describe_images(split: str, dataset: str | None = None) -> dict[str, Any]:
     """The pixels that are read (a JPEG copy of CIFAR-10 has others), and the library's version."""
     images = open_images(dataset or DATASET, split, 32, None).fingerprint[:12]
     return {"images": images, "results_version": RESULTS_VERSION}
+
+
+def find_points(points: list[Point]) -> list[dict[str, Any]]:
+    """What was finished so far of these. A processor decides the precision. Entries of one seed
+    and set are of one precision, of which most are finished, so that they compare."""
+    groups: dict[Any, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for about in map(describe_point, points):
+        del about["precision"]
+        for entry in find_entries(about):
+            groups[entry["seed"], entry.get("set")][entry["precision"]].append(entry)
+    return [entry for group in groups.values() for entry in max(group.values(), key=len)]
 
 
 def read_entries() -> list[dict[str, Any]]:
@@ -273,10 +287,8 @@ def measure_rise(scene: Scene, images: torch.Tensor) -> list[float]:
 def write() -> str:
     """Where the result file of all entries was written."""
     values: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for about in map(describe_point, grid()):
-        for entry in find_entries(about):
-            for metric in ("kNN", "linear"):
-                values[metric.lower()][entry["adversary"]][entry["seed"]] = entry[metric]
+    for entry, metric in itertools.product(find_points(grid()), ("kNN", "linear")):
+        values[metric.lower()][entry["adversary"]][entry["seed"]] = entry[metric]
     rows = [row for metric, own in values.items() for row in summarise(metric, own)]
     rows += describe_other_images()
     for about, _, own in studies():
@@ -300,11 +312,9 @@ def describe_other_images() -> Rows:
     values: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )
-    for about in map(describe_point, other_grid()):
-        which = {None: "no_adversary", "own": "own_vae"}.get(about["vae"], "cifar10_vae")
-        for entry in find_entries(about):
-            for metric in ("kNN", "linear"):
-                values[metric.lower(), entry["set"]][which][entry["seed"]] = entry[metric]
+    for entry, metric in itertools.product(find_points(other_grid()), ("kNN", "linear")):
+        which = {None: "no_adversary", "own": "own_vae"}.get(entry["vae"], "cifar10_vae")
+        values[metric.lower(), entry["set"]][which][entry["seed"]] = entry[metric]
     for (metric, name), by_vae in values.items():
         ending = f"{metric}_on_{name}"
         for which, by_seed in by_vae.items():

@@ -165,6 +165,8 @@ def test_the_vae_of_cifar10_is_compared_on_other_images(tmp_path, monkeypatch):
     keys = [evidence.describe_point(point) for point in grid]
     assert len({str(key) for key in keys}) == len(grid) == 2 * 2 * 3
     scores = {None: (50.0, 60.0), "own": (53.0, 61.0)}  # of two seeds; else the starter's VAE
+    short = keys[0] | {"precision": "of which there is less"}
+    evidence.keep(short, {"kNN": 99.0, "linear": 99.0, "seconds": 9})
     for about in keys:
         score = scores.get(about["vae"], (54.0, 64.0))[about["seed"]]
         evidence.keep(about, {"kNN": score, "linear": score, "seconds": 9})
