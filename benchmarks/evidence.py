@@ -3,7 +3,7 @@
     python benchmarks/evidence.py          # make what is missing, in order, then write
     python benchmarks/evidence.py write    # the result file of all that is finished
 
-Takes about eight hours of two cores. Ctrl-C or SIGTERM stops it after a step, and the same command
+Takes about twelve hours of two cores. Ctrl-C or SIGTERM stops it after a step, and the same command
 goes on, to the same bits. What is finished goes into evidence.jsonl beside this file, a line each.
 Commit it: another machine then goes on with what is missing, also without `outputs/` of this one.
 Images: all training images of CIFAR-10 ($IDAA_CIFAR10_ZIP, else torchvision's), and for the VAE on
@@ -56,6 +56,9 @@ ENCODERS = {"run": "starter", "witness": "starter2"}
 # Sets that packages ship, on which the VAE of CIFAR-10 serves, or does not.
 OTHER_IMAGES = ("photos", "digits")
 OTHER: dict[str, Any] = {"epochs": 10, "limit": 2000, "width": 16}
+# Figure 6 at a small scale: one field at a time around ε .1, β .4 and dim 128.
+AXES = {"epsilon": [0.03, 0.1, 0.3, 1.0], "beta": [0.04, 0.4, 4.0], "dim": [32, 128, 512]}
+SMALLER: dict[str, Any] = {"epochs": 6, "limit": 10000, "width": 16}
 CPU = torch.device("cpu")
 Rows = Iterator[dict[str, Any]]
 PROTOCOL = f"""All training images of CIFAR-10 (44,988 after a tenth is held out for validation)
@@ -75,7 +78,9 @@ recipe `demo`, width {OTHER["width"]}, {OTHER["epochs"]} epochs, at most {OTHER[
 images of the photographs that scikit-image and scikit-learn ship, and of scikit-learn's handwritten
 digits (the last fifth is the test split): without an adversary, with IDAA by the starter's VAE
 (cifar10_vae), and with IDAA by a VAE of its size and epochs that was trained on those images
-(own_vae)."""
+(own_vae). *_epsilon_*, *_beta_*, *_dim_*: SimCLR + IDAA, recipe `demo` on {SMALLER["limit"]:,}
+images of CIFAR-10, width {SMALLER["width"]}, {SMALLER["epochs"]} epochs, a VAE (width 32, 12
+epochs) for each β, dim and seed; one field at a time around ε .1, β .4 and dim 128."""
 
 
 def grid() -> list[Point]:
@@ -114,6 +119,22 @@ def other_grid() -> list[Point]:
     return points
 
 
+def sensitivity_grid() -> list[Point]:
+    """SimCLR with IDAA over ε, β and dim, seed by seed, and without an adversary."""
+    images = {"preset": "demo", "dataset": DATASET, "device": "cpu", "limit": SMALLER["limit"]}
+    fixed = {
+        "all": images,
+        "vae": {"width": 32, "epochs": 12, "beta": 0.4, "dim": 128},
+        "ssl": {**SMALLER, "knn_every": SMALLER["epochs"], "compile": True, "adversary": "idaa"},
+        "eval": {"references": False},
+    }
+    ssl, vae = ({name: AXES[name] for name in names} for names in (["epsilon"], ["beta", "dim"]))
+    plain = {"labels": {"axis": None, "at": None}, "fixed": {"ssl": {"adversary": "none"}}}
+    parts = [{"vary": {"ssl": ssl, "vae": vae}}, plain]
+    grid = [{"fixed": fixed, "seeds": [seed], "grids": parts} for seed in SEEDS]
+    return [point for part in grid for point in grids.read(part).points()]
+
+
 def write_digits() -> Path:
     """scikit-learn's 1,797 handwritten digits as class folders: `train`, and the last fifth as
     `test`."""
@@ -131,18 +152,19 @@ def write_digits() -> Path:
 
 
 def describe_point(point: Point) -> dict[str, Any]:
-    """What tells a point from the others: also the weights of its VAE."""
-    names = ["adversary", "seed", "epochs", "width"]
-    about: dict[str, Any] = {"part": "comparison"}
-    vae = point.ssl.get("vae")
-    weights = checkpoints.digest(runs.get("vae", vae))[:12] if vae else None
+    """What tells a point from the others: also the weights of a VAE that it names."""
+    part = "comparison"
     if "set" in point.labels:
-        names.append("limit")
-        about = {"part": "other images", "set": point.labels["set"]}
-        if point.ssl["adversary"] == "idaa" and not vae:
-            weights = "own"
-    about |= {name: point.ssl[name] for name in names}
-    about |= {"vae": weights, "precision": "bf16" if uses_bf16("auto", CPU) else "fp32"}
+        part = "other images"
+    if "axis" in point.labels:
+        part = "sensitivity"
+    own = {name: point.labels[name] for name in ("set", "axis", "at") if name in point.labels}
+    names = ["adversary", "seed", "epochs", "width", *(["limit"] if own else [])]
+    about = {"part": part} | own | {name: point.ssl[name] for name in names}
+    about["vae"] = "own" if own and about["adversary"] != "none" else None
+    if name := point.ssl.get("vae"):
+        about["vae"] = checkpoints.digest(runs.get("vae", name))[:12]
+    about["precision"] = "bf16" if uses_bf16("auto", CPU) else "fp32"
     return about | describe_images("train", point.ssl["dataset"])
 
 
@@ -291,6 +313,7 @@ def write() -> str:
         values[metric.lower()][entry["adversary"]][entry["seed"]] = entry[metric]
     rows = [row for metric, own in values.items() for row in summarise(metric, own)]
     rows += describe_other_images()
+    rows += describe_sensitivity()
     for about, _, own in studies():
         ending = f"_kappa_{own.kappa:g}" if own else ""
         for entry in find_entries(about):
@@ -322,6 +345,20 @@ def describe_other_images() -> Rows:
         for which in ("no_adversary", "own_vae"):
             what = f"evidence_difference_cifar10_vae_{which}_{ending}"
             yield from subtract(what, by_vae["cifar10_vae"], by_vae[which])
+
+
+def describe_sensitivity() -> Rows:
+    """Rows of each value of ε, β and dim: means, and differences to no adversary paired by seed."""
+    values: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for entry, metric in itertools.product(find_points(sensitivity_grid()), ("kNN", "linear")):
+        at = f"{entry['axis']}_{entry['at']:g}" if entry["axis"] else "no_adversary_of_axes"
+        values[metric.lower()][at][entry["seed"]] = entry[metric]
+    for metric, by_place in values.items():
+        for at, by_seed in by_place.items():
+            yield average(f"evidence_{metric}_{at}", [*by_seed.values()])
+            if at != "no_adversary_of_axes":
+                plain = by_place["no_adversary_of_axes"]
+                yield from subtract(f"evidence_difference_{at}_none_{metric}", by_seed, plain)
 
 
 def summarise(metric: str, by_adversary: dict[str, dict[int, float]]) -> Rows:
@@ -400,6 +437,7 @@ if __name__ == "__main__":
             compare_hardness()
             make_points(other_grid())
             make_points(grid())
+            make_points(sensitivity_grid())
         print(write())
     except Stopped as stop:
         sys.exit(str(stop))

@@ -188,6 +188,34 @@ def test_the_vae_of_cifar10_is_compared_on_other_images(tmp_path, monkeypatch):
         assert np.abs(np.asarray(Image.open(path)) / 255 * 16 - image).max() < 0.04
 
 
+def test_one_field_at_a_time_is_compared_with_no_adversary(tmp_path, monkeypatch):
+    """Each training has another ε, β or dim than the middle, in one of the three at most. Both
+    seeds of a place are 2 and 4 points above no adversary: 3 ± t(.975; 1)."""
+    import evidence
+
+    monkeypatch.setattr(evidence, "ENTRIES", tmp_path / "evidence.jsonl")
+    monkeypatch.setattr(evidence, "DATASET", "photos")  # CIFAR-10 may not be here
+    monkeypatch.setattr(evidence, "SMALLER", evidence.SMALLER | {"limit": 500})
+    grid = [point for point in evidence.sensitivity_grid() if point.ssl["seed"] < 2]
+    middle = {"epsilon": 0.1, "beta": 0.4, "dim": 128}
+    for point in grid:
+        at = {name: (point.vae | point.ssl).get(name, 0.1) for name in middle}
+        changes = {name for name in middle if at[name] != middle[name]}
+        assert changes <= {point.labels["axis"]}
+    tasks = plans.plan(grid).values()
+    assert sum(task.config.stage == "vae" for task in tasks) == 2 * 5
+    for point in grid:
+        about = evidence.describe_point(point)
+        score = 40.0 if about["adversary"] == "none" else 42.0 + 2 * about["seed"]
+        evidence.keep(about, {"kNN": score, "linear": score, "seconds": 9})
+    rows = {row["what"]: row for row in evidence.describe_sensitivity()}
+    places = [f"{axis}_{value:g}" for axis, values in evidence.AXES.items() for value in values]
+    for place, metric in itertools.product(places, ("knn", "linear")):
+        row = rows[f"evidence_difference_{place}_none_{metric}"]
+        assert (row["value"], row["n"]) == (3.0, 2)
+        assert row["spread"] == pytest.approx([3 - 12.7062, 3 + 12.7062], abs=1e-3)
+
+
 def test_the_committed_evidence_is_of_the_networks_that_ship():
     import evidence
 
