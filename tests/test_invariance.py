@@ -2,6 +2,7 @@
 costs; notebook 11 from its first cell to its last."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pandas as pd
@@ -251,6 +252,11 @@ def test_notebook_11_shows_what_is_finished(tmp_path, monkeypatch):
     assert set(table["system"]) == {"cassle", "ipirm", "rsa"}
     assert [*table[table["metric"] == "passes"]["value"]] == [2, 4, 4]
     assert set(table[table["metric"] == "shuffled ω"]["system"]) == {"cassle"}
+    cells = json.loads((tmp_path / "out.ipynb").read_text("utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    pages = ["".join(output.get("data", {}).get("text/html", "")) for output in outputs]
+    (moved,) = (page for page in pages if "photos (%)" in page)
+    assert re.findall(r"<th>([^<]+)</th>\s*<td>", moved) == ["cassle", "ipirm", "rsa"]
 
 
 def test_a_notebook_gets_a_condition_and_heads_as_parameters(tmp_path, monkeypatch):

@@ -133,6 +133,29 @@ def test_sensitivity_is_the_encoder_s_alone():
         assert {y for bar in bars[2][0].get_segments() for _, y in bar} == {58.0, 62.0}
 
 
+@pytest.mark.parametrize("axis", ["epsilon", "beta", "dim", "epochs", "width"])
+@pytest.mark.parametrize("values", [[8.0], [0.0, 8.0], [0.0], [2.0, 8.0, 32.0], ["8", "2"]])
+def test_each_value_of_an_axis_is_in_its_panel(axis, values):
+    """Also where there is one alone, or 0, which no axis in factors has."""
+    frame = pd.DataFrame([
+        {"axis": axis, "at": at, "seed": 0, "metric": metric, "value": 60.0, "low": 58.0,
+         "high": 62.0, "adversary": "IDAA", "split": "validation", "features": "encoder"}
+        for at in values for metric in ("kNN", "linear")
+    ])  # fmt: skip
+    figure = plots.sensitivity(frame)
+    figure.draw_without_rendering()
+    for panel in figure.axes:
+        low, high = panel.bbox.x0, panel.bbox.x1
+        (bars,) = panel.containers
+        places = panel.transData.transform(bars[0].get_xydata())[:, 0]
+        assert len(places) == len(values) and low + 5 < min(places) <= max(places) < high - 5
+    lower = figure.axes[-1]
+    labels = {tick.get_text(): tick.get_position()[0] for tick in lower.get_xticklabels()}
+    assert {f"{float(value):g}" for value in values} == labels.keys()
+    for x in labels.values():
+        assert abs(places - lower.transData.transform((x, 60.0))[0]).min() < 1
+
+
 def test_a_run_has_one_colour_in_all_panels():
     """Also in a panel that an earlier run has no line in."""
     lines = {"a": [{"step": 1, "loss": 1.0}], "b": [{"step": 1, "loss": 2.0, "moved": 3.0}]}

@@ -275,8 +275,9 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
 
     Args:
         frame: of `plans.table`, with the columns `axis` and `at`. Intervals are over images, or
-            over several seeds. Values that are not numbers stand side by side; results of no axis,
-            such as those without an adversary, are a line in each that has none of their own.
+            over several seeds. Values that are not numbers, and those of an axis with 0, stand side
+            by side; results of no axis, such as those without an adversary, are a line in each that
+            has none of their own.
     """
     frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
     columns, probes = list(dict.fromkeys(frame["axis"].dropna())), ("kNN", "linear")
@@ -288,8 +289,10 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
         mine = frame[frame["axis"] == axis]
         everywhere = frame[frame["axis"].isna() & ~frame["adversary"].isin(mine["adversary"])]
         numbers = pd.to_numeric(mine["at"], errors="coerce")  # a table from a file has text
-        numeric = bool(numbers.notna().all())
-        mine = mine.assign(at=numbers if numeric else mine["at"].astype(str))
+        factors = axis != "epochs"  # which are tried in steps, all else in factors
+        numeric = bool((numbers > 0 if factors else numbers.notna()).all())
+        names = mine["at"].astype(str) if numbers.hasnans else numbers.map("{:g}".format)
+        mine = mine.assign(at=numbers if numeric else names)
         values = [*mine["at"].unique()]
         for line, probe in enumerate(probes):
             panel = panels[line, column]
@@ -302,8 +305,10 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
                 )  # fmt: skip
             for adversary, group in everywhere[everywhere["metric"] == probe].groupby("adversary"):
                 _level(panel, group, adversary, color=style.colour(adversary), ls="--")
-            if numeric:  # epochs are tried in steps, all else in factors
-                panel.set(xscale="linear" if axis == "epochs" else "log")
+            if numeric:
+                panel.set(xscale="log" if factors else "linear")
+                if len(values) == 1:
+                    panel.set_xlim(values[0] / 2, values[0] * 2)
                 panel.set_xticks(values, [f"{value:g}" for value in values])
             else:
                 panel.set_xlim(-0.5, len(values) - 0.5)  # names are wide
