@@ -77,7 +77,7 @@ compare: setup  ## The paper's main table on a subset of CIFAR-10: every method 
 siblings: setup  ## CASSLE, AugSelf, IP-IRM and RSA, with and without IDAA, on a subset of CIFAR-10
 	@$(ALLOCATOR) $(PY) benchmarks/siblings.py
 
-evidence: setup  ## Do the paper's claims hold on CIFAR-10? About 7 hours; stopped, the same command goes on
+evidence: setup  ## Do the paper's claims hold on CIFAR-10? About 12 hours; stopped, the same command goes on
 	@$(ALLOCATOR) $(PY) benchmarks/evidence.py
 
 lint: setup  ## Lint and types alone

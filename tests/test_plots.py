@@ -156,6 +156,21 @@ def test_each_value_of_an_axis_is_in_its_panel(axis, values):
         assert abs(places - lower.transData.transform((x, 60.0))[0]).min() < 1
 
 
+def test_a_wide_interval_does_not_hide_the_others():
+    """Student's interval of two seeds reaches from -85 to 147 %; the axis ends where shares do."""
+    frame = pd.DataFrame([
+        {"axis": "epsilon", "at": at, "seed": seed, "metric": metric, "value": value, "low": 20.0,
+         "high": 40.0, "method": "a", "adversary": "IDAA", "split": "validation",
+         "features": "encoder"}
+        for at in (0.1, 0.3) for metric in ("kNN", "linear")
+        for seed, value in enumerate((22.0, 40.0) if at == 0.1 else (30.0, 30.0))
+    ])  # fmt: skip
+    figures = plots.sensitivity(frame), plots.accuracies(frame, "metric", "at", "adversary")
+    for panel in (panel for figure in figures for panel in figure.axes):
+        low, high = panel.get_ylim()
+        assert -5 <= low <= 22 and 40 <= high <= 105
+
+
 def test_a_run_has_one_colour_in_all_panels():
     """Also in a panel that an earlier run has no line in."""
     lines = {"a": [{"step": 1, "loss": 1.0}], "b": [{"step": 1, "loss": 2.0, "moved": 3.0}]}

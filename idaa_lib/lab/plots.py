@@ -143,8 +143,15 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
         axis.set_xticks(range(len(places)), texts)
         axis.grid(axis="x", visible=False)
         axis.margins(x=0.2 / len(places), y=0.15)
+        _bound(axis)
     legend(figure, axes)
     return figure
+
+
+def _bound(axis: Any) -> None:
+    """Shows what a percentage can be: Student's interval of two values may reach far beyond."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, -4), min(high, 104))
 
 
 def _level(axis: Any, rows: pd.DataFrame, label: str, **how: Any) -> None:
@@ -314,6 +321,7 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
                 panel.set_xlim(-0.5, len(values) - 0.5)  # names are wide
             panel.minorticks_off()
             panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
+            _bound(panel)
         panels[-1, column].set(xlabel=AXES.get(axis, axis.replace("_", " ")))
     legend(figure, panels.flat, least=2)
     seeds = frame["seed"].nunique()
