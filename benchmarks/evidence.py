@@ -327,7 +327,9 @@ def write() -> str:
             what = f"rise_by_{by}_encoder_{row['attack']}_as_hard_as_idaa_{row['epsilon']:g}"
             rows.append(record.row(what, round(fmean(row[by]), 4), "nats", len(row[by]), ends))
     rows += describe_vae(runs.get("vae", "starter"))
-    return str(record.write("evidence", " ".join(PROTOCOL.split()), rows))
+    machines = "; ".join(sorted({entry["hardware"] for entry in read_entries()}))
+    protocol = f"{' '.join(PROTOCOL.split())} Made on: {machines}."
+    return str(record.write("evidence", protocol, rows))
 
 
 def describe_other_images() -> Rows:
