@@ -19,7 +19,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -94,7 +94,8 @@ def grid() -> list[Point]:
     }  # fmt: skip
     needs_vae = {"idaa", "random_sign"}
     cross = [{"adversary": a} | ({"vae": "starter"} if a in needs_vae else {}) for a in ADVERSARIES]
-    parts = [{"fixed": fixed, "cross": {"ssl": cross}, "seeds": [seed]} for seed in SEEDS]
+    whole = {"fixed": fixed, "cross": {"ssl": cross}, "labels": {"part": "comparison"}}
+    parts = [whole | {"seeds": [seed]} for seed in SEEDS]
     return [point for part in parts for point in grids.read(part).points()]
 
 
@@ -114,7 +115,8 @@ def other_grid() -> list[Point]:
             "ssl": {**OTHER, "knn_every": OTHER["epochs"], "compile": True},
             "eval": {"references": False},
         }
-        part = {"fixed": fixed, "cross": {"ssl": cross}, "labels": {"set": name}, "seeds": [seed]}
+        labels = {"part": "other images", "set": name}
+        part = {"fixed": fixed, "cross": {"ssl": cross}, "labels": labels, "seeds": [seed]}
         points += grids.read(part).points()
     return points
 
@@ -129,8 +131,9 @@ def sensitivity_grid() -> list[Point]:
         "eval": {"references": False},
     }
     ssl, vae = ({name: AXES[name] for name in names} for names in (["epsilon"], ["beta", "dim"]))
-    plain = {"labels": {"axis": None, "at": None}, "fixed": {"ssl": {"adversary": "none"}}}
-    parts = [{"vary": {"ssl": ssl, "vae": vae}}, plain]
+    labels = {"part": "sensitivity", "axis": None, "at": None}
+    plain = {"fixed": {"ssl": {"adversary": "none"}}}
+    parts = [plain | {"labels": labels}, {"vary": {"ssl": ssl, "vae": vae}, "labels": labels}]
     grid = [{"fixed": fixed, "seeds": [seed], "grids": parts} for seed in SEEDS]
     return [point for part in grid for point in grids.read(part).points()]
 
@@ -153,15 +156,10 @@ def write_digits() -> Path:
 
 def describe_point(point: Point) -> dict[str, Any]:
     """What tells a point from the others: also the weights of a VAE that it names."""
-    part = "comparison"
-    if "set" in point.labels:
-        part = "other images"
-    if "axis" in point.labels:
-        part = "sensitivity"
-    own = {name: point.labels[name] for name in ("set", "axis", "at") if name in point.labels}
-    names = ["adversary", "seed", "epochs", "width", *(["limit"] if own else [])]
-    about = {"part": part} | own | {name: point.ssl[name] for name in names}
-    about["vae"] = "own" if own and about["adversary"] != "none" else None
+    about = {k: point.labels[k] for k in ("part", "set", "axis", "at") if k in point.labels}
+    names = ("adversary", "seed", "epochs", "width", "limit")
+    about |= {name: point.ssl[name] for name in names if name in point.ssl}
+    about["vae"] = "own" if about["adversary"] == "idaa" else None
     if name := point.ssl.get("vae"):
         about["vae"] = checkpoints.digest(runs.get("vae", name))[:12]
     about["precision"] = "bf16" if uses_bf16("auto", CPU) else "fp32"
@@ -308,9 +306,7 @@ def measure_rise(scene: Scene, images: torch.Tensor) -> list[float]:
 
 def write() -> str:
     """Where the result file of all entries was written."""
-    values: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for entry, metric in itertools.product(find_points(grid()), ("kNN", "linear")):
-        values[metric.lower()][entry["adversary"]][entry["seed"]] = entry[metric]
+    values = collect(grid(), lambda entry: entry["adversary"])
     rows = [row for metric, own in values.items() for row in summarise(metric, own)]
     rows += describe_other_images()
     rows += describe_sensitivity()
@@ -332,34 +328,47 @@ def write() -> str:
     return str(record.write("evidence", protocol, rows))
 
 
+def collect(
+    points: list[Point], name: Callable[[dict[str, Any]], str]
+) -> dict[str, dict[str, dict[int, float]]]:
+    """Metric → what `name` calls an entry → seed → accuracy, of the points that are finished."""
+    values: Any = defaultdict(lambda: defaultdict(dict))
+    for entry, metric in itertools.product(find_points(points), ("kNN", "linear")):
+        values[metric.lower()][name(entry)][entry["seed"]] = entry[metric]
+    return values
+
+
 def describe_other_images() -> Rows:
     """Rows of the VAE of CIFAR-10 on other images: means, and differences paired by seed."""
-    values: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
-    for entry, metric in itertools.product(find_points(other_grid()), ("kNN", "linear")):
-        which = {None: "no_adversary", "own": "own_vae"}.get(entry["vae"], "cifar10_vae")
-        values[metric.lower(), entry["set"]][which][entry["seed"]] = entry[metric]
-    for (metric, name), by_vae in values.items():
-        ending = f"{metric}_on_{name}"
-        for which, by_seed in by_vae.items():
-            yield average(f"evidence_{which}_{ending}", [*by_seed.values()])
-        for which in ("no_adversary", "own_vae"):
-            what = f"evidence_difference_cifar10_vae_{which}_{ending}"
-            yield from subtract(what, by_vae["cifar10_vae"], by_vae[which])
+    grid = other_grid()
+    for name in OTHER_IMAGES:
+        points = [point for point in grid if point.labels["set"] == name]
+        for metric, by_vae in collect(points, name_vae).items():
+            ending = f"{metric}_on_{name}"
+            for which, by_seed in by_vae.items():
+                yield average(f"evidence_{which}_{ending}", [*by_seed.values()])
+            for which in ("no_adversary", "own_vae"):
+                what = f"evidence_difference_cifar10_vae_{which}_{ending}"
+                yield from subtract(what, by_vae["cifar10_vae"], by_vae[which])
+
+
+def name_vae(entry: dict[str, Any]) -> str:
+    """Which VAE a training on other images had."""
+    return {None: "no_adversary", "own": "own_vae"}.get(entry["vae"], "cifar10_vae")
 
 
 def describe_sensitivity() -> Rows:
     """Rows of each value of ε, β and dim: means, and differences to no adversary paired by seed."""
-    values: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for entry, metric in itertools.product(find_points(sensitivity_grid()), ("kNN", "linear")):
-        at = f"{entry['axis']}_{entry['at']:g}" if entry["axis"] else "no_adversary_of_axes"
-        values[metric.lower()][at][entry["seed"]] = entry[metric]
+
+    def name_place(entry: dict[str, Any]) -> str:
+        return f"{entry['axis']}_{entry['at']:g}" if entry["axis"] else "no_adversary_of_axes"
+
+    values = collect(sensitivity_grid(), name_place)
     for metric, by_place in values.items():
+        plain = by_place.get("no_adversary_of_axes", {})
         for at, by_seed in by_place.items():
             yield average(f"evidence_{metric}_{at}", [*by_seed.values()])
             if at != "no_adversary_of_axes":
-                plain = by_place["no_adversary_of_axes"]
                 yield from subtract(f"evidence_difference_{at}_none_{metric}", by_seed, plain)
 
 

@@ -204,10 +204,14 @@ def test_one_field_at_a_time_is_compared_with_no_adversary(tmp_path, monkeypatch
         assert changes <= {point.labels["axis"]}
     tasks = plans.plan(grid).values()
     assert sum(task.config.stage == "vae" for task in tasks) == 2 * 5
+    grid.sort(key=lambda point: point.ssl["adversary"] == "none")
     for point in grid:
         about = evidence.describe_point(point)
         score = 40.0 if about["adversary"] == "none" else 42.0 + 2 * about["seed"]
         evidence.keep(about, {"kNN": score, "linear": score, "seconds": 9})
+        if about["adversary"] != "none":  # stopped before those: there are means alone
+            rows = [row["what"] for row in evidence.describe_sensitivity()]
+            assert rows and not any("difference" in name for name in rows)
     rows = {row["what"]: row for row in evidence.describe_sensitivity()}
     places = [f"{axis}_{value:g}" for axis, values in evidence.AXES.items() for value in values]
     for place, metric in itertools.product(places, ("knn", "linear")):

@@ -162,8 +162,9 @@ class Pool:
         pixels, as that of a copied folder, the two become one file on the disk."""
         others = self.cache.glob(f"*-{self.size}-*") if self.size else ()
         for other in others:
-            pool, link = _read(other), file.with_suffix(".link")
+            pool = _read(other)
             if pool and pool[0]["digest"] == content["about"]["digest"]:
+                link = file.with_suffix(".link")
                 with contextlib.suppress(OSError):  # a file system without links
                     link.hardlink_to(other / file.name)
                     link.replace(file)

@@ -296,7 +296,7 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
         mine = frame[frame["axis"] == axis]
         everywhere = frame[frame["axis"].isna() & ~frame["adversary"].isin(mine["adversary"])]
         numbers = pd.to_numeric(mine["at"], errors="coerce")  # a table from a file has text
-        factors = axis != "epochs"  # which are tried in steps, all else in factors
+        factors = axis != "epochs"  # epochs are tried in steps, all else in factors
         numeric = bool((numbers > 0 if factors else numbers.notna()).all())
         names = mine["at"].astype(str) if numbers.hasnans else numbers.map("{:g}".format)
         mine = mine.assign(at=numbers if numeric else names)
