@@ -109,29 +109,35 @@ def admit(grid: Sequence[Point]) -> tuple[list[Point], str]:
     """The points that can be made here, and a sentence that names the others and says why, empty
     where there are none."""
     pairs, reasons = _try_chains(grid)
+    refusals = _find_refusals({key: task for _, chain in pairs for key, task in chain.items()})
     points = []
-    with remember():
-        for point, chain in pairs:
-            try:
-                for key in chain:
-                    _check(key, chain)
-                points.append(point)
-            except UserError as error:
-                reasons.setdefault(str(error), []).append(point.name)
+    for point, chain in pairs:
+        if reason := next((refusals[key] for key in chain if key in refusals), None):
+            reasons.setdefault(reason, []).append(point.name)
+        else:
+            points.append(point)
     return points, _name_refused(reasons, len(grid))
 
 
 def refuse(tasks: Mapping[str, Task]) -> None:
     """Raises a ConfigError that names all tasks that cannot be made here, and says why."""
     reasons: dict[str, list[str]] = {}
+    for key, reason in _find_refusals(tasks).items():
+        reasons.setdefault(reason, []).append(key)
+    if reasons:
+        raise ConfigError(_name_refused(reasons, len(tasks)))
+
+
+def _find_refusals(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Key → why a task cannot be made here, of those that cannot."""
+    reasons = {}
     with remember():
         for key in tasks:
             try:
                 _check(key, tasks)
             except UserError as error:
-                reasons.setdefault(str(error), []).append(key)
-    if reasons:
-        raise ConfigError(_name_refused(reasons, len(tasks)))
+                reasons[key] = str(error)
+    return reasons
 
 
 def _check(key: str, tasks: Mapping[str, Task]) -> None:

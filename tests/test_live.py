@@ -374,7 +374,7 @@ def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, caps
         assert values["state"] == "finished"
         reading = run.metrics()[-1]["reconstruction_val"]
         assert values["validation reconstruction (MSE)"] == f"{reading:.4g}"
-        assert values["rate_nats"] == f"{run.summary['rate_nats']:.4g}"
+        assert values["rate (nats per image)"] == f"{run.summary['rate_nats']:.4g}"
         assert picture.data == (run.path / "figures" / "curves.png").read_bytes()
 
 

@@ -29,6 +29,7 @@ from idaa_lib.results import (
     interval,
     paper_name,
     results,
+    tabulate,
 )
 from idaa_lib.train import train
 
@@ -359,6 +360,15 @@ def test_several_seeds_give_student_s_interval():
     frame = pd.DataFrame({"value": [1.0, 2.0, 3.0], "low": 0.0, "high": 9.0})
     assert interval(frame)[1:] == pytest.approx(stats.t.interval(0.95, 2, loc=2, scale=3**-0.5))
     assert interval(frame[:1]) == (1.0, 0.0, 9.0)
+
+
+@pytest.mark.parametrize("at", [0.3, "resnet18"])
+def test_a_table_has_a_row_for_results_without_a_value(at):
+    rows = {"axis": [None, "epsilon"], "at": [None, at], "metric": "kNN", "unit": "%"}
+    frame = pd.DataFrame(rows | {"value": [1.0, 2.0], "low": 0.0, "high": 9.0})
+    table = tabulate(frame, ["axis", "at"])
+    assert [*table.index] == [("–", "–"), ("epsilon", at)]
+    assert [*table["kNN (%)"]] == ["1.00 [0.00, 9.00]", "2.00 [0.00, 9.00]"]
 
 
 def trainings():

@@ -477,7 +477,16 @@ def test_claims_are_the_differences_of_the_readings(made):
     assert len(short_table) == 8 and short_table.notna().all(axis=None)
     texts = " ".join(short_table.stack())
     for row in attacks:
-        assert row["value"] is None or f"{row['value']:+.1f} [{row['low']:+.1f}" in texts
+        if row["value"] is not None:
+            text = f"{row['value']:+.1f} [{row['low']:+.1f}".replace("-0.0", "+0.0")
+            assert text in texts
+
+
+def test_a_difference_that_rounds_to_zero_has_no_sign():
+    row = {"section": "attacks", "adversary": "clae", "epsilon": 0.1, "by": "hits", "at": "loss"}
+    row |= {"value": -0.04, "low": -0.06, "high": 0.0, "verdict": "cannot be told"}
+    ((text,),) = verdict.attack_table({"claims": [row]}).to_numpy()
+    assert text == "+0.0 [-0.1, +0.0] cannot be told"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import shutil
 import threading
 import time
@@ -113,8 +114,12 @@ def leave_record(run: Run) -> None:
     values = {key: value for line in lines for key, value in line.items()} | summary
     cells = {"state": run.state["state"], "step": f"{lines[-1]['step']:,}"}
     for key in dict.fromkeys([*plots.CURVES[run.stage], *summary]):
-        if key in values:
-            cells[plots.LABELS.get(key, key)] = write_value(values[key])
+        ends = [key.replace("top1", end) for end in ("low", "high")]
+        if key in values and not re.search("_(low|high)_", key):
+            text = write_value(values[key])
+            if "top1" in key and all(end in values for end in ends):
+                text += f" [{', '.join(write_value(values[end]) for end in ends)}]"
+            cells[plots.LABELS.get(key, key)] = text
     with pd.option_context("display.max_colwidth", None):
         display(pd.DataFrame({name: cells}))
     figure = plots.curves({name: run}, plots.CURVES[run.stage])

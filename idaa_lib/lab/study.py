@@ -47,7 +47,7 @@ def perform(
             frame = plans.table(grid)
             frame = frame[(frame["split"] == split) & (frame["features"] == "encoder")]
             by = [name for name in (*grid[0].labels, "seed") if frame[name].notna().any()]
-            rows = results.tabulate(frame.fillna(dict.fromkeys(by, "–")), by)
+            rows = results.tabulate(frame, by)
             if not outputs:
                 outputs.extend(display(HTML(""), display_id=True) for _ in range(2))
             for output, part in zip(outputs, (rows, HTML(style.svg(draw(frame)))), strict=True):

@@ -134,7 +134,11 @@ def attack_table(summary: Mapping[str, Any]) -> pd.DataFrame:
         if row["section"] == "attacks":
             text = row["verdict"]
             if row["value"] is not None:
-                text = f"{row['value']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}] {text}"
+                # + 0.0: what rounds to zero has no sign of its own.
+                value, *ends = (
+                    f"{round(row[key], 1) + 0.0:+.1f}" for key in ("value", "low", "high")
+                )
+                text = f"{value} [{', '.join(ends)}] {text}"
             for by in [row["by"]] if "by" in row else units:  # nowhere as hard: both are left out
                 at = f"IDAA − {NAMES[row['adversary']]}", f"equal {row.get('at', 'ε')}", units[by]
                 cells.setdefault(at, {})[f"ε = {row['epsilon']:g}"] = text

@@ -145,12 +145,14 @@ def _interval_table(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def tabulate(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """For people: a row for each value of the columns `by`, a column each metric with its unit.
+    """For people: a row for each value of the columns `by`, a column each metric with its unit; –
+    is no value.
 
     frame: `metric`, `value`, `low`, `high`, `unit`. Of one row the interval is its own, of several
     Student's of their mean.
     """
     rows = frame.assign(heading=frame["metric"] + " (" + frame["unit"] + ")")
+    rows[by] = rows[by].astype(object).fillna("–")
     return _interval_table(rows, by).fillna("–").rename_axis(columns=None)
 
 
