@@ -71,6 +71,7 @@ def perform_all(
     *,
     scheduler: str | None = None,
     retry: bool = False,
+    lines: Lines | None = None,
 ) -> dict[str, Outcome]:
     """Key → outcome of all tasks, `jobs` at a time; one that fails stops only those that need it.
 
@@ -81,7 +82,7 @@ def perform_all(
     Args:
         scheduler: of a Dask cluster, whose workers make the runs (`joblib.parallel_config`, where
             it names another backend than threads, holds too). retry: make those alone that failed,
-            and what needs them.
+            and what needs them. lines: which show how it goes.
     Raises:
         ConfigError: as `refuse`, before anything starts.
     """
@@ -95,7 +96,7 @@ def perform_all(
         again = _failures(tasks, runs)
         tasks = {key: task for key, task in tasks.items() if key in outcomes or key in again}
     tally = Tally({key: task.config for key, task in tasks.items()}, jobs, _going)
-    lines = Lines(30.0)
+    lines = lines or Lines(30.0)
 
     def line() -> tuple[float, str]:
         return tally.line({key: outcome.state for key, outcome in list(outcomes.items())})
@@ -114,14 +115,20 @@ def perform_all(
                     show(outcomes)
         lines.show(*line(), last=True)
     except BaseException:
-        _cancelled = True
-        # Again and again: a kernel that is still starting forgets what was asked before its run.
-        while _going:
-            for run in set(_going):
-                run.ask("stop")
-            time.sleep(0.5)
+        cancel()
         raise
     return outcomes
+
+
+def cancel() -> None:
+    """Stop the runs under way after their step, wait until they are saved, and start no more."""
+    global _cancelled
+    _cancelled = True
+    # Again and again: a kernel that is still starting forgets what was asked before its run.
+    while _going:
+        for run in set(_going):
+            run.ask("stop")
+        time.sleep(0.5)
 
 
 @contextlib.contextmanager

@@ -426,6 +426,50 @@ def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
         notebook.close()
 
 
+# In the kernel itself, where a run of so few steps takes a moment.
+MAKE_HERE = """
+import time
+from idaa_lib import evaluate, sweeps, train_ssl
+def make(config):
+    time.sleep(4)
+    return train_ssl(config) if config.stage == "ssl" else evaluate(config)
+sweeps.ensure = make
+"""
+
+
+def test_a_study_goes_on_in_a_page_that_is_opened_anew(context, lab):
+    grid = {
+        "fixed": {"all": {"limit": 100, "device": "cpu"}, "ssl": {"width": 8, "epochs": 1}},
+        "cross": {"ssl": {"learning_rate": [1e-3, 2e-3, 3e-3]}},
+    }
+    grid["fixed"]["ssl"] |= {"batch_size": 32, "adversary": "none"}
+    grid["fixed"]["eval"] = {"references": False}
+    lab.copy("05_sensitivity", "05_anew", MAKE_HERE)
+    lab.set("05_anew", grid=grid, jobs=1)
+    notebook = browser.Notebook(context, lab, "05_anew")
+    study = notebook.page.locator(".idaa-study")
+    try:
+        notebook.run_all(wait=False)
+        browser.until(notebook.page, study.locator("svg").count, "a point on the curve", 120)
+        notebook.save()
+    finally:
+        notebook.close()
+    notebook = browser.Notebook(context, lab, "05_anew", fresh=False)
+    study = notebook.page.locator(".idaa-study")
+    try:
+        sentences = ("the cells below did not run", "6 of 6 runs finished")
+        for text in sentences:
+            part = study.locator(f':text("{text}")')
+            browser.until(notebook.page, part.count, f"the study in the new page: {text}", 120)
+        rows = study.locator("tbody tr")
+        browser.until(notebook.page, lambda: rows.count() == 3, "a row for each run")
+        browser.show(notebook.page, ".idaa-study")
+        browser.shot(notebook.page, "05_opened_anew")
+        assert notebook.cells()["ran"] < notebook.cells()["count"]
+    finally:
+        notebook.close()
+
+
 def readings(page):
     """How many the live panel tells of; 0 where there is no panel (yet)."""
     figures = page.locator(".idaa-live-figures")

@@ -83,6 +83,7 @@ def figures(run):
         "confusion": plots.confusion(labels, labels, classes),
         "embedding_map": plots.embedding_map(features, labels, classes),
         "sensitivity": plots.sensitivity(rows),
+        "one axis": plots.sensitivity(rows[rows["axis"] == "epsilon"]),
         "invariance": plots.plot_invariance({"a": INVARIANCE, "b": INVARIANCE}),
         "neighbours": plots.neighbours(features, torch.zeros(20, 3, 8, 8), labels, [0, 1], classes),
         "image_rows": pictures.image_rows({"x": R, "a long name of a row": R}, "title"),
@@ -108,6 +109,14 @@ def test_no_axis_is_without_a_name(run):
                 assert axis.get_xlabel(), f"{name}: x"
             if left:
                 assert axis.get_ylabel(), f"{name}: y"
+
+
+def test_every_text_stands_inside_its_figure(run):
+    for name, figure in figures(run).items():
+        figure.draw_without_rendering()
+        for text in filter(Text.get_text, figure.texts):  # the title of the whole figure too
+            box = text.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.width, f"{name}: {text.get_text()}"
 
 
 def test_no_figure_shows_the_source_of_a_formula(run, tmp_path):

@@ -1,16 +1,19 @@
 """How long work tells what it does: lines of a log, a plan of runs, a study's table and curve."""
 
+import contextlib
 import os
 import socket
+import threading
 from itertools import pairwise
 from types import SimpleNamespace
 
+import ipywidgets as widgets
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 from idaa_lib import grids, plans, sweeps
-from idaa_lib.configs import SSLConfig, VAEConfig
+from idaa_lib.configs import ConfigError, SSLConfig, VAEConfig
 from idaa_lib.lab import study
 from idaa_lib.runs import Run, Stopped, outputs_root, progress, run_for, write_json
 
@@ -100,58 +103,119 @@ def test_each_encoder_is_judged_before_the_next_one_is_trained(outputs, monkeypa
     assert output.endswith("6 of 6 runs finished · 0 going · about 0:00 left\n")
 
 
-class Output:
-    """What `display` gives back; it keeps what it shows."""
+class Page:
+    """What a notebook shows of a study: `widget` and `handle` are its last texts."""
 
-    def __init__(self, part):
-        self.parts = [part]
+    def __init__(self, person, monkeypatch):
+        self.outputs, self.updates = [], []
+        monkeypatch.setattr(study, "attended", lambda: person)
+        monkeypatch.setattr(study, "display", self.display)
+        monkeypatch.setattr(study, "SHEET", "styles")
 
-    def update(self, part):
-        self.parts.append(part)
+    def display(self, part, display_id=None):
+        self.outputs.append(part)
+        return SimpleNamespace(update=self.updates.append)
+
+    @property
+    def text(self):
+        (part,) = self.updates[-1:] or [p for p in self.outputs if isinstance(p, widgets.HTML)][-1:]
+        return getattr(part, "data", None) or part.value
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_study_grows_by_a_row_and_a_point_for_each_run(outputs, monkeypatch, stopped):
-    grid, outputs_, points = grid_of(3), [], []
-    keys = [key for key in plans.plan(grid) if key.startswith("eval")]
+def frame_of(n):
+    """Judgements of the first n points of `grid_of(3)`."""
     frame = pd.DataFrame({"learning_rate": [1e-3, 2e-3, 3e-3], "value": [40.0, 50.0, 60.0]})
     frame = frame.assign(metric="kNN", unit="%", low=0.0, high=99.0, seed=0)
-    frame = frame.assign(split="validation", features="encoder")
-    outcome_by_key = {}
+    return frame.assign(split="validation", features="encoder")[:n]
 
-    def perform_all(tasks, jobs, show):
+
+def keys_of(tasks):
+    return [key for key in tasks if key.startswith("eval")]
+
+
+@pytest.mark.parametrize("person", [False, True])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_study_grows_by_a_row_and_a_point_for_each_run(outputs, monkeypatch, person, stopped):
+    points, texts, outcome_by_key, interrupted = [], [], {}, threading.Event()
+    page = Page(person, monkeypatch)
+
+    def perform_all(tasks, jobs, show, lines):
+        keys = keys_of(tasks)
         for key in keys[:2]:
             outcome_by_key[key] = sweeps.Outcome("eval-1", "finished")
             show(outcome_by_key)
             show(outcome_by_key)  # nothing new
+            texts.append(page.text)
+        lines.show(0.5, "2 of 6 runs", last=True)
         outcome_by_key[keys[2]] = sweeps.Outcome("eval-3", "failed", "A sentence.")
         show(outcome_by_key)
-        if stopped:
-            raise KeyboardInterrupt
+        texts.append(page.text)
+        assert not stopped or interrupted.wait(30)
         return outcome_by_key
 
     def draw(rows):
         points.append(list(rows["value"]))
         return Figure()
 
-    def display(part, display_id):
-        outputs_.append(Output(part))
-        return outputs_[-1]
+    @contextlib.contextmanager
+    def interrupt():
+        def wait(seconds):
+            if stopped and len(texts) == 3:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "display", display)
+        yield SimpleNamespace(wait=wait)
+
+    monkeypatch.setattr(study, "newcomer", interrupt)
     monkeypatch.setattr(study, "time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setattr(sweeps, "perform_all", perform_all)
-    monkeypatch.setattr(plans, "table", lambda grid: frame[: len(outcome_by_key)])
+    monkeypatch.setattr(sweeps, "cancel", interrupted.set)
+    monkeypatch.setattr(plans, "table", lambda grid: frame_of(len(outcome_by_key)))
     if stopped:
         with pytest.raises(Stopped, match="run this cell again to go on"):
-            study.perform(grid, 2, "validation", draw)
+            study.perform(grid_of(3), 2, "validation", draw)
     else:
-        assert study.perform(grid, 2, "validation", draw) == outcome_by_key
+        assert study.perform(grid_of(3), 2, "validation", draw) == outcome_by_key
     assert points == [[40.0], [40.0, 50.0]]
-    rows, curve = outputs_
-    assert [len(part) for part in rows.parts[1:3]] == [1, 2]
-    assert "<svg" in curve.parts[2].data
-    # When all is done the notebook shows them; after a stop they stay.
-    assert [output.parts[-1].data if not stopped else len(output.parts) for output in outputs_] == (
-        [3, 3] if stopped else ["", ""]
-    )
+    rows = [text.count("<tr") - 2 for text in texts]  # a table has two lines of head
+    assert rows == [1, 2, 2] and all("<svg" in text for text in texts)
+    assert "2 of 6 runs" in texts[2]
+    # When all is done the notebook shows table and figure; after a stop they stay in the cell.
+    assert "2 of 6 runs" in page.text and "<svg" not in page.text
+    assert any("<svg" in getattr(part, "data", "") for part in page.outputs) == stopped
+    assert not study._studies
+
+
+def test_a_page_that_is_opened_anew_leaves_the_study_and_attaches_to_it(outputs, monkeypatch):
+    page, go_on, starts = Page(True, monkeypatch), threading.Event(), []
+    newcomers = [True, False]
+
+    def perform_all(tasks, jobs, show, lines):
+        starts.append(tasks)
+        assert go_on.wait(30)
+        lines.show(1.0, "all runs finished", last=True)
+        return dict.fromkeys(tasks, sweeps.Outcome("run", "finished"))
+
+    @contextlib.contextmanager
+    def newcomer():
+        came = newcomers.pop(0)
+        if not came:
+            go_on.set()
+        yield SimpleNamespace(wait=lambda seconds: came)
+
+    monkeypatch.setattr(study, "newcomer", newcomer)
+    monkeypatch.setattr(sweeps, "perform_all", perform_all)
+    with pytest.raises(Stopped, match="goes on in this kernel: run this cell again to attach"):
+        study.perform(grid_of(2), 1, "validation", Figure)
+    assert study.NOTICE in page.text
+    outcomes = study.perform(grid_of(2), 1, "validation", Figure)
+    assert outcomes.keys() == plans.plan(grid_of(2)).keys() and len(starts) == 1
+    assert "all runs finished" in page.text and study.NOTICE not in page.text
+    assert not study._studies
+
+
+def test_the_error_of_a_study_is_the_cell_s(outputs, monkeypatch):
+    Page(False, monkeypatch)
+    grid = grids.read({"fixed": {"all": {"dataset": "/no/such/folder"}}}).points()
+    with pytest.raises(ConfigError, match="/no/such/folder"):
+        study.perform(grid, 1, "validation", Figure)
+    assert not study._studies

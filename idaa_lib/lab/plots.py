@@ -329,7 +329,8 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
     legend(figure, panels.flat, least=2)
     seeds = frame["seed"].nunique()
     of = f"{seeds} trainings a point" if seeds > 1 else "the images of 1 training a point"
-    figure.suptitle(f"Sensitivity, with 95 % intervals over {of}")
+    title = f"Sensitivity, with 95 % intervals over {of}"
+    figure.suptitle(textwrap.fill(title, 40 * len(columns)))
     return figure
 
 

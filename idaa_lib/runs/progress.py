@@ -30,12 +30,15 @@ KERNEL = 12.0
 
 class Lines:
     """A line of text that goes on changing: a notebook's is replaced, a log gets some of them,
-    `least` seconds apart at first."""
+    `least` seconds apart at first.
 
-    def __init__(self, least: float = 5.0) -> None:
+    place: what shows a notebook's line, like a display handle; None is an output of the cell.
+    """
+
+    def __init__(self, least: float = 5.0, place: Any = None) -> None:
         self.least = least
         self._start, self._updated, self._printed = time.monotonic(), 0.0, 0.0
-        self._handle = _notebook_display()
+        self._handle = place or _notebook_display()
 
     def show(self, fraction: float, text: str, last: bool = False) -> None:
         """Show `text` and a bar of which `fraction` is full; the `last` line is never left out."""
