@@ -187,6 +187,20 @@ def test_a_notebook_s_parameters_are_few_and_papermill_explains_each(stem):
     assert table or names.keys() == config.model_fields.keys()
 
 
+@pytest.mark.parametrize("stem", CONFIGS.keys() - {OWN})
+def test_a_notebook_s_parameters_leave_every_recipe_as_it_is(stem):
+    """`papermill … -p preset rsa-cifar100` is RSA: no value of the cell wins over a recipe's."""
+    names, config = dict[str, Any](), CONFIGS[stem]
+    (cell,) = [c for c in cells_of(stem) if "parameters" in c["metadata"].get("tags", [])]
+    exec("".join(cell["source"]), names)
+    names = {k: v for k, v in names.items() if not k.startswith("__")}
+    for path in config.recipes.glob("*.toml"):
+        own = {"preset": path.stem}
+        if "size" in config.model_fields and stem in ("01_pretrain_vae", "03_train_ssl"):
+            own["dataset"] = "/data/photographs"  # no recipe names ImageNet's
+        assert config(**names | own) == config(**own), path.stem
+
+
 @pytest.mark.parametrize("stem", CONFIGS)
 def test_a_notebook_says_what_it_computes_as_a_formula(stem):
     texts = ["".join(c["source"]) for c in cells_of(stem) if c["cell_type"] == "markdown"]
