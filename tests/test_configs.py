@@ -263,18 +263,35 @@ def test_knobs_are_flat_names_with_the_defaults_of_their_choice():
     assert not any("fixmatch" in choice for _, choice in rows)
 
 
-def test_a_warm_up_as_long_as_the_training_is_refused_unless_it_is_the_recipe_s():
-    for values in (dict(warmup=3, epochs=3), dict(warmup=1, epochs=1, preset="rsa-cifar10")):
-        with pytest.raises(ConfigError, match=r"warmup=(3|1) must be less than epochs=\1: take"):
-            SSLConfig(**values)
+RSA_IMAGENET = dict(preset="rsa-imagenet", dataset="imagenet")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(warmup=3, epochs=3),
+        dict(warmup=1, epochs=1, preset="rsa-cifar10"),
+        RSA_IMAGENET | dict(warmup=11, epochs=11),
+        RSA_IMAGENET | dict(warmup=10, epochs=10),  # also where the recipe's is as long
+    ],
+)
+def test_a_warm_up_as_long_as_the_training_is_refused(values):
+    with pytest.raises(ConfigError, match=rf"warmup={values['warmup']} must be less than epochs="):
+        SSLConfig(**values)
+
+
+def test_a_warm_up_is_what_the_user_says_and_a_recipe_s_shrinks_with_the_training():
     assert SSLConfig(warmup=2, epochs=3).warmup == 2
+    assert SSLConfig(warmup=50, epochs=60).warmup == 50
     with pytest.raises(ConfigError, match="warmup=2 must be less than epochs=2"):
         SSLConfig(warmup=2, epochs=3).replace(epochs=2)
-    fields = dict(preset="rsa-imagenet", dataset="imagenet")
-    for config in (SSLConfig(**fields, epochs=1), SSLConfig(**fields).replace(epochs=1)):
-        assert config.warmup == 10 and config.replace(seed=1).warmup == 10
-    with pytest.raises(ConfigError, match="warmup=11 must be less than epochs=11"):
-        SSLConfig(**fields, epochs=11, warmup=11)
+    config = SSLConfig(**RSA_IMAGENET)
+    for epochs, warmup in ((1, 0), (60, 6), (200, 10)):
+        short = SSLConfig(**RSA_IMAGENET, epochs=epochs)
+        assert short.warmup == warmup and short == config.replace(epochs=epochs)
+        assert short.replace(seed=1).warmup == warmup
+        assert short.replace(epochs=config.epochs) == config
+    assert config.replace(warmup=3, epochs=60).replace(epochs=50).warmup == 3
 
 
 def test_a_recipe_of_one_s_own_extends_another(tmp_path):

@@ -23,6 +23,7 @@ from idaa_lib.evaluate.encoders import features, load_encoder, random_encoder
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.methods import METHODS, About, Moment, Step, build_method
+from idaa_lib.methods.schedules import build_schedule
 from idaa_lib.methods.uel import spreading
 from idaa_lib.nets import BACKBONES
 from idaa_lib.nets.resnet import ResNet
@@ -659,6 +660,8 @@ def test_simsiam_warms_up_and_its_predictor_keeps_its_rate():
     assert schedule(0) == 0.0
     short_schedule, _ = schedules("simsiam", 3, 7)
     assert short_schedule(0) == 1.0  # no warm-up that outlives the training
+    long_factor = build_schedule("constant", 60, 7, warmup=50)
+    assert [long_factor(7 * epoch) for epoch in (25, 50)] == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("variant", ["moco", "byol", "rsa", "simsiam/imagenet"])

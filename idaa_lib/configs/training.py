@@ -44,7 +44,8 @@ class TrainingConfig(ImagesConfig):
         split: `train` (a validation part held out) or `trainval` (all, as the papers do).
         mean, std: that images are normalised with, per channel in [0, 1] (None: the data set's).
         epochs: passes over the images. batch_size: images a step, of all processes together.
-        learning_rate: at its highest. warmup: epochs of a rising rate. weight_decay: of weights.
+        learning_rate: at its highest. warmup: epochs of a rising rate (a recipe's is a tenth of all
+            epochs at most). weight_decay: of weights.
         optimizer, schedule: by name, as in `methods.schedules`.
         augmentation: recipe of random views: simclr, simsiam, normal, byol, cassle, ipirm, rsa or
             none.
@@ -93,15 +94,26 @@ class TrainingConfig(ImagesConfig):
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     continue_from: str | None = None
 
+    def replace(self, **values: Any) -> Self:
+        """As `Config.replace`; a recipe's warm-up follows the number of epochs."""
+        others = {name: value for name, value in self if name != "warmup"}
+        if self.warmup == self._shorten(recipe_values(type(self), others).get("warmup", 0)):
+            values.setdefault("warmup", None)
+        return super().replace(**values)
+
+    def _shorten(self, warmup: int) -> int:
+        """A recipe's warm-up in a short training: a tenth of the epochs at most."""
+        return min(warmup, self.epochs // 10)
+
     def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
-        if self.warmup >= self.epochs and "warmup" in explicit:
-            others = {name: value for name, value in explicit.items() if name != "warmup"}
-            # A recipe's warm-up becomes shorter with the training; one of the user's own is meant.
-            if self.warmup != recipe_values(type(self), others).get("warmup", 0):
-                raise ConfigError(
-                    f"warmup={self.warmup} must be less than epochs={self.epochs}: take a shorter "
-                    f"warm-up, or leave it out."
-                )
+        derived: dict[str, Any] = {}
+        if "warmup" not in explicit:
+            derived["warmup"] = self._shorten(self.warmup)
+        elif self.warmup >= self.epochs:
+            raise ConfigError(
+                f"warmup={self.warmup} must be less than epochs={self.epochs}: take a shorter "
+                f"warm-up, or leave it out."
+            )
         if self.batch_size % self.processes:
             raise ConfigError(
                 f"batch_size={self.batch_size} cannot be shared by processes={self.processes}: "
@@ -117,13 +129,13 @@ class TrainingConfig(ImagesConfig):
             )
         if self.streamed:
             self._check_streamed(explicit)
-            return {"source_size": None}
+            return derived | {"source_size": None}
         if self.source_size is not None and self.source_size < self.size:
             raise ConfigError(
                 f"source_size={self.source_size} is less than size={self.size}: views are cropped "
                 f"of images that are as large or larger."
             )
-        return {}
+        return derived
 
     def foreign(self) -> dict[str, Any]:
         """The method, adversary and backbone that are not ours, by name: only a process that runs
@@ -189,7 +201,7 @@ class VAEConfig(TrainingConfig):
         return super().replace(**values)
 
     def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
-        super()._derive(explicit)
+        derived = super()._derive(explicit)
         try:
             halvings(self.size, self.width)
         except ValueError as error:  # there is no such VAE
@@ -202,10 +214,10 @@ class VAEConfig(TrainingConfig):
                     f"size={self.size} and dim={self.dim}, but beta={self.beta:g} was given too: "
                     f"give one of the two."
                 )
-            return {}
+            return derived
         if self.beta is not None and "kappa" not in explicit:
-            return {"kappa": self.beta / per_kappa}
-        return {"beta": self.kappa * per_kappa}
+            return derived | {"kappa": self.beta / per_kappa}
+        return derived | {"beta": self.kappa * per_kappa}
 
 
 class EncoderConfig(TrainingConfig):

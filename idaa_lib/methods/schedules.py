@@ -63,11 +63,10 @@ def build_schedule(
     """Global step → factor of the learning rate, by the schedule `name` of a training of so many
     epochs and steps an epoch; ConfigError where no schedule has this name.
 
-    warmup: epochs of linear warm-up from 0, a tenth of all at most; the rest has the schedule.
+    warmup: epochs of linear warm-up from 0; the rest has the schedule.
     """
     if name not in SCHEDULES:
         raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}, and is {name!r}.")
-    warmup = min(warmup, epochs // 10)
     factor, steps = SCHEDULES[name], warmup * per_epoch
 
     def find(step: int) -> float:
