@@ -42,7 +42,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 10) -> None:
+def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 8) -> None:
     if dataset == "cifar10":
         dataset = os.environ.get("IDAA_CIFAR10_ZIP", dataset)
     fields: dict[str, Any] = {

@@ -3,13 +3,15 @@ formulas, recipes against docs/spec/siblings.md §1, what is refused. Losses and
 steps are in test_methods.py."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from reference import barlow
 from torch.nn import functional as F
 
-from idaa_lib.configs import ConfigError, SSLConfig
+from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig
+from idaa_lib.evaluate import stage
 from idaa_lib.methods import About, Moment, build_method
 from idaa_lib.methods.augself import differences
 from idaa_lib.methods.barlow import redundancy
@@ -184,6 +186,22 @@ def test_the_layer_projector_is_z_at_the_neutral_condition(injection):
     assert not torch.allclose(learner.embed(view).z, expected)
 
 
+@pytest.mark.parametrize("condition", ["crop, color", ""])
+def test_a_protocol_says_that_z_is_of_the_neutral_condition(condition):
+    config = SSLConfig(condition=condition)
+    judgement = SimpleNamespace(
+        way=config.chosen("method").official_protocol(config), epochs=[], side=32, classes=10,
+        source=SimpleNamespace(config=config, environment={}), config=EvalConfig(run="a"),
+        splits={"train": range(90), "val": range(10)},
+    )  # fmt: skip
+    texts = {
+        layer: stage._Evaluation.protocol(judgement, "encoder", "knn", layer)
+        for layer in ("backbone", "projector")
+    }
+    assert ("projected z at the neutral condition" in texts["projector"]) == bool(condition)
+    assert "neutral" not in texts["backbone"]
+
+
 @pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam", "barlow"])
 def test_a_baseline_with_augself_s_heads_has_the_projector_and_nothing_else(method):
     """Weights and losses of the method alone: no γ, no head of a pair, nothing of the views."""
@@ -352,7 +370,10 @@ MISTAKES = [
     (dict(method="uel", augself="crop=1"), "augself is a knob of .*, and method is 'uel'"),
     (dict(augself="crop=-0.5"), "augself.'crop'. must be greater than or equal to 0, and is -0.5"),
     (dict(augself="rot=1"), "augself.'rot'. must be 'blur', .* or 'flip', and is 'rot'"),
-    (dict(augself="crop"), "augself must be pairs of name and value, as 'crop=0.5"),
+    (dict(augself="crop"), "augself must be pairs of name and value, each name once, as 'crop=0.5"),
+    (dict(augself="crop=1, crop=0.5"), "augself must be pairs .* once, .* is 'crop=1, crop=0.5'"),
+    (dict(injection="add"), "injection='add' is of a condition, and there is none: name one"),
+    (dict(gamma="raw"), "gamma='raw' is of a condition, and there is none: name one"),
     (dict(method="rsa", rsa_views="weak", condition="color"), "draws no color, which condition"),
     (dict(method="rsa", rsa_views="weak", augmentation="none"), "draws no aggressive view"),
     (dict(method="ipirm", heads="augself"), "heads='augself' is not for this method"),

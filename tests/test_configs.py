@@ -294,6 +294,14 @@ def test_a_warm_up_is_what_the_user_says_and_a_recipe_s_shrinks_with_the_trainin
     assert config.replace(warmup=3, epochs=60).replace(epochs=50).warmup == 3
 
 
+@pytest.mark.parametrize("path", [*SSLConfig.recipes.glob("*.toml")], ids=lambda path: path.stem)
+def test_a_recipe_s_vae_reads_the_images_of_its_encoder(path):
+    stages = [kind(preset=path.stem, dataset="/data/images") for kind in (VAEConfig, SSLConfig)]
+    for field in ("size", "source_size", "classes", "streamed"):
+        vae, encoder = (getattr(config, field) for config in stages)
+        assert vae == encoder, field
+
+
 def test_a_recipe_of_one_s_own_extends_another(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(

@@ -172,9 +172,8 @@ def _pairs(text: str) -> dict[str, Any] | str:
             if isinstance(value := parse(text), dict):
                 return value
     pairs = [part.partition("=") for part in re.split(r"[,\s]+", text.strip()) if part]
-    if not all(equals for _, equals, _ in pairs):
-        return text
-    return {name: _number(value) for name, _, value in pairs}
+    values = {name: _number(value) for name, equals, value in pairs if equals}
+    return values if len(values) == len(pairs) else text  # each name once
 
 
 # What pydantic says in words of its own, by the type of its error.
@@ -184,7 +183,7 @@ RULES = {
     "int_type": "a whole number",
     "float_type": "a number (8/255 will do)",
     "too_short": "one value or more",
-    "dict_type": "pairs of name and value, as 'crop=0.5, color=0.5'",
+    "dict_type": "pairs of name and value, each name once, as 'crop=0.5, color=0.5'",
     "bool_type": "True or False",
     "string_type": "text (papermill's -r keeps as text what looks like a number)",
 }

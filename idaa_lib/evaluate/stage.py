@@ -247,4 +247,7 @@ class _Evaluation(Plan):
         words += ", of one class, which is 100 % whatever the encoder is" * (self.classes == 1)
         if subject == "pixels":
             return f"{name}: raw pixels, {words}"
-        return f"{name}: {LAYERS[layer]}, {words}, {epoch if subject == 'encoder' else 'untrained'}"
+        features = LAYERS[layer]
+        if layer == "projector" and getattr(self.source.config, "condition", ()):
+            features += " at the neutral condition"
+        return f"{name}: {features}, {words}, {epoch if subject == 'encoder' else 'untrained'}"

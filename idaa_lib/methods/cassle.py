@@ -155,6 +155,13 @@ class Conditioned(TwoViews):
                     f"augmentation={config.augmentation!r} draws no {missing[0]}, which {field} "
                     f"names: leave it out, or take another augmentation, such as 'cassle'."
                 )
+        for field in ("injection", "gamma"):
+            value = getattr(config, field)
+            if not config.condition and value != cls.Options.model_fields[field].default:
+                raise ConfigError(
+                    f"{field}={value!r} is of a condition, and there is none: name one, as in "
+                    f"condition='crop, color', or leave {field} out."
+                )
         if config.condition and config.injection != "concatenate":
             with torch.device("meta"):  # whether the projector can be, before data are read
                 build_method(config, About(_views(config)))
