@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from idaa_lib import grids, runs, sweeps
-from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, SystemsConfig
+from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, SystemsConfig, VAEConfig
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate import invariance as measures
 from idaa_lib.evaluate.encoders import Encoder, features, load_encoder, load_method
@@ -27,7 +27,7 @@ from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.identity import systems
 from idaa_lib.identity.theory import retention
 from idaa_lib.results import tabulate
-from idaa_lib.train import train_ssl
+from idaa_lib.train import train_ssl, train_vae
 from idaa_lib.train.passes import count_passes
 from idaa_lib.views import keyed_generator, recipe
 
@@ -235,28 +235,34 @@ def test_notebook_11_shows_what_is_finished(tmp_path, monkeypatch):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
     knobs = {k: v for k, v in SMALL.items() if k not in ("device", "augmentation")}
     fields = {
-        "methods": "cassle, ipirm, rsa", "adversaries": "none", "device": "cpu",
+        "methods": "cassle, ipirm, rsa", "adversaries": "none, idaa", "device": "cpu",
         "transfer_to": "photos", "ssl": json.dumps(knobs), "eval": json.dumps({"limit": 100}),
+        "vae": json.dumps({"size": 16, "width": 4, "dim": 4, "limit": 100, "epochs": 1}),
     }  # fmt: skip
-    for point in grids.cells(SystemsConfig(**fields)):
-        run = train_ssl(SSLConfig(**point.ssl))
+    grid = grids.cells(SystemsConfig(**fields))
+    vae = train_vae(VAEConfig(**grid[1].vae))
+    for point in (*grid[::2], grid[1]):  # with IDAA CASSLE alone
+        own = {"vae": vae.reference} if point is grid[1] else {}
+        run = train_ssl(SSLConfig(**point.ssl, **own))
         evaluate(EvalConfig(**point.eval, run=run.reference))
     sweeps.execute("11_identity_preserving_methods", fields, tmp_path / "out.ipynb")
     (study,) = (tmp_path / "outputs" / "compare").iterdir()
     assert {path.name for path in study.iterdir()} == {
-        "config.json", "invariance.png", "partitions.png", "similarities.png", "systems.png",
-        "table.csv", "kept.csv",
+        "config.json", "attacked.png", "invariance.png", "partitions.png", "similarities.png",
+        "systems.png", "table.csv", "kept.csv",
     }  # fmt: skip
-    assert len(runs.find("transfer")) == 3
+    assert len(runs.find("transfer")) == 4
     table = pd.read_csv(study / "kept.csv")
     assert set(table["system"]) == {"cassle", "ipirm", "rsa"}
-    assert [*table[table["metric"] == "passes"]["value"]] == [2, 4, 4]
+    assert [*table[table["metric"] == "passes"]["value"]] == [2, 4, 4, 4]
     assert set(table[table["metric"] == "shuffled ω"]["system"]) == {"cassle"}
     cells = json.loads((tmp_path / "out.ipynb").read_text("utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     pages = ["".join(output.get("data", {}).get("text/html", "")) for output in outputs]
     (moved,) = (page for page in pages if "photos (%)" in page)
-    assert re.findall(r"<th>([^<]+)</th>\s*<td>", moved) == ["cassle", "ipirm", "rsa"]
+    assert re.findall(r"<th>([^<]+)</th>\s*<td>", moved) == [
+        "cassle", "cassle + idaa", "ipirm", "rsa",
+    ]  # fmt: skip
 
 
 def test_a_notebook_gets_a_condition_and_heads_as_parameters(tmp_path, monkeypatch):
