@@ -1008,16 +1008,10 @@ def test_home_is_found_in_every_path(tmp_path, monkeypatch):
         get("ssl", "~/mine/x")
 
 
-def test_another_locale_than_utf_8_trains_and_writes_utf_8(tmp_path):
+def test_another_locale_than_utf_8_trains_and_writes_utf_8(tmp_path, latin_locale):
     """As on many clusters; and what the console cannot show ends no training."""
-    if not shutil.which("localedef"):
-        pytest.skip("localedef, which makes a locale, is not installed")
-    name = "en_US.ISO-8859-1"
-    localedef = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / name]
-    if subprocess.run(localedef, capture_output=True).returncode:
-        pytest.skip("this system has no sources of locales")
     class_folders(tmp_path / "pets", n=8)
-    variables = {"LOCPATH": str(tmp_path), "LC_ALL": name, "IDAA_OUTPUTS": str(tmp_path / "τ")}
+    variables = latin_locale | {"IDAA_OUTPUTS": str(tmp_path / "τ")}
     fields = [f"dataset={tmp_path / 'pets'}", "epochs=1", "batch_size=8", "width=4", "device=cpu"]
     command = [sys.executable, "-X", "warn_default_encoding", "-m", "idaa_lib.train", "ssl"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
