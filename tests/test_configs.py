@@ -279,8 +279,8 @@ def test_a_warm_up_as_long_as_the_training_is_refused_unless_it_is_the_recipe_s(
 
 def test_a_recipe_of_one_s_own_extends_another(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(
-        'extends = "paper"\n[ssl]\nepochs = 7\nbatch_size = 512\n'
+    path.write_text(  # with a byte order mark, as editors of Windows write it
+        '\ufeffextends = "paper"\n[ssl]\nepochs = 7\nbatch_size = 512\n'
         "[ssl.where.method.simsiam]\nbase_rate = 0.1\n[ssl.where.adversary.idaa]\nepsilon = 0.3\n"
         "[ssl.where.epochs.9]\nwidth = 32\n"
     )
