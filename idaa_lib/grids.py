@@ -29,6 +29,7 @@ from idaa_lib.configs import (
     VAEConfig,
 )
 from idaa_lib.configs.base import Positive, Seed, Values
+from idaa_lib.configs.reading import expand
 from idaa_lib.evaluate.encoders import judged_on
 from idaa_lib.runs import CONFIGS
 
@@ -125,7 +126,7 @@ def read(grid: str | Path | Mapping[str, Any]) -> Grid:
     if isinstance(grid, Mapping):
         return Grid(**grid)
     path = RECIPES / f"{grid}.yaml"
-    path = path if path.exists() else Path(grid).expanduser()
+    path = path if path.exists() else expand(grid)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):

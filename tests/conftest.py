@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,18 @@ def module_outputs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IDAA_OUTPUTS", str(folder))
         yield folder
+
+
+@pytest.fixture
+def latin_locale(tmp_path):
+    """Variables of the environment that make ISO-8859-1 the encoding of the system."""
+    if not shutil.which("localedef"):
+        pytest.skip("localedef, which makes a locale, is not installed")
+    name = "en_US.ISO-8859-1"
+    localedef = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / name]
+    if subprocess.run(localedef, capture_output=True).returncode:
+        pytest.skip("this system has no sources of locales")
+    return {"LOCPATH": str(tmp_path), "LC_ALL": name}
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import choose
 from idaa_lib.lab.runs import RunsPage, curves
 from idaa_lib.results import full_name
-from idaa_lib.runs import RunError, checkpoints
+from idaa_lib.runs import Run, RunError, checkpoints
 from idaa_lib.runs.choice import reading_of
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train import stages
@@ -106,6 +106,10 @@ def test_a_run_is_meant_by_the_end_of_its_id(outputs):
     assert [runs.get("ssl", r.id[-8:]) for r in (run, other)] == [run, other]
     with pytest.raises(RunError, match="no ssl run '0123abcd'"):
         runs.get("ssl", "0123abcd")
+    for digits in ("01234567", "00000009", "12345678"):  # of which papermill makes a number
+        named = run.path.rename(run.path.with_name(f"ssl-{digits}"))
+        assert runs.get("ssl", EvalConfig(run=int(digits)).run) == Run(named)
+        run = Run(named)
 
 
 # --- damage --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Configurations: what is read, what is refused, and in which words."""
 
 import json
+import math
 import re
 
 import pytest
@@ -18,6 +19,7 @@ from idaa_lib.configs import (
     SemiConfig,
     SSLConfig,
     SweepConfig,
+    TheoryConfig,
     TransferConfig,
     VAEConfig,
 )
@@ -134,6 +136,9 @@ NOTHING = ("None", "null", "NULL", "none", "")
         (SSLConfig, "mean", NOTHING, None),
         (SweepConfig, "dims", ("32, 64", "[32, 64]", "32 64", "[3.2e1, '64']"), (32, 64)),
         (SweepConfig, "epsilons", ("0.1, 8/255", "[0.1, 8/255]", "[1e-1, 8/255]"), (0.1, 8 / 255)),
+        (SweepConfig, "epsilons", ("0, 5", "[0,5]", "0 5", "0.,5", "0/1,5"), (0.0, 5.0)),
+        (SweepConfig, "epsilons", ("0.03,0.1", ".03,.1", "3e-2,1e-1", "3/100,1/10"), (0.03, 0.1)),
+        (SweepConfig, "dims", ("1,2", "1, 2", "[1,2]"), (1, 2)),
         (SweepConfig, "seeds", ("10", "1e1", "[10]", "1_0"), (10,)),
         (SweepConfig, "ssl", ('{"epochs": 3}', "{'epochs': 3}", "epochs=3"), {"epochs": 3}),
         (SweepConfig, "ssl", ("None", "null"), {}),
@@ -161,8 +166,18 @@ def test_a_spelling_means_the_same_by_hand_and_by_papermill(config, name, spelli
         (SSLConfig, "compile", "2", "compile must be True or False, and is 2"),
         (SweepConfig, "dims", "[32, many]", "dims must be a whole number, and is 'many'"),
         (SweepConfig, "ssl", "epochs", "ssl must be pairs of name and value"),
+        *(
+            (config, name, text, f"{name} must be a list of numbers, and of {text!r} it is unclear")
+            for config, name in (
+                (SweepConfig, "epsilons"), (SweepConfig, "betas"), (TheoryConfig, "epsilons"),
+                (TransferConfig, "fractions"), (SSLConfig, "mean"),
+            )
+            for text in ("0,05", "1,2", "0,05 0,1", "0,1,2", "-0,5", "0,5e1")
+        ),
+        (SSLConfig, "mean", "0.5, 0.5", "mean must be given in full, and is (0.5, 0.5)"),
+        (SSLConfig, "std", "1 1 1 1", "std must be a list of fewer values, and is (1.0, 1.0, 1.0"),
     ],
-)
+)  # fmt: skip
 def test_a_spelling_is_refused_alike_by_hand_and_by_papermill(config, name, text, words, way):
     with pytest.raises(ConfigError, match=re.escape(words)):
         config(**way(name, text))
@@ -175,10 +190,12 @@ def test_a_seed_beyond_64_bits_is_refused(config):
     assert config(seed=2**64 - 1).seed == torch.Generator().manual_seed(2**64 - 1).initial_seed()
 
 
-@pytest.mark.parametrize("value", [2024.1, True])
+@pytest.mark.parametrize("value", [2024.1, True, 12345e67, -1e31, math.inf])
 def test_what_is_no_text_is_no_name(value):
-    """papermill makes 2024.10 a number: the folder's name cannot be had back."""
-    with pytest.raises(ConfigError, match=f"dataset must be text .*-r.*, and is {value}"):
+    """papermill makes 2024.10 and 12345e67 numbers: the name cannot be had back."""
+    with pytest.raises(
+        ConfigError, match=f"dataset must be text .*-r.*, and is {re.escape(str(value))}"
+    ):
         SSLConfig(dataset=value)
 
 
@@ -304,8 +321,8 @@ def test_a_recipe_s_vae_reads_the_images_of_its_encoder(path):
 
 def test_a_recipe_of_one_s_own_extends_another(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(
-        'extends = "paper"\n[ssl]\nepochs = 7\nbatch_size = 512\n'
+    path.write_text(  # with a byte order mark, as editors of Windows write it
+        '\ufeffextends = "paper"\n[ssl]\nepochs = 7\nbatch_size = 512\n'
         "[ssl.where.method.simsiam]\nbase_rate = 0.1\n[ssl.where.adversary.idaa]\nepsilon = 0.3\n"
         "[ssl.where.epochs.9]\nwidth = 32\n"
     )

@@ -9,6 +9,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import coco
@@ -157,18 +159,37 @@ def test_boxes_are_cut_to_the_image_and_slivers_left_out(tmp_path):
     [
         (lambda f: (f / "annotations.json").unlink(), "There is no .*annotations.json"),
         (lambda f: (f / "annotations.json").write_text("[]"), "not in COCO's format"),
-        (lambda f: (f / "annotations.json").write_text("{"), "not in COCO's format"),
+        *((lambda f, text=text: (f / "annotations.json").write_text(text), "not in COCO's format")
+          for text in ("", "{", "5", "null", "[" * 100_000)),
         (lambda f: (f / "b.png").unlink(), r"b.png, which is missing \(image 14\)"),
         (lambda f: (f / "a.png").unlink(), "a.png, which is missing .image 7 of annotation 1"),
         (lambda f: (f / "a.png").write_text("<html>"), "a.png is no image that can be read"),
+        (lambda f: (f / "annotations.json").write_text(
+            (f / "annotations.json").read_text().replace("a.png", r"a\u0000.png")),
+         "a\0.png is no image that can be read .image 7"),
     ],
-)
+)  # fmt: skip
 def test_a_broken_set_is_one_sentence(tmp_path, spoil, sentence):
     folder, path = draw_set(tmp_path / "set", [{"category_id": 3, "bbox": [1, 1, 5, 5]}])
     CocoSet(folder, path)
     spoil(folder)
     with pytest.raises(ConfigError, match=sentence):
         CocoSet(folder, path)
+
+
+def test_annotations_are_utf_8_whatever_the_locale(tmp_path, latin_locale):
+    folder, path = draw_set(tmp_path / "set", [{"category_id": 3, "bbox": [2, 1, 6, 4]}])
+    text = path.read_text("utf-8").replace("cup", "Käse 猫")
+    path.write_text(json.dumps(json.loads(text), ensure_ascii=False), "utf-8")
+    marked = folder / "marked.json"  # with a byte order mark, as editors of Windows write it
+    marked.write_text(path.read_text("utf-8"), "utf-8-sig")
+    code = "import sys, coco; folder, *paths = map(coco.Path, sys.argv[1:]);"
+    code += "print(*(ascii(coco.CocoSet(folder, path).classes) for path in paths))"
+    environment = os.environ | latin_locale | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    command = [sys.executable, "-X", "utf8=0", "-c", code, folder, path, marked]
+    process = subprocess.run(command, capture_output=True, env=environment, text=True)
+    names = ascii(("cat", "Käse 猫"))
+    assert process.stdout.strip() == f"{names} {names}", process.stderr
 
 
 NAN, INF = float("nan"), float("inf")
@@ -195,6 +216,17 @@ RUNS = {"counts": [30, 5, 5, 5, 155], "size": [10, 20]}
         ({"segmentation": RUNS | {"counts": [30, 5, 5, 5]}}, "runs do not fill its image"),
         ({"segmentation": RUNS | {"counts": [30, 5, NAN]}}, "runs do not fill its image"),
         ({"segmentation": RUNS | {"counts": [210, -10]}}, "runs do not fill its image"),
+        ({"segmentation": RUNS | {"counts": [100.5, 49.5, 50]}}, "runs do not fill its image"),
+        *(({"segmentation": RUNS | {"counts": runs}}, "has a mask of 0 pixels")
+          for runs in ([200], [100, 0, 100], rle.encode(rectangle(0, 0, 0, 0))["counts"].decode())),
+        *(({"iscrowd": value}, f"has iscrowd {re.escape(repr(value))}, which is 0 or 1")
+          for value in (None, "0", 2, -1, 0.5, NAN, [], "")),
+        *(({"segmentation": polygons}, "polygons of less than a pixel in its image of 20 × 10")
+          for polygons in (
+              [[x / (20, 10)[i % 2] for i, x in enumerate(SQUARE)]],  # in shares of the sides
+              [[x + (20, 0)[i % 2] for i, x in enumerate(SQUARE)]],
+              [[x - (20, 0)[i % 2] for i, x in enumerate(SQUARE)]],
+              [[x + (0, 10)[i % 2] for i, x in enumerate(SQUARE)], [2, 11, 8, 11, 8, 15]])),
     ],
 )  # fmt: skip
 def test_an_annotation_that_would_train_something_wrong_is_named(tmp_path, changes, sentence):
@@ -212,6 +244,7 @@ def test_an_annotation_that_would_train_something_wrong_is_named(tmp_path, chang
         ({"segmentation": SQUARE}, 0),  # a polygon that is not in a list of polygons
         ({"segmentation": [SQUARE], "area": None, "iscrowd": 0}, 0),
         ({"segmentation": [SQUARE], "area": NAN}, 0),
+        ({"segmentation": [SQUARE], "iscrowd": False}, 0),
         *(({"segmentation": blank}, 1) for blank in ([], [[]], None, {})),
     ],
 )

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.error
 import zipfile
@@ -225,7 +226,7 @@ def test_unclear_folders_are_refused_by_name(tmp_path, data, breakage, message):
 
 def test_folder_without_images_says_what_it_looked_for(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no image: looked for .*\.png.*webp$"):
+    with pytest.raises(ValueError, match=r"empty holds no image: looked for .*\.png and"):
         images.load(tmp_path / "empty", "train")
     (tmp_path / "empty/photo.HEIC").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"no image.*: 1 \.heic; pip install pillow-heif, and"):
@@ -833,6 +834,37 @@ def test_formats_by_other_extensions_are_read_and_the_rest_is_counted(tmp_path):
     assert all(text in image_set.notes[0] for image_set in sets)
 
 
+FORMATS = {
+    "APNG": "PNG", "dib": "DIB", "ico": "ICO", "jp2": "JPEG2000", "mpo": "MPO", "pbm": "PPM",
+    "j2c": "JPEG2000", "j2k": "JPEG2000", "jpc": "JPEG2000", "jpf": "JPEG2000", "jpx": "JPEG2000",
+    "pcx": "PCX", "PNM": "PPM", "qoi": "QOI", "sgi": "SGI", "tga": "TGA",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ending", "kind"), FORMATS.items())
+def test_a_format_that_pillow_reads_is_read_by_its_first_picture(
+    tmp_path, monkeypatch, ending, kind
+):
+    pixels = np.kron(noise(0, 4, 4), np.ones((8, 8, 1), np.uint8))
+    if ending == "pbm":
+        pixels = np.where(pixels[..., :1] < 128, 0, np.uint8(255)).repeat(3, 2)
+    more = {"quality": 95, "subsampling": 0} if kind == "MPO" else {}
+    if kind in ("PNG", "MPO"):
+        more |= {"save_all": True, "append_images": [Image.new("RGB", (32, 32))]}
+    for i in range(12):
+        (tmp_path / f"train/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(pixels).convert("1" if ending == "pbm" else "RGB")
+        image.save(tmp_path / f"train/{'ab'[i % 2]}/{i}.{ending}", format=kind, **more)
+    part = images.load(tmp_path / "train", "train")
+    assert part.classes == ("a", "b") and not part.notes
+    difference = part.images[0].permute(1, 2, 0).numpy().astype(int) - pixels
+    assert np.abs(difference).max() <= 8 * (kind == "MPO")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    monkeypatch.setenv("IDAA_DATA", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"cannot be read .*exceeds limit of 1000 pixels"):
+        images.load(tmp_path / "train", "train")
+
+
 def test_what_is_left_out_is_said_before_training_and_kept(tmp_path, outputs, capsys):
     class_folders(tmp_path / "pets", n=12)
     (tmp_path / "pets/train/dog/5.png").rename(tmp_path / "pets/train/dog/5.heic")
@@ -923,6 +955,26 @@ def test_a_zip_with_backslashes_has_the_folders_they_mean(tmp_path, mixed):
         assert win_set.classes == ("cat", "dog") and win_set.fingerprint == image_set.fingerprint
 
 
+@pytest.mark.parametrize("start", ["./", ".\\", "././"])
+def test_a_zip_or_shard_of_the_folder_itself_has_its_images(tmp_path, start):
+    """As `tar cf a.tar -C pets .` names its members, and as some zip programs do."""
+    content = {
+        name: (tmp_path / "pets" / name).read_bytes() for name in class_folders(tmp_path / "pets")
+    }
+    content |= {"train/.hidden/0.png": b"x"}
+    names = {name: start + name.replace("/", start[-1]) for name in content}
+    write_members(tmp_path / "a.zip", {start: b""} | {names[n]: content[n] for n in content})
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards/a.tar", "w") as archive:
+        archive.add(tmp_path / "pets", start.replace("\\", "/"))
+    for split in images.SPLITS:
+        image_set = images.load(tmp_path / "pets", split)
+        for name in ("a.zip", "shards"):
+            packed_set = images.load(tmp_path / name, split)
+            assert packed_set.classes == ("cat", "dog")
+            assert packed_set.fingerprint == image_set.fingerprint
+
+
 def test_a_backslash_of_a_class_s_name_stays_in_a_zip(tmp_path):
     folders = {"back\\slash/": b"", "cat/": b""}
     png = io.BytesIO()
@@ -930,6 +982,33 @@ def test_a_backslash_of_a_class_s_name_stays_in_a_zip(tmp_path):
     images_ = {f"{name}{i}.png": png.getvalue() for name in folders for i in range(20)}
     write_members(tmp_path / "odd.zip", folders | images_)
     assert images.load(tmp_path / "odd.zip", "train").classes == ("back\\slash", "cat")
+
+
+@pytest.mark.parametrize(
+    ("folders", "around"),
+    [
+        (["."], None),
+        (["cat/"], "cat"),
+        (["pets/cat/"], "cat"),
+        (["images/train/"], "images"),
+        (["images/train/", "images/val/", "images/test/"], "images"),
+        (["train/", "test/"], None),
+        (["train/cat/"], None),
+        (["pets/train/cat/", "pets/test/cat/"], None),
+        (["pets/cat/", "pets/dog/"], None),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_folder_around_all_that_is_taken_for_no_class_is_said(tmp_path, folders, around, zipped):
+    class_folders(tmp_path / "own", folders, ("",), n=30)  # cat//0.png is cat/0.png
+    source = pack(tmp_path / "own", tmp_path / "own.zip") if zipped else tmp_path / "own"
+    image_set = images.load(source, "train")
+    notes = [note for note in image_set.notes if "no image has a class" in note]
+    assert len(notes) == (around is not None)
+    if around:
+        assert not image_set.classes and f"{around}/ around all" in notes[0]
+        class_folders(tmp_path / "mended", [f"train/{around}/"], ("",), n=30)  # as the note says
+        assert images.load(tmp_path / "mended", "train").classes == (around,)
 
 
 def test_a_class_called_train_is_a_class(tmp_path):
@@ -988,6 +1067,12 @@ def test_a_relative_folder_is_one_place_wherever_a_process_runs(
         assert roots == {ROOT / (value or default)}
     monkeypatch.setenv(variable, "~/own")
     assert root() == Path.home() / "own"
+    for value in ("~nosuchuser/own", "~nosuchuser"):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(ValueError, match=f"{variable}='{value}' is of a user who is not there"):
+            root()
+        with pytest.raises(ConfigError, match=f"{variable}='{value}' .*: give a full path"):
+            locate(SSLConfig(dataset="starter"))
 
 
 def test_a_relative_data_folder_of_a_study_is_found_where_its_notebooks_run(tmp_path, monkeypatch):
@@ -1008,16 +1093,10 @@ def test_home_is_found_in_every_path(tmp_path, monkeypatch):
         get("ssl", "~/mine/x")
 
 
-def test_another_locale_than_utf_8_trains_and_writes_utf_8(tmp_path):
+def test_another_locale_than_utf_8_trains_and_writes_utf_8(tmp_path, latin_locale):
     """As on many clusters; and what the console cannot show ends no training."""
-    if not shutil.which("localedef"):
-        pytest.skip("localedef, which makes a locale, is not installed")
-    name = "en_US.ISO-8859-1"
-    localedef = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / name]
-    if subprocess.run(localedef, capture_output=True).returncode:
-        pytest.skip("this system has no sources of locales")
     class_folders(tmp_path / "pets", n=8)
-    variables = {"LOCPATH": str(tmp_path), "LC_ALL": name, "IDAA_OUTPUTS": str(tmp_path / "τ")}
+    variables = latin_locale | {"IDAA_OUTPUTS": str(tmp_path / "τ")}
     fields = [f"dataset={tmp_path / 'pets'}", "epochs=1", "batch_size=8", "width=4", "device=cpu"]
     command = [sys.executable, "-X", "warn_default_encoding", "-m", "idaa_lib.train", "ssl"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}

@@ -295,6 +295,7 @@ def test_a_thousand_runs_are_read_once(outputs, monkeypatch):
     end = time.monotonic()
     assert len(texts(page)) == 1000
     assert len(reads) <= 9 * 1000 and end - start < 60
+    assert sum(path.name == "config.json" for path in reads) <= 1000
     reads.clear()
     start = time.monotonic()
     page.refresh()
@@ -303,6 +304,10 @@ def test_a_thousand_runs_are_read_once(outputs, monkeypatch):
     page.refresh()
     assert {path.parent for path in reads} == {folder}
     assert texts(page)[folder.name]["tags"] == "x"
+    config = json.loads(read(folder / "config.json"))
+    (folder / "config.json").write_text(json.dumps(config | {"seed": 1234}))
+    page.refresh()
+    assert texts(page)[folder.name]["seed"] == "1234"
 
 
 def test_the_thread_follows_until_the_page_is_closed(outputs, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -47,6 +48,15 @@ class _Upright(CocoDetection):
     """torchvision's reader; images of the ids `turned` are turned as their note (EXIF) says."""
 
     turned: frozenset[int] = frozenset()
+
+    def __init__(self, images: Path, annotations: Path) -> None:
+        from pycocotools.coco import COCO
+
+        super(CocoDetection, self).__init__(images)  # whose own takes the system's encoding
+        self.coco = COCO()
+        self.coco.dataset = json.loads(annotations.read_text("utf-8-sig"))
+        self.coco.createIndex()
+        self.ids = sorted(self.coco.imgs)
 
     def _load_image(self, id: int) -> Image.Image:
         if id not in self.turned:
@@ -88,7 +98,7 @@ class CocoSet(Dataset[tuple[Tensor, Target]]):
             self._labels = {category: label for label, category in enumerate(categories, 1)}
             files = [images / self.coco.imgs[i]["file_name"] for i in self.ids]
             objects: list[dict[str, Any]] = self.coco.dataset["annotations"]
-        except (OSError, ValueError, AssertionError, KeyError, TypeError) as error:
+        except (OSError, ValueError, AssertionError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"{annotations} is not in COCO's format ({type(error).__name__}: {error})."
             ) from error
@@ -136,7 +146,7 @@ class CocoSet(Dataset[tuple[Tensor, Target]]):
                 f"{self.annotations} names {path}, which is missing ({whose}): add it, or take it "
                 f"out."
             ) from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # of a name that no file can have
             raise ConfigError(f"{path} is no image that can be read ({whose}).") from error
         upright = stored[::-1] if note >= 5 else stored
         width = about.setdefault("width", upright[0])
@@ -158,14 +168,15 @@ class CocoSet(Dataset[tuple[Tensor, Target]]):
             return f"has category_id {each.get('category_id')}, which is not listed"
         if not _are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
             return f"has the bbox {box}, not x, y, width and height in pixels"
-        each.setdefault("iscrowd", 0)
+        if each.setdefault("iscrowd", 0) not in (0, 1):
+            return f"has iscrowd {each['iscrowd']!r}, which is 0 or 1"
         if not _are_numbers([each.get("area")]):
             each["area"] = box[2] * box[3]
         mask, height, width = each.get("segmentation"), image["height"], image["width"]
         if not mask:
             return ""
         if isinstance(mask, dict):
-            return _fault_of_runs(mask, height, width)
+            return _fault_of_runs(mask, height, width, _is_trained_on(each))
         if not isinstance(mask, list):
             return f"has the segmentation {mask!r}, neither polygons nor runs (RLE)"
         polygons = mask if isinstance(mask[0], list) else [mask]  # one alone, as some tools have it
@@ -183,6 +194,16 @@ class CocoSet(Dataset[tuple[Tensor, Target]]):
             each["segmentation"] = whole or nothing
         else:
             return "has a polygon without an area, which takes three points that are not in line"
+        if (
+            whole
+            and not each["iscrowd"]
+            and min(box[2:]) >= 2
+            and _extent(whole, width, height) < 1
+        ):
+            return (
+                f"has polygons of less than a pixel in its image of {width} × {height}: give x, y, "
+                f"x, y, … in pixels"
+            )
         return ""
 
     def give_masks(self, masks: bool) -> None:
@@ -233,16 +254,27 @@ def _has_area(polygon: Sequence[float]) -> bool:
     return bool(np.abs(offsets @ (y, -x)).max() > 1e-3)
 
 
-def _fault_of_runs(mask: dict[str, Any], height: int, width: int) -> str:
-    """What is wrong with a mask as runs (RLE) for an image of this size."""
-    runs, size = mask.get("counts"), mask.get("size")
+def _extent(polygons: list[list[float]], width: int, height: int) -> float:
+    """Pixels that they reach over within an image of this size, in x or y, whichever is less."""
+    reaches = []
+    for axis, side in enumerate((width, height)):
+        values = [value for polygon in polygons for value in polygon[axis::2]]
+        reaches.append(min(max(values), side) - max(min(values), 0))
+    return min(reaches)
+
+
+def _fault_of_runs(mask: dict[str, Any], height: int, width: int, trains: bool = False) -> str:
+    """What is wrong with a mask as runs (RLE) for an image of this size, of an object that `trains`
+    or not."""
+    size, runs = mask.get("size"), mask.get("counts", ())
     if size != [height, width]:
         return f"has a mask of {size} pixels, and its image has [{height}, {width}]"
     with contextlib.suppress(IndexError):  # it ends within a number
         runs = _read_runs(runs) if isinstance(runs, str) else runs
-        if _are_numbers(runs) and runs and min(runs) >= 0 and sum(runs) == height * width:
-            return ""
-    return "has a mask whose runs do not fill its image"
+        fills = _are_numbers(runs) and runs and min(runs) >= 0 and sum(runs) == height * width
+        if fills and not any(n % 1 for n in runs):
+            return "" if not trains or any(runs[1::2]) else "has a mask of 0 pixels"
+    return "has a mask whose runs do not fill its image with whole numbers"
 
 
 def _read_runs(text: str) -> list[int]:

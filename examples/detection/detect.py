@@ -127,7 +127,10 @@ def sets(config: DetectionConfig) -> tuple[CocoSet, CocoSet]:
             f"{paths.train_annotations} and {paths.val_annotations} differ in their categories."
         )
     if not train.useful:
-        raise ConfigError(f"{paths.train_annotations} has no object to train on: all are crowds.")
+        raise ConfigError(
+            f"{paths.train_annotations} has no object to train on: all are crowds, or have boxes "
+            f"of less than a pixel."
+        )
     if train.unmasked or val.unmasked:
         train.give_masks(False)
         val.give_masks(False)

@@ -70,6 +70,10 @@ WORDS = {"none": None, "true": True, "yes": True, "on": True, "false": False, "n
 WORDS |= {"off": False}
 
 
+# Digits with commas alone: a decimal comma, as in 0,05, or a list of two.
+COMMA = re.compile(r"[+-]?\d+(,\d+)+(e[+-]?\d+)?", re.IGNORECASE)
+
+
 def read(model: type[BaseModel], name: str, value: Any) -> Any:
     """A value as meant. Shells send text, papermill and YAML make of some of it a number, a list or
     None: one spelling means the same by all three ('8/255', 1e2, '[32 64]', 'null', 'true')."""
@@ -79,7 +83,16 @@ def read(model: type[BaseModel], name: str, value: Any) -> Any:
 
 def _read_value(model: type[BaseModel], name: str, value: Any) -> Any:
     field = model.model_fields.get(name)
-    value = _read(field.annotation, value) if field else value
+    annotation: Any = field and field.annotation
+    kinds = _kinds(annotation)
+    items = _kinds(kinds[tuple][0]) if kinds.get(tuple) else kinds  # of what it has one or more
+    listed = isinstance(value, str) and tuple in kinds and float in items
+    if listed and any(map(COMMA.fullmatch, value.split())):
+        raise ConfigError(
+            f"{name} must be a list of numbers, and of {quote(value)} it is unclear whether the "
+            f"comma is a decimal point: write 0.05 for one number, and '0, 5' for two."
+        )
+    value = _read(annotation, value) if field else value
     try:
         to_json(value)
     except (ValueError, RecursionError):  # other kinds, lone surrogates, hundreds of levels
@@ -92,8 +105,9 @@ def _read_value(model: type[BaseModel], name: str, value: Any) -> Any:
             f"{name} must be text of 1,000 characters at most, in one line, without NUL, and is "
             f"{quote(value)}."
         )
+    numeric = not field or items.keys() & {int, float}  # else papermill made a number of a name
     for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, int | float) and LARGEST < abs(number) < math.inf:
+        if numeric and isinstance(number, int | float) and LARGEST < abs(number) < math.inf:
             raise ConfigError(
                 f"{name} must be between -{LARGEST:g} and {LARGEST:g}, and is {quote(number)}."
             )
@@ -183,6 +197,8 @@ RULES = {
     "int_type": "a whole number",
     "float_type": "a number (8/255 will do)",
     "too_short": "one value or more",
+    "too_long": "a list of fewer values",
+    "missing": "given in full",
     "dict_type": "pairs of name and value, each name once, as 'crop=0.5, color=0.5'",
     "bool_type": "True or False",
     "string_type": "text (papermill's -r keeps as text what looks like a number)",

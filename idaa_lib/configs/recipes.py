@@ -78,7 +78,7 @@ def _documents(
 @lru_cache
 def _read(path: Path, time: int, size: int) -> dict[str, Any]:
     """The document in a file; read again once the file has another time or size."""
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    return tomllib.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def _apply(

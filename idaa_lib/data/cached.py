@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from idaa_lib.data.layout import sha256
+from idaa_lib.data.places import find_root
 from idaa_lib.data.pool import PARTS, Pool, join
 from idaa_lib.data.sources import find_source, read_classes
 from idaa_lib.data.streamed import Images, Photographs
@@ -110,8 +111,7 @@ class ImageSet:
 
 def data_root() -> Path:
     """`IDAA_DATA`, taken from the project's folder where it is relative, else `data/` there."""
-    project = Path(__file__).resolve().parents[2]
-    return project / Path(os.environ.get("IDAA_DATA") or "data").expanduser()
+    return find_root("IDAA_DATA", "data")
 
 
 def load(
@@ -155,7 +155,7 @@ def load(
     for name, (value, right, use) in rules.items():
         if not right:
             raise ValueError(f"{name}={value!r} is not allowed: use {use}")
-    data = Path(data_dir).expanduser() if data_dir else data_root()
+    data = Path(os.path.expanduser(data_dir)) if data_dir else data_root()
     chosen = read_classes(classes, data) if classes else ()
     origin = find_source(source, data, download, chosen)
     pool = Pool(origin, data / "cache", 0 if streamed else size, gray_bits)

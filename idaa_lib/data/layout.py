@@ -1,6 +1,7 @@
 """Which files of a folder or zip are images, and of which split and class each one is."""
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -8,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import PurePosixPath
 
 HEIF = find_spec("pillow_heif") is not None  # with which Pillow reads the photographs of iPhones
-FORMATS = "avif bmp gif jfif jpe jpeg jpg pgm png ppm tif tiff webp" + " heic heif" * HEIF
+FORMATS = "apng avif bmp dib gif ico j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx mpo pbm pcx pgm png"
+FORMATS += " pnm ppm qoi sgi tga tif tiff webp" + " heic heif" * HEIF
 EXTENSIONS = [f".{name}" for name in FORMATS.split()]
 # What systems and tools leave behind: hidden files, thumbnails, bins.
 HIDDEN = re.compile(
@@ -21,6 +23,13 @@ PARTS |= {"training": "train", "validation": "val", "valid": "val", "testing": "
 def sha256(text: str, more: bytes = b"") -> str:
     """In hexadecimal; names of files that are no UTF-8 count by their bytes."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape") + more).hexdigest()
+
+
+def list_some(words: list[str], room: int) -> str:
+    """As many of the words as `room` characters hold, one at least, and how many more there are."""
+    ends = itertools.accumulate(len(word) + 2 for word in words)
+    n = max(1, sum(end <= room for end in ends))
+    return ", ".join(words[:n]) + f" and {len(words) - n:,} more" * (n < len(words))
 
 
 def printable(text: str) -> str:
@@ -66,7 +75,7 @@ def arrange(
     others = {name: kind for name, kind in kinds.items() if kind not in EXTENSIONS}
     notes = _count({n: "broken link" if n in broken else kind for n, kind in others.items()})
     if not images:
-        looked = f"looked for {', '.join(EXTENSIONS)}"
+        looked = f"looked for .jpg, .png and {len(EXTENSIONS) - 2} more extensions"
         raise ValueError("; ".join([f"{where} holds no image: {looked}", *notes]))
 
     filled = {str(folder) for name in kinds for folder in PurePosixPath(name).parents}
@@ -102,12 +111,18 @@ def arrange(
 
     part_of = {name: parts[f[0]] if len(splits) > 1 else "all" for name, f in folders.items()}
     label_of = {name: "".join(f[bool(parts) :][:1]) for name, f in folders.items()}
+    if depth and not any(label_of.values()):
+        around = above[0][depth - 1]
+        notes.append(
+            f"no image has a class, since {printable(around)}/ around all of them is not taken for "
+            f"one: if it is, make it train/{printable(around)}/"
+        )
     if classes:
         there = {label for label in label_of.values() if label}
         if missing := [repr(name) for name in classes if name not in there]:
             raise ValueError(
-                f"{where} has no class folder {', '.join(missing)}, which classes names: add what "
-                f"is missing, or correct the list"
+                f"{where} has no class folder {list_some(missing, 280 - 2 * len(where))}, which "
+                f"classes names: add what is missing, or correct the list"
                 if there
                 else f"{where} has no class folders, of which classes picks: leave classes out"
             )

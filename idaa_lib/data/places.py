@@ -9,8 +9,9 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+PROJECT = Path(__file__).resolve().parents[2]
 # What ships with the library: images of CIFAR-10 in images/, and finished runs by their stages.
-STARTER = Path(__file__).resolve().parents[2] / "data" / "starter"
+STARTER = PROJECT / "data" / "starter"
 
 
 class Place(NamedTuple):
@@ -19,6 +20,15 @@ class Place(NamedTuple):
     file: str
     offset: int
     length: int
+
+
+def find_root(variable: str, default: str) -> Path:
+    """The folder that a variable of the environment names, else `default`; from the project where
+    it is relative. ValueError where it begins with `~` and a user who is not there."""
+    folder = os.path.expanduser(os.environ.get(variable) or default)
+    if folder.startswith("~"):
+        raise ValueError(f"{variable}={folder!r} is of a user who is not there: give a full path")
+    return PROJECT / folder
 
 
 def read_file(path: Path) -> bytes:
@@ -51,11 +61,12 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
             with tarfile.open(root / shard, "r:") as archive:
                 for member in filter(tarfile.TarInfo.isreg, archive):
                     place = Place(shard, member.offset_data, member.size)
-                    if not member.name.endswith(".cls"):
-                        (places if "/" in member.name else flat)[member.name] = place
-                    elif "/" not in member.name:
+                    name = plain_name(member.name)
+                    if not name.endswith(".cls"):
+                        (places if "/" in name else flat)[name] = place
+                    elif "/" not in name:
                         number = read_place(root, place).decode("ascii", "replace").strip()
-                        classes[member.name[:-4]] = f"{number:0>6}/"
+                        classes[name[:-4]] = f"{number:0>6}/"
         except tarfile.TarError as error:
             what = f"{root / shard} is no readable tar ({error})"
             raise ValueError(f"{what}: copy it again") from error
@@ -63,6 +74,11 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
             folders = f"{part[0]}/" if part else "", classes.get(name.partition(".")[0], "")
             places[f"{''.join(folders)}{shard}/{name}"] = place
     return places
+
+
+def plain_name(member: str) -> str:
+    """A member's name without the ./ that it begins with where `tar -C folder .` packed it."""
+    return re.sub(r"^(\./+)+", "", member)
 
 
 def read_place(root: Path, place: Place) -> bytes:

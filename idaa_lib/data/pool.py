@@ -29,7 +29,7 @@ from idaa_lib.data.sources import Listing, Source, Torchvision
 from idaa_lib.data.streamed import CONTENT, Images, Photographs, describe, row_width
 
 PARTS = ("train", "val", "test")
-VERSION = 4  # of the decoding and of the files of the cache: another number, another entry
+VERSION = 5  # of the decoding and of the files of the cache: another number, another entry
 Content = tuple[dict[str, Any], np.ndarray, Images]  # what describes a pool, labels, pixels
 # Of streamed photographs so many, this large, say what their mean and std are.
 SAMPLE, SAMPLE_SIZE = 500, 224

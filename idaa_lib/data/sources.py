@@ -20,12 +20,13 @@ import numpy as np
 from PIL import Image
 
 from idaa_lib.data import photos
-from idaa_lib.data.layout import EXTENSIONS, HIDDEN, PARTS, arrange, split_by_name
+from idaa_lib.data.layout import EXTENSIONS, HIDDEN, PARTS, arrange, list_some, split_by_name
 from idaa_lib.data.places import (
     STARTER,
     Place,
     check_size,
     list_shards,
+    plain_name,
     read_file,
     read_place,
     read_stamp,
@@ -178,9 +179,10 @@ class Zip(Source):
         # folder's name. (Elsewhere a folder's name may hold one, and what it holds has a slash.)
         windows = any("\\" in name and "/" not in name for name in names)
         inside = {
-            name.replace("\\", "/") if windows and "/" not in name[:-1] else name: name
+            plain_name(name.replace("\\", "/") if windows and "/" not in name[:-1] else name): name
             for name in names
         }
+        inside.pop("", None)
         # One handle for all threads: each more would hold its own 60,000 entries of CIFAR-10. The
         # lock is needed, as ZipFile counts its open members without one.
         archive, lock = zipfile.ZipFile(self.path), threading.Lock()
@@ -365,13 +367,14 @@ def read_classes(file: str | Path, data: Path) -> tuple[str, ...]:
             f"classes={str(file)!r} is no list, and neither {places[0]} nor {places[1]} is a file: "
             f"give a text file that names class folders, one a line, or imagenet100.txt"
         )
-    lines = map(str.strip, path.read_text("utf-8").splitlines())
+    lines = map(str.strip, path.read_text("utf-8-sig").splitlines())
     classes = tuple(line for line in lines if line)
     if not classes:
         raise ValueError(f"classes: {path} is empty: name class folders in it, one a line")
     twice = [repr(name) for name, n in Counter(classes).items() if n > 1]
     if twice:
-        raise ValueError(f"classes: {path} names {', '.join(twice)} more than once: once is enough")
+        names = list_some(twice, 240 - len(str(path)))
+        raise ValueError(f"classes: {path} repeats {names}: name each once")
     return classes
 
 

@@ -21,6 +21,7 @@ from IPython.display import display
 from itables.widget import ITable
 
 from idaa_lib import results, runs
+from idaa_lib.configs.lookups import remember
 from idaa_lib.lab import plots, process, style
 from idaa_lib.lab.kernel import SHEET, guarded
 from idaa_lib.lab.live import Panel
@@ -137,7 +138,7 @@ class RunsPage:
 
     def refresh(self, redraw: bool = False) -> None:
         """Look at all run directories anew; `redraw` also what is shown of the chosen ones."""
-        with self._lock:
+        with self._lock, remember():  # for this look alone: each configuration is read once
             present = {run: row_of(run, self._rows.get(run)) for run in runs.list_runs()}
             # A run keeps its line, so that a click that is on its way means what was clicked.
             old = {run: present.pop(run) for run in self._rows if run in present}

@@ -123,7 +123,8 @@ def get(stage: str, name: Run | str | None, **values: Any) -> Run:
         run = Run(Path(os.path.realpath(expand(name))))
     else:
         folder, starter = outputs_root() / stage, STARTER / stage / name
-        ends = [*folder.glob(f"*-{name}")] if re.fullmatch("[0-9a-f]{8}", name) else []
+        end = name.zfill(8) if name.isdecimal() else name  # papermill makes 1 of 00000001
+        ends = [*folder.glob(f"*-{end}")] if re.fullmatch("[0-9a-f]{8}", end) else []
         ends += [starter] * (starter / "config.json").is_file()
         run = Run(ends[0] if ends else folder / name)
     if not os.path.isfile(run.path / "config.json"):

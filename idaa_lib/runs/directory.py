@@ -33,7 +33,7 @@ from idaa_lib.configs import (
     VAEConfig,
 )
 from idaa_lib.configs.lookups import once
-from idaa_lib.data.places import STARTER
+from idaa_lib.data.places import STARTER, find_root
 from idaa_lib.runs.files import (
     NUMBER,
     RunError,
@@ -74,10 +74,18 @@ class Stopped(UserError):
 
 
 def outputs_root() -> Path:
-    """`IDAA_OUTPUTS`, taken from the project where it is relative, else `outputs/` there."""
-    folder = os.environ.get("IDAA_OUTPUTS") or "outputs"
-    project = Path(__file__).parents[2]
-    return once(folder, lambda: (project / Path(folder).expanduser()).resolve())
+    """`IDAA_OUTPUTS`, taken from the project where it is relative, else `outputs/` there.
+
+    Raises:
+        ConfigError: it is of a user who is not there.
+    """
+    variable = "IDAA_OUTPUTS"
+    try:
+        return once(
+            (variable, os.environ.get(variable)), lambda: find_root(variable, "outputs").resolve()
+        )
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
 
 
 @dataclass(frozen=True)
