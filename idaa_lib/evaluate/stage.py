@@ -248,6 +248,6 @@ class _Evaluation(Plan):
         if subject == "pixels":
             return f"{name}: raw pixels, {words}"
         features = LAYERS[layer]
-        if layer == "projector" and getattr(self.source.config, "condition", ()):
+        if layer == "projector" and getattr(self.source.config, "condition", None):
             features += " at the neutral condition"
         return f"{name}: {features}, {words}, {epoch if subject == 'encoder' else 'untrained'}"
