@@ -66,11 +66,11 @@ class IPIRM(SimCLR):
         """env_num: K, subsets of a partition. maximize_iter: epochs between two partitions.
         penalty_weight: λ₁, of the minimisation. irm_weight_maxim: λ₂ of the maximisation. irm_temp:
         T of both penalties. constrain: balance of the subsets. retain_group: keep `all` partitions,
-        `one`, or the last n. keep_cont: add L_all to the loss. random_init: scores start at random,
-        not at the partition before. offline: views are embedded once a maximisation, not once an
-        epoch of it. nonorm: sums over 2n, not means. dummy: scale of the penalty (§2.2). mixup:
-        first views are mixed. mixup_max: in the maximisation too (§2.4). baseline: L_all alone.
-        debiased: τ⁺ of DCL's loss for the baseline (§2.6)."""
+        `one`, or the last n. keep_cont: add L_all to the loss. random_init: each maximisation's
+        scores start at random, not the run's first alone. offline: views are embedded once a
+        maximisation, not once an epoch of it. nonorm: sums over 2n, not means. dummy: scale of the
+        penalty (§2.2). mixup: first views are mixed. mixup_max: in the maximisation too (§2.4).
+        baseline: L_all alone. debiased: τ⁺ of DCL's loss for the baseline (§2.6)."""
 
         own_heads_alone = True
         projection_dim: Positive = 128
@@ -310,7 +310,7 @@ class IPIRM(SimCLR):
                 embedded = self.embed_all(work, (*key, number), batches)
             return embedded
 
-        if own.random_init:
+        if own.random_init or not self.fitted:
             scores = torch.randn(n, own.env_num, generator=keyed_generator(*key, START))
         else:
             scores = self.scores
