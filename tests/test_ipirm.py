@@ -241,6 +241,16 @@ def test_images_that_are_fewer_than_a_batch_of_the_maximisation_are_one_batch(mo
     ]
 
 
+@pytest.mark.parametrize(("fitting", "epochs"), [(PLAIN, 52), (ONLINE_MIXED, 27)])
+def test_a_maximisation_without_improvement_ends_in_the_epoch_that_the_code_has(fitting, epochs):
+    """Equal images: the risk is that of the start for ever."""
+    calls = []
+    z = F.normalize(torch.ones(6, 4).double(), dim=1)
+    embeddings = lambda epoch, batches: calls.append(epoch) or Embedded(z, z)  # noqa: E731
+    fit_partition(embeddings, torch.zeros(6, 2).double(), OFFICIAL, (0,), fitting)
+    assert len(calls) == epochs
+
+
 def test_dcl_s_loss():
     z1, z2 = pairs(5)
     for prior in (0.05, 0.1, 0.9):
@@ -266,18 +276,21 @@ def test_images_are_mixed_as_drawn():
 
 @pytest.mark.parametrize("n", [2, 7])
 def test_the_soft_loss_of_mixed_images_is_that_of_the_specification(n):
-    """Loss, penalty and the gradients of both, for scores and embeddings."""
+    """Loss, penalty and the gradients of both, for scores and embeddings; λ of each image acts, as
+    no mean over a batch is taken before shares weight it."""
     z, draws = torch.randn(2, n, 5).double(), torch.rand(n, 2).double()
-    _, target = mix(noise(1, n), draws)
-    _, share, partners = reference.mixup(noise(1, n), draws)
+    share, partner = draws.max(1).values, torch.randperm(n)
     outcomes = []
     for by_hand in (False, True):
         leaf, scores = z.clone().requires_grad_(), draws[:, 0].clone().requires_grad_()
         (z1, z2), p = F.normalize(leaf, dim=2), (3 * scores).sigmoid()
         if by_hand:
-            loss, omega = reference.soft_mixed_subset(z1, z2, p, 0.3, share, partners)
+            loss, omega = reference.soft_mixed_subset(
+                z1, z2, p, 0.3, share.tolist(), partner.tolist()
+            )
         else:
-            loss, omega = soft_loss(*mixed_logits(z1, z2), p, (0.3, 0.3), False, target)
+            logits, image, target = Embedded(z1, z2, share, partner).logits(torch.arange(n))
+            loss, omega = soft_loss(logits, image, p, (0.3, 0.3), False, target)
         gradients = torch.autograd.grad(loss + omega, (leaf, scores))
         outcomes.append((loss.detach(), omega.detach(), *gradients))
     torch.testing.assert_close(*outcomes)
@@ -287,16 +300,17 @@ def test_with_a_partner_in_no_batch_the_image_itself_counts_alone():
     share = torch.tensor([0.6, 0.8, 1.0]).double()
     target = mixed_target(share, torch.tensor([2, -1, 0]))
     torch.testing.assert_close(
-        target, torch.tensor([[0.8, 0, 0.2], [0, 0.8, 0], [0.2, 0, 0.8]]).double()
+        target, torch.tensor([[0.6, 0, 0.4], [0, 0.8, 0], [0, 0, 1]]).double()
     )
     z1, z2 = pairs(3)
     shares = torch.full((3,), 0.5).double()
     s = z1 @ z2.T / 0.3
-    loss, _ = soft_loss(*mixed_logits(z1, z2), shares, (0.3, 0.3), False, 0.8 * torch.eye(3))
-    torch.testing.assert_close(loss, 0.8 * F.cross_entropy(s, torch.arange(3)))
+    loss, _ = soft_loss(*mixed_logits(z1, z2), shares, (0.3, 0.3), False, torch.diag(share))
+    losses = F.cross_entropy(s, torch.arange(3), reduction="none")
+    torch.testing.assert_close(loss, (share * losses).mean())
     embeddings = Embedded(z1, z2, share, torch.tensor([1, 2, 0]))
     *_, target = embeddings.logits(torch.tensor([2, 0]))  # of image 0 the partner is not there
-    torch.testing.assert_close(target, torch.tensor([[0.8, 0.2], [0, 0.8]]).double())
+    torch.testing.assert_close(target, torch.tensor([[1, 0], [0, 0.6]]).double())
 
 
 @pytest.mark.parametrize(
@@ -387,7 +401,7 @@ def test_a_maximisation_of_mixed_images_mixes_within_its_batches(monkeypatch, of
     for *_, (epoch_1, epoch_2), _, fitting in calls:
         assert fitting == (PLAIN if offline else ONLINE_MIXED)
         assert torch.equal(epoch_1.share, epoch_2.share) == offline
-    assert ONLINE_MIXED == (0.1, (5, 25), 31, 2048)
+    assert ONLINE_MIXED == (0.1, (5, 25), 31, 2048, 25)
 
 
 def test_a_view_is_mixed_with_that_of_its_partner():
