@@ -7,7 +7,10 @@ test_methods.py.
 import copy
 import itertools
 import math
+import shutil
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +57,9 @@ from idaa_lib.methods.partitions import (
     soft_loss,
 )
 from idaa_lib.methods.simclr import nt_xent
-from idaa_lib.train import train_ssl
+from idaa_lib.runs import Run, Stopped
+from idaa_lib.runs.steps import Steps
+from idaa_lib.train import locate, loop, train_ssl
 from idaa_lib.train.stages import _weights_of
 from idaa_lib.views import keyed_generator, recipe
 
@@ -479,7 +484,7 @@ def maximise(monkeypatch, **values):
     method = build_method(config, about)
     mixings = []
 
-    def embed(layer, transform, generator, mixing):
+    def embed(layer, transform, generator, mixing, pulse):
         mixings.append(mixing)
         return torch.rand(8, 4, generator=generator)
 
@@ -516,6 +521,35 @@ def test_without_random_init_the_scores_go_on_and_what_is_kept_does_not_change(m
     for before, after in itertools.pairwise(calls):
         assert torch.equal(after[0], before[0].flip(1) + 1)
     assert len(method.present()) == 3
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"random_init": False}, {"mixup": True, "mixup_max": True}], ids=["scores", "mixed"]
+)
+def test_the_pass_over_all_images_beats_at_each_batch_and_hears_a_stop(knobs, outputs, monkeypatch):
+    """Nothing is lost: the run goes on from before the pass, and ends as one that did not stop."""
+    pulses, pulse = [], Steps.pulse
+    monkeypatch.setattr(loop, "features", partial(features, batch_size=4))
+    monkeypatch.setattr(
+        Steps, "pulse", lambda self, text: pulses.append((self.step, text)) or pulse(self, text)
+    )
+    config = SSLConfig(
+        **TINY, method="ipirm", maximize_iter=1, projection_dim=8, checkpoint_every=2, **knobs
+    )
+    expected = outcome(train_ssl(config))
+    shutil.rmtree(locate(config).path)
+    texts = [f"partition: {done} of 32 views are embedded" for done in range(0, 32, 4)]
+    assert [pulse for pulse in pulses if pulse[1] in texts] == [*product((0, 2), texts)]
+    stop = property(lambda self: "stop" if pulses[-1] == (2, texts[5]) else None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "request", stop)
+        with pytest.raises(Stopped, match="before step 2 of 4"):
+            train_ssl(config)
+    assert pulses[-1] == (2, texts[5])
+    again = outcome(train_ssl(config))
+    assert again[0]["method.fitted"] == 2
+    assert all(torch.equal(expected[0][k], again[0][k]) for k in expected[0])
+    assert expected[1:] == again[1:]
 
 
 def test_an_encoder_comes_back_and_a_run_goes_on_after_partitions_have_grown(outputs):

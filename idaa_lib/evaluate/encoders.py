@@ -111,6 +111,7 @@ def features(
     transform: Recipe | None = None,
     generator: torch.Generator | None = None,
     mixing: tuple[Tensor, Tensor] | None = None,
+    pulse: Callable[[int], object] = lambda done: None,
 ) -> Tensor:
     """Features (N, D) float32, on `output_device`, of uint8 images (N, 3, H, W).
 
@@ -123,6 +124,7 @@ def features(
         transform, generator: random views, and what draws them; None is the test transform.
         mixing: λ and partner (N,), on the CPU: of image i's view λ_i, and of its partner's 1 − λ_i.
         bf16: multiply in bf16, about twice as fast where a device does so natively.
+        pulse: called before each batch with how many images are done; what it raises goes through.
     """
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     transform = transform or recipe("none", size, mean, std)
@@ -143,11 +145,12 @@ def features(
             return module(x).float()
 
     step = batch_size * count_processes()
+    results = []
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
-        results = [
-            share(range(start, min(start + step, n)), encode).to(output_device)
-            for start in range(0, max(1, n), step)
-        ]
+        for start in range(0, max(1, n), step):
+            pulse(start)
+            rows = range(start, min(start + step, n))
+            results.append(share(rows, encode).to(output_device))
     return torch.cat(results)
 
 
