@@ -533,9 +533,10 @@ def ip_irm_mixed(
 
 
 def soft_mixed_subset(
-    z1: Tensor, z2: Tensor, p: Tensor, temperature: float, share: float, partners: list[int]
+    z1: Tensor, z2: Tensor, p: Tensor, temperature: float, shares: list[float], partners: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """L_k and Ω_k of a subset of mixed images, element by element (spec siblings.md §2.4)."""
+    """L_k and Ω_k of a subset of mixed images, each by its own λ, element by element (spec
+    siblings.md §2.4)."""
     n, s = len(z1), z1 @ z2.T / temperature
 
     def loss(s: Tensor) -> Tensor:
@@ -545,7 +546,7 @@ def soft_mixed_subset(
             w = [(n - 1) * p[j] / others if j != i else p.new_ones(()) for j in range(n)]
             terms = [w[j] * s[i, j].exp() for j in range(n)]
             own, partner = (-(terms[j] / sum(terms)).log() for j in (i, partners[i]))
-            total = total + p[i] * (share * own + (1 - share) * partner)
+            total = total + p[i] * (shares[i] * own + (1 - shares[i]) * partner)
         return total / p.sum()
 
     dummy = torch.ones(n, dtype=s.dtype, requires_grad=True)

@@ -7,7 +7,10 @@ test_methods.py.
 import copy
 import itertools
 import math
+import shutil
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +57,9 @@ from idaa_lib.methods.partitions import (
     soft_loss,
 )
 from idaa_lib.methods.simclr import nt_xent
-from idaa_lib.train import train_ssl
+from idaa_lib.runs import Run, Stopped
+from idaa_lib.runs.steps import Steps
+from idaa_lib.train import locate, loop, train_ssl
 from idaa_lib.train.stages import _weights_of
 from idaa_lib.views import keyed_generator, recipe
 
@@ -179,14 +184,18 @@ def test_a_planted_factor_is_found_from_most_starts():
     assert max(agreement(0.0, seed, n=128) for seed in range(4)) <= 0.65
 
 
-@pytest.mark.parametrize(("tint", "low", "high"), [(0.85, 90, 100), (0.0, 50, 70)])
-def test_a_tint_of_half_the_photographs_is_found(tint, low, high):
-    """One maximisation of an encoder that sees the mean colour of views."""
+@pytest.mark.parametrize(
+    ("tint", "low", "high", "random_init"),
+    [(0.85, 90, 100, True), (0.0, 50, 70, True), (0.85, 90, 100, False)],
+)
+def test_a_tint_of_half_the_photographs_is_found(tint, low, high, random_init):
+    """One maximisation of an encoder that sees the mean colour of views, and without `random_init`
+    a second one, which goes on from it."""
     images = load("photos", "train", 32, 160).images.float()
     half = torch.arange(len(images)) % 2
     red = torch.tensor([255.0, 0, 0])[:, None, None]
     pixels = torch.lerp(images, red, tint * half[:, None, None, None]).to(torch.uint8)
-    config = SSLConfig(method="ipirm", width=4)
+    config = SSLConfig(method="ipirm", width=4, random_init=random_init)
     views = replace(recipe("ipirm", 32, (0.5,) * 3, (0.25,) * 3), jitter_probability=0, gray=0)
     method = build_method(config, About(views, torch.zeros(len(images))))
 
@@ -194,9 +203,12 @@ def test_a_tint_of_half_the_photographs_is_found(tint, low, high):
         colour = features(lambda x: x.mean((2, 3)), pixels, 32, views.mean, views.std, **options)
         return F.normalize(colour - colour.mean(0), dim=1)
 
-    method.before_epoch(0, SimpleNamespace(embed=embed, pulse=lambda message: None, say=print))
-    (partition,) = method.present()
-    assert low <= compare_sides(partition, half).value <= high
+    work = SimpleNamespace(embed=embed, pulse=lambda message: None, say=print)
+    for epoch in (0,) if random_init else (0, config.maximize_iter):
+        method.before_epoch(epoch, work)
+        partition = method.present()[-1]
+        assert len(partition.unique()) == 2
+        assert low <= compare_sides(partition, half).value <= high
 
 
 @pytest.mark.parametrize("constrain", ["relaxed", "strict", "none"])
@@ -234,6 +246,16 @@ def test_images_that_are_fewer_than_a_batch_of_the_maximisation_are_one_batch(mo
     ]
 
 
+@pytest.mark.parametrize(("fitting", "epochs"), [(PLAIN, 52), (ONLINE_MIXED, 27)])
+def test_a_maximisation_without_improvement_ends_in_the_epoch_that_the_code_has(fitting, epochs):
+    """Equal images: the risk is that of the start for ever."""
+    calls = []
+    z = F.normalize(torch.ones(6, 4).double(), dim=1)
+    embeddings = lambda epoch, batches: calls.append(epoch) or Embedded(z, z)  # noqa: E731
+    fit_partition(embeddings, torch.zeros(6, 2).double(), OFFICIAL, (0,), fitting)
+    assert len(calls) == epochs
+
+
 def test_dcl_s_loss():
     z1, z2 = pairs(5)
     for prior in (0.05, 0.1, 0.9):
@@ -259,18 +281,21 @@ def test_images_are_mixed_as_drawn():
 
 @pytest.mark.parametrize("n", [2, 7])
 def test_the_soft_loss_of_mixed_images_is_that_of_the_specification(n):
-    """Loss, penalty and the gradients of both, for scores and embeddings."""
+    """Loss, penalty and the gradients of both, for scores and embeddings; λ of each image acts, as
+    no mean over a batch is taken before shares weight it."""
     z, draws = torch.randn(2, n, 5).double(), torch.rand(n, 2).double()
-    _, target = mix(noise(1, n), draws)
-    _, share, partners = reference.mixup(noise(1, n), draws)
+    share, partner = draws.max(1).values, torch.randperm(n)
     outcomes = []
     for by_hand in (False, True):
         leaf, scores = z.clone().requires_grad_(), draws[:, 0].clone().requires_grad_()
         (z1, z2), p = F.normalize(leaf, dim=2), (3 * scores).sigmoid()
         if by_hand:
-            loss, omega = reference.soft_mixed_subset(z1, z2, p, 0.3, share, partners)
+            loss, omega = reference.soft_mixed_subset(
+                z1, z2, p, 0.3, share.tolist(), partner.tolist()
+            )
         else:
-            loss, omega = soft_loss(*mixed_logits(z1, z2), p, (0.3, 0.3), False, target)
+            logits, image, target = Embedded(z1, z2, share, partner).logits(torch.arange(n))
+            loss, omega = soft_loss(logits, image, p, (0.3, 0.3), False, target)
         gradients = torch.autograd.grad(loss + omega, (leaf, scores))
         outcomes.append((loss.detach(), omega.detach(), *gradients))
     torch.testing.assert_close(*outcomes)
@@ -280,16 +305,17 @@ def test_with_a_partner_in_no_batch_the_image_itself_counts_alone():
     share = torch.tensor([0.6, 0.8, 1.0]).double()
     target = mixed_target(share, torch.tensor([2, -1, 0]))
     torch.testing.assert_close(
-        target, torch.tensor([[0.8, 0, 0.2], [0, 0.8, 0], [0.2, 0, 0.8]]).double()
+        target, torch.tensor([[0.6, 0, 0.4], [0, 0.8, 0], [0, 0, 1]]).double()
     )
     z1, z2 = pairs(3)
     shares = torch.full((3,), 0.5).double()
     s = z1 @ z2.T / 0.3
-    loss, _ = soft_loss(*mixed_logits(z1, z2), shares, (0.3, 0.3), False, 0.8 * torch.eye(3))
-    torch.testing.assert_close(loss, 0.8 * F.cross_entropy(s, torch.arange(3)))
+    loss, _ = soft_loss(*mixed_logits(z1, z2), shares, (0.3, 0.3), False, torch.diag(share))
+    losses = F.cross_entropy(s, torch.arange(3), reduction="none")
+    torch.testing.assert_close(loss, (share * losses).mean())
     embeddings = Embedded(z1, z2, share, torch.tensor([1, 2, 0]))
     *_, target = embeddings.logits(torch.tensor([2, 0]))  # of image 0 the partner is not there
-    torch.testing.assert_close(target, torch.tensor([[0.8, 0.2], [0, 0.8]]).double())
+    torch.testing.assert_close(target, torch.tensor([[1, 0], [0, 0.6]]).double())
 
 
 @pytest.mark.parametrize(
@@ -380,7 +406,7 @@ def test_a_maximisation_of_mixed_images_mixes_within_its_batches(monkeypatch, of
     for *_, (epoch_1, epoch_2), _, fitting in calls:
         assert fitting == (PLAIN if offline else ONLINE_MIXED)
         assert torch.equal(epoch_1.share, epoch_2.share) == offline
-    assert ONLINE_MIXED == (0.1, (5, 25), 31, 2048)
+    assert ONLINE_MIXED == (0.1, (5, 25), 31, 2048, 25)
 
 
 def test_a_view_is_mixed_with_that_of_its_partner():
@@ -458,7 +484,7 @@ def maximise(monkeypatch, **values):
     method = build_method(config, about)
     mixings = []
 
-    def embed(layer, transform, generator, mixing):
+    def embed(layer, transform, generator, mixing, pulse):
         mixings.append(mixing)
         return torch.rand(8, 4, generator=generator)
 
@@ -491,10 +517,39 @@ def test_online_views_are_drawn_anew_in_each_epoch(monkeypatch):
 
 def test_without_random_init_the_scores_go_on_and_what_is_kept_does_not_change(monkeypatch):
     calls, method = maximise(monkeypatch, random_init=False)
-    assert not calls[0][0].any()
+    assert torch.equal(calls[0][0], maximise(monkeypatch)[0][0][0])  # at random, as with it
     for before, after in itertools.pairwise(calls):
         assert torch.equal(after[0], before[0].flip(1) + 1)
     assert len(method.present()) == 3
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"random_init": False}, {"mixup": True, "mixup_max": True}], ids=["scores", "mixed"]
+)
+def test_the_pass_over_all_images_beats_at_each_batch_and_hears_a_stop(knobs, outputs, monkeypatch):
+    """Nothing is lost: the run goes on from before the pass, and ends as one that did not stop."""
+    pulses, pulse = [], Steps.pulse
+    monkeypatch.setattr(loop, "features", partial(features, batch_size=4))
+    monkeypatch.setattr(
+        Steps, "pulse", lambda self, text: pulses.append((self.step, text)) or pulse(self, text)
+    )
+    config = SSLConfig(
+        **TINY, method="ipirm", maximize_iter=1, projection_dim=8, checkpoint_every=2, **knobs
+    )
+    expected = outcome(train_ssl(config))
+    shutil.rmtree(locate(config).path)
+    texts = [f"partition: {done} of 32 views are embedded" for done in range(0, 32, 4)]
+    assert [pulse for pulse in pulses if pulse[1] in texts] == [*product((0, 2), texts)]
+    stop = property(lambda self: "stop" if pulses[-1] == (2, texts[5]) else None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "request", stop)
+        with pytest.raises(Stopped, match="before step 2 of 4"):
+            train_ssl(config)
+    assert pulses[-1] == (2, texts[5])
+    again = outcome(train_ssl(config))
+    assert again[0]["method.fitted"] == 2
+    assert all(torch.equal(expected[0][k], again[0][k]) for k in expected[0])
+    assert expected[1:] == again[1:]
 
 
 def test_an_encoder_comes_back_and_a_run_goes_on_after_partitions_have_grown(outputs):

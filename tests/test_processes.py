@@ -22,7 +22,8 @@ from idaa_lib.runs import Run, RunError, Stopped, checkpoints, machine
 from idaa_lib.runs.steps import Steps
 from idaa_lib.train import locate, train_ssl, train_vae
 from idaa_lib.train.__main__ import main as train_command
-from idaa_lib.views import recipe
+from idaa_lib.train.loop import Fit
+from idaa_lib.views import keyed_generator, recipe
 
 COMMON = dict(dataset="photos", limit=64, size=16, epochs=2, batch_size=16, precision="fp32")
 COMMON |= dict(device="cpu", log_every=1)
@@ -209,6 +210,27 @@ def steps_of(rank, folder, **control):
     return events
 
 
+PARTITIONS = {
+    "offline": {},
+    "online": {"offline": False, "random_init": False},
+    "mixed": {"mixup": True, "mixup_max": True, "offline": False},
+}
+
+
+def partition_of(rank, processes, values):
+    """The partition that a training by IP-IRM fits before its first epoch, of 61 images."""
+    config = SSLConfig(method="ipirm", width=4, size=16, projection_dim=8, batch_size=16, **values)
+    shape = 61, 3, 16, 16
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=keyed_generator(1))
+    views = recipe("ipirm", 16, (0.5,) * 3, (0.25,) * 3)
+    method = build_method(config, About(views, torch.zeros(61), batch_size=16))
+    place = dict(process_index=rank, num_processes=processes, device=torch.device("cpu"))
+    place |= dict(mixed_precision="no", unwrap_model=lambda network, **how: network)
+    fit = Fit(SimpleNamespace(**place), method, images, config)
+    fit._before_epoch(SimpleNamespace(step=0, saved=0, pulse=lambda message: None))
+    return method.present()
+
+
 def worker(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     parts = parts_of(rank, 2, share=True)
@@ -227,7 +249,8 @@ def worker(rank, folder):
     for start, stop in ((0, 10), (3, 8), (9, 10)):  # as many each, one left over, one alone
         assert torch.equal(share(range(start, stop), look_up), table[start:stop])
     assert counts == [5, 3, 1]
-    torch.save((*parts, events), f"{folder}/{rank}.pt")
+    partitions = [partition_of(rank, 2, values) for values in PARTITIONS.values()]
+    torch.save((*parts, partitions, events), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -260,8 +283,15 @@ def test_shared_statistics_are_torch_s_batchnorm_of_the_whole_batch(ranks):
         for part in halves:
             torch.testing.assert_close(part[2], mean)
             torch.testing.assert_close(part[3], var)
-    for _, rank_output, _ in ranks:
+    for _, rank_output, *_ in ranks:
         torch.testing.assert_close(rank_output, output)
+
+
+@pytest.mark.parametrize("which", range(len(PARTITIONS)), ids=PARTITIONS)
+def test_two_processes_have_the_partition_that_one_has(which, ranks):
+    expected = partition_of(0, 1, [*PARTITIONS.values()][which])
+    assert len(expected) == 1 and len(expected.unique()) == 2
+    assert all(torch.equal(partitions[which], expected) for *_, partitions, _ in ranks)
 
 
 if __name__ == "__main__":

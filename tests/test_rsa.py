@@ -168,6 +168,27 @@ def test_recipes_are_as_specified(preset):
     )
 
 
+@pytest.mark.parametrize("values", [{}, {"rsa_views": "aggressive"}], ids=["rsa", "byol"])
+@pytest.mark.parametrize("stem", ["cifar", "mini", "imagenet"])
+def test_initial_weights_are_torchvision_s(stem, values):
+    """He et al.'s fan-out normal, the last BatchNorm of a block at 0, and a stem that replaces
+    torchvision's by a Conv2d's default, U(±1/√fan_in) (spec §3.2)."""
+    config = SSLConfig(preset="rsa-cifar10", stem=stem, backbone="resnet18", width=32, **values)
+    method = build_method(config, About(recipe("rsa", 32, MEAN, STD)))
+    backbone = method.network.backbone
+    for name, module in backbone.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            weight, kernel = module.weight, module.kernel_size[0] ** 2
+            spread = math.sqrt(2 / (module.out_channels * kernel))
+            if name == "conv1" and stem != "imagenet":
+                spread = 1 / math.sqrt(3 * 3 * kernel)
+                assert 0.9 * math.sqrt(3) * spread < weight.abs().max() <= math.sqrt(3) * spread
+            assert weight.std().item() == pytest.approx(spread, rel=0.1), name
+    assert not any(block.bn2.weight.any() for block in (*backbone.layer1, *backbone.layer4))
+    twins = zip(method.target.parameters(), method.network.parameters(), strict=False)
+    assert all(torch.equal(ours, theirs) for ours, theirs in twins)
+
+
 def test_lars_spares_vectors_alone():
     """Biases and norms have neither decay nor a scaled step (spec §3.3)."""
     config = a_config("rsa", "none", optimizer="lars", weight_decay=0.3)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,7 +34,7 @@ from idaa_lib.methods import About, Moment, build_method
 from idaa_lib.runs import RunError, Stopped
 from idaa_lib.train import feed, locate, train_ssl, train_vae
 from idaa_lib.train.loop import Fit
-from idaa_lib.views import recipe
+from idaa_lib.views import keyed_generator, recipe
 
 SIDES = (100, 75)  # width and height of ImageNet's photographs, mostly, divided by 5
 TINY = {"size": 32, "width": 4, "batch_size": 8, "epochs": 2, "streamed": True, "device": "cpu"}
@@ -137,6 +138,13 @@ def test_n_processes_and_a_resume_see_what_one_process_sees(photos, one_process,
                 assert torch.equal(values, torch.cat([part.params[name] for part in parts]))
 
 
+def crop_of_original(images, i, box, flip):
+    """What torchvision cuts of photograph i, in [0, 1]."""
+    picture = images._decode(images._table(images.rows[[i]])[0]).contiguous() / 255
+    oracle = F.resized_crop(picture, *map(int, box), [32, 32], antialias=True)
+    return oracle.flip(2) if flip else oracle
+
+
 def test_a_view_is_what_its_parameters_say_of_the_original(photos, one_process, monkeypatch):
     config = SSLConfig(**TINY, dataset=str(photos), method="simsiam")
     dataset, calls = cached.load(photos, "train", 32, streamed=True), []
@@ -156,11 +164,33 @@ def test_a_view_is_what_its_parameters_say_of_the_original(photos, one_process, 
         assert 0 < view.params["flip"].mean() < 1
         of_view = view.images, view.params["crop"], view.params["flip"]
         for i, pixels, box, flip in zip(index, *of_view, strict=True):
-            row = dataset.images._table(dataset.images.rows[[i]])[0]
-            picture = decode(dataset.images, row).contiguous() / 255
-            oracle = F.resized_crop(picture, *map(int, box), [32, 32], antialias=True)
-            oracle = oracle.flip(2) if flip else oracle
+            oracle = crop_of_original(dataset.images, i, box, flip)
             assert (pixels * std + mean - oracle).abs().max() < 1.6 / 255
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_pass_over_all_images_before_an_epoch_cuts_the_originals(photos, mixes, monkeypatch):
+    """IP-IRM's, from which a partition is fitted."""
+    config = SSLConfig(**TINY, dataset=str(photos), method="ipirm", augmentation="ipirm")
+    dataset, works = cached.load(photos, "train", 32, streamed=True), []
+    fit = fit_on(dataset, config)
+    fit.accelerator.mixed_precision = "no"
+    fit.accelerator.unwrap_model = lambda network, **how: network
+    monkeypatch.setattr(fit.method, "before_epoch", lambda epoch, work: works.append(work))
+    monkeypatch.setattr(fit.method, "encoder", lambda layer: torch.nn.Flatten())
+    fit._before_epoch(SimpleNamespace(step=0))
+    views, n = replace(fit.method.recipe, jitter_probability=0, gray=0, blur=0), len(dataset)
+    share, partner = torch.linspace(0.5, 1, n), torch.arange(n).roll(1)
+    mixing = (share, partner) if mixes else None
+    rows = works[0].embed(transform=views, generator=keyed_generator(5), mixing=mixing)
+    numbers = views.numbers(n, keyed_generator(5))
+    params = views.parameters(numbers, dataset.sizes)
+    drawn = enumerate(zip(params["crop"], params["flip"], strict=True))
+    expected = torch.stack([crop_of_original(dataset.images, i, *values) for i, values in drawn])
+    if mixes:
+        expected = torch.lerp(expected[partner], expected, share[:, None, None, None])
+    mean, std = (torch.tensor(unit)[:, None, None] for unit in (dataset.mean, dataset.std))
+    assert (rows.view(n, 3, 32, 32) * std + mean - expected).abs().max() < 1.6 / 255
 
 
 # --- Trainings and what follows

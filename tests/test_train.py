@@ -19,6 +19,7 @@ from accelerate.tracking import get_available_trackers
 from conftest import outcome
 from PIL import Image
 from reference import knn as naive_knn
+from reference import rsa_beta
 
 import idaa_lib
 from idaa_lib import adversaries, runs
@@ -454,7 +455,7 @@ def test_compiled_views_are_the_same_views(outputs):
     ("method", "adversary"),
     [
         ("vae", None), ("simclr", "clae"), ("simclr", "idaa"), ("moco", "none"), ("byol", "none"),
-        ("simsiam", "none"), ("fixmatch", "clae"),
+        ("simsiam", "none"), ("fixmatch", "clae"), ("rsa", "none"),
     ],
 )  # fmt: skip
 def test_a_compiled_network_trains_like_a_plain_one_and_is_a_run_of_its_own(
@@ -482,6 +483,9 @@ def test_a_compiled_network_trains_like_a_plain_one_and_is_a_run_of_its_own(
     assert first[0].keys() == second[0].keys()
     for line, other in zip(first[2], second[2], strict=True):
         assert line == pytest.approx(other, rel=1e-2)  # Adam turns rounding into steps
+    if method == "rsa":  # β moves in compiled steps too
+        betas = [line["beta"] for line in second[2] if "beta" in line]
+        assert betas == pytest.approx([rsa_beta(0.4, s, 2) for s in (1, 2)], abs=1e-6)
 
 
 def folder(root, n=24, classes=("a", "b")):

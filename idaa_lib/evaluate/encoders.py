@@ -111,6 +111,8 @@ def features(
     transform: Recipe | None = None,
     generator: torch.Generator | None = None,
     mixing: tuple[Tensor, Tensor] | None = None,
+    originals: bool = False,
+    pulse: Callable[[int], object] = lambda done: None,
 ) -> Tensor:
     """Features (N, D) float32, on `output_device`, of uint8 images (N, 3, H, W).
 
@@ -122,7 +124,9 @@ def features(
         batch_size: None for 512 images of 32 pixels, fewer larger ones.
         transform, generator: random views, and what draws them; None is the test transform.
         mixing: λ and partner (N,), on the CPU: of image i's view λ_i, and of its partner's 1 − λ_i.
+        originals: crops of streamed photographs are cut of them, as in training, not of squares.
         bf16: multiply in bf16, about twice as fast where a device does so natively.
+        pulse: called before each batch with how many images are done; what it raises goes through.
     """
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     transform = transform or recipe("none", size, mean, std)
@@ -130,8 +134,15 @@ def features(
     n = len(images)
     counts = [min(batch_size, n - start) for start in range(0, max(1, n), batch_size)]
     numbers = torch.cat([transform.numbers(count, generator) for count in counts])
+    crops = originals and transform.crop_scale is not None
+    index = torch.arange(n)
+    sizes: Any = images.sizes if crops else None
 
     def view(rows: Any) -> Tensor:
+        if crops:
+            cut = transform.cut(numbers[rows], sizes[rows])
+            pixels = images.gather(index[rows], cut[:, 2:], transform.size).to(device)
+            return transform.view(pixels, numbers[rows], cut.to(device)).images
         return transform.view(images[rows].to(device), numbers[rows]).images
 
     def encode(rows: Any) -> Tensor:
@@ -143,11 +154,12 @@ def features(
             return module(x).float()
 
     step = batch_size * count_processes()
+    results = []
     with evaluating(module) if isinstance(module, nn.Module) else torch.no_grad():
-        results = [
-            share(range(start, min(start + step, n)), encode).to(output_device)
-            for start in range(0, max(1, n), step)
-        ]
+        for start in range(0, max(1, n), step):
+            pulse(start)
+            rows = range(start, min(start + step, n))
+            results.append(share(rows, encode).to(output_device))
     return torch.cat(results)
 
 

@@ -68,7 +68,8 @@ class Work:
 
     images: Tensor  # all training images, uint8 (N, 3, H, W)
     # Their features (N, D) by the present encoder, as `evaluate.encoders.features` gives them, of a
-    # layer; without augmentation, or of views by `transform`, drawn from `generator`.
+    # layer; without augmentation, or of views by `transform`, drawn from `generator`. It calls
+    # `pulse` before each batch with how many images are done.
     embed: Callable[..., Tensor]
     pulse: Callable[[str], None]  # takes a message, and raises where the training shall stop
     say: Callable[[str], object] = print  # a sentence for the user, once for all processes

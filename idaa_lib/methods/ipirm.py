@@ -66,11 +66,11 @@ class IPIRM(SimCLR):
         """env_num: K, subsets of a partition. maximize_iter: epochs between two partitions.
         penalty_weight: λ₁, of the minimisation. irm_weight_maxim: λ₂ of the maximisation. irm_temp:
         T of both penalties. constrain: balance of the subsets. retain_group: keep `all` partitions,
-        `one`, or the last n. keep_cont: add L_all to the loss. random_init: scores start at random,
-        not at the partition before. offline: views are embedded once a maximisation, not once an
-        epoch of it. nonorm: sums over 2n, not means. dummy: scale of the penalty (§2.2). mixup:
-        first views are mixed. mixup_max: in the maximisation too (§2.4). baseline: L_all alone.
-        debiased: τ⁺ of DCL's loss for the baseline (§2.6)."""
+        `one`, or the last n. keep_cont: add L_all to the loss. random_init: each maximisation's
+        scores start at random, not the run's first alone. offline: views are embedded once a
+        maximisation, not once an epoch of it. nonorm: sums over 2n, not means. dummy: scale of the
+        penalty (§2.2). mixup: first views are mixed. mixup_max: in the maximisation too (§2.4).
+        baseline: L_all alone. debiased: τ⁺ of DCL's loss for the baseline (§2.6)."""
 
         own_heads_alone = True
         projection_dim: Positive = 128
@@ -306,11 +306,10 @@ class IPIRM(SimCLR):
         def embeddings(number: int, batches: Sequence[Tensor]) -> Embedded:
             nonlocal embedded
             if embedded is None or not own.offline:
-                work.pulse(f"partition: views of {n} images are embedded")
                 embedded = self.embed_all(work, (*key, number), batches)
             return embedded
 
-        if own.random_init:
+        if own.random_init or not self.fitted:
             scores = torch.randn(n, own.env_num, generator=keyed_generator(*key, START))
         else:
             scores = self.scores
@@ -325,16 +324,21 @@ class IPIRM(SimCLR):
     def embed_all(self, work: Work, key: tuple[int, ...], batches: Sequence[Tensor]) -> Embedded:
         """Two views of all images; with `mixup_max` the first is λ of itself and the rest another
         of its batch, whose order is random."""
-        mixing = None
+        n, mixing = self.about.n, None
         if self.options.mixup_max:
-            uniform = torch.rand(self.about.n, generator=keyed_generator(*key, SHARES))
-            partner = torch.arange(self.about.n)
+            uniform = torch.rand(n, generator=keyed_generator(*key, SHARES))
+            partner = torch.arange(n)
             for index in batches:
                 partner[index.cpu()] = index.cpu().roll(1)
             mixing = torch.maximum(uniform, 1 - uniform), partner
-        embed = partial(work.embed, "projector", transform=self.recipe)
-        z1 = embed(generator=keyed_generator(*key, VIEWS), mixing=mixing)
-        z2 = embed(generator=keyed_generator(*key, VIEWS + 1), mixing=None)
+
+        def embed(view: int, mixing: tuple[Tensor, Tensor] | None) -> Tensor:
+            how = {"generator": keyed_generator(*key, VIEWS + view), "mixing": mixing}
+            at = "partition: {} of {} views are embedded"
+            pulse = lambda done: work.pulse(at.format(view * n + done, 2 * n))  # noqa: E731
+            return work.embed("projector", transform=self.recipe, pulse=pulse, **how)
+
+        z1, z2 = embed(0, mixing), embed(1, None)
         return Embedded(z1, z2, *(part.to(z1.device) for part in mixing or ()))
 
     def keep(self, partition: Tensor) -> None:

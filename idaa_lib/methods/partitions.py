@@ -17,7 +17,7 @@ from idaa_lib.views import keyed_generator
 
 # Entropy in nats that a relaxed constraint asks of the shares of two subsets: that of 1 : 2.
 BALANCE = 0.6365
-PATIENCE = 5  # epochs without improvement after which a maximisation ends, from its epoch 51 on
+PATIENCE = 5  # epochs without improvement after which a maximisation ends, once it may
 ORDER = 14  # stream of the random order of a maximisation's batches
 
 
@@ -138,26 +138,26 @@ def mixed_logits(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mixed_target(share: Tensor, partner: Tensor) -> Tensor:
-    """What a softmax over n columns shall be: λ̄ on the image itself, 1 − λ̄ on its partner.
+    """What a softmax over n columns shall be: λ_i on the image itself, 1 − λ_i on its partner.
 
-    share: (n,), λ, of which the mean acts alone. partner: (n,), −1 where it is no column.
+    share: (n,), λ. partner: (n,), −1 where it is no column.
     """
-    mean = share.mean()
-    target = mean * torch.eye(len(share), dtype=share.dtype, device=share.device)
+    target = torch.diag(share)
     (rows,) = (partner >= 0).nonzero(as_tuple=True)
-    target[rows, partner[rows]] += 1 - mean
+    target[rows, partner[rows]] += 1 - share[rows]
     return target
 
 
 def mix(images: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Each of n images mixed with another by λ = max(u, 1 − u), and the target (n, n).
+    """Each of n images mixed with another by λ = max(u, 1 − u), and the target (n, n), where the
+    mean of λ acts alone (§2.4).
 
     draws: (n, 2) random numbers in [0, 1): u, and what puts the partners in order.
     """
     uniform, rank = draws.unbind(1)
     share, partner = torch.maximum(uniform, 1 - uniform).to(images.dtype), rank.argsort()
     mixed = torch.lerp(images[partner], images, share[:, None, None, None])
-    return mixed, mixed_target(share, partner)
+    return mixed, mixed_target(share.mean().expand_as(share), partner)
 
 
 def embed_together(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -199,17 +199,19 @@ class Embedded(NamedTuple):
 
 
 class Fitting(NamedTuple):
-    """How scores are fitted: rate, epochs after which it is a fifth, epochs, images of a batch."""
+    """How scores are fitted: rate, epochs after which it is a fifth, epochs, images of a batch, and
+    the epoch (from 0) after which it may end sooner."""
 
     rate: float = 0.5
     drops: tuple[int, ...] = (5, 35)
     epochs: int = 61
     batch: int = 3096
+    least: int = 50
 
 
 PLAIN = Fitting()
 # Of mixed images that are embedded anew in each epoch (§2.4).
-ONLINE_MIXED = Fitting(0.1, (5, 25), 31, 2048)
+ONLINE_MIXED = Fitting(0.1, (5, 25), 31, 2048, least=25)
 
 
 def fit_partition(
@@ -261,6 +263,6 @@ def fit_partition(
         since += 1
         if mean < lowest:  # of before the steps; the scores of after them, as the code has it
             best, lowest, since = scores.detach().clone(), mean, 0
-        if epoch > 50 and since >= PATIENCE:
+        if epoch > fitting.least and since >= PATIENCE:
             break
     return best

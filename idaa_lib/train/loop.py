@@ -224,8 +224,7 @@ class Fit:
         numbers = self._draw(step, {name: len(index) for name, index in batch.items()})
         cuts = {}
         for i, (name, recipe) in enumerate(self.method.recipes()):
-            params = recipe.parameters(numbers[f"view {i}"], sizes[batch[name]])
-            cuts[f"cut {i}"] = torch.cat([params["source"], params["crop"]], 1)
+            cuts[f"cut {i}"] = recipe.cut(numbers[f"view {i}"], sizes[batch[name]])
         return cuts
 
     def _batch_of(self, step: int) -> dict[str, list[int]]:
@@ -245,6 +244,7 @@ class Fit:
         def embed(layer: str = "backbone", **views: Any) -> Tensor:
             units, device = (recipe.size, recipe.mean, recipe.std), self.device
             how = {"device": device, "output_device": device, **views}
+            how["originals"] = self.feed.streamed
             how["bf16"] = self.accelerator.mixed_precision == "bf16"
             with self._unwrapped() as method:
                 return features(method.encoder(layer), self.feed.images, *units, **how)

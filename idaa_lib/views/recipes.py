@@ -127,6 +127,11 @@ class Recipe:
             params |= {"source": cut[:, :2], "crop": cut[:, 2:]}
         return {k: v if v.dtype == torch.int64 else v.float() for k, v in params.items()}
 
+    def cut(self, numbers: Tensor, sizes: Tensor) -> Tensor:
+        """The `cut` (n, 6) of `view`, of originals of these sizes (n, 2), by numbers (n, ·)."""
+        params = self.parameters(numbers, sizes)
+        return torch.cat([params["source"], params["crop"]], 1)
+
     def _interpret(self, uniform: Params, source: Tensor) -> Params:
         """`parameters` from named numbers, each (n, its columns), and sides (n, 2)."""
 
