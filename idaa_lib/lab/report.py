@@ -148,17 +148,19 @@ class Report:
         empty = "No training yet: run notebooks/01_pretrain_vae.ipynb."
         return self._each(groups.values(), show, empty)
 
-    def detection(self, compare: Callable[[Run], list[dict[str, str]]]) -> HTML:
+    def detection(self, compare: Callable[[Run], tuple[list[dict[str, str]], str]]) -> HTML:
         """Box and mask AP of detectors, a table of those that `compare` (examples/detection) puts
-        beside each other."""
+        beside each other, and its sentence."""
         tables: list[list[dict[str, str]]] = []
 
         def show(run: Run) -> str:
-            if (rows := compare(run)) in tables:
+            rows, note = compare(run)
+            if rows in tables:
                 return ""
             tables.append(rows)
             summary, made_by = run.summary or {}, runs.parameters(run.config)
-            text = f"AP in %, n seeds. {summary['n']:,} images. {summary.get('protocol', '')}"
+            about = summary.get("protocol", "")
+            text = f"AP in %, n seeds. {summary['n']:,} images. {about}. {note}"
             table = results.html_table(pd.DataFrame(rows).fillna("–"), index=False)
             commands = _commands([papermill("10_detection", made_by)])
             return f"<h3>{run.id}</h3>{table}<p class='quiet'>{html.escape(text)}</p>{commands}"
