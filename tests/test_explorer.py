@@ -4,12 +4,15 @@ import datetime
 import html
 import io
 import json
+import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -24,7 +27,7 @@ from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig, VAEConfig
 from idaa_lib.identity.networks import UNTRAINED
 from idaa_lib.identity.scene import ADVERSARIES
 from idaa_lib.lab.background import Background
-from idaa_lib.lab.controls import EQUAL_HARDNESS, Epsilon
+from idaa_lib.lab.controls import EQUAL_HARDNESS, Epsilon, keep_image
 from idaa_lib.lab.engine import EPSILONS, GAIN, SHARES, STRIP, Engine
 from idaa_lib.lab.explorer import Explorer
 from idaa_lib.lab.grid import Grid
@@ -567,6 +570,57 @@ def test_an_image_of_one_s_own(explorer):
     assert settle(explorer)
     assert "x.png cannot be read" in explorer.problems.value
     assert explorer.engine is predecessor
+
+
+def encode_image(form, mode="RGB"):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(file, form)
+    return file.getvalue()
+
+
+def spoil(content, seed):
+    """The bytes with up to six of the first 200 changed."""
+    draws, spoilt = random.Random(seed), bytearray(content)
+    for _ in range(draws.randint(1, 6)):
+        spoilt[draws.randrange(min(len(spoilt), 200))] = draws.randrange(256)
+    return bytes(spoilt)
+
+
+def large_png(side):
+    """The head of a PNG of this many pixels a side, and few of its pixels."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 9999)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+FORMS = "PNG", "GIF", "TIFF", "BMP", "WEBP", "JPEG", "PPM"
+UPLOADS = {form: [spoil(encode_image(form), seed) for seed in range(60)] for form in FORMS}
+UPLOADS |= {"large": [large_png(30_000)], "floats": [encode_image("TIFF", "F")]}
+UPLOADS |= {"text": [b"text", b""]}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it doubts
+@pytest.mark.parametrize("kind", UPLOADS)
+def test_a_bad_upload_is_a_sentence_with_its_name_and_leaves_no_file(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
+    sentences = []
+    for content in UPLOADS[kind]:
+        try:
+            keep_image({"name": "my <photo>.png", "content": memoryview(content)}).unlink()
+        except ConfigError as error:
+            sentences.append(str(error))
+        assert not any((tmp_path / "explorer" / "uploads").iterdir())
+    assert sentences and (kind in FORMS or len(sentences) == len(UPLOADS[kind]))
+    for sentence in sentences:
+        assert sentence.startswith("my <photo>.png cannot be read as an image (")
+        assert len(sentence) <= 400 and " at 0x" not in sentence
 
 
 def test_what_is_saved_can_be_made_again(explorer, outputs):

@@ -105,9 +105,9 @@ def keep_image(file: Mapping[str, Any]) -> Path:
     path.write_bytes(content)
     try:
         decode(path, 8)
-    except (OSError, ValueError):
+    except OSError as error:
         path.unlink()
-        raise ConfigError(f"{file['name']} cannot be read as an image.") from None
+        raise ConfigError(f"{file['name']} cannot be read as an image ({error}).") from None
     return path
 
 
