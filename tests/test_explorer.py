@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from urllib.parse import urlencode
 
 import ipywidgets as widgets
 import numpy as np
@@ -463,6 +464,82 @@ def test_a_setting_comes_back_by_reset_and_by_a_link(explorer, monkeypatch):
         assert (visitor.picture.image.value == picture) == (not complaint)
         visitor.engine = None
         assert visitor._background.settle()
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A folder of this server with images, of which no visitor knows."""
+    for i in range(60):
+        path = tmp_path / "our own pets" / "cat" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (4 * i, 0, 0)).save(path)
+    return tmp_path / "our own pets"
+
+
+@pytest.fixture
+def visit(outputs, monkeypatch):
+    """Makes the explorer of a visitor, where one run is damaged, and closes it."""
+    visitors, bad = [], outputs / "vae" / "vae-bad-00000000"
+    bad.mkdir()
+    (bad / "config.json").write_text("{")
+
+    def open_page(query, config=CONFIG):
+        monkeypatch.setenv("QUERY_STRING", query)
+        visitors.append(Explorer(config))
+        assert settle(visitors[-1])
+        return visitors[-1]
+
+    yield open_page
+    shutil.rmtree(bad)
+    for visitor in visitors:
+        visitor.engine = None
+        assert visitor._background.settle()
+
+
+def state_of(widget):
+    """All that a browser gets of a widget and its children."""
+    children = getattr(widget, "children", ())
+    return html.unescape(str(widget.get_state())) + "".join(map(state_of, children))
+
+
+def test_a_visitor_names_data_sets_and_sees_no_path(visit, pets, outputs):
+    secrets = str(pets), str(outputs), str(Path.cwd()), str(Path.home())
+    visitor = visit(urlencode({"dataset": str(pets)}))
+    assert "dataset='our own pets' is no data set" in html.unescape(visitor.problems.value)
+    assert "vae-bad-00000000" in visitor.left_out.value and "damaged" in visitor.left_out.value
+    engine = visitor.engine
+    for name in (pets, "nope", "/", "~", "..", pets / "cat", "./data/starter/images", "x" * 999):
+        visitor.dataset.value = str(name)
+        assert settle(visitor)
+        sentence = html.unescape(visitor.problems.value)
+        assert "is no data set of this page" in sentence and len(sentence) < 500
+        assert visitor.engine is engine and not visitor.status.value
+        # What was typed stands in its own field.
+        assert not any(secret in state_of(visitor.ui) for secret in secrets[1:])
+    for name in ("photos", "starter", ""):  # as before
+        visitor.dataset.value = name
+        assert settle(visitor)
+        assert visitor.problems.value == visitor.status.value == ""
+        assert visitor.engine.scene.config.dataset == (name or None)
+        assert not any(secret in state_of(visitor.ui) for secret in secrets)
+
+
+@pytest.mark.parametrize("name", ["vae", "run"])
+def test_a_visitor_opens_no_run_by_its_path(name, visit, outputs, tmp_path):
+    shutil.copytree(Run(next((outputs / "vae").glob("*dim=16*"))).path, tmp_path / "vae-theirs")
+    visitor = visit(urlencode({name: str(tmp_path / "vae-theirs")}))
+    assert "vae-theirs" in visitor.problems.value
+    assert str(tmp_path) not in state_of(visitor.ui)
+
+
+def test_the_data_set_of_the_page_has_a_name_for_visitors(visit, pets):
+    visitor = visit("", CONFIG.replace(dataset=str(pets)))
+    assert visitor.engine.scene.config.dataset == str(pets)
+    assert visitor.dataset.value == pets.name in visitor.dataset.options
+    link = re.search(r'href="\?([^"]*)"', visitor.meters.value)[1]
+    assert "dataset=our+own+pets" in link and str(pets) not in state_of(visitor.ui)
+    again = visit(html.unescape(link), CONFIG.replace(dataset=str(pets)))
+    assert again.problems.value == "" and again.engine.scene.config.dataset == str(pets)
 
 
 def test_the_app_explains_what_notebook_02_explains():
