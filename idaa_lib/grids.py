@@ -203,9 +203,44 @@ def sensitivity(config: SweepConfig) -> list[Point]:
 
     Hyper-parameters are chosen on a validation split, whatever the preset: it is held out of all
     trainings, and every point is judged by the clean protocol.
+
+    Raises:
+        ConfigError: as `read` and `Grid.points`; points that have no validation split.
     """
-    if config.grid is not None:
-        return read(config.grid).points()
+    points = _axes_of_form(config) if config.grid is None else _points_of_grid(config)
+    for stage, name, value in (("eval", "protocol", "official"), ("ssl", "split", "trainval")):
+        # An evaluation of `trainval` would call images that were trained on validation.
+        clash = [p for p in points if p.eval and (getattr(p, stage) or {}).get(name) == value]
+        if clash:
+            raise ConfigError(
+                f"{name}={value!r} of {len(clash)} of {len(points)} points (such as "
+                f"{clash[0].name}) leaves no validation split, on which a study chooses its "
+                f"hyper-parameters: leave it out here, or run a grid with make sweep."
+            )
+    return points
+
+
+def _points_of_grid(config: SweepConfig) -> list[Point]:
+    """The points of `config.grid`, in which what the form says stands where the grid says nothing;
+    its seeds, where they are not the default, in place of the grid's."""
+    grid, changes = read(config.grid or {}), config.changed()
+    if "seeds" in changes:
+        grid = grid.model_copy(update={"seeds": config.seeds})
+    common = {"preset": config.preset, "device": config.device}
+    # A data set that the form's preset gives would not go with another preset of the grid's.
+    images = {"dataset": config.dataset} if "dataset" in changes else {}
+    training = common | images | {"split": "train"}
+    beneath = {"vae": training | config.vae, "ssl": training | config.ssl, "transfer": common}
+    beneath["eval"] = common | {"protocol": "clean"} | config.eval
+    return [
+        point._replace(
+            **{s: beneath[s] | own for s in STAGES if (own := getattr(point, s)) is not None}
+        )
+        for point in grid.points()
+    ]
+
+
+def _axes_of_form(config: SweepConfig) -> list[Point]:
     shared = _shared(config)
     shared["eval"] = {"protocol": "clean"} | shared["eval"]
     vae, ssl = ({"split": "train"} | fields for fields in (config.vae, config.ssl))

@@ -11,8 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from idaa_lib import kernels, results, runs, train_ssl, train_vae
-from idaa_lib.configs import EvalConfig, SSLConfig, TransferConfig, VAEConfig
+from idaa_lib import evaluate, kernels, results, runs, train_ssl, train_vae
+from idaa_lib.configs import (
+    ConfigError,
+    DecomposeConfig,
+    EvalConfig,
+    SSLConfig,
+    TheoryConfig,
+    TransferConfig,
+    VAEConfig,
+)
+from idaa_lib.evaluate.transfer import transfer
+from idaa_lib.identity import study
+from idaa_lib.identity.scene import open_scene
 from idaa_lib.lab import rows
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import choose
@@ -244,6 +255,27 @@ def test_a_folder_that_was_moved_is_the_same(outputs, photographs, tmp_path, cap
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(image)
     with pytest.raises(RunError, match="no finished vae run with dataset="):
         stages.settle(encoder)
+
+
+@pytest.mark.parametrize(
+    ("judge", "config", "field"),
+    [(evaluate, EvalConfig(references=False, device="cpu"), "dataset"),
+     (transfer, TransferConfig(device="cpu"), "datasets"),
+     (open_scene, DecomposeConfig(images=2), "dataset"),
+     (study, TheoryConfig(device="cpu"), "dataset")],
+)  # fmt: skip
+def test_where_images_went_is_asked_with_the_run_s_name(
+    judge, config, field, outputs, photographs, tmp_path
+):
+    vae = train_vae(VAEConfig(dataset=str(photographs), dim=4, **SMALL))
+    encoder = train_ssl(SSLConfig(dataset=str(photographs), **SMALL))
+    folder = photographs.rename(tmp_path / "second")
+    run = encoder if isinstance(config, EvalConfig | TransferConfig) else vae
+    with pytest.raises(ConfigError, match=f"Run {run.id} was .*, {field}=<new place>") as caught:
+        judge(config)
+    assert str(photographs) in str(caught.value) and len(str(caught.value)) <= 400
+    if judge is open_scene:
+        assert len(open_scene(config.replace(dataset=str(folder))).x) == 2
 
 
 def test_a_training_that_read_its_images_as_they_are_has_none_opened(outputs, monkeypatch):

@@ -4,13 +4,17 @@ import datetime
 import html
 import io
 import json
+import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
+from urllib.parse import urlencode
 
 import ipywidgets as widgets
 import numpy as np
@@ -24,7 +28,7 @@ from idaa_lib.configs import ConfigError, DecomposeConfig, SSLConfig, VAEConfig
 from idaa_lib.identity.networks import UNTRAINED
 from idaa_lib.identity.scene import ADVERSARIES
 from idaa_lib.lab.background import Background
-from idaa_lib.lab.controls import EQUAL_HARDNESS, Epsilon
+from idaa_lib.lab.controls import EQUAL_HARDNESS, Epsilon, keep_image
 from idaa_lib.lab.engine import EPSILONS, GAIN, SHARES, STRIP, Engine
 from idaa_lib.lab.explorer import Explorer
 from idaa_lib.lab.grid import Grid
@@ -462,6 +466,82 @@ def test_a_setting_comes_back_by_reset_and_by_a_link(explorer, monkeypatch):
         assert visitor._background.settle()
 
 
+@pytest.fixture
+def pets(tmp_path):
+    """A folder of this server with images, of which no visitor knows."""
+    for i in range(60):
+        path = tmp_path / "our own pets" / "cat" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (4 * i, 0, 0)).save(path)
+    return tmp_path / "our own pets"
+
+
+@pytest.fixture
+def visit(outputs, monkeypatch):
+    """Makes the explorer of a visitor, where one run is damaged, and closes it."""
+    visitors, bad = [], outputs / "vae" / "vae-bad-00000000"
+    bad.mkdir()
+    (bad / "config.json").write_text("{")
+
+    def open_page(query, config=CONFIG):
+        monkeypatch.setenv("QUERY_STRING", query)
+        visitors.append(Explorer(config))
+        assert settle(visitors[-1])
+        return visitors[-1]
+
+    yield open_page
+    shutil.rmtree(bad)
+    for visitor in visitors:
+        visitor.engine = None
+        assert visitor._background.settle()
+
+
+def state_of(widget):
+    """All that a browser gets of a widget and its children."""
+    children = getattr(widget, "children", ())
+    return html.unescape(str(widget.get_state())) + "".join(map(state_of, children))
+
+
+def test_a_visitor_names_data_sets_and_sees_no_path(visit, pets, outputs):
+    secrets = str(pets), str(outputs), str(Path.cwd()), str(Path.home())
+    visitor = visit(urlencode({"dataset": str(pets)}))
+    assert "dataset='our own pets' is no data set" in html.unescape(visitor.problems.value)
+    assert "vae-bad-00000000" in visitor.left_out.value and "damaged" in visitor.left_out.value
+    engine = visitor.engine
+    for name in (pets, "nope", "/", "~", "..", pets / "cat", "./data/starter/images", "x" * 999):
+        visitor.dataset.value = str(name)
+        assert settle(visitor)
+        sentence = html.unescape(visitor.problems.value)
+        assert "is no data set of this page" in sentence and len(sentence) < 500
+        assert visitor.engine is engine and not visitor.status.value
+        # What was typed stands in its own field.
+        assert not any(secret in state_of(visitor.ui) for secret in secrets[1:])
+    for name in ("photos", "starter", ""):  # as before
+        visitor.dataset.value = name
+        assert settle(visitor)
+        assert visitor.problems.value == visitor.status.value == ""
+        assert visitor.engine.scene.config.dataset == (name or None)
+        assert not any(secret in state_of(visitor.ui) for secret in secrets)
+
+
+@pytest.mark.parametrize("name", ["vae", "run"])
+def test_a_visitor_opens_no_run_by_its_path(name, visit, outputs, tmp_path):
+    shutil.copytree(Run(next((outputs / "vae").glob("*dim=16*"))).path, tmp_path / "vae-theirs")
+    visitor = visit(urlencode({name: str(tmp_path / "vae-theirs")}))
+    assert "vae-theirs" in visitor.problems.value
+    assert str(tmp_path) not in state_of(visitor.ui)
+
+
+def test_the_data_set_of_the_page_has_a_name_for_visitors(visit, pets):
+    visitor = visit("", CONFIG.replace(dataset=str(pets)))
+    assert visitor.engine.scene.config.dataset == str(pets)
+    assert visitor.dataset.value == pets.name in visitor.dataset.options
+    link = re.search(r'href="\?([^"]*)"', visitor.meters.value)[1]
+    assert "dataset=our+own+pets" in link and str(pets) not in state_of(visitor.ui)
+    again = visit(html.unescape(link), CONFIG.replace(dataset=str(pets)))
+    assert again.problems.value == "" and again.engine.scene.config.dataset == str(pets)
+
+
 def test_the_app_explains_what_notebook_02_explains():
     folder = Path(__file__).resolve().parent.parent / "notebooks"
     names = ("02_decompose.ipynb", "02-03"), ("app/01_explorer.ipynb", "explanation")
@@ -567,6 +647,57 @@ def test_an_image_of_one_s_own(explorer):
     assert settle(explorer)
     assert "x.png cannot be read" in explorer.problems.value
     assert explorer.engine is predecessor
+
+
+def encode_image(form, mode="RGB"):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(file, form)
+    return file.getvalue()
+
+
+def spoil(content, seed):
+    """The bytes with up to six of the first 200 changed."""
+    draws, spoilt = random.Random(seed), bytearray(content)
+    for _ in range(draws.randint(1, 6)):
+        spoilt[draws.randrange(min(len(spoilt), 200))] = draws.randrange(256)
+    return bytes(spoilt)
+
+
+def large_png(side):
+    """The head of a PNG of this many pixels a side, and few of its pixels."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 9999)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+FORMS = "PNG", "GIF", "TIFF", "BMP", "WEBP", "JPEG", "PPM"
+UPLOADS = {form: [spoil(encode_image(form), seed) for seed in range(60)] for form in FORMS}
+UPLOADS |= {"large": [large_png(30_000)], "floats": [encode_image("TIFF", "F")]}
+UPLOADS |= {"text": [b"text", b""]}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it doubts
+@pytest.mark.parametrize("kind", UPLOADS)
+def test_a_bad_upload_is_a_sentence_with_its_name_and_leaves_no_file(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
+    sentences = []
+    for content in UPLOADS[kind]:
+        try:
+            keep_image({"name": "my <photo>.png", "content": memoryview(content)}).unlink()
+        except ConfigError as error:
+            sentences.append(str(error))
+        assert not any((tmp_path / "explorer" / "uploads").iterdir())
+    assert sentences and (kind in FORMS or len(sentences) == len(UPLOADS[kind]))
+    for sentence in sentences:
+        assert sentence.startswith("my <photo>.png cannot be read as an image (")
+        assert len(sentence) <= 400 and " at 0x" not in sentence
 
 
 def test_what_is_saved_can_be_made_again(explorer, outputs):

@@ -580,11 +580,9 @@ def test_weights_of_a_training_that_failed_are_refused(value, tmp_path):
 
 ENCODER = "cifar100_resnet18_batch_16_alpha_0.5_adv_eps_0.03_proj_dim_6_bn_adv_momentum_0.01_seed_3"
 STATEMENTS = {
-    f"{ENCODER}_epoch_200.pt": dict(
-        dataset="cifar100", batch_size=16, alpha=0.5, epsilon=0.03, seed=3, epochs=200,
-        adversary="idaa"),
-    f"{ENCODER}_best.t": dict(
-        dataset="cifar100", batch_size=16, alpha=0.5, epsilon=0.03, seed=3, adversary="idaa"),
+    **{f"{ENCODER}_{end}": dict(
+        dataset="cifar100", batch_size=16, alpha=0.5, epsilon=0.03, seed=3, adversary="idaa")
+       for end in ("epoch_50.pt", "epoch_200.pt", "epoch_300.pt", "best.t")},
     "cifar10_resnet50_batch_256_proj_dim_64_bn_adv_momentum_0.01_seed_1_epoch_0.pt": dict(
         dataset="cifar10", batch_size=256, seed=1),
     "miniImagenet_resnet18_batch_128_embed_dim512_method_clae_eps_0.03_alpha_1.0_bn_adv_momentum_"
@@ -597,7 +595,7 @@ STATEMENTS = {
         dataset="cifar10", batch_size=128, epsilon=1.0, alpha=1.0, adversary="idaa", seed=5),
     "CIFAR10_resnet18_batch_256_alpha_1.0_adv_eps_0.03_proj_dim_64_bn_adv_momentum_0.01_trial_0"
     "_epoch_100.pt": dict(  # CLAE's own
-        dataset="cifar10", batch_size=256, epsilon=0.03, alpha=1.0, epochs=100),
+        dataset="cifar10", batch_size=256, epsilon=0.03, alpha=1.0),
     "tinyImagenet_resnet18_batch_128_proj_dim_64_bn_adv_momentum_0.01_seed_1_best.t": dict(
         batch_size=128, seed=1),
     "vae_cifar100_dim8_kl0.3_simsiam/model_epoch292.pth": dict(
@@ -617,14 +615,15 @@ def test_an_official_name_is_read_as_its_code_writes_it(name, tmp_path):
 
 def test_what_a_published_file_does_not_say_is_unknown_to_who_looks(outputs, tmp_path, capsys):
     values = {"limit": 64, "dataset": "photos"}
-    names = f"{ENCODER}_best.t", "simclr_best.t"
-    for name in names:
-        torch.save({"model": wrap(simclr(True)[0]), "acc": 83.4, "epoch": 297}, tmp_path / name)
+    # Of a snapshot its own epoch is known, and not how long its training was.
+    names = f"{ENCODER}_epoch_50.pt", "simclr_best.t"
+    state = wrap(simclr(True)[0])
+    torch.save(state, tmp_path / names[0])
+    torch.save({"model": state, "acc": 83.4, "epoch": 297}, tmp_path / names[1])
     source, stub = (idaa_lib.import_run(tmp_path / name, **values) for name in names)
-    fields = source.config.stated()
-    assert {name: fields[name] for name in STATEMENTS[names[0]]} == STATEMENTS[names[0]] | {
-        "dataset": "photos"
-    }
+    fields, statements = source.config.stated(), STATEMENTS[f"{ENCODER}_best.t"]
+    assert {name: fields[name] for name in statements} == statements | {"dataset": "photos"}
+    assert [run.environment["imported"]["epoch"] for run in (source, stub)] == [50, 297]
     assert (fields["backbone"], fields["width"], fields["projection_dim"]) == ("resnet18", 4, 6)
     for name in ("epochs", "learning_rate", "optimizer", "schedule", "vae", "temperature"):
         assert fields[name] == "unknown", name

@@ -435,6 +435,69 @@ def test_a_study_chooses_on_images_that_are_held_out_whatever_the_preset(preset)
         assert EvalConfig(**point.eval).protocol == "clean"
 
 
+CROSS = {"ssl": {"adversary": ["idaa"], "epsilon": [0.1, 0.3]}, "vae": {"dim": [8, 16]}}
+GRIDS = {  # a grid, and what it says itself
+    "open": ({"cross": CROSS}, {}),
+    "preset": ({"cross": CROSS, "fixed": {"all": {"preset": "paper"}}}, {"preset": "paper"}),
+    "images": (
+        {"cross": CROSS, "fixed": {"all": {"dataset": "cifar100"}}, "seeds": [5]},
+        {"dataset": "cifar100", "seeds": [5]},
+    ),
+    "parts": (
+        {"grids": [{"cross": CROSS}, {"cross": {"ssl": {"epochs": [1]}}}],
+         "fixed": {"all": {"device": "cpu"}}},
+        {"device": "cpu"},
+    ),
+    "figure-6": ("figure-6", {"preset": "paper", "dataset": "cifar10"}),
+}  # fmt: skip
+FORMS = [
+    {}, {"preset": "paper"}, {"preset": "cifar10", "device": "cuda", "seeds": "3, 4"},
+    {"dataset": "stl10-all", "seeds": "1", "eval": {"k": 7}, "ssl": {"epochs": 2}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("name", GRIDS)
+def test_what_a_grid_leaves_open_is_as_the_form_of_notebook_05_has_it(name, form):
+    grid, own = GRIDS[name]
+    points = grids.sensitivity(SweepConfig(grid=grid, **form))
+    assert len(points) >= 2
+    seeds = [int(seed) for seed in form.get("seeds", "").split(",") if seed]
+    assert {p.ssl["seed"] for p in points} == {*(seeds or own.get("seeds", [0]))}
+    assert {p.vae["seed"] for p in points} == {p.ssl["seed"] for p in points}
+    wish = {"preset": "demo", "device": "auto"} | form | own
+    for point in points:
+        vae, ssl = VAEConfig(**point.vae), SSLConfig(**point.ssl)
+        judgement = EvalConfig(**point.eval)
+        assert {c.preset for c in (vae, ssl, judgement)} == {wish["preset"]}
+        assert {c.device for c in (vae, ssl, judgement)} == {wish["device"]}
+        images = wish.get("dataset") or SSLConfig(preset=wish["preset"]).dataset
+        assert (vae.dataset, ssl.dataset) == (images, images)
+        assert judgement.dataset in (None, own.get("dataset"))  # as its encoder's
+        assert (vae.split, ssl.split, judgement.protocol) == ("train", "train", "clean")
+        assert judgement.k == form.get("eval", {}).get("k", 200)
+        if "ssl" in form and name != "parts":
+            assert ssl.epochs == 2
+    plans.plan(points)
+
+
+@pytest.mark.parametrize("preset", ["demo", "paper"])
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [({"grid": {"fixed": {"eval": {"protocol": "official"}}}}, "protocol='official' of 1 of 1"),
+     ({"grid": {"fixed": {"all": {"protocol": "official"}}}}, "protocol='official' of 1 of 1"),
+     ({"grid": {"cross": {"eval": {"protocol": ["clean", "official"]}}}},
+      r"protocol='official' of 1 of 2 points \(such as official"),
+     ({"grid": {"fixed": {"all": {"split": "trainval"}}}}, "split='trainval' of 1 of 1"),
+     ({"eval": {"protocol": "official"}}, "protocol='official' of "),
+     ({"ssl": {"split": "trainval"}}, "split='trainval' of ")],
+)  # fmt: skip
+def test_a_study_without_a_validation_split_is_refused(fields, sentence, preset):
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        grids.sensitivity(SweepConfig(preset=preset, **fields))
+    assert len(str(caught.value)) <= 400
+
+
 def test_over_dim_the_beta_of_the_middle_is_held():
     grid = grids.sensitivity(SweepConfig(epsilons=(), betas=(), dims=(32, 128, 512)))
     assert [p.vae["beta"] for p in grid[:3]] == pytest.approx([0.4] * 3)

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, product
 
@@ -16,6 +17,7 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.pylabtools import select_figure_formats
 from IPython.utils.capture import capture_output
+from matplotlib import font_manager
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
@@ -377,6 +379,31 @@ def test_a_letter_of_another_font_is_drawn_by_it_or_said(monkeypatch):
         style.svg(figure)
     labels = [text.get_fontfamily() for text in figure.axes[0].get_yticklabels()]
     assert labels == [["DejaVu Sans", "STIXGeneral"], ["DejaVu Sans"], ["DejaVu Sans"]]
+
+
+@pytest.mark.parametrize("letter", ["猫", "🐶", "ا", "\U00012000", "\uf8ff", "𝛆", "§", "x"])
+def test_a_font_of_a_letter_draws_the_letter_and_no_box(letter):
+    """By its outline: the fonts of matplotlib that has a box for every letter are no fonts of it.
+    On machines without a font for a letter None is named, and `_prepare` says so."""
+    name = style._font(letter)
+    fonts = [f for f in font_manager.fontManager.ttflist if "Last Resort" not in f.name]
+    having = {f.name for f in fonts if ord(letter) in font_manager.get_font(f.fname).get_charmap()}
+    assert name in having if having else name is None
+
+
+@pytest.mark.parametrize("letter", ["\t", "\r", "\x00", "\x07", "\x1b", "\x7f", "\x85", "\x9f"])
+def test_a_control_character_is_drawn_as_a_space(letter):
+    labels = torch.arange(20) % 2
+    kinds = [
+        lambda own: plots.confusion(labels, labels, own),
+        lambda own: pictures.image_rows(dict.fromkeys(own, R), own[0], names=own),
+        lambda own: plots.embedding_map(torch.eye(20), labels, own),
+    ]
+    names, plain = ((f"a{sign}b", f"{sign}c") for sign in (letter, " "))
+    for draw in kinds[: 2 if letter == "\t" else 3]:  # a tab in a legend is several spaces
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert style.svg(draw(names)) == style.svg(draw(plain))
 
 
 @pytest.mark.parametrize("letter", ["ε", "′", "₂", "x"])

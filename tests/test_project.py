@@ -238,6 +238,15 @@ def test_a_notebook_tells_a_story_and_keeps_its_cells_short(path):
             assert not any("class " in line or "def " in line for line in cell["source"])
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_cuts_no_protocol_off(path):
+    """pandas cuts cells after 50 characters unless it is told not to."""
+    cells = json.loads(path.read_text())["cells"]
+    code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    shows = code.find("SHOWN]")
+    assert shows < 0 or 0 <= code.find('pd.set_option("display.max_colwidth", None)') < shows
+
+
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
 
 

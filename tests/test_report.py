@@ -2,6 +2,7 @@
 
 import html
 import html.parser
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from browser import recipe
 from scipy import stats
 from test_runs_page import judgement, made
 
-from idaa_lib import kernels, runs
+from idaa_lib import grids, kernels, results, runs
 from idaa_lib.configs import (
     EvalConfig,
     SemiConfig,
@@ -101,6 +102,41 @@ def test_the_page_asks_for_nothing_beside_itself(filled):
     styles = "".join(re.findall(r"<style.*?</style>", text, re.DOTALL))
     assert not re.search(r"url\((?!['\"]?(#|data:))|@import|<script", styles + text)
     assert "Report()" not in text and "43.21 [39.21, 47.21]" in text
+
+
+GRIDS = {  # and what stands at the axes of its figure
+    "two": ({"cross": {"ssl": {"epsilon": [0.1, 0.3]}, "vae": {"dim": [32, 128]}}},
+            ["ε (units of z)", "dim m", "32", "128"]),
+    "three": ({"cross": {"ssl": {"epsilon": [0.1, 0.3], "alpha": [1, 2], "steps": [3, 4, 5]}}},
+              ["steps", "ε (units of z)", "1.0", "2.0"]),
+    "one": ({"cross": {"ssl": {"epochs": [3, 7]}}}, ["epochs", "3", "7"]),
+    "labels": ({"cross": {"budget": [{"ssl": {"epochs": n}, "labels": {"budget": f"of {n}"}}
+                                     for n in (1, 2)], "ssl": {"width": [4, 8]}}},
+               ["budget", "of 1", "of 2", "width"]),
+    "varied": ({"vary": {"ssl": {"epsilon": [0.1, 0.3]}}}, ["ε (units of z)", "0.1", "0.3"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [False, True], ids=["dict", "file"])
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_study_of_a_grid_is_drawn_as_notebook_05_draws_it(name, path, outputs, tmp_path):
+    grid, words = GRIDS[name]
+    if path:
+        (tmp_path / "grid.yaml").write_text(json.dumps(grid))
+    config = SweepConfig(grid=str(tmp_path / "grid.yaml") if path else grid)
+    about = {"adversary": "IDAA", "seed": 0, "split": "validation", "features": "encoder"}
+    rows = [
+        about | point.labels | {"metric": probe, "value": 30.0 + i, "low": 20.0, "high": 50.0}
+        for i, point in enumerate(grids.sensitivity(config))
+        for probe in ("kNN", "linear")
+    ]
+    results.save(pd.DataFrame(rows), folder_of(config) / "sensitivity")
+    report = Report()
+    text = html.unescape(report.studies().data)
+    assert not report.damage
+    Checker(text)
+    drawn = set(re.findall(r"<text[^>]*>([^<]*)</text>", text))
+    assert {*words, "kNN: validation top-1 (%)", "linear: validation top-1 (%)"} <= drawn
 
 
 def test_it_has_every_figure_and_its_command(filled):

@@ -15,8 +15,8 @@ import pytest
 from idaa_lib import results, runs
 from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.lab import notebook, process
-from idaa_lib.lab.kernel import guarded
-from idaa_lib.lab.runs import RunsPage, hide_paths
+from idaa_lib.lab.kernel import guarded, hide_paths
+from idaa_lib.lab.runs import RunsPage
 from idaa_lib.runs import Run, RunError
 from idaa_lib.train import train_vae
 
@@ -350,10 +350,29 @@ def test_the_difference_is_exactly_the_fields_that_differ(outputs):
         ("kNN/linear of 8/255, 66 images/s", "kNN/linear of 8/255, 66 images/s"),
         ("<b>~/data/x</b><br/><i>a</i>", "<b>…/x</b><br/><i>a</i>"),
         ('<svg xmlns="http://www.w3.org/2000/svg">', '<svg xmlns="http://www.w3.org/2000/svg">'),
+        ("There is no /home/anna marie/pets/x.zip.", "There is no …/x.zip."),
+        ("There is no /home/anna marie: mount it", "There is no …: mount it"),
+        ("It is in /home/anna marie.", "It is in …."),
+        ("neither /repo dir/x nor /repo dir/data/x is there", "neither …/x nor …/x is there"),
+        ("<b>/my data &amp; more/a/b.zip</b>", "<b>…/b.zip</b>"),
+        ("Left out: v-1: /tmp/our outputs/vae/v-1/config.json", "Left out: v-1: …/config.json"),
+        ("'/srv/my data/pets' and /srv/x", "'…/pets' and …/x"),
+        ("dataset=&#x27;/srv/my data/pets&#x27; is", "dataset=&#x27;…/pets&#x27; is"),
+        ("C:\\Users\\Anna Marie\\x.zip and D:\\y", "…/x.zip and …/y"),
+        ("\\\\server\\share\\x.zip", "…/x.zip"),
+        ("file:///srv/anna/x, //srv/anna/x", "…/x, …/x"),
+        ("in /data", "in …/data"),
+        ("(/srv/x) dataset=/srv/y", "(…/x) dataset=…/y"),
+        ("a / b, and/or, 1/2, </i>, R(x)/G(x)", "a / b, and/or, 1/2, </i>, R(x)/G(x)"),
     ],
-)
-def test_a_visitor_sees_no_path(text, expected):
+)  # fmt: skip
+def test_a_visitor_sees_no_path(text, expected, monkeypatch):
+    monkeypatch.setenv("IDAA_OUTPUTS", "/tmp/our outputs")
+    monkeypatch.setenv("IDAA_DATA", "/my data & more")
+    monkeypatch.setenv("HOME", "/home/anna marie")
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/repo dir"))
     assert hide_paths(text) == expected
+    assert hide_paths(expected) == expected
 
 
 def test_visitors_read(outputs):

@@ -16,6 +16,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -44,6 +45,7 @@ from idaa_lib.runs.machine import describe, resolve_path, torch_device
 from idaa_lib.runs.stage import Plan, perform
 
 COCO = 80, 5000  # categories and images of val2017
+PAPER = "resnet50-C4, width 64"  # its network, as `protocol` writes it; inferred (docs/paper.csv)
 
 __all__ = ["DetectionConfig", "compare", "detect", "load_detector", "locate", "predict", "sets"]
 
@@ -152,10 +154,10 @@ def predict(detector: GeneralizedRCNN, image: Tensor) -> Target:
     return {name: values.cpu() for name, values in detections.items()}
 
 
-def compare(run: Run) -> list[dict[str, str]]:
+def compare(run: Run) -> tuple[list[dict[str, str]], str]:
     """A row for each training that was judged as `run` was: mean AP in percent over its seeds with
     Student's 95 % interval, and n, the seeds. The paper's rows follow where the images are COCO's
-    val2017.
+    val2017, and size and network of one of these the paper's; else a sentence says what differs.
 
     Those are the finished detection runs on the same images, by content, and of the same
     configuration and results version. A training is its configuration without the seed.
@@ -173,8 +175,10 @@ def compare(run: Run) -> list[dict[str, str]]:
         | {key: mean([each[key] for each in own if key in each]) for key in keys}
         for name, own in sorted(summaries.items())
     ]
-    coco = (len(run.model["classes"]), (run.summary or {})["n"]) == COCO
-    return rows + (paper(keys) if coco else [])
+    if (len(run.model["classes"]), (run.summary or {})["n"]) != COCO:
+        return rows, ""
+    theirs, differs = paper(keys, run.config.size, sorted({network(other) for other in others}))
+    return (rows, differs) if differs else (rows + theirs, "")
 
 
 def judged_as(run: Run) -> tuple[Any, ...]:
@@ -201,9 +205,17 @@ def mean(values: list[float]) -> str:
     return "{:.1f} [{:.1f}, {:.1f}]".format(*student_interval(values))
 
 
-def paper(keys: Sequence[str]) -> list[dict[str, str]]:
-    """The paper's rows of COCO, as `compare` has ours."""
-    rows: dict[str, dict[str, str]] = {}
+def network(run: Run) -> str:
+    """The network of a detection run, as its protocol has it: its SSL run may be gone."""
+    words = re.match(r"Mask R-CNN, (\S+, width \d+),", (run.summary or {}).get("protocol", ""))
+    return words[1] if words else "unknown"
+
+
+def paper(
+    keys: Sequence[str], size: int, networks: Sequence[str]
+) -> tuple[list[dict[str, str]], str]:
+    """The paper's rows of COCO, as `compare` has ours, and how they differ from ours, if so."""
+    rows, sizes = dict[str, dict[str, str]](), set[str]()
     with results.PAPER.open(encoding="utf-8") as file:
         for line in csv.DictReader(file):
             key = line["metric"].lower().replace(" ", "_")  # box AP50
@@ -212,7 +224,15 @@ def paper(keys: Sequence[str]) -> list[dict[str, str]]:
                 name = f"{line['method']}{attack} (paper)"
                 row = rows.setdefault(name, {"training": name, "n": "not stated"})
                 row[key] = line["value"]
-    return list(rows.values())
+                sizes.add(line["size"])
+    theirs = {"size": (" or ".join(sizes), [str(size)]), "the network": (PAPER, networks)}
+    differs = [
+        f"{what} is {their} there and {' or '.join(ours)} here"
+        for what, (their, ours) in theirs.items()
+        if their not in ours
+    ]
+    text = f"Figures of the paper do not stand here: {'; '.join(differs)}."
+    return [*rows.values()], text if differs else ""
 
 
 # --- the plan ------------------------------------------------------------------------------------

@@ -237,8 +237,8 @@ class SweepConfig(_Study):
             from the middle in one axis only is made for each value and each seed.
         axes: further fields of SSLConfig with their values, as a dict or as JSON text; each value
             with the adversary and without one.
-        grid: a study of your own in place of all this, as `idaa_lib.grids.Grid` describes it: a
-            YAML file or a dict.
+        grid: a study of your own in place of these axes, as `idaa_lib.grids.Grid` describes it: a
+            YAML file or a dict. What it leaves open is as the fields of every study say.
     """
 
     stage = "sweep"

@@ -42,8 +42,18 @@ def decode(path: str | Path, size: int) -> Tensor:
     Raises OSError where it is missing, no file or no image.
     """
     content = read_file(Path(os.path.expanduser(path)))
-    with Image.open(io.BytesIO(content)) as image:
-        return torch.tensor(square(image, size, 16))
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return torch.tensor(square(image, size, 16))
+    except Exception as error:
+        raise OSError(_explain(error)) from error
+
+
+def _explain(error: Exception) -> str:
+    """Why a file is no image. Pillow's plugins raise whatever a broken one trips them with."""
+    if isinstance(error, UnidentifiedImageError):  # whose own text names an address in memory
+        return "no image format that Pillow knows"
+    return f"{type(error).__name__}: {error}"
 
 
 def decode_items(
@@ -75,12 +85,9 @@ def _decode(listing: Listing, make: Callable[[int, Image.Image], np.ndarray], pl
         sides = image.size
         peak = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
         return Item(place, make(place, image), label, sides, peak)
-    except UnidentifiedImageError:  # whose own text names an address in memory
-        why = "no image format that Pillow knows"
-    except Exception as error:  # Pillow's plugins raise whatever a broken file trips them with
-        why = f"{type(error).__name__}: {error}"
-    name = printable(listing.names[place])
-    return Item(place, error=f"{name} cannot be read ({why})")
+    except Exception as error:
+        name = printable(listing.names[place])
+        return Item(place, error=f"{name} cannot be read ({_explain(error)})")
 
 
 def square(image: Image.Image, size: int, bits: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from idaa_lib.evaluate.metrics import accuracy, effective_rank, embedding_std, t
 from idaa_lib.evaluate.probe import linear_probe, official_probe
 from idaa_lib.methods import OfficialProtocol
 from idaa_lib.runs import Run, Writer, checkpoints
-from idaa_lib.runs.choice import reading_of
+from idaa_lib.runs.choice import images_of, reading_of
 from idaa_lib.runs.files import replace
 from idaa_lib.runs.machine import (
     describe,
@@ -89,7 +89,7 @@ def _plan(config: EvalConfig) -> _Evaluation:
             )
         way = training.chosen("method").official_protocol(training)
         snapshots = {} if way.classifier else checkpoints.snapshots(source)
-    dataset = resolve_path(config.dataset or judged_on(training.dataset))
+    dataset = resolve_path(config.dataset or judged_on(images_of(source)))
     config = resolve_paths(config)
     reading = reading_of(config, source, dataset)
     # On crops an untrained encoder would take as long, and a probe cannot take pixels.

@@ -38,7 +38,7 @@ from idaa_lib.evaluate.probe import (
     principal_axes,
 )
 from idaa_lib.runs import Run, Writer, checkpoints
-from idaa_lib.runs.choice import reading_of
+from idaa_lib.runs.choice import images_of, reading_of
 from idaa_lib.runs.machine import describe, resolve_path, torch_device, uses_bf16
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.runs.steps import Steps
@@ -78,7 +78,8 @@ def _plan(config: TransferConfig) -> _Transfer:
     source = runs.get("ssl", config.run)
     training = source.config
     size = config.size or (IMAGENET_SIZE if training.stem == "imagenet" else training.size)
-    names = tuple(map(resolve_path, config.datasets or (judged_on(training.dataset),)))
+    datasets = config.datasets or (judged_on(images_of(source, "datasets")),)
+    names = tuple(map(resolve_path, datasets))
     classes = config.classes and resolve_path(config.classes)
     config = config.replace(run=source.reference, datasets=names, classes=classes)
     targets, left_out = [], {}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, DecomposeConfig, TheoryConfig
 from idaa_lib.runs import Run
-from idaa_lib.runs.choice import first, list_starter
+from idaa_lib.runs.choice import first, images_of, list_starter
 from idaa_lib.runs.machine import resolve_path
 
 C = TypeVar("C", DecomposeConfig, TheoryConfig)
@@ -23,8 +23,8 @@ STARTER_NOTE = (
 
 def name_images(config: Any, vae: Run) -> str:
     """The data set that `config` names, else the one that the VAE was trained on; beside the
-    starter's VAE the images that ship with it."""
-    return resolve_path(config.dataset or ("starter" if vae.ships else vae.config.dataset))
+    starter's VAE the images that ship with it. Raises: as `images_of`."""
+    return resolve_path(config.dataset or ("starter" if vae.ships else images_of(vae)))
 
 
 def name_runs(config: C) -> C:

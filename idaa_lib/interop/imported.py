@@ -126,7 +126,8 @@ def read_name(path: Path) -> dict[str, Any]:
     """What the official name of a file says of its training, as fields and knobs.
 
     `cifar10_resnet18_batch_256_alpha_1.0_adv_eps_0.1_proj_dim_64_…_seed_1_epoch_300.pt` of an
-    encoder; of a VAE its folder, `vae_cifar10_dim512_kl0.1_simclr/model_epoch292.pth`.
+    encoder; of a VAE its folder, `vae_cifar10_dim512_kl0.1_simclr/model_epoch292.pth`. The epoch is
+    that of the file (`Official.epoch`), not the length of its training: one is saved every 50.
     """
     number = r"(\d+(?:\.\d+)?(?:e-\d+)?)"
     folder = path.absolute().parent.name
@@ -135,8 +136,7 @@ def read_name(path: Path) -> dict[str, Any]:
         fields: dict[str, Any] = {"dataset": vae[1], "kappa": vae[2], "augmentation": vae[3]}
     elif beginning := re.match(r"([^\W_]+)_resnet\d+_batch_(\d+)_", path.name):
         parts = {
-            "seed": r"seed_?(\d+)_", "epochs": r"_epoch_([1-9]\d*)\.pt$",
-            "epsilon": rf"_eps_{number}_", "alpha": rf"_alpha_{number}_",
+            "seed": r"seed_?(\d+)_", "epsilon": rf"_eps_{number}_", "alpha": rf"_alpha_{number}_",
             "adversary": r"_method_(normal|clae|idaa)_",
         }  # fmt: skip
         matches = {name: re.search(part, path.name) for name, part in parts.items()}

@@ -14,10 +14,12 @@ import traitlets
 
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, DecomposeConfig
+from idaa_lib.configs.reading import quote
 from idaa_lib.data.decoding import decode
 from idaa_lib.data.sources import NAMES as DATASETS
 from idaa_lib.identity.networks import STARTER_NOTE, UNTRAINED
 from idaa_lib.identity.scene import ADVERSARIES, Scene
+from idaa_lib.lab.kernel import VisitorsText, query
 from idaa_lib.lab.style import NAMES
 from idaa_lib.results import full_name
 from idaa_lib.runs.choice import list_starter
@@ -105,9 +107,9 @@ def keep_image(file: Mapping[str, Any]) -> Path:
     path.write_bytes(content)
     try:
         decode(path, 8)
-    except (OSError, ValueError):
+    except OSError as error:
         path.unlink()
-        raise ConfigError(f"{file['name']} cannot be read as an image.") from None
+        raise ConfigError(f"{file['name']} cannot be read as an image ({error}).") from None
     return path
 
 
@@ -174,8 +176,12 @@ class Controls:
 
     def __init__(self, config: DecomposeConfig) -> None:
         self.config = config
-        self.problems = control("bad-status", widgets.HTML)
-        self.left_out = control("left-out", widgets.HTML)
+        self._visited = query() is not None  # by visitors, who name data sets and see no path
+        self._datasets = {Path(name).name: name for name in (*DATASETS, config.dataset) if name}
+        kind = VisitorsText if self._visited else widgets.HTML
+        self.status, self.problems, self.left_out = (
+            control(name, kind) for name in ("status", "bad-status", "left-out")
+        )
         self._complaints: dict[str, str] = {}  # control → what is wrong with what it holds
         menu, number, text = widgets.Dropdown, widgets.IntText, widgets.Text
         button, choice = widgets.Button, widgets.ToggleButtons
@@ -222,6 +228,8 @@ class Controls:
                 value = ", ".join(map(str, value))
             elif name in ("dataset", "only"):
                 value = value or ""
+            if name == "dataset" and self._visited:
+                value = Path(value).name
             if isinstance(widget, widgets.Dropdown) and value not in dict(widget.options).values():
                 widget.options = [*widget.options, (str(value), value)]
             widget.value = value
@@ -250,10 +258,17 @@ class Controls:
         """The configuration that the controls describe.
 
         Raises:
-            ConfigError: indices that are no numbers, …
+            ConfigError: indices that are no numbers, a data set that no visitor may name, …
         """
         fields = {name: getattr(self, name).value for name in FIELDS}
         fields |= {name: fields[name].strip() or None for name in ("dataset", "only")}
+        if self._visited and (name := fields["dataset"]):
+            if name not in self._datasets:
+                raise ConfigError(
+                    f"dataset={quote(name)} is no data set of this page: take one of its list, or "
+                    f"upload an image of your own."
+                )
+            fields["dataset"] = self._datasets[name]
         return DecomposeConfig(**dict(self.config) | fields)
 
     def list_saved(self) -> None:
@@ -268,6 +283,10 @@ class Controls:
         size = scene.run.config.size
         encoders = runs.usable("ssl", left_out, size=size)
         encoders += [run for run in list_starter("ssl") if run.config.size == size]
+        if self._visited:
+            sets = [run.config.dataset for run in (*vaes, *encoders)]
+            self._datasets |= {Path(name).name: name for name in sets}
+            self.dataset.options = [*self._datasets]
         notes = [STARTER_NOTE] * ("starter" in (scene.run.id, scene.attacked))
         lines = map(html.escape, [*notes, *runs.report_left_out(left_out)])
         self.left_out.value = "".join(f"<div>{line}</div>" for line in lines)

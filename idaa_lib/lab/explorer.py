@@ -48,6 +48,12 @@ FOLDS = ("One image over ε", "Spectra", "Walk in the latent: what is identity?"
 LARGE = 150  # pixels a side of an enlarged image
 
 
+def name_paths(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """The setting of a link: of what may be a path, the name alone."""
+    names = {k: Path(setting[k]).name for k in ("own", "vae", "run", "dataset") if setting.get(k)}
+    return {**setting, **names}
+
+
 class Explorer(Controls):
     """Controls, pictures, meters and curves over an `Engine`; `show()` displays them.
 
@@ -66,7 +72,6 @@ class Explorer(Controls):
 
     def __init__(self, config: DecomposeConfig) -> None:
         super().__init__(config)
-        self.status = control("status", widgets.HTML)
         self._guard = guarded(self.status)
         self._latest = "dataset"  # the control that asked for the present engine
         self._rows: dict[str, Tensor] = {}  # of the picture
@@ -81,9 +86,9 @@ class Explorer(Controls):
             return
         self._start = self.setting
         self._listen()
-        if link := query():
-            name = Path(link.get("own", "")).name
-            self.open(link | ({"own": str(folder() / "uploads" / name)} if name else {}))
+        if link := name_paths(query() or {}):
+            own = {"own": str(folder() / "uploads" / link["own"])} if "own" in link else {}
+            self.open(link | own)
 
     def _make_displays(self) -> None:
         text = "The attacked images x′, what the decoder gives, and x′ − x"
@@ -318,7 +323,7 @@ class Explorer(Controls):
         if query() is not None:
             fields = {k: v for k, v in self.setting.items() if v not in (None, "", [])}
             fields |= {"indices": self.indices.value} if "indices" in fields else {}
-            fields |= {"own": Path(fields["own"]).name} if "own" in fields else {}
+            fields = name_paths(fields)
             note += f' · <a href="?{html.escape(urlencode(fields))}">link to this setting</a>'
         self.meters.value = f'{html_table(table)}<div class="idaa-quiet">{note}</div>'
 

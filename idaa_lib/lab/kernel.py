@@ -1,5 +1,5 @@
-"""What this kernel knows of the pages in front of it, how a cell that waits stays answerable, and
-where errors of callbacks are shown.
+"""What this kernel knows of the pages in front of it, how a cell that waits stays answerable, where
+errors of callbacks are shown, and what visitors do not see.
 
 A kernel runs one request after another, so while a cell waits it hears nothing else; ipykernel 7
 has threads beside it (subshells), which JupyterLab uses for widgets. Elsewhere, and where a later
@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import html
 import os
+import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,10 +21,12 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
 import ipywidgets as widgets
+import traitlets
 from IPython import get_ipython
 
 from idaa_lib.configs import UserError
-from idaa_lib.runs import Stopped
+from idaa_lib.data.cached import data_root
+from idaa_lib.runs import Stopped, outputs_root
 
 T = TypeVar("T")
 # The styles of all our widgets, for the page that shows one.
@@ -110,3 +113,33 @@ def guarded(status: widgets.HTML) -> Iterator[None]:
         status.value = f"<b>{html.escape(str(error))}</b>"
     except Exception:
         status.value = f"<pre>{html.escape(traceback.format_exc())}</pre>"
+
+
+# A path from a root of this machine, but for its last part. A part may have spaces between quotes
+# and where a \ follows, which is rare in prose.
+_PATH = re.compile(
+    r"""(?:^|(?<=[\s'"(\[{=>,;]))(?:
+        (?:[A-Za-z]:|\\)\\(?:[^<>:"'/\\]+\\)*
+      | (?:(?<=['"])|(?<=&\#x27;|&quot;))/{1,2}(?:[^<>"'&/]+/)*
+      | (?:…|file://|~[\w.-]*|[A-Za-z]:)?/{1,2}(?:[^\s<>"'/\\]+[/\\])*
+    )(?=[^\s<>"'/\\])""",
+    re.VERBOSE,
+)
+
+
+def hide_paths(text: str) -> str:
+    """The text with the last part alone of each path from the root of this machine."""
+    # Known places first: their names may have spaces.
+    places = {str(place) for place in (outputs_root(), data_root(), Path.home(), Path.cwd())}
+    for place in sorted(places | {*map(html.escape, places)}, key=len, reverse=True):
+        if len(place) > 1:
+            text = re.sub(rf"{re.escape(place)}(?!\w)", "…", text)
+    return _PATH.sub("…/", text)
+
+
+class VisitorsText(widgets.HTML):
+    """HTML in which no path of this machine stands."""
+
+    @traitlets.validate("value")
+    def _hide(self, proposal: Any) -> str:
+        return hide_paths(proposal["value"])

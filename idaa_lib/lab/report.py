@@ -20,7 +20,7 @@ import pandas as pd
 from IPython.display import HTML
 from matplotlib.figure import Figure
 
-from idaa_lib import results, runs
+from idaa_lib import grids, results, runs
 from idaa_lib.configs import SweepConfig
 from idaa_lib.lab import plots, style, verdict
 from idaa_lib.runs import NOTEBOOKS, Run
@@ -88,9 +88,14 @@ class Report:
 
         def show(table: Path) -> str:
             config = SweepConfig(**(runs.read_json(table.parent / "config.json") or {}))
-            figure = _svg(plots.sensitivity(pd.read_csv(table)))
+            frame = pd.read_csv(table)
+            if "axis" in frame:
+                figure = plots.sensitivity(frame)
+            else:  # fields that a grid of the user's own crosses, as notebook 05 draws them
+                labels = grids.read(config.grid or {}).points()[0].labels
+                figure = plots.crossed(frame, [name for name in labels if name in frame])
             made_by = papermill("05_sensitivity", runs.parameters(config))
-            return f"<h3>{html.escape(table.parent.name)}</h3>{figure}{_commands([made_by])}"
+            return f"<h3>{html.escape(table.parent.name)}</h3>{_svg(figure)}{_commands([made_by])}"
 
         studies = sorted((runs.outputs_root() / "sweep").glob("*/sensitivity.csv"))
         return self._each(studies, show, "No study yet: run notebooks/05_sensitivity.ipynb.")
@@ -148,17 +153,19 @@ class Report:
         empty = "No training yet: run notebooks/01_pretrain_vae.ipynb."
         return self._each(groups.values(), show, empty)
 
-    def detection(self, compare: Callable[[Run], list[dict[str, str]]]) -> HTML:
+    def detection(self, compare: Callable[[Run], tuple[list[dict[str, str]], str]]) -> HTML:
         """Box and mask AP of detectors, a table of those that `compare` (examples/detection) puts
-        beside each other."""
+        beside each other, and its sentence."""
         tables: list[list[dict[str, str]]] = []
 
         def show(run: Run) -> str:
-            if (rows := compare(run)) in tables:
+            rows, note = compare(run)
+            if rows in tables:
                 return ""
             tables.append(rows)
             summary, made_by = run.summary or {}, runs.parameters(run.config)
-            text = f"AP in %, n seeds. {summary['n']:,} images. {summary.get('protocol', '')}"
+            about = summary.get("protocol", "")
+            text = f"AP in %, n seeds. {summary['n']:,} images. {about}. {note}"
             table = results.html_table(pd.DataFrame(rows).fillna("–"), index=False)
             commands = _commands([papermill("10_detection", made_by)])
             return f"<h3>{run.id}</h3>{table}<p class='quiet'>{html.escape(text)}</p>{commands}"

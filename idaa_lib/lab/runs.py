@@ -9,21 +9,19 @@ when a line is new or says something else; the browser remembers how it was sort
 from __future__ import annotations
 
 import html
-import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
-import traitlets
 from IPython.display import display
 from itables.widget import ITable
 
 from idaa_lib import results, runs
 from idaa_lib.configs.lookups import remember
 from idaa_lib.lab import plots, process, style
-from idaa_lib.lab.kernel import SHEET, guarded
+from idaa_lib.lab.kernel import SHEET, VisitorsText, guarded, hide_paths
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import link, notebook_of
 from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIZE, TESTS, Row, join, row_of, tabulate
@@ -272,19 +270,6 @@ class RunsPage:
         button = widgets.Button(description=label, layout=widgets.Layout(width="auto"))
         button.on_click(self._safe(lambda _: act()))
         return button.add_class(f"idaa-runs-{name}")
-
-
-class VisitorsText(widgets.HTML):
-    """HTML in which no path of this machine stands."""
-
-    @traitlets.validate("value")
-    def _hide(self, proposal: Any) -> str:
-        return hide_paths(proposal["value"])
-
-
-def hide_paths(text: str) -> str:
-    """The text with the last part alone of each path from the root of this machine."""
-    return re.sub(r"(?<![\w<:/…])(?:~|[A-Za-z]:)?[/\\](?:[^\s<>/\\\"']+[/\\])+", "…/", text)
 
 
 def _bar(*children: widgets.Widget) -> widgets.HBox:

@@ -81,6 +81,8 @@ RC: dict[Any, Any] = {
 DPI = 150  # of saved pictures: sharp on dense screens; notebooks show them at their size in inches
 COLUMNS = {"single": 3.3, "double": 6.9}  # of a paper, in inches
 POINTS = 8  # of text in print
+# No font has them, and names of files may. A line may end.
+CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n")}, " ")
 _LOCK = threading.RLock()
 
 
@@ -201,11 +203,16 @@ def _render(figure: Figure, form: str, **kwargs: Any) -> bytes:
 
 def _prepare(figure: Figure) -> None:
     """Makes every text stand as it is, in a font that has its letters: a user's "$5 note" is no
-    formula. Log axes keep theirs."""
+    formula, and a control character is a space. Log axes keep their formulas."""
     for axis in figure.axes:  # asking for the labels of ticks makes them
         axis.get_xticklabels(which="both"), axis.get_yticklabels(which="both")
+        for line in (axis.xaxis, axis.yaxis):
+            names = [text.get_text() for text in line.get_ticklabels()]
+            if any(name != name.translate(CONTROL) for name in names):
+                line.set_ticks(line.get_ticklocs(), [name.translate(CONTROL) for name in names])
     usual, lacking = mpl.rcParams["font.family"], set[str]()
     for text in figure.findobj(Text):
+        text.set_text(text.get_text().translate(CONTROL))
         text.set_parse_math("mathdefault" in text.get_text())
         fonts = {letter: _font(letter) for letter in set(text.get_text())}
         lacking |= {letter for letter, font in fonts.items() if font is None}
@@ -223,7 +230,8 @@ def _prepare(figure: Figure) -> None:
 @functools.cache
 def _font(letter: str) -> str | None:
     """The name of a font that has a letter, ours before others; None where no font has it."""
-    fonts = font_manager.fontManager.ttflist
+    # matplotlib's "Last Resort" has a box for every letter.
+    fonts = [f for f in font_manager.fontManager.ttflist if not f.name.startswith("Last Resort")]
     for font in sorted(fonts, key=lambda font: font.name != RC["font.family"]):
         if letter.isspace() or font_manager.get_font(font.fname).get_char_index(ord(letter)):
             return font.name

@@ -150,6 +150,21 @@ def encoder(name: Run | str | None) -> Run:
     return get("semi" if stage == "semi" else "ssl", name)
 
 
+def images_of(training: Run, field: str = "dataset") -> str:
+    """The data set that a training read, for a stage whose `field` names none.
+
+    Raises:
+        ConfigError: its folder or zip is not there any more.
+    """
+    dataset = str(training.config.dataset)
+    if os.sep in dataset and not os.path.exists(dataset):
+        raise ConfigError(
+            f"Run {training.id} was trained on {dataset}, which is not there any more: say where "
+            f"its images are now, {field}=<new place>."
+        )
+    return dataset
+
+
 def has_images(run: Run, dataset: str, classes: str = "", *, fingerprint: Any = None) -> bool:
     """Whether a training read images of `dataset` (of its class folders `classes` alone), by
     content. By name where nobody can look: the images, or what the run says of them, are gone."""
