@@ -187,7 +187,7 @@ def test_a_notebook_s_parameters_are_few_and_papermill_explains_each(stem):
     assert table or names.keys() == config.model_fields.keys()
 
 
-@pytest.mark.parametrize("stem", CONFIGS.keys() - {OWN})
+@pytest.mark.parametrize("stem", [stem for stem in CONFIGS if stem != OWN])
 def test_a_notebook_s_parameters_leave_every_recipe_as_it_is(stem):
     """`papermill … -p preset rsa-cifar100` is RSA: no value of the cell wins over a recipe's."""
     names, config = dict[str, Any](), CONFIGS[stem]
