@@ -28,9 +28,9 @@ from idaa_lib.data import cached as images
 from idaa_lib.data import decoding, photos, pool, sources
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.grids import read
-from idaa_lib.runs import RunError, get, outputs_root
+from idaa_lib.runs import CONFIGS, RunError, get, outputs_root
 from idaa_lib.sweeps import plan
-from idaa_lib.train.stages import locate, train_ssl
+from idaa_lib.train.stages import locate, train, train_ssl
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = {"train": 0, "val": 1, "test": 2}
@@ -1130,6 +1130,19 @@ def test_the_id_of_a_run_costs_no_opening(tmp_path, monkeypatch):
     run = locate(config)
     monkeypatch.setattr(images.Pool, "open", lambda *_: pytest.fail("opened"))
     assert locate(config).id == run.id
+
+
+@pytest.mark.parametrize("stage", ["vae", "ssl", "semi"])
+def test_a_finished_training_needs_no_look_at_its_images(tmp_path, outputs, monkeypatch, stage):
+    class_folders(tmp_path / "pets", n=20)
+    values = dict(dataset=str(tmp_path / "pets"), size=32, width=4, epochs=1, batch_size=8)
+    if stage == "semi":
+        values |= dict(backbone="wrn10", labels_per_class=4, mu=1)
+    config = CONFIGS[stage](**values)
+    run = train(config)
+    for place in ("os.walk", "idaa_lib.data.pool.Pool.open"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("looked"))
+    assert train(config) == run
 
 
 def test_images_other_than_described_are_refused(tmp_path):
