@@ -156,13 +156,18 @@ def _gpu(device: str) -> Iterator[dict[str, str]]:
         lock.release()
 
 
+def software(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of what made a notebook, of what `describe` gives: versions, hardware, commit."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return {"software": versions} | {key: about.get(key) for key in ("hardware", "commit")}
+
+
 def _record(notebook: Path) -> None:
     """Add a cell to an executed notebook: what made it."""
     import nbformat
 
     about = Run(notebook.parent).environment or describe(torch_device("auto"), "no")
-    software = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    rows = {"software": software} | {key: about.get(key) for key in ("hardware", "commit")}
+    rows = software(about)
     for data in [about[key] for key in ("dataset",) if key in about] + about.get("datasets", []):
         rows[f"images of {data['name']}"] = data["fingerprint"]
     lines = [f"| {name} | {value} |" for name, value in rows.items()]

@@ -46,6 +46,7 @@ from idaa_lib.plans import (
     table,
 )
 from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, parameters, write_json
+from idaa_lib.runs.files import make_folder
 from idaa_lib.runs.machine import hardware, resolve_paths
 from idaa_lib.runs.progress import Lines, Tally, clock
 
@@ -241,7 +242,7 @@ def ensure(config: ImagesConfig) -> Run:
     """
     config = resolve_paths(config)
     run = find_finished(config) or locate(config)
-    run.path.mkdir(parents=True, exist_ok=True)
+    make_folder(run.path)
     lock, output = FileLock(run.path / ".sweep"), run.path / "notebook.ipynb"
     while not _cancelled:
         with contextlib.suppress(Timeout), lock.acquire(timeout=1):
@@ -272,7 +273,7 @@ def folder_of(config: SweepConfig | CompareConfig) -> Path:
     words = [config.stage, Path(config.dataset).name]
     words += [config.adversary] if isinstance(config, SweepConfig) else []
     folder = outputs_root() / config.stage / "-".join([*words, digest[:8]])
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / "config.json", config.model_dump(mode="json"))
     return folder
 

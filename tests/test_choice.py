@@ -24,13 +24,14 @@ from idaa_lib.configs import (
 from idaa_lib.evaluate.transfer import transfer
 from idaa_lib.identity import study
 from idaa_lib.identity.scene import open_scene
-from idaa_lib.lab import rows
+from idaa_lib.lab import notebook, rows
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import choose
 from idaa_lib.lab.runs import RunsPage, curves
 from idaa_lib.results import full_name
 from idaa_lib.runs import Run, RunError, checkpoints
 from idaa_lib.runs.choice import reading_of
+from idaa_lib.runs.machine import hardware
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train import stages
 
@@ -302,6 +303,16 @@ def test_a_notebook_s_configuration_names_its_runs(outputs, capsys):
         assert f'as in run = "{ssl.id[-8:]}"' in output and "Left out: " in output
     config = choose(SSLConfig(**SMALL, adversary="idaa"))
     assert config.vae == vae.id and f"vae: {full_name(vae)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("person", [True, False])
+def test_a_notebook_that_nobody_watches_says_what_made_it(outputs, capsys, monkeypatch, person):
+    monkeypatch.setattr(notebook, "attended", lambda: person)
+    notebook.choose(VAEConfig(**SMALL))
+    output = capsys.readouterr().out
+    facts = [f"torch {torch.__version__.partition('+')[0]}", hardware(), "commit: "]
+    assert [fact in output for fact in facts] == [not person] * 3
+    assert len(output.splitlines()) == 2 - person
 
 
 def code(path):

@@ -26,6 +26,7 @@ from idaa_lib.configs import (
 )
 from idaa_lib.data.decoding import decode
 from idaa_lib.evaluate.probe import linear_probe
+from idaa_lib.runs import Run, RunError, files
 from idaa_lib.runs.machine import open_images
 from idaa_lib.train import train
 
@@ -175,6 +176,21 @@ def test_pipes_and_devices_are_never_opened(make, tmp_path):
         open_images(str(tmp_path), "train", 8, None, classes=str(tmp_path / "classes.txt"))
     with pytest.raises(ConfigError, match="cannot be read: it is no file"):
         SSLConfig(preset=str(tmp_path / "x.toml"))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_pipes_and_devices_of_shards_and_runs_are_never_opened(make, tmp_path):
+    make(tmp_path / "x.tar")
+    for streamed in (False, True):
+        with pytest.raises(ConfigError, match=r"x\.tar is no readable tar \(it is no file"):
+            open_images(str(tmp_path), "train", 8, None, streamed=streamed)
+    for name in ("config.json", "starts.json", "not_finite.json", *files.KINDS):
+        make(tmp_path / name)
+        with pytest.raises(RunError, match=rf"{name} is damaged \(it is no file"):
+            files.read_json(tmp_path / name)
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be read \(it is no file"):
+        Run(tmp_path).metrics()
 
 
 def test_a_file_larger_than_any_image_is_not_read(tmp_path):

@@ -24,13 +24,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchvision.transforms.v2 import functional as F
 
 from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.data import __main__ as data_commands
 from idaa_lib.data import cached as images
 from idaa_lib.data import decoding, photos, pool, sources
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.grids import read
-from idaa_lib.runs import RunError, get, outputs_root
+from idaa_lib.runs import CONFIGS, RunError, get, outputs_root
 from idaa_lib.sweeps import plan
-from idaa_lib.train.stages import locate, train_ssl
+from idaa_lib.train.stages import locate, train, train_ssl
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = {"train": 0, "val": 1, "test": 2}
@@ -1210,6 +1211,19 @@ def test_the_id_of_a_run_costs_no_opening(tmp_path, monkeypatch):
     assert locate(config).id == run.id
 
 
+@pytest.mark.parametrize("stage", ["vae", "ssl", "semi"])
+def test_a_finished_training_needs_no_look_at_its_images(tmp_path, outputs, monkeypatch, stage):
+    class_folders(tmp_path / "pets", n=20)
+    values = dict(dataset=str(tmp_path / "pets"), size=32, width=4, epochs=1, batch_size=8)
+    if stage == "semi":
+        values |= dict(backbone="wrn10", labels_per_class=4, mu=1)
+    config = CONFIGS[stage](**values)
+    run = train(config)
+    for place in ("os.walk", "idaa_lib.data.pool.Pool.open"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("looked"))
+    assert train(config) == run
+
+
 def test_images_other_than_described_are_refused(tmp_path):
     """Written anew between describing and use, or one of very many that are not watched."""
     class_folders(tmp_path / "pets")
@@ -1247,14 +1261,42 @@ def test_a_changed_set_is_described_anew(tmp_path, change, zipped):
     assert after.fingerprint == images.load(source, "trainval").fingerprint
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", '{"stamps": {}}'])
+DAMAGE = [b"", b"{", b"{}", b'{"stamps": {}}', b"[1]", b'{"stamps": 3}', b"null", b"\xff\xfe"]
+DAMAGE += [b"[" * 100_000, None]
+
+
+@pytest.mark.parametrize("content", [*DAMAGE, *(name.encode() for name in ("about", "stamps"))])
 def test_a_broken_index_is_written_anew(tmp_path, data, content):
+    """None: a pipe. A name: that entry is of another type, and all else as it was."""
     class_folders(tmp_path / "pets")
     about = images.load(tmp_path / "pets", "train")
     [index] = (data / "cache").glob("*.json")
-    index.write_text(content)
+    text = index.read_text()
+    index.unlink()
+    if content in (b"about", b"stamps"):
+        content = text.replace(
+            f'"{content.decode()}": {{', f'"{content.decode()}": 3, "y": {{'
+        ).encode()
+    os.mkfifo(index) if content is None else index.write_bytes(content)
+    assert data_commands.main(["clean"]) == 0
     assert images.load(tmp_path / "pets", "train").fingerprint == about.fingerprint
-    assert json.loads(index.read_text())["about"]["counts"][0] == len(about)
+    assert index.read_text() == text
+
+
+def test_clean_removes_what_is_a_pool_and_nothing_else(tmp_path, data):
+    class_folders(tmp_path / "pets")
+    images.load(tmp_path / "pets", "train")
+    pool_ = entry(data)
+    others = [data / "cache" / name for name in ("notes", "pets-32", f"{pool_.name[:-1]}", "0-1-2")]
+    for other in others:
+        (other / "inner").mkdir(parents=True)
+        (other / "inner/x").touch()
+        other.with_suffix(".json").write_text('{"stamps": {"/nowhere": [1, 2]}, "entry": "x"}')
+    pool_.with_name(f"{pool_.name}.partial").mkdir()
+    assert data_commands.main(["clean", "all"]) == 0
+    left = {path for path in (data / "cache").iterdir() if path.is_dir()}
+    assert left == set(others) and all((other / "inner/x").exists() for other in others)
+    assert all(other.with_suffix(".json").exists() for other in others)
 
 
 # --- A source's crops

@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from idaa_lib import runs
-from idaa_lib.configs import EvalConfig, VAEConfig
+from idaa_lib import results, runs, sweeps
+from idaa_lib.configs import CompareConfig, EvalConfig, VAEConfig
 from idaa_lib.lab import rows
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.runs import RunError, Stopped, checkpoints, files
@@ -150,6 +151,7 @@ def test_drafts_of_processes_that_are_gone_are_cleared_away(run, monkeypatch):
 # --- disks ----------------------------------------------------------------------------------------
 
 DISKS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES]
+DISKS += [errno.EPERM, errno.ENOTDIR, errno.ESTALE]
 
 
 @pytest.mark.parametrize("number", DISKS, ids=errno.errorcode.get)
@@ -196,6 +198,47 @@ def test_files_that_may_not_grow_are_a_sentence(run, size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not [*(run.path / "checkpoints").iterdir()]
+
+
+@pytest.mark.parametrize("limit", [10, 1000])
+def test_a_table_is_written_whole_or_a_sentence(tmp_path, limit):
+    """Of 2 files the first, and the second, is larger than files may be."""
+    frame = pd.DataFrame({"value": range(50), "text": ["ab"] * 50})
+    paths = results.save(frame, tmp_path / "a/b/whole")
+    csv, parquet = (path.read_bytes() for path in paths)
+    assert len(csv) < 1000 < len(parquet)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"File too large, so .*table\.\w+ was not written"):
+            results.save(frame, tmp_path / "table")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+    assert left == ({} if limit == 10 else {"table.csv": csv})
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_file_in_a_folder_s_place_is_a_sentence(outputs, monkeypatch, depth):
+    """In that of the folder itself, of the one around it, and of `outputs` itself."""
+    config = VAEConfig(epochs=1, limit=64, width=4, dim=4, device="cpu")
+    study = CompareConfig()
+    monkeypatch.setattr(sweeps, "execute", lambda *_: pytest.fail("started"))
+    folders = {
+        sweeps.folder_of(study): lambda: sweeps.folder_of(study),
+        locate(config).path: lambda: sweeps.ensure(config),
+        locate(config).figures: lambda: locate(config).figure("x.png"),
+        outputs / "sweeps/x": lambda: results.save(pd.DataFrame(), outputs / "sweeps/x/table"),
+    }
+    for folder, make in folders.items():
+        shutil.rmtree(outputs, ignore_errors=True)
+        place = [folder, *folder.parents][depth] if folder != locate(config).figures else folder
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+        with pytest.raises(RunError, match=r"was not written.*move away the file that") as error:
+            make()
+        assert str(place) in str(error.value) and len(str(error.value)) < 400
+        place.unlink()
 
 
 def test_an_error_of_other_files_is_not_the_run_s(run, tmp_path):

@@ -1,6 +1,7 @@
 """Photographs that stay in their files: crops of the originals, shards, and what a change does."""
 
 import io
+import os
 import pickle
 import shutil
 import signal
@@ -295,6 +296,49 @@ def test_a_photograph_that_changed_is_noticed_when_it_is_read(photos, monkeypatc
     assert after.fingerprint != dataset.fingerprint and len(after.images[:]) == len(dataset)
 
 
+@pytest.mark.parametrize("way", ["replaced", "rewritten"])
+@pytest.mark.parametrize("kind", ["files", "shards"])
+def test_a_set_that_changed_loads_again_in_the_same_process(photos, tmp_path, kind, way):
+    """Read first, so that files are open; oracle: a copy, of which none is."""
+    source = commands.shard(str(photos), tmp_path / "tar") if kind == "shards" else photos
+    before = cached.load(source, "train", 32, streamed=True)
+    before.images[:]
+    old = (photos / "train/n0/000.JPEG").read_bytes()
+    new = bytearray(old)
+    new[-20] ^= 1
+    [path] = [path for path in source.rglob("*.*") if path.is_file() and old in path.read_bytes()]
+    draft, stamp = path.with_name(".draft") if way == "replaced" else path, path.stat().st_mtime
+    draft.write_bytes(path.read_bytes().replace(old, new))
+    os.utime(draft, (stamp + 1, stamp + 1))
+    draft.replace(path)
+    after = cached.load(source, "train", 32, streamed=True)
+    copy = cached.load(shutil.copytree(source, tmp_path / "copy"), "train", 32, streamed=True)
+    assert torch.equal(after.images[:], copy.images[:])
+    assert after.fingerprint == copy.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: (path.unlink(), path.mkdir()), "directory"),
+        (lambda path: path.write_bytes(b"else"), "changed since it was described: start again"),
+    ],
+)
+def test_errors_of_reading_are_not_the_disk_s(photos, monkeypatch, change, words):
+    """A photograph goes, or is another, while the set is described."""
+    decode_items = pool.decode_items
+
+    def decode_and_change(*arguments):
+        yield from decode_items(*arguments)
+        change(photos / "train/n0/000.JPEG")
+
+    monkeypatch.setattr(pool, "decode_items", decode_and_change)
+    with pytest.raises(ValueError, match=words) as error:
+        cached.load(photos, "train", 32, streamed=True)
+    assert "000.JPEG" in str(error.value) and "written" not in str(error.value)
+
+
 def test_photographs_that_cannot_be_read_are_named_before_anything_starts(photos):
     (photos / "train/n0/000.JPEG").write_bytes(b"no photograph")
     content = (photos / "train/n1/001.JPEG").read_bytes()
@@ -330,22 +374,35 @@ def test_shards_are_the_folder(photos, tmp_path, monkeypatch, capsys):
         cached.load(out, "train", 32, streamed=True)
 
 
-def test_shards_as_webdataset_has_them(photos, tmp_path):
-    """Flat, class numbers in .cls, the part in the shard's name."""
+@pytest.mark.parametrize(
+    ("shard", "key", "ending"),
+    [
+        ("imagenet-{part}-000", "{i:06}", "jpg"),
+        ("imagenet-{part}-000", "data/{i:06}", "jpg"),
+        ("imagenet-{part}-000", "a/b/{i:06}", "rgb.jpg"),
+        ("imagenet-{part}-000", "{half}/{i:06}", "jpg"),
+        ("imagenet-{part}-000", "v1.0/a.{i:06}.x", "jpg"),
+        ("000-{n}", "{part}/{i:06}", "jpg"),
+        ("000-{n}", "{part}/data/{i:06}", "jpg"),
+    ],
+)
+def test_shards_as_webdataset_has_them(photos, tmp_path, shard, key, ending):
+    """Class numbers in .cls, the part in the name of the shard or of the first folder."""
     paths = sorted(photos.rglob("*.JPEG"))
     out = tmp_path / "web"
     out.mkdir()
-    for part in ("train", "val"):
-        with tarfile.open(out / f"imagenet-{part}-000.tar", "w") as archive:
+    for n, part in enumerate(("train", "val")):
+        with tarfile.open(out / f"{shard.format(part=part, n=n)}.tar", "w") as archive:
             for i, path in enumerate(path for path in paths if part in path.parts):
-                for ending, content in (("cls", path.parent.name[1:]), ("jpg", path.read_bytes())):
-                    content = content.encode() if isinstance(content, str) else content
-                    member = tarfile.TarInfo(f"{i:06}.{ending}")
+                name = key.format(part=part, i=i, half=i // 5)
+                number = path.parent.name[1:].encode()
+                for end, content in (("cls", number), (ending, path.read_bytes())):
+                    member = tarfile.TarInfo(f"{name}.{end}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
     for split in ("trainval", "test"):
         ours, theirs = (cached.load(p, split, 32, streamed=True) for p in (photos, out))
-        assert len(ours) == len(theirs)
+        assert len(ours) == len(theirs) and len(theirs.classes) == 2
         rows = [
             sorted(
                 zip(

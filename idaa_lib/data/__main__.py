@@ -6,9 +6,7 @@ python -m idaa_lib.data clean [all]        # remove decoded images that no data 
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import shutil
 import sys
 import tarfile
@@ -19,8 +17,8 @@ from tqdm import tqdm
 
 from idaa_lib.data.cached import data_root
 from idaa_lib.data.layout import PARTS
-from idaa_lib.data.places import read_place, read_stamp
-from idaa_lib.data.pool import lock
+from idaa_lib.data.places import read_place
+from idaa_lib.data.pool import NAME, is_current, lock, read_sealed
 from idaa_lib.data.sources import Listing, find_source
 
 SHARD_BYTES = 2**29  # of images in a tar file, about
@@ -82,17 +80,17 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 def clean(everything: bool = False) -> int:
     """Bytes that became free: decoded images are removed that no data set has any more, whose
     folder is gone or has changed. `everything` removes the others too, which are made again when
-    they are needed. Each pool is printed, with its size.
+    they are needed. Each pool is printed, with its size; what is none, by its name, stays.
     """
     cache, removed, used = data_root() / "cache", 0, set[str]()
-    for path in cache.glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            index = json.loads(path.read_text("utf-8"))
-            if all([*read_stamp(file)] == stamp for file, stamp in index["stamps"].items()):
+    ours = [path for path in sorted(cache.glob("*")) if NAME.fullmatch(path.name)]
+    for path in ours:
+        if index := read_sealed(path) if path.suffix == ".json" else None:
+            if is_current(index):
                 used.add(index["entry"])
             elif not everything:
                 path.unlink()
-    for pool in sorted(path for path in cache.glob("*") if path.is_dir()):
+    for pool in filter(Path.is_dir, ours):
         stats = [file.stat() for file in pool.iterdir()]
         size = sum(stat.st_size for stat in stats)
         is_used = pool.name in used and not everything

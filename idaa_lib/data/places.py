@@ -9,6 +9,8 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+from idaa_lib.data.layout import PARTS
+
 PROJECT = Path(__file__).resolve().parents[2]
 # What ships with the library: images of CIFAR-10 in images/, and finished runs by their stages.
 STARTER = PROJECT / "data" / "starter"
@@ -33,11 +35,17 @@ def find_root(variable: str, default: str) -> Path:
 
 def read_file(path: Path) -> bytes:
     """The content of an image file; OSError where it is no regular file or has over 1 GiB."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe or device might never end
-        raise OSError("it is no file, but a folder, pipe or device")
-    check_size(status.st_size)
+    check_size(check_regular(path))
     return path.read_bytes()
+
+
+def check_regular(path: Path) -> int:
+    """The bytes of a regular file; OSError where it is none, since a pipe or device might never
+    end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is no file, but a folder, pipe or device")
+    return status.st_size
 
 
 def check_size(size: int) -> None:
@@ -51,28 +59,41 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
 
     They are as `python -m idaa_lib.data shard` writes them, with the folders of the names; or as
     webdataset has them: class numbers beside the images, in `.cls`, and the part, train or val, in
-    the name of the shard. Raises ValueError where one is damaged.
+    the name of the shard or of the first folder. Raises ValueError where one is damaged.
     """
-    places = dict[str, Place]()
+    classes, members = dict[str, str](), list[tuple[str, Place]]()  # classes: by shard and name
     for shard in shards:
-        part = re.search("train|val|test", shard.rpartition("/")[2].lower())
-        classes, flat = dict[str, str](), dict[str, Place]()
         try:
+            check_regular(root / shard)
             with tarfile.open(root / shard, "r:") as archive:
                 for member in filter(tarfile.TarInfo.isreg, archive):
-                    place = Place(shard, member.offset_data, member.size)
                     name = plain_name(member.name)
-                    if not name.endswith(".cls"):
-                        (places if "/" in name else flat)[name] = place
-                    elif "/" not in name:
+                    place = Place(shard, member.offset_data, member.size)
+                    if name.endswith(".cls"):
                         number = read_place(root, place).decode("ascii", "replace").strip()
-                        classes[name[:-4]] = f"{number:0>6}/"
-        except tarfile.TarError as error:
+                        classes[f"{shard}/{name[:-4]}"] = f"{number:0>6}/"
+                    else:
+                        members.append((name, place))
+        except (tarfile.TarError, OSError) as error:
             what = f"{root / shard} is no readable tar ({error})"
             raise ValueError(f"{what}: copy it again") from error
-        for name, place in flat.items():
-            folders = f"{part[0]}/" if part else "", classes.get(name.partition(".")[0], "")
-            places[f"{''.join(folders)}{shard}/{name}"] = place
+
+    numbers = list[str]()
+    for name, place in members:
+        key = f"{place.file}/{name}"  # without its extension, or all of them
+        stems = key.rpartition(".")[0], re.sub(r"\.[^/]*$", "", key)
+        numbers.append(classes.get(stems[0]) or classes.get(stems[1], ""))
+    folders = [name.rpartition("/")[0] for name, _ in members]
+    pairs = {pair for pair in zip(folders, numbers, strict=True) if all(pair)}
+    # Where each folder has one class alone, the folders are the classes.
+    plain = len(pairs) == len({folder for folder, _ in pairs})
+    places = dict[str, Place]()
+    for (name, place), folder, number in zip(members, folders, numbers, strict=True):
+        if not (folder and plain):
+            match = re.search("train|val|test", place.file.rpartition("/")[2].lower())
+            part = PARTS.get(name.partition("/")[0].lower()) or (match[0] if match else "")
+            name = f"{part and f'{part}/'}{number}{place.file}/{name}"
+        places[name] = place
     return places
 
 

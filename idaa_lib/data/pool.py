@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from idaa_lib.data.decoding import Item, decode_items, square
 from idaa_lib.data.layout import HEIF, sha256
-from idaa_lib.data.places import read_stamp
+from idaa_lib.data.places import read_file, read_stamp
 from idaa_lib.data.sources import Listing, Source, Torchvision
 from idaa_lib.data.streamed import CONTENT, Images, Photographs, describe, row_width
 
 PARTS = ("train", "val", "test")
 VERSION = 5  # of the decoding and of the files of the cache: another number, another entry
+# The names of its folders and, with .json, of their indices.
+NAME = re.compile(r".+-\d+-[0-9a-f]{16}(\.partial|\.json)?", re.DOTALL)
 Content = tuple[dict[str, Any], np.ndarray, Images]  # what describes a pool, labels, pixels
 # Of streamed photographs so many, this large, say what their mean and std are.
 SAMPLE, SAMPLE_SIZE = 500, 224
@@ -66,11 +68,8 @@ class Pool:
     def read_index(self, name: str = "about") -> Any:
         """What describes the pool (or its `entry`), if nothing that is watched changed since it was
         written."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            index = json.loads(self.path(str(self.source.path), ".json").read_text("utf-8"))
-            if all(list(read_stamp(path)) == stamp for path, stamp in index["stamps"].items()):
-                return index[name]
-        return None
+        index = read_sealed(self.path(str(self.source.path), ".json"))
+        return index[name] if index and is_current(index) else None
 
     def open(self, again: bool = False) -> Content:
         """What describes the pool, labels (N,), images (N, 3, size, size); decoded if need be. Of a
@@ -97,8 +96,7 @@ class Pool:
         if self.read_index() != pool[0]:
             draft = self.path(str(self.source.path), f".{os.getpid()}")
             with contextlib.suppress(OSError):  # others' cache, which may only be read
-                index = {"stamps": stamps, "entry": entry.name, "about": pool[0]}
-                draft.write_text(json.dumps(index), "utf-8")
+                _write_sealed(draft, {"stamps": stamps, "entry": entry.name, "about": pool[0]})
                 draft.replace(draft.with_suffix(".json"))
         return pool
 
@@ -144,8 +142,7 @@ class Pool:
             if shutil.disk_usage(draft).free < need:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             content = self._decode(draft / "images.u8", listing)
-            body = json.dumps(self._share(draft / "images.u8", content))
-            (draft / "about.json").write_text(f"{sha256(body)}\n{body}", "utf-8")
+            _write_sealed(draft / "about.json", self._share(draft / "images.u8", content))
             shutil.rmtree(entry, ignore_errors=True)  # one that `_read` refused
             draft.rename(entry)
         except OSError as error:
@@ -199,7 +196,10 @@ class Pool:
         else:
             sample = images.rows[: learnt : -(-learnt // SAMPLE)]
             place = file, images.whole, sample, listing.root
-            mean, std = _measure(Photographs(*place, SAMPLE_SIZE, self.bits)[:].numpy())
+            try:
+                mean, std = _measure(Photographs(*place, SAMPLE_SIZE, self.bits)[:].numpy())
+            except OSError as error:  # of reading: those of writing are the disk's
+                raise ValueError(str(error)) from error
         names = "\n".join(sorted(name.lower().replace(" ", "_") for name in listing.classes))
         alike = sha256(names)[:16] in CIFAR and {item.sides for item in items} == {(32, 32)}
         if alike or (isinstance(self.source, Torchvision) and self.source.name.startswith("cifar")):
@@ -265,14 +265,31 @@ def _measure(pixels: np.ndarray) -> tuple[Any, Any]:
 
 def _read(entry: Path) -> Content | None:
     """What describes a finished pool, its labels and images; None where it is not as written."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        seal, body = (entry / "about.json").read_text("utf-8").split("\n", 1)
-        content, file = json.loads(body), entry / "images.u8"
-        if seal == sha256(body) and content["stamp"] == list(read_stamp(file)):
-            labels = np.array(content["labels"], np.int64)
-            images = Images(file, tuple(content["shape"]), np.arange(len(labels)))
-            return content["about"], labels, images
+    content, file = read_sealed(entry / "about.json"), entry / "images.u8"
+    if content and content["stamp"] == list(read_stamp(file)):
+        labels = np.array(content["labels"], np.int64)
+        images = Images(file, tuple(content["shape"]), np.arange(len(labels)))
+        return content["about"], labels, images
     return None
+
+
+def _write_sealed(path: Path, values: dict[str, Any]) -> None:
+    body = json.dumps(values)
+    path.write_text(f"{sha256(body)}\n{body}", "utf-8")
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What a file of the cache holds: a line with the SHA-256 of the JSON behind it; None where it
+    is not as it was written."""
+    with contextlib.suppress(OSError, ValueError):
+        seal, body = read_file(path).decode().split("\n", 1)
+        return json.loads(body) if seal == sha256(body) else None
+    return None
+
+
+def is_current(index: dict[str, Any]) -> bool:
+    """Whether nothing that it watches changed since it was written."""
+    return all([*read_stamp(path)] == stamp for path, stamp in index["stamps"].items())
 
 
 def lock(cache: Path, slug: str) -> FileLock:

@@ -13,9 +13,11 @@ from urllib.parse import quote
 from idaa_lib import kernels, runs
 from idaa_lib.configs import Config, TrainingConfig
 from idaa_lib.identity.networks import STARTER_NOTE, UNTRAINED, name_runs
+from idaa_lib.lab.kernel import attended
 from idaa_lib.results import full_name
 from idaa_lib.runs import Run, RunError
 from idaa_lib.runs.files import replace
+from idaa_lib.runs.machine import describe, torch_device
 from idaa_lib.train import stages
 
 C = TypeVar("C", bound=Config)
@@ -27,7 +29,8 @@ USES: dict[str, Callable[[str], Run]] = {
 
 def choose(config: C, **needs: Any) -> C:
     """The configuration with the runs that it uses named; prints what they are, how to choose
-    others, and which ones cannot be used.
+    others, and which ones cannot be used; where no person sits in front of the kernel, also
+    versions, hardware and commit.
 
     Args:
         needs: values that an encoder must have where None chooses it.
@@ -63,6 +66,9 @@ def choose(config: C, **needs: Any) -> C:
             f"To use another one, write the last eight characters of its id into the parameters, "
             f'as in {field} = "{name[-8:]}"; notebook 00 lists all runs.'
         )
+    if not attended():  # the record of a copy that papermill or nbconvert executes
+        made = kernels.software(describe(torch_device("auto"), "no"))
+        text.append("; ".join(f"{name}: {value}" for name, value in made.items()))
     print(*text, *runs.report_left_out(left_out), sep="\n")
     return values
 

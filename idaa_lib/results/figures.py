@@ -12,6 +12,7 @@ from idaa_lib.configs import UserError
 from idaa_lib.evaluate.metrics import share_interval, student_interval
 from idaa_lib.results.names import apart, differing, title, training_of
 from idaa_lib.runs import Run
+from idaa_lib.runs.files import make_folder, replace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,15 +203,19 @@ def means(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def save(frame: pd.DataFrame, path: Path) -> list[Path]:
-    """`<path>.csv` and `<path>.parquet`, written; a column of several kinds of values is text."""
+    """`<path>.csv` and `<path>.parquet`, written; a column of several kinds of values is text.
+
+    Raises:
+        RunError: the disk refuses.
+    """
     import pandas as pd
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     files = [path.with_name(f"{path.name}.{ending}") for ending in ("csv", "parquet")]
-    frame.to_csv(files[0], index=False)
+    replace(files[0], frame.to_csv(index=False).encode())
     table = frame.infer_objects()
     for name in table:
         if pd.api.types.infer_dtype(table[name], skipna=True).startswith("mixed"):
             table[name] = table[name].map(str, na_action="ignore")
-    table.to_parquet(files[1], index=False)
+    replace(files[1], table.to_parquet(index=False))
     return files

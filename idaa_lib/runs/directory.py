@@ -33,12 +33,13 @@ from idaa_lib.configs import (
     VAEConfig,
 )
 from idaa_lib.configs.lookups import once
-from idaa_lib.data.places import STARTER, find_root
+from idaa_lib.data.places import STARTER, check_regular, find_root
 from idaa_lib.runs.files import (
     NUMBER,
     RunError,
     clear_drafts,
     draft_of,
+    make_folder,
     read_json,
     read_lines,
     replace,
@@ -251,6 +252,7 @@ class Run:
         """
         path = self.path / "metrics.jsonl"
         try:
+            check_regular(path)
             return read_lines(path, path.read_bytes().split(b"\n")[:-1])
         except FileNotFoundError:
             return []
@@ -275,8 +277,7 @@ class Run:
     def figure(self, name: str) -> Path:
         """Where the figure `name` of this run belongs (the folder is made)."""
         folder = self.figures
-        with saving(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return folder / name
 
     def ask(self, request: str) -> None:
@@ -392,7 +393,7 @@ class Writer:
         """Drop metrics after `step`, which a killed process logged beyond its last checkpoint, and
         what is no reading."""
         path, content = self.run.path / "metrics.jsonl", b""
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
             with contextlib.suppress(RunError):
                 if line.endswith(b"\n") and any(
                     r["step"] <= step for r in read_lines(path, [line])

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from idaa_lib.configs import UserError
+from idaa_lib.data.places import check_regular
 from idaa_lib.runs.machine import birth
 
 # Of a run's files, what their entries are where they are there.
@@ -39,6 +40,10 @@ CURES = {
     errno.EIO: "have the disk looked at",
     errno.EROFS: "mount it for writing",
     errno.EACCES: "give yourself the right to",
+    errno.EPERM: "give yourself the right to",
+    errno.ESTALE: "mount it anew",
+    errno.ENOTDIR: "move away the file that has a folder's name",
+    errno.EEXIST: "move away the file that has a folder's name",
     errno.EFBIG: "allow larger files (ulimit -f)",
     errno.EISDIR: "delete that folder",
 }
@@ -62,7 +67,8 @@ def saving(path: Path) -> Iterator[None]:
         number = re.search(r"\(os error (\d+)\)", str(error))
         code = int(number[1]) if number else getattr(error, "errno", None)
         file = Path(os.fsdecode(getattr(error, "filename", None) or path))
-        if code not in CURES or not file.is_relative_to(path.parent):
+        ours = file.is_relative_to(path.parent) or path.is_relative_to(file)
+        if code not in CURES or not ours:
             raise
         file = path if file.name.startswith(".") else file  # of a draft what it would be
         raise RunError(
@@ -83,6 +89,15 @@ def replace(path: Path, content: bytes) -> None:
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those around it, where they are not there.
+
+    Raises: as `saving`.
+    """
+    with saving(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def draft_of(path: Path) -> Path:
@@ -114,6 +129,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         RunError: it cannot be read, or is no JSON object, or none of its name's `KINDS`.
     """
     try:
+        check_regular(path)
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"it holds {str(value)[:40]!r}, not an object")

@@ -156,6 +156,8 @@ def train_semi(config: SemiConfig) -> Run:
     and `ema_protocol`; `ema_top1_val` is the last of those on validation.
     """
     plan, val = _begin(config, SemiConfig)
+    if plan.run.finished:
+        return perform(plan, lambda writer: {})
     classes, per_class = len(plan.data.classes), config.labels_per_class
     if not classes:
         raise ConfigError(f"dataset={config.dataset!r} has no labels to learn from.")
@@ -197,7 +199,8 @@ def _begin(config: TrainingConfig, kind: type[TrainingConfig]) -> tuple[Training
     plan = _plan(config)
     if plan.vae and not getattr(config, "vae", None):
         print(f"vae: {plan.vae.id} (none was named, and it fits)")
-    check_memory(plan.config, plan.about)
+    if not plan.run.finished:  # whose images, perhaps a million, need no look
+        check_memory(plan.config, plan.about)
     return plan, _open(config, "val", limit)
 
 
