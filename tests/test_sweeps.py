@@ -1,6 +1,7 @@
 """What sweeps do when things end too early: kernels, drivers, workers; and who gets which GPU."""
 
 import json
+import re
 import threading
 import time
 
@@ -14,7 +15,7 @@ from idaa_lib.configs import VAEConfig
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.lab import plots
 from idaa_lib.runs import RunError
-from idaa_lib.train import train_vae
+from idaa_lib.train import accelerator, train_vae
 
 SMALL = {"limit": 64, "batch_size": 32, "epochs": 1, "width": 4, "device": "cpu", "dim": 8}
 
@@ -166,6 +167,82 @@ def test_points_that_are_refused_are_named_and_stop_no_others(
     path.write_text("cross: {ssl: {learning_rate: [-1]}}\n")
     assert sweeps.main([str(path)]) == 2
     assert "1 of 1 cannot be made: learning_rate must be" in capsys.readouterr().err
+
+
+BAD_VALUES = [1e308, "much", [1, 2], {"a": 1}, "x" * 5000]
+
+
+@pytest.mark.parametrize("place", ["ssl", "vae", "all", "rates"])
+@pytest.mark.parametrize("value", BAD_VALUES)
+def test_a_bad_value_costs_its_points_alone(value, place, outputs):
+    """Whatever it is, and wherever it stands, also behind a label."""
+    field = {"vae": "kappa", "ssl": "learning_rate", "all": "batch_size"}.get(place)
+    entries = [{"ssl": {"learning_rate": v}, "labels": {"x": 1}} for v in (0.1, value)]
+    cross = {place: {field: [32, value]} if field else entries}
+    stages = ["vae"] if place == "vae" else ["ssl", "eval"]
+    fixed = {"all": {"device": "cpu", "limit": 64, "batch_size": 32}}
+    grid = grids.read({"fixed": fixed, "cross": cross, "stages": stages, "seeds": [0, 1]})
+    points, refusal = plans.admit(grid.points())
+    assert len(points) == 2 and refusal.startswith("2 of 4 cannot be made: ")
+    assert len(refusal) < 800 and len(refusal.splitlines()) == 1
+
+
+def test_refused_points_of_one_name_are_counted(outputs):
+    entries = [{"ssl": {"learning_rate": v}, "labels": {"x": "one"}} for v in (-1, -2, -1, 0.1)]
+    points, refusal = plans.admit(grids.read({"cross": {"rates": entries}}).points())
+    assert len(points) == 1 and refusal.startswith("3 of 4 cannot be made")
+
+
+@pytest.mark.parametrize("text", [
+    "", "3", "[a]", "1: 2", "labels: abc", "labels: [1]", "cross: [1]", "cross: {x: [a, b]}",
+    "cross: {x: 3}", "cross: {ssl: [1, 2]}", "cross: {ssl: {1: [2]}}", "cross: {ssl: {epsilon: 1}}",
+    "cross: {x: [{ssl: 3}]}", "cross: {x: [{ssl: {method: simclr}, labels: abc}]}",
+    "cross: {x: [{ssl: {method: simclr}, labels: {1: 2}}]}", "cross: {x: [{nowhere: {a: 1}}]}",
+    "vary: {ssl: 3}", "vary: {ssl: [1]}", "grids: 3", "grids: [3]", "grids: [{fixed: 3}]",
+    "grids: [{fixed: {ssl: 3}}]", "grids: [{1: 2}]", "seeds: [x]", "jobs: many", "stages: [x]",
+    "fixed: " + "[" * 5000, "x" * 5000 + ": 1", "a\0: b", "a:\n\t- b", "&a {fixed: *a}",
+    f"seeds: [{'9' * 5000}]", "fixed: {all: {" + "x" * 5000 + ": 1}}",
+])  # fmt: skip
+def test_a_malformed_grid_is_one_sentence(text, outputs, tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    assert sweeps.main([str(path), "--dry-run"]) == 2
+    (sentence,) = capsys.readouterr().err.strip().splitlines()
+    assert len(sentence) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize(("stages", "values", "words"), [
+    ("ssl", {"ssl": {"batch_size": 65}}, "batch_size=65 is more than the 64 training images"),
+    ("vae ssl", {"vae": {"batch_size": 65}}, "batch_size=65 is more than the 64 training images"),
+    ("ssl eval", {"ssl": {"projection_dim": 10**9}}, "GiB .* take less of projection_dim="),
+    ("vae ssl", {"vae": {"dim": 10**9}}, "GiB .* take less of dim="),
+    ("ssl", {"ssl": {"method": "moco", "queue": 10**10}}, "GiB .* take less of queue="),
+    ("vae ssl", {"ssl": {"tracker": "mlflow"}}, "tracker='mlflow' is not installed"),
+    ("vae", {"vae": {"tracker": "mlflow"}}, "tracker='mlflow' is not installed"),
+    ("ssl transfer", {"transfer": {"datasets": "/no/such"}}, "No data set can .*/no/such"),
+    ("ssl eval", {"eval": {"dataset": "/no/such"}}, "/no/such"),
+    ("ssl", {"ssl": {"continue_from": "ssl-none"}}, "There is no ssl run 'ssl-none'"),
+    ("ssl", {"ssl": {"vae": "vae-none"}}, "There is no vae run 'vae-none'"),
+    ("ssl", {}, "There is no finished vae run"),
+    ("eval", {"eval": {"run": "ssl-none"}}, "There is no ssl run 'ssl-none'"),
+    ("transfer", {"transfer": {"run": "ssl-none"}}, "There is no ssl run 'ssl-none'"),
+])  # fmt: skip
+def test_what_a_stage_refuses_is_refused_before_the_first_begins(
+    stages, values, words, outputs, monkeypatch
+):
+    """With a point beside it that can be made, whose stages are sound."""
+    monkeypatch.setattr(accelerator, "get_available_trackers", lambda: [])
+    adversary = "idaa" if stages in ("vae ssl", "ssl") and "method" not in str(values) else "none"
+    fixed = {"all": {"device": "cpu", "limit": 64, "batch_size": 32}}
+    fixed["ssl"] = {"adversary": adversary}
+    ((stage, own),) = values.items() or [("ssl", {})]
+    bad = {stage: own, "labels": {"x": "bad"}}
+    grid = {"stages": stages.split(), "fixed": fixed, "cross": {"x": [bad]}}
+    points, refusal = plans.admit(grids.read(grid).points())
+    assert not points and re.search(rf"1 of 1 cannot be made: .*{words}", refusal)
+    sound = {"stages": ["vae", "ssl", "eval", "transfer"], "fixed": fixed}
+    points, refusal = plans.admit(grids.read(sound).points())
+    assert len(points) == 1 and not refusal
 
 
 @pytest.mark.parametrize("named", [True, False])
