@@ -302,7 +302,7 @@ def test_a_failing_point_stops_nothing_and_is_named_at_the_end(
     assert len(plans.finished(grid)) == 2
     assert set(plans.table(grid)["learning_rate"]) == {1e-3, 1e-4}
     assert "1 of 3 points are missing: 1e+30 (seed 0)" in plans.outline(grid, 1)
-    with pytest.raises(RunError, match=r"2 of 6 runs are missing(.|\n)*lower learning_rate"):
+    with pytest.raises(RunError, match=r"2 of 6 are missing(.|\n)*lower learning_rate"):
         sweeps.check(outcomes)
 
 
