@@ -265,7 +265,7 @@ def test_a_grid_that_cannot_be_made_is_refused_in_a_sentence(grid, sentence):
 
 def test_a_dry_run_refuses_what_is_not_there_and_makes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
-    (tmp_path / "grid.yaml").write_text("fixed: {all: {limit: 64, device: cpu}}\nseeds: [0, 1]\n")
+    (tmp_path / "grid.yaml").write_text("fixed: {all: {limit: 128, device: cpu}}\nseeds: [0, 1]\n")
     assert sweeps.main([str(tmp_path / "grid.yaml"), "--dry-run"]) == 0
     assert "2 points take 4 runs (2 ssl, 2 eval): 0 are finished, 4" in capsys.readouterr().out
     (tmp_path / "grid.yaml").write_text("fixed: {all: {dataset: /no/folder, device: cuda}}\n")
