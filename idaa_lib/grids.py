@@ -12,7 +12,9 @@ theirs of a form (`sensitivity`, `cells`).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -29,7 +31,7 @@ from idaa_lib.configs import (
     VAEConfig,
 )
 from idaa_lib.configs.base import Positive, Seed, Values
-from idaa_lib.configs.reading import expand
+from idaa_lib.configs.reading import expand, quote
 from idaa_lib.evaluate.encoders import judged_on
 from idaa_lib.runs import CONFIGS
 
@@ -52,7 +54,8 @@ class Point(NamedTuple):
     def name(self) -> str:
         """Its labels and its seed, for a sentence."""
         seed = (self.ssl or self.vae or {}).get("seed")
-        words = [str(value) for value in self.labels.values() if value is not None]
+        values = [value for value in self.labels.values() if value is not None]
+        words = [v if isinstance(v, str) and len(v) <= 100 else quote(v) for v in values]
         return f"{' × '.join(words)} (seed {seed})" if words else f"seed {seed}"
 
 
@@ -94,7 +97,8 @@ class Grid(Values):
         """
         if self.grids:
             here = {name: getattr(self, name) for name in self.model_fields_set - {"grids"}}
-            parts = [here | part | {"fixed": _merge(self.fixed, part)} for part in self.grids]
+            fixed = [_merge(self.fixed, Grid(**part).fixed) for part in self.grids]
+            parts = [here | p | {"fixed": f} for p, f in zip(self.grids, fixed, strict=True)]
             return [point for part in parts for point in Grid(**part).points()]
         varied = [
             (own, {"axis": axis, "at": value})
@@ -124,25 +128,33 @@ def read(grid: str | Path | Mapping[str, Any]) -> Grid:
         ConfigError: there is no such file, it is no YAML, or a name in it is unknown.
     """
     if isinstance(grid, Mapping):
-        return Grid(**grid)
-    path = RECIPES / f"{grid}.yaml"
-    path = path if path.exists() else expand(grid)
+        return Grid(**_pairs("A grid", grid))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds {str(values)[:40]!r}, no names with values")
+        path = RECIPES / f"{grid}.yaml"
+        path = path if path.exists() else expand(grid)
+        values = _pairs("it", yaml.safe_load(path.read_text(encoding="utf-8")))
         if isinstance(about := values.get("about"), str):  # may be of several lines
             values["about"] = " ".join(about.split())
         return Grid(**values)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:  # nested too deeply, too
         names = ", ".join(sorted(other.stem for other in RECIPES.glob("*.yaml")))
+        reason = textwrap.shorten(str(error), 250, placeholder=" …")
         raise ConfigError(
-            f"The grid {str(grid)!r} cannot be read: {error} (Of this package: {names}.)"
+            f"The grid {quote(str(grid))} cannot be read: {reason} (Of this package: {names}.)"
         ) from error
 
 
-def _merge(fixed: Fields, part: Mapping[str, Any]) -> Fields:
-    own = part.get("fixed", {})
+def _pairs(what: str, values: Any) -> dict[str, Any]:
+    """`values`, which must be pairs of name and value."""
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(
+            f"{what} must be pairs of name and value, such as {{epsilon: 0.1}}, and is "
+            f"{quote(values)}."
+        )
+    return dict(values)
+
+
+def _merge(fixed: Fields, own: Fields) -> Fields:
     return {stage: fixed.get(stage, {}) | own.get(stage, {}) for stage in fixed | own}
 
 
@@ -150,11 +162,14 @@ def _apply(fields: Fields, values: Mapping[str, Mapping[str, Any]]) -> None:
     """Set `values` of each stage; of `all` in every stage that knows the name."""
     for stage, own in values.items():
         if stage not in (*STAGES, "all"):
-            raise ConfigError(f"A grid has {stage!r}, which is none of {', '.join(STAGES)}, all.")
+            known = ", ".join(STAGES)
+            raise ConfigError(f"A grid has {quote(stage)}, which is none of {known}, all.")
         for name, value in own.items():
             knowing = [s for s in STAGES if stage == s or CONFIGS[s]._owner(name)]
             if stage == "all" and not knowing:
-                raise ConfigError(f"A grid sets {name!r} of all stages, which none of them knows.")
+                raise ConfigError(
+                    f"A grid sets {quote(name)} of all stages, which none of them knows."
+                )
             for other in {*knowing} & {*fields} if stage == "all" else {stage} & {*fields}:
                 fields[other][name] = value
 
@@ -165,7 +180,8 @@ def _axes(what: str, axes: Mapping[str, Any]) -> list[list[tuple[Fields, dict[st
     for stage, part in axes.items():
         if isinstance(part, dict):
             lists += [
-                [{stage: {name: v}} for v in _list(what, name, vs)] for name, vs in part.items()
+                [{stage: {name: v}} for v in _list(what, name, vs)]
+                for name, vs in _pairs(f"{what}[{quote(stage)}]", part).items()
             ]
         elif stage in (*STAGES, "all"):
             lists.append([{stage: values} for values in _list(what, stage, part)])
@@ -176,18 +192,23 @@ def _axes(what: str, axes: Mapping[str, Any]) -> list[list[tuple[Fields, dict[st
 
 def _list(what: str, name: str, values: Any) -> list[Any]:
     if not isinstance(values, list | tuple):
-        raise ConfigError(f"{what}[{name!r}] must be a list of values, and is {values!r}.")
+        raise ConfigError(
+            f"{what}[{quote(name)}] must be a list of values, and is {quote(values)}."
+        )
     return list(values)
 
 
-def _entry(values: Mapping[str, Any]) -> tuple[Fields, dict[str, Any]]:
-    fields = {stage: own for stage, own in values.items() if stage != "labels"}
+def _entry(entry: Any) -> tuple[Fields, dict[str, Any]]:
+    parts = {name: _pairs(name, own) for name, own in _pairs("An entry of a grid", entry).items()}
+    fields = {stage: own for stage, own in parts.items() if stage != "labels"}
     labels: dict[str, Any] = {}
     for stage, own in fields.items():
         for name, value in own.items():
             kind = CONFIGS.get(stage, CONFIGS["ssl"])
-            labels[f"{stage} {name}" if name in labels else name] = kind._read(name, value)
-    return fields, dict(values.get("labels", labels))
+            with contextlib.suppress(ConfigError):  # which the point is refused for, it alone
+                value = kind._read(name, value)
+            labels[f"{stage} {name}" if name in labels else name] = value
+    return fields, parts.get("labels", labels)
 
 
 # --- the forms of notebooks -----------------------------------------------------------------------

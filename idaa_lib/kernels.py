@@ -1,4 +1,4 @@
-"""A notebook under papermill, in a kernel of its own: over local sockets, on a GPU of its own.
+"""A notebook under papermill, in a kernel of its own: over local sockets, on GPUs of its own.
 
 Of kernels over TCP two that start together may take one port; a socket in a folder is nobody
 else's. The kernel's standard error goes to a file, so that what a crash leaves there is kept.
@@ -7,12 +7,13 @@ else's. The kernel's standard error goes to a file, so that what a crash leaves 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
+import random
 import re
 import signal
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from idaa_lib.runs import Run, RunError
 from idaa_lib.runs.directory import STARTED_BY
+from idaa_lib.runs.files import clear_drafts
 from idaa_lib.runs.machine import describe, torch_device
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
@@ -48,11 +50,15 @@ def execute(notebook: str, parameters: Mapping[str, Any], output: Path) -> Path:
     # error is raised besides.
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     source, device = FOLDER / f"{notebook}.ipynb", str(parameters.get("device", "auto"))
+    processes = parameters.get("processes")
     output.parent.mkdir(parents=True, exist_ok=True)
     running, failed = leftovers(output)
     trace = output.with_name(f"{output.stem}.trace.txt")
     for attempt in (1, 2):
-        with _gpu(device) as variables, trace.open("wb") as stderr:
+        with (
+            _gpu(device, processes if isinstance(processes, int) else 1) as variables,
+            trace.open("wb") as stderr,
+        ):
             try:
                 with _kernel(stderr, variables) as kernel:
                     papermill.execute_notebook(
@@ -100,7 +106,9 @@ def _kernel(stderr: Any, variables: Mapping[str, str]) -> Iterator[Any]:
     from jupyter_core.utils import run_sync
 
     environment = {**os.environ, STARTED_BY: "sweep", **variables}
-    with tempfile.TemporaryDirectory(prefix="idaa-") as folder:  # a socket's path must be short
+    place = _folder("idaa")  # a socket's path must be short
+    clear_drafts(place)  # of processes that were killed
+    with tempfile.TemporaryDirectory(f".{os.getpid()}", ".", place) as folder:
         file = os.path.join(folder, "kernel.json")
         kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", connection_file=file)
         arguments = [TRACE.format(path=stderr.name), "--HistoryManager.hist_file=:memory:"]
@@ -133,27 +141,37 @@ def _describe_end(error: Exception, trace: Path) -> str:
     return how + (f" in {place[3]} ({place[1]}:{place[2]}; see {trace})" if place else "")
 
 
+def _folder(name: str) -> Path:
+    """A folder of this user for temporary files, made."""
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 @contextlib.contextmanager
-def _gpu(device: str) -> Iterator[dict[str, str]]:
-    """CUDA_VISIBLE_DEVICES of a GPU that no other kernel of this user has on this machine, where
-    there are several; where all are taken this waits for one."""
+def _gpu(device: str, processes: int = 1) -> Iterator[dict[str, str]]:
+    """CUDA_VISIBLE_DEVICES of GPUs that no other kernel of this user has on this machine, one for
+    each of `processes`, where there are several; where too few are free this waits for them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = range(torch.cuda.device_count()) if visible is None else visible.split(",")
     names = [name for gpu in gpus if (name := str(gpu).strip())]
     if device not in ("auto", "cuda") or len(names) < 2:
         yield {}
         return
-    folder = Path(tempfile.gettempdir()) / f"idaa-gpus-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    for name in itertools.cycle(names):
-        lock = FileLock(folder / re.sub(r"\W", "_", name))
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0.1)
-            break
-    try:
-        yield {"CUDA_VISIBLE_DEVICES": name}
-    finally:
-        lock.release()
+    folder, wanted = _folder("idaa-gpus"), min(processes, len(names))
+    while True:
+        with contextlib.ExitStack() as stack:
+            taken: list[str] = []
+            for name in names:
+                lock = FileLock(folder / re.sub(r"\W", "_", name))
+                with contextlib.suppress(Timeout):
+                    stack.enter_context(lock.acquire(timeout=0))
+                    taken.append(name)
+                if len(taken) == wanted:
+                    yield {"CUDA_VISIBLE_DEVICES": ",".join(taken)}
+                    return
+        # All are given back, so that two that want several do not wait for one another.
+        time.sleep(random.uniform(0.05, 0.2))
 
 
 def software(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from idaa_lib import results, train
-from idaa_lib.configs import ConfigError, EvalConfig, ImagesConfig, TrainingConfig, UserError
+from idaa_lib.configs import (
+    ConfigError,
+    EvalConfig,
+    ImagesConfig,
+    TrainingConfig,
+    TransferConfig,
+    UserError,
+)
 from idaa_lib.configs.lookups import remember
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.evaluate import transfer
@@ -20,7 +27,7 @@ from idaa_lib.evaluate.encoders import judged_on, open_splits
 from idaa_lib.grids import STAGES, Point
 from idaa_lib.kernels import leftovers
 from idaa_lib.runs import CONFIGS, Run, RunError, get, read_json, report_left_out
-from idaa_lib.runs.machine import open_images, resolve_paths, torch_device
+from idaa_lib.runs.machine import resolve_paths, torch_device
 from idaa_lib.runs.progress import Tally
 
 if TYPE_CHECKING:
@@ -101,7 +108,7 @@ def _name_refused(reasons: Mapping[str, Sequence[str]], total: int) -> str:
         f"{reason} ({', '.join(names[:3])}{f', {len(names) - 3} more' * (len(names) > 3)})"
         for reason, names in reasons.items()
     ]
-    count = len({name for names in reasons.values() for name in names})
+    count = sum(map(len, reasons.values()))  # points of one name are several
     return f"{count} of {total} cannot be made: " + "\n".join(lines) if reasons else ""
 
 
@@ -142,21 +149,26 @@ def _find_refusals(tasks: Mapping[str, Task]) -> dict[str, str]:
 
 def _check(key: str, tasks: Mapping[str, Task]) -> None:
     """Raises a UserError where a task cannot be made here: images that cannot be read, or have no
-    labels to judge by, a device or a run that is not there."""
+    labels to judge by, a device, a tracker or a run that is not there, too little memory."""
     config, needs = tasks[key]
     torch_device(config.device)
     if isinstance(config, TrainingConfig):
-        part = config.split, config.source_size or config.size, config.limit
-        open_images(config.dataset, *part, **config.reading)
-        for field in ("vae", "continue_from"):
-            if name := getattr(config, field, None):
-                get("vae" if field == "vae" else config.stage, name)
-    elif isinstance(config, EvalConfig) and "run" in needs:
-        training = tasks[needs["run"]].config
-        dataset = config.dataset or judged_on(training.dataset)
-        reading = training.reading if dataset == training.dataset else {}
-        reading |= config.reading
-        open_splits(dataset, training.size, config.limit, **reading)
+        train.check_start(config)
+        if name := config.continue_from:
+            get(config.stage, name)
+    if not needs:
+        locate(config)  # which reads the runs that it names
+    elif "run" in needs:
+        training: Any = tasks[needs["run"]].config
+
+        def reading(dataset: str) -> dict[str, Any]:
+            return (training.reading if dataset == training.dataset else {}) | config.reading
+
+        if isinstance(config, EvalConfig):
+            dataset = config.dataset or judged_on(training.dataset)
+            open_splits(dataset, training.size, config.limit, **reading(dataset))
+        elif isinstance(config, TransferConfig):
+            transfer.open_targets(config, training, reading)
 
 
 # --- what is there -------------------------------------------------------------------------------
@@ -178,8 +190,25 @@ def find_finished(config: ImagesConfig) -> Run | None:
 
 
 def is_whole(run: Run) -> bool:
-    """Whether a run is finished, and no notebook of it was killed or failed before its end."""
+    """Whether a run is finished, and no notebook of it was killed or failed before its end.
+
+    Raises:
+        RunError: it is finished, and its files are damaged.
+    """
+    if run.finished:
+        _check_files(run)
     return run.finished and not any(p.exists() for p in leftovers(run.path / "notebook.ipynb"))
+
+
+def _check_files(run: Run) -> None:
+    """Raises a RunError where a finished run cannot be read."""
+    for name in ("summary.json", "config.json"):
+        if not read_json(run.path / name):
+            raise RunError(
+                f"{run.path / name} is damaged (it is empty): delete the folder {run.path}, so "
+                f"that the run is made again."
+            )
+    _ = run.config  # which reads its environment too
 
 
 def find_runs(tasks: Mapping[str, Task], left_out: list[str] | None = None) -> dict[str, Run]:
@@ -193,8 +222,8 @@ def find_runs(tasks: Mapping[str, Task], left_out: list[str] | None = None) -> d
         for key, (config, needs) in tasks.items():
             if runs.keys() >= set(needs.values()):
                 try:
-                    run = find_finished(name_needs(config, needs, runs))
-                    if run and run.summary and read_json(run.path / "config.json"):
+                    if run := find_finished(name_needs(config, needs, runs)):
+                        _check_files(run)
                         runs[key] = run
                 except RunError as error:
                     if left_out is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -30,6 +31,7 @@ from filelock import FileLock, Timeout
 from idaa_lib import results
 from idaa_lib.configs import CompareConfig, ConfigError, ImagesConfig, SweepConfig, UserError
 from idaa_lib.configs.lookups import remember
+from idaa_lib.configs.reading import quote
 from idaa_lib.grids import read
 from idaa_lib.kernels import execute, leftovers
 from idaa_lib.plans import (
@@ -94,7 +96,7 @@ def perform_all(
     whole = {key: run for key, run in runs.items() if is_whole(run)}
     outcomes = {key: Outcome(run.reference, "finished") for key, run in whole.items()}
     if retry:
-        again = _failures(tasks, runs)
+        again = failures(tasks, runs)
         tasks = {key: task for key, task in tasks.items() if key in outcomes or key in again}
     tally = Tally({key: task.config for key, task in tasks.items()}, jobs, _going)
     lines = lines or Lines(30.0)
@@ -109,7 +111,7 @@ def perform_all(
                     outcomes |= news
                     for key, outcome in news.items():
                         if outcome.state == "finished" and outcome.seconds:
-                            tally.seconds[tasks[key].config.stage].append(outcome.seconds)
+                            tally.add(tasks[key].config, outcome.seconds)
                         if outcome.error or outcome.seconds:
                             print(f"{outcome.id}: {outcome.error or outcome.state}", flush=True)
                     lines.show(*line())
@@ -140,24 +142,60 @@ def _workers(jobs: int, scheduler: str | None) -> Iterator[Callable[..., Iterato
     import joblib
 
     with contextlib.ExitStack() as stack:
-        if scheduler:
-            from distributed import Client
-
-            stack.enter_context(Client(scheduler))
-            stack.enter_context(joblib.parallel_config(backend="dask"))
-        elif jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+        submit = stack.enter_context(_dask(scheduler)) if scheduler else None
+        if not submit and jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
             os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
             stack.callback(os.environ.pop, "OMP_NUM_THREADS")
 
         def call(chains: Any, outcomes: Mapping[str, Outcome]) -> Iterator[dict[str, Outcome]]:
+            needs = [{k for t in chain.values() for k in t.needs.values()} for chain in chains]
+            there = [{key: outcomes[key] for key in keys & outcomes.keys()} for keys in needs]
+            if submit:
+                return submit(chains, there)
             work = joblib.Parallel(
                 n_jobs=jobs, prefer="threads", batch_size=1, return_as="generator_unordered"
             )
-            needs = [{k for t in chain.values() for k in t.needs.values()} for chain in chains]
-            there = [{key: outcomes[key] for key in keys & outcomes.keys()} for keys in needs]
             return work(map(joblib.delayed(_perform), chains, there))
 
         yield call
+
+
+@contextlib.contextmanager
+def _dask(scheduler: str) -> Iterator[Callable[..., Iterator[dict[str, Outcome]]]]:
+    """A function of chains and of what each needs, as `_workers` has it, on a Dask cluster. A chain
+    that the cluster gives up, since each worker that began it died, is a failure like others."""
+    try:
+        from distributed import Client, as_completed
+
+        client = Client(scheduler)
+    except ImportError:
+        raise ConfigError(
+            f"scheduler={quote(scheduler)} needs Dask, which is not installed: pip install "
+            f"distributed."
+        ) from None
+    except Exception as error:  # an address that is none; nobody answers there
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"scheduler={quote(scheduler)} is no Dask scheduler that answers ({reason}): give its "
+            f"address, such as tcp://host:8786."
+        ) from error
+
+    def submit(chains: Any, there: Any) -> Iterator[dict[str, Outcome]]:
+        calls = [functools.partial(_perform, *each) for each in zip(chains, there, strict=True)]
+        futures = {client.submit(call, pure=False): call for call in calls}
+        for future in as_completed(futures):
+            try:
+                yield future.result()
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
+
+                def give_up(config: ImagesConfig, reason: str = reason) -> Run:
+                    raise RunError(f"The cluster gave it up ({reason}).")
+
+                yield futures[future](functools.partial(perform, make=give_up))
+
+    with client:
+        yield submit
 
 
 def _ready(tasks: Mapping[str, Task], outcomes: Mapping[str, Outcome]) -> list[dict[str, Task]]:
@@ -175,8 +213,15 @@ def _ready(tasks: Mapping[str, Task], outcomes: Mapping[str, Outcome]) -> list[d
     return chains
 
 
-def _perform(chain: Mapping[str, Task], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
-    """The outcomes of tasks of which each needs none but the one before and `outcomes`."""
+def _perform(
+    chain: Mapping[str, Task],
+    outcomes: Mapping[str, Outcome],
+    one: Callable[[ImagesConfig], Outcome] | None = None,
+) -> dict[str, Outcome]:
+    """The outcomes of tasks of which each needs none but the one before and `outcomes`.
+
+    one: what gives the outcome of each (None: `perform`).
+    """
     news: dict[str, Outcome] = {}
     for key, task in chain.items():
         needs = {f: news.get(other) or outcomes[other] for f, other in task.needs.items()}
@@ -184,46 +229,50 @@ def _perform(chain: Mapping[str, Task], outcomes: Mapping[str, Outcome]) -> dict
             reason = f"It needs {lacks[0].id}, which {lacks[0].state}."
             news[key] = Outcome(key, "left out", reason)
         else:
-            news[key] = perform(task.config.replace(**{f: need.id for f, need in needs.items()}))
+            config = task.config.replace(**{f: need.id for f, need in needs.items()})
+            news[key] = (one or perform)(config)
     return news
 
 
-def perform(config: ImagesConfig) -> Outcome:
-    """What became of the run of `config`, which is made if it is not there. Raises nothing that a
-    further attempt, or another configuration, could mend."""
+def perform(config: ImagesConfig, make: Callable[[ImagesConfig], Run] | None = None) -> Outcome:
+    """What became of the run of `config`, which is made if it is not there (by `make`, else by
+    `ensure`). Raises nothing that a further attempt, or another configuration, could mend."""
     name, start = config.stage, time.monotonic()
     try:
         run = find_finished(config) or locate(config)
         name = run.id
         if is_whole(run):
             return Outcome(run.reference, "finished")
-        return Outcome(ensure(config).reference, "finished", None, time.monotonic() - start)
+        run = (make or ensure)(config)
+        return Outcome(run.reference, "finished", None, time.monotonic() - start)
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return Outcome(name, "failed", f"{kind}{error}")
 
 
-def _failures(tasks: Mapping[str, Task], runs: Mapping[str, Run]) -> set[str]:
-    """The keys of tasks whose notebook failed, and of those that need one of them."""
-    keys: set[str] = set()
+def failures(tasks: Mapping[str, Task], runs: Mapping[str, Run]) -> dict[str, str]:
+    """Key → id of tasks whose notebook failed, and of those that need one of them, whose id is not
+    known yet and is their key; `runs` are those that are finished."""
+    ids: dict[str, str] = {}
     for key, (config, needs) in tasks.items():
         others = set(needs.values())
-        if others & keys:
-            keys.add(key)
+        if others & ids.keys():
+            ids[key] = key
         elif others <= runs.keys():
-            run = runs.get(key) or locate(name_needs(config, needs, runs))
-            if leftovers(run.path / "notebook.ipynb")[1].exists():
-                keys.add(key)
-    return keys
+            with contextlib.suppress(UserError):  # a run that is damaged
+                run = runs.get(key) or locate(name_needs(config, needs, runs))
+                if leftovers(run.path / "notebook.ipynb")[1].exists():
+                    ids[key] = run.id
+    return ids
 
 
 def check(outcomes: Mapping[str, Outcome]) -> None:
     """Raises a RunError that names each run that is not finished, and says why."""
-    failures = [f"{o.id} {o.state}: {o.error}" for o in outcomes.values() if o.error]
-    if failures:
+    lines = [f"{o.id} {o.state}: {o.error}" for o in outcomes.values() if o.error]
+    if lines:
         raise RunError(
-            f"{len(failures)} of {len(outcomes)} runs are missing (what is finished is kept):\n"
-            + "\n".join(failures)
+            f"{len(lines)} of {len(outcomes)} are missing (what is finished is kept):\n"
+            + "\n".join(lines)
         )
 
 
@@ -309,9 +358,12 @@ def main(words: Sequence[str]) -> int:
                 raise ConfigError(refusal)
             print(f"{grid.about or options.grid}\nOn {hardware()}.\n")
             print("\n".join(filter(None, (outline(points, jobs), refusal))), flush=True)
-            if options.dry_run:
-                return 1 if refusal else 0
             tasks = plan(points)
+            if options.dry_run:
+                if options.retry:
+                    again = failures(tasks, find_runs(tasks)).values()
+                    print(f"To be made again: {', '.join(again) or 'none'}.")
+                return 1 if refusal else 0
         outcomes = perform_all(tasks, jobs, scheduler=options.scheduler, retry=options.retry)
         runs = [
             Run(outputs_root() / key.partition("-")[0] / outcome.id)
@@ -322,9 +374,19 @@ def main(words: Sequence[str]) -> int:
         # "@vae" is the run of that stage of the last point.
         last = {f"@{run.stage}": run.reference for run in runs}
         for name, fields in grid.notebooks.items():
-            say(f"{name}.ipynb")
             values = {field: last.get(str(value), value) for field, value in fields.items()}
-            notebooks.append(execute(name, values, outputs_root() / "notebooks" / f"{name}.ipynb"))
+            say(f"{name}.ipynb")
+            state, error = "failed", ""
+            if lacks := [value for value in values.values() if str(value).startswith("@")]:
+                state, error = "left out", f"It needs {lacks[0]}, of which no run is finished."
+            else:
+                try:
+                    output = outputs_root() / "notebooks" / f"{name}.ipynb"
+                    notebooks.append(execute(name, values, output))
+                except (UserError, OSError) as problem:
+                    error = str(problem)
+            if error:
+                outcomes[name] = Outcome(f"{name}.ipynb", state, error)
         frame = table(points)
         for group in results.groups(frame):
             print(f"\n{group.title}\n{group.table.to_string()}\n{group.protocols}")
@@ -339,6 +401,11 @@ def main(words: Sequence[str]) -> int:
         if refusal:
             print(f"\n{options.grid}: {refusal}", file=sys.stderr)
         check(outcomes)
+        if absent := len(tasks.keys() - outcomes.keys()):
+            raise RunError(
+                f"{absent} of {len(tasks)} runs are missing that did not fail: the same command "
+                f"without --retry makes them."
+            )
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept: the same command goes on from there.")
         return 130

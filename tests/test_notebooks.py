@@ -265,7 +265,7 @@ def test_a_grid_that_cannot_be_made_is_refused_in_a_sentence(grid, sentence):
 
 def test_a_dry_run_refuses_what_is_not_there_and_makes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
-    (tmp_path / "grid.yaml").write_text("fixed: {all: {limit: 64, device: cpu}}\nseeds: [0, 1]\n")
+    (tmp_path / "grid.yaml").write_text("fixed: {all: {limit: 128, device: cpu}}\nseeds: [0, 1]\n")
     assert sweeps.main([str(tmp_path / "grid.yaml"), "--dry-run"]) == 0
     assert "2 points take 4 runs (2 ssl, 2 eval): 0 are finished, 4" in capsys.readouterr().out
     (tmp_path / "grid.yaml").write_text("fixed: {all: {dataset: /no/folder, device: cuda}}\n")
@@ -302,7 +302,7 @@ def test_a_failing_point_stops_nothing_and_is_named_at_the_end(
     assert len(plans.finished(grid)) == 2
     assert set(plans.table(grid)["learning_rate"]) == {1e-3, 1e-4}
     assert "1 of 3 points are missing: 1e+30 (seed 0)" in plans.outline(grid, 1)
-    with pytest.raises(RunError, match=r"2 of 6 runs are missing(.|\n)*lower learning_rate"):
+    with pytest.raises(RunError, match=r"2 of 6 are missing(.|\n)*lower learning_rate"):
         sweeps.check(outcomes)
 
 

@@ -66,11 +66,11 @@ def test_a_plan_says_how_long_it_takes_by_the_runs_so_far(outputs):
     finish(ssl, 140 - progress.KERNEL, "two")
     finish(SSLConfig(preset="cifar10"), 9e9, "of another preset")
     tally = progress.Tally(configs, 2)
-    assert tally.seconds_left(["v"]) == 4 * 120 / 2  # two at a time
+    assert tally.seconds_left(["v"]) == pytest.approx(4 * 120 / 2)  # two at a time
     assert tally.seconds_left([]) is None  # how long a VAE takes is not known
     assert "2 at a time: about 4:00 and 0 MiB of disk, by the runs so far." in tally.plan(["v"])
     tally.going = {go(1, 4)}
-    assert tally.seconds_left(["v"]) == (4 - 1 / 4) * 120 / 2
+    assert tally.seconds_left(["v"]) == pytest.approx((4 - 1 / 4) * 120 / 2)
     states = {"v": "finished", "s0": "failed", "s1": "left out"}
     share, line = tally.line(states)
     assert share == 3 / 5
@@ -78,6 +78,47 @@ def test_a_plan_says_how_long_it_takes_by_the_runs_so_far(outputs):
         "1 of 5 runs finished · 1 going (ssl 25%) · 1 failed · 1 left out · about 1:45 left"
     )
     assert progress.Tally(configs, 2).plan([*configs]) == "5 runs (1 vae, 4 ssl): 5 are finished."
+
+
+@pytest.mark.parametrize(("fields", "factor"), [
+    ({"epochs": 30}, 10), ({"limit": 1500}, 3), ({"size": 64}, 4),
+    ({"epochs": 6, "limit": 250, "size": 96}, 9), ({"learning_rate": 0.1}, 1),
+])  # fmt: skip
+def test_time_grows_with_epochs_images_and_pixels(outputs, fields, factor):
+    known = {"epochs": 3, "limit": 500, "size": 32, "device": "cpu"}
+    finish(SSLConfig(**known), 100.0, "one")
+    tally = progress.Tally({"s": SSLConfig(**known | fields)}, 1)
+    assert tally.seconds_left([]) == pytest.approx(progress.KERNEL + factor * 100)
+    assert "by the runs so far." in tally.plan([])
+    tally.add(SSLConfig(**known), progress.KERNEL + 300.0)
+    assert tally.seconds_left([]) == pytest.approx(progress.KERNEL + factor * 200)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"width": 64}, {"backbone": "resnet50"}, {"limit": None}, {"dataset": "cifar10"}]
+)
+def test_an_estimate_says_that_it_is_by_other_runs(outputs, fields):
+    known = {"epochs": 3, "limit": 500, "width": 4, "dataset": "photos", "preset": "cifar10"}
+    finish(SSLConfig(**known), 100.0, "one")
+    plan = progress.Tally({"s": SSLConfig(**known | {"epochs": 30} | fields)}, 1).plan([])
+    assert "about 16:52 and" in plan and "which have other networks or images" in plan
+
+
+def test_the_disk_is_that_of_the_outputs(outputs, monkeypatch, tmp_path):
+    places = []
+
+    def usage(path):
+        places.append(path)
+        return SimpleNamespace(free=0)
+
+    monkeypatch.setattr(progress.shutil, "disk_usage", usage)
+    monkeypatch.setenv("IDAA_OUTPUTS", str(outputs))
+    finish(SSLConfig(), 100.0, "one")
+    tally = progress.Tally({"s": SSLConfig()}, 1)
+    assert "(only 0 MiB are free)" in tally.plan([])
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "not" / "there"))
+    tally.plan([])
+    assert places == [outputs, tmp_path]
 
 
 def grid_of(n):

@@ -278,7 +278,7 @@ def semi(top1, data=("cifar100", "pixels"), **values):
     return finish_run(config, summary, data)
 
 
-def test_results_are_tidy(outputs):
+def test_results_are_tidy(outputs, capsys):
     run = semi(50.0, adversary="clae", seed=3)
     other = semi(40.0, labels_per_class=25)
     frame = results([run, other])
@@ -290,8 +290,12 @@ def test_results_are_tidy(outputs):
         50.0, 1000, 3, "4 labels a class",
     )  # fmt: skip
     (other.path / "config.json").write_text("{")
-    with pytest.raises(runs.RunError):
-        results([run, other])
+    for chosen in (None, [other, run]):
+        rows = results(chosen)
+        assert [*rows["run"]] == [run.id]
+        assert capsys.readouterr().out.startswith(f"Left out: {other.path}: ")
+    with pytest.raises(runs.RunError, match=other.id):
+        results([other])
     damage = []
     assert len(results([run, other], damage)) == 1
     assert other.id in damage[0]

@@ -1,6 +1,10 @@
 """What sweeps do when things end too early: kernels, drivers, workers; and who gets which GPU."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,8 +17,8 @@ from idaa_lib import grids, kernels, plans, results, runs, sweeps
 from idaa_lib.configs import VAEConfig
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.lab import plots
-from idaa_lib.runs import RunError
-from idaa_lib.train import train_vae
+from idaa_lib.runs import RunError, write_json
+from idaa_lib.train import accelerator, train_vae
 
 SMALL = {"limit": 64, "batch_size": 32, "epochs": 1, "width": 4, "device": "cpu", "dim": 8}
 
@@ -102,6 +106,49 @@ def test_no_two_kernels_have_one_gpu_at_a_time(visible, monkeypatch, tmp_path):
         assert variables == {}
 
 
+def test_a_run_of_several_processes_has_a_gpu_for_each(monkeypatch, tmp_path):
+    """Of any mix of runs: never one GPU twice, and all come to their end."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(kernels.tempfile, "gettempdir", lambda: str(tmp_path))
+    devices, counts, clash = [], [], []
+
+    def work(processes):
+        with kernels._gpu("auto", processes) as variables:
+            names = variables["CUDA_VISIBLE_DEVICES"].split(",")
+            counts.append((processes, len(names)))
+            devices.extend(names)
+            clash.extend(name for name in devices if devices.count(name) > 1)
+            time.sleep(0.02)
+            for name in names:
+                devices.remove(name)
+
+    wishes = [2, 1, 2, 3, 1, 2, 5]
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in wishes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    # More than there are: the training says so.
+    assert not clash and sorted(counts) == sorted((n, min(n, 3)) for n in wishes)
+
+
+def test_a_kernel_s_folder_outlives_no_driver(notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels.tempfile, "gettempdir", lambda: str(tmp_path))
+    place = kernels._folder("idaa")
+    process = subprocess.Popen(["sleep", "60"])
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for each in (process, dead):
+        (place / f".abc.{each.pid}").mkdir()
+    (place / f".abc.{dead.pid}" / "kernel-ipc-1").touch()
+    name = notebook("import ipykernel\nprint(ipykernel.get_connection_file())")
+    path = kernels.execute(name, {}, tmp_path / "runs" / "out.ipynb")
+    process.kill()
+    process.wait()
+    assert [each.name for each in place.iterdir()] == [f".abc.{process.pid}"]
+    assert rf"{place}/." in path.read_text()
+
+
 @pytest.mark.parametrize("visible", ["", "3", "GPU-one"])
 def test_one_gpu_or_none_is_left_as_it_is(visible, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -138,6 +185,27 @@ def test_retry_makes_what_failed_and_what_needs_it_alone(three_points):
     assert order == ["ssl"] and set(outcomes) == {keys[2], keys[3]}
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_retry_says_what_it_leaves_and_what_it_would_make(
+    missing, three_points, tmp_path, capsys, outputs
+):
+    tasks, _ = three_points
+    path = tmp_path / "grid.yaml"
+    rates = [1e-3, 3e-3] if missing else [3e-3]
+    cross = {"ssl": {"learning_rate": rates}}
+    path.write_text(json.dumps({"fixed": {"all": {"device": "cpu"}}, "cross": cross}))
+    ssl = [task.config for task in tasks.values() if task.config.stage == "ssl"][-1]
+    run = sweeps.locate(ssl)
+    run.path.mkdir(parents=True)
+    (run.path / "notebook.failed.ipynb").write_text("{}")
+    assert sweeps.main([str(path), "--retry", "--dry-run"]) == 0
+    key = next(key for key, task in reversed(tasks.items()) if task.config.stage == "eval")
+    assert f"\nTo be made again: {run.id}, {key}.\n" in capsys.readouterr().out
+    assert sweeps.main([str(path), "--retry"]) == int(missing)
+    sentence = "2 of 4 runs are missing that did not fail: the same command without --retry"
+    assert (sentence in capsys.readouterr().err) == missing
+
+
 def test_points_that_are_refused_are_named_and_stop_no_others(
     outputs, monkeypatch, tmp_path, capsys
 ):
@@ -168,6 +236,193 @@ def test_points_that_are_refused_are_named_and_stop_no_others(
     assert "1 of 1 cannot be made: learning_rate must be" in capsys.readouterr().err
 
 
+def finish(config, summary):
+    """A run that is finished, as far as a sweep looks."""
+    run = sweeps.locate(config)
+    run.path.mkdir(parents=True)
+    for name, value in (
+        ("config", config.model_dump(mode="json")), ("summary", summary), ("environment", {})
+    ):  # fmt: skip
+        write_json(run.path / f"{name}.json", value)
+    return run
+
+
+DAMAGE = [
+    (name, content)
+    for name in ("summary.json", "config.json", "environment.json")
+    for content in ("", "{", "[]", "{}", None)
+    if (name, content) != ("environment.json", "{}")
+]
+
+
+@pytest.mark.parametrize(("name", "content"), [*DAMAGE, ("config.json", "absent")])
+def test_a_damaged_run_is_a_failure_that_names_its_file(
+    name, content, outputs, tmp_path, monkeypatch, capsys
+):
+    """Of one of two finished encoders, whatever is damaged in it: rc 1 and the other in the table;
+    and a table of all runs has the other."""
+    grid = {"stages": ["ssl"], "fixed": {"all": {"device": "cpu"}}, "seeds": [0, 1]}
+    path = tmp_path / "grid.yaml"
+    path.write_text(json.dumps(grid))
+    tasks = plans.plan(grids.read(grid).points())
+    summary = {"knn_top1_val": 50.0, "n_val": 100, "knn_low_val": 40.0, "knn_high_val": 60.0}
+    runs_ = [finish(task.config, summary) for task in tasks.values()]
+    monkeypatch.setattr(sweeps, "execute", lambda *call: pytest.fail("nothing is to be made"))
+    assert sweeps.main([str(path)]) == 0
+    (runs_[0].path / name).unlink()
+    if content is None:
+        (runs_[0].path / name).mkdir()
+    elif content != "absent":
+        (runs_[0].path / name).write_text(content)
+    capsys.readouterr()
+    assert sweeps.main([str(path)]) == 1
+    output = capsys.readouterr()
+    (line,) = [line for line in output.err.splitlines() if line.startswith(runs_[0].id)]
+    assert f"{runs_[0].id} failed: " in line and f"{runs_[0].path / name} is damaged" in line
+    assert "delete" in line
+    frame = pd.read_csv(outputs / "sweeps" / "grid.csv")
+    assert {*frame["run"]} == {runs_[1].id} == {*results.results()["run"]} - {runs_[0].id}
+
+
+@pytest.mark.parametrize(("name", "content"), [*DAMAGE, ("weights", None)])
+def test_a_damaged_vae_stops_only_what_needs_it(name, content, outputs, monkeypatch):
+    stages = {"stages": ["vae", "ssl"], "fixed": {"all": SMALL, "ssl": {"adversary": "idaa"}}}
+    points = grids.read(stages | {"seeds": [0, 1]}).points()
+    tasks = plans.plan(points)
+    vaes = [train_vae(task.config) for key, task in tasks.items() if key.startswith("vae")]
+    calls = []
+
+    def ensure(config):
+        calls.append(config.vae)
+        return sweeps.locate(config)
+
+    monkeypatch.setattr(sweeps, "ensure", ensure)
+    if name == "weights":
+        shutil.rmtree(vaes[0].path / "checkpoints")
+    else:
+        (vaes[0].path / name).unlink()
+        (vaes[0].path / name).write_text(content) if content else (vaes[0].path / name).mkdir()
+    assert "2 points take 4 runs" in plans.outline(points, 1)
+    outcomes = [outcome.state for outcome in sweeps.perform_all(tasks).values()]
+    last = ["finished", "failed"] if name == "weights" else ["failed", "left out"]
+    assert sorted(outcomes) == sorted([*last, "finished", "finished"]) and calls == [vaes[1].id]
+    assert sweeps.perform_all(tasks, retry=True).keys() < tasks.keys()
+
+
+NOTEBOOK = "02_decompose: {vae: '@vae', run: '@ssl'}\n  13_report: {}\n  00_start: {vae: '@vae'}"
+
+
+@pytest.mark.parametrize("bad", ["failed", "refused"])
+def test_what_fails_is_listed_at_the_end_whatever_fails_besides(
+    bad, outputs, tmp_path, monkeypatch, capsys
+):
+    calls = []
+
+    def perform(config):
+        error = "Why." if config.stage == "vae" else None
+        return sweeps.Outcome(f"{config.stage}-x", "failed" if error else "finished", error)
+
+    def execute(name, values, output):
+        calls.append(name)
+        raise RunError(f"{name} fails too.")
+
+    monkeypatch.setattr(sweeps, "perform", perform)
+    monkeypatch.setattr(sweeps, "execute", execute)
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "fixed: {all: {device: cpu}, ssl: {adversary: none}}\n"
+        "grids:\n  - {stages: [ssl]}\n  - {stages: [vae]}\n  - {stages: [vae], "
+        f"cross: {{vae: {{kappa: [{'1' if bad == 'failed' else '-1'}]}}}}}}\n"
+        f"notebooks:\n  {NOTEBOOK}\n"
+    )
+    assert sweeps.main([str(path)]) == 1
+    error = capsys.readouterr().err
+    assert calls == ["13_report"] and (outputs / "sweeps" / "grid.csv").exists()
+    for sentence in (
+        "vae-x failed: Why.", "13_report.ipynb failed: 13_report fails too.",
+        "02_decompose.ipynb left out: It needs @vae, of which no run is finished.",
+        "00_start.ipynb left out: It needs @vae, of which no run is finished.",
+    ):  # fmt: skip
+        assert sentence in error
+    assert ("1 of 3 cannot be made: kappa" in error) == (bad == "refused")
+
+
+BAD_VALUES = [1e308, "much", [1, 2], {"a": 1}, "x" * 5000]
+
+
+@pytest.mark.parametrize("place", ["ssl", "vae", "all", "rates"])
+@pytest.mark.parametrize("value", BAD_VALUES)
+def test_a_bad_value_costs_its_points_alone(value, place, outputs):
+    """Whatever it is, and wherever it stands, also behind a label."""
+    field = {"vae": "kappa", "ssl": "learning_rate", "all": "batch_size"}.get(place)
+    entries = [{"ssl": {"learning_rate": v}, "labels": {"x": 1}} for v in (0.1, value)]
+    cross = {place: {field: [32, value]} if field else entries}
+    stages = ["vae"] if place == "vae" else ["ssl", "eval"]
+    fixed = {"all": {"device": "cpu", "limit": 64, "batch_size": 32}}
+    grid = grids.read({"fixed": fixed, "cross": cross, "stages": stages, "seeds": [0, 1]})
+    points, refusal = plans.admit(grid.points())
+    assert len(points) == 2 and refusal.startswith("2 of 4 cannot be made: ")
+    assert len(refusal) < 800 and len(refusal.splitlines()) == 1
+
+
+def test_refused_points_of_one_name_are_counted(outputs):
+    entries = [{"ssl": {"learning_rate": v}, "labels": {"x": "one"}} for v in (-1, -2, -1, 0.1)]
+    points, refusal = plans.admit(grids.read({"cross": {"rates": entries}}).points())
+    assert len(points) == 1 and refusal.startswith("3 of 4 cannot be made")
+
+
+@pytest.mark.parametrize("text", [
+    "", "3", "[a]", "1: 2", "labels: abc", "labels: [1]", "cross: [1]", "cross: {x: [a, b]}",
+    "cross: {x: 3}", "cross: {ssl: [1, 2]}", "cross: {ssl: {1: [2]}}", "cross: {ssl: {epsilon: 1}}",
+    "cross: {x: [{ssl: 3}]}", "cross: {x: [{ssl: {method: simclr}, labels: abc}]}",
+    "cross: {x: [{ssl: {method: simclr}, labels: {1: 2}}]}", "cross: {x: [{nowhere: {a: 1}}]}",
+    "vary: {ssl: 3}", "vary: {ssl: [1]}", "grids: 3", "grids: [3]", "grids: [{fixed: 3}]",
+    "grids: [{fixed: {ssl: 3}}]", "grids: [{1: 2}]", "seeds: [x]", "jobs: many", "stages: [x]",
+    "fixed: " + "[" * 5000, "x" * 5000 + ": 1", "a\0: b", "a:\n\t- b", "&a {fixed: *a}",
+    f"seeds: [{'9' * 5000}]", "fixed: {all: {" + "x" * 5000 + ": 1}}",
+])  # fmt: skip
+def test_a_malformed_grid_is_one_sentence(text, outputs, tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    assert sweeps.main([str(path), "--dry-run"]) == 2
+    (sentence,) = capsys.readouterr().err.strip().splitlines()
+    assert len(sentence) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize(("stages", "values", "words"), [
+    ("ssl", {"ssl": {"batch_size": 65}}, "batch_size=65 is more than the 64 training images"),
+    ("vae ssl", {"vae": {"batch_size": 65}}, "batch_size=65 is more than the 64 training images"),
+    ("ssl eval", {"ssl": {"projection_dim": 10**9}}, "GiB .* take less of projection_dim="),
+    ("vae ssl", {"vae": {"dim": 10**9}}, "GiB .* take less of dim="),
+    ("ssl", {"ssl": {"method": "moco", "queue": 10**10}}, "GiB .* take less of queue="),
+    ("vae ssl", {"ssl": {"tracker": "mlflow"}}, "tracker='mlflow' is not installed"),
+    ("vae", {"vae": {"tracker": "mlflow"}}, "tracker='mlflow' is not installed"),
+    ("ssl transfer", {"transfer": {"datasets": "/no/such"}}, "No data set can .*/no/such"),
+    ("ssl eval", {"eval": {"dataset": "/no/such"}}, "/no/such"),
+    ("ssl", {"ssl": {"continue_from": "ssl-none"}}, "There is no ssl run 'ssl-none'"),
+    ("ssl", {"ssl": {"vae": "vae-none"}}, "There is no vae run 'vae-none'"),
+    ("ssl", {}, "There is no finished vae run"),
+    ("eval", {"eval": {"run": "ssl-none"}}, "There is no ssl run 'ssl-none'"),
+    ("transfer", {"transfer": {"run": "ssl-none"}}, "There is no ssl run 'ssl-none'"),
+])  # fmt: skip
+def test_what_a_stage_refuses_is_refused_before_the_first_begins(
+    stages, values, words, outputs, monkeypatch
+):
+    """With a point beside it that can be made, whose stages are sound."""
+    monkeypatch.setattr(accelerator, "get_available_trackers", lambda: [])
+    adversary = "idaa" if stages in ("vae ssl", "ssl") and "method" not in str(values) else "none"
+    fixed = {"all": {"device": "cpu", "limit": 64, "batch_size": 32}}
+    fixed["ssl"] = {"adversary": adversary}
+    ((stage, own),) = values.items() or [("ssl", {})]
+    bad = {stage: own, "labels": {"x": "bad"}}
+    grid = {"stages": stages.split(), "fixed": fixed, "cross": {"x": [bad]}}
+    points, refusal = plans.admit(grids.read(grid).points())
+    assert not points and re.search(rf"1 of 1 cannot be made: .*{words}", refusal)
+    sound = {"stages": ["vae", "ssl", "eval", "transfer"], "fixed": fixed}
+    points, refusal = plans.admit(grids.read(sound).points())
+    assert len(points) == 1 and not refusal
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_workers_of_a_dask_cluster_make_the_runs(three_points, named):
     """By the scheduler's address, or by joblib's own way of saying it."""
@@ -183,6 +438,51 @@ def test_workers_of_a_dask_cluster_make_the_runs(three_points, named):
                 outcomes = sweeps.perform_all(tasks)
     assert order.count("ssl") == 3 and len(outcomes) == 6
     assert sorted(o.state for o in outcomes.values()) == ["failed", *4 * ["finished"], "left out"]
+
+
+def test_a_run_whose_worker_dies_each_time_is_a_failure(three_points, monkeypatch):
+    """The others end as they would, and what waits for it is left out."""
+    distributed = pytest.importorskip("distributed")
+    tasks, _ = three_points
+    perform = sweeps.perform
+
+    def die(config, make=None):
+        if getattr(config, "learning_rate", None) == 2e-3:
+            if make is None:
+                raise MemoryError("4 workers died. See the logs.")
+            try:
+                make(config)
+            except RunError as error:
+                return sweeps.Outcome("ssl-y", "failed", str(error))
+        return perform(config)
+
+    monkeypatch.setattr(sweeps, "perform", die)
+    with distributed.Client(
+        processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None
+    ) as client:
+        outcomes = sweeps.perform_all(tasks, scheduler=client.scheduler.address)
+    states = {o.state: o.error for o in outcomes.values()}
+    assert states["failed"] == "The cluster gave it up (MemoryError: 4 workers died)."
+    assert states["left out"] == "It needs ssl-y, which failed."
+    assert sum(outcome.state == "finished" for outcome in outcomes.values()) == 4
+
+
+@pytest.mark.parametrize("address", ["nonsense", "tcp://127.0.0.1:1", "tcp://x:y", None])
+def test_a_cluster_that_is_not_there_is_a_sentence(
+    address, three_points, tmp_path, monkeypatch, capsys
+):
+    distributed = pytest.importorskip("distributed")
+    if address is None:
+        monkeypatch.setitem(sys.modules, "distributed", None)
+    else:
+        client = distributed.Client
+        monkeypatch.setattr(distributed, "Client", lambda address: client(address, timeout=1))
+    path = tmp_path / "grid.yaml"
+    path.write_text("fixed: {all: {device: cpu}}\n")
+    assert sweeps.main([str(path), "--scheduler", address or "tcp://x:1"]) == 2
+    words = f"scheduler='{address}' is no Dask scheduler" if address else "needs Dask, which is not"
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "scheduler=" in line]
+    assert words in sentence and len(sentence) < 400 + len(str(path))
 
 
 def figures_of(values):

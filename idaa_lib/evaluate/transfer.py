@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from idaa_lib import runs
-from idaa_lib.configs import ConfigError, TransferConfig
+from idaa_lib.configs import ConfigError, SSLConfig, TransferConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import (
     Encoder,
@@ -76,23 +76,12 @@ def transfer(config: TransferConfig) -> Run:
 
 def _plan(config: TransferConfig) -> _Transfer:
     source = runs.get("ssl", config.run)
-    training = source.config
-    size = config.size or (IMAGENET_SIZE if training.stem == "imagenet" else training.size)
     datasets = config.datasets or (judged_on(images_of(source, "datasets")),)
-    names = tuple(map(resolve_path, datasets))
     classes = config.classes and resolve_path(config.classes)
-    config = config.replace(run=source.reference, datasets=names, classes=classes)
-    targets, left_out = [], {}
-    for name in dict.fromkeys(names):
-        try:
-            reading = reading_of(config, source, name)
-            targets.append(open_splits(name, size, config.limit, **reading))
-        except ConfigError as error:
-            left_out[name] = str(error)
-    if not targets:
-        first, more = next(iter(left_out.values())), len(left_out) - 1
-        others = f" (and neither can {more} more)" if more else ""
-        raise ConfigError(f"No data set can be transferred to{others}: {first}")
+    config = config.replace(run=source.reference, datasets=datasets, classes=classes)
+    config, size, targets, left_out = open_targets(
+        config, source.config, lambda name: reading_of(config, source, name)
+    )
     fingerprints = " ".join(splits["test"].fingerprint for splits in targets)
     run = runs.run_for(config, fingerprints, encoder=checkpoints.digest(source))
     device = torch_device(config.device)
@@ -101,6 +90,32 @@ def _plan(config: TransferConfig) -> _Transfer:
     about = [describe(device, "bf16" if bf16 else "no", splits["test"]) for splits in targets]
     environment = about[0] | {"datasets": [each["dataset"] for each in about]}
     return _Transfer(config, run, source, size, targets, left_out, machine, environment=environment)
+
+
+def open_targets(
+    config: TransferConfig, training: SSLConfig, reading: Callable[[str], Mapping[str, Any]]
+) -> tuple[TransferConfig, int, list[dict[str, ImageSet]], dict[str, str]]:
+    """What an encoder of this training is judged on: the configuration with its data sets named,
+    pixels a side, the splits of each, and why others are left out.
+
+    reading: how a data set is read, as arguments of `load`.
+
+    Raises:
+        ConfigError: none of them can be used.
+    """
+    size = config.size or (IMAGENET_SIZE if training.stem == "imagenet" else training.size)
+    names = tuple(map(resolve_path, config.datasets or (judged_on(training.dataset),)))
+    targets, left_out = [], {}
+    for name in dict.fromkeys(names):
+        try:
+            targets.append(open_splits(name, size, config.limit, **reading(name)))
+        except ConfigError as error:
+            left_out[name] = str(error)
+    if not targets:
+        first, more = next(iter(left_out.values())), len(left_out) - 1
+        others = f" (and neither can {more} more)" if more else ""
+        raise ConfigError(f"No data set can be transferred to{others}: {first}")
+    return config.replace(datasets=names), size, targets, left_out
 
 
 @dataclass(frozen=True)

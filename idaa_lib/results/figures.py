@@ -44,13 +44,14 @@ def results(chosen: Iterable[Run] | None = None, damage: list[str] | None = None
 
     Args:
         chosen: such as `idaa_lib.find("eval", protocol="clean")`; None: all that are finished.
-        damage: takes a sentence for each run that cannot be read, which is left out then.
+        damage: takes a sentence for each run that cannot be read and is left out; None: they are
+            printed.
     Raises:
-        RunError, ValueError: a run cannot be read.
+        RunError: no run can be read of those that were chosen.
     """
     import pandas as pd
 
-    records, trainings = [], {}
+    records, trainings, sentences = [], {}, list[str]()
     if chosen is None:
         chosen = [run for run in runs.list_runs() if run.finished]
     for run in chosen:
@@ -59,9 +60,13 @@ def results(chosen: Iterable[Run] | None = None, damage: list[str] | None = None
             records += [about | figure for figure in _figures(run)]
             trainings[run] = training_of(run)
         except DAMAGE as error:
-            if damage is None:
-                raise
-            damage.append(f"{run.path}: {error}")
+            sentences.append(f"{run.path}: {error}")
+    if damage is not None:
+        damage += sentences
+    elif sentences and not trainings:
+        raise runs.RunError(sentences[0])
+    elif sentences:
+        print(*runs.report_left_out(sentences), sep="\n")
     unique = list(dict.fromkeys(run for run in trainings.values() if run))
     own, fields = {}, dict[str, Any]()
     for stage in dict.fromkeys(run.stage for run in unique):  # each among its like

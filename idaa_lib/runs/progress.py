@@ -85,36 +85,58 @@ class Tally:
         configs: the configuration of each run, by its key in the plan. jobs: runs at a time.
         going: those that are being made, as the caller knows them from moment to moment.
 
-    `seconds` and `sizes` in bytes, by stage, are those of runs of this preset; the seconds of this
-    plan's own join them as they come.
+    The runs of this preset that are finished say how long others take, by what they have in common:
+    their epochs, images and pixels are counted in. Runs of this plan join them as they come.
     """
 
     def __init__(self, configs: Mapping[str, Config], jobs: int, going: Set[Run] = frozenset()):
         self.configs, self.jobs, self.going = configs, jobs, going
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-        self.sizes: dict[str, list[int]] = defaultdict(list)
+        self._parts = {key: _part(config) for key, config in configs.items()}
+        # By `_kind`, and by stage for what has no like: seconds for each unit of work, and bytes.
+        self._seconds: dict[Any, list[float]] = defaultdict(list)
+        self._bytes: dict[Any, list[int]] = defaultdict(list)
         for stage, preset in {config.stage: config.preset for config in configs.values()}.items():
             for run in list_runs(stage):
                 with contextlib.suppress(RunError):  # it is damaged
-                    alike = (read_json(run.path / "config.json") or {}).get("preset") == preset
-                    if alike and (took := (run.summary or {}).get("seconds")) is not None:
-                        self.seconds[stage].append(KERNEL + took)
-                        if len(self.sizes[stage]) < 20:  # each walks a directory
-                            self.sizes[stage].append(run.size)
+                    values = read_json(run.path / "config.json") or {}
+                    took = (run.summary or {}).get("seconds")
+                    if values.get("preset") == preset and took is not None:
+                        self._add(stage, values, took)
+                        if len(self._bytes[stage]) < 20:  # each walks a directory
+                            size = run.size
+                            for key in (stage, _kind(stage, values)):
+                                self._bytes[key].append(size)
 
-    def _left(self, keys: Collection[str]) -> Counter[str]:
-        """Stage → how many of its runs are not done."""
-        return Counter(self.configs[key].stage for key in self.configs.keys() - set(keys))
+    def add(self, config: Config, seconds: float) -> None:
+        """Count a run of this plan that took so long, its kernel's start in it."""
+        self._add(config.stage, dict(config), max(0.0, seconds - KERNEL))
+
+    def _add(self, stage: str, values: Mapping[str, Any], seconds: float) -> None:
+        for key in (stage, _kind(stage, values)):
+            self._seconds[key].append(seconds / _work(values, key != stage))
+
+    def _left(self, keys: Collection[str]) -> Counter[tuple[Any, ...]]:
+        """How many runs are not done, by stage, `_kind`, what tells their seconds, and `_work`."""
+        counts = Counter[tuple[Any, ...]]()
+        for key in self.configs.keys() - set(keys):
+            stage, kind, *works = self._parts[key]
+            alike = kind in self._seconds
+            counts[stage, kind, kind if alike else stage, works[alike]] += 1
+        return counts
 
     def seconds_left(self, keys: Collection[str]) -> float | None:
-        """For all that is not done, by the mean of its stage; None where nothing is known of it."""
-        counts, work = self._left(keys), defaultdict[str, float](float)
+        """For all that is not done; None where nothing is known of a stage."""
+        seconds, counts = defaultdict[str, float](float), Counter[str]()
+        shares = defaultdict[str, float](float)
+        for (stage, _, basis, work), n in self._left(keys).items():
+            if not (known := self._seconds[basis]):
+                return None
+            seconds[stage] += n * (KERNEL + work * mean(known))
+            counts[stage] += n
         for run in list(self.going):  # which other threads change
-            work[run.stage] += _share(run)
-        if not all(self.seconds[stage] for stage in counts):
-            return None
-        seconds = (max(0.0, n - work[s]) * mean(self.seconds[s]) for s, n in counts.items())
-        return sum(seconds) / self.jobs
+            shares[run.stage] += _share(run)
+        rest = (t * max(0.0, 1 - shares[stage] / counts[stage]) for stage, t in seconds.items())
+        return sum(rest) / self.jobs
 
     def plan(self, keys: Collection[str]) -> str:
         """What is to be made, before it starts."""
@@ -125,9 +147,17 @@ class Tally:
             seconds = self.seconds_left(keys)
             basis = "no such run yet"
             if seconds:
-                mib = sum(n * mean(self.sizes[s]) for s, n in self._left(keys).items()) / 2**20
-                free = shutil.disk_usage(outputs_root().anchor).free / 2**20
+                left = self._left(keys)
+                sizes = [
+                    (n, self._bytes.get(k) or self._bytes[s]) for (s, k, *_), n in left.items()
+                ]
+                mib = sum(n * mean(known) for n, known in sizes) / 2**20
+                root = outputs_root()
+                place = next(path for path in (root, *root.parents) if path.exists())
+                free = shutil.disk_usage(place).free / 2**20
+                others = any(kind != basis for _, kind, basis, _ in left)
                 basis = f"about {clock(seconds)} and {mib:,.0f} MiB of disk, by the runs so far"
+                basis += ", which have other networks or images" * others
                 basis += f" (only {free:,.0f} MiB are free)" * (free < mib)
             text += f", {count} are to be made, {self.jobs} at a time: {basis}"
         return f"{text}."
@@ -143,6 +173,24 @@ class Tally:
         if (seconds := self.seconds_left(states)) is not None:
             parts.append(f"about {clock(seconds)} left")
         return len(states) / max(1, len(self.configs)), " · ".join(parts)
+
+
+def _part(config: Config) -> tuple[Any, ...]:
+    """Stage, `_kind`, and `_work` among all of its stage and among its like."""
+    stage, values = config.stage, dict(config)
+    return stage, _kind(stage, values), _work(values, False), _work(values, True)
+
+
+def _kind(stage: str, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What runs have in common that take as long for the same `_work`."""
+    fields = ("dataset", "backbone", "width", "method", "adversary")
+    return stage, values.get("limit") is None, *(values.get(field) for field in fields)
+
+
+def _work(values: Mapping[str, Any], alike: bool) -> float:
+    """Epochs × images × pixels, as far as the fields say; `alike`: compared within a `_kind`."""
+    images = values.get("limit") if alike else 1
+    return (values.get("epochs") or 1) * (images or 1) * ((values.get("size") or 32) / 32) ** 2
 
 
 def _share(run: Run) -> float:

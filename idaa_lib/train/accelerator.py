@@ -21,6 +21,13 @@ HELP = {
 }
 
 
+def check_tracker(config: TrainingConfig) -> None:
+    """Raises a ConfigError where the tracker is not installed."""
+    if config.tracker not in ("none", *map(str, get_available_trackers())):
+        name = config.tracker
+        raise ConfigError(f"tracker={name!r} is not installed: pip install {name}.")
+
+
 def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
     """Devices, precision and tracker of a run, as `config` and the launcher have them.
 
@@ -28,16 +35,14 @@ def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
         ConfigError: the device or the tracker is not there, or not the processes.
     """
     device = torch_device(config.device)
-    tracker = None if config.tracker == "none" else config.tracker
-    if tracker and tracker not in (str(t) for t in get_available_trackers()):
-        raise ConfigError(f"tracker={tracker!r} is not installed: pip install {tracker}.")
+    check_tracker(config)
     meet(config)
     # One kernel may train several runs, with settings of their own; Accelerate shares its state.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if uses_bf16(config.precision, device) else "no",
-        log_with=tracker,
+        log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(folder),
         # A step runs the network several times before one backward pass: buffers broadcast in
         # between would change what autograd saved.

@@ -61,8 +61,6 @@ class Fit:
         validate: Callable[[Method], dict[str, float]] = lambda method: {},
     ) -> None:
         batch, processes = config.batch_size, accelerator.num_processes
-        if batch > len(images):
-            raise ConfigError(f"batch_size={batch} is more than the {len(images)} training images.")
         if batch % processes:
             raise ConfigError(f"batch_size={batch} cannot be shared by {processes} processes.")
         self.accelerator, self.config = accelerator, config

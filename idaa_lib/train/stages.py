@@ -20,6 +20,7 @@ from idaa_lib.configs import (
     TrainingConfig,
     VAEConfig,
 )
+from idaa_lib.configs.lookups import once
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import features, load_vae
 from idaa_lib.evaluate.knn import knn
@@ -39,7 +40,7 @@ from idaa_lib.runs.machine import (
     uses_bf16,
 )
 from idaa_lib.runs.stage import Plan, perform
-from idaa_lib.train.accelerator import make_accelerator, start_trackers
+from idaa_lib.train.accelerator import check_tracker, make_accelerator, start_trackers
 from idaa_lib.train.limits import check_disk, check_memory
 from idaa_lib.train.loop import Fit
 from idaa_lib.views import recipe
@@ -56,20 +57,53 @@ class TrainingPlan(Plan):
     @property
     def units(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """mean and std that images are normalised with."""
-        return self.config.mean or self.data.mean, self.config.std or self.data.std
+        return _units(self.config, self.data)
 
     @property
     def about(self) -> About:
         """What a method may know."""
-        config = self.config
-        return About(
-            recipe(config.augmentation, config.size, *self.units),
-            self.data.labels,
-            len(self.data.classes),
-            config.epochs,
-            config.batch_size,
-            config.seed,
+        return _about(self.config, self.data)
+
+
+def _units(config: TrainingConfig, data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return config.mean or data.mean, config.std or data.std
+
+
+def _about(config: TrainingConfig, data: ImageSet) -> About:
+    return About(
+        recipe(config.augmentation, config.size, *_units(config, data)),
+        data.labels,
+        len(data.classes),
+        config.epochs,
+        config.batch_size,
+        config.seed,
+    )
+
+
+def check_start(config: TrainingConfig, data: ImageSet | None = None) -> None:
+    """Look whether a training can begin here, whatever runs it will start from.
+
+    data: its images, where they are open.
+
+    Raises:
+        ConfigError: images that cannot be read, a batch of more than there are, a tracker that is
+            not installed, too little memory.
+    """
+    data = data or _open_own(config)
+    if config.batch_size > len(data):
+        raise ConfigError(
+            f"batch_size={config.batch_size} is more than the {len(data)} training images."
         )
+    check_tracker(config)
+    # Of a grid's thousand configurations most have the same networks.
+    sizes = [(k, v) for k, v in config if not isinstance(v, float) and k not in ("seed", "limit")]
+    once(("memory", repr(sizes)), lambda: check_memory(config, _about(config, data)))
+
+
+def _open_own(config: TrainingConfig) -> ImageSet:
+    """The images that a training learns from, at the size that they are kept at."""
+    size = config.source_size or config.size
+    return open_images(config.dataset, config.split, size, config.limit, **config.reading)
 
 
 def settle(config: TrainingConfig) -> tuple[TrainingConfig, Run]:
@@ -200,7 +234,7 @@ def _begin(config: TrainingConfig, kind: type[TrainingConfig]) -> tuple[Training
     if plan.vae and not getattr(config, "vae", None):
         print(f"vae: {plan.vae.id} (none was named, and it fits)")
     if not plan.run.finished:  # whose images, perhaps a million, need no look
-        check_memory(plan.config, plan.about)
+        check_start(plan.config, plan.data)
     return plan, _open(config, "val", limit)
 
 
@@ -223,8 +257,7 @@ def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -
 
 def _plan(config: TrainingConfig) -> TrainingPlan:
     config = resolve_paths(config)
-    size = config.source_size or config.size
-    data = open_images(config.dataset, config.split, size, config.limit, **config.reading)
+    data = _open_own(config)
     vae = start = None
     if isinstance(config, EncoderConfig) and config.needs_vae:
         vae = _choose_vae(config)
