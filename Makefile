@@ -31,7 +31,7 @@ demo: setup  ## From nothing to results: VAE, SimCLR x 3, evaluation, sensitivit
 sweep: setup  ## Make the runs of GRID=grid.yaml; FLAGS=--dry-run says what they are and take
 	@$(ALLOCATOR) $(PY) -m idaa_lib.sweeps $(FLAGS) $(or $(GRID),$(error Say which: make sweep GRID=grid.yaml))
 
-retry: FLAGS += --retry
+retry: override FLAGS += --retry
 retry: sweep  ## Make those runs of GRID=grid.yaml again that failed
 
 test: setup  ## Lint, types and all tests (or those of TESTS="tests/test_nets.py …")

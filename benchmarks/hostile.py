@@ -1,4 +1,4 @@
-"""Does whatever is sent end in one clear sentence? Configurations, image files, checkpoints.
+"""Does whatever is sent end in one clear sentence? Configurations, grids, images, checkpoints.
 
     python benchmarks/hostile.py          # all of it, and the result file; some minutes
 
@@ -30,6 +30,7 @@ import record
 import torch
 from PIL import Image
 
+from idaa_lib import grids, plans
 from idaa_lib.configs import (
     SSLConfig,
     UserError,
@@ -52,10 +53,12 @@ PROTOCOL = f"""Seed 0. Unclear: another exception than a UserError, a text of se
 more than {LENGTH} characters, or more than {SECONDS} s. Configurations: of a random stage, one to
 three of its fields or knobs with values of a pool (numbers to 10^400, text to 100,000 characters,
 deep JSON, lone surrogates, other types, sound ones); trainings, evaluation, transfer and the
-identity study are started with it up to their first step. Images: Pillow's formats cut, overwritten
-or with other sizes in their heads, pipes, devices, links, folders; each is one of a folder of four,
-and is left out by on_error='skip'. Checkpoints: published layouts cut, overwritten, with other
-tensors, NaN or code inside, pipes, devices, packed zeros; code that ran counts as unclear."""
+identity study are started with it up to their first step. Grids: such values crossed with others,
+and what is no grid's, read and looked through as before a sweep; each refusal counts. Images:
+Pillow's formats cut, overwritten or with other sizes in their heads, pipes, devices, links,
+folders; each is one of a folder of four, and is left out by on_error='skip'. Checkpoints: published
+layouts cut, overwritten, with other tensors, NaN or code inside, pipes, devices, packed zeros; code
+that ran counts as unclear."""
 Tried = tuple[int, list[str]]  # how many, and a line for each that was unclear
 
 
@@ -250,6 +253,43 @@ def try_configurations(n: int, seed: int = 0) -> Tried:
                 short = {name: repr(v)[:60] for name, v in values.items() if v is not NESTED}
                 unclear.append(f"{stage} {short}: {why}")
     print(f"{n} configurations, {n_accepted} accepted, {len(unclear)} unclear")
+    return n, unclear
+
+
+def draw_grid(draw: random.Random) -> dict[str, Any]:
+    """A grid of two points or more: values for some names of a stage, and what is no grid's."""
+    stage, values = draw_configuration(draw)
+    stage = stage if stage in grids.STAGES else "all"
+    pool = [*TEXTS, *OTHERS, *NUMBERS]
+    grid: dict[str, Any] = {"stages": [stage] if stage == "vae" else ["vae", "ssl", "eval"]}
+    grid["fixed"] = {"all": {k: v for k, v in TINY.items() if k not in values}}
+    grid["cross"] = {stage: {name: [value, draw.choice(pool)] for name, value in values.items()}}
+    if draw.random() < 0.2:
+        grid["cross"]["x"] = [draw.choice(pool), {stage: values, "labels": draw.choice(pool)}]
+    if draw.random() < 0.3:
+        place = draw.choice((grid, grid["fixed"], grid["cross"]))
+        place[draw.choice((*grids.Grid.model_fields, *grids.STAGES, "x"))] = draw.choice(pool)
+    return grid
+
+
+def try_grids(n: int, seed: int = 0) -> Tried:
+    """n drawn grids, read and looked through as before a sweep: all refusals are clear too."""
+    draw, unclear, n_accepted = random.Random(seed), list[str](), 0
+    for _ in range(n):
+        grid = draw_grid(draw)
+
+        def look(grid: dict[str, Any] = grid) -> None:
+            points, reasons = plans._try_chains(grids.read(grid).points())
+            tasks = {key: task for _, chain in points for key, task in chain.items()}
+            for reason in [*reasons, *plans._find_refusals(tasks).values()]:
+                if len(reason) > LENGTH or "\n" in reason:
+                    raise UserError(reason)
+
+        accepted, why = judge(look)
+        n_accepted += accepted
+        if why:
+            unclear.append(f"grid {repr(grid)[:300]}: {why}")
+    print(f"{n} grids, {n_accepted} accepted, {len(unclear)} unclear")
     return n, unclear
 
 
@@ -504,6 +544,7 @@ def main() -> str:
         os.environ["IDAA_DATA"], os.environ["IDAA_OUTPUTS"] = f"{root}/data", f"{root}/outputs"
         for name, (tried, unclear) in (
             ("bad_configurations", try_configurations(2500)),
+            ("bad_grids", try_grids(2500)),
             ("damaged_files", try_images(600, root)),
             ("hostile_checkpoints", try_checkpoints(400, root)),
         ):
@@ -513,7 +554,7 @@ def main() -> str:
                 record.row(
                     f"{name}_tried",
                     tried,
-                    "files" if "conf" not in name else "configurations",
+                    name.removeprefix("bad_") if name.startswith("bad_") else "files",
                     tried,
                 )
             )

@@ -35,6 +35,10 @@ def test_drawn_configurations_are_accepted_or_refused_clearly(outputs):
     assert hostile.try_configurations(40, seed=1) == (40, [])
 
 
+def test_drawn_grids_are_accepted_or_refused_clearly(outputs):
+    assert hostile.try_grids(60, seed=1) == (60, [])
+
+
 def test_damaged_images_are_read_or_refused_clearly(tmp_path):
     assert hostile.try_images(130, tmp_path, seed=1) == (130, [])
 

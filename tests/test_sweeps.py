@@ -15,6 +15,7 @@ import pytest
 
 from idaa_lib import grids, kernels, plans, results, runs, sweeps
 from idaa_lib.configs import VAEConfig
+from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.lab import plots
 from idaa_lib.runs import RunError, write_json
@@ -363,6 +364,13 @@ def test_a_bad_value_costs_its_points_alone(value, place, outputs):
     points, refusal = plans.admit(grid.points())
     assert len(points) == 2 and refusal.startswith("2 of 4 cannot be made: ")
     assert len(refusal) < 800 and len(refusal.splitlines()) == 1
+
+
+def test_what_is_looked_at_before_a_training_decodes_no_image(outputs, monkeypatch):
+    monkeypatch.setattr(ImageSet, "labels", property(lambda self: pytest.fail("decoded")))
+    fixed = {"all": {"device": "cpu"}, "ssl": {"method": "moco", "queue": 4096}}
+    points, refusal = plans.admit(grids.read({"fixed": fixed, "stages": ["ssl"]}).points())
+    assert points and not refusal
 
 
 def test_refused_points_of_one_name_are_counted(outputs):

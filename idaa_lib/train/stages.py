@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from idaa_lib import runs
@@ -62,17 +63,17 @@ class TrainingPlan(Plan):
     @property
     def about(self) -> About:
         """What a method may know."""
-        return _about(self.config, self.data)
+        return _about(self.config, self.data, self.data.labels)
 
 
 def _units(config: TrainingConfig, data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return config.mean or data.mean, config.std or data.std
 
 
-def _about(config: TrainingConfig, data: ImageSet) -> About:
+def _about(config: TrainingConfig, data: ImageSet, labels: Tensor) -> About:
     return About(
         recipe(config.augmentation, config.size, *_units(config, data)),
-        data.labels,
+        labels,
         len(data.classes),
         config.epochs,
         config.batch_size,
@@ -83,21 +84,22 @@ def _about(config: TrainingConfig, data: ImageSet) -> About:
 def check_start(config: TrainingConfig, data: ImageSet | None = None) -> None:
     """Look whether a training can begin here, whatever runs it will start from.
 
-    data: its images, where they are open.
+    data: its images, where they are to be read now; else they are described, and none is decoded.
 
     Raises:
         ConfigError: images that cannot be read, a batch of more than there are, a tracker that is
             not installed, too little memory.
     """
-    data = data or _open_own(config)
-    if config.batch_size > len(data):
-        raise ConfigError(
-            f"batch_size={config.batch_size} is more than the {len(data)} training images."
-        )
-    check_tracker(config)
+    images = _open_own(config) if data is None else data
+    labels = torch.full((len(images),), -1) if data is None else data.labels
     # Of a grid's thousand configurations most have the same networks.
     sizes = [(k, v) for k, v in config if not isinstance(v, float) and k not in ("seed", "limit")]
-    once(("memory", repr(sizes)), lambda: check_memory(config, _about(config, data)))
+    once(("memory", repr(sizes)), lambda: check_memory(config, _about(config, images, labels)))
+    if config.batch_size > len(images):
+        raise ConfigError(
+            f"batch_size={config.batch_size} is more than the {len(images)} training images."
+        )
+    check_tracker(config)
 
 
 def _open_own(config: TrainingConfig) -> ImageSet:
