@@ -10,7 +10,8 @@
 A run is made by its notebook under papermill (01 a VAE, 03 an encoder, 04 its evaluation, 09 its
 transfer), which is kept in the run directory. Only that directory says whether the run is finished:
 a killed kernel leaves every cell marked "completed". So what is finished costs nothing, and what
-was interrupted goes on. `perform` can be pickled: joblib runs it in threads, on Dask, on SLURM.
+was interrupted goes on. `perform` can be pickled: joblib runs it in threads, Dask on a cluster or
+SLURM.
 """
 
 from __future__ import annotations
