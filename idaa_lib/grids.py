@@ -138,7 +138,7 @@ def read(grid: str | Path | Mapping[str, Any]) -> Grid:
         return Grid(**values)
     except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:  # nested too deeply, too
         names = ", ".join(sorted(other.stem for other in RECIPES.glob("*.yaml")))
-        reason = textwrap.shorten(str(error), 250, placeholder=" …")
+        reason = textwrap.shorten(str(error), 200, placeholder=" …")
         raise ConfigError(
             f"The grid {quote(str(grid))} cannot be read: {reason} (Of this package: {names}.)"
         ) from error
