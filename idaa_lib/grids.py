@@ -128,11 +128,11 @@ def read(grid: str | Path | Mapping[str, Any]) -> Grid:
         ConfigError: there is no such file, it is no YAML, or a name in it is unknown.
     """
     if isinstance(grid, Mapping):
-        return Grid(**_pairs("A grid", grid))
+        return Grid(**_check_pairs("A grid", grid))
     try:
         path = RECIPES / f"{grid}.yaml"
         path = path if path.exists() else expand(grid)
-        values = _pairs("it", yaml.safe_load(path.read_text(encoding="utf-8")))
+        values = _check_pairs("it", yaml.safe_load(path.read_text(encoding="utf-8")))
         if isinstance(about := values.get("about"), str):  # may be of several lines
             values["about"] = " ".join(about.split())
         return Grid(**values)
@@ -144,7 +144,7 @@ def read(grid: str | Path | Mapping[str, Any]) -> Grid:
         ) from error
 
 
-def _pairs(what: str, values: Any) -> dict[str, Any]:
+def _check_pairs(what: str, values: Any) -> dict[str, Any]:
     """`values`, which must be pairs of name and value."""
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise ConfigError(
@@ -162,8 +162,8 @@ def _apply(fields: Fields, values: Mapping[str, Mapping[str, Any]]) -> None:
     """Set `values` of each stage; of `all` in every stage that knows the name."""
     for stage, own in values.items():
         if stage not in (*STAGES, "all"):
-            known = ", ".join(STAGES)
-            raise ConfigError(f"A grid has {quote(stage)}, which is none of {known}, all.")
+            names = ", ".join(STAGES)
+            raise ConfigError(f"A grid has {quote(stage)}, which is none of {names}, all.")
         for name, value in own.items():
             knowing = [s for s in STAGES if stage == s or CONFIGS[s]._owner(name)]
             if stage == "all" and not knowing:
@@ -181,7 +181,7 @@ def _axes(what: str, axes: Mapping[str, Any]) -> list[list[tuple[Fields, dict[st
         if isinstance(part, dict):
             lists += [
                 [{stage: {name: v}} for v in _list(what, name, vs)]
-                for name, vs in _pairs(f"{what}[{quote(stage)}]", part).items()
+                for name, vs in _check_pairs(f"{what}[{quote(stage)}]", part).items()
             ]
         elif stage in (*STAGES, "all"):
             lists.append([{stage: values} for values in _list(what, stage, part)])
@@ -199,7 +199,10 @@ def _list(what: str, name: str, values: Any) -> list[Any]:
 
 
 def _entry(entry: Any) -> tuple[Fields, dict[str, Any]]:
-    parts = {name: _pairs(name, own) for name, own in _pairs("An entry of a grid", entry).items()}
+    parts = {
+        name: _check_pairs(name, own)
+        for name, own in _check_pairs("An entry of a grid", entry).items()
+    }
     fields = {stage: own for stage, own in parts.items() if stage != "labels"}
     labels: dict[str, Any] = {}
     for stage, own in fields.items():

@@ -158,23 +158,23 @@ def _gpu(device: str, processes: int = 1) -> Iterator[dict[str, str]]:
     if device not in ("auto", "cuda") or len(names) < 2:
         yield {}
         return
-    folder, wanted = _folder("idaa-gpus"), min(processes, len(names))
+    folder, count = _folder("idaa-gpus"), min(processes, len(names))
     while True:
         with contextlib.ExitStack() as stack:
-            taken: list[str] = []
+            own: list[str] = []
             for name in names:
                 lock = FileLock(folder / re.sub(r"\W", "_", name))
                 with contextlib.suppress(Timeout):
                     stack.enter_context(lock.acquire(timeout=0))
-                    taken.append(name)
-                if len(taken) == wanted:
-                    yield {"CUDA_VISIBLE_DEVICES": ",".join(taken)}
+                    own.append(name)
+                if len(own) == count:
+                    yield {"CUDA_VISIBLE_DEVICES": ",".join(own)}
                     return
         # All are given back, so that two that want several do not wait for one another.
         time.sleep(random.uniform(0.05, 0.2))
 
 
-def software(about: Mapping[str, Any]) -> dict[str, Any]:
+def describe_software(about: Mapping[str, Any]) -> dict[str, Any]:
     """The rows of what made a notebook, of what `describe` gives: versions, hardware, commit."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return {"software": versions} | {key: about.get(key) for key in ("hardware", "commit")}
@@ -185,7 +185,7 @@ def _record(notebook: Path) -> None:
     import nbformat
 
     about = Run(notebook.parent).environment or describe(torch_device("auto"), "no")
-    rows = software(about)
+    rows = describe_software(about)
     for data in [about[key] for key in ("dataset",) if key in about] + about.get("datasets", []):
         rows[f"images of {data['name']}"] = data["fingerprint"]
     lines = [f"| {name} | {value} |" for name, value in rows.items()]

@@ -190,17 +190,11 @@ def find_finished(config: ImagesConfig) -> Run | None:
 
 
 def is_whole(run: Run) -> bool:
-    """Whether a run is finished, and no notebook of it was killed or failed before its end.
-
-    Raises:
-        RunError: it is finished, and its files are damaged.
-    """
-    if run.finished:
-        _check_files(run)
+    """Whether a run is finished, and no notebook of it was killed or failed before its end."""
     return run.finished and not any(p.exists() for p in leftovers(run.path / "notebook.ipynb"))
 
 
-def _check_files(run: Run) -> None:
+def check_files(run: Run) -> None:
     """Raises a RunError where a finished run cannot be read."""
     for name in ("summary.json", "config.json"):
         if not read_json(run.path / name):
@@ -223,7 +217,7 @@ def find_runs(tasks: Mapping[str, Task], left_out: list[str] | None = None) -> d
             if runs.keys() >= set(needs.values()):
                 try:
                     if run := find_finished(name_needs(config, needs, runs)):
-                        _check_files(run)
+                        check_files(run)
                         runs[key] = run
                 except RunError as error:
                     if left_out is not None:

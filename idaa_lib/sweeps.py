@@ -38,6 +38,7 @@ from idaa_lib.kernels import execute, leftovers
 from idaa_lib.plans import (
     Task,
     admit,
+    check_files,
     find_finished,
     find_runs,
     is_whole,
@@ -97,7 +98,7 @@ def perform_all(
     whole = {key: run for key, run in runs.items() if is_whole(run)}
     outcomes = {key: Outcome(run.reference, "finished") for key, run in whole.items()}
     if retry:
-        again = failures(tasks, runs)
+        again = find_failures(tasks, runs)
         tasks = {key: task for key, task in tasks.items() if key in outcomes or key in again}
     tally = Tally({key: task.config for key, task in tasks.items()}, jobs, _going)
     lines = lines or Lines(30.0)
@@ -242,6 +243,8 @@ def perform(config: ImagesConfig, make: Callable[[ImagesConfig], Run] | None = N
     try:
         run = find_finished(config) or locate(config)
         name = run.id
+        if run.finished:
+            check_files(run)
         if is_whole(run):
             return Outcome(run.reference, "finished")
         run = (make or ensure)(config)
@@ -251,7 +254,7 @@ def perform(config: ImagesConfig, make: Callable[[ImagesConfig], Run] | None = N
         return Outcome(name, "failed", f"{kind}{error}")
 
 
-def failures(tasks: Mapping[str, Task], runs: Mapping[str, Run]) -> dict[str, str]:
+def find_failures(tasks: Mapping[str, Task], runs: Mapping[str, Run]) -> dict[str, str]:
     """Key → id of tasks whose notebook failed, and of those that need one of them, whose id is not
     known yet and is their key; `runs` are those that are finished."""
     ids: dict[str, str] = {}
@@ -362,7 +365,7 @@ def main(words: Sequence[str]) -> int:
             tasks = plan(points)
             if options.dry_run:
                 if options.retry:
-                    again = failures(tasks, find_runs(tasks)).values()
+                    again = find_failures(tasks, find_runs(tasks)).values()
                     print(f"To be made again: {', '.join(again) or 'none'}.")
                 return 1 if refusal else 0
         outcomes = perform_all(tasks, jobs, scheduler=options.scheduler, retry=options.retry)

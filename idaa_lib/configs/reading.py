@@ -86,8 +86,8 @@ def _read_value(model: type[BaseModel], name: str, value: Any) -> Any:
     annotation: Any = field and field.annotation
     kinds = _kinds(annotation)
     items = _kinds(kinds[tuple][0]) if kinds.get(tuple) else kinds  # of what it has one or more
-    listed = isinstance(value, str) and tuple in kinds and float in items
-    if listed and any(map(COMMA.fullmatch, value.split())):
+    is_list = isinstance(value, str) and tuple in kinds and float in items
+    if is_list and any(map(COMMA.fullmatch, value.split())):
         raise ConfigError(
             f"{name} must be a list of numbers, and of {quote(value)} it is unclear whether the "
             f"comma is a decimal point: write 0.05 for one number, and '0, 5' for two."

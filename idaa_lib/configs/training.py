@@ -96,9 +96,10 @@ class TrainingConfig(ImagesConfig):
 
     def replace(self, **values: Any) -> Self:
         """As `Config.replace`; a recipe's warm-up follows the number of epochs."""
-        others = {name: value for name, value in self if name != "warmup"}
-        if self.warmup == self._shorten(recipe_values(type(self), others).get("warmup", 0)):
-            values.setdefault("warmup", None)
+        if values.get("epochs", self.epochs) != self.epochs and "warmup" not in values:
+            others = {name: value for name, value in self if name != "warmup"}
+            if self.warmup == self._shorten(recipe_values(type(self), others).get("warmup", 0)):
+                values["warmup"] = None
         return super().replace(**values)
 
     def _shorten(self, warmup: int) -> int:
@@ -106,9 +107,9 @@ class TrainingConfig(ImagesConfig):
         return min(warmup, self.epochs // 10)
 
     def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
-        derived: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         if "warmup" not in explicit:
-            derived["warmup"] = self._shorten(self.warmup)
+            values["warmup"] = self._shorten(self.warmup)
         elif self.warmup >= self.epochs:
             raise ConfigError(
                 f"warmup={self.warmup} must be less than epochs={self.epochs}: take a shorter "
@@ -129,13 +130,13 @@ class TrainingConfig(ImagesConfig):
             )
         if self.streamed:
             self._check_streamed(explicit)
-            return derived | {"source_size": None}
+            return values | {"source_size": None}
         if self.source_size is not None and self.source_size < self.size:
             raise ConfigError(
                 f"source_size={self.source_size} is less than size={self.size}: views are cropped "
                 f"of images that are as large or larger."
             )
-        return derived
+        return values
 
     def foreign(self) -> dict[str, Any]:
         """The method, adversary and backbone that are not ours, by name: only a process that runs
@@ -201,7 +202,7 @@ class VAEConfig(TrainingConfig):
         return super().replace(**values)
 
     def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
-        derived = super()._derive(explicit)
+        values = super()._derive(explicit)
         try:
             halvings(self.size, self.width)
         except ValueError as error:  # there is no such VAE
@@ -214,10 +215,10 @@ class VAEConfig(TrainingConfig):
                     f"size={self.size} and dim={self.dim}, but beta={self.beta:g} was given too: "
                     f"give one of the two."
                 )
-            return derived
+            return values
         if self.beta is not None and "kappa" not in explicit:
-            return derived | {"kappa": self.beta / per_kappa}
-        return derived | {"beta": self.kappa * per_kappa}
+            return values | {"kappa": self.beta / per_kappa}
+        return values | {"beta": self.kappa * per_kappa}
 
 
 class EncoderConfig(TrainingConfig):

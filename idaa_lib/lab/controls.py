@@ -176,9 +176,9 @@ class Controls:
 
     def __init__(self, config: DecomposeConfig) -> None:
         self.config = config
-        self._visited = query() is not None  # by visitors, who name data sets and see no path
+        self._for_visitors = query() is not None  # who name data sets and see no path
         self._datasets = {Path(name).name: name for name in (*DATASETS, config.dataset) if name}
-        kind = VisitorsText if self._visited else widgets.HTML
+        kind = VisitorsText if self._for_visitors else widgets.HTML
         self.status, self.problems, self.left_out = (
             control(name, kind) for name in ("status", "bad-status", "left-out")
         )
@@ -228,7 +228,7 @@ class Controls:
                 value = ", ".join(map(str, value))
             elif name in ("dataset", "only"):
                 value = value or ""
-            if name == "dataset" and self._visited:
+            if name == "dataset" and self._for_visitors:
                 value = Path(value).name
             if isinstance(widget, widgets.Dropdown) and value not in dict(widget.options).values():
                 widget.options = [*widget.options, (str(value), value)]
@@ -262,7 +262,7 @@ class Controls:
         """
         fields = {name: getattr(self, name).value for name in FIELDS}
         fields |= {name: fields[name].strip() or None for name in ("dataset", "only")}
-        if self._visited and (name := fields["dataset"]):
+        if self._for_visitors and (name := fields["dataset"]):
             if name not in self._datasets:
                 raise ConfigError(
                     f"dataset={quote(name)} is no data set of this page: take one of its list, or "
@@ -283,7 +283,7 @@ class Controls:
         size = scene.run.config.size
         encoders = runs.usable("ssl", left_out, size=size)
         encoders += [run for run in list_starter("ssl") if run.config.size == size]
-        if self._visited:
+        if self._for_visitors:
             sets = [run.config.dataset for run in (*vaes, *encoders)]
             self._datasets |= {Path(name).name: name for name in sets}
             self.dataset.options = [*self._datasets]

@@ -67,8 +67,8 @@ def choose(config: C, **needs: Any) -> C:
             f'as in {field} = "{name[-8:]}"; notebook 00 lists all runs.'
         )
     if not attended():  # the record of a copy that papermill or nbconvert executes
-        made = kernels.software(describe(torch_device("auto"), "no"))
-        text.append("; ".join(f"{name}: {value}" for name, value in made.items()))
+        about = kernels.describe_software(describe(torch_device("auto"), "no"))
+        text.append("; ".join(f"{name}: {value}" for name, value in about.items()))
     print(*text, *runs.report_left_out(left_out), sep="\n")
     return values
 

@@ -44,9 +44,10 @@ def perform(grid: Sequence[Point], jobs: int, split: str, draw: Draw) -> dict[st
         Stopped: the kernel was interrupted, and the runs under way were saved; or the notebook was
             opened anew, and the study goes on.
     """
-    key = tuple(plans.plan(grid))
+    tasks = plans.plan(grid)
+    key = tuple(tasks)
     if key not in _studies:
-        _studies[key] = Study(grid, jobs, split, draw)
+        _studies[key] = Study(grid, tasks, jobs, split, draw)
     study = _studies[key]
     study.open()
     try:
@@ -82,14 +83,20 @@ class Study(threading.Thread):
     """Performs a grid, and shows how it goes: to a person by a widget, which a page that is opened
     anew shows again, else by an output of the cell."""
 
-    def __init__(self, grid: Sequence[Point], jobs: int, split: str, draw: Draw) -> None:
+    def __init__(
+        self,
+        grid: Sequence[Point],
+        tasks: Mapping[str, plans.Task],
+        jobs: int,
+        split: str,
+        draw: Draw,
+    ) -> None:
         super().__init__(daemon=True)
-        self.grid, self.jobs, self.split, self.draw = grid, jobs, split, draw
+        self.grid, self.tasks, self.jobs, self.split, self.draw = grid, tasks, jobs, split, draw
         self.outcomes: dict[str, sweeps.Outcome] = {}
         self.error: BaseException | None = None
-        self.line = self.body = self.notice = (
-            ""  # HTML: how far it is, table and figure, a sentence
-        )
+        # HTML: how far it is, table and figure, a sentence.
+        self.line = self.body = self.notice = ""
         self._evaluations, self._draw_after = 0, 0.0
         self._widget = None
         if attended():
@@ -111,8 +118,8 @@ class Study(threading.Thread):
     def run(self) -> None:
         try:
             with joblib.parallel_config(self._backend):
-                tasks, lines = plans.plan(self.grid), Lines(30.0, self)
-                self.outcomes = sweeps.perform_all(tasks, self.jobs, self.extend, lines=lines)
+                lines = Lines(30.0, self)
+                self.outcomes = sweeps.perform_all(self.tasks, self.jobs, self.extend, lines=lines)
             if self.notice:  # no cell below shows the last ones
                 self._draw_after = 0.0
                 self.extend(self.outcomes)

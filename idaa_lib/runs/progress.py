@@ -129,9 +129,9 @@ class Tally:
         seconds, counts = defaultdict[str, float](float), Counter[str]()
         shares = defaultdict[str, float](float)
         for (stage, _, basis, work), n in self._left(keys).items():
-            if not (known := self._seconds[basis]):
+            if not (rates := self._seconds[basis]):
                 return None
-            seconds[stage] += n * (KERNEL + work * mean(known))
+            seconds[stage] += n * (KERNEL + work * mean(rates))
             counts[stage] += n
         for run in list(self.going):  # which other threads change
             shares[run.stage] += _share(run)
@@ -151,7 +151,7 @@ class Tally:
                 sizes = [
                     (n, self._bytes.get(k) or self._bytes[s]) for (s, k, *_), n in left.items()
                 ]
-                mib = sum(n * mean(known) for n, known in sizes) / 2**20
+                mib = sum(n * mean(each) for n, each in sizes) / 2**20
                 root = outputs_root()
                 place = next(path for path in (root, *root.parents) if path.exists())
                 free = shutil.disk_usage(place).free / 2**20
