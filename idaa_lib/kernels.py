@@ -32,6 +32,9 @@ FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 TRACE = "--IPKernelApp.exec_lines=__import__('faulthandler').enable(open({path!r}, 'a'))"
 # Seconds that a kernel may take to start, where many start at once from a slow disk.
 PATIENCE = 300
+# Characters that a temporary folder's path may have: a socket's has at most 107 (macOS: 103), and
+# `/idaa-1234567890/.abcdefgh.1234567/kernel-ipc-5` follows.
+SHORT = 50
 
 
 def execute(notebook: str, parameters: Mapping[str, Any], output: Path) -> Path:
@@ -106,7 +109,7 @@ def _kernel(stderr: Any, variables: Mapping[str, str]) -> Iterator[Any]:
     from jupyter_core.utils import run_sync
 
     environment = {**os.environ, STARTED_BY: "sweep", **variables}
-    place = _folder("idaa")  # a socket's path must be short
+    place = _folder("idaa")
     clear_drafts(place)  # of processes that were killed
     with tempfile.TemporaryDirectory(f".{os.getpid()}", ".", place) as folder:
         file = os.path.join(folder, "kernel.json")
@@ -142,8 +145,10 @@ def _describe_end(error: Exception, trace: Path) -> str:
 
 
 def _folder(name: str) -> Path:
-    """A folder of this user for temporary files, made."""
-    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    """A folder of this user for temporary files, made: under /tmp where a job's own temporary
+    folder has too long a path for a socket."""
+    root = tempfile.gettempdir()
+    folder = Path(root if len(os.fsencode(root)) <= SHORT else "/tmp") / f"{name}-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 

@@ -5,8 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import joblib
 import nbformat
@@ -134,8 +136,10 @@ def test_a_run_of_several_processes_has_a_gpu_for_each(monkeypatch, tmp_path):
 
 
 def test_a_kernel_s_folder_outlives_no_driver(notebook, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels.tempfile, "gettempdir", lambda: str(tmp_path))
+    short = tempfile.mkdtemp(dir="/tmp")
+    monkeypatch.setattr(kernels.tempfile, "gettempdir", lambda: short)
     place = kernels._folder("idaa")
+    assert place.parent == Path(short)
     process = subprocess.Popen(["sleep", "60"])
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -148,6 +152,17 @@ def test_a_kernel_s_folder_outlives_no_driver(notebook, tmp_path, monkeypatch):
     process.wait()
     assert [each.name for each in place.iterdir()] == [f".abc.{process.pid}"]
     assert rf"{place}/." in path.read_text()
+    shutil.rmtree(short)
+
+
+def test_a_kernel_starts_where_the_temporary_folder_has_a_long_path(
+    notebook, tmp_path, monkeypatch
+):
+    long = tmp_path / "of a job on a cluster" / ("a" * 60)
+    long.mkdir(parents=True)
+    monkeypatch.setattr(kernels.tempfile, "gettempdir", lambda: str(long))
+    path = kernels.execute(notebook("print('here')"), {}, tmp_path / "runs" / "out.ipynb")
+    assert "here" in path.read_text() and not list(long.iterdir())
 
 
 @pytest.mark.parametrize("visible", ["", "3", "GPU-one"])
