@@ -103,8 +103,8 @@ def a_step(fit, step=0):
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """A ResNet of four blocks, which is soon traced and compiled."""
-    monkeypatch.setitem(CHOICES["backbone"], "tiny", lambda **knobs: ResNet((1, 1, 1, 1), **knobs))
+    """A ResNet of two blocks, one of which projects, which is soon traced and compiled."""
+    monkeypatch.setitem(CHOICES["backbone"], "tiny", lambda **knobs: ResNet((1, 1), **knobs))
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)

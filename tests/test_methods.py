@@ -925,10 +925,12 @@ def knn_top1(encoder, limit=1000):
 
 @pytest.mark.parametrize(
     ("variant", "adversary"),
+    # Each method alone; under IDAA one of each kind of loss. That an attack's loss and gradient are
+    # right for all others is compared with the oracles above.
     [
-        *product([v for v in LEARNS if v != "barlow"], ("none", "idaa")),
-        *product(["simclr", "simsiam"], ("clae", "random_sign")),  # of two kinds of loss
-        ("barlow", "none"),  # under attack its C, of 32 images, is too noisy to learn much from
+        *product(LEARNS, ("none",)),
+        *product(("simclr", "uel", "moco", "byol"), ("idaa",)),
+        *product(("simclr",), ("clae", "random_sign")),
     ],
 )
 def test_training_lowers_the_loss_and_lifts_knn(

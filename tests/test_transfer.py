@@ -25,6 +25,7 @@ from idaa_lib.evaluate.encoders import features, load_encoder
 from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.evaluate.probe import (
+    CLEAN,
     FLOOR,
     LAMBDAS,
     SIBLINGS,
@@ -147,6 +148,31 @@ def test_principal_axes_make_features_uncorrelated(centred):
     floor = FLOOR * axes.variances.max().item()
     torch.testing.assert_close(moments, axes.variances.diag(), rtol=1e-6, atol=floor)
     assert axes.mean.any() == centred
+
+
+@pytest.mark.parametrize("protocol", [CLEAN, TRANSFER, SIBLINGS])
+def test_of_fewer_images_than_features_the_axes_hold_all_that_counts(protocol):
+    """As raw pixels have. A complete basis of the space leads to the same scores."""
+    n, n_val, dim = 30, 20, 90
+    (x, y), (x_val, y_val) = (problem(k, dim, seed=k, decades=0.0) for k in (n, n_val))
+    test, _ = problem(50, dim, decades=0.0)
+    axes = principal_axes(x)
+    assert axes.directions.shape == (dim, n)
+    torch.testing.assert_close((x - axes.mean) @ axes.directions @ axes.directions.T, x - axes.mean)
+    protocol = protocol._replace(
+        penalties=(10.0,), standardise=False, iterations=500, tolerance=1e-9
+    )
+    both = F.pad(torch.cat([x, x_val]), (0, 1), value=1.0)  # as where the bias is penalised
+    both = both if protocol.penalise_bias else both[:, :-1]
+    mean = both.mean(0) * (not protocol.penalise_bias)
+    _, roots, rows = torch.linalg.svd(both - mean, full_matrices=True)
+    variances = F.pad(roots.square() / len(both), (0, len(rows) - len(roots))).clamp_min(1e-3)
+    bases = None, Axes(mean, rows.T, variances)
+    ours, theirs = (
+        linear_probe((x, y), (x_val, y_val), test, classes=4, protocol=protocol, axes=each).scores
+        for each in bases
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize(("protocol", "wins"), [(TRANSFER, 1.0), (SIBLINGS, 0.01)])

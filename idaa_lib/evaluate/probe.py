@@ -69,7 +69,10 @@ class Probe(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """Principal axes of features: mean (D,), directions (D, D) as columns, variances (D,)."""
+    """Principal axes of N features: mean (D,), directions (D, K) as columns, variances (K,).
+
+    K is the lesser of N and D: no feature has a part along further directions.
+    """
 
     mean: Tensor
     directions: Tensor
@@ -80,9 +83,13 @@ def principal_axes(x: Tensor, centred: bool = True) -> Axes:
     """The principal axes of features (N, D), about their mean or about 0."""
     mean = x.mean(0) * centred
     x = x - mean
-    # On the CPU: not every device has an eigendecomposition.
-    variances, directions = torch.linalg.eigh((x.T @ x / len(x)).cpu())
-    return Axes(mean, directions.to(x), variances.clamp_min(FLOOR * variances[-1].item()).to(x))
+    # On the CPU: not every device has these decompositions.
+    if len(x) < x.shape[1]:
+        _, roots, rows = torch.linalg.svd(x.cpu(), full_matrices=False)
+        variances, directions = roots.square() / len(x), rows.T
+    else:
+        variances, directions = torch.linalg.eigh((x.T @ x / len(x)).cpu())
+    return Axes(mean, directions.to(x), variances.clamp_min(FLOOR * variances.max().item()).to(x))
 
 
 def linear_probe(
@@ -100,7 +107,7 @@ def linear_probe(
     Args:
         train, val: (features (N, D), labels (N,)). test: features (Q, D).
         score: of predictions and labels; the penalty of the largest on val is chosen.
-        axes: of features like those of train; they decide how soon it ends, not where.
+        axes: of train and val, or of more features; they decide how soon it ends, not where.
     Raises:
         ConfigError: fewer than two images to learn from.
     """
@@ -118,7 +125,7 @@ def linear_probe(
         sets = [(part - mean) / std for part in sets]
     if protocol.penalise_bias:  # a feature that is always 1 has it as its weight
         sets = [F.pad(part, (0, 1), value=1.0) for part in sets]
-    axes = axes or principal_axes(sets[0], centred=not protocol.penalise_bias)
+    axes = axes or principal_axes(torch.cat(sets[:2]), centred=not protocol.penalise_bias)
     axes = Axes(*(part.to(sets[0]) for part in axes))
     # The last column is the free bias; where there is none, its weights stay at 0.
     one = float(not protocol.penalise_bias)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from idaa_lib import runs
@@ -177,7 +178,8 @@ class _Transfer(Plan):
         by_class = test.name in PER_CLASS
         score, metric = (mean_per_class, "mean per class") if by_class else (top1, "top-1")
         base, norm = TRANSFER, "λ‖W‖²"
-        axes = None if config.penalize_bias else principal_axes(z["train"])
+        of_all = torch.cat([z["train"], z["val"]])
+        axes = None if config.penalize_bias else principal_axes(of_all)
         if config.penalize_bias:
             base, norm = SIBLINGS, "λ(‖W‖² + ‖b‖²), λ rising (CASSLE's)"
         protocol = base._replace(iterations=config.iterations, tolerance=config.tolerance)

@@ -126,7 +126,7 @@ class ResNet(Normed):
     """Backbone without a classification head.
 
     Args:
-        blocks: residual blocks in each of the four stages. bottleneck: they are bottlenecks.
+        blocks: residual blocks in each stage. bottleneck: they are bottlenecks.
         width: channels of the first stage (64 in the papers; less for small machines).
         stem: `cifar`, `mini` or `imagenet`.
         adversarial_norms: give every BatchNorm an adversarial twin.
@@ -134,7 +134,7 @@ class ResNet(Normed):
 
     def __init__(
         self,
-        blocks: tuple[int, int, int, int],
+        blocks: tuple[int, ...],
         *,
         bottleneck: bool = False,
         width: int = 64,
