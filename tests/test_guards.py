@@ -131,7 +131,7 @@ def test_a_compiled_step_is_compiled_once_and_is_the_plain_one(kind, monkeypatch
     """By inductor, in fp64, where rounding turns no sign: losses and weights after three steps."""
     config = {
         "resnet": a_config("simclr", "idaa"),
-        "wrn": a_config("fixmatch", "idaa"),
+        "wrn": a_config("fixmatch", "clae"),
         "vae": VAEConfig(size=SIZE, width=4, dim=8, batch_size=B, epochs=2, device="cpu"),
     }[kind]
     outcomes = []

@@ -440,7 +440,14 @@ def test_a_run_that_streams_its_images_is_the_same_run(outputs, monkeypatch):
     assert expected[1:] == streamed_outcome[1:]
 
 
-def test_compiled_views_are_the_same_views(outputs):
+def compile_without_inductor(monkeypatch):
+    """All but the C++ compiler, which works a minute on a network's graphs. What inductor makes of
+    them is compared in test_guards.py and test_views.py."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def test_compiled_views_are_the_same_views(outputs, monkeypatch):
+    compile_without_inductor(monkeypatch)
     data = images.load("photos", "train", 32, 24)
     method = build_method(ssl(), About(recipe("simclr", 32, data.mean, data.std)))
     batch = {"images": data.images}
@@ -461,6 +468,7 @@ def test_compiled_views_are_the_same_views(outputs):
 def test_a_compiled_network_trains_like_a_plain_one_and_is_a_run_of_its_own(
     method, adversary, outputs, monkeypatch
 ):
+    compile_without_inductor(monkeypatch)
     fields = {"precision": "fp32", "limit": 32, "epochs": 1, "log_every": 1}
     if method == "vae":
         config = VAEConfig(**TINY | fields, dim=8)
@@ -474,8 +482,6 @@ def test_a_compiled_network_trains_like_a_plain_one_and_is_a_run_of_its_own(
             config = SemiConfig(**TINY | fields | limits)
         else:
             config = ssl(**fields, method=method, **({"queue": 32} if method == "moco" else {}))
-        # All but the C++ compiler, which works a minute on an encoder's graphs.
-        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     compiled_config = config.replace(compile=True)
     assert locate(compiled_config) != locate(config)  # it rounds otherwise
     first = outcome(train(config))
