@@ -33,7 +33,7 @@ from idaa_lib import results
 from idaa_lib.configs import CompareConfig, ConfigError, ImagesConfig, SweepConfig, UserError
 from idaa_lib.configs.lookups import remember
 from idaa_lib.configs.reading import quote
-from idaa_lib.grids import read
+from idaa_lib.grids import Point, read
 from idaa_lib.kernels import execute, leftovers
 from idaa_lib.plans import (
     Task,
@@ -334,6 +334,38 @@ def folder_of(config: SweepConfig | CompareConfig) -> Path:
 # --- the command ----------------------------------------------------------------------------------
 
 
+def _execute(name: str, fields: Mapping[str, Any], runs: Sequence[Run]) -> Outcome:
+    """What became of a further notebook; "@vae" among its fields is the last run of that stage."""
+    last = {f"@{run.stage}": run.reference for run in runs}
+    values = {field: last.get(str(value), value) for field, value in fields.items()}
+    if lacks := [value for value in values.values() if str(value).startswith("@")]:
+        reason = f"It needs {lacks[0]}, of which no run is finished."
+        return Outcome(f"{name}.ipynb", "left out", reason)
+    try:
+        execute(name, values, outputs_root() / "notebooks" / f"{name}.ipynb")
+    except (UserError, OSError) as error:
+        return Outcome(f"{name}.ipynb", "failed", str(error))
+    return Outcome(f"{name}.ipynb", "finished")
+
+
+def _print_results(
+    points: Sequence[Point], name: str, runs: Sequence[Run], notebooks: Sequence[Path]
+) -> None:
+    """Save and print the table of a grid, and print where its files lie."""
+    frame = table(points)
+    for group in results.groups(frame):
+        print(f"\n{group.title}\n{group.table.to_string()}\n{group.protocols}")
+    files = {
+        "Tables": results.save(frame, outputs_root() / "sweeps" / name),
+        "Figures": [path for run in runs for path in sorted((run.path / "figures").glob("*.png"))],
+        "Executed notebooks": [*(run.path / "notebook.ipynb" for run in runs), *notebooks],
+    }
+    for title, paths in files.items():
+        lines = [f"  {os.path.relpath(path)}" for path in paths if path.exists()]
+        more = [f"  … and {len(lines) - 30} more beside them"] * (len(lines) > 30)
+        print(f"\n{title}:", *lines[:30], *more, sep="\n")
+
+
 def main(words: Sequence[str]) -> int:
     """Perform the grid that is named: 1 if a run failed or was refused, 2 if nothing could
     start. What is refused is named before the others start, and again at the end."""
@@ -374,34 +406,12 @@ def main(words: Sequence[str]) -> int:
             for key, outcome in outcomes.items()
             if outcome.state == "finished"
         ]
-        notebooks = [run.path / "notebook.ipynb" for run in runs]
-        # "@vae" is the run of that stage of the last point.
-        last = {f"@{run.stage}": run.reference for run in runs}
         for name, fields in grid.notebooks.items():
-            values = {field: last.get(str(value), value) for field, value in fields.items()}
             say(f"{name}.ipynb")
-            state, error = "failed", ""
-            if lacks := [value for value in values.values() if str(value).startswith("@")]:
-                state, error = "left out", f"It needs {lacks[0]}, of which no run is finished."
-            else:
-                try:
-                    output = outputs_root() / "notebooks" / f"{name}.ipynb"
-                    notebooks.append(execute(name, values, output))
-                except (UserError, OSError) as problem:
-                    error = str(problem)
-            if error:
-                outcomes[name] = Outcome(f"{name}.ipynb", state, error)
-        frame = table(points)
-        for group in results.groups(frame):
-            print(f"\n{group.title}\n{group.table.to_string()}\n{group.protocols}")
-        table_files = results.save(frame, outputs_root() / "sweeps" / Path(options.grid).stem)
-        figures = [path for run in runs for path in sorted((run.path / "figures").glob("*.png"))]
-        for title, paths in (
-            ("Tables", table_files), ("Figures", figures), ("Executed notebooks", notebooks),
-        ):  # fmt: skip
-            lines = [f"  {os.path.relpath(path)}" for path in paths if path.exists()]
-            more = [f"  … and {len(lines) - 30} more beside them"] * (len(lines) > 30)
-            print(f"\n{title}:", *lines[:30], *more, sep="\n")
+            outcomes[name] = _execute(name, fields, runs)
+        finished = [n for n in grid.notebooks if outcomes[n].state == "finished"]
+        others = [outputs_root() / "notebooks" / f"{name}.ipynb" for name in finished]
+        _print_results(points, Path(options.grid).stem, runs, others)
         if refusal:
             print(f"\n{options.grid}: {refusal}", file=sys.stderr)
         check(outcomes)

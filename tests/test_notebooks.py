@@ -262,6 +262,9 @@ def test_what_goes_together_is_one_axis_and_all_stages_share_a_field():
      ({"cross": {"ssl": {"width": [4, 0]}}}, "1 of 2 cannot be made: width must be .*0 .seed 0"),
      ({"fixed": {"vae": {"size": 32}, "ssl": {"size": 64, "adversary": "idaa"}}},
       "the VAE of the grid has size=32, and this run needs 64"),
+     ({"notebooks": {"2_decompose": {}}}, "notebooks names '2_decompose', .* 02_decompose, "),
+     ({"notebooks": {"02_decompose": {"run": "@transfer"}}},
+      "run of notebook 02_decompose is '@transfer', and must be one of @vae, @ssl, @eval"),
      ("no-such-grid", "grid 'no-such-grid' cannot be read.*demo, figure-5, figure-6, table")],
 )  # fmt: skip
 def test_a_grid_that_cannot_be_made_is_refused_in_a_sentence(grid, sentence):

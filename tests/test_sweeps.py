@@ -325,7 +325,9 @@ def test_a_damaged_vae_stops_only_what_needs_it(name, content, outputs, monkeypa
     assert sweeps.perform_all(tasks, retry=True).keys() < tasks.keys()
 
 
-NOTEBOOK = "02_decompose: {vae: '@vae', run: '@ssl'}\n  13_report: {}\n  00_start: {vae: '@vae'}"
+NOTEBOOK = (
+    "02_decompose: {vae: '@vae', run: '@ssl'}\n  13_report: {}\n  00_start_here: {vae: '@vae'}"
+)
 
 
 @pytest.mark.parametrize("bad", ["failed", "refused"])
@@ -357,7 +359,7 @@ def test_what_fails_is_listed_at_the_end_whatever_fails_besides(
     for sentence in (
         "vae-x failed: Why.", "13_report.ipynb failed: 13_report fails too.",
         "02_decompose.ipynb left out: It needs @vae, of which no run is finished.",
-        "00_start.ipynb left out: It needs @vae, of which no run is finished.",
+        "00_start_here.ipynb left out: It needs @vae, of which no run is finished.",
     ):  # fmt: skip
         assert sentence in error
     assert ("1 of 3 cannot be made: kappa" in error) == (bad == "refused")
