@@ -382,6 +382,7 @@ def test_shards_are_the_folder(photos, tmp_path, monkeypatch, capsys):
         ("imagenet-{part}-000", "a/b/{i:06}", "rgb.jpg"),
         ("imagenet-{part}-000", "{half}/{i:06}", "jpg"),
         ("imagenet-{part}-000", "v1.0/a.{i:06}.x", "jpg"),
+        ("latest-{part}-000", "{i:06}", "jpg"),
         ("000-{n}", "{part}/{i:06}", "jpg"),
         ("000-{n}", "{part}/data/{i:06}", "jpg"),
     ],
@@ -414,6 +415,23 @@ def test_shards_as_webdataset_has_them(photos, tmp_path, shard, key, ending):
             for dataset in (ours, theirs)
         ]
         assert rows[0] == rows[1]
+
+
+def test_two_shards_may_have_images_of_one_name(tmp_path):
+    """As where each is packed of a folder of its own: no image takes the place of another."""
+    for n in range(2):
+        with tarfile.open(tmp_path / f"{n}.tar", "w") as archive:
+            for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.png"):
+                content = io.BytesIO()
+                Image.new("RGB", (8, 8), (100 * n, len(name), 7)).save(content, "png")
+                member = tarfile.TarInfo(name)
+                member.size = content.tell()
+                content.seek(0)
+                archive.addfile(member, content)
+    for split, count in (("trainval", 4), ("test", 4)):
+        data = cached.load(tmp_path, split, 8)
+        assert len(data) == count and data.labels.tolist() == [0, 0, 1, 1]
+        assert sorted(data.images[:, 0, 0, 0].tolist()) == [0, 0, 100, 100]
 
 
 # --- What stays in its file, and what is left in the cache

@@ -58,8 +58,9 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
     """What tar files hold, by name, and where it lies in them.
 
     They are as `python -m idaa_lib.data shard` writes them, with the folders of the names; or as
-    webdataset has them: class numbers beside the images, in `.cls`, and the part, train or val, in
-    the name of the shard or of the first folder. Raises ValueError where one is damaged.
+    webdataset has them: class numbers beside the images, in `.cls`, and a word that begins with
+    train, val or test in the name of the shard, or of the first folder. Raises ValueError where one
+    is damaged.
     """
     classes, members = dict[str, str](), list[tuple[str, Place]]()  # classes: by shard and name
     for shard in shards:
@@ -90,9 +91,11 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
     places = dict[str, Place]()
     for (name, place), folder, number in zip(members, folders, numbers, strict=True):
         if not (folder and plain):
-            match = re.search("train|val|test", place.file.rpartition("/")[2].lower())
+            match = re.search("(?<![a-z])(train|val|test)", place.file.rpartition("/")[2].lower())
             part = PARTS.get(name.partition("/")[0].lower()) or (match[0] if match else "")
             name = f"{part and f'{part}/'}{number}{place.file}/{name}"
+        elif name in places:  # another image, which another shard calls so too
+            name = f"{folder}/{place.file}/{name.rpartition('/')[2]}"
         places[name] = place
     return places
 

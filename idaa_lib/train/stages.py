@@ -55,25 +55,17 @@ class TrainingPlan(Plan):
     vae: Run | None
     start: Run | None
 
-    @property
-    def units(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """mean and std that images are normalised with."""
-        return _units(self.config, self.data)
-
-    @property
-    def about(self) -> About:
-        """What a method may know."""
-        return _about(self.config, self.data, self.data.labels)
-
 
 def _units(config: TrainingConfig, data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """mean and std that images are normalised with."""
     return config.mean or data.mean, config.std or data.std
 
 
-def _about(config: TrainingConfig, data: ImageSet, labels: Tensor) -> About:
+def _about(config: TrainingConfig, data: ImageSet, labels: Tensor | None = None) -> About:
+    """What a method may know; labels: those of the images where they were not read."""
     return About(
         recipe(config.augmentation, config.size, *_units(config, data)),
-        labels,
+        data.labels if labels is None else labels,
         len(data.classes),
         config.epochs,
         config.batch_size,
@@ -144,7 +136,9 @@ def train_vae(config: VAEConfig) -> Run:
         final = {name.removesuffix("_val"): value for name, value in figures.items()}
         return final | {"kappa": config.kappa, "beta": config.beta, "dim": config.dim}
 
-    return _train(plan, lambda: VAETraining(plan.config, plan.about), validate, summarise)
+    return _train(
+        plan, lambda: VAETraining(plan.config, _about(plan.config, plan.data)), validate, summarise
+    )
 
 
 def train_ssl(config: SSLConfig) -> Run:
@@ -181,7 +175,9 @@ def train_ssl(config: SSLConfig) -> Run:
             protocol += ", whose images were trained on without their labels"
         return figures | {"knn_protocol": protocol, "n_val": len(queries)}
 
-    return _train(plan, lambda: build_method(plan.config, plan.about), validate, summarise)
+    return _train(
+        plan, lambda: build_method(plan.config, _about(plan.config, plan.data)), validate, summarise
+    )
 
 
 def train_semi(config: SemiConfig) -> Run:
@@ -198,7 +194,7 @@ def train_semi(config: SemiConfig) -> Run:
     if not classes:
         raise ConfigError(f"dataset={config.dataset!r} has no labels to learn from.")
     labelled_subset(plan.data.labels, per_class, classes, config.seed)  # raises if it cannot
-    method = build_method(plan.config, plan.about)
+    method = build_method(plan.config, _about(plan.config, plan.data))
     test = drop_unlabelled(_open(config, "test", None))
     if not (len(val := drop_unlabelled(val)) and len(test)):
         raise ConfigError(f"dataset={config.dataset!r} has no labels to validate and test against.")
@@ -251,7 +247,7 @@ def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -
         method.encoder(layer),
         split.images,
         plan.config.size,
-        *plan.units,
+        *_units(plan.config, plan.data),
         device=device,
         bf16=uses_bf16(plan.config.precision, device),
     )
@@ -332,7 +328,7 @@ def _train(
     accelerator = make_accelerator(config, run.path)
     check_disk(config, run, method)
     adversary: Adversary | None = None
-    mean, std = plan.units
+    mean, std = _units(config, plan.data)
     if isinstance(config, EncoderConfig):
         vae = load_vae(plan.vae) if plan.vae else None
         adversary = build_adversary(config, vae, mean=mean, std=std)
