@@ -371,7 +371,7 @@ def test_the_start_page_sorts_searches_and_overlays_two(context, lab, outputs):
 
 def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
     # Long enough that it still goes when the tab is closed, also where the page is slow.
-    values = SMALL | {"epochs": 25, "log_every": 1}
+    values = SMALL | {"epochs": 16, "log_every": 1}
     lab.set("03_train_ssl", **values)
     notebook = browser.Notebook(context, lab, "03_train_ssl")
     try:
@@ -382,7 +382,7 @@ def test_a_training_is_left_and_attached_to_again(context, lab, outputs):
         notebook.save()
     finally:
         notebook.close()
-    (run,) = runs.find("ssl", finished=False, epochs=25)
+    (run,) = runs.find("ssl", finished=False, epochs=16)
     assert not run.finished  # nobody watches, and it goes on
 
     notebook = browser.Notebook(context, lab, "03_train_ssl", fresh=False)
