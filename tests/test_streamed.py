@@ -419,19 +419,24 @@ def test_shards_as_webdataset_has_them(photos, tmp_path, shard, key, ending):
 
 def test_two_shards_may_have_images_of_one_name(tmp_path):
     """As where each is packed of a folder of its own: no image takes the place of another."""
-    for n in range(2):
-        with tarfile.open(tmp_path / f"{n}.tar", "w") as archive:
-            for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.png"):
-                content = io.BytesIO()
-                Image.new("RGB", (8, 8), (100 * n, len(name), 7)).save(content, "png")
-                member = tarfile.TarInfo(name)
-                member.size = content.tell()
-                content.seek(0)
-                archive.addfile(member, content)
-    for split, count in (("trainval", 4), ("test", 4)):
+
+    def add(shard, name, red):
+        content = io.BytesIO()
+        Image.new("RGB", (8, 8), (red, len(name), 7)).save(content, "png")
+        member = tarfile.TarInfo(name)
+        member.size = content.tell()
+        content.seek(0)
+        with tarfile.open(tmp_path / shard, "a") as archive:
+            archive.addfile(member, content)
+
+    for shard, red in (("0.tar", 0), ("1.tar", 100)):
+        for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.png"):
+            add(shard, name, red)
+    add("1.tar", "test/dog/1.png", 200)  # of members of one shard the last is the file
+    for split, reds in (("trainval", [0, 0, 100, 100]), ("test", [0, 0, 100, 200])):
         data = cached.load(tmp_path, split, 8)
-        assert len(data) == count and data.labels.tolist() == [0, 0, 1, 1]
-        assert sorted(data.images[:, 0, 0, 0].tolist()) == [0, 0, 100, 100]
+        assert len(data) == 4 and data.labels.tolist() == [0, 0, 1, 1]
+        assert sorted(data.images[:, 0, 0, 0].tolist()) == reds
 
 
 # --- What stays in its file, and what is left in the cache

@@ -94,7 +94,7 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
             match = re.search("(?<![a-z])(train|val|test)", place.file.rpartition("/")[2].lower())
             part = PARTS.get(name.partition("/")[0].lower()) or (match[0] if match else "")
             name = f"{part and f'{part}/'}{number}{place.file}/{name}"
-        elif name in places:  # another image, which another shard calls so too
+        elif name in places and places[name].file != place.file:  # another image, of another shard
             name = f"{folder}/{place.file}/{name.rpartition('/')[2]}"
         places[name] = place
     return places

@@ -177,11 +177,11 @@ class _Transfer(Plan):
         y = {name: split.labels.to(z[name].device) for name, split in splits.items()}
         by_class = test.name in PER_CLASS
         score, metric = (mean_per_class, "mean per class") if by_class else (top1, "top-1")
-        base, norm = TRANSFER, "λ‖W‖²"
-        of_all = torch.cat([z["train"], z["val"]])
-        axes = None if config.penalize_bias else principal_axes(of_all)
         if config.penalize_bias:
-            base, norm = SIBLINGS, "λ(‖W‖² + ‖b‖²), λ rising (CASSLE's)"
+            base, norm, axes = SIBLINGS, "λ(‖W‖² + ‖b‖²), λ rising (CASSLE's)", None
+        else:
+            axes = principal_axes(torch.cat([z["train"], z["val"]]))
+            base, norm = TRANSFER, "λ‖W‖²"
         protocol = base._replace(iterations=config.iterations, tolerance=config.tolerance)
         size = f"{self.size} px, frozen features"
         words = f"{size} as they are; L-BFGS on Σ cross-entropy + {norm}, one of {len(LAMBDAS)} λ"
