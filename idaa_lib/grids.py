@@ -33,13 +33,11 @@ from idaa_lib.configs import (
 from idaa_lib.configs.base import Positive, Seed, Values
 from idaa_lib.configs.reading import expand, quote
 from idaa_lib.evaluate.encoders import judged_on
-from idaa_lib.kernels import FOLDER
 from idaa_lib.runs import CONFIGS
 
 RECIPES = Path(__file__).resolve().parent / "recipes" / "sweeps"
 STAGES = ("vae", "ssl", "eval", "transfer")  # each needs one before it
 Fields = dict[str, dict[str, Any]]  # stage → field → value
-BESIDES = {"grids", "notebooks"}  # fields that are not of each part of a grid
 
 
 class Point(NamedTuple):
@@ -95,11 +93,10 @@ class Grid(Values):
         """Every combination of the crossed values, for each varied value and each seed.
 
         Raises:
-            ConfigError: a stage, a field or a notebook that there is not, or no list of values.
+            ConfigError: a stage or a field that there is not, or no list of values.
         """
-        self._check_notebooks()
         if self.grids:
-            here = {name: getattr(self, name) for name in self.model_fields_set - BESIDES}
+            here = {name: getattr(self, name) for name in self.model_fields_set - {"grids"}}
             fixed = [_merge(self.fixed, Grid(**part).fixed) for part in self.grids]
             parts = [here | p | {"fixed": f} for p, f in zip(self.grids, fixed, strict=True)]
             return [point for part in parts for point in Grid(**part).points()]
@@ -122,24 +119,6 @@ class Grid(Values):
                 labels |= names
             places.append(Point(labels, **fields))
         return places
-
-    def _check_notebooks(self) -> None:
-        """Refuse before any training what could not be run after it."""
-        there = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-        stages = {*self.stages}.union(*(Grid(**part).stages for part in self.grids))
-        runs = [f"@{stage}" for stage in STAGES if stage in stages]
-        for name, fields in self.notebooks.items():
-            if name not in there:
-                raise ConfigError(
-                    f"notebooks names {quote(name)}, which is none of notebooks/: "
-                    f"{', '.join(there)}."
-                )
-            for field, value in fields.items():
-                if str(value).startswith("@") and value not in runs:
-                    raise ConfigError(
-                        f"{field} of notebook {name} is {quote(value)}, and must be one of "
-                        f"{', '.join(runs)}: the run of that stage of the last point."
-                    )
 
 
 def read(grid: str | Path | Mapping[str, Any]) -> Grid:

@@ -33,8 +33,8 @@ from idaa_lib import results
 from idaa_lib.configs import CompareConfig, ConfigError, ImagesConfig, SweepConfig, UserError
 from idaa_lib.configs.lookups import remember
 from idaa_lib.configs.reading import quote
-from idaa_lib.grids import Point, read
-from idaa_lib.kernels import execute, leftovers
+from idaa_lib.grids import STAGES, Grid, Point, read
+from idaa_lib.kernels import FOLDER, execute, leftovers
 from idaa_lib.plans import (
     Task,
     admit,
@@ -334,6 +334,24 @@ def folder_of(config: SweepConfig | CompareConfig) -> Path:
 # --- the command ----------------------------------------------------------------------------------
 
 
+def _check_notebooks(grid: Grid) -> None:
+    """Raises a ConfigError where a further notebook of a grid could not be run after its runs."""
+    there = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+    stages = {*grid.stages}.union(*(Grid(**part).stages for part in grid.grids))
+    runs = [f"@{stage}" for stage in STAGES if stage in stages]
+    for name, fields in grid.notebooks.items():
+        if name not in there:
+            raise ConfigError(
+                f"notebooks names {quote(name)}, which is none of notebooks/: {', '.join(there)}."
+            )
+        for field, value in fields.items():
+            if str(value).startswith("@") and value not in runs:
+                raise ConfigError(
+                    f"{field} of notebook {name} is {quote(value)}, and must be one of "
+                    f"{', '.join(runs)}: the run of that stage of the last point."
+                )
+
+
 def _execute(name: str, fields: Mapping[str, Any], runs: Sequence[Run]) -> Outcome:
     """What became of a further notebook; "@vae" among its fields is the last run of that stage."""
     last = {f"@{run.stage}": run.reference for run in runs}
@@ -387,6 +405,7 @@ def main(words: Sequence[str]) -> int:
 
     try:
         grid = read(options.grid)
+        _check_notebooks(grid)
         jobs = options.jobs or grid.jobs
         with remember():
             points, refusal = admit(grid.points())

@@ -262,9 +262,6 @@ def test_what_goes_together_is_one_axis_and_all_stages_share_a_field():
      ({"cross": {"ssl": {"width": [4, 0]}}}, "1 of 2 cannot be made: width must be .*0 .seed 0"),
      ({"fixed": {"vae": {"size": 32}, "ssl": {"size": 64, "adversary": "idaa"}}},
       "the VAE of the grid has size=32, and this run needs 64"),
-     ({"notebooks": {"2_decompose": {}}}, "notebooks names '2_decompose', .* 02_decompose, "),
-     ({"notebooks": {"02_decompose": {"run": "@transfer"}}},
-      "run of notebook 02_decompose is '@transfer', and must be one of @vae, @ssl, @eval"),
      ("no-such-grid", "grid 'no-such-grid' cannot be read.*demo, figure-5, figure-6, table")],
 )  # fmt: skip
 def test_a_grid_that_cannot_be_made_is_refused_in_a_sentence(grid, sentence):
@@ -282,6 +279,23 @@ def test_a_dry_run_refuses_what_is_not_there_and_makes_nothing(tmp_path, monkeyp
     assert sweeps.main([str(tmp_path / "grid.yaml")]) == 2
     assert "1 of 1 cannot be made: device must be" in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("notebooks", "sentence"),
+    [("2_decompose: {}", "notebooks names '2_decompose', .* 02_decompose, "),
+     ("02_decompose: {run: '@transfer'}",
+      "run of notebook 02_decompose is '@transfer', and must be one of @vae, @ssl, @eval")],
+)  # fmt: skip
+def test_a_further_notebook_is_checked_before_anything_is_trained(
+    notebooks, sentence, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setattr(sweeps, "perform", lambda config: pytest.fail("a run was started"))
+    (tmp_path / "grid.yaml").write_text(f"notebooks: {{{notebooks}}}\n")
+    for flags in ([], ["--dry-run"]):
+        assert sweeps.main([str(tmp_path / "grid.yaml"), *flags]) == 2
+        assert re.search(sentence, capsys.readouterr().err)
 
 
 def test_a_failing_point_stops_nothing_and_is_named_at_the_end(
