@@ -430,7 +430,8 @@ def test_views_are_cropped_of_larger_images_and_all_else_is_of_size(
 
 def test_a_crop_is_of_the_original_s_pixels():
     """A view of half the side of an image of 64 px is that part of it, unchanged at 32 px."""
-    about = stages._plan(ssl(source_size=64)).about
+    plan = stages._plan(ssl(source_size=64))
+    about = stages._about(plan.config, plan.data)
     image = images.load("photos", "train", 64, 96).images[:1]
     params = about.recipe.parameters(about.recipe.numbers(1, None), (64, 64))
     values = {"crop": [[16, 8, 32, 32]], "flip": [[0]], "color": [[1, 1, 1, 0]], "gray": [[0]]}
