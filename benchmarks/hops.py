@@ -64,11 +64,11 @@ def main() -> None:
         whole.watch(lambda: train_ssl(config.model_copy(update={"seed": 1})))
         train_step = Fit.train_step
 
-        def watched(*args: Any) -> Any:
+        def watch_step(*args: Any) -> Any:
             step.files.clear()
             return step.watch(lambda: train_step(*args))
 
-        Fit.train_step = watched  # type: ignore[method-assign]
+        Fit.train_step = watch_step  # type: ignore[method-assign]
         train_ssl(config)
     files = {file for file, _ in whole.functions}
     print(f"train_ssl: {len(files)} files, {len(whole.functions)} functions")

@@ -219,8 +219,8 @@ def draw_configuration(draw: random.Random) -> tuple[str, dict[str, Any]]:
     stage = draw.choice([*CONFIGS])
     config, values = CONFIGS[stage], dict[str, Any]()
     for choice in config.choices:
-        values[choice] = draw.choice([*config.registered(choice)])
-    options = [config.registered(choice)[values[choice]].Options for choice in config.choices]
+        values[choice] = draw.choice([*config.list_kinds(choice)])
+    options = [config.list_kinds(choice)[values[choice]].Options for choice in config.choices]
     names = [name for model in (config, *options) for name in model.model_fields]
     for name in draw.sample(names, draw.choice((1, 1, 1, 2, 3))):
         values[name] = draw.choice(draw.choice((TEXTS, OTHERS, NUMBERS)))
@@ -398,7 +398,7 @@ class Harm:
         return self.reduced
 
 
-def published(seed: int) -> dict[str, dict[str, Any]]:
+def make_published(seed: int) -> dict[str, dict[str, Any]]:
     """State dicts by kind, as the projects name them."""
     torch.manual_seed(seed)
     states: dict[str, dict[str, Any]] = {"vae": dict(VAE(6, 32, 8).state_dict())}
@@ -489,7 +489,7 @@ def wrap(state: dict[str, Any], draw: random.Random, harm: Path) -> Any:
 
 def try_checkpoints(n: int, root: Path, seed: int = 0) -> Tried:
     """n files that are no sound checkpoint, or may be none."""
-    draw, unclear, states = random.Random(seed), list[str](), published(seed)
+    draw, unclear, states = random.Random(seed), list[str](), make_published(seed)
     folder, harm = root / "checkpoints", root / "harm"
     folder.mkdir()
 

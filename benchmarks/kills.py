@@ -274,7 +274,7 @@ def places(folder: Path, *stages: str) -> list[tuple[Path, str]]:
     return [(file, kind) for file in files if file.name != ".lock" for kind in CONTENTS]
 
 
-def interrupted(house: House, stage: str) -> Path:
+def kill_training(house: House, stage: str) -> Path:
     """A folder with a training that was killed after step 7 of 9: it has two checkpoints."""
     folder, original = house.copy(stage), Fit.train_step
 
@@ -340,7 +340,10 @@ def damage_some(house: House, reads: int, starts: int, until: float) -> tuple[in
     plan = [(house.whole, *place) for place in rng.sample(places(house.whole), reads)]
     if starts:
         halves = [
-            (half, *p) for s in stages for half in [interrupted(house, s)] for p in places(half, s)
+            (half, *p)
+            for s in stages
+            for half in [kill_training(house, s)]
+            for p in places(half, s)
         ]
         plan += rng.sample(halves, starts)
     rng.shuffle(plan)

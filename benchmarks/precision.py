@@ -52,7 +52,7 @@ def main(limit: int = 3000, epochs: int = 5, seeds: int = 3) -> None:
                 summary = evaluate(settings).summary or {}
                 for name in JUDGED:
                     accuracies[way][name].append(summary[name])
-    rows = [row for name in JUDGED for row in compared(name, accuracies)]
+    rows = [row for name in JUDGED for row in compare_ways(name, accuracies)]
     protocol = f"""{Path(data["dataset"]).stem}, {limit:,} training images; VAE m=128, width
 {WIDTH}, fp32, {epochs} epochs; SimCLR + IDAA (ε = 0.1), ResNet-18 of width {WIDTH}, batch 128,
 {epochs} epochs, seeds 0 to {seeds - 1}; training and attack as the row names it, encoding in its
@@ -83,7 +83,7 @@ def perturbation_errors(run: Run, dataset: str) -> list[dict[str, Any]]:
     return rows
 
 
-def compared(name: str, accuracies: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+def compare_ways(name: str, accuracies: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
     rows = []
     for way, values in accuracies.items():
         one, n = values[name], len(values[name])

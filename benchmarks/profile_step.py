@@ -82,11 +82,11 @@ def main(words: list[str]) -> int:
         return 2
     sides.COMPILE = sides.RECORD = False  # such a step has no parts
     spent: dict[str, list[float]] = defaultdict(list)
-    with _watched(spent):
+    with _watch(spent):
         step = sides.PARTS[f"{name}-ours"]()
         step()
         spent.clear()
-        seconds = [_timed(step) for _ in range(STEPS)]
+        seconds = [_time(step) for _ in range(STEPS)]
         parts = {part: sum(values) / STEPS for part, values in spent.items()}
     folder = outputs_root() / "profile"
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def main(words: list[str]) -> int:
 
 
 @contextmanager
-def _watched(spent: dict[str, list[float]]) -> Iterator[None]:
+def _watch(spent: dict[str, list[float]]) -> Iterator[None]:
     """Time the parts of `Fit.train_step` by wrapping what it calls; each part alone, without the
     parts that it calls in turn."""
     plain = Fit.__init__
@@ -118,15 +118,15 @@ def _watched(spent: dict[str, list[float]]) -> Iterator[None]:
     def watch(owner: Any, attribute: str, part: str) -> None:
         call = getattr(owner, attribute)
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def time_call(*args: Any, **kwargs: Any) -> Any:
             inside.append(0.0)
-            seconds, result = _clocked(lambda: call(*args, **kwargs))
+            seconds, result = _clock(lambda: call(*args, **kwargs))
             spent[part].append(seconds - inside.pop())
             if inside:
                 inside[-1] += seconds
             return result
 
-        setattr(owner, attribute, timed)
+        setattr(owner, attribute, time_call)
 
     class Watched:
         """An adversary is called as an object, which an attribute of it cannot stand in for."""
@@ -169,7 +169,7 @@ def _watched(spent: dict[str, list[float]]) -> Iterator[None]:
         Fit.__init__ = plain  # type: ignore[method-assign]
 
 
-def _clocked(call: Callable[[], Any]) -> tuple[float, Any]:
+def _clock(call: Callable[[], Any]) -> tuple[float, Any]:
     if CUDA:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -179,8 +179,8 @@ def _clocked(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def _timed(call: Callable[[], Any]) -> float:
-    return _clocked(call)[0]
+def _time(call: Callable[[], Any]) -> float:
+    return _clock(call)[0]
 
 
 def recorded_rows(name: str) -> list[dict[str, Any]]:
@@ -255,10 +255,10 @@ def ceilings() -> tuple[float, float]:
     dtype = torch.bfloat16 if sides.bf16() else torch.float32
     n = 8192 if CUDA else 2048
     a, b = (torch.randn(n, n, device=sides.DEVICE, dtype=dtype) for _ in range(2))
-    product = min(_timed(lambda: a @ b) for _ in range(8))
+    product = min(_time(lambda: a @ b) for _ in range(8))
     source = torch.empty((2**30 if CUDA else 2**28), dtype=torch.uint8, device=sides.DEVICE)
     target = torch.empty_like(source)
-    copy = min(_timed(lambda: target.copy_(source)) for _ in range(8))
+    copy = min(_time(lambda: target.copy_(source)) for _ in range(8))
     return 2 * n**3 / product, 2 * source.numel() / copy
 
 

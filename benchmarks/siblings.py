@@ -82,7 +82,7 @@ best."""
 
 def measure(grid: list[grids.Point], limit: int) -> list[dict[str, Any]]:
     """The rows of the result file, of the points that are finished."""
-    finished = plans.finished(grid)
+    finished = plans.find_points(grid)
     first = SSLConfig(**grid[0].ssl)
     images = {s: load(first.dataset, s, first.size, limit) for s in ("train", "val", "test")}
     figures = []

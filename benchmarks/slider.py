@@ -203,14 +203,14 @@ def in_page() -> list[dict[str, float]]:
             browser.meters_follow(page)
             latest = {"curves": "", "since": time.monotonic()}
 
-            def rested() -> bool:
+            def is_at_rest() -> bool:
                 """The curves have been the same for so long that they are whole."""
                 now = page.locator(".idaa-curves").inner_html()
                 if now != latest["curves"]:
                     latest.update(curves=now, since=time.monotonic())
                 return time.monotonic() - latest["since"] > 20
 
-            browser.until(page, rested, "curves over ε that are whole", 600)
+            browser.until(page, is_at_rest, "curves over ε that are whole", 600)
             return browser.moves(page, WARM_UP + PAGE_MOVES)[WARM_UP:]
 
 

@@ -55,7 +55,7 @@ import psutil
 from idaa_lib import kernels, sweeps
 plain, notes = kernels._kernel, os.environ["KERNELS"]
 @contextlib.contextmanager
-def noted(stderr, variables):
+def note_kernel(stderr, variables):
     folder = os.path.dirname(stderr.name)
     before = Path(notes).read_text("utf-8").splitlines() if os.path.exists(notes) else []
     pids = [int(line.split("\\t")[1]) for line in before if line.startswith(folder + "\\t")]
@@ -65,7 +65,7 @@ def noted(stderr, variables):
         with open(notes, "a", encoding="utf-8") as file:
             print(folder, pid, os.getpid(), int(again), sep="\\t", file=file)
         yield kernel
-kernels._kernel = noted
+kernels._kernel = note_kernel
 sys.exit(sweeps.main(sys.argv[1:]))
 """
 Row = dict[str, Any]

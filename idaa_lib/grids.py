@@ -247,7 +247,7 @@ def sensitivity(config: SweepConfig) -> list[Point]:
 def _points_of_grid(config: SweepConfig) -> list[Point]:
     """The points of `config.grid`, in which what the form says stands where the grid says nothing;
     its seeds, where they are not the default, in place of the grid's."""
-    grid, changes = read(config.grid or {}), config.changed()
+    grid, changes = read(config.grid or {}), config.list_changes()
     if "seeds" in changes:
         grid = grid.model_copy(update={"seeds": config.seeds})
     common = {"preset": config.preset, "device": config.device}
@@ -265,13 +265,13 @@ def _points_of_grid(config: SweepConfig) -> list[Point]:
 
 
 def _axes_of_form(config: SweepConfig) -> list[Point]:
-    shared = _shared(config)
+    shared = _share_fields(config)
     shared["eval"] = {"protocol": "clean"} | shared["eval"]
     vae, ssl = ({"split": "train"} | fields for fields in (config.vae, config.ssl))
     # At a fixed κ another dim is another β: β is held, or two things would change at once.
     held = {name: value for name, value in vae.items() if name != "kappa"}
     held["beta"] = VAEConfig(**shared["all"] | vae).beta
-    knobs = SSLConfig.registered("adversary")[config.adversary].Options.model_fields
+    knobs = SSLConfig.list_kinds("adversary")[config.adversary].Options.model_fields
     plain = {name: value for name, value in ssl.items() if name not in knobs}
     grids: list[dict[str, Any]] = []
 
@@ -303,7 +303,7 @@ def cells(config: CompareConfig) -> list[Point]:
     points = []
     sources = dict.fromkeys((None, config.elsewhere))  # of the VAE
     for method, elsewhere in itertools.product(config.methods, sources):
-        fixed = _shared(config)
+        fixed = _share_fields(config)
         fixed["vae"] = {"seed": 0} | config.vae | ({"dataset": elsewhere} if elsewhere else {})
         fields = config.systems.get(method, {"method": method})
         fixed["ssl"] = config.ssl | config.ssl_of.get(method, {}) | fields
@@ -316,7 +316,7 @@ def cells(config: CompareConfig) -> list[Point]:
     return points
 
 
-def _shared(config: SweepConfig | CompareConfig) -> Fields:
+def _share_fields(config: SweepConfig | CompareConfig) -> Fields:
     common = {name: getattr(config, name) for name in ("preset", "device", "dataset")}
-    judged = {"references": False, "dataset": judged_on(config.dataset)}
-    return {"all": common, "eval": judged | config.eval}
+    evaluation = {"references": False, "dataset": judged_on(config.dataset)}
+    return {"all": common, "eval": evaluation | config.eval}

@@ -55,7 +55,7 @@ def execute(notebook: str, parameters: Mapping[str, Any], output: Path) -> Path:
     source, device = FOLDER / f"{notebook}.ipynb", str(parameters.get("device", "auto"))
     processes = parameters.get("processes")
     output.parent.mkdir(parents=True, exist_ok=True)
-    running, failed = leftovers(output)
+    running, failed = find_leftovers(output)
     trace = output.with_name(f"{output.stem}.trace.txt")
     for attempt in (1, 2):
         with (
@@ -89,7 +89,7 @@ def execute(notebook: str, parameters: Mapping[str, Any], output: Path) -> Path:
     return output
 
 
-def leftovers(output: Path) -> tuple[Path, Path]:
+def find_leftovers(output: Path) -> tuple[Path, Path]:
     """Where a notebook stands that has not come to its end, and one that failed."""
     return output.with_name(f"{output.stem}.running.ipynb"), output.with_suffix(".failed.ipynb")
 

@@ -25,7 +25,7 @@ from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.evaluate import transfer
 from idaa_lib.evaluate.encoders import judged_on, open_splits
 from idaa_lib.grids import STAGES, Point
-from idaa_lib.kernels import leftovers
+from idaa_lib.kernels import find_leftovers
 from idaa_lib.runs import CONFIGS, Run, RunError, get, read_json, report_left_out
 from idaa_lib.runs.machine import resolve_paths, torch_device
 from idaa_lib.runs.progress import Tally
@@ -191,7 +191,7 @@ def find_finished(config: ImagesConfig) -> Run | None:
 
 def is_whole(run: Run) -> bool:
     """Whether a run is finished, and no notebook of it was killed or failed before its end."""
-    return run.finished and not any(p.exists() for p in leftovers(run.path / "notebook.ipynb"))
+    return run.finished and not any(p.exists() for p in find_leftovers(run.path / "notebook.ipynb"))
 
 
 def check_files(run: Run) -> None:
@@ -229,17 +229,21 @@ def name_needs(config: ImagesConfig, needs: Mapping[str, str], runs: Mapping[str
     return config.replace(**{field: runs[other].reference for field, other in needs.items()})
 
 
-def finished(grid: Sequence[Point], left_out: list[str] | None = None) -> list[tuple[Point, Run]]:
+def find_points(
+    grid: Sequence[Point], left_out: list[str] | None = None
+) -> list[tuple[Point, Run]]:
     """The points whose runs are all there, with the last of them, their evaluation; nothing is
     started.
 
     Raises:
         ConfigError: as `plan`.
     """
-    return [(point, runs[-1]) for point, runs in _finished(grid, left_out)]
+    return [(point, runs[-1]) for point, runs in _find_chains(grid, left_out)]
 
 
-def _finished(grid: Sequence[Point], left_out: list[str] | None) -> list[tuple[Point, list[Run]]]:
+def _find_chains(
+    grid: Sequence[Point], left_out: list[str] | None
+) -> list[tuple[Point, list[Run]]]:
     chains = _chains(grid)
     runs = find_runs({key: task for chain in chains for key, task in chain.items()}, left_out)
     pairs = zip(grid, chains, strict=True)
@@ -253,7 +257,7 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
 
     damage, rows = list[str](), dict[tuple[str, str], dict[str, Any]]()
     runs: dict[Run, None] = {}
-    for point, chain in _finished(grid, damage):
+    for point, chain in _find_chains(grid, damage):
         # A VAE stands for itself where nothing was trained with it.
         own = [run for run in reversed(chain) if run.stage != "vae"] or chain
         runs |= dict.fromkeys(own)
@@ -268,7 +272,7 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
 
 def vaes(grid: Sequence[Point]) -> str:
     """The names of the VAEs that finished points have, in a line."""
-    return _name_vaes(run for _, runs in _finished(grid, None) for run in runs)
+    return _name_vaes(run for _, runs in _find_chains(grid, None) for run in runs)
 
 
 def _name_vaes(runs: Iterable[Run]) -> str:

@@ -34,7 +34,7 @@ from idaa_lib.configs import CompareConfig, ConfigError, ImagesConfig, SweepConf
 from idaa_lib.configs.lookups import remember
 from idaa_lib.configs.reading import quote
 from idaa_lib.grids import STAGES, Grid, Point, read
-from idaa_lib.kernels import FOLDER, execute, leftovers
+from idaa_lib.kernels import FOLDER, execute, find_leftovers
 from idaa_lib.plans import (
     Task,
     admit,
@@ -265,7 +265,7 @@ def find_failures(tasks: Mapping[str, Task], runs: Mapping[str, Run]) -> dict[st
         elif others <= runs.keys():
             with contextlib.suppress(UserError):  # a run that is damaged
                 run = runs.get(key) or locate(name_needs(config, needs, runs))
-                if leftovers(run.path / "notebook.ipynb")[1].exists():
+                if find_leftovers(run.path / "notebook.ipynb")[1].exists():
                     ids[key] = run.id
     return ids
 

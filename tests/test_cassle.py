@@ -190,7 +190,7 @@ def test_the_layer_projector_is_z_at_the_neutral_condition(injection):
 def test_a_protocol_says_that_z_is_of_the_neutral_condition(condition):
     config = SSLConfig(condition=condition)
     judgement = SimpleNamespace(
-        way=config.chosen("method").official_protocol(config), epochs=[], side=32, classes=10,
+        way=config.get_chosen("method").official_protocol(config), epochs=[], side=32, classes=10,
         source=SimpleNamespace(config=config, environment={}), config=EvalConfig(run="a"),
         splits={"train": range(90), "val": range(10)},
     )  # fmt: skip

@@ -307,7 +307,7 @@ def test_a_notebook_s_configuration_names_its_runs(outputs, capsys):
 
 @pytest.mark.parametrize("person", [True, False])
 def test_a_notebook_that_nobody_watches_says_what_made_it(outputs, capsys, monkeypatch, person):
-    monkeypatch.setattr(notebook, "attended", lambda: person)
+    monkeypatch.setattr(notebook, "is_attended", lambda: person)
     notebook.choose(VAEConfig(**SMALL))
     output = capsys.readouterr().out
     facts = [f"torch {torch.__version__.partition('+')[0]}", hardware(), "commit: "]

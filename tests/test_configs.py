@@ -45,7 +45,7 @@ def test_every_preset_resolves_every_field_and_survives_json(config, preset):
         assert option or getattr(instance, name, 1) is not None, name
     repeat = config(**json.loads(json.dumps(instance.model_dump(mode="json"))))
     assert repeat == instance
-    assert not instance.changed()
+    assert not instance.list_changes()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from idaa_lib import runs
 from idaa_lib.configs import EvalConfig, SSLConfig
 from idaa_lib.data.cached import load
-from idaa_lib.evaluate.crops import crop_probe, enlarged
+from idaa_lib.evaluate.crops import crop_probe, enlarge
 from idaa_lib.evaluate.encoders import Encoder, features, pixels
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.metrics import (
@@ -542,7 +542,7 @@ def crops(outputs):
     def probe(name, source="simsiam", module=None, **options):
         protocol = PUBLISHED[source]
         config = SSLConfig(**{"size": size, **protocol["run"]})
-        classifier = config.chosen("method").official_protocol(config).classifier
+        classifier = config.get_chosen("method").official_protocol(config).classifier
         classifier = classifier._replace(epochs=len(protocol["rates"]))
         train, test = (load("photos", s, protocol["side"], 40) for s in ("trainval", "test"))
         encoder = Encoder(module or Colours().eval(), size, train.mean, train.std)
@@ -562,7 +562,7 @@ def crops(outputs):
 def test_a_classifier_on_fresh_views_agrees_with_a_slow_loop(crops, of):
     """Each protocol by hand: a crop and a flip of each image by torchvision (IP-IRM's views by its
     recipe), softmax regression by its closed gradient, the optimiser by its definition."""
-    assert enlarged(224) == 256 and enlarged(16) == 18
+    assert enlarge(224) == 256 and enlarge(16) == 18
     protocol, size = PUBLISHED[of], 16
     run, scores, share, train, test = crops("whole", of)
     units = train.mean, train.std
@@ -637,12 +637,12 @@ def test_length_and_batch_of_the_published_classifiers(of, epochs, batch_size, t
     """RSA's batch is that of the training, IP-IRM's τ of kNN too; a baseline has its system's."""
     values = {"batch_size": 64} | ({"temperature": 0.3} if of == "ipirm" else {})
     config = SSLConfig(**PUBLISHED[of]["run"] | values)
-    way = config.chosen("method").official_protocol(config)
+    way = config.get_chosen("method").official_protocol(config)
     protocol = way.classifier.epochs, way.batch_size, way.temperature
     assert protocol == (epochs, batch_size, temperature)
     baseline = {"ipirm": {"baseline": True}, "rsa": {"rsa_views": "aggressive"}}
     twin = config.replace(**baseline.get(config.method, {}))
-    assert twin.chosen("method").official_protocol(twin) == way
+    assert twin.get_chosen("method").official_protocol(twin) == way
 
 
 @pytest.mark.parametrize("of", PUBLISHED)

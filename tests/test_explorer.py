@@ -304,7 +304,7 @@ def test_walks_in_the_latent(engine):
     scene = engine.scene
     G, _ = scene.vae.decompose(scene.x)
     for kind in ("coordinate", "principal direction"):
-        still, back = engine.stepped(kind, 0, 0.0).values()
+        still, back = engine.step(kind, 0, 0.0).values()
         assert torch.allclose(still, scene.pixels(G), atol=1e-5)
         assert torch.allclose(back, scene.pixels(scene.x), atol=1e-5)
     latents = scene.vae.encode(engine.candidates)[0].double().numpy()
@@ -320,7 +320,7 @@ def test_walks_in_the_latent(engine):
 def test_a_residual_exchanged(engine):
     scene = engine.scene
     G, R = scene.vae.decompose(scene.x)
-    z_moves, r_moves = engine.between(0, 2).values()
+    z_moves, r_moves = engine.morph(0, 2).values()
     assert len(z_moves) == len(r_moves) == len(SHARES)
     for first in (z_moves[0], r_moves[0]):
         assert torch.allclose(first, scene.x[0], atol=1e-5)

@@ -621,13 +621,13 @@ def test_what_a_published_file_does_not_say_is_unknown_to_who_looks(outputs, tmp
     torch.save(state, tmp_path / names[0])
     torch.save({"model": state, "acc": 83.4, "epoch": 297}, tmp_path / names[1])
     source, stub = (idaa_lib.import_run(tmp_path / name, **values) for name in names)
-    fields, statements = source.config.stated(), STATEMENTS[f"{ENCODER}_best.t"]
+    fields, statements = source.config.list_stated(), STATEMENTS[f"{ENCODER}_best.t"]
     assert {name: fields[name] for name in statements} == statements | {"dataset": "photos"}
     assert [run.environment["imported"]["epoch"] for run in (source, stub)] == [50, 297]
     assert (fields["backbone"], fields["width"], fields["projection_dim"]) == ("resnet18", 4, 6)
     for name in ("epochs", "learning_rate", "optimizer", "schedule", "vae", "temperature"):
         assert fields[name] == "unknown", name
-    stub_fields = stub.config.stated()
+    stub_fields = stub.config.list_stated()
     for name in ("batch_size", "epsilon", "alpha", "seed", "adversary", "epochs"):
         assert stub_fields[name] == "unknown", name
     assert "<td>batch_size</td><td>unknown</td>" in stub.config._repr_html_()
@@ -646,7 +646,7 @@ def test_what_a_published_file_does_not_say_is_unknown_to_who_looks(outputs, tmp
     assert all(label.endswith(", of a file") for label in group.table.index)
     # A training that goes on from it has the recipe's values, and they are known.
     config = stub.config.replace(adversary="clae", continue_from=stub.id)
-    assert "unknown" not in config.stated().values() and config.seed == 0
+    assert "unknown" not in config.list_stated().values() and config.seed == 0
     # So are κ and β of a VAE, in its figures too.
     torch.save(dict(vae_state(32, dim=8, d=16)), tmp_path / "model_epoch292.pth")
     vae_ = idaa_lib.import_run(tmp_path / "model_epoch292.pth", **values)

@@ -17,8 +17,8 @@ from idaa_lib.data.cached import load
 from idaa_lib.evaluate import invariance as measures
 from idaa_lib.evaluate.encoders import Encoder, features, load_encoder, load_method
 from idaa_lib.evaluate.invariance import (
-    explained,
     invariance,
+    measure_r2,
     predict_differences,
     read_differences,
     shuffle_condition,
@@ -78,12 +78,12 @@ def test_features_of_colour_are_read_for_colour_and_not_for_crop():
 
 def test_explained_is_r2():
     targets = torch.randn(200, 3, generator=keyed_generator(1)) * torch.tensor([1.0, 5, 0.2])
-    assert explained(targets, targets).value == 1
+    assert measure_r2(targets, targets).value == 1
     mean = targets.mean(0).expand_as(targets)
-    assert explained(mean, targets).value == pytest.approx(0, abs=1e-5)
+    assert measure_r2(mean, targets).value == pytest.approx(0, abs=1e-5)
     guess = 0.5 * targets
     by_hand = 1 - (targets - guess).square().mean(0) / targets.var(0, unbiased=False)
-    assert explained(guess, targets).value == pytest.approx(by_hand.mean().item(), rel=1e-5)
+    assert measure_r2(guess, targets).value == pytest.approx(by_hand.mean().item(), rel=1e-5)
 
 
 def test_invariance_is_the_mean_of_differences_of_cosines(conditioned, images):

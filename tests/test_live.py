@@ -348,7 +348,7 @@ def test_large_images_make_a_picture_of_a_bounded_width(outputs):
 
 def test_unattended_it_trains_in_the_foreground(outputs, monkeypatch, capsys):
     monkeypatch.setattr(live, "start", lambda config: pytest.fail("a process was started"))
-    assert not kernel.attended()
+    assert not kernel.is_attended()
     run = live.train(VAE)
     assert run.finished
     assert not (run.path / "process.json").exists()
@@ -356,7 +356,7 @@ def test_unattended_it_trains_in_the_foreground(outputs, monkeypatch, capsys):
 
 
 def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, capsys):
-    monkeypatch.setattr(live, "attended", lambda: True)
+    monkeypatch.setattr(live, "is_attended", lambda: True)
     parts = []
     monkeypatch.setattr(live, "display", parts.append)
     run = live.train(VAE)
@@ -388,7 +388,7 @@ def interruptible():
 
 def test_a_stop_and_an_interrupt_are_one_sentence_each(outputs, monkeypatch, interruptible):
     display, run = threading.Event(), locate(LONG)
-    monkeypatch.setattr(live, "attended", lambda: True)
+    monkeypatch.setattr(live, "is_attended", lambda: True)
     records = []
     monkeypatch.setattr(live, "display", lambda part: records.append(part) or display.set())
 
@@ -428,7 +428,7 @@ def test_a_stop_and_an_interrupt_are_one_sentence_each(outputs, monkeypatch, int
 CELL = """
 from idaa_lib import VAEConfig
 from idaa_lib.lab import kernel, live
-print("attended", kernel.attended())
+print("attended", kernel.is_attended())
 live.train(VAEConfig(**{fields!r}))
 """
 

@@ -138,7 +138,7 @@ def test_all_that_is_registered_is_tested():
     """FixMatch, of another stage, is in test_fixmatch.py."""
     ours = {k for k, v in METHODS.items() if v.__module__.startswith("idaa_lib")}
     assert ours == {*METHOD_NAMES, "fixmatch"}
-    assert ours & SSLConfig.registered("method").keys() == set(METHOD_NAMES)
+    assert ours & SSLConfig.list_kinds("method").keys() == set(METHOD_NAMES)
 
 
 # --- losses and gradients against the specification, sample by sample
@@ -776,9 +776,9 @@ def test_recipes_go_over_the_preset_and_under_what_is_given(monkeypatch):
     assert not hasattr(paper, "reuse_anchor")  # there is nothing to anchor
     assert not paper.replace(adversary="clae").reuse_anchor
     assert SSLConfig(preset="cifar10", method="plain", adversary="clae").reuse_anchor
-    assert not paper.changed()
+    assert not paper.list_changes()
     cifar_config = SSLConfig(preset="cifar10", method="plain", learning_rate=0.01, epochs=7)
-    assert cifar_config.changed() == {"learning_rate": 0.01, "epochs": 7}
+    assert cifar_config.list_changes() == {"learning_rate": 0.01, "epochs": 7}
     assert SSLConfig(preset="cifar10", method="moco").epochs == 100
     demo, plain_config = SSLConfig(method="moco"), SSLConfig()
     assert (demo.epochs, demo.batch_size) == (plain_config.epochs, plain_config.batch_size)
@@ -787,7 +787,7 @@ def test_recipes_go_over_the_preset_and_under_what_is_given(monkeypatch):
     assert (imagenet.learning_rate, imagenet.weight_decay) == (0.05, 1e-4)
     assert (imagenet.backbone, imagenet.stem, imagenet.size) == ("resnet50", "imagenet", 224)
     assert (imagenet.epochs, imagenet.batch_size) == (100, 256)
-    assert SSLConfig(**options, size=64, backbone="resnet18").changed()["size"] == 64
+    assert SSLConfig(**options, size=64, backbone="resnet18").list_changes()["size"] == 64
     with pytest.raises(ConfigError, match="dataset must be given at size=224"):
         SSLConfig(**{k: v for k, v in options.items() if k != "dataset"})
     cifar = SSLConfig(preset="cifar10", method="simsiam", pairing="imagenet")
@@ -807,13 +807,13 @@ def test_recipes_go_over_the_preset_and_under_what_is_given(monkeypatch):
 
     monkeypatch.setitem(METHODS, "mine", Mine)
     own_config = SSLConfig(preset="paper", method="mine", queue=7)
-    assert own_config.changed() == {"queue": 7}
+    assert own_config.list_changes() == {"queue": 7}
     assert own_config.learning_rate == SSLConfig(preset="paper").learning_rate
 
 
 def test_knobs_of_another_choice_are_refused_and_say_whose_they_are():
     """By the registry: each knob of any method or adversary, with all that do not have it."""
-    kinds = {choice: SSLConfig.registered(choice) for choice in SSLConfig.choices}
+    kinds = {choice: SSLConfig.list_kinds(choice) for choice in SSLConfig.choices}
     knobs_by_choice = {choice: set() for choice in kinds}
     for row in SSLConfig.fields():
         if row["of"] != "all":

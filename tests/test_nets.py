@@ -18,7 +18,7 @@ from idaa_lib.methods.schedules import build_schedule
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import project, zero_residuals
-from idaa_lib.nets.vae import VAE, Output, folded, rate, sub_pixel, vae_loss
+from idaa_lib.nets.vae import VAE, Output, fold_norms, rate, sub_pixel, vae_loss
 from idaa_lib.views import keyed_generator, recipe
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -401,7 +401,7 @@ def test_networks_made_in_threads_have_the_weights_of_their_seed():
 @pytest.mark.parametrize("size", [32, 84, 224])
 def test_a_vae_without_its_batch_norms_is_the_same_map(size):
     vae = scramble(VAE(8, size, width=16)).double()
-    folded_vae, before = folded(vae), clones(vae.state_dict().items())
+    folded_vae, before = fold_norms(vae), clones(vae.state_dict().items())
     x = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
     expected, outputs = vae.eval()(x), folded_vae(x)
     for ours, theirs in zip(outputs, expected, strict=True):

@@ -322,7 +322,7 @@ def test_a_failing_point_stops_nothing_and_is_named_at_the_end(
     assert "lower learning_rate" in lines
     (failure,) = (o for o in outcomes.values() if o.state == "failed")
     assert failure.id.startswith("ssl-") and "lower learning_rate" in failure.error
-    assert len(plans.finished(grid)) == 2
+    assert len(plans.find_points(grid)) == 2
     assert set(plans.table(grid)["learning_rate"]) == {1e-3, 1e-4}
     assert "1 of 3 points are missing: 1e+30 (seed 0)" in plans.outline(grid, 1)
     with pytest.raises(RunError, match=r"2 of 6 are missing(.|\n)*lower learning_rate"):
@@ -539,7 +539,7 @@ def test_the_table_is_filled_from_finished_runs(tmp_path, monkeypatch, capsys):
     assert len(grid) == 4 and plans.table(grid).empty
     assert "4 of 4 points are missing: simclr × none (seed 0), " in plans.outline(grid, 1)
     run = train_ssl(SSLConfig(**grid[0].ssl))
-    assert plans.finished(grid) == []  # trained, not judged
+    assert plans.find_points(grid) == []  # trained, not judged
     evaluation = evaluate(EvalConfig(**grid[0].eval, run=run.reference))
     frame = plans.table(grid)
     assert set(frame["run"]) == {run.id, evaluation.id}
@@ -577,7 +577,7 @@ def test_the_table_ends_with_what_every_encoder_has_to_beat(outputs, tmp_path, m
     assert [*frame["value"]] == pytest.approx(values)
     # In another study it is not the first cell: what was judged with references serves there too.
     other = CompareConfig(**parameters | {"adversaries": "clae, none"})
-    ((_, evaluation),) = plans.finished(grids.cells(other))
+    ((_, evaluation),) = plans.find_points(grids.cells(other))
     assert evaluation == first_eval
 
 

@@ -235,7 +235,7 @@ def test_a_file_that_was_edited_must_be_imported_again(outputs, tmp_path, monkey
 def test_attended_a_file_s_class_trains_in_a_process_and_a_cell_s_here(
     outputs, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(live, "attended", lambda: True)
+    monkeypatch.setattr(live, "is_attended", lambda: True)
     monkeypatch.setattr(live, "display", lambda ui: None)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "filed.py").write_text(OWN.format(factor=1))

@@ -149,7 +149,7 @@ class Page:
 
     def __init__(self, person, monkeypatch):
         self.outputs, self.updates = [], []
-        monkeypatch.setattr(study, "attended", lambda: person)
+        monkeypatch.setattr(study, "is_attended", lambda: person)
         monkeypatch.setattr(study, "display", self.display)
         monkeypatch.setattr(study, "SHEET", "styles")
 

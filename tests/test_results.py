@@ -22,14 +22,14 @@ from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.results import (
     COLUMNS,
     PAPER,
-    apart,
     beside,
-    differing,
+    find_differences,
     groups,
     interval,
     paper_name,
     results,
     tabulate,
+    tell_apart,
 )
 from idaa_lib.train import train
 
@@ -512,12 +512,12 @@ def test_figure_5_is_made_from_its_sweep(outputs, tmp_path, monkeypatch):
 def test_a_label_says_what_differs_and_no_knob_of_another_method(outputs):
     """Evaluations of both may stand in one table of the runs page and of the report."""
     pair = [finish_run(config, {}, ("photos", "p")) for config in (SSLConfig(), SemiConfig())]
-    first, second = apart(pair)
+    first, second = tell_apart(pair)
     assert first.startswith("SimCLR, ") and second.startswith("FixMatch, ")
     assert "backbone = resnet18" in first and "backbone = wrn10" in second
     for knob in ("mu", "temperature", "alpha", "labels_per_class"):
         assert knob not in first + second
-    assert differing(pair)["mu"] == [None, SemiConfig().mu]
+    assert find_differences(pair)["mu"] == [None, SemiConfig().mu]
 
 
 def test_a_label_names_beta_and_dim_of_the_vae_not_its_hash(outputs):
@@ -528,22 +528,22 @@ def test_a_label_names_beta_and_dim_of_the_vae_not_its_hash(outputs):
     ]
     encoders.append(finish_run(SSLConfig(), {}, ("photos", "p")))  # needs none
     differences = ["dim = 8, β = 4", "dim = 8, β = 1", "dim = 16, β = 1"]
-    assert apart(encoders) == [*(f"SimCLR + IDAA, {text}" for text in differences), "SimCLR"]
-    assert "vae" not in differing(encoders)
+    assert tell_apart(encoders) == [*(f"SimCLR + IDAA, {text}" for text in differences), "SimCLR"]
+    assert "vae" not in find_differences(encoders)
     # Seeds of a VAE and its encoder are one thing to a study; a VAE of another seed is told.
     third_vae = finish_run(VAEConfig(beta=4, dim=8, seed=1), {}, ("photos", "p"))
     for seed, text in ((1, ""), (0, ", VAE seed = 1")):
         config = SSLConfig(adversary="idaa", vae=third_vae.id, seed=seed)
         pair = [encoders[0], finish_run(config, {}, ("photos", "p"))]
-        assert apart(pair, {"seed"}) == ["SimCLR + IDAA", f"SimCLR + IDAA{text}"]
+        assert tell_apart(pair, {"seed"}) == ["SimCLR + IDAA", f"SimCLR + IDAA{text}"]
     # Where a VAE is gone, its hash is all there is.
     third_vae.delete()
-    assert re.search(r", vae = \w{8}$", apart(pair, {"seed"})[1])
+    assert re.search(r", vae = \w{8}$", tell_apart(pair, {"seed"})[1])
 
 
 def test_the_control_of_fixmatch_is_not_called_so(outputs):
     pair = [finish_run(SemiConfig(lambda_u=w), {}, ("photos", "p")) for w in (0.0, 1.0)]
-    assert apart(pair) == ["labels alone", "FixMatch"]
+    assert tell_apart(pair) == ["labels alone", "FixMatch"]
     assert set(results(pair)["method"]) <= {"labels alone", "FixMatch"}
 
 

@@ -230,9 +230,9 @@ def test_a_run_is_read_whatever_became_of_its_recipe_and_its_method(outputs, tmp
         del METHODS["mine"]
     recipe.unlink()
     assert (run.config.epochs, run.config.method, run.config.seed) == (7, "mine", 3)
-    assert runs.find("ssl", epochs=7) == [run] and run.config.changed()["epochs"] == 7
+    assert runs.find("ssl", epochs=7) == [run] and run.config.list_changes()["epochs"] == 7
     with pytest.raises(ConfigError, match=r"method must be one of .*import the module"):
-        run.config.chosen("method")
+        run.config.get_chosen("method")
 
 
 def test_outputs_can_be_moved(outputs, monkeypatch):

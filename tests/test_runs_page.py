@@ -15,7 +15,7 @@ import pytest
 from idaa_lib import results, runs
 from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.lab import notebook, process
-from idaa_lib.lab.kernel import guarded, hide_paths
+from idaa_lib.lab.kernel import guard, hide_paths
 from idaa_lib.lab.runs import RunsPage
 from idaa_lib.runs import Run, RunError
 from idaa_lib.train import train_vae
@@ -533,15 +533,15 @@ def test_a_link_is_of_this_kernel_s_own_server(outputs, monkeypatch):
 
 def test_an_error_in_a_callback_is_seen(outputs):
     page = RunsPage()
-    assert guarded(page.status)(lambda: 1)() == 1
+    assert guard(page.status)(lambda: 1)() == 1
 
-    @guarded(page.status)
+    @guard(page.status)
     def act():
         raise RunError("<nothing> there")
 
     act()
     assert page.status.value == "<b>&lt;nothing&gt; there</b>"
-    guarded(page.status)(lambda: 1 / 0)()
+    guard(page.status)(lambda: 1 / 0)()
     assert "ZeroDivisionError" in page.status.value
 
 

@@ -544,7 +544,7 @@ def test_seeds_are_rows_or_means_with_student_s_intervals(tmp_path):
 
 
 def test_two_fields_that_are_crossed_are_a_heat_map_of_their_means():
-    figure = plots.crossed(figures_of(FIGURES), ["method", "epsilon", "dim"])
+    figure = plots.heat_maps(figures_of(FIGURES), ["method", "epsilon", "dim"])
     maps = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in maps] == ["SimCLR", "SimSiam"]
     for i, axis in enumerate(maps):

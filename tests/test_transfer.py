@@ -22,7 +22,7 @@ from idaa_lib.data import cached as images
 from idaa_lib.data import sources
 from idaa_lib.evaluate import transfer as stage
 from idaa_lib.evaluate.encoders import features, load_encoder
-from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot
+from idaa_lib.evaluate.few_shot import draw_balanced, draw_episodes, few_shot
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.evaluate.probe import (
     CLEAN,
@@ -332,7 +332,7 @@ def test_few_labels_are_drawn_by_class():
         torch.randperm(1003, generator=keyed_generator(0))
     ]
     few_rows, more_rows, other_rows = (
-        balanced(labels, fraction, keyed_generator(*key))
+        draw_balanced(labels, fraction, keyed_generator(*key))
         for fraction, key in ((0.02, (0, 0)), (0.1, (0, 0)), (0.02, (0, 1)))
     )
     assert torch.bincount(labels[few_rows]).tolist() == [5, 5, 5, 0, 0, 3]
@@ -341,7 +341,7 @@ def test_few_labels_are_drawn_by_class():
     assert set(few_rows.tolist()) <= set(more_rows.tolist()) and set(few_rows.tolist()) != set(
         other_rows.tolist()
     )
-    assert torch.bincount(labels[balanced(labels, 1e-6, keyed_generator(0))]).tolist()[0] == 1
+    assert torch.bincount(labels[draw_balanced(labels, 1e-6, keyed_generator(0))]).tolist()[0] == 1
 
 
 def test_an_episode_has_other_images_of_other_classes():

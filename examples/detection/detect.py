@@ -194,7 +194,7 @@ def training_names(chosen: Sequence[Run]) -> list[str]:
         with contextlib.suppress(RunError):
             trainings[run] = runs.encoder(run.config.run)
     unique = list(dict.fromkeys(trainings.values()))
-    names = dict(zip(unique, results.apart(unique, {"seed"}), strict=True))
+    names = dict(zip(unique, results.tell_apart(unique, {"seed"}), strict=True))
     return [names[trainings[run]] if run in trainings else run.config.run for run in chosen]
 
 

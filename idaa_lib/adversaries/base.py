@@ -13,7 +13,7 @@ from idaa_lib import configs
 from idaa_lib.configs import UserError
 from idaa_lib.configs.base import NonNegative, Positive
 from idaa_lib.nets import evaluating
-from idaa_lib.nets.vae import VAE, folded
+from idaa_lib.nets.vae import VAE, fold_norms
 from idaa_lib.registry import register
 from idaa_lib.views import denormalise, normalise
 
@@ -122,7 +122,7 @@ class Adversary:
         """Move what it holds to the device; with `compile` also what gains by it, which changes
         rounding and nothing else."""
         if self.vae is not None:
-            self.vae = folded(self.vae) if compile else self.vae
+            self.vae = fold_norms(self.vae) if compile else self.vae
             self.vae.to(device, memory_format=torch.channels_last)
 
     def check(self) -> None:
@@ -152,6 +152,6 @@ def build_adversary(config: Any, vae: VAE | None = None, **units: Any) -> Advers
 
     units: `mean`, `std` of the images.
     """
-    kind = config.chosen("adversary")
+    kind = config.get_chosen("adversary")
     knobs = {k: v for k, v in config.options("adversary") if k not in ("vae", "dim")}
     return kind(vae, **units, **knobs) if kind.needs_vae else kind(**units, **knobs)

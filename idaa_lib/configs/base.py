@@ -105,9 +105,9 @@ class Config(Values):
         explicit = {name: self._read(name, value) for name, value in values.items()}
         explicit = {name: value for name, value in explicit.items() if value is not None}
         merged = recipe_values(type(self), explicit) | explicit
-        chosen = {c: merged.get(c, type(self).model_fields[c].default) for c in self.choices}
-        models = [self._choose(*choice).Options for choice in chosen.items()]
-        self._check_names(explicit, chosen, models)
+        choices = {c: merged.get(c, type(self).model_fields[c].default) for c in self.choices}
+        models = [self._choose(*choice).Options for choice in choices.items()]
+        self._check_names(explicit, choices, models)
         self._fill(merged, models)
         self.__dict__.update(self._derive(explicit))
 
@@ -116,16 +116,16 @@ class Config(Values):
         """The configuration that `model_dump` gave as JSON, whatever became of its recipe since.
 
         Of a method or adversary that this process has not imported, the knobs are left out.
-        unknown: names whose values are the recipe's because nobody knows them (`stated`).
+        unknown: names whose values are the recipe's because nobody knows them (`list_stated`).
 
         Raises:
             ConfigError: a name that there is no longer.
         """
-        chosen = {choice: values.get(choice) for choice in cls.choices}
-        kinds = [cls.registered(choice).get(str(name)) for choice, name in chosen.items()]
+        choices = {choice: values.get(choice) for choice in cls.choices}
+        kinds = [cls.list_kinds(choice).get(str(name)) for choice, name in choices.items()]
         models = [kind.Options if kind else Options for kind in kinds]
         if all(kinds):
-            cls._check_names(values, chosen, models)
+            cls._check_names(values, choices, models)
         config = cls.__new__(cls)
         config._fill(values, models)
         config.__dict__["unknown"] = frozenset(unknown)  # no field: it is of no run's identity
@@ -143,7 +143,7 @@ class Config(Values):
         return {}
 
     @classmethod
-    def registered(cls, choice: str) -> dict[str, Any]:
+    def list_kinds(cls, choice: str) -> dict[str, Any]:
         """The classes that a stage's `method`, `adversary` or `backbone` may name."""
         kinds = CHOICES[choice].items()
         return {
@@ -152,7 +152,7 @@ class Config(Values):
 
     @classmethod
     def _choose(cls, choice: str, name: str) -> Any:
-        kinds = cls.registered(choice)
+        kinds = cls.list_kinds(choice)
         if not isinstance(name, str) or name not in kinds:
             raise ConfigError(
                 f"{choice} must be one of {', '.join(kinds)}, and is {quote(name)} (your own: "
@@ -162,11 +162,14 @@ class Config(Values):
 
     @classmethod
     def _check_names(
-        cls, explicit: Mapping[str, Any], chosen: Mapping[str, Any], models: Iterable[type[Options]]
+        cls,
+        explicit: Mapping[str, Any],
+        choices: Mapping[str, Any],
+        models: Iterable[type[Options]],
     ) -> None:
         """Each name has one owner: the stage, the method or the adversary."""
         owners = dict.fromkeys(cls.model_fields, cls.__name__)
-        for (choice, value), model in zip(chosen.items(), models, strict=True):
+        for (choice, value), model in zip(choices.items(), models, strict=True):
             for name in model.model_fields:
                 if name in owners:
                     raise ConfigError(
@@ -175,8 +178,8 @@ class Config(Values):
                     )
             owners |= dict.fromkeys(model.model_fields, f"{choice}={value!r}")
         for name in sorted(explicit.keys() - owners.keys()):
-            for choice, value in chosen.items():
-                kinds = cls.registered(choice).items()
+            for choice, value in choices.items():
+                kinds = cls.list_kinds(choice).items()
                 others = [repr(k) for k, kind in kinds if name in kind.Options.model_fields]
                 if others:
                     raise ConfigError(
@@ -190,7 +193,7 @@ class Config(Values):
         """The first model that has this name: the stage's own, or a registered choice's options."""
         if name in cls.model_fields:
             return cls
-        kinds = (kind for choice in cls.choices for kind in cls.registered(choice).values())
+        kinds = (kind for choice in cls.choices for kind in cls.list_kinds(choice).values())
         return next((kind.Options for kind in kinds if name in kind.Options.model_fields), None)
 
     @classmethod
@@ -210,7 +213,7 @@ class Config(Values):
     def fields(cls) -> list[dict[str, Any]]:
         """A row for each name that a configuration of the stage may set: its fields, then its
         knobs. Each has the default (None: the recipe's) and what the name means."""
-        kinds = {(c, name): kind for c in cls.choices for name, kind in cls.registered(c).items()}
+        kinds = {(c, name): kind for c in cls.choices for name, kind in cls.list_kinds(c).items()}
         models = {f"{c} = {name}": kind.Options for (c, name), kind in kinds.items()}
         return [
             {"name": name, "of": of, "default": field.default, "meaning": texts.get(name, "")}
@@ -236,7 +239,7 @@ class Config(Values):
         """The options of the chosen `method` or `adversary`."""
         return self._options[self.choices.index(choice)]
 
-    def chosen(self, choice: str) -> Any:
+    def get_chosen(self, choice: str) -> Any:
         """The registered class that `method`, `adversary` or `backbone` names."""
         return self._choose(choice, getattr(self, choice))
 
@@ -286,7 +289,7 @@ class Config(Values):
             parameters = [row["name"] for row in cls.fields()]
         return cls(**{name: names[name] for name in parameters if name in names})
 
-    def changed(self) -> dict[str, Any]:
+    def list_changes(self) -> dict[str, Any]:
         """The names whose values differ from what the recipe gives beside `principal` ones."""
         principal = {name: getattr(self, name) for name in ("preset", *self.principal)}
         plain: dict[str, Any] = {}
@@ -299,7 +302,7 @@ class Config(Values):
             if name not in self.unknown and value != plain.get(name)
         }
 
-    def stated(self) -> dict[str, Any]:
+    def list_stated(self) -> dict[str, Any]:
         """Name → value, or UNKNOWN where nobody knows it: for people."""
         return {name: UNKNOWN if name in self.unknown else value for name, value in self}
 
@@ -313,13 +316,13 @@ class Config(Values):
         return self.model_dump(mode="json", exclude_defaults=True, exclude=silent)
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
-        return iter(self.stated().items())
+        return iter(self.list_stated().items())
 
     def _repr_html_(self) -> str:
         """For notebooks: what differs from the recipe; behind a click all values and meanings."""
-        changes = ", ".join(f"{name} = {value}" for name, value in self.changed().items())
+        changes = ", ".join(f"{name} = {value}" for name, value in self.list_changes().items())
         texts = {k: v for model in (self, *self._options) for k, v in meanings(type(model)).items()}
-        values = self.stated().items()
+        values = self.list_stated().items()
         lines = ((k, html.escape(str(v)), html.escape(texts.get(k, ""))) for k, v in values)
         rows = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in lines)
         return (

@@ -146,7 +146,7 @@ class TrainingConfig(ImagesConfig):
             ConfigError: this one does not.
         """
         choices = (*self.choices, "backbone") if self.choices else ()
-        kinds = {getattr(self, choice): self.chosen(choice) for choice in choices}
+        kinds = {getattr(self, choice): self.get_chosen(choice) for choice in choices}
         return {name: kind for name, kind in kinds.items() if kind in SOURCES}
 
     def _check_streamed(self, explicit: Mapping[str, Any]) -> None:
@@ -239,13 +239,13 @@ class EncoderConfig(TrainingConfig):
     stem: Literal["cifar", "mini", "imagenet"] = "cifar"
 
     def _derive(self, explicit: Mapping[str, Any]) -> dict[str, Any]:
-        self.chosen("method").check(self)
-        self.chosen("backbone")  # raises where there is none
+        self.get_chosen("method").check(self)
+        self.get_chosen("backbone")  # raises where there is none
         return super()._derive(explicit)
 
     @property
     def needs_vae(self) -> bool:
-        return self.chosen("adversary").needs_vae
+        return self.get_chosen("adversary").needs_vae
 
 
 class SSLConfig(EncoderConfig):

@@ -156,8 +156,8 @@ def load(
         if not right:
             raise ValueError(f"{name}={value!r} is not allowed: use {use}")
     data = Path(os.path.expanduser(data_dir)) if data_dir else data_root()
-    chosen = read_classes(classes, data) if classes else ()
-    origin = find_source(source, data, download, chosen)
+    names = read_classes(classes, data) if classes else ()
+    origin = find_source(source, data, download, names)
     pool = Pool(origin, data / "cache", 0 if streamed else size, gray_bits)
     name, about = pool.source.name, pool.read_index() or pool.open()[0]
     if about["errors"] and on_error == "raise":

@@ -32,7 +32,7 @@ from idaa_lib.views import Recipe, keyed_generator, recipe
 OPTIMIZERS = {"lars": "LARS", "adam": "Adam", "sgd": "SGD", "nesterov": "Nesterov's SGD"}
 
 
-def enlarged(size: int) -> int:
+def enlarge(size: int) -> int:
     """Side of the images that crops of `size` pixels are taken of: 256 for 224."""
     return round(size * 256 / 224)
 
@@ -90,10 +90,10 @@ def crop_probe(
     def encode(images: Any) -> Tensor:
         """Features of test views, of the middle or of all of the images."""
         side = images.shape[-1]
-        seen = size if classifier.middle else side
-        middle = slice((side - seen) // 2, (side + seen) // 2)
+        crop_side = size if classifier.middle else side
+        middle = slice((side - crop_side) // 2, (side + crop_side) // 2)
         part = Part(images, torch.arange(len(images)), middle)
-        return features(module, part, seen, mean, std, **machine)
+        return features(module, part, crop_side, mean, std, **machine)
 
     prepare = _standardise(encode(train.images)) if classifier.standardise else lambda z: z
     z_test, truth = prepare(encode(test.images)), test.labels.to(device)
@@ -104,7 +104,7 @@ def crop_probe(
         nn.init.normal_(layer.weight, 0, classifier.deviation, generator=keyed_generator(seed))
         nn.init.zeros_(layer.bias)
     # The classifier that counts: of the best epoch so far, or as it is now.
-    chosen = copy.deepcopy(layer.to(device)) if classifier.best else layer
+    scorer = copy.deepcopy(layer.to(device)) if classifier.best else layer
     best_top1 = -1.0
     parameters = dict(layer.named_parameters())
     batch_size = min(batch_size, len(train))
@@ -121,7 +121,7 @@ def crop_probe(
             for name, parameter in parameters.items()
             for slot, value in optimizer.state[parameter].items()
         }
-        weights = chosen.state_dict().items() if classifier.best else ()
+        weights = scorer.state_dict().items() if classifier.best else ()
         best = {f"best.{name}": value for name, value in weights}
         return parameters | slots | best, {"best_top1": best_top1}
 
@@ -129,7 +129,7 @@ def crop_probe(
         nonlocal best_top1
         layer.load_state_dict({name: tensors[name] for name in parameters})
         if classifier.best:
-            chosen.load_state_dict(checkpoints.under("best.", tensors))
+            scorer.load_state_dict(checkpoints.under("best.", tensors))
             best_top1 = values["best_top1"]
         for key, value in checkpoints.under("optimizer.", tensors).items():
             name, _, slot = key.partition(".")
@@ -146,7 +146,7 @@ def crop_probe(
             return {}
         if (value := judge()) > best_top1:
             best_top1 = value
-            chosen.load_state_dict(layer.state_dict())
+            scorer.load_state_dict(layer.state_dict())
         return {"top1_test": value}
 
     steps = Steps(
@@ -176,7 +176,7 @@ def crop_probe(
         optimizer.step()
         steps.add({"loss": loss})
     with torch.no_grad():
-        return chosen(z_test).cpu(), judge()
+        return scorer(z_test).cpu(), judge()
 
 
 class Part:

@@ -75,7 +75,7 @@ def random_encoder(run: Run, layer: str = "backbone") -> Encoder:
 
     Of a run that continued another, or was imported: an untrained one of the same shape.
     """
-    methods = run.config.registered("method")
+    methods = run.config.list_kinds("method")
     alone = layer == "backbone" and run.config.method not in methods
     module = _untrained_backbone(run) if alone else _method(run).encoder(layer)
     return Encoder(module.eval().requires_grad_(False), *_units(run))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from idaa_lib.views import keyed_generator
 
 
-def balanced(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+def draw_balanced(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
     """Indices of about `fraction` of the labels (N,): as many of each class, one at least.
 
     A class that has fewer gives all. A larger fraction of the same generator holds the smaller.

@@ -95,7 +95,7 @@ def read_differences(
     for name, key in (("colour", "color"), ("crop", "crop")):
         ridge = RidgeCV(alphas=[10.0**k for k in range(-2, 6)])
         guess = ridge.fit(x.numpy(), y[key].double().numpy()).predict(x_test.numpy())
-        scores[name] = explained(torch.as_tensor(guess), y_test[key].double())
+        scores[name] = measure_r2(torch.as_tensor(guess), y_test[key].double())
     return scores
 
 
@@ -109,7 +109,7 @@ def predict_differences(run: Run, images: Tensor, seed: int = 0) -> dict[str, In
     pairs, targets = _draw_pairs(backbone, images, method.recipe, (seed,))
     outputs = method.network(pairs=pairs)
     return {
-        name: explained(output.tanh(), targets[name])
+        name: measure_r2(output.tanh(), targets[name])
         for name, output in outputs.items()
         if name != "flip"  # a class, not a number
     }
@@ -141,7 +141,7 @@ def shuffle_condition(run: Run, images: Tensor, seed: int = 0) -> dict[str, Inte
     return {name: bootstrap_interval(values) for name, values in parts.items()}
 
 
-def explained(predictions: Tensor, targets: Tensor) -> Interval:
+def measure_r2(predictions: Tensor, targets: Tensor) -> Interval:
     """R² of predictions (N, K), the mean over K targets, with its 95 % interval over rows."""
     errors = (predictions - targets).square() / targets.var(0, unbiased=False)
     return bootstrap_interval(1 - errors.mean(1))

@@ -87,7 +87,7 @@ def _plan(config: EvalConfig) -> _Evaluation:
                 f"protocol='official' is of self-supervised runs, and run={source.id!r} is "
                 f"semi-supervised: take 'clean'."
             )
-        way = training.chosen("method").official_protocol(training)
+        way = training.get_chosen("method").official_protocol(training)
         snapshots = {} if way.classifier else checkpoints.snapshots(source)
     dataset = resolve_path(config.dataset or judged_on(images_of(source)))
     config = resolve_paths(config)
@@ -209,7 +209,7 @@ class _Evaluation(Plan):
             scores, values = clean.scores, {"penalty": clean.penalty, "top1_val": clean.score_val}
             values["n_val"] = len(val[1])
         elif way.classifier:
-            size = self.side if way.whole else crops.enlarged(self.side)
+            size = self.side if way.whole else crops.enlarge(self.side)
             dataset, reading = config.dataset, config.reading
             whole, tested = (
                 open_images(dataset, split, size, config.limit, **reading).with_labels()

@@ -22,7 +22,7 @@ from idaa_lib.evaluate.encoders import (
     open_splits,
     random_encoder,
 )
-from idaa_lib.evaluate.few_shot import balanced, draw_episodes, few_shot
+from idaa_lib.evaluate.few_shot import draw_balanced, draw_episodes, few_shot
 from idaa_lib.evaluate.metrics import (
     accuracy,
     mean_per_class,
@@ -205,7 +205,9 @@ class _Transfer(Plan):
         for fraction in dict.fromkeys(config.fractions):
             scores = []
             for draw in range(config.draws):
-                index = balanced(y["train"].cpu(), fraction, keyed_generator(config.seed, draw))
+                index = draw_balanced(
+                    y["train"].cpu(), fraction, keyed_generator(config.seed, draw)
+                )
                 few = probe(index.to(z["train"].device), False)
                 scores.append(score(few.predictions, y["test"]))
             how = "chosen on val (all of it), labels drawn by class, no refit"

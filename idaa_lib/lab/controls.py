@@ -135,7 +135,7 @@ class Epsilon(widgets.HBox):
         self.field.observe(lambda change: self._type(change["new"]), "value")
         self.slider.observe(lambda change: self._slide(change["new"]), "value")
 
-    def trained(self, epsilon: float) -> None:
+    def mark_trained(self, epsilon: float) -> None:
         """Put the mark at training's ε."""
         share = math.log(min(max(epsilon, LOW), HIGH) / LOW) / math.log(HIGH / LOW)
         self.mark.value = (
@@ -243,12 +243,12 @@ class Controls:
         names = DecomposeConfig.model_fields.keys() - {"preset", "epsilon"}
         config = self.config.replace(**{k: v for k, v in setting.items() if k in names})
         choices = {"adversary": [*ADVERSARIES], "fairness": [*FAIRNESS]}
-        chosen = {name: setting[name] for name in choices if name in setting}
-        for name, value in chosen.items():
+        values = {name: setting[name] for name in choices if name in setting}
+        for name, value in values.items():
             if value not in choices[name]:
                 wish = ", ".join(choices[name])
                 raise ConfigError(f"{name} must be one of {wish}, and is {value!r}.")
-        for name, value in chosen.items():
+        for name, value in values.items():
             getattr(self, name).value = value
         self.epsilon.field.value = str(setting.get("epsilon", self.epsilon.field.value))
         self.config = config

@@ -78,9 +78,9 @@ class Engine:
     def trained_epsilon(self) -> float:
         """IDAA's ε in the training of the attacked encoder; its default where that had none."""
         if self.scene.attacked != UNTRAINED:
-            stated = runs.get("ssl", self.scene.attacked).config.stated()
-            if stated["adversary"] == "idaa" and stated["epsilon"] != UNKNOWN:
-                return stated["epsilon"]
+            values = runs.get("ssl", self.scene.attacked).config.list_stated()
+            if values["adversary"] == "idaa" and values["epsilon"] != UNKNOWN:
+                return values["epsilon"]
         return IDAA.Options().epsilon
 
     def live(self, adversary: str) -> bool:
@@ -188,7 +188,7 @@ class Engine:
         return {name: steps.float() for name, steps in along.items()}
 
     @torch.no_grad()
-    def stepped(self, kind: str, index: int, amount: float) -> dict[str, Tensor]:
+    def step(self, kind: str, index: int, amount: float) -> dict[str, Tensor]:
         """D(z + amount · step) and R + that, as pixels of the shown images."""
         z = self._latents[: self.columns] + amount * self.steps[kind][index]
         with evaluating(self.scene.vae):
@@ -197,7 +197,7 @@ class Engine:
         return dict(zip(STEPPED, map(self.scene.pixels, both), strict=True))
 
     @torch.no_grad()
-    def between(self, a: int, b: int) -> dict[str, Tensor]:
+    def morph(self, a: int, b: int) -> dict[str, Tensor]:
         """From image a towards b (9, 3, size, size), normalised: z alone with R(a) fixed, and R
         alone with G(a) fixed; the last of each has exchanged that part in whole."""
         _, G, R = self.scene.parts.values()
@@ -242,18 +242,18 @@ class Engine:
         }
         if walk:
             kind, which, amount, a, b = walk
-            pairs = self.between(a, b)
+            pairs = self.morph(a, b)
             rows = {name: self.scene.pixels(images) for name, images in pairs.items()}
             like = {name: self.likeness(images, a, b) for name, images in pairs.items()}
-            title, stepped = f"{kind} {which}, {amount:+g} std", self.stepped(*walk[:3])
-            figures["walk"] = pictures.image_rows(stepped, title, n)
+            title, images = f"{kind} {which}, {amount:+g} std", self.step(*walk[:3])
+            figures["walk"] = pictures.image_rows(images, title, n)
             title = f"a = {names[a]}, b = {names[b]}"
             figures["exchange"] = pictures.image_rows(rows, title, len(SHARES), SHARE_NAMES)
             figures["likeness"] = pictures.likeness(SHARES, like)
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             save(figure, folder / f"{name}.png")
-        fields = ", ".join(f"{k}={v!r}" for k, v in self.scene.config.changed().items())
+        fields = ", ".join(f"{k}={v!r}" for k, v in self.scene.config.list_changes().items())
         (folder / "again.py").write_text(
             "from pathlib import Path\n\n"
             "from idaa_lib.configs import DecomposeConfig\n"

@@ -38,7 +38,7 @@ from idaa_lib.lab.controls import (
 )
 from idaa_lib.lab.engine import MOVING, STILL, STRIP, STRIP_NAMES, Engine
 from idaa_lib.lab.grid import Grid
-from idaa_lib.lab.kernel import SHEET, attended, guarded, query
+from idaa_lib.lab.kernel import SHEET, guard, is_attended, query
 from idaa_lib.lab.style import COLOURS, NAMES, picture, svg
 from idaa_lib.lab.walk import WalkPanel
 from idaa_lib.results import html_table
@@ -72,7 +72,7 @@ class Explorer(Controls):
 
     def __init__(self, config: DecomposeConfig) -> None:
         super().__init__(config)
-        self._guard = guarded(self.status)
+        self._guard = guard(self.status)
         self._latest = "dataset"  # the control that asked for the present engine
         self._rows: dict[str, Tensor] = {}  # of the picture
         self._panels: tuple[Any, ...] = ()  # of the curves over ε: box in the figure, limits of ε
@@ -145,7 +145,7 @@ class Explorer(Controls):
         engine = self.engine
         self._record = tuple(display(HTML(""), display_id=True) for _ in range(2))
         self._later("verdict", lambda: self._judge(engine))
-        if not attended() and not self._background.settle(timeout=300):
+        if not is_attended() and not self._background.settle(timeout=300):
             self._keep_record(engine)
 
     def _later(self, kind: str, work: Callable[[], Any]) -> None:
@@ -157,8 +157,8 @@ class Explorer(Controls):
     def setting(self) -> dict[str, Any]:
         """What `open` brings back, as JSON: the images, networks and attack that are shown."""
         fields = self.engine.scene.config.model_dump(mode="json", exclude={"preset", "epsilon"})
-        chosen = {"adversary": self.adversary.value, "fairness": self.fairness.value}
-        return fields | chosen | {"epsilon": self.epsilon.field.value}
+        attack = {"adversary": self.adversary.value, "fairness": self.fairness.value}
+        return fields | attack | {"epsilon": self.epsilon.field.value}
 
     def open(self, setting: Mapping[str, Any]) -> None:
         """Show a `setting`; what one leaves out stays as it is. One that cannot be is said."""
@@ -247,7 +247,7 @@ class Explorer(Controls):
         self.still.show(still.values())
         self.walk.open(engine)
         self.curves.value, self._panels = "<i>The curves over ε are being read …</i>", ()
-        self.epsilon.trained(engine.trained_epsilon)
+        self.epsilon.mark_trained(engine.trained_epsilon)
         if first:
             self.epsilon.value = min(max(engine.trained_epsilon, LOW), HIGH)
         self._draw()

@@ -45,7 +45,7 @@ def _request() -> dict[str, Any]:
     return (kernel.get_parent("shell") if kernel is not None else None) or {}
 
 
-def attended() -> bool:
+def is_attended() -> bool:
     """Whether a person sits in front of this kernel: the page that runs the cell can be asked for
     input, as JupyterLab's can, and papermill's, nbclient's and Voilà's cannot.
 
@@ -104,7 +104,7 @@ def newcomer() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def guarded(status: widgets.HTML) -> Iterator[None]:
+def guard(status: widgets.HTML) -> Iterator[None]:
     """A context, and a decorator of callbacks, whose errors no notebook shows: they are written
     into `status`, a `UserError` as its sentence, any other as its traceback; None comes back."""
     try:

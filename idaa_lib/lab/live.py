@@ -22,7 +22,7 @@ from IPython.display import HTML, display
 from idaa_lib.configs import TrainingConfig, UserError
 from idaa_lib.lab import plots, style
 from idaa_lib.lab.grid import Grid
-from idaa_lib.lab.kernel import SHEET, apart, attended, guarded, newcomer
+from idaa_lib.lab.kernel import SHEET, apart, guard, is_attended, newcomer
 from idaa_lib.lab.process import UNDER_WAY, Look, launch, look, stamp, start
 from idaa_lib.registry import SOURCES
 from idaa_lib.results import full_name
@@ -51,7 +51,7 @@ def train(config: TrainingConfig) -> Run:
         Stopped: the run was stopped and saved; or this no longer waits for it, while it goes on:
             the kernel was interrupted, or the notebook was opened anew.
     """
-    person, own = attended(), config.foreign().items()
+    person, own = is_attended(), config.foreign().items()
     names = " and ".join(n for n, kind in own if not Path(SOURCES[kind][0]).is_file())
     if person and names:
         print(f"{names}: typed in this kernel, so training runs here and ends with it.")
@@ -239,7 +239,7 @@ class Panel:
 
     def refresh(self) -> None:
         """Read the run directory and show what is new; a widget sends only what has changed."""
-        with self._lock, guarded(self.status):
+        with self._lock, guard(self.status):
             apart(self._refresh)
 
     def _refresh(self) -> None:
@@ -275,8 +275,8 @@ class Panel:
     def _read(self, over: bool) -> None:
         """The log, if it has changed, and its curves, every point of them: at most every 2 s, and
         for a fifth of the time."""
-        began, changed = time.monotonic(), stamp(self.run.path / "metrics.jsonl")
-        if changed == self._log_stamp or not (over or began >= self._read_after):
+        began, log_stamp = time.monotonic(), stamp(self.run.path / "metrics.jsonl")
+        if log_stamp == self._log_stamp or not (over or began >= self._read_after):
             return
         try:
             self.lines, self._damage = self.run.metrics(), ""
@@ -284,7 +284,7 @@ class Panel:
             self.curves.value = style.svg(figure) if figure.axes else ""
         except RunError as error:  # the buttons work all the same
             self._damage = str(error)
-        self._log_stamp = changed
+        self._log_stamp = log_stamp
         self._read_after = time.monotonic() + max(DRAWING, 4 * (time.monotonic() - began))
 
     def _table(self, word: str, state: dict[str, Any]) -> str:
@@ -312,10 +312,10 @@ class Panel:
 
     def _show_samples(self) -> None:
         """What is trained on, if it is another than what is shown."""
-        changed = stamp(self.run.path / "samples" / "latest.png")
-        if changed == self._picture_stamp:
+        picture_stamp = stamp(self.run.path / "samples" / "latest.png")
+        if picture_stamp == self._picture_stamp:
             return
-        self._picture_stamp = changed
+        self._picture_stamp = picture_stamp
         rows = samples.read(self.run)
         columns, _, _, size = next(iter(rows.values())).shape
         self.samples.layout.display = None

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from idaa_lib import kernels, runs
 from idaa_lib.configs import Config, TrainingConfig
 from idaa_lib.identity.networks import STARTER_NOTE, UNTRAINED, name_runs
-from idaa_lib.lab.kernel import attended
+from idaa_lib.lab.kernel import is_attended
 from idaa_lib.results import full_name
 from idaa_lib.runs import Run, RunError
 from idaa_lib.runs.files import replace
@@ -47,26 +47,26 @@ def choose(config: C, **needs: Any) -> C:
     else:
         run = runs.encoder(values.run) if values.run else runs.get("ssl", None, **needs)
         values = values.replace(run=run.reference)
-    chosen = {field: name for field in USES if (name := getattr(values, field, None))}
-    for field, name in chosen.items():
+    names = {field: name for field in USES if (name := getattr(values, field, None))}
+    for field, name in names.items():
         if name == UNTRAINED:
             lines[field] = "a ResNet-18 before training"
             continue
         run = USES[field](name)
         lines[field] = full_name(run)
         runs.usable(run.stage, left_out)
-        if field == "run" and "vae" not in chosen and (vae := getattr(run.config, "vae", None)):
+        if field == "run" and "vae" not in names and (vae := getattr(run.config, "vae", None)):
             with contextlib.suppress(RunError):  # it is gone, and nothing here needs it
                 lines["its vae"] = full_name(runs.get("vae", vae))
     text = [f"{field}: {line}" for field, line in lines.items()]
-    text += [STARTER_NOTE] * ("starter" in chosen.values())
-    if chosen:
-        field, name = next(iter(chosen.items()))
+    text += [STARTER_NOTE] * ("starter" in names.values())
+    if names:
+        field, name = next(iter(names.items()))
         text.append(
             f"To use another one, write the last eight characters of its id into the parameters, "
             f'as in {field} = "{name[-8:]}"; notebook 00 lists all runs.'
         )
-    if not attended():  # the record of a copy that papermill or nbconvert executes
+    if not is_attended():  # the record of a copy that papermill or nbconvert executes
         about = kernels.describe_software(describe(torch_device("auto"), "no"))
         text.append("; ".join(f"{name}: {value}" for name, value in about.items()))
     print(*text, *runs.report_left_out(left_out), sep="\n")

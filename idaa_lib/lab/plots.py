@@ -335,7 +335,7 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
 
 
 @look()
-def crossed(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
+def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
     """Validation accuracy over two fields that were crossed: a heat map for each probe (rows) and
     for each combination of the other fields (columns), with the means over seeds and half of their
     intervals. Over one field it is curves.

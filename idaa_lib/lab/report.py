@@ -93,7 +93,7 @@ class Report:
                 figure = plots.sensitivity(frame)
             else:  # fields that a grid of the user's own crosses, as notebook 05 draws them
                 labels = grids.read(config.grid or {}).points()[0].labels
-                figure = plots.crossed(frame, [name for name in labels if name in frame])
+                figure = plots.heat_maps(frame, [name for name in labels if name in frame])
             made_by = papermill("05_sensitivity", runs.parameters(config))
             return f"<h3>{html.escape(table.parent.name)}</h3>{_svg(figure)}{_commands([made_by])}"
 
@@ -132,9 +132,9 @@ class Report:
         def show(members: list[Run]) -> str:
             text, named = "", results.labels(members)
             for run in members:
-                stated, seconds = run.config.stated(), (run.summary or {}).get("seconds", 0)
+                values, seconds = run.config.list_stated(), (run.summary or {}).get("seconds", 0)
                 figures = results.headline(results.key_figures(run))
-                line = f"{stated['epochs']} epochs, seed {stated['seed']}, {figures}"
+                line = f"{values['epochs']} epochs, seed {values['seed']}, {figures}"
                 text += f"<p class='quiet'>{html.escape(line)}, {seconds:,.0f} s</p>"
             if len(members) > 1:
                 own = self.frame["run"].isin([run.id for run in members])
@@ -148,7 +148,7 @@ class Report:
 
         trainings = [run for run in self.runs.values() if run.stage in plots.CURVES]
         groups: dict[Any, list[Run]] = {}
-        for run, label in zip(trainings, results.apart(trainings, {"seed"}), strict=True):
+        for run, label in zip(trainings, results.tell_apart(trainings, {"seed"}), strict=True):
             groups.setdefault((run.stage, label), []).append(run)
         empty = "No training yet: run notebooks/01_pretrain_vae.ipynb."
         return self._each(groups.values(), show, empty)

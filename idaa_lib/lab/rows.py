@@ -62,32 +62,33 @@ def row_of(run: Run, old: Row | None = None) -> Row:
     try:
         config, look, method, adversary = run.config, process.look(run), "–", "–"
         hidden = HIDDEN | config.circumstances
-        changed = {k: v for k, v in config.changed().items() if k not in hidden and v != ""}
-        if "beta" in changed:  # which says the same
-            changed.pop("kappa", None)
+        changes = {k: v for k, v in config.list_changes().items() if k not in hidden and v != ""}
+        if "beta" in changes:  # which says the same
+            changes.pop("kappa", None)
         training = results.training_of(run)  # None: what it judged is gone
         about: Any = config if training == run else training and training.config
         if hasattr(about, "adversary"):
             method, adversary = results.title(about)
-            if about.adversary != "none" and (epsilon := about.stated().get("epsilon")) is not None:
+            epsilon = None if about.adversary == "none" else about.list_stated().get("epsilon")
+            if epsilon is not None:
                 adversary += f" {results.field_text('epsilon', epsilon, '=')}"
-                changed.pop("epsilon", None)
-        judged = Path(config.run or "").name if run.stage in results.JUDGING else ""
-        differs = [f"of {judged[-8:]}"] if judged else []
-        differs += [results.field_text(k, v, "=") for k, v in changed.items()]
+                changes.pop("epsilon", None)
+        training_id = Path(config.run or "").name if run.stage in results.JUDGING else ""
+        differs = [f"of {training_id[-8:]}"] if training_id else []
+        differs += [results.field_text(k, v, "=") for k, v in changes.items()]
         state = "going" if look.word in process.UNDER_WAY else look.word
         progress = ""
         if state != "finished" and "steps" in look.state:
             progress = f"{look.state['step']:,} of {look.state['steps']:,}"
         figures = results.key_figures(run)
-        silent = {"seed", *config.circumstances} | ({"run"} if judged else set())
+        silent = {"seed", *config.circumstances} | ({"run"} if training_id else set())
         fields = config.model_dump(mode="json", exclude=silent)
         images = run.environment.get("dataset", {}).get("fingerprint")
         texts |= {
             "state": f"{SIGNS[state]} {look.word}",
             "data": Path(config.dataset or getattr(about, "dataset", "–")).name,
             "method": method, "adversary": adversary,
-            "differs from preset": ", ".join(differs), "seed": str(config.stated()["seed"]),
+            "differs from preset": ", ".join(differs), "seed": str(config.list_stated()["seed"]),
             "result": look.reason or results.headline(figures), "tags": ", ".join(run.tags),
         }  # fmt: skip
         if state == "going":
@@ -95,7 +96,7 @@ def row_of(run: Run, old: Row | None = None) -> Row:
         elif progress:
             texts["state"] += f", {progress}"
         family = json.dumps([run.stage, images, fields], sort_keys=True)
-        return Row(state, texts, figures, family, judged, progress, size, stamps)
+        return Row(state, texts, figures, family, training_id, progress, size, stamps)
     except results.DAMAGE as error:
         texts |= {"state": f"{SIGNS[DAMAGED]} {DAMAGED}", "result": str(error)}
         return Row(DAMAGED, texts, [], run.id, "", "", size, stamps)
@@ -118,8 +119,8 @@ def tabulate(rows: Mapping[Run, Row], means: bool) -> tuple[pd.DataFrame, list[l
                     tests.setdefault(name, {})[column] = figure
     families: dict[Hashable, list[Run]] = {}
     for run, row in rows.items():
-        judged = ids.get(row.training)
-        family = (row.family, judged.family if judged else row.training) if means else run
+        training = ids.get(row.training)
+        family = (row.family, training.family if training else row.training) if means else run
         families.setdefault(family, []).append(run)
     lines, members = [], [*families.values()]
     for group in members:

@@ -21,7 +21,7 @@ from itables.widget import ITable
 from idaa_lib import results, runs
 from idaa_lib.configs.lookups import remember
 from idaa_lib.lab import plots, process, style
-from idaa_lib.lab.kernel import SHEET, VisitorsText, guarded, hide_paths
+from idaa_lib.lab.kernel import SHEET, VisitorsText, guard, hide_paths
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import link, notebook_of
 from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIZE, TESTS, Row, join, row_of, tabulate
@@ -83,7 +83,7 @@ class RunsPage:
             for name in ("status", "head", "chosen", "links", "accuracy", "diff", "curves")
         )
         self.question, self.live = widgets.HTML(), widgets.VBox()
-        self._safe = guarded(self.status)
+        self._safe = guard(self.status)
         self.means = widgets.Checkbox(
             description="means over seeds", indent=False, layout=widgets.Layout(width="auto")
         )
@@ -295,20 +295,20 @@ def accuracies(evaluations: Sequence[Run]) -> str:
     return "".join(f"<h4>{html.escape(g.title)}</h4>{g.html()}" for g in results.groups(frame))
 
 
-def differences(chosen: Sequence[Run]) -> str:
+def differences(selection: Sequence[Run]) -> str:
     """Each field that differs between runs of one stage, and its value in each run."""
-    if not (fields := results.differing(chosen)):
+    if not (fields := results.find_differences(selection)):
         return ""
-    frame = pd.DataFrame.from_dict(fields, "index", dtype=object, columns=results.labels(chosen))
+    frame = pd.DataFrame.from_dict(fields, "index", dtype=object, columns=results.labels(selection))
     frame = frame.map(results.value_text).reset_index(names="field")
-    heading = f"<h4>What differs between the {chosen[0].stage} runs</h4>"
+    heading = f"<h4>What differs between the {selection[0].stage} runs</h4>"
     return heading + results.html_table(frame, index=False)
 
 
-def curves(chosen: Sequence[Run]) -> str:
+def curves(selection: Sequence[Run]) -> str:
     """Training curves of runs of one stage, overlaid; a sentence on each whose log is damaged."""
-    stage, sound, damage = chosen[0].stage, {}, ""
-    for label, run in results.labels(chosen).items():
+    stage, sound, damage = selection[0].stage, {}, ""
+    for label, run in results.labels(selection).items():
         try:
             run.metrics()
             sound[label] = run

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from idaa_lib import plans, results, sweeps
 from idaa_lib.grids import Point
 from idaa_lib.lab import style
-from idaa_lib.lab.kernel import SHEET, apart, attended, newcomer
+from idaa_lib.lab.kernel import SHEET, apart, is_attended, newcomer
 from idaa_lib.runs import Stopped
 from idaa_lib.runs.progress import Lines
 
@@ -99,7 +99,7 @@ class Study(threading.Thread):
         self.line = self.body = self.notice = ""
         self._evaluations, self._draw_after = 0, 0.0
         self._widget = None
-        if attended():
+        if is_attended():
             self._widget = apart(lambda: widgets.HTML().add_class("idaa-study"))
         # What a caller's `joblib.parallel_config` says holds for its own thread alone.
         self._backend, _ = joblib.parallel.get_active_backend(prefer="threads")

@@ -128,7 +128,7 @@ def colour(adversary: str) -> str:
 def looks(lines: Iterable[tuple[str | None, Any]]) -> list[dict[str, Any]]:
     """The look of each line (its adversary, if any, and what it is of), no two alike: the adversary
     gives the colour, the other dashes and marker, unless another line of that colour has them."""
-    things, used, chosen = list[Any](), set[tuple[str, int]](), []
+    things, used, styles = list[Any](), set[tuple[str, int]](), []
     for i, (adversary, thing) in enumerate(lines):
         color = colour(adversary) if adversary else OTHERS[i % len(OTHERS)]
         things += [thing] * (thing not in things)
@@ -136,8 +136,8 @@ def looks(lines: Iterable[tuple[str | None, Any]]) -> list[dict[str, Any]]:
         rank = next(i for i in ranks if (color, i) not in used)
         used.add((color, rank))
         dashes, marker = DASHES[rank % len(DASHES)], MARKERS[rank % len(MARKERS)]
-        chosen.append(dict(color=color, linestyle=dashes, marker=marker))
-    return chosen
+        styles.append(dict(color=color, linestyle=dashes, marker=marker))
+    return styles
 
 
 def entry(name: Any) -> str:

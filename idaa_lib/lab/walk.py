@@ -66,7 +66,7 @@ class WalkPanel:
     def _draw(self) -> None:
         self._step()
         engine, a, b = self.engine, self.a.value, self.b.value
-        pairs = engine.between(a, b)
+        pairs = engine.morph(a, b)
         self.between.show(engine.scene.pixels(images) for images in pairs.values())
         like = {name: engine.likeness(images, a, b) for name, images in pairs.items()}
         self.likeness.value = svg(pictures.likeness(SHARES, like))
@@ -74,5 +74,5 @@ class WalkPanel:
     def _step(self) -> None:
         self._background.disturb()
         self.index.max = len(self.engine.steps[self.kind.value]) - 1
-        rows = self.engine.stepped(self.kind.value, self.index.value, self.amount.value)
+        rows = self.engine.step(self.kind.value, self.index.value, self.amount.value)
         self.stepped.show(rows.values())

@@ -268,7 +268,7 @@ def build_method(config: EncoderConfig, about: About) -> Method:
     Raises:
         ConfigError: no method has this name, or it cannot be as its options say.
     """
-    kind = config.chosen("method")
+    kind = config.get_chosen("method")
     with initial_weights(config.seed):
         backbone = build_backbone(
             config.backbone,
@@ -282,7 +282,7 @@ def build_method(config: EncoderConfig, about: About) -> Method:
 # --- what methods share ---------------------------------------------------------------------------
 
 
-def anchored(embed: Callable[[], Tensor]) -> Callable[[Tensor, bool], Tensor]:
+def make_anchor(embed: Callable[[], Tensor]) -> Callable[[Tensor, bool], Tensor]:
     """What an attack loss compares with: the attacked view's own embedding, stopped.
 
     Gives a function of the embedding z at hand and of whether the images are the view itself: then

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from idaa_lib import configs
 from idaa_lib.configs.base import Positive
-from idaa_lib.methods.base import About, Batch, Method, Moment, Step, anchored
+from idaa_lib.methods.base import About, Batch, Method, Moment, Step, make_anchor
 from idaa_lib.nets.heads import Embedding, Network, mlp
 from idaa_lib.nets.processes import gather
 from idaa_lib.views import View
@@ -78,7 +78,7 @@ class Contrastive(TwoViews):
 
     def ascent(self, view: View) -> Callable[[Embedding, bool], Tensor]:
         """What an attack on the view ascends: `contrast` of the view itself and what it becomes."""
-        anchor = anchored(lambda: gather(self.embed(view, adversarial=True).z))
+        anchor = make_anchor(lambda: gather(self.embed(view, adversarial=True).z))
 
         def attack_loss(e: Embedding, at_start: bool) -> Tensor:
             z = gather(e.z)

@@ -35,7 +35,7 @@ from idaa_lib import configs
 from idaa_lib.configs import ConfigError
 from idaa_lib.configs.base import NonNegative, Positive, Rate, Share
 from idaa_lib.methods.averages import follow, frozen_copy
-from idaa_lib.methods.base import About, Batch, Method, Moment, Step, anchored, register_method
+from idaa_lib.methods.base import About, Batch, Method, Moment, Step, make_anchor, register_method
 from idaa_lib.methods.plain import one_way
 from idaa_lib.methods.schedules import spare_vectors
 from idaa_lib.nets.heads import Embedder, Embedding, Network
@@ -54,7 +54,7 @@ def labelled_subset(labels: Tensor, per_class: int, classes: int, seed: int) -> 
         ConfigError: a class has fewer images.
     """
     order = torch.randperm(len(labels), generator=keyed_generator(seed, 0, 0, SUBSET))
-    chosen = []
+    parts = []
     for label in range(classes):
         members = order[labels[order] == label]
         if len(members) < per_class:
@@ -62,8 +62,8 @@ def labelled_subset(labels: Tensor, per_class: int, classes: int, seed: int) -> 
                 f"labels_per_class={per_class} is more than the {len(members)} training images of "
                 f"class {label} (of 0 … {classes - 1})."
             )
-        chosen.append(members[:per_class])
-    return torch.cat(chosen).sort().values
+        parts.append(members[:per_class])
+    return torch.cat(parts).sort().values
 
 
 def stream(items: Tensor, size: int, first: int, key: tuple[int, int]) -> Iterator[Tensor]:
@@ -172,7 +172,7 @@ class FixMatch(Method):
         def features_of(e: Embedding) -> Tensor:
             return gather(F.normalize(e.h, dim=1))  # (μB, D) of all processes
 
-        anchor = anchored(lambda: features_of(self.embed(weak, adversarial=True)))
+        anchor = make_anchor(lambda: features_of(self.embed(weak, adversarial=True)))
 
         def attack_loss(e: Embedding, at_start: bool) -> Tensor:
             if options.contrast == "ce":

@@ -32,7 +32,7 @@ from idaa_lib.methods.base import (
     Moment,
     Step,
     Work,
-    anchored,
+    make_anchor,
     register_method,
     similarity,
 )
@@ -41,7 +41,7 @@ from idaa_lib.methods.partitions import (
     PLAIN,
     Embedded,
     compact_logits,
-    debiased,
+    debiased_loss,
     embed_together,
     fit_partition,
     mix,
@@ -155,7 +155,7 @@ class IPIRM(SimCLR):
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Tensor:
         if self.options.debiased:
-            return debiased(z1, z2, self.options.temperature, self.options.debiased)
+            return debiased_loss(z1, z2, self.options.temperature, self.options.debiased)
         return super().contrast(z1, z2)
 
     def contrast_subsets(
@@ -232,7 +232,7 @@ class IPIRM(SimCLR):
     def mixed_step(self, v1: View, v2: View, index: Tensor, draws: Tensor) -> Step:
         """The step of mixed images, by draws (B, 1 + capacity, 2): the attack ascends L_all of the
         first view and itself."""
-        anchor = anchored(lambda: gather(self.embed(v1, adversarial=True).z))
+        anchor = make_anchor(lambda: gather(self.embed(v1, adversarial=True).z))
 
         def attack_loss(x: Tensor, at_start: bool = False) -> Tensor:
             with self.fixed_weights():

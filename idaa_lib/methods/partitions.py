@@ -64,7 +64,7 @@ def penalty(
     return g.square().sum() if dummy == "vector" else g.sum().square()
 
 
-def debiased(z1: Tensor, z2: Tensor, temperature: float, prior: float) -> Tensor:
+def debiased_loss(z1: Tensor, z2: Tensor, temperature: float, prior: float) -> Tensor:
     """DCL's loss (Chuang et al. 2020, arXiv:2007.00224; spec §2.6) of pairs z1, z2 (B, D).
 
     prior: τ⁺, the share of negatives that are of the anchor's class; 0 gives NT-Xent.

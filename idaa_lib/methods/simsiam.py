@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from idaa_lib.configs.base import Positive
 from idaa_lib.methods.augself import augself_head
-from idaa_lib.methods.base import About, Batch, Moment, Step, anchored, register_method
+from idaa_lib.methods.base import About, Batch, Moment, Step, make_anchor, register_method
 from idaa_lib.methods.cassle import Conditioned
 from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 from idaa_lib.nets.heads import Embedding, mlp
@@ -80,7 +80,7 @@ class SimSiam(Conditioned):
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
         v1, v2 = views
         e1, e2 = self.embed(v1), self.embed(v2)
-        anchor = anchored(lambda: self.embed(v1, adversarial=True).z)
+        anchor = make_anchor(lambda: self.embed(v1, adversarial=True).z)
         return self.two_view_step(
             self._both(e1, e2),
             views,

@@ -157,7 +157,7 @@ class VAE(nn.Module):
         return Decomposition(G, x - G)
 
 
-def folded(vae: VAE) -> VAE:
+def fold_norms(vae: VAE) -> VAE:
     """A copy for inference alone: the same map in fewer passes over memory, rounded otherwise.
 
     The BatchNorm after a convolution is part of its weights, and the last layer a `sub_pixel`.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from idaa_lib import runs
 from idaa_lib.configs import UserError
 from idaa_lib.evaluate.metrics import share_interval, student_interval
-from idaa_lib.results.names import apart, differing, title, training_of
+from idaa_lib.results.names import find_differences, tell_apart, title, training_of
 from idaa_lib.runs import Run
 from idaa_lib.runs.files import make_folder, replace
 
@@ -35,7 +35,9 @@ OWN_COLUMNS = {"seed", "dataset", "labels_per_class"}  # fields that a label nee
 DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, OSError)
 
 
-def results(chosen: Iterable[Run] | None = None, damage: list[str] | None = None) -> pd.DataFrame:
+def results(
+    selection: Iterable[Run] | None = None, damage: list[str] | None = None
+) -> pd.DataFrame:
     """A row for each figure of finished runs: COLUMNS, then the fields in which trainings differ.
 
     `value`, `low` and `high` (the 95 % interval over the n test images) are in `unit`. Two figures
@@ -43,18 +45,18 @@ def results(chosen: Iterable[Run] | None = None, damage: list[str] | None = None
     and how it differs from the others but for seed, data and number of labels.
 
     Args:
-        chosen: such as `idaa_lib.find("eval", protocol="clean")`; None: all that are finished.
+        selection: such as `idaa_lib.find("eval", protocol="clean")`; None: all that are finished.
         damage: takes a sentence for each run that cannot be read and is left out; None: they are
             printed.
     Raises:
-        RunError: no run can be read of those that were chosen.
+        RunError: no run can be read of those that were selected.
     """
     import pandas as pd
 
     records, trainings, sentences = [], {}, list[str]()
-    if chosen is None:
-        chosen = [run for run in runs.list_runs() if run.finished]
-    for run in chosen:
+    if selection is None:
+        selection = [run for run in runs.list_runs() if run.finished]
+    for run in selection:
         try:
             about = _about(run)
             records += [about | figure for figure in _figures(run)]
@@ -71,7 +73,7 @@ def results(chosen: Iterable[Run] | None = None, damage: list[str] | None = None
     own, fields = {}, dict[str, Any]()
     for stage in dict.fromkeys(run.stage for run in unique):  # each among its like
         members = [run for run in unique if run.stage == stage]
-        labels, values = apart(members, OWN_COLUMNS), differing(members)
+        labels, values = tell_apart(members, OWN_COLUMNS), find_differences(members)
         fields |= values
         for i, (run, label) in enumerate(zip(members, labels, strict=True)):
             own[run.id] = {"label": label} | {name: row[i] for name, row in values.items()}
@@ -96,10 +98,10 @@ def _about(run: Run) -> dict[str, Any]:
     if (training := training_of(run)) is None:
         return about | {"training": run.config.run, "method": "", "adversary": ""}
     config = training.config
-    (method, adversary), stated = title(config), config.stated()
+    (method, adversary), values = title(config), config.list_stated()
     return about | {
-        "training": training.id, "method": method, "adversary": adversary, "seed": stated["seed"],
-        "epochs": stated.get("epochs"),
+        "training": training.id, "method": method, "adversary": adversary, "seed": values["seed"],
+        "epochs": values.get("epochs"),
         "images": training.environment.get("dataset", {}).get("n"),
         "backbone": getattr(config, "backbone", None), "width": getattr(config, "width", None),
         "normalisation": _normalisation(training),

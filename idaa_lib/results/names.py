@@ -56,27 +56,27 @@ def full_name(run: Run, config: Any = None) -> str:
     config: of a run that is not there yet.
     """
     config = config or run.config
-    stated, (what, adversary) = config.stated(), title(config)
+    values, (what, adversary) = config.list_stated(), title(config)
     if config.stage == "vae":
-        what = f"VAE {field_text('beta', stated['beta'], ' ')}, dim {config.dim}"
+        what = f"VAE {field_text('beta', values['beta'], ' ')}, dim {config.dim}"
     elif config.adversary != "none":
         what += f" + {adversary}"
-        if "epsilon" in stated:  # which an adversary of one's own may lack
-            what += f" {field_text('epsilon', stated['epsilon'], ' ')}"
+        if "epsilon" in values:  # which an adversary of one's own may lack
+            what += f" {field_text('epsilon', values['epsilon'], ' ')}"
     if config.stage == "semi":
         what += f", {config.labels_per_class} labels a class"
-    words = [what, Path(config.dataset).name.removesuffix(".zip"), f"seed {stated['seed']}"]
+    words = [what, Path(config.dataset).name.removesuffix(".zip"), f"seed {values['seed']}"]
     return " · ".join([*words[: 3 if config.seed else 2], run.id[-8:]])
 
 
-def differing(chosen: Sequence[Run]) -> dict[str, list[Any]]:
+def find_differences(selection: Sequence[Run]) -> dict[str, list[Any]]:
     """Field → its value in each run (None: it has no such field), for the fields that differ where
     they are known.
 
     In place of `vae`, an id, stand the fields in which the VAEs differ, such as `beta` and `dim`,
     where these tell all of them apart.
     """
-    dumps = [run.config.stated() for run in chosen]
+    dumps = [run.config.list_stated() for run in selection]
     fields = dict.fromkeys(name for dump in dumps for name in dump)
     values = {name: [dump.get(name) for dump in dumps] for name in fields}
     facts = {name: [v for v in row if v != UNKNOWN] for name, row in values.items()}
@@ -102,11 +102,11 @@ def _vae_fields(name: str) -> dict[str, Any]:
     return {f if f in ("beta", "dim") else f"VAE {f}": value for f, value in own.items()}
 
 
-def apart(chosen: Sequence[Run], hidden: Collection[str] = ()) -> list[str]:
+def tell_apart(selection: Sequence[Run], hidden: Collection[str] = ()) -> list[str]:
     """What each run is and what tells it from the others, but for the `hidden` fields."""
-    names, configs = [name_of(run) for run in chosen], [run.config for run in chosen]
+    names, configs = [name_of(run) for run in selection], [run.config for run in selection]
     texts = list(names)
-    for field, values in differing(chosen).items():
+    for field, values in find_differences(selection).items():
         for i, (value, config) in enumerate(zip(values, configs, strict=True)):
             # β says what κ says; the name has the method, the adversary, of a VAE dim;
             # circumstances change nothing.
@@ -119,18 +119,18 @@ def apart(chosen: Sequence[Run], hidden: Collection[str] = ()) -> list[str]:
             # What only this method or adversary has tells runs apart within it, or where it is
             # not the recipe's.
             within = {str(v) for v, name in zip(values, names, strict=True) if name == names[i]}
-            own = field in config.changed() and field != "vae"
+            own = field in config.list_changes() and field != "vae"
             if field in type(config).model_fields or len(within) > 1 or own:
                 texts[i] += f", {field_text(field, value)}"
     return [text + ", of a file" * bool(c.unknown) for text, c in zip(texts, configs, strict=True)]
 
 
-def labels(chosen: Sequence[Run]) -> dict[str, Run]:
+def labels(selection: Sequence[Run]) -> dict[str, Run]:
     """Short label → run, for runs of one stage: what they are, and what differs between them."""
-    texts = apart(chosen)
+    texts = tell_apart(selection)
     return {
         text if texts.count(text) == 1 else f"{text} ({run.id[-8:]})": run
-        for text, run in zip(texts, chosen, strict=True)
+        for text, run in zip(texts, selection, strict=True)
     }
 
 

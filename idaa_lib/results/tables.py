@@ -37,7 +37,7 @@ class Group(NamedTuple):
 
 def groups(frame: pd.DataFrame) -> list[Group]:
     """Test figures in tables that mix neither stages, images, limits, n, protocols or versions."""
-    frame = _compared(frame)
+    frame = _select_test(frame)
     own = frame[frame["features"] == "encoder"]
     metric = own["metric"].mask(own["stage"] == "semi", "")  # columns: how many labels a class
     kinds = (own["stage"] + metric + own["alike"]).groupby(own["run"], sort=False).agg(frozenset)
@@ -45,7 +45,7 @@ def groups(frame: pd.DataFrame) -> list[Group]:
     return [_group(frame[frame["run"].isin(ids)]) for ids in members]
 
 
-def _compared(frame: pd.DataFrame) -> pd.DataFrame:
+def _select_test(frame: pd.DataFrame) -> pd.DataFrame:
     """Test figures; of transfers those of the linear probe on all labels."""
     other = (frame["stage"] == "transfer") & ~frame["metric"].str.startswith("linear")
     return frame[(frame["split"] == "test") & ~other]
@@ -56,8 +56,8 @@ def beside(run: Run) -> Group:
     damage: list[str] = []
     others = [other for other in runs.find(run.stage, left_out=damage) if other != run]
 
-    def test_figures(chosen: Sequence[Run]) -> pd.DataFrame:
-        frame = _compared(results(chosen, damage))
+    def test_figures(selection: Sequence[Run]) -> pd.DataFrame:
+        frame = _select_test(results(selection, damage))
         frame = frame[frame["features"] == "encoder"]
         return frame[frame["alike"].isin(frame[frame["run"] == run.id]["alike"])]
 

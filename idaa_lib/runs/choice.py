@@ -65,7 +65,7 @@ def _order(run: Run) -> tuple[bool, bool, int, float]:
     if (person := run.starts.get("person")) is not None:
         return pruned, False, 0, -person
     config = run.config
-    changes = config.changed().keys() - config.circumstances - config.pointers
+    changes = config.list_changes().keys() - config.circumstances - config.pointers
     return pruned, True, len(changes), -max(run.starts.values(), default=0.0)
 
 

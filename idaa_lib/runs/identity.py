@@ -35,14 +35,14 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
     # Of a path, the last part; of a run's id, all but its stage.
     words = [Path(str(getattr(config, name))).name for name in config.principal]
     words = [word.removesuffix(".zip").removeprefix("ssl-") for word in words]
-    changed = config.changed()
+    changes = config.list_changes()
     # κ and β say the same, and β is the one that compares; what is named by content is in the hash.
     hidden = config.circumstances | config.pointers | {"kappa", "seed", "mean", "std"}
-    hidden |= set() if "kappa" in changed else {"beta"}
+    hidden |= set() if "kappa" in changes else {"beta"}
     hidden |= set() if "source_size" in fields else {"source_size"}
     words += [
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in changed.items()
+        for name, value in changes.items()
         if name not in hidden
     ]
     if vae := digests.get("vae"):
@@ -59,7 +59,7 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
 def parameters(config: Config) -> dict[str, Any]:
     """The least that makes `config` again: the preset, and what it does not imply."""
     values = {name: value for name, value in config if value is not None}
-    names = {"preset", *config.principal, *config.changed()}
+    names = {"preset", *config.principal, *config.list_changes()}
     few = {name: value for name, value in values.items() if name in names}
     with contextlib.suppress(UserError):
         values = few if type(config)(**few) == config else values

@@ -47,13 +47,13 @@ def open_images(dataset: str, split: str, size: int, limit: int | None, **readin
 
 def drop_unlabelled(images: ImageSet) -> ImageSet:
     """Those of the images that have a class; how many have none is printed where some have."""
-    chosen = images.with_labels()
-    if 0 < len(chosen) < len(images):
+    labelled = images.with_labels()
+    if 0 < len(labelled) < len(images):
         print(
-            f"{images.name}, {images.split}: {len(images) - len(chosen):,} of {len(images):,} "
+            f"{images.name}, {images.split}: {len(images) - len(labelled):,} of {len(images):,} "
             f"images have no label, and are left out of kNN and of what else needs labels."
         )
-    return chosen
+    return labelled
 
 
 def resolve_path(dataset: str) -> str:

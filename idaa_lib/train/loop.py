@@ -130,7 +130,7 @@ class Fit:
 
     def weights(self) -> dict[str, Tensor]:
         """The method's state, by name."""
-        with self._unwrapped() as method:
+        with self._unwrap() as method:
             return {f"method.{k}": v for k, v in method.state_dict().items()}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any] | None) -> None:
@@ -150,7 +150,7 @@ class Fit:
         self._hold_rates()
 
     @contextmanager
-    def _unwrapped(self) -> Iterator[Method]:
+    def _unwrap(self) -> Iterator[Method]:
         """The method with its network outside Accelerate's wrapper: its names, no exchange."""
         prepared = self.method.network
         self.method.network = self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=True)
@@ -244,7 +244,7 @@ class Fit:
             how = {"device": device, "output_device": device, **views}
             how["originals"] = self.feed.streamed
             how["bf16"] = self.accelerator.mixed_precision == "bf16"
-            with self._unwrapped() as method:
+            with self._unwrap() as method:
                 return features(method.encoder(layer), self.feed.images, *units, **how)
 
         work = Work(self.feed.images, embed, pulse)
@@ -390,7 +390,7 @@ class Fit:
         return self._figures
 
     def _validate(self) -> dict[str, float]:
-        with self._unwrapped() as method:
+        with self._unwrap() as method:
             return self.validate(method)
 
 

@@ -157,14 +157,14 @@ def warp(x: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     left = own("translate_x") + (1 - cos) * width / 2 + sin * height / 2
     top = own("translate_y") - sin * width / 2 + (1 - cos) * height / 2
 
-    def fixed(value: Tensor) -> Tensor:
+    def to_fixed(value: Tensor) -> Tensor:
         return (value * 65536 + 0.5).floor().long()[:, None, None]
 
     row = torch.arange(height, device=x.device)[:, None]
     column = torch.arange(width, device=x.device)
-    start = fixed(left + cos / 2 + across / 2), fixed(top + down / 2 + cos / 2)
-    from_column = (start[0] + fixed(cos) * column + fixed(across) * row) >> 16  # (B, H, W)
-    from_row = (start[1] + fixed(down) * column + fixed(cos) * row) >> 16
+    start = to_fixed(left + cos / 2 + across / 2), to_fixed(top + down / 2 + cos / 2)
+    from_column = (start[0] + to_fixed(cos) * column + to_fixed(across) * row) >> 16  # (B, H, W)
+    from_row = (start[1] + to_fixed(down) * column + to_fixed(cos) * row) >> 16
     inside = (from_column >= 0) & (from_column < width) & (from_row >= 0) & (from_row < height)
     source = from_row.clamp(0, height - 1) * width + from_column.clamp(0, width - 1)
     moved = x.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, 3, -1)).view(x.shape)
