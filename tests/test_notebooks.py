@@ -370,30 +370,44 @@ def test_notebooks_of_a_sweep_file_get_the_runs_of_its_last_point(tmp_path, monk
     assert "3 of 3 runs finished" in output and "SimCLR + IDAA" in output and "Done" in output
 
 
-def test_two_sweeps_in_two_processes_start_no_run_twice(tmp_path):
-    """Both make one run of each configuration; the second waits, and finds it finished."""
+def test_two_sweeps_after_one_that_was_killed_start_no_run_twice(tmp_path, monkeypatch):
+    """Of a driver that SIGKILL ended the kernels end too. Two others then make one run of each
+    configuration: the second waits, and finds it finished."""
     code = (
-        "import sys, pathlib; from idaa_lib import sweeps\n"
+        "import os, sys; from idaa_lib import sweeps\n"
         "original = sweeps.execute\n"
         "def execute(*args):\n"
-        "    with open(sys.argv[1], 'a') as file: file.write(args[0] + '\\n')\n"
+        "    with open(sys.argv[1], 'a') as file: print(os.getpid(), args[0], file=file)\n"
         "    return original(*args)\n"
         "sweeps.execute = execute\n"
         "sys.exit(sweeps.main(sys.argv[2:]))"
     )
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
     (tmp_path / "sweep.yaml").write_text("jobs: 2\n" + SWEEP % "1e-4")
-    environment = os.environ | {"IDAA_OUTPUTS": str(tmp_path / "outputs")}
     command = [sys.executable, "-c", code, str(tmp_path / "log"), str(tmp_path / "sweep.yaml")]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)
-    ]
+
+    def drive():
+        return subprocess.Popen(command, stdout=subprocess.PIPE)
+
+    killed = drive()
+    deadline = time.monotonic() + 120
+    while not [*(tmp_path / "outputs").glob("ssl/*/config.json")]:  # a kernel trains
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.1)
+    killed.kill()
+    killed.communicate()
+    processes = [drive() for _ in range(2)]
     texts = [process.communicate(timeout=500)[0].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert sorted((tmp_path / "log").read_text().split()) == [
+    starts = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert sorted(name for pid, name in starts if int(pid) != killed.pid) == [
         "03_train_ssl", "03_train_ssl", "04_evaluate", "04_evaluate",
     ]  # fmt: skip
     tables = [text[text.index("kNN (%)") :] for text in texts]
     assert tables[0].partition("Done")[0].splitlines()[:4] == tables[1].splitlines()[:4]
+    for run in (everything := runs.list_runs("ssl", "eval")):
+        assert plans.is_whole(run) and (run.path / "notebook.ipynb").exists() and figures(run)
+    assert len(everything) == 4
 
 
 def test_a_run_that_a_notebook_makes_is_stopped_by_an_interrupt(tmp_path, monkeypatch):
