@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from idaa_lib.data.layout import sha256
+from idaa_lib.data.layout import printable, sha256
 from idaa_lib.data.places import find_root
 from idaa_lib.data.pool import PARTS, Pool, join
 from idaa_lib.data.sources import find_source, read_classes
@@ -194,7 +194,7 @@ def load(
         split=split,
         n=len(index),
         size=size,
-        classes=tuple(about["classes"]),
+        classes=tuple(map(printable, about["classes"])),
         labelled=all(about["labelled"][part]),
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
