@@ -392,10 +392,14 @@ def test_unreadable_images_are_skipped_and_counted_and_no_sound_one_is_decoded_a
         return decode(listing, *arguments)
 
     monkeypatch.setattr(decoding, "_decode", count)
-    paths = [str(damaged / "train" / name) for name in ("cat/0.png", "dog/1.png")]
+    paths = ["train/cat/0.png", "train/dog/1.png"]
     for _ in range(2):
         with pytest.raises(ValueError, match=r"0\.png cannot be read.*1\.png.*on_error='skip'$"):
             images.load(damaged, "test")
+    moved = damaged.rename(damaged.with_name("moved"))  # what was seen there is said of here
+    with pytest.raises(ValueError, match=rf"^train/cat/0\.png cannot be read.*, in {moved}: "):
+        images.load(moved, "test")
+    moved.rename(damaged)
     image_set = images.load(damaged, "trainval", on_error="skip")
     assert (len(image_set), image_set.skipped) == (10, 2)
     assert images.load(damaged, "test", on_error="skip").skipped == 2

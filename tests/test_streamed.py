@@ -374,6 +374,43 @@ def test_shards_are_the_folder(photos, tmp_path, monkeypatch, capsys):
         cached.load(out, "train", 32, streamed=True)
 
 
+def test_shards_of_images_without_classes_are_the_folder(photos, tmp_path, monkeypatch):
+    """No shard is taken for a class; webdataset's without .cls are of the part that they name."""
+    monkeypatch.setattr(commands, "SHARD_BYTES", 20_000)
+    flat, web = tmp_path / "flat", tmp_path / "web"
+    for folder in (flat, web):
+        folder.mkdir()
+    for n, path in enumerate(sorted(photos.rglob("*.JPEG"))):
+        shutil.copy(path, flat / f"{n:03}.jpg")
+        with tarfile.open(web / f"{'test' if n % 5 == 0 else 'train'}-{n // 20}.tar", "a") as tar:
+            tar.add(path, f"{n % 20:03}.jpg")  # one name in several shards
+    commands.shard(str(flat), tmp_path / "shards")
+    assert len([*(tmp_path / "shards").iterdir()]) > 2
+    for streamed_too in (False, True):
+        same_set(flat, tmp_path / "shards", streamed=streamed_too)
+        sets = [cached.load(web, part, 32, streamed=streamed_too) for part in ("trainval", "test")]
+        assert [(len(each), each.classes) for each in sets] == [(40, ()), (10, ())]
+
+
+@pytest.mark.parametrize("damage", ["header", "cut in an image", "cut before an image", "no end"])
+def test_a_damaged_shard_is_refused_wherever_the_damage_is(photos, tmp_path, damage):
+    """To tarfile a header that is none, and a file that ends at one, are the end of the archive."""
+    commands.shard(str(photos), tmp_path / "shards")
+    path = tmp_path / "shards" / "train-000000.tar"
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+    content, member = bytearray(path.read_bytes()), members[len(members) // 2]
+    if damage == "header":
+        content[member.offset : member.offset + 4] = b"\0\1\2\3"
+    end = {
+        "cut in an image": member.offset_data + 10, "cut before an image": member.offset,
+        "no end": members[-1].offset_data + -(-members[-1].size // 512) * 512,
+    }  # fmt: skip
+    path.write_bytes(content[: end.get(damage)])
+    with pytest.raises(ValueError, match=r"train-000000\.tar is no readable tar .*: copy it again"):
+        cached.load(tmp_path / "shards", "train", 32, streamed=True)
+
+
 @pytest.mark.parametrize(
     ("shard", "key", "ending"),
     [
@@ -487,6 +524,11 @@ def test_a_renamed_folder_has_the_same_cache_and_clean_removes_what_nobody_has(
     assert commands.main(["clean"]) == 0
     assert capsys.readouterr().out.count("removed  net-") == 2
     assert len([path for path in (data / "cache").iterdir() if path.is_dir()]) == 1
+    monkeypatch.setattr(pool, "VERSION", pool.VERSION + 1)  # of a library that decodes otherwise
+    cached.load(folder, "train", 32)
+    assert commands.main(["clean"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("  removed  ") == 1 and text.count("kept") == 1
     assert commands.main(["clean", "all"]) == 0
     assert not [path for path in (data / "cache").iterdir() if path.is_dir()]
     assert len(cached.load(folder, "train", 32).images) > 0
@@ -518,9 +560,10 @@ def test_what_is_being_written_is_not_cleaned(photos, data, monkeypatch, zipped)
 
     def clean_meanwhile(*arguments):
         command = [sys.executable, "-m", "idaa_lib.data", "clean", "all"]
-        statuses.append(subprocess.run(command, capture_output=True).returncode)
+        process = subprocess.run(command, capture_output=True, text=True)
+        statuses.append((process.returncode, "in use" in process.stdout))
         return write(*arguments)
 
     monkeypatch.setattr(pool.Pool, "_decode", clean_meanwhile)
     assert len(cached.load(source, "train", 32).images) > 0
-    assert statuses == [1]
+    assert statuses == [(0, True)]

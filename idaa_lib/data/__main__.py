@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from filelock import Timeout
 from tqdm import tqdm
 
 from idaa_lib.data.cached import data_root
@@ -55,7 +56,7 @@ def shard(folder: str, out: Path) -> Path:
 def _write(listing: Listing, out: Path) -> None:
     parts: dict[str, list[int]] = {}
     for i, name in enumerate(listing.names):
-        top = Path(name).relative_to(listing.root).parts[0].lower()
+        top = Path(name).parts[0].lower()
         parts.setdefault(PARTS.get(top, "images"), []).append(i)
     with tqdm(total=len(listing.names), desc="writing", unit="image", delay=2) as bar:
         for part, items in parts.items():
@@ -64,7 +65,7 @@ def _write(listing: Listing, out: Path) -> None:
             for number in range(int(shards[-1]) + 1):
                 with tarfile.open(out / f"{part}-{number:06}.tar", "w:") as archive:
                     for i in np.array(items)[shards == number].tolist():
-                        name = listing.names[i].removeprefix(f"{listing.root}/")
+                        name = listing.names[i]
                         _add(archive, name, read_place(listing.root, listing.places[i]))
                         label = str(listing.labels[i]).encode()
                         _add(archive, f"{name.rpartition('.')[0]}.cls", label)
@@ -80,7 +81,8 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 def clean(everything: bool = False) -> int:
     """Bytes that became free: decoded images are removed that no data set has any more, whose
     folder is gone or has changed. `everything` removes the others too, which are made again when
-    they are needed. Each pool is printed, with its size; what is none, by its name, stays.
+    they are needed. Each pool is printed, with its size and whether it is kept, removed, or in use
+    by a process that writes it. Files that are no pool by their name stay.
     """
     cache, removed, used = data_root() / "cache", 0, set[str]()
     ours = [path for path in sorted(cache.glob("*")) if NAME.fullmatch(path.name)]
@@ -93,13 +95,16 @@ def clean(everything: bool = False) -> int:
     for pool in filter(Path.is_dir, ours):
         stats = [file.stat() for file in pool.iterdir()]
         size = sum(stat.st_size for stat in stats)
-        is_used = pool.name in used and not everything
-        print(f"{size / 2**20:10,.0f} MiB  {'kept' if is_used else 'removed'}  {pool.name}")
-        if not is_used:
-            with lock(cache, pool.name.rsplit("-", 2)[0]).acquire(timeout=0):
-                shutil.rmtree(pool)
-            # Copies of a folder share a file, whose room is free when the last one goes.
-            removed += sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+        fate = "kept" if pool.name in used and not everything else "removed"
+        try:
+            if fate == "removed":
+                with lock(cache, pool.name.rsplit("-", 2)[0]).acquire(timeout=0):
+                    shutil.rmtree(pool)
+                # Copies of a folder share a file, whose room is free when the last one goes.
+                removed += sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+        except Timeout:
+            fate = "in use"
+        print(f"{size / 2**20:10,.0f} MiB  {fate}  {pool.name}")
     return removed
 
 

@@ -72,9 +72,13 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
                     place = Place(shard, member.offset_data, member.size)
                     if name.endswith(".cls"):
                         number = read_place(root, place).decode("ascii", "replace").strip()
-                        classes[f"{shard}/{name[:-4]}"] = f"{number:0>6}/"
+                        if number != "-1":  # `shard` writes it where there is no class
+                            classes[f"{shard}/{name[:-4]}"] = f"{number:0>6}/"
                     else:
                         members.append((name, place))
+                # To tarfile a damaged header, and the end of a file that was cut off, are the end.
+                if read_place(root, Place(shard, archive.offset, 512)) != bytes(512):
+                    raise tarfile.ReadError("it has no end")
         except (tarfile.TarError, OSError) as error:
             what = f"{root / shard} is no readable tar ({error})"
             raise ValueError(f"{what}: copy it again") from error
@@ -93,7 +97,13 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
         if not (folder and plain):
             match = re.search("(?<![a-z])(train|val|test)", place.file.rpartition("/")[2].lower())
             part = PARTS.get(name.partition("/")[0].lower()) or (match[0] if match else "")
-            name = f"{part and f'{part}/'}{number}{place.file}/{name}"
+            top, plain_file = part and f"{part}/", name.replace("/", "_")
+            if number:
+                name = f"{top}{number}{place.file}/{name}"
+            elif (
+                name := f"{top}{plain_file}"
+            ) in places:  # a folder of each shard would be a class
+                name = f"{top}{place.file.replace('/', '_')}_{plain_file}"
         elif name in places and places[name].file != place.file:  # another image, of another shard
             name = f"{folder}/{place.file}/{name.rpartition('/')[2]}"
         places[name] = place

@@ -29,7 +29,7 @@ from idaa_lib.data.sources import Listing, Source, Torchvision
 from idaa_lib.data.streamed import CONTENT, Images, Photographs, describe, row_width
 
 PARTS = ("train", "val", "test")
-VERSION = 5  # of the decoding and of the files of the cache: another number, another entry
+VERSION = 6  # of the decoding and of the files of the cache: another number, another entry
 # The names of its folders and, with .json, of their indices.
 NAME = re.compile(r".+-\d+-[0-9a-f]{16}(\.partial|\.json)?", re.DOTALL)
 Content = tuple[dict[str, Any], np.ndarray, Images]  # what describes a pool, labels, pixels
@@ -96,7 +96,8 @@ class Pool:
         if self.read_index() != pool[0]:
             draft = self.path(str(self.source.path), f".{os.getpid()}")
             with contextlib.suppress(OSError):  # others' cache, which may only be read
-                _write_sealed(draft, {"stamps": stamps, "entry": entry.name, "about": pool[0]})
+                values = {"stamps": stamps, "entry": entry.name, "about": pool[0]}
+                _write_sealed(draft, {"version": VERSION} | values)
                 draft.replace(draft.with_suffix(".json"))
         return pool
 
@@ -288,8 +289,9 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 
 def is_current(index: dict[str, Any]) -> bool:
-    """Whether nothing that it watches changed since it was written."""
-    return all([*read_stamp(path)] == stamp for path, stamp in index["stamps"].items())
+    """Whether it is of this VERSION, and nothing that it watches changed since it was written."""
+    same = (stamp == [*read_stamp(path)] for path, stamp in index["stamps"].items())
+    return index.get("version") == VERSION and all(same)
 
 
 def lock(cache: Path, slug: str) -> FileLock:

@@ -62,7 +62,8 @@ Member = tuple[str, int, int]  # name (a folder's ends in "/"), size, time of ch
 class Listing:
     """What a source holds, before any decoding; `read(i)` gives item i in any mode, and its label.
 
-    `names[i]` is what an error calls item i, `splits[i]` its split ("train", "val" or "test").
+    `names[i]` is what an error calls item i, of files their path below the source; `splits[i]` is
+    its split ("train", "val" or "test").
     `notes`: sentences that say what of the source is left out, or read in another way. `places`, in
     the folder `root`, and `labels`, of a source whose items lie as they are in files.
     """
@@ -147,7 +148,7 @@ class Source:
         def read(i: int) -> tuple[Image.Image, int]:
             return Image.open(io.BytesIO(read_bytes(names[i]))), labels[folders[i]]
 
-        listing = Listing(classes, [f"{self.path}/{name}" for name in names], splits, read, notes)
+        listing = Listing(classes, names, splits, read, notes)
         if places is None:
             return listing
         own = [places[name] for name in names], [labels[folder] for folder in folders]
@@ -218,7 +219,7 @@ class Pickles(Source):
 
         return Listing(
             tuple(map(str, numbers)),
-            [f"image {n} of {self.path}/{part}.pkl" for part, n in items],
+            [f"image {n} of {part}.pkl" for part, n in items],
             [split_by_name(part, set(parts), str(n)) for part, n in items],
             read,
         )
@@ -325,6 +326,8 @@ def find_source(
 
     FileNotFoundError where there is none, ValueError where it has no class folders.
     """
+    if not str(source).strip():  # else the folder at hand: a shell's variable may be empty
+        raise FileNotFoundError("source is empty: name a data set, or give a path")
     if source == "starter":
         return Source(STARTER / "images", source, classes)
     if classes and source in NAMES:
