@@ -238,12 +238,13 @@ def find_points(
     Raises:
         ConfigError: as `plan`.
     """
-    return [(point, runs[-1]) for point, runs in _find_chains(grid, left_out)]
+    return [(point, runs[-1]) for point, runs in find_chains(grid, left_out)]
 
 
-def _find_chains(
-    grid: Sequence[Point], left_out: list[str] | None
+def find_chains(
+    grid: Sequence[Point], left_out: list[str] | None = None
 ) -> list[tuple[Point, list[Run]]]:
+    """The same points with all of their runs, each after those that it needs."""
     chains = _chains(grid)
     runs = find_runs({key: task for chain in chains for key, task in chain.items()}, left_out)
     pairs = zip(grid, chains, strict=True)
@@ -257,7 +258,7 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
 
     damage, rows = list[str](), dict[tuple[str, str], dict[str, Any]]()
     runs: dict[Run, None] = {}
-    for point, chain in _find_chains(grid, damage):
+    for point, chain in find_chains(grid, damage):
         # A VAE stands for itself where nothing was trained with it.
         own = [run for run in reversed(chain) if run.stage != "vae"] or chain
         runs |= dict.fromkeys(own)
@@ -272,7 +273,7 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
 
 def vaes(grid: Sequence[Point]) -> str:
     """The names of the VAEs that finished points have, in a line."""
-    return _name_vaes(run for _, runs in _find_chains(grid, None) for run in runs)
+    return _name_vaes(run for _, runs in find_chains(grid) for run in runs)
 
 
 def _name_vaes(runs: Iterable[Run]) -> str:

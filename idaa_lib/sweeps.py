@@ -39,6 +39,7 @@ from idaa_lib.plans import (
     Task,
     admit,
     check_files,
+    find_chains,
     find_finished,
     find_runs,
     is_whole,
@@ -352,9 +353,10 @@ def _check_notebooks(grid: Grid) -> None:
                 )
 
 
-def _execute(name: str, fields: Mapping[str, Any], runs: Sequence[Run]) -> Outcome:
-    """What became of a further notebook; "@vae" among its fields is the last run of that stage."""
-    last = {f"@{run.stage}": run.reference for run in runs}
+def _execute(name: str, fields: Mapping[str, Any], points: Sequence[Point]) -> Outcome:
+    """What became of a further notebook; "@vae" among its fields is the VAE of the last point that
+    is finished and has one."""
+    last = {f"@{run.stage}": run.reference for _, chain in find_chains(points) for run in chain}
     values = {field: last.get(str(value), value) for field, value in fields.items()}
     if lacks := [value for value in values.values() if str(value).startswith("@")]:
         reason = f"It needs {lacks[0]}, of which no run is finished."
@@ -420,17 +422,12 @@ def main(words: Sequence[str]) -> int:
                     print(f"To be made again: {', '.join(again) or 'none'}.")
                 return 1 if refusal else 0
         outcomes = perform_all(tasks, jobs, scheduler=options.scheduler, retry=options.retry)
-        runs = [
-            Run(outputs_root() / key.partition("-")[0] / outcome.id)
-            for key, outcome in outcomes.items()
-            if outcome.state == "finished"
-        ]
         for name, fields in grid.notebooks.items():
             say(f"{name}.ipynb")
-            outcomes[name] = _execute(name, fields, runs)
+            outcomes[name] = _execute(name, fields, points)
         finished = [n for n in grid.notebooks if outcomes[n].state == "finished"]
         others = [outputs_root() / "notebooks" / f"{name}.ipynb" for name in finished]
-        _print_results(points, Path(options.grid).stem, runs, others)
+        _print_results(points, Path(options.grid).stem, [*find_runs(tasks).values()], others)
         if refusal:
             print(f"\n{options.grid}: {refusal}", file=sys.stderr)
         check(outcomes)

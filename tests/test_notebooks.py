@@ -356,6 +356,9 @@ def test_notebooks_of_a_sweep_file_get_the_runs_of_its_last_point(tmp_path, monk
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
     text = SWEEP.replace("learning_rate: [1e-3, %s]", "adversary: [idaa]")
     text = text.replace("  ssl:", "  vae: {width: 4, batch_size: 32, epochs: 1, dim: 8}\n  ssl:", 1)
+    # The last point is the first one again, and the last runs of the plan are another's.
+    other = "{cross: {ssl: {adversary: [idaa]}, vae: {dim: [16]}}}"
+    text += f"grids: [{{seeds: [0]}}, {other}, {{seeds: [0]}}]\n"
     text += 'notebooks: {02_decompose: {vae: "@vae", run: "@ssl", images: 3}}\n'
     (tmp_path / "sweep.yaml").write_text(text)
     direct = lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)  # noqa: E731
@@ -363,11 +366,12 @@ def test_notebooks_of_a_sweep_file_get_the_runs_of_its_last_point(tmp_path, monk
     calls = []
     monkeypatch.setattr(sweeps, "execute", lambda *args: calls.append(args) or args[-1])
     assert sweeps.main([str(tmp_path / "sweep.yaml")]) == 0
-    (vae,), (ssl,) = runs.find("vae"), runs.find("ssl")
+    (vae,), (other,) = runs.find("vae", dim=8), runs.find("vae", dim=16)
+    (ssl,), (_,) = runs.find("ssl", vae=vae.id), runs.find("ssl", vae=other.id)
     ((name, values, _),) = calls
     assert (name, values) == ("02_decompose", {"vae": vae.id, "run": ssl.id, "images": 3})
     output = capsys.readouterr().out
-    assert "3 of 3 runs finished" in output and "SimCLR + IDAA" in output and "Done" in output
+    assert "6 of 6 runs finished" in output and "SimCLR + IDAA" in output and "Done" in output
 
 
 def test_two_sweeps_after_one_that_was_killed_start_no_run_twice(tmp_path, monkeypatch):

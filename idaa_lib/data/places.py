@@ -100,10 +100,10 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
             top, plain_file = part and f"{part}/", name.replace("/", "_")
             if number:
                 name = f"{top}{number}{place.file}/{name}"
-            elif (
-                name := f"{top}{plain_file}"
-            ) in places:  # a folder of each shard would be a class
-                name = f"{top}{place.file.replace('/', '_')}_{plain_file}"
+            else:  # in no folder, which would be a class
+                name = f"{top}{plain_file}"
+                if name in places:
+                    name = f"{top}{place.file.replace('/', '_')}_{plain_file}"
         elif name in places and places[name].file != place.file:  # another image, of another shard
             name = f"{folder}/{place.file}/{name.rpartition('/')[2]}"
         places[name] = place
