@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import textwrap
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -106,7 +107,16 @@ class Grid(Values):
             for own, names in steps
             for axis, value in names.items()
         ]
-        axes: list[Any] = [varied] * bool(self.vary) + _axes("cross", self.cross)
+        crossed = _axes("cross", self.cross)
+        named = {stage for own, _ in itertools.chain(varied, *crossed) for stage in own}
+        if idle := [stage for stage in STAGES if stage in named - {*self.stages}]:
+            raise ConfigError(
+                f"cross and vary set fields of {', '.join(idle)}, and the stages of the points are "
+                f"{', '.join(self.stages)}: add the stage, or leave the fields out."
+            )
+        if "seed" in self.fixed.get("all", {}):
+            raise ConfigError("fixed cannot set the seed of all stages: give seeds: [0, 1, …].")
+        axes: list[Any] = [varied] * bool(varied) + crossed
         places = []
         for *entries, seed in itertools.product(*axes, self.seeds):
             own: Fields = {"vae": {"seed": seed}, "ssl": {"seed": seed}}
@@ -175,7 +185,8 @@ def _apply(fields: Fields, values: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _axes(what: str, axes: Mapping[str, Any]) -> list[list[tuple[Fields, dict[str, Any]]]]:
-    """For each axis its values: what each sets, and its labels."""
+    """For each axis its values: what each sets, and its labels, which have the stage where several
+    set a field of one name."""
     lists = []
     for stage, part in axes.items():
         if isinstance(part, dict):
@@ -187,7 +198,16 @@ def _axes(what: str, axes: Mapping[str, Any]) -> list[list[tuple[Fields, dict[st
             lists.append([{stage: values} for values in _list(what, stage, part)])
         else:
             lists.append(_list(what, stage, part))
-    return [[_entry(values) for values in each] for each in lists if each]
+    parts = [[_read_entry(values) for values in each] for each in lists if each]
+    fields = {
+        (stage, name)
+        for entry in itertools.chain(*parts)
+        for stage, own in entry.items()
+        if stage != "labels"
+        for name in own
+    }
+    counts = Counter(name for _, name in fields)
+    return [[_label(entry, counts) for entry in each] for each in parts]
 
 
 def _list(what: str, name: str, values: Any) -> list[Any]:
@@ -198,11 +218,13 @@ def _list(what: str, name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def _entry(entry: Any) -> tuple[Fields, dict[str, Any]]:
-    parts = {
-        name: _check_pairs(name, own)
-        for name, own in _check_pairs("An entry of a grid", entry).items()
-    }
+def _read_entry(entry: Any) -> Fields:
+    pairs = _check_pairs("An entry of a grid", entry).items()
+    return {name: _check_pairs(name, own) for name, own in pairs}
+
+
+def _label(parts: Fields, counts: Mapping[str, int]) -> tuple[Fields, dict[str, Any]]:
+    """The fields and the labels of an entry; counts: name of a field → of how many stages it is."""
     fields = {stage: own for stage, own in parts.items() if stage != "labels"}
     labels: dict[str, Any] = {}
     for stage, own in fields.items():
@@ -210,7 +232,7 @@ def _entry(entry: Any) -> tuple[Fields, dict[str, Any]]:
             kind = CONFIGS.get(stage, CONFIGS["ssl"])
             with contextlib.suppress(ConfigError):  # which the point is refused for, it alone
                 value = kind._read(name, value)
-            labels[f"{stage} {name}" if name in labels else name] = value
+            labels[f"{stage} {name}" if counts[name] > 1 else name] = value
     return fields, parts.get("labels", labels)
 
 
@@ -232,6 +254,8 @@ def sensitivity(config: SweepConfig) -> list[Point]:
         ConfigError: as `read` and `Grid.points`; points that have no validation split.
     """
     points = _axes_of_form(config) if config.grid is None else _points_of_grid(config)
+    if not points:
+        raise ConfigError("The study has no point: give values of epsilons, betas, dims or axes.")
     for stage, name, value in (("eval", "protocol", "official"), ("ssl", "split", "trainval")):
         # An evaluation of `trainval` would call images that were trained on validation.
         clash = [p for p in points if p.eval and (getattr(p, stage) or {}).get(name) == value]
@@ -249,7 +273,8 @@ def _points_of_grid(config: SweepConfig) -> list[Point]:
     its seeds, where they are not the default, in place of the grid's."""
     grid, changes = read(config.grid or {}), config.list_changes()
     if "seeds" in changes:
-        grid = grid.model_copy(update={"seeds": config.seeds})
+        parts = [part | {"seeds": config.seeds} for part in grid.grids]
+        grid = grid.model_copy(update={"seeds": config.seeds, "grids": parts})
     common = {"preset": config.preset, "device": config.device}
     # A data set that the form's preset gives would not go with another preset of the grid's.
     images = {"dataset": config.dataset} if "dataset" in changes else {}

@@ -262,11 +262,41 @@ def test_what_goes_together_is_one_axis_and_all_stages_share_a_field():
      ({"cross": {"ssl": {"width": [4, 0]}}}, "1 of 2 cannot be made: width must be .*0 .seed 0"),
      ({"fixed": {"vae": {"size": 32}, "ssl": {"size": 64, "adversary": "idaa"}}},
       "the VAE of the grid has size=32, and this run needs 64"),
+     ({"stages": ["ssl"], "cross": {"vae": {"dim": [8, 16]}}}, "set fields of vae, and the stages"),
+     ({"vary": {"transfer": {"shots": [1, 5]}}}, "set fields of transfer, and the stages"),
+     ({"fixed": {"all": {"seed": 3}}}, "cannot set the seed of all stages: give seeds"),
      ("no-such-grid", "grid 'no-such-grid' cannot be read.*demo, figure-5, figure-6, table")],
 )  # fmt: skip
 def test_a_grid_that_cannot_be_made_is_refused_in_a_sentence(grid, sentence):
     with pytest.raises(ConfigError, match=sentence):
         plans.plan(grids.read(grid).points())
+
+
+AXES_OF_ONE_NAME = {"vae": {"epochs": [6, 12]}, "ssl": {"epochs": [3, 6]}}
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [{"cross": AXES_OF_ONE_NAME}, {"vary": AXES_OF_ONE_NAME},
+     {"cross": {"all": {"width": [4, 8]}, "ssl": {"width": [16, 32]}}},
+     {"cross": {"budget": [{"ssl": {"epochs": 1}, "vae": {"epochs": 2}},
+                           {"ssl": {"epochs": 2}, "vae": {"epochs": 2}}]}}],
+)  # fmt: skip
+def test_points_that_differ_have_other_labels(grid):
+    """Else a table shows one for the other, and a figure the mean of both."""
+    points = grids.read(grid | {"fixed": {"ssl": {"adversary": "idaa"}}, "seeds": [0, 1]}).points()
+    assert len({point.name for point in points}) == len(points)
+    by_labels = {json.dumps(p.labels | {"seed": p.ssl["seed"]}, sort_keys=True) for p in points}
+    assert len(by_labels) == len(points)
+
+
+def test_an_axis_without_values_is_left_out():
+    (point,) = grids.read(
+        {"vary": {"ssl": {"epsilon": []}}, "cross": {"vae": {"dim": []}}}
+    ).points()
+    assert point.labels == {}
+    with pytest.raises(ConfigError, match="The study has no point: give values of epsilons"):
+        grids.sensitivity(SweepConfig(epsilons=[], betas=[], dims=[]))
 
 
 def test_a_dry_run_refuses_what_is_not_there_and_makes_nothing(tmp_path, monkeypatch, capsys):
@@ -485,7 +515,7 @@ GRIDS = {  # a grid, and what it says itself
         {"dataset": "cifar100", "seeds": [5]},
     ),
     "parts": (
-        {"grids": [{"cross": CROSS}, {"cross": {"ssl": {"epochs": [1]}}}],
+        {"grids": [{"cross": CROSS, "seeds": [0]}, {"cross": {"ssl": {"epochs": [1]}}}],
          "fixed": {"all": {"device": "cpu"}}},
         {"device": "cpu"},
     ),
