@@ -142,6 +142,8 @@ def read(grid: str | Path | Mapping[str, Any]) -> Grid:
     try:
         path = RECIPES / f"{grid}.yaml"
         path = path if path.exists() else expand(grid)
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise OSError("it is no file")
         values = _check_pairs("it", yaml.safe_load(path.read_text(encoding="utf-8")))
         if isinstance(about := values.get("about"), str):  # may be of several lines
             values["about"] = " ".join(about.split())

@@ -406,6 +406,8 @@ def main(words: Sequence[str]) -> int:
         print(f"[{clock(time.monotonic() - began)}] {text}", flush=True)
 
     try:
+        if options.jobs is not None and options.jobs < 1:
+            raise ConfigError(f"--jobs must be 1 or more, and is {options.jobs}.")
         grid = read(options.grid)
         _check_notebooks(grid)
         jobs = options.jobs or grid.jobs

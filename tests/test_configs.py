@@ -1,5 +1,6 @@
 """Configurations: what is read, what is refused, and in which words."""
 
+import itertools
 import json
 import math
 import re
@@ -337,6 +338,28 @@ def test_a_recipe_of_one_s_own_extends_another(tmp_path):
     path.write_text("[ssl\n")
     with pytest.raises(ConfigError, match="cannot be read"):
         SSLConfig(preset=str(path))
+
+
+def test_conditions_of_a_recipe_hold_settle_and_are_known(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "demo"\n[ssl.where.compile.true]\nepochs = 7\n')
+    assert SSLConfig(preset=str(path), compile=True).epochs == 7
+    assert SSLConfig(preset=str(path)).epochs == SSLConfig().epochs
+    path.write_text('extends = "demo"\n[ssl.where.batch_size.128]\nbatch_size = 256\n')
+    with pytest.raises(ConfigError, match=r"mine\.toml' never settles"):
+        SSLConfig(preset=str(path))
+    path.write_text("[ssl.where.methd.simclr]\nepochs = 7\n")
+    with pytest.raises(ConfigError, match=r"has where\.methd, which no ssl run knows"):
+        SSLConfig(preset=str(path))
+
+
+def test_replaced_values_may_come_in_any_order():
+    values = {"epsilon": 0.2, "adversary": "idaa", "method": "moco", "queue": 512}
+    orders = [{k: values[k] for k in order} for order in itertools.permutations(values)]
+    (first, *others) = [SSLConfig().replace(**order) for order in orders]
+    assert all(other == first for other in others) and values.items() <= dict(first).items()
+    with pytest.raises(ConfigError, match="has no field 'epsilom'; did you mean 'epsilon'"):
+        SSLConfig().replace(epsilom=0.1)
 
 
 def test_a_field_that_is_added_later_changes_no_identity():

@@ -49,7 +49,7 @@ def test_hostile_checkpoints_are_read_or_refused_clearly(tmp_path):
 
 def test_what_is_sound_is_accepted(tmp_path):
     """Else all of it would be clear, and nothing would work."""
-    for name, state in hostile.published(0).items():
+    for name, state in hostile.make_published(0).items():
         torch.save(state, tmp_path / "x.pth")
         assert interop.load_official(tmp_path / "x.pth").kind in (name, "simclr", "ipirm")
     draw = random.Random(0)

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -262,6 +263,24 @@ def test_a_missing_or_unfinished_run_is_one_sentence(outputs):
         _ = 1 / 0
     with pytest.raises(RunError, match="is failed, not finished"):
         runs.get("vae", run.id)
+    for call in (runs.find, lambda stage: runs.get(stage, None)):
+        with pytest.raises(RunError, match="no stage 'sll'; there are vae, ssl"):
+            call("sll")
+    with pytest.raises(RunError, match="A ssl run has no field 'methd'; did you mean 'method'"):
+        runs.find("ssl", methd="simclr")
+
+
+def test_an_evaluation_is_the_same_run_by_whatever_recipe(outputs):
+    run = finish_run(EvalConfig(run="r"))
+    again = EvalConfig(preset="cifar10", run="r", limit=EvalConfig(run="r").limit)
+    assert again.list_changes() != run.config.list_changes()
+    assert runs.run_for(again, "pixels") == run
+
+
+def test_an_id_fits_a_file_s_name_in_any_language(outputs):
+    config = VAEConfig(dataset="猫" * 70, limit=7)
+    run = finish_run(config)
+    assert run.id.startswith("vae-猫") and runs.run_for(config, "pixels") == run
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -292,6 +311,24 @@ def test_what_is_saved_comes_back_and_two_are_kept(run):
     assert all(torch.equal(tensors[k], v) for k, v in some(3).items())
     assert all(tensors[k].dtype == v.dtype for k, v in some(3).items())
     assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_other_folders_beside_checkpoints_are_left_alone(run):
+    checkpoints.save(run, 1, some(1), {"step": 1})
+    for name in ("1.bak", "1 (conflicted copy)", "2x"):
+        shutil.copytree(run.path / "checkpoints" / "1", run.path / "checkpoints" / name)
+    checkpoints.save(run, 2, some(2), {"step": 2})
+    assert checkpoints.load(run)[1] == {"step": 2}
+    assert len([*(run.path / "checkpoints").iterdir()]) == 5
+
+
+def test_a_finished_run_is_its_last_checkpoint_or_none(outputs):
+    run = finish_run(VAEConfig())
+    for step in (1, 2):
+        checkpoints.save(run, step, some(step), {"step": step})
+    shutil.rmtree(run.path / "checkpoints" / "2")
+    with pytest.raises(RunError, match="are gone, though it had one at step 2"):
+        checkpoints.load(run)
 
 
 def test_no_checkpoint_is_none(run):

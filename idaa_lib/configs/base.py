@@ -245,7 +245,8 @@ class Config(Values):
 
     def replace(self, **values: Any) -> typing.Self:
         """The same configuration with other values; knobs of a choice that changes are dropped."""
-        if all(value == getattr(self, name) for name, value in values.items()):
+        new = object()  # of a knob that only the new choice has
+        if all(value == getattr(self, name, new) for name, value in values.items()):
             return self  # frozen, and to read all values again takes half a millisecond
         fields = dict(self)
         for choice, options in zip(self.choices, self._options, strict=True):

@@ -131,7 +131,8 @@ def _read(annotation: Any, value: Any) -> Any:
         parts, item = _list(value), (*kinds[tuple], Any)[0]
         return tuple(_read(item, part) for part in parts) if isinstance(parts, tuple) else parts
     if dict in kinds:
-        return _pairs(value) if text else value
+        path = str in kinds and word.endswith((".yaml", ".yml"))  # which may hold a `=`
+        return _pairs(value) if text and not path else value
     if text and str in kinds and int not in kinds:
         return value
     if text:

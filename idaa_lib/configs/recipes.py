@@ -31,13 +31,18 @@ def recipe_values(stage: type[Config], explicit: Mapping[str, Any]) -> dict[str,
     """
     preset, values = str(explicit.get("preset", "demo")), dict(explicit)
     documents = list(_documents(preset, stage.recipes))
-    while True:  # a condition is of the final value, whichever table sets it
+    for _ in range(10):  # a condition is of the final value, whichever table sets it
         merged: dict[str, Any] = {}
         for path, document in documents:
             _apply(stage, document.get(stage.stage, {}), merged, values, path)
         before, values = values, {**merged, **explicit}
         if values == before:
             break
+    else:
+        raise ConfigError(
+            f"preset={quote(preset)} never settles: a table below `where` changes the field that "
+            f"it depends on."
+        )
     base, batch = merged.pop("base_rate", None), values.get("batch_size")
     if not isinstance(base, int | float | None):
         raise ConfigError(
@@ -102,9 +107,14 @@ def _apply(
         else:
             merged[name] = value
     for name, cases in _table(table.get("where", {}), path).items():
+        if stage._owner(name) is None:
+            raise ConfigError(
+                f"The recipe {path} has where.{name}, which no {stage.stage} run knows."
+            )
         field = stage.model_fields.get(name)
         value = values.get(name, field.default if field else None)
-        _apply(stage, _table(cases, path).get(str(value), {}), merged, values, path)
+        word = str(value).lower() if isinstance(value, bool) else str(value)  # as TOML has it
+        _apply(stage, _table(cases, path).get(word, {}), merged, values, path)
 
 
 def _table(value: Any, path: Path) -> Mapping[str, Any]:

@@ -164,7 +164,7 @@ def load(
         about = pool.open(again=True)[0]
         if about["errors"]:
             what = "replace what is broken, or leave it out by on_error='skip'"
-            raise ValueError(f"{join(about['errors'].values())}, in {pool.source.path}: {what}")
+            raise ValueError(f"{join(about['errors'].values())}: {what}")
     for note in about["notes"]:
         _say(pool.source.path, f"{name}: {note}.")
     counts, part = about["counts"], SPLITS[split]

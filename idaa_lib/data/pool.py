@@ -57,7 +57,8 @@ class Pool:
     @property
     def slug(self) -> str:
         """What the names of its files in the cache begin with."""
-        return re.sub(r"[^\w.-]", "_", self.source.name)
+        name = re.sub(r"[^\w.-]", "_", self.source.name)
+        return name.encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes
 
     def path(self, key: str, ending: str = "") -> Path:
         classes = repr(self.source.classes) if self.source.classes else ""

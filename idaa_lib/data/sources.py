@@ -370,7 +370,10 @@ def read_classes(file: str | Path, data: Path) -> tuple[str, ...]:
             f"classes={str(file)!r} is no list, and neither {places[0]} nor {places[1]} is a file: "
             f"give a text file that names class folders, one a line, or imagenet100.txt"
         )
-    lines = map(str.strip, path.read_text("utf-8-sig").splitlines())
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"classes: {path} is no UTF-8 ({error}): save it as such") from error
     classes = tuple(line for line in lines if line)
     if not classes:
         raise ValueError(f"classes: {path} is empty: name class folders in it, one a line")

@@ -57,6 +57,8 @@ def load(run: Run) -> tuple[Tensors, dict[str, Any]] | None:
     """
     latest, root = _latest(run), run.path / "checkpoints"
     steps = [step for step in reversed(_numbers(root)) if latest is None or step <= latest]
+    if run.finished and latest is not None:
+        steps = [step for step in steps if step == latest]
     if latest is not None and not steps:
         raise RunError(
             f"The checkpoints of {run.path} are gone, though it had one at step {latest}: delete "
@@ -177,4 +179,4 @@ def _sha256(path: Path) -> str:
 
 def _numbers(root: Path) -> list[int]:
     """The steps or epochs that `root` has folders of."""
-    return sorted(int(p.name) for p in root.glob("[0-9]*") if p.is_dir())
+    return sorted(int(p.name) for p in root.glob("[0-9]*") if p.name.isdecimal() and p.is_dir())

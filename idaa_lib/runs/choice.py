@@ -39,8 +39,9 @@ def find(
     Args:
         left_out: takes a sentence for each of those.
     """
-    if stage not in CONFIGS:
-        raise RunError(f"There is no stage {stage!r}; there are {', '.join(CONFIGS)}.")
+    _check_stage(stage)
+    if lost := [name for name in values if CONFIGS[stage]._owner(name) is None]:
+        raise RunError(f"A {stage} run has no field {lost[0]!r}{CONFIGS[stage]._closest(lost[0])}.")
     by_content = {"dataset", "classes"} if "dataset" in values else set()
     images = {name: value for name, value in values.items() if name in by_content}
     plain = {name: value for name, value in values.items() if name not in by_content}
@@ -57,6 +58,11 @@ def find(
             if left_out is not None:
                 left_out.append(f"{run.id}: {error}")
     return sorted(runs, key=_order)
+
+
+def _check_stage(stage: str) -> None:
+    if stage not in CONFIGS:
+        raise RunError(f"There is no stage {stage!r}; there are {', '.join(CONFIGS)}.")
 
 
 def _order(run: Run) -> tuple[bool, bool, int, float]:
@@ -101,12 +107,13 @@ def list_starter(stage: str) -> list[Run]:
     return ships
 
 
-def get(stage: str, name: Run | str | None, **values: Any) -> Run:
-    """The finished run that a name means; None means the best that has these values.
+def get(stage: str, name: Run | Path | str | None, **values: Any) -> Run:
+    """The finished run that a name or a path means; None means the best that has these values.
 
     Raises:
         RunError: there is none, or it is not finished.
     """
+    _check_stage(stage)
     notebook = NOTEBOOKS[stage]
     if name is None:
         candidates = find(stage, **values)
@@ -119,7 +126,7 @@ def get(stage: str, name: Run | str | None, **values: Any) -> Run:
         return first(candidates) or candidates[0]
     if isinstance(name, Run):
         run = name
-    elif os.sep in name:
+    elif isinstance(name, Path) or os.sep in name:
         run = Run(Path(os.path.realpath(expand(name))))
     else:
         folder, starter = outputs_root() / stage, STARTER / stage / name
@@ -141,7 +148,7 @@ def get(stage: str, name: Run | str | None, **values: Any) -> Run:
     return run
 
 
-def encoder(name: Run | str | None) -> Run:
+def encoder(name: Run | Path | str | None) -> Run:
     """The finished run whose encoder is meant: of stage ssl, or semi where the name says so.
 
     Raises: as `get`.

@@ -111,8 +111,8 @@ class Run:
     @property
     def config(self) -> Any:
         """The resolved configuration, as the class of its stage. (The knobs of a method that this
-        process has not imported are left out.) Of an imported run, `stated()` says which values
-        nobody knows.
+        process has not imported are left out.) Of an imported run, `list_stated()` says which
+        values nobody knows.
 
         Raises:
             RunError: this is no run directory, or another version of the library made it.

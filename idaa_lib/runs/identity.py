@@ -47,11 +47,13 @@ def run_for(config: Config, dataset: str, **digests: str | None) -> Run:
     ]
     if vae := digests.get("vae"):
         words.append(f"vae={vae[:4]}")
-    text = re.sub(r"[^\w.=-]+", "_", "-".join([config.stage, *words]))[:120]
+    text = re.sub(r"[^\w.=-]+", "_", "-".join([config.stage, *words]))
+    text = text.encode()[:120].decode(errors="ignore")  # a file's name has 255 bytes
     run = Run(outputs_root() / config.stage / f"{text}-s{getattr(config, 'seed', 0)}-{digest}")
-    if "dataset" not in config.principal or run.path.exists():
+    if run.path.exists():
         return run
-    # The folder of images may have had another name when this run was made.
+    # When this run was made, the folder of images may have had another name, and a recipe of the
+    # same values as well.
     before = sorted(run.path.parent.glob(f"*-{digest}/config.json"))
     return Run(before[0].parent) if before else run
 

@@ -63,11 +63,17 @@ def resolve_path(dataset: str) -> str:
 
 
 def resolve_paths(config: Reader) -> Reader:
-    """The configuration with what it reads by path (images, `classes`) as `resolve_path` has it."""
+    """The configuration with what it reads by path (images, `classes`, a recipe of the user's own,
+    runs) as `resolve_path` has it."""
     names = {"dataset", "classes"} & type(config).model_fields.keys()
     paths: dict[str, Any] = {n: resolve_path(path) for n in names if (path := getattr(config, n))}
     if several := getattr(config, "datasets", ()):
         paths["datasets"] = tuple(map(resolve_path, several))
+    if not (config.recipes / f"{config.preset}.toml").is_file():
+        paths["preset"] = resolve_path(config.preset)
+    for name in ("vae", "run", "witness", "continue_from"):
+        if os.sep in (value := getattr(config, name, None) or ""):
+            paths[name] = os.path.abspath(expand(value))
     return config.replace(**paths)
 
 

@@ -3,10 +3,10 @@
 SSL, FixMatch, the VAE, the probe on random crops and the detection example are bodies of it:
 
     for step in steps:
-        steps.add(loss=train_step(step))
+        steps.add({"loss": train_step(step)})
 
-Whoever iterates keys random numbers by (seed, epoch, step) and carries none along, so that a run
-which stopped anywhere continues bit for bit (on the CPU) from what a checkpoint holds.
+The caller derives all random numbers from (seed, epoch, step) and keeps no generator, so a run that
+stopped anywhere continues bit for bit (on the CPU) from what a checkpoint holds.
 """
 
 from __future__ import annotations
