@@ -286,6 +286,7 @@ def test_images_by_class_index_and_file(outputs, tmp_path):
     ("update", "sentence"),
     [
         (dict(only="unicorn"), "only must be a class"),
+        (dict(only="coffee", images=99), "images=99 is more than the .* of only='coffee' in split"),
         (dict(indices=(10**6,)), "1000000 is beyond"),
         (dict(own="/no/such.png"), "own='/no/such.png' cannot be read"),
         (dict(dataset="/no/such/folder"), "/no/such/folder"),

@@ -2,6 +2,7 @@
 costs; notebook 11 from its first cell to its last."""
 
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from idaa_lib import grids, runs, sweeps
 from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, SystemsConfig, VAEConfig
+from idaa_lib.data import cached
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate import invariance as measures
 from idaa_lib.evaluate.encoders import Encoder, features, load_encoder, load_method
@@ -24,7 +26,7 @@ from idaa_lib.evaluate.invariance import (
     shuffle_condition,
 )
 from idaa_lib.evaluate.stage import evaluate
-from idaa_lib.identity import systems
+from idaa_lib.identity import factors, systems
 from idaa_lib.identity.theory import retention
 from idaa_lib.results import tabulate
 from idaa_lib.train import train_ssl, train_vae
@@ -99,14 +101,32 @@ def test_invariance_is_the_mean_of_differences_of_cosines(conditioned, images):
     pixels = recipe("none", *encoder[1:])(test, None).images
     x, y = (encoder.module(part).detach() for part in (pixels, pixels.flip(3)))
     parts, place = [], 0
-    for part in x.split(250):
+    for part in x.tensor_split(-(-len(x) // 250)):  # none is left over alone
         rows_y = y[place : place + len(part)]
-        parts.append(F.cosine_similarity(part, rows_y) - F.cosine_similarity(part, rows_y.flip(0)))
+        parts.append(
+            F.cosine_similarity(part, rows_y) - F.cosine_similarity(part, rows_y.roll(1, 0))
+        )
         place += len(part)
     row = table["flip", "features"]
     assert row["value"] == pytest.approx(torch.cat(parts).mean().item(), abs=1e-5)
     assert row["low"] <= row["value"] <= row["high"]
     assert all(-2 <= row["value"] <= 2 for row in rows)
+
+
+def test_measures_read_images_that_stay_in_their_file(conditioned, images, monkeypatch):
+    """Those of a large set are no tensor; and an image more leaves none without others."""
+    test = images["test"].images
+    monkeypatch.setattr(cached, "SMALL", 0)
+    large = cached.load("photos", "test", *test.shape[2:3], len(test)).images
+    assert not isinstance(large, torch.Tensor)
+    for measure in (invariance, shuffle_condition):
+        assert measure(conditioned, large) == measure(conditioned, test)
+    labels = torch.zeros(len(test), dtype=torch.long)
+    own, theirs = (factors.known_factors(part, labels) for part in (large, test))
+    assert all(torch.equal(own[name], theirs[name]) for name in theirs)
+    monkeypatch.setattr(measures, "BATCH", len(test) - 1)
+    right = shuffle_condition(conditioned, test)["right"]
+    assert right.low > 0.5 * math.log(len(test) / 2)
 
 
 def test_a_flip_alone_leaves_no_difference_to_features_that_no_flip_changes(monkeypatch, images):
@@ -130,7 +150,7 @@ def test_other_images_conditions_cost_infonce_and_the_right_ones_are_those_of_th
     method = load_method(conditioned)
     generator, losses = keyed_generator(0), []
     with torch.no_grad():
-        for part in test.split(250):
+        for part in test.tensor_split(-(-len(test) // 250)):
             z1, z2 = (method.embed(method.recipe(part, generator)).z for _ in range(2))
             logits = z1 @ z2.T / conditioned.config.temperature
             losses.append(F.cross_entropy(logits, torch.arange(len(part)), reduction="none"))
@@ -175,6 +195,7 @@ def test_passes_are_those_of_the_specification(method):
     views = {"augmentation": "rsa"} if method == "rsa" else {}
     config = SSLConfig(method=method, size=SIZE, **views)
     assert count_passes(config) == PASSES[method]
+    assert count_passes(config.replace(processes=16)) == PASSES[method]  # as many trained it
     # The attack looks once and the adversarial loss once; BYOL embeds x′ by its target too.
     attack_config = config.replace(adversary="idaa")
     assert count_passes(attack_config) == PASSES[method] + 2 + (method == "byol")

@@ -118,7 +118,17 @@ def test_equal_shares_give_plain_nt_xent(total):
     logits, image = compact_logits(z1, z2)
     loss, omega = soft_loss(logits, image, torch.full((6,), 0.5).double(), (0.3, 0.5), total)
     torch.testing.assert_close(loss, nt_xent(z1, z2, 0.3) * (0.5 if total else 1))
-    torch.testing.assert_close(omega, penalty(logits / 0.5))
+    # With `nonorm` it is of the same loss, half as large, whose squared gradient is a quarter.
+    torch.testing.assert_close(omega, penalty(logits / 0.5) * (0.25 if total else 1))
+
+
+def test_nonorm_takes_the_place_of_both_constraints():
+    p = torch.rand(7, 2).double().softmax(1)
+    entropy = lambda q: -(q * q.log()).sum(-1)  # noqa: E731
+    expected = 0.2 * (entropy(p).mean() - entropy(p.mean(0)))
+    for constrain in ("relaxed", "strict"):
+        torch.testing.assert_close(imbalance(p, constrain, total=True), expected)
+    assert imbalance(p, "none", total=True) == 0
 
 
 def test_certain_shares_give_the_loss_among_a_subset():
@@ -641,5 +651,7 @@ def test_a_continued_training_takes_no_partitions_of_other_images(tmp_path, monk
     views = recipe("ipirm", 16, (0.5,) * 3, (0.25,) * 3)
     method = build_method(run.config, About(views, torch.zeros(data["n"])))
     for fingerprint, count in ((data["fingerprint"], 1), ("of other images", 0)):
-        plan = SimpleNamespace(start=run, data=SimpleNamespace(fingerprint=fingerprint))
+        plan = SimpleNamespace(
+            start=run, config=run.config, data=SimpleNamespace(fingerprint=fingerprint)
+        )
         assert _weights_of(plan, method)["method.fitted"] == count

@@ -17,7 +17,7 @@ from idaa_lib.methods.base import About, Moment
 from idaa_lib.methods.schedules import build_schedule
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, build_backbone, evaluating, initial_weights
-from idaa_lib.nets.resnet import project, zero_residuals
+from idaa_lib.nets.resnet import convolve, project, zero_residuals
 from idaa_lib.nets.vae import VAE, Output, fold_norms, rate, sub_pixel, vae_loss
 from idaa_lib.views import keyed_generator, recipe
 
@@ -336,6 +336,24 @@ def test_a_forward_pass_updates_its_own_statistics_only(name, stem, adversarial)
     assert changed_names(before, net.named_buffers()) == {
         k for k in before if ("_adv." in k) == adversarial
     }
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_a_stride_over_one_pixel_has_the_gradient_of_the_middle_weights(kernel):
+    """oneDNN's bf16 gradient reads memory that nobody wrote there."""
+    layer = nn.Conv2d(16, 32, kernel, 2, kernel // 2, bias=False)
+    layer.to(memory_format=torch.channels_last)
+    x = torch.randn(4, 16, 1, 1)
+    middle = layer.weight.detach()[:, :, kernel // 2, kernel // 2]
+    torch.testing.assert_close(convolve(x, layer)[:, :, 0, 0], x[:, :, 0, 0] @ middle.T)
+    torch.testing.assert_close(convolve(x, layer), layer(x))
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = convolve(x, layer)
+        (gradient,) = torch.autograd.grad(y, layer.weight, torch.ones_like(y))
+        own = gradient[:, :, kernel // 2, kernel // 2]
+        torch.testing.assert_close(own, x.sum((0, 2, 3)).expand(32, -1), atol=0.1, rtol=0.02)
+        assert gradient.count_nonzero() == own.count_nonzero()
 
 
 @pytest.mark.parametrize(("adversarial", "momentum"), [(False, 0.1), (True, 0.01)])

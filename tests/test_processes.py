@@ -158,11 +158,12 @@ def parts_of(rank, processes, share):
     two processes have 7 and 5."""
     torch.manual_seed(0)
     norms = [nn.BatchNorm1d(5), nn.BatchNorm2d(5, momentum=0.01), nn.BatchNorm1d(5, affine=False)]
+    norms += [nn.BatchNorm1d(5, momentum=None)]  # the mean of all batches
     network = nn.ModuleList(norms).double()
     if share:
         share_statistics(network)
     results = []
-    for norm, shape in zip(network, [(12, 5), (12, 5, 3, 2), (12, 5)], strict=True):
+    for norm, shape in zip(network, [(12, 5), (12, 5, 3, 2), (12, 5), (12, 5)], strict=True):
         x = torch.randn(shape, dtype=torch.double) * 3 + 1
         weight = torch.randn(shape, dtype=torch.double)
         rows = torch.arange(12).split([12] if processes == 1 else [7, 5])[rank]

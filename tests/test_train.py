@@ -1,5 +1,6 @@
 """Training: it learns, it stops and goes on bit for bit, and a user's mistakes cost nothing."""
 
+import itertools
 import json
 import os
 import re
@@ -384,6 +385,33 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_is_not_saved(outputs, l
     order = torch.randperm(96, generator=keyed_generator(config.seed, 0, 0, 0))
     first = 16 * (report["step"] - 1)
     assert report["images"] == {"images": order[first : first + 16].tolist()}
+
+
+def test_an_attack_that_is_not_finite_keeps_its_step(outputs):
+    """On the CPU it is known at once; there was no checkpoint yet."""
+    config = ssl(adversary="clae", learning_rate=1e30, optimizer="sgd")
+    with pytest.raises(RunError, match=r"gradient is not finite.* What was saved is intact"):
+        train_ssl(config)
+    report = json.loads((locate(config).path / "not_finite.json").read_text())
+    assert report["checkpoint"] is None and report["step"] in (2, 3) and "finite" in report["what"]
+    assert len(report["images"]["images"]) == config.batch_size
+
+
+OPTIMIZERS = ["sgd", "lars", "adam", "adam_b0"]
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.product(OPTIMIZERS, repeat=2))
+def test_another_optimiser_continues_with_weights_alone(outputs, capsys, first, second):
+    """Its moments mean something else, or are of other parameters (LARS splits its groups)."""
+    start = train_ssl(ssl(optimizer=first, learning_rate=1e-3, epochs=1))
+    run = train_ssl(
+        ssl(optimizer=second, learning_rate=1e-3, epochs=1, seed=1, continue_from=start.id)
+    )
+    assert ("moments start at 0" in capsys.readouterr().out) == (first != second)
+    tensors, _ = checkpoints.load(run)
+    slots = {name.rpartition(".")[2] for name in tensors if name.startswith("optimizer.")}
+    moments = {"exp_avg", "exp_avg_sq", "step"}
+    assert slots == (moments if second.startswith("adam") else {"momentum_buffer"})
 
 
 @pytest.mark.parametrize("delay", [0, 1, 9])

@@ -6,6 +6,7 @@ let it remember: where, and how much, is measured on any run, in eval mode.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -41,7 +42,7 @@ def single_augmentations(*units: Any) -> dict[str, Recipe]:
 
 
 @torch.no_grad()
-def invariance(run: Run, images: Tensor, seed: int = 0) -> list[dict[str, Any]]:
+def invariance(run: Run, images: Any, seed: int = 0) -> list[dict[str, Any]]:
     """Of each augmentation and layer the mean over images of cos(x, t(x)) − cos(x, t(other)).
 
     0: the layer sees no more of an image in its augmented view than in another's; towards 1: it is
@@ -57,11 +58,11 @@ def invariance(run: Run, images: Tensor, seed: int = 0) -> list[dict[str, Any]]:
     transforms, plain = single_augmentations(*units), recipe("none", *units)
     generators = {name: keyed_generator(seed, i) for i, name in enumerate(transforms)}
     gaps: dict[tuple[str, str], list[Tensor]] = {}
-    for part in images.split(BATCH):
+    for part in _split(images):
         x = _layers(method, plain(part, None))
         for name, transform in transforms.items():
             for layer, y in _layers(method, transform(part, generators[name])).items():
-                own, other = (F.cosine_similarity(x[layer], of) for of in (y, y.flip(0)))
+                own, other = (F.cosine_similarity(x[layer], of) for of in (y, y.roll(1, 0)))
                 gaps.setdefault((name, layer), []).append(own - other)
     return [
         {"augmentation": name, "layer": layer, **bootstrap_interval(torch.cat(gap))._asdict()}
@@ -69,9 +70,7 @@ def invariance(run: Run, images: Tensor, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def read_differences(
-    encoder: Encoder, train: Tensor, test: Tensor, seed: int = 0
-) -> dict[str, Interval]:
+def read_differences(encoder: Encoder, train: Any, test: Any, seed: int = 0) -> dict[str, Interval]:
     """R² of a ridge regression from [h_a ; h_b] to how two views differ, on test images.
 
     `colour` and `crop`: the differences that AugSelf predicts (`augself.differences`), the mean
@@ -100,7 +99,7 @@ def read_differences(
 
 
 @torch.no_grad()
-def predict_differences(run: Run, images: Tensor, seed: int = 0) -> dict[str, Interval]:
+def predict_differences(run: Run, images: Any, seed: int = 0) -> dict[str, Interval]:
     """R² of AugSelf's heads on images (N, 3, H, W), uint8, by head: 0 is what the mean has."""
     method = load_method(run)
     if not getattr(method.options, "augself", None):
@@ -116,12 +115,13 @@ def predict_differences(run: Run, images: Tensor, seed: int = 0) -> dict[str, In
 
 
 @torch.no_grad()
-def shuffle_condition(run: Run, images: Tensor, seed: int = 0) -> dict[str, Interval]:
+def shuffle_condition(run: Run, images: Any, seed: int = 0) -> dict[str, Interval]:
     """InfoNCE in nats of a conditioned run on images (N, 3, H, W): with the right ω, with ω of
     another image, and their difference by image, which is what the projector makes of ω.
 
     `right`, `shuffled`, `difference`, each with its 95 % interval over images. Views are the run's
-    own; negatives are the other images of batches of 250; τ is the run's, or .2 where it has none.
+    own; negatives are the other images of batches of 250 at most; τ is the run's, or .2 where it
+    has none.
     """
     method = load_method(run)
     if not getattr(method.options, "condition", None):
@@ -129,7 +129,7 @@ def shuffle_condition(run: Run, images: Tensor, seed: int = 0) -> dict[str, Inte
     tau = getattr(method.options, "temperature", 0.2)
     generator = keyed_generator(seed)
     losses: dict[str, list[Tensor]] = {"right": [], "shuffled": []}
-    for part in images.split(BATCH):
+    for part in _split(images):
         views, own = [method.recipe(part, generator) for _ in range(2)], torch.arange(len(part))
         others = [View(v.images, {k: p.roll(1, 0) for k, p in v.params.items()}) for v in views]
         for name, pair in (("right", views), ("shuffled", others)):
@@ -141,6 +141,13 @@ def shuffle_condition(run: Run, images: Tensor, seed: int = 0) -> dict[str, Inte
     return {name: bootstrap_interval(values) for name, values in parts.items()}
 
 
+def _split(images: Any) -> Iterator[Tensor]:
+    """Batches of equal size, which a mean over negatives asks for, of uint8 images (N, 3, H, W), a
+    tensor or what `ImageSet.images` is where they lie in a file."""
+    for index in torch.arange(len(images)).tensor_split(-(-len(images) // BATCH)):
+        yield images[index]
+
+
 def measure_r2(predictions: Tensor, targets: Tensor) -> Interval:
     """R² of predictions (N, K), the mean over K targets, with its 95 % interval over rows."""
     errors = (predictions - targets).square() / targets.var(0, unbiased=False)
@@ -149,13 +156,13 @@ def measure_r2(predictions: Tensor, targets: Tensor) -> Interval:
 
 @torch.no_grad()
 def _draw_pairs(
-    embed: Any, images: Tensor, views: Recipe, key: tuple[int, ...]
+    embed: Any, images: Any, views: Recipe, key: tuple[int, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """[h_a ; h_b] (N, 2C) of two views of each image, and how the views differ (`differences`)."""
     features, params = [], []
     for number in (0, 1):
         generator = keyed_generator(*key, number)
-        parts = [views(part, generator) for part in images.split(BATCH)]
+        parts = [views(part, generator) for part in _split(images)]
         features.append(torch.cat([embed(view.images) for view in parts]))
         params.append({k: torch.cat([view.params[k] for view in parts]) for k in parts[0].params})
     return torch.cat(features, 1), differences(params[0], params[1], views)

@@ -41,11 +41,13 @@ def load_partitions(run: Run) -> Tensor:
     """
     tensors, _ = checkpoints.load(run) or ({}, {})
     if "method.partitions" not in tensors:
-        raise RunError(f"{run.id} keeps no partitions: take a run with method='ipirm'.")
+        raise RunError(
+            f"{run.id} keeps no partitions: take a run with method='ipirm' that is no baseline."
+        )
     return tensors["method.partitions"][: int(tensors["method.fitted"])]
 
 
-def known_factors(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def known_factors(images: Any, labels: Tensor) -> dict[str, Tensor]:
     """Values (N,), int64, of what is known of uint8 images (N, 3, H, W); −1 where it is not.
 
     Brightness and saturation (of HSV) above their median or not; the hue of the mean colour of the
@@ -53,7 +55,7 @@ def known_factors(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """
     from skimage.color import rgb2hsv  # a second to import
 
-    x = images.float() / 255
+    x = images[:].float() / 255
     height, width = x.shape[2:]
     inside = torch.zeros(height, width, dtype=torch.bool)
     inside[height // 8 : -(height // 8) or None, width // 8 : -(width // 8) or None] = True

@@ -259,6 +259,11 @@ def _order(config: DecomposeConfig, data: ImageSet, n: int) -> Tensor:
             raise ConfigError(f"only must be a class of {data.name} ({names}): {config.only!r}.")
         other = (data.labels != data.classes.index(config.only)).tolist()
         order.sort(key=other.__getitem__)
+        if (count := len(data) - sum(other)) < n:
+            raise ConfigError(
+                f"images={n} is more than the {count} of only={config.only!r} in "
+                f"split={config.split!r} of {data.name}: take fewer."
+            )
     for index in config.indices:
         if index >= len(data):
             raise ConfigError(f"indices: {index} is beyond the {len(data)} {config.split} images.")

@@ -48,7 +48,7 @@ def import_run(
         size, mean, std, condition, injection: as in `load_official`.
         values: what else is known of its training, as fields of VAEConfig or SSLConfig (`kappa`,
             `adversary`, `epsilon`, …). What the official name of the file says need not be given
-            (`read_name`). What nobody states is unknown (`Config.stated`); a training that
+            (`read_name`). What nobody states is unknown (`Config.list_stated`); a training that
             continues the run takes the preset `paper`'s value there, of CASSLE and AugSelf that of
             their name.
     Raises:

@@ -163,7 +163,10 @@ class Conditioned(TwoViews):
                     f"condition='crop, color', or leave {field} out."
                 )
         if config.condition and config.injection != "concatenate":
-            with torch.device("meta"):  # whether the projector can be, before data are read
+            if (config.injection, config.gamma) == ("hypernetwork", "raw"):
+                raise ConfigError("gamma='raw' is not for injection='hypernetwork': leave it out.")
+            # Whether the projector can be, before data are read; the user's generator stays.
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 build_method(config, About(_views(config)))
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:

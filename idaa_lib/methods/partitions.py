@@ -104,9 +104,8 @@ def soft_loss(
     else:
         weights = torch.zeros_like(s).masked_scatter(others(len(s), s.device), weights)
         losses = -(target * (s + weights).log_softmax(1)).sum(1)
-    a = rows / rows.sum()
-    loss = (rows * losses).mean() if total else a @ losses
-    return loss, penalty(logits / temperatures[1], weights, a, target=target)
+    a = rows / (len(rows) if total else rows.sum())
+    return a @ losses, penalty(logits / temperatures[1], weights, a, target=target)
 
 
 def imbalance(p: Tensor, constrain: str, total: bool) -> Tensor:
@@ -114,10 +113,10 @@ def imbalance(p: Tensor, constrain: str, total: bool) -> Tensor:
     entropy = -torch.special.xlogy(p.mean(0), p.mean(0)).sum()
     if constrain == "none":
         return entropy.new_zeros(())
+    if total:  # in place of both constraints
+        return 0.2 * (-entropy - torch.special.xlogy(p, p).sum(1).mean())
     if constrain == "strict":
         return -entropy
-    if total:
-        return 0.2 * (-entropy - torch.special.xlogy(p, p).sum(1).mean())
     return (BALANCE - entropy).clamp(min=0)
 
 

@@ -154,7 +154,8 @@ def encoder(name: Run | Path | str | None) -> Run:
     Raises: as `get`.
     """
     stage = name.stage if isinstance(name, Run) else Path(name or "").name.partition("-")[0]
-    return get("semi" if stage == "semi" else "ssl", name)
+    semi = stage == "semi" or any((outputs_root() / "semi").glob(f"*-{stage or '-'}"))
+    return get("semi" if semi else "ssl", name)
 
 
 def images_of(training: Run, field: str = "dataset") -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -201,17 +202,24 @@ class Steps:
 
     def _refuse(self, what: str, step: int) -> NoReturn:
         """Keep what is known of the step, counted from 1, whose numbers were not finite. Raises."""
-        path, good = self.run.path / "not_finite.json", "there is no checkpoint yet"
+        good = "there is no checkpoint yet"
         if self.saved is not None:
             good = f"the last checkpoint, of step {self.saved}, is intact"
-        if self.writer is not None:
-            about = {"step": step, "what": what, "checkpoint": self.saved}
-            write_json(path, about | {"images": self._batch_of(step - 1)})
+        path = self.note(what, step)
         self._check()
         raise RunError(
             f"{what} at step {step}: lower learning_rate or try precision='fp32'; {good}, and the "
             f"indices of the step's images are in {path}."
         )
+
+    def note(self, what: str, step: int) -> Path:
+        """The file that keeps what is known of a step, counted from 1, whose numbers were not
+        finite."""
+        path = self.run.path / "not_finite.json"
+        if self.writer is not None:
+            about = {"step": step, "what": what, "checkpoint": self.saved}
+            write_json(path, about | {"images": self._batch_of(step - 1)})
+        return path
 
     def _write_line(self, wait: bool = True) -> None:
         """Write the line that is on its way, if there is one; without `wait` only if it has come.

@@ -63,7 +63,7 @@ class Feed(Dataset):
         )
         for pair in loader:
             if isinstance(pair, OSError):  # raised in a worker, it would carry that one's trace
-                raise RunError(f"{pair}. The last checkpoint is intact.") from pair
+                raise RunError(f"{pair}. What was saved is intact.") from pair
             batch, images = (
                 {key: t.to(self.device, non_blocking=True) for key, t in part.items()}
                 for part in pair

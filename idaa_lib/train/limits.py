@@ -25,9 +25,7 @@ def check_memory(config: TrainingConfig, about: About) -> None:
         ConfigError: it has not.
     """
     free = {"seed", "epochs", "limit"}  # which take none
-    numbers = {k: v for k, v in config if type(v) is int and v > 1024 and k not in free}
-    if not numbers:  # networks are small: no need to look
-        return
+    numbers = {k: v for k, v in config if type(v) is int and v > 64 and k not in free}
     build: Any = VAETraining if isinstance(config, VAEConfig) else build_method
     sizes = {"a batch of images": 4 * config.batch_size * 3 * config.size**2}
     try:

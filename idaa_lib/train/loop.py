@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from idaa_lib.adversaries import Adversary, AttackError, NoAdversary
+from idaa_lib.adversaries import Adversary, AttackError, NoAdversary, ascent
 from idaa_lib.configs import ConfigError, TrainingConfig
 from idaa_lib.data.streamed import Images
 from idaa_lib.evaluate.encoders import features
@@ -201,9 +201,9 @@ class Fit:
                     batch, images = next(batches)
                     steps.add(self.train_step(step, images, batch))
         except AttackError as error:
-            raise RunError(
-                f"By step {steps.step}: {error} The last checkpoint is intact."
-            ) from error
+            if not ascent.waits(self.device):  # else the loss was NaN too, and its step is kept
+                steps.note(str(error), steps.step + 1)
+            raise RunError(f"By step {steps.step}: {error} What was saved is intact.") from error
         # A run killed between its last checkpoint and its summary has nothing left to train.
         return self._figures or self._validate()
 
@@ -273,8 +273,8 @@ class Fit:
 
     def _numbers(self, step: int, sizes: dict[str, int]) -> dict[str, Tensor]:
         """The step's random numbers on the device."""
-        size = self.method.recipe.size
-        shape = torch.Size((sizes.get("images", 0) * self.processes, 3, size, size))
+        size, n = self.method.recipe.size, sizes.get("images") or max(sizes.values())
+        shape = torch.Size((n * self.processes, 3, size, size))
         key = self.config.seed, step // self.per_epoch, step, ATTACK
         attack = self.adversary.numbers(shape, keyed_generator(*key))
         mine = self._mine({f"attack {name}": value for name, value in attack.items()})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from idaa_lib.adversaries import build_adversary
-from idaa_lib.configs import EncoderConfig
+from idaa_lib.configs import SSLConfig
 from idaa_lib.methods import About, build_method
 from idaa_lib.methods.base import Work
 from idaa_lib.nets.vae import VAE
@@ -20,13 +20,14 @@ from idaa_lib.views import keyed_generator, recipe
 N = 8  # images of the step that is counted
 
 
-def count_passes(config: EncoderConfig) -> float:
+def count_passes(config: SSLConfig) -> float:
     """Forward passes of a backbone for each image of a batch, counted in a step of narrow networks.
 
     Those of target networks count too, and of an attack those that it differentiates. Long work
     before epochs (IP-IRM's maximisation) is counted over all `epochs` and divided by them.
     """
     plain: Any = {"device": "cpu", "precision": "fp32", "compile": False, "tracker": "none"}
+    plain["processes"] = 1
     narrow = config.replace(width=4, batch_size=N, **plain)
     views = recipe(config.augmentation, config.size, (0.5,) * 3, (0.25,) * 3)
     about = About(views, torch.zeros(N), 1, config.epochs, N, config.seed)

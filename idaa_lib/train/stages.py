@@ -361,8 +361,10 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
     """
     if plan.start is None or (checkpoint := checkpoints.load(plan.start)) is None:
         return None
-    tensors, state = checkpoint
-    fresh = {f"method.{name}": buffer for name, buffer in method.named_buffers(recurse=False)}
+    (tensors, state), start = checkpoint, plan.start.config
+    stored = method.state_dict()  # a buffer that is not persistent is made anew in any case
+    buffers = {k: b for k, b in method.named_buffers(recurse=False) if k in stored}
+    fresh = {f"method.{name}": buffer for name, buffer in buffers.items()}
     lacks = state.get("lacks", [])
     other = plan.start.environment.get("dataset", {}).get("fingerprint") != plan.data.fingerprint
     shapes = any(k in tensors and tensors[k].shape != b.shape for k, b in fresh.items())
@@ -371,11 +373,15 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
         print(f"{plan.start.id} lacks {', '.join(names)} for this run: new ones are made.")
         tensors = tensors | fresh
     theirs = {k: v.shape for k, v in checkpoints.under("method.", tensors).items()}
-    ours = {k: v.shape for k, v in method.state_dict().items()}
+    ours = {k: v.shape for k, v in stored.items()}
     if theirs != ours:
         names = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
         raise ConfigError(
             f"continue_from={plan.start.id!r} has other weights: {len(names)} differ in name or "
             f"shape, the first {names[0]} (other width, dim, method, or norms of an adversary)."
         )
+    rules = [[getattr(c, k, None) for k in ("method", "optimizer")] for c in (start, plan.config)]
+    if rules[0] != rules[1]:  # its moments mean something else, or are of other parameters
+        print(f"{plan.start.id} was trained by another optimiser or method: moments start at 0.")
+        tensors = {k: v for k, v in tensors.items() if k.startswith("method.")}
     return tensors
