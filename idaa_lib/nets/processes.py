@@ -151,10 +151,9 @@ class SyncBatchNorm(_BatchNorm):
             if self.affine:
                 y = y * self.weight.view(shape) + self.bias.view(shape)
         if self.running_mean is not None and self.running_var is not None:
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1
-            count = self.num_batches_tracked
-            momentum = self.momentum if self.momentum is not None else 1.0 / float(count or 1)
+            batches: Any = self.num_batches_tracked  # with no momentum: the mean of all batches
+            batches.add_(1)
+            momentum = 1 / float(batches) if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean.detach(), momentum)
             self.running_var.lerp_((variance * n / (n - 1)).detach(), momentum)
         return y.to(x.dtype)
