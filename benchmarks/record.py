@@ -24,8 +24,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parent.parent / "docs" / "speed.md"
 # Without a spread, what two runs of the same thing differ by on a quiet machine.
 NOISE = 0.05
-# Of other units more is worse: seconds, memory.
-MORE_IS_BETTER = ("ratio", "% top-1", "images/s")
+# Of other units neither is better: such as nats, images, kills.
+MORE_IS_BETTER = ("ratio", "% top-1", "%", "points", "R²", "images/s", "GFLOP/s", "GB/s")
+LESS_IS_BETTER = ("s", "s a step", "s each", "s of CPU", "ms", "min", "minutes", "MiB", "GiB")
 # Rows of speed.py in words, and what each must reach on a machine that multiplies bf16 natively.
 ROWS = {
     "views_ratio_eager": ("two SimCLR views of 32² images", "≥ 3.5"),
@@ -102,7 +103,7 @@ def half_width(row: dict[str, Any]) -> float:
 def moves(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, float, float, str]]:
     """(what, old value, new value, verdict) of the rows that both files have.
 
-    Verdicts: `same`, `better`, `worse`.
+    Verdicts: `same`, `better`, `worse`; `moved` where neither is better.
     """
     before = {row["what"]: row for row in old["rows"]}
     rows = []
@@ -112,9 +113,11 @@ def moves(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, float, fl
         a, b = earlier["value"], after["value"]
         if abs(b - a) <= half_width(earlier) + half_width(after):
             verdict = "same"
-        else:
+        elif after["unit"] in (*MORE_IS_BETTER, *LESS_IS_BETTER):
             more = after["unit"] in MORE_IS_BETTER and after["what"] != "idaa_over_simclr"
             verdict = "better" if (b > a) == more else "worse"
+        else:
+            verdict = "moved"
         rows.append((after["what"], a, b, verdict))
     return rows
 
@@ -126,7 +129,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> int:
             print(f"{field} differs: compare with care.\n  {old[field]}\n  {new[field]}")
     rows = moves(old, new)
     for what, a, b, verdict in rows:
-        print(f"{verdict:>7}  {what:<36} {a:>10.4g} → {b:<10.4g} ({b / a - 1:+.1%})")
+        change = f"{b / a - 1:+.1%}" if a else "–"
+        print(f"{verdict:>7}  {what:<36} {a:>10.4g} → {b:<10.4g} ({change})")
     if only := {row["what"] for row in old["rows"]} ^ {row["what"] for row in new["rows"]}:
         print(f"only in one: {', '.join(sorted(only))}")
     return int(any(verdict == "worse" for *_, verdict in rows))

@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -129,6 +129,11 @@ class Grid(Values):
                 labels |= names
             places.append(Point(labels, **fields))
         return places
+
+
+def name_labels(points: Sequence[Point]) -> list[str]:
+    """The names of all labels that points have, in their order."""
+    return list(dict.fromkeys(name for point in points for name in point.labels))
 
 
 def read(grid: str | Path | Mapping[str, Any]) -> Grid:

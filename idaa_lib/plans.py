@@ -268,7 +268,10 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
         print(*report_left_out(damage), sep="\n")
     labels = pd.DataFrame([*rows.values()])
     beside = [name for name in labels if name not in figures]
-    return labels[["run", *beside]].merge(figures, on="run") if rows else figures
+    labels = labels[["run", *beside]] if rows else labels
+    # One run may be several points, such as that without an adversary of several VAEs.
+    labels = labels[~labels.astype(str).duplicated()]
+    return labels.merge(figures, on="run") if rows else figures
 
 
 def vaes(grid: Sequence[Point]) -> str:

@@ -387,13 +387,14 @@ def test_what_is_no_epsilon_stays_marked_until_it_is_mended(text):
 def test_epsilon_starts_where_training_has_it(tmp_path, monkeypatch):
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path))
     train_vae(VAEConfig(**SMALL, epochs=1, dim=8))
-    assert Engine(CONFIG).trained_epsilon == IDAA.Options().epsilon
+    assert Engine(CONFIG).trained_epsilon is None
     for adversary, epsilon in (("clae", 0.02), ("idaa", 0.4)):
         train_ssl(SSLConfig(**SMALL, epochs=1, adversary=adversary, epsilon=epsilon))
         explorer = Explorer(CONFIG)
         expected = epsilon if adversary == "idaa" else IDAA.Options().epsilon  # CLAE's is of pixels
         assert explorer.epsilon.value == expected
-        assert f"{expected:g} in training" in explorer.epsilon.mark.value
+        words = "in training" if adversary == "idaa" else "IDAA's default"
+        assert f"{expected:g} {words}" in explorer.epsilon.mark.value
         explorer.engine = None
         assert explorer._background.settle()
 
@@ -427,7 +428,7 @@ def test_all_images_are_shown_and_one_is_enlarged(explorer):
     assert explorer.chosen.value == -1 and explorer.status.value == ""
 
 
-def test_two_settings_are_seen_side_by_side(explorer):
+def test_two_settings_are_seen_side_by_side(explorer, monkeypatch):
     assert settle(explorer)
     picture = explorer.picture.image.value
     explorer.pin.value = True
@@ -437,6 +438,10 @@ def test_two_settings_are_seen_side_by_side(explorer):
     assert explorer.pinned.image.value == picture != explorer.picture.image.value
     assert "IDAA, ε = 2<" in explorer.meters.value
     assert "pinned: IDAA, ε = 0.3<" in explorer.meters.value
+    monkeypatch.setattr("idaa_lib.lab.verdict.note", lambda engine: "judged by another")
+    explorer._write_meters()  # as after another choice of the attacked encoder
+    assert "pinned: IDAA, ε = 0.3 (judged by an untrained" in explorer.meters.value
+    monkeypatch.undo()
     explorer.pin.value = False
     assert settle(explorer)
     assert "pinned" not in explorer.meters.value

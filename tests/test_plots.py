@@ -429,6 +429,9 @@ def test_a_test_split_of_a_few_images_has_its_figures(n):
     panels = plots.neighbours(features, images, labels, [0], classes).axes[0].images
     assert len(panels) == n  # the query among them
     assert plots.confusion(labels, labels, classes).axes
+    many = torch.arange(1000)  # ImageNet's: a cell of each would take 22 GB
+    figure = plots.confusion(many, many, [f"class {n}" for n in range(1000)])
+    assert max(figure.get_size_inches()) < 25 and len(figure.axes[0].get_xticks()) <= 20
     assert embedding_std(features[:1]) == 0
 
 

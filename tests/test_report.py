@@ -108,7 +108,7 @@ GRIDS = {  # and what stands at the axes of its figure
     "two": ({"cross": {"ssl": {"epsilon": [0.1, 0.3]}, "vae": {"dim": [32, 128]}}},
             ["ε (units of z)", "dim m", "32", "128"]),
     "three": ({"cross": {"ssl": {"epsilon": [0.1, 0.3], "alpha": [1, 2], "steps": [3, 4, 5]}}},
-              ["steps", "ε (units of z)", "1.0", "2.0"]),
+              ["steps", "ε (units of z)", "alpha = 1", "alpha = 2"]),
     "one": ({"cross": {"ssl": {"epochs": [3, 7]}}}, ["epochs", "3", "7"]),
     "labels": ({"cross": {"budget": [{"ssl": {"epochs": n}, "labels": {"budget": f"of {n}"}}
                                      for n in (1, 2)], "ssl": {"width": [4, 8]}}},

@@ -43,6 +43,29 @@ CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
+def test_trainings_of_two_precisions_are_told_apart(outputs):
+    """`auto` is another precision on another machine, and their results are others."""
+    pair = [finish_run(SSLConfig(epochs=n), {}, ("photos", "pixels")) for n in (3, 4)]
+    for run, precision in zip(pair, ("no", "bf16"), strict=True):
+        runs.write_json(run.path / "environment.json", run.environment | {"precision": precision})
+    assert find_differences(pair)["precision"] == ["fp32", "bf16"]
+    assert tell_apart(pair)[1].endswith("precision = bf16")
+
+
+def test_transfers_to_folders_of_one_name_keep_their_content(outputs):
+    rows = [
+        {"features": "encoder", "dataset": "images", "fingerprint": name, "probe": "linear",
+         "value": value, "metric": "top-1", "n": 9, "protocol": "p", "low": 1.0, "high": 2.0}
+        for name, value in (("A", 72.2), ("B", 66.7))
+    ]  # fmt: skip
+    training = finish_run(SSLConfig(), {}, ("photos", "pixels"))
+    run = finish_run(TransferConfig(run=training.id), {"rows": rows}, ("images", "A"))
+    data = [{"name": "images", "fingerprint": name, "size": 32, "classes": 2} for name in "AB"]
+    runs.write_json(run.path / "environment.json", run.environment | {"datasets": data})
+    frame = results([run])
+    assert dict(zip(frame["fingerprint"], frame["value"], strict=True)) == {"A": 72.2, "B": 66.7}
+
+
 def finish_run(config, summary, *data, size=32, classes=None, units=CIFAR):
     """A finished run written by hand, on data sets (name, fingerprint)."""
     pointers = {name: getattr(config, name, None) for name in ("vae", "run", "continue_from")}

@@ -25,7 +25,8 @@ TINY = {"limit": 64, "width": 4, "epochs": 1, "batch_size": 32, "device": "cpu"}
 
 def made(config, summary=None, fingerprint="pixels", error=None, lines=()):
     """A run directory written by hand; failed with `error`, finished with `summary`."""
-    run = runs.run_for(config, fingerprint)
+    weights = {"encoder": getattr(config, "run", None), "vae": getattr(config, "vae", None)}
+    run = runs.run_for(config, fingerprint, **weights)
     environment = {"dataset": {"name": "photos", "n": 64, "fingerprint": fingerprint}}
     try:
         with run.writing(config, environment) as writer:
@@ -242,6 +243,28 @@ def test_runs_of_several_seeds_are_one_line_on_request(outputs):
         *trainings,
         stopped_run,
     }
+
+
+def test_a_training_has_the_newest_figures_on_its_own_images(outputs):
+    run = made(SSLConfig(), {})
+    evaluations = [
+        made(EvalConfig(run=run.id, **values), judgement(top1))
+        for values, top1 in (({}, 40.0), ({"limit": 50}, 41.0), ({"dataset": "cifar10"}, 99.0))
+    ]
+    lines = texts(RunsPage())
+    assert lines[run.id]["test kNN (%)"] == "41.0 [37.0, 45.0]"  # of one minute the later one
+    assert lines[evaluations[2].id]["test kNN (%)"] == "99.0 [95.0, 103.0]"
+
+
+def test_runs_with_a_vae_of_their_own_seed_are_one_line(outputs):
+    for seed in (0, 1):
+        vae = made(VAEConfig(seed=seed), {})
+        made(SSLConfig(adversary="idaa", vae=vae.id, seed=seed), {"knn_top1_val": 10.0})
+    made(SSLConfig(adversary="idaa", vae=made(VAEConfig(dim=8), {}).id), {})
+    page = RunsPage()
+    page.means.value = True
+    frame = page.table.df
+    assert sorted(frame[frame["stage"] == "ssl"]["seed"].astype(str)) == ["0", "0, 1"]
 
 
 def test_tags_stay_beside_the_run(outputs):

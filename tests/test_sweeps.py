@@ -21,7 +21,7 @@ from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.lab import plots
 from idaa_lib.runs import RunError, write_json
-from idaa_lib.train import accelerator, train_vae
+from idaa_lib.train import accelerator, train, train_vae
 
 SMALL = {"limit": 64, "batch_size": 32, "epochs": 1, "width": 4, "device": "cpu", "dim": 8}
 
@@ -546,12 +546,49 @@ def test_seeds_are_rows_or_means_with_student_s_intervals(tmp_path):
 def test_two_fields_that_are_crossed_are_a_heat_map_of_their_means():
     figure = plots.heat_maps(figures_of(FIGURES), ["method", "epsilon", "dim"])
     maps = [axis for axis in figure.axes if axis.get_title()]
-    assert [axis.get_title() for axis in maps] == ["SimCLR", "SimSiam"]
+    assert [axis.get_title() for axis in maps] == ["method = SimCLR", "method = SimSiam"]
     for i, axis in enumerate(maps):
         assert (axis.get_xlabel(), axis.get_ylabel()) == ("dim m", "ε (units of z)")
         words = [text.get_text().split("\n")[0] for text in axis.texts]
         expected = [10 * i + e + d + 1 for e in (0.1, 0.2) for d in (4, 8)]
         assert words == [f"{value:.1f}" for value in expected]
+
+
+def test_a_point_that_lacks_a_field_is_in_the_heat_map_too():
+    frame = figures_of(FIGURES)
+    frame = frame[frame["method"] == "SimCLR"].astype({"epsilon": object})
+    frame.loc[frame["epsilon"] == 0.1, "epsilon"] = None  # as without an adversary
+    figure = plots.heat_maps(frame, ["epsilon", "dim"])
+    assert len([text for axis in figure.axes for text in axis.texts]) == 4
+    axis = figure.axes[0]
+    labels = [*axis.get_xticklabels(), *axis.get_yticklabels()]
+    assert "–" in [label.get_text() for label in labels]
+
+
+def test_what_is_crossed_besides_an_axis_has_lines_of_its_own():
+    """Else a point is the mean of two methods, with an interval as if they were seeds."""
+    frame = figures_of(FIGURES).assign(axis="epsilon", adversary="IDAA")
+    frame = frame[(frame["dim"] == 4) & (frame["seed"] == 0)].assign(at=lambda f: f["epsilon"])
+    figure = plots.sensitivity(frame, ["method", "dim"])
+    lines = figure.axes[0].get_legend_handles_labels()
+    assert lines[1] == ["IDAA, method = SimCLR", "IDAA, method = SimSiam"]
+    heights = [[*line.lines[0].get_ydata()] for line in lines[0]]
+    assert heights == [pytest.approx([4.1, 4.2]), pytest.approx([14.1, 14.2])]
+
+
+def test_one_run_of_several_points_is_one_row(outputs):
+    """The encoder without an adversary is the same for each VAE."""
+    grid = grids.read({
+        "fixed": {"all": {k: v for k, v in SMALL.items() if k != "dim"}},
+        "stages": ["vae", "ssl"],
+        "cross": {"vae": {"dim": [4, 8]}, "ssl": {"adversary": ["none", "idaa"]}},
+    }).points()  # fmt: skip
+    by_key = {}
+    for key, (config, needs) in plans.plan(grid).items():
+        by_key[key] = train(plans.name_needs(config, needs, by_key))
+    frame = plans.table(grid)
+    assert set(frame["run"].value_counts()) == {1} and len(frame) == 3
+    assert grids.name_labels(grid) == ["dim", "adversary"]
 
 
 def test_a_tidy_table_is_a_call_on_the_package(outputs):

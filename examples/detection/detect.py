@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import os
 import re
 import sys
@@ -34,15 +33,16 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from training import Training
 
 from idaa_lib import results, runs
-from idaa_lib.configs import ConfigError, UserError
+from idaa_lib.configs import ConfigError
 from idaa_lib.data.cached import data_root
 from idaa_lib.evaluate.encoders import load_encoder
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.nets import evaluating, initial_weights
 from idaa_lib.nets.resnet import ResNet
-from idaa_lib.runs import Run, RunError, Stopped, Writer, checkpoints
+from idaa_lib.runs import Run, RunError, Writer, checkpoints
 from idaa_lib.runs.machine import describe, resolve_path, torch_device
 from idaa_lib.runs.stage import Plan, perform
+from idaa_lib.train.__main__ import answer, read_words
 
 COCO = 80, 5000  # categories and images of val2017
 PAPER = "resnet50-C4, width 64"  # its network, as `protocol` writes it; inferred (docs/paper.csv)
@@ -334,14 +334,7 @@ def protocol(config: DetectionConfig, source: Run) -> str:
 
 def main(words: list[str]) -> int:
     """Run with the fields that `words` (name=value) set; the exit status."""
-    try:
-        fields: dict[str, Any] = dict(word.split("=", 1) for word in words)
-        run = detect(DetectionConfig(**fields))
-    except (UserError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 130 if isinstance(error, Stopped) else 2
-    print(run.path, json.dumps(run.summary, indent=1, ensure_ascii=False), sep="\n")
-    return 0
+    return answer(lambda: detect(DetectionConfig(**read_words(words))))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -83,6 +84,11 @@ def _plan(config: TransferConfig) -> _Transfer:
     config, size, targets, left_out = open_targets(
         config, source.config, lambda name: reading_of(config, source, name)
     )
+    counts = Counter[str]()
+    for splits in targets:  # several folders may have one name
+        counts[name := splits["test"].name] += 1
+        if (number := counts[name]) > 1:
+            splits |= {part: replace(s, name=f"{name} ({number})") for part, s in splits.items()}
     fingerprints = " ".join(splits["test"].fingerprint for splits in targets)
     run = runs.run_for(config, fingerprints, encoder=checkpoints.digest(source))
     device = torch_device(config.device)
@@ -151,7 +157,8 @@ class _Transfer(Plan):
             encoder = ENCODERS[name](self.source)._replace(size=self.size)
             z = encode_splits(encoder.to(self.machine["device"]), splits, **self.machine)
             verdicts = self.rows(z, splits, episodes)
-            rows += [{"features": name, **row} for row in verdicts]
+            content = {"fingerprint": splits["test"].fingerprint}  # two may have one name
+            rows += [{"features": name, **content, **row} for row in verdicts]
             values = ", ".join(f"{row['probe']} {row['value']:.1f}" for row in verdicts)
             print(f"{splits['test'].name}, {name}: {values} (%)")
         summary = {"rows": rows, "left_out": self.left_out, "size": self.size}

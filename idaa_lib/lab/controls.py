@@ -13,6 +13,7 @@ import ipywidgets as widgets
 import traitlets
 
 from idaa_lib import runs
+from idaa_lib.adversaries import IDAA
 from idaa_lib.configs import ConfigError, DecomposeConfig
 from idaa_lib.configs.reading import quote
 from idaa_lib.data.decoding import decode
@@ -135,13 +136,17 @@ class Epsilon(widgets.HBox):
         self.field.observe(lambda change: self._type(change["new"]), "value")
         self.slider.observe(lambda change: self._slide(change["new"]), "value")
 
-    def mark_trained(self, epsilon: float) -> None:
-        """Put the mark at training's ε."""
+    def mark_trained(self, trained: float | None) -> float:
+        """Put the mark at the ε of a training with IDAA, at IDAA's default where there was none;
+        that ε."""
+        epsilon = IDAA.Options().epsilon if trained is None else trained
+        words = "IDAA's default" if trained is None else "in training"
         share = math.log(min(max(epsilon, LOW), HIGH) / LOW) / math.log(HIGH / LOW)
         self.mark.value = (
             f'<span class="idaa-trained" style="left:calc(8px + {share:.4f} * (100% - 16px))">'
-            f"▲ {epsilon:g} in training</span>"
+            f"▲ {epsilon:g} {words}</span>"
         )
+        return epsilon
 
     def _type(self, text: str) -> None:
         try:

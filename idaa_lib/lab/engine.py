@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from idaa_lib import runs
-from idaa_lib.adversaries import IDAA
 from idaa_lib.configs import UNKNOWN, DecomposeConfig
 from idaa_lib.identity.networks import UNTRAINED, choose_witness
 from idaa_lib.identity.scene import (
@@ -75,13 +74,13 @@ class Engine:
         return Witness(self.scene, name, self.candidates)
 
     @cached_property
-    def trained_epsilon(self) -> float:
-        """IDAA's ε in the training of the attacked encoder; its default where that had none."""
+    def trained_epsilon(self) -> float | None:
+        """IDAA's ε in the training of the attacked encoder; None where that had none."""
         if self.scene.attacked != UNTRAINED:
             values = runs.get("ssl", self.scene.attacked).config.list_stated()
             if values["adversary"] == "idaa" and values["epsilon"] != UNKNOWN:
                 return values["epsilon"]
-        return IDAA.Options().epsilon
+        return None
 
     def live(self, adversary: str) -> bool:
         """Whether a picture at another ε is there within a move of the slider."""

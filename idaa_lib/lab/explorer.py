@@ -69,6 +69,7 @@ class Explorer(Controls):
     _waits = False  # whether it waits for the curves over ε
     _now: tuple[str, Reading] | None = None  # what the meters say, and of what
     _pinned: tuple[str, Reading] | None = None
+    _pinned_note = ""  # who judged it and was attacked
 
     def __init__(self, config: DecomposeConfig) -> None:
         super().__init__(config)
@@ -195,6 +196,7 @@ class Explorer(Controls):
 
         def work() -> None:
             self._pinned = self._now if self.pin.value else None
+            self._pinned_note = verdict.note(self.engine)
             self.pinned.layout.display = None if self._pinned else "none"
             if self._pinned is not None:
                 self.pinned.resize(self.engine.columns, self.engine.size)
@@ -247,9 +249,9 @@ class Explorer(Controls):
         self.still.show(still.values())
         self.walk.open(engine)
         self.curves.value, self._panels = "<i>The curves over ε are being read …</i>", ()
-        self.epsilon.mark_trained(engine.trained_epsilon)
+        marked = self.epsilon.mark_trained(engine.trained_epsilon)
         if first:
-            self.epsilon.value = min(max(engine.trained_epsilon, LOW), HIGH)
+            self.epsilon.value = min(max(marked, LOW), HIGH)
         self._draw()
         self._unfold()
         self._later("curves", lambda: self._advance(engine))
@@ -317,7 +319,9 @@ class Explorer(Controls):
             return
         readings = dict([self._now])
         if self._pinned is not None:
-            readings[f"pinned: {self._pinned[0]}"] = self._pinned[1]
+            other = self._pinned_note != verdict.note(self.engine)
+            who = f" ({self._pinned_note})" if other else ""
+            readings[f"pinned: {self._pinned[0]}{who}"] = self._pinned[1]
         table, note = verdict.meters(self.engine, readings)
         note = html.escape(note)
         if query() is not None:

@@ -113,7 +113,10 @@ def leave_record(run: Run) -> None:
     summary, name = run.summary or {}, full_name(run)
     values = {key: value for line in lines for key, value in line.items()} | summary
     cells = {"state": run.state["state"], "step": f"{lines[-1]['step']:,}"}
+    fields = dict(run.config)  # what it was given is no figure of it
     for key in dict.fromkeys([*plots.CURVES[run.stage], *summary]):
+        if key in fields:
+            continue
         ends = [key.replace("top1", end) for end in ("low", "high")]
         if key in values and not re.search("_(low|high)_", key):
             text = write_value(values[key])

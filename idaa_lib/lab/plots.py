@@ -20,7 +20,7 @@ from idaa_lib.lab import style
 from idaa_lib.lab.pictures import image_rows
 from idaa_lib.lab.style import INK, PALETTE, entry, legend, look, looks
 from idaa_lib.lab.style import save as save  # what notebooks call beside the figures
-from idaa_lib.results import interval, title
+from idaa_lib.results import field_text, interval, natural, title
 from idaa_lib.runs import Run
 
 Lines = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
@@ -115,8 +115,11 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
     Args:
         frame: of `results.results`, of one split. panels, groups, colours: its columns, such as
             metric, method and adversary; where none of them is `features`, what an untrained
-            encoder and raw pixels have are lines.
+            encoder and raw pixels have are lines. A row whose VAE is of other images (`vae_of`) has
+            no place of its own, and is in tables alone.
     """
+    if "vae_of" in frame:
+        frame = frame[frame["vae_of"].isna()]
     with_lines = "features" not in (groups, colours)
     own = frame[frame["features"] == "encoder"] if with_lines else frame
     names = [*frame[panels].unique()]
@@ -191,7 +194,8 @@ def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Fi
 
     n = len(classes)
     share = confusion_matrix(labels, predictions, labels=range(n), normalize="true")
-    figure, axis = style.axes(figsize=(0.52 * n + 2.2, 0.46 * n + 1.6), layout="compressed")
+    side = min(n, 40)  # of more classes smaller cells
+    figure, axis = style.axes(figsize=(0.52 * side + 2.2, 0.46 * side + 1.6), layout="compressed")
     how: dict[str, Any] = dict(values_format=".0f", include_values=n <= 20, colorbar=False)
     how |= dict(cmap="Blues", xticks_rotation=90 if max(map(len, classes)) > 6 else 0)
     matrix = ConfusionMatrixDisplay(100 * share, display_labels=classes)
@@ -199,6 +203,11 @@ def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Fi
     figure.colorbar(matrix.im_, ax=axis, label="percent of the true class")
     axis.set(xlabel="predicted class", ylabel="true class")
     axis.set(title="Confusion of the linear probe on test")
+    if n > 100:  # names would lie over one another
+        ticks = range(0, n, -(-n // 20))
+        axis.set_xticks(ticks, ticks)
+        axis.set_yticks(ticks, ticks)
+        axis.set(xlabel="predicted class, by number", ylabel="true class, by number")
     axis.grid(False)
     return figure
 
@@ -280,16 +289,19 @@ def partition_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 @look()
-def sensitivity(frame: pd.DataFrame) -> Figure:
+def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
     """Validation accuracy over ε, β, dim and further axes: a column each, kNN above, linear below.
 
     Args:
         frame: of `plans.table`, with the columns `axis` and `at`. Intervals are over images, or
             over several seeds. Values that are not numbers, and those of an axis with 0, stand side
             by side; results of no axis, such as those without an adversary, are a line in each that
-            has none of their own.
+            has none of their own. fields: further columns that were crossed: a line for each
+            combination of their values.
     """
     frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
+    fields = [name for name in fields if frame[name].astype(str).nunique() > 1]
+    frame = frame.assign(**{name: frame[name].astype(object).fillna("–") for name in fields})
     columns, probes = list(dict.fromkeys(frame["axis"].dropna())), ("kNN", "linear")
     size = (4.1 * len(columns), 5.4)
     figure, panels = style.axes(
@@ -306,12 +318,16 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
         values = [*mine["at"].unique()]
         for line, probe in enumerate(probes):
             panel = panels[line, column]
-            for adversary, group in mine[mine["metric"] == probe].groupby("adversary", sort=False):
+            own = mine[mine["metric"] == probe].groupby(["adversary", *fields], sort=False)
+            keys = [key for key, _ in own]
+            lines = looks((adversary, tuple(values)) for adversary, *values in keys)
+            for (key, group), line_look in zip(own, lines, strict=True):
                 points = {at: interval(rows) for at, rows in group.groupby("at", sort=numeric)}
                 mean, low, high = np.array([*points.values()]).T
+                words = [key[0], *map(field_text, fields, key[1:])]
                 panel.errorbar(
                     [*points], mean, np.nan_to_num([mean - low, high - mean]),
-                    marker="o", capsize=4, color=style.colour(adversary), label=entry(adversary),
+                    capsize=4, label=entry(", ".join(words)), **line_look,
                 )  # fmt: skip
             for adversary, group in everywhere[everywhere["metric"] == probe].groupby("adversary"):
                 _level(panel, group, adversary, color=style.colour(adversary), ls="--")
@@ -344,6 +360,8 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
         frame: of `plans.table`. fields: its columns that were crossed.
     """
     frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
+    # A point may lack a field, such as ε without an adversary.
+    frame = frame.assign(**{name: frame[name].astype(object).fillna("–") for name in fields})
     fields = [name for name in fields if frame[name].astype(str).nunique() > 1]
     if len(fields) < 2:
         name = fields[0] if fields else "seed"
@@ -354,7 +372,7 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
     probes = [probe for probe in ("kNN", "linear") if probe in {*frame["metric"]}]
     groups = {"": frame}
     if others:
-        words = frame[others].map(str)
+        words = frame[others].apply(lambda own: own.map(lambda v: field_text(own.name, v)))
         groups = dict(iter(frame.groupby(words.agg(", ".join, axis=1), sort=False)))
     size = (3.6 * len(groups) + 0.8, 3.0 * len(probes) + 0.4)
     figure, panels = style.axes(len(probes), len(groups), figsize=size, squeeze=False)
@@ -363,7 +381,10 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
         for column, (title_, group) in enumerate(groups.items()):
             panel, mine = panels[line, column], group[group["metric"] == probe]
             cells = {place: interval(rows) for place, rows in mine.groupby([down, across])}
-            rows, columns = (sorted({place[i] for place in cells}) for i in (0, 1))
+            rows, columns = (
+                sorted({place[i] for place in cells}, key=lambda value: natural(str(value)))
+                for i in (0, 1)
+            )
             means = np.full((len(rows), len(columns)), np.nan)
             for (a, b), (mean, low, high) in cells.items():
                 i, j = rows.index(a), columns.index(b)

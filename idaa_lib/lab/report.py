@@ -89,11 +89,13 @@ class Report:
         def show(table: Path) -> str:
             config = SweepConfig(**(runs.read_json(table.parent / "config.json") or {}))
             frame = pd.read_csv(table)
-            if "axis" in frame:
-                figure = plots.sensitivity(frame)
-            else:  # fields that a grid of the user's own crosses, as notebook 05 draws them
-                labels = grids.read(config.grid or {}).points()[0].labels
-                figure = plots.heat_maps(frame, [name for name in labels if name in frame])
+            if frame.empty:
+                return "<p>Nothing of it is finished yet.</p>"
+            # Fields that a grid of the user's own crosses, as notebook 05 draws them.
+            labels = grids.name_labels(grids.read(config.grid).points()) if config.grid else []
+            fields = [name for name in labels if name in frame and name not in ("axis", "at")]
+            draw = plots.sensitivity if "axis" in frame else plots.heat_maps
+            figure = draw(frame, fields)
             made_by = papermill("05_sensitivity", runs.parameters(config))
             return f"<h3>{html.escape(table.parent.name)}</h3>{_svg(figure)}{_commands([made_by])}"
 
@@ -138,6 +140,7 @@ class Report:
                 text += f"<p class='quiet'>{html.escape(line)}, {seconds:,.0f} s</p>"
             if len(members) > 1:
                 own = self.frame["run"].isin([run.id for run in members])
+            if len(members) > 1 and own.any():  # without labels there are no figures
                 table = results.tabulate(self.frame[own], ["label", "split"]).reset_index()
                 text += results.html_table(table, index=False)
             figure = plots.curves(named, plots.CURVES[members[0].stage][:3])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from idaa_lib import results
+from idaa_lib.evaluate.encoders import judged_on
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.lab import process
 from idaa_lib.runs import Run
@@ -46,6 +47,8 @@ class Row(NamedTuple):
     figures: list[dict[str, Any]]  # `results.key_figures`
     family: str  # what it has in common with runs of other seeds
     training: str  # id of the training that an evaluation judges
+    own_images: bool  # whether the evaluation is on the training's own images
+    start: float  # when it was started last
     progress: str  # of a run under way
     size: int  # bytes
     stamps: list[tuple[int, int]]  # of FILES
@@ -83,6 +86,10 @@ def row_of(run: Run, old: Row | None = None) -> Row:
         figures = results.key_figures(run)
         silent = {"seed", *config.circumstances} | ({"run"} if training_id else set())
         fields = config.model_dump(mode="json", exclude=silent)
+        fields["precision"] = run.environment.get("precision")
+        if vae := fields.get("vae"):  # a grid trains one for each seed
+            own = results.describe_vae(vae).items()
+            fields["vae"] = {k: v for k, v in own if k != "VAE seed"} or vae
         images = run.environment.get("dataset", {}).get("fingerprint")
         texts |= {
             "state": f"{SIGNS[state]} {look.word}",
@@ -96,26 +103,30 @@ def row_of(run: Run, old: Row | None = None) -> Row:
         elif progress:
             texts["state"] += f", {progress}"
         family = json.dumps([run.stage, images, fields], sort_keys=True)
-        return Row(state, texts, figures, family, training_id, progress, size, stamps)
+        own_images = run.stage != "eval" or config.dataset in (None, judged_on(about.dataset))
+        start = run.last_start
+        return Row(
+            state, texts, figures, family, training_id, own_images, start, progress, size, stamps
+        )
     except results.DAMAGE as error:
         texts |= {"state": f"{SIGNS[DAMAGED]} {DAMAGED}", "result": str(error)}
-        return Row(DAMAGED, texts, [], run.id, "", "", size, stamps)
+        return Row(DAMAGED, texts, [], run.id, "", False, 0.0, "", size, stamps)
 
 
 def tabulate(rows: Mapping[Run, Row], means: bool) -> tuple[pd.DataFrame, list[list[Run]]]:
     """The table as COLUMNS, and the runs of each of its lines.
 
-    A training has what was found by its newest evaluation of each protocol.
+    A training has the figures of its newest evaluation of each protocol on its own images.
 
     Args:
         means: one line for runs that differ in their seed alone, with means over them.
     """
     ids = {run.id: row for run, row in rows.items()}
     tests: dict[str, dict[str, Any]] = {}  # id → figures by their column
-    for run, row in sorted(rows.items(), key=lambda item: item[1].texts["started"]):
+    for run, row in sorted(rows.items(), key=lambda item: item[1].start):
         for figure in row.figures:
             if column := TESTS.get((figure.get("evaluation", ""), figure["metric"])):
-                for name in (run.id, row.training):
+                for name in (run.id, row.training)[: 1 + row.own_images]:
                     tests.setdefault(name, {})[column] = figure
     families: dict[Hashable, list[Run]] = {}
     for run, row in rows.items():

@@ -14,7 +14,7 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
 from idaa_lib import plans, results, sweeps
-from idaa_lib.grids import Point
+from idaa_lib.grids import Point, name_labels
 from idaa_lib.lab import style
 from idaa_lib.lab.kernel import SHEET, apart, is_attended, newcomer
 from idaa_lib.runs import Stopped
@@ -141,7 +141,7 @@ class Study(threading.Thread):
         with contextlib.suppress(Exception):  # others still train; the cells below say it
             frame = plans.table(self.grid)
             frame = frame[(frame["split"] == self.split) & (frame["features"] == "encoder")]
-            by = [name for name in (*self.grid[0].labels, "seed") if frame[name].notna().any()]
+            by = [name for name in (*name_labels(self.grid), "seed") if frame[name].notna().any()]
             rows = results.html_table(results.tabulate(frame, by))
             self.body = rows + style.svg(self.draw(frame))
             self.show()

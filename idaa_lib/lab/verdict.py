@@ -65,10 +65,15 @@ def meters(engine: Engine, readings: Mapping[str, Reading]) -> tuple[pd.DataFram
     for title, reading in readings.items():
         values = reading.row | {"images": len(reading.kept.ranks)}
         rows[title] = [text.format_map(values) for text in METERS.values()]
+    text = f"in [ ] 95 % intervals · {note(engine)}"
+    return pd.DataFrame.from_dict(rows, "index", columns=[*METERS]), text
+
+
+def note(engine: Engine) -> str:
+    """Which encoder judges, and which one is attacked."""
     seed = " of another seed" if engine.witness.name == UNTRAINED else ""
     judge, attacked = map(_encoder_name, (engine.witness.name, engine.scene.attacked))
-    note = f"in [ ] 95 % intervals · judged by {judge}{seed} · attacked: {attacked}"
-    return pd.DataFrame.from_dict(rows, "index", columns=[*METERS]), note
+    return f"judged by {judge}{seed} · attacked: {attacked}"
 
 
 @functools.cache

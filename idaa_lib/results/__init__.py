@@ -25,6 +25,7 @@ from idaa_lib.results.figures import (
 from idaa_lib.results.names import (
     ADVERSARIES,
     JUDGING,
+    describe_vae,
     field_text,
     find_differences,
     full_name,

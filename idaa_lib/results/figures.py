@@ -121,9 +121,10 @@ def _normalisation(training: Run) -> str | None:
 def _figures(run: Run) -> Iterator[dict[str, Any]]:
     """The figures of a summary, the encoder's own first."""
     summary, figure = run.summary or {}, {"features": "encoder", "split": "test", "unit": "%"}
-    datasets = {data["name"]: data for data in run.environment.get("datasets", ())}
+    environments = run.environment.get("datasets", ())
+    datasets = {data[key]: data for key in ("name", "fingerprint") for data in environments}
     for row in summary.get("rows", ()):  # of a transfer
-        data = datasets.get(row["dataset"], {})
+        data = datasets.get(row.get("fingerprint", row["dataset"]), {})
         mean = "" if row["metric"] == "top-1" else f", {row['metric']}"
         about = {name: data.get(name) for name in ("fingerprint", "size", "classes")}
         about["features"] = "encoder" if row["features"] == "encoder" else REFERENCES[0]

@@ -32,6 +32,8 @@ def title(config: Any) -> tuple[str, str]:
         return f"VAE, dim {config.dim}", ""
     if config.stage == "theory":
         return f"identity of {config.images} images", ""
+    if "adversary" not in dict(config):  # a stage of one's own, such as detection
+        return config.stage, ""
     adversary = ADVERSARIES.get(config.adversary, config.adversary)
     if "adversary" in config.unknown:
         adversary = "an unknown adversary"
@@ -77,11 +79,15 @@ def find_differences(selection: Sequence[Run]) -> dict[str, list[Any]]:
     where these tell all of them apart.
     """
     dumps = [run.config.list_stated() for run in selection]
+    for run, dump in zip(selection, dumps, strict=True):
+        if "precision" in dump:  # "auto" is another one on another machine
+            meant = {"no": "fp32"} | {word: word for word in ("fp32", "bf16", "auto", UNKNOWN)}
+            dump["precision"] = meant[run.environment.get("precision", dump["precision"])]
     fields = dict.fromkeys(name for dump in dumps for name in dump)
     values = {name: [dump.get(name) for dump in dumps] for name in fields}
     facts = {name: [v for v in row if v != UNKNOWN] for name, row in values.items()}
     differences = {k: values[k] for k, row in facts.items() if any(v != row[0] for v in row)}
-    vaes = {name: _vae_fields(name) for name in differences.get("vae", ()) if name}
+    vaes = {name: describe_vae(name) for name in differences.get("vae", ()) if name}
     if len({repr(vae) for vae in vaes.values() if vae}) == len(vaes) > 1:
         own = [vaes.get(name, {}) for name in differences.pop("vae")]
         for field in dict.fromkeys(name for vae in own for name in vae):
@@ -91,7 +97,7 @@ def find_differences(selection: Sequence[Run]) -> dict[str, list[Any]]:
     return differences
 
 
-def _vae_fields(name: str) -> dict[str, Any]:
+def describe_vae(name: str) -> dict[str, Any]:
     """`beta`, `dim`, `VAE epochs` and so on of a VAE by its id; nothing once the VAE is gone."""
     try:
         config = runs.get("vae", name).config
@@ -111,6 +117,7 @@ def tell_apart(selection: Sequence[Run], hidden: Collection[str] = ()) -> list[s
             # β says what κ says; the name has the method, the adversary, of a VAE dim;
             # circumstances change nothing.
             silent = {*hidden, "method", "adversary", "run", "kappa", *config.circumstances}
+            silent -= {"precision", "compile"}  # of which results are others
             if field in silent or value is None or (config.stage, field) == ("vae", "dim"):
                 continue
             seed = getattr(config, "seed", None)

@@ -342,7 +342,8 @@ class Run:
         """Runs whose configuration names this one: trained with it, continued from it, judges of
         it."""
         names, users = {self.reference, str(self.path)}, []
-        for run in list_runs():
+        folders = outputs_root().glob("*/[!.]*/config.json")  # of all stages, as detection's
+        for run in (Run(path.parent) for path in sorted(folders)):
             with contextlib.suppress(RunError):  # it is damaged
                 values = read_json(run.path / "config.json") or {}
                 if names & {value for value in values.values() if isinstance(value, str)}:

@@ -41,7 +41,8 @@ def check_memory(config: TrainingConfig, about: About) -> None:
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory
     if need > room:
-        names = ", ".join(f"{name}={number}" for name, number in numbers.items())
+        large = {name: number for name, number in numbers.items() if number > 1024} or numbers
+        names = ", ".join(f"{name}={number}" for name, number in large.items())
         raise ConfigError(
             f"The training needs {need / 2**30:.3g} GiB of memory or more, most of it for "
             f"{largest}, and this machine has {room / 2**30:.3g}: take less of {names}."
