@@ -239,7 +239,7 @@ def _perform(
 
 def perform(config: ImagesConfig, make: Callable[[ImagesConfig], Run] | None = None) -> Outcome:
     """What became of the run of `config`, which is made if it is not there (by `make`, else by
-    `ensure`). Raises nothing that a further attempt, or another configuration, could mend."""
+    `ensure`). An error that a user can mend is an Outcome that failed, so that other runs go on."""
     name, start = config.stage, time.monotonic()
     try:
         run = find_finished(config) or locate(config)

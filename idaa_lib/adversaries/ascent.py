@@ -183,7 +183,7 @@ class GradientAscent(Adversary):
         epsilon = self.epsilon
         if self.norm == "linf":
             return delta.clamp(-epsilon, epsilon)
-        # In two divisions' rounding the factor can exceed 1 by nothing: clamped.
+        # Rounding can make the factor slightly larger than 1, so it is clamped.
         factor = epsilon / _length(delta).clamp_min(torch.finfo(delta.dtype).tiny)
         return delta * factor.clamp_max(1)
 

@@ -84,7 +84,7 @@ class Config(Values):
     choices: ClassVar[tuple[str, ...]] = ()  # of CHOICES, those that the stage has
     # Where and how it runs, not what comes out: these stay out of a run's identity.
     circumstances: ClassVar[frozenset[str]] = frozenset({"preset", "device", "tracker"})
-    # Named by content instead (fingerprints and digests), so that a moved folder is the same run.
+    # A run's id has a hash of what these point to, not the path: a moved folder is the same run.
     pointers: ClassVar[frozenset[str]] = frozenset(
         {"dataset", "classes", "on_error", "gray_bits", "streamed", "vae", "run", "continue_from"}
     )

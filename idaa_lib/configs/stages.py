@@ -19,8 +19,8 @@ from idaa_lib.configs.base import (
 )
 from idaa_lib.configs.reading import ConfigError
 
-# Fields that a sensitivity study does not vary along a further axis: they have an axis of their
-# own, or would change more than themselves.
+# Fields that `axes` may not vary: they have their own axis, or changing them would change other
+# fields too.
 FIXED = frozenset(
     {"preset", "dataset", "seed", "device", "processes", "tracker", "vae", "dim", "epsilon", "size"}
     | {"continue_from", "adversary"}

@@ -23,22 +23,24 @@ from idaa_lib.data.sources import find_source, read_classes
 from idaa_lib.data.streamed import Images, Photographs
 
 SPLITS = {"train": slice(0, 1), "val": slice(1, 2), "test": slice(2, 3), "trainval": slice(0, 2)}
-# Bytes of images that are taken into memory where a limit picks them; more stay in their file.
+# A selection of images of fewer bytes is loaded into memory; a larger one stays in its file.
 SMALL = 2**28
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """One split of a source: what it is, and from their first use on its images.
+    """One split of a source: what it is, and its images, which are read at their first use.
 
-    `n` images of `size` pixels a side; `labelled`: whether each has a class; `mean`, `std`: per
-    channel of pixels in [0, 1], alike for every split and limit: what papers use where the source
-    is CIFAR-10 or CIFAR-100 (by name, or by class names and 32 px), else those of train and val,
-    of streamed photographs of 500 of them;
-    `fingerprint` tells apart any other pixels, labels or selection, alike on every machine;
-    `skipped`: how many images of the source `on_error="skip"` left out; `notes`: sentences on what
-    else the source holds that is left out, or read in another way than it seems; `streamed`:
-    whether photographs are read from where they lie, each time.
+    Fields:
+        n, size: so many images, of so many pixels a side.
+        labelled: whether each image has a class.
+        mean, std: per channel of pixels in [0, 1], the same for every split and limit. Of CIFAR-10
+            and CIFAR-100 (by name, or by class names and 32 px) those that papers use; else those
+            of train and val, and of streamed photographs those of 500 of them.
+        fingerprint: other pixels, labels or selections have another one, on every machine.
+        skipped: how many images of the source `on_error="skip"` left out.
+        notes: sentences on what is left out, or read in another way than it seems.
+        streamed: whether photographs are read from where they lie, each time.
     """
 
     name: str

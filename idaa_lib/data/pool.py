@@ -33,7 +33,7 @@ VERSION = 6  # of the decoding and of the files of the cache: another number, an
 # The names of its folders and, with .json, of their indices.
 NAME = re.compile(r".+-\d+-[0-9a-f]{16}(\.partial|\.json)?", re.DOTALL)
 Content = tuple[dict[str, Any], np.ndarray, Images]  # what describes a pool, labels, pixels
-# Of streamed photographs so many, this large, say what their mean and std are.
+# Mean and std of a streamed set are measured on so many of its photographs, at this size.
 SAMPLE, SAMPLE_SIZE = 500, 224
 
 # The mean and std that papers normalise CIFAR with.
@@ -107,8 +107,8 @@ class Pool:
         members = self.source.members()
         stamps = {path: read_stamp(path) for path in self.source.watch(members)}
         entry = self.path(repr(sorted(members)))
-        if not isinstance(self.source, Torchvision):  # of whose files several sets are made
-            # Whatever the folder was called when its images were decoded.
+        if not isinstance(self.source, Torchvision):  # whose data sets share a folder
+            # The folder may have been renamed since its images were decoded.
             alike = self.cache.glob(f"*-{self.size}-{entry.name.rpartition('-')[2]}")
             entry = next(alike, entry)
         return entry, stamps

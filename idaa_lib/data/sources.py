@@ -49,9 +49,9 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {  # name: class
     "caltech101": ("Caltech101", {"all": {}}),
 }
 NAMES = ("photos", "starter", *TORCHVISION)
-# To train on, since most images have no label: what to judge with, those that have.
+# Data set to train on, most of whose images have no label → the one with labels, to judge with.
 LABELLED = {"stl10-unlabeled": "stl10", "stl10-all": "stl10"}
-# Data sets that nobody may hand on: folders in the data folder, laid out as a page says.
+# Data sets that may not be redistributed: folders in the data folder, laid out as a page says.
 LAYOUT = "docs/transfer-data.md"
 FOLDERS = {"birdsnap": LAYOUT, "cub200": LAYOUT, "mini-imagenet": "docs/mini-imagenet.md"}
 
@@ -79,8 +79,8 @@ class Listing:
 
 
 class Source:
-    """A folder of images, or of tar files that hold them; below, what else gives images, by the
-    same three methods.
+    """A folder of images, or of tar files that hold them. The subclasses below are other kinds of
+    sources, with the same methods `members`, `watch` and `listing`.
 
     classes: names of class folders, of which the images are taken alone, in the order of labels
     (none: all, sorted).

@@ -219,8 +219,8 @@ def _method(run: Run) -> Method:
 
 
 def _trained_method(run: Run, tensors: dict[str, Tensor]) -> Method:
-    """The method of `run` with a checkpoint's tensors. A buffer as long as the data serves training
-    alone: here it stays as it begins."""
+    """The method of `run` with a checkpoint's tensors. Buffers whose length is the number of
+    training images (IP-IRM's partitions) are used in training alone, and are not loaded."""
     method = _method(run)
     fresh = {f"method.{name}": buffer for name, buffer in method.named_buffers()}
     lengths = {k: b for k, b in fresh.items() if k in tensors and b.shape != tensors[k].shape}

@@ -148,7 +148,8 @@ class _Evaluation(Plan):
         tensors, epochs = {"labels": truth}, dict[str, int | None]()
         layers = {"knn": self.way.knn, "linear": self.way.linear}
         if self.epochs:
-            # The best kNN on test, as published: chosen on test data. Of equals the latest wins.
+            # The best kNN on test, as published: chosen on test data. Of equally good epochs the
+            # latest counts.
             tops = {
                 epoch: top1(self.nearest(encode("encoder", self.way.knn, epoch)), truth)
                 for epoch in (*self.epochs, None)

@@ -71,8 +71,8 @@ def _reference(run: Run | None) -> str:
 
 
 def beside(stage: str, vae: Run) -> list[Run]:
-    """Finished runs of a stage on the images and of the size of a VAE, whose weights are there; the
-    one that None means first. Of the starter's VAE, those that ship."""
+    """Finished runs of a stage with the VAE's images and image size whose weights are there, in the
+    order in which None chooses them. Of the starter's VAE, those that ship."""
     if vae.ships:
         return list_starter(stage)
     names = ("dataset", "classes", "size")

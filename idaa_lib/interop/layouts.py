@@ -39,8 +39,8 @@ class Layout(NamedTuple):
 
     Fields:
         kind: `vae`, or the method.
-        stems: side of the first convolution → the stem that the project has with it. Empty: the
-            names of shortcuts tell.
+        stems: kernel size of the first convolution → stem. Empty: the stem follows from the names
+            of the shortcut layers.
         project: whose files these are, where others would not do.
     """
 
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
 
 
 SIMSIAM_IMAGENET, CASSLE, IPIRM, RSA = "encoder.fc.", "backbone.", "g.", "encoder_q_head."
-# By what only files of this kind have a name begin with; the first that fits.
+# A key is a prefix of tensor names that only this kind of file has; the first match counts.
 LAYOUTS = {
     "fc11.": Layout("vae", {"vae.": ""}),
     SIMSIAM_IMAGENET: Layout("simsiam", {"backbone.": "encoder.", "projector.": "encoder.fc."}),

@@ -23,7 +23,7 @@ def frozen_copy(network: nn.Module) -> nn.Module:
 def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """target ← m · target + (1 − m) · online, parameter by parameter.
 
-    The target's parameters are the first of `online`'s, in its order, whatever wraps that one;
+    `online` may be wrapped (DDP) and may have further parameters behind those of the target.
     BatchNorm statistics are each network's own.
     """
     slow: list[Tensor] = [*target.parameters()]

@@ -212,7 +212,7 @@ class Method(nn.Module):
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
         """Inside, a gradient flows to the images alone, not to the weights: a compiled network
-        computes the gradients of all that asks for one, whoever is interested."""
+        computes the gradient of every tensor with `requires_grad`, even if nobody uses it."""
         learning = [p for p in self.network.parameters() if p.requires_grad]
         for parameter in learning:
             parameter.requires_grad_(False)
@@ -245,9 +245,9 @@ class Method(nn.Module):
         return Embedder(backbone, self.network.get_submodule("projector"))
 
     def before_epoch(self, epoch: int, work: Work) -> None:
-        """Before an epoch's first step. A long one calls `work.pulse(message)` before it changes
-        anything, which saves the training, and now and then: it is how it hears that it shall stop,
-        and then starts again from what it started from."""
+        """Before an epoch's first step. If it takes long, it calls `work.pulse(message)`: once
+        before it changes any state, which saves a checkpoint, and then regularly. `pulse` raises
+        when the user asks to stop; on resume this method begins again from that checkpoint."""
 
     def after_step(self, step: Step, moment: Moment) -> None:
         """After the optimiser has stepped: queues, moving averages."""

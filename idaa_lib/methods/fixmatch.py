@@ -67,7 +67,8 @@ def labelled_subset(labels: Tensor, per_class: int, classes: int, seed: int) -> 
 
 
 def stream(items: Tensor, size: int, first: int, key: tuple[int, int]) -> Iterator[Tensor]:
-    """Batches of `size` from an endless row of permutations of `items`, from batch `first` on.
+    """Batches of `size` from an infinite sequence of shuffled passes over `items`, from batch
+    `first` on.
 
     Any batch is known without those before it, and all items come up equally often.
     """

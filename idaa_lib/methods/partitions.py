@@ -260,7 +260,9 @@ def fit_partition(
         schedule.step()
         mean = torch.stack(risks).mean().item()
         since += 1
-        if mean < lowest:  # of before the steps; the scores of after them, as the code has it
+        if (
+            mean < lowest
+        ):  # the risk of before this epoch's steps, the scores of after them: so the official code
             best, lowest, since = scores.detach().clone(), mean, 0
         if epoch > fitting.least and since >= PATIENCE:
             break

@@ -19,8 +19,8 @@ from idaa_lib.methods.plain import Plain
 def spreading(f1: Tensor, f2: Tensor, temperature: float) -> Tensor:
     """−(1/2B) Σᵢ [log Pᵢᵢ₊ + Σ_{j ∉ {i, i₊}} log(1 − Pᵢⱼ)], P the softmax over j ≠ i (spec §4).
 
-    f1, f2: (B, D), L2-normalised. The columns' side is stopped: gradient comes by each row's own
-    probabilities alone.
+    f1, f2: (B, D), L2-normalised. Columns are detached: a row gets a gradient only through its own
+    softmax.
     """
     f = torch.cat([f1, f2])
     n = len(f1)

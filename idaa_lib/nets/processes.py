@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows; each row's gradient is the sum of what every process has for it."""
+    """The rows of all processes, concatenated. Backward: a row's gradients of all processes are
+    summed."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -69,8 +70,8 @@ def exchange(value: T) -> list[T]:
 
 
 def do_once(work: Callable[[], T]) -> T:
-    """What `work()` gives in the first process, which alone does it, in all of them; what it raises
-    there is raised in all of them."""
+    """The result of `work()` in every process, of which the first alone runs it; an exception of it
+    is raised in every process."""
     if count_processes() == 1:
         return work()
     outcome: list[Any] = [None, None]

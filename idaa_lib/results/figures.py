@@ -175,7 +175,8 @@ def headline(figures: Sequence[dict[str, Any]]) -> str:
     where = f", {first['split']}" + (f", {first['evaluation']}" if "evaluation" in first else "")
     if "dataset" in first:  # a transfer
         more, count = len(figures) - 1, 1
-        where = f" on {first['dataset']}, test" + (f"; {more} more data sets" if more else "")
+        where = f" on {first['dataset']}, test"
+        where += f"; {more} more data set{'s' * (more > 1)}" if more else ""
     texts = [f.get("text") or number_text(f["value"], f["unit"]) for f in figures]
     parts = [f"{f['metric']} {t} {f['unit']}" for f, t in zip(figures, texts, strict=True)]
     return ", ".join(parts[:count]) + where

@@ -56,7 +56,8 @@ STARTED_BY = "IDAA_STARTED_BY"
 # Seconds without a heartbeat after which a run on another machine counts as interrupted.
 SILENCE = 600
 
-# Stage → its configuration; and the notebook that makes its runs. Others may add theirs.
+# Stage → its configuration; and the notebook that makes its runs. Code outside the library may
+# add its own stage, as `examples/detection` does.
 CONFIGS: dict[str, type[Config]] = {
     c.stage: c for c in (VAEConfig, SSLConfig, SemiConfig, EvalConfig, TransferConfig, TheoryConfig)
 }

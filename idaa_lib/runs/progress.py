@@ -85,8 +85,8 @@ class Tally:
         configs: the configuration of each run, by its key in the plan. jobs: runs at a time.
         going: those that are being made, as the caller knows them from moment to moment.
 
-    The runs of this preset that are finished say how long others take, by what they have in common:
-    their epochs, images and pixels are counted in. Runs of this plan join them as they come.
+    The time of a run is estimated from finished runs of the same preset, scaled by epochs × images
+    × pixels. Runs of this plan join them as they end.
     """
 
     def __init__(self, configs: Mapping[str, Config], jobs: int, going: Set[Run] = frozenset()):

@@ -47,8 +47,8 @@ class Steps:
         batch_of: step → indices of its images by name, JSON values, kept where its loss is not
             finite.
         track: given each line of the log and its step (experiment trackers, pictures).
-    Speed and time left are of the steps since the last line of the log alone: validation,
-    checkpoints and pauses between them do not count, nor a pause within one (`pulse`).
+    Speed and time left are computed from the steps since the last line of the log: validation,
+    checkpoints and pauses do not count.
     On a GPU a line of the log makes nobody wait: it is written after the step by whose end its
     scalars have come, and before the next line, validation, a checkpoint or a pause.
     Raises (while iterating):

@@ -1,8 +1,8 @@
 """A training step recorded as a CUDA graph: one launch in the place of a thousand.
 
 At 32 px and batch 256 a GPU is done with the kernels of a step before Python has launched them
-(benchmarks/results, `profile-*` on an H200). A recorded step is launched as a whole. It computes
-what it was recorded to compute: tensors that lie where they lay, and nothing that Python decides.
+(benchmarks/results, `profile-*` on an H200). A recorded step is launched as a whole. It runs
+the same kernels on the same memory addresses; Python code is not run again.
 """
 
 from __future__ import annotations

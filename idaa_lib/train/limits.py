@@ -18,11 +18,11 @@ from idaa_lib.runs.machine import torch_device
 
 
 def check_memory(config: TrainingConfig, about: About) -> None:
-    """Whether a machine that could do nothing else had room: for the weights, their gradients, two
-    moments, and a batch of images. A training takes more, so none that fits is refused.
+    """Compare a lower bound of the memory with what the machine has: weights, gradients, two
+    moments and one batch of images. A training takes more, so none that fits is refused.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: the machine has less.
     """
     free = {"seed", "epochs", "limit"}  # which take none
     numbers = {k: v for k, v in config if type(v) is int and v > 64 and k not in free}

@@ -134,7 +134,8 @@ class Fit:
             return {f"method.{k}": v for k, v in method.state_dict().items()}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any] | None) -> None:
-        """Take up a checkpoint; without its JSON values the run keeps its own rates and decays."""
+        """Load a checkpoint. Without `state` (another run's weights) the optimiser keeps this run's
+        learning rates and weight decays."""
         self.method.load_state_dict(checkpoints.under("method.", tensors))
         slots: dict[int, dict[str, Tensor]] = {}
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -318,10 +319,11 @@ class Fit:
         return step, {name: value.detach().float() for name, value in values.items()}
 
     def _differentiate(self, loss: Loss, weight: float = 1.0, last: bool = True) -> Tensor:
-        """A scalar as it is; of closures the sum, of which each times `weight` was differentiated.
+        """The loss: a tensor is returned as it is. Of closures each is computed, multiplied by
+        `weight` and differentiated at once; their sum is returned.
 
-        Processes exchange gradients in the `last` backward pass of a step alone: one of them need
-        not reach every weight, such as adversarial norms.
+        Processes exchange gradients only in the `last` backward pass of a step, because a single
+        one may not reach all parameters, such as adversarial norms.
         """
         if isinstance(loss, Tensor):
             return loss

@@ -30,7 +30,7 @@ def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without waiting for the device's work: that takes pinned memory."""
+    """The tensor on the device, copied asynchronously, which needs pinned memory."""
     waits = device.type == "cuda" and tensor.device.type == "cpu"
     return (tensor.pin_memory() if waits else tensor).to(device, non_blocking=True)
 

@@ -4,9 +4,9 @@ FixMatch's 14 operations and ranges (Sohn et al. 2020, arXiv:2001.07685, Table 1
 PyTorch recipe): `operations` of them are drawn with replacement, each with a strength of its own
 and done with probability ½, before a gray square of half the side covers a part of the image.
 
-A batch passes three kinds of work, in which each sample has its own parameters, neutral where they
-are not its own: a table of 256 levels, a blend with another image, an affine map. Pixels are 8-bit
-levels as float, and each operation ends with whole levels, as PIL's do.
+Each batch goes through three operations: a table of 256 levels, a blend with another image, an
+affine map. A sample that did not draw an operation has its neutral parameters there. Pixels are
+8-bit levels as float, and each operation ends with whole levels, as PIL's do.
 """
 
 from __future__ import annotations

@@ -249,8 +249,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "normal": _crops(0.2, 0.4, 0.4, 0.4, 0.4, often=1.0),  # Plain and UEL
     # BYOL on CIFAR-10 as its public code (lightly's benchmark) has it.
     "byol": _crops(0.08, 0.4, 0.4, 0.4, 0.1),
-    # The siblings' (docs/spec/siblings.md §1.6, §2.1, §3.1), which blur CIFAR too. A kernel of 13
-    # moves pixels of 32 px as much as PIL's blur, which has none; one of 3 half as much.
+    # The siblings' (docs/spec/siblings.md §1.6, §2.1, §3.1), which blur CIFAR too. At 32 px
+    # a kernel of 13 blurs as much as PIL, which has no kernel size; one of 3 blurs half as much.
     "cassle": _crops(0.2, 0.4, 0.4, 0.4, 0.1, blur=0.5),
     "ipirm": _crops(0.08, 0.4, 0.4, 0.4, 0.1, blur=0.5, kernels=(3, 3)),
     "rsa": _crops(0.2, 0.4, 0.4, 0.4, 0.1, blur=0.5, kernels=(13, math.inf)),
