@@ -287,7 +287,7 @@ def test_a_photograph_that_changed_is_noticed_when_it_is_read(photos, monkeypatc
     path.write_bytes(content)
     config = SSLConfig(**TINY, dataset=str(photos))
     with pytest.raises(
-        RunError, match=r"000\.JPEG changed since it was described: start again\. The"
+        RunError, match=r"000\.JPEG changed since it was described: start again\. What was saved"
     ):
         list(draw_views(fit_on(dataset, config), 0, 4))  # from a worker, without its trace
     with pytest.raises(ValueError, match="net changed since it was described: start again"):
