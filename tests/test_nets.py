@@ -18,7 +18,7 @@ from idaa_lib.methods.schedules import build_schedule
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets import BACKBONES, build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import convolve, project, zero_residuals
-from idaa_lib.nets.vae import VAE, Output, fold_norms, rate, sub_pixel, vae_loss
+from idaa_lib.nets.vae import VAE, Output, rate, vae_loss
 from idaa_lib.views import keyed_generator, recipe
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -116,7 +116,6 @@ def test_a_vae_of_every_size_gives_its_own_shape_back():
         vae = VAE(2, size, width=8).eval()
         with torch.no_grad():
             assert vae(torch.zeros(1, 3, size, size)).G.shape == (1, 3, size, size), size
-        assert vae.decoder[-1].padding == (1, 1)  # what `sub_pixel` needs
 
 
 @pytest.mark.parametrize(
@@ -414,35 +413,6 @@ def test_networks_made_in_threads_have_the_weights_of_their_seed():
     with ThreadPoolExecutor(4) as pool:
         weights = list(pool.map(draw_weights, [0, 1, 2, 3] * 8))
     assert all(weights[i] == draw_weights(i % 4) for i in range(len(weights)))
-
-
-@pytest.mark.parametrize("size", [32, 84, 224])
-def test_a_vae_without_its_batch_norms_is_the_same_map(size):
-    vae = scramble(VAE(8, size, width=16)).double()
-    folded_vae, before = fold_norms(vae), clones(vae.state_dict().items())
-    x = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
-    expected, outputs = vae.eval()(x), folded_vae(x)
-    for ours, theirs in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    gradients = [torch.autograd.grad(output.G.sum(), x)[0] for output in (outputs, expected)]
-    torch.testing.assert_close(*gradients)
-    # Those after a sum, at the edges of the bottleneck and of G stay.
-    count, count_before = (
-        sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) for one in (folded_vae, vae)
-    )
-    assert 0 < count < count_before
-    assert not changed_names(before, vae.state_dict().items())
-
-
-def test_a_sub_pixel_layer_is_the_transposed_convolution():
-    layer = nn.ConvTranspose2d(5, 2, 4, 2, 1, bias=False, dtype=torch.float64)
-    torch.manual_seed(1)
-    x = torch.randn(3, 5, 4, 7, dtype=torch.float64)
-    state = torch.get_rng_state()
-    convolution = sub_pixel(layer)
-    torch.testing.assert_close(convolution(x), layer(x))
-    assert torch.equal(torch.get_rng_state(), state)  # a compiled run draws what another does
-    assert not any(p.requires_grad for p in convolution.parameters())
 
 
 @pytest.mark.parametrize(("channels", "side"), [(4, 32), (8, 64), (15, 46), (4, 9)])

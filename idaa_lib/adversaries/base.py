@@ -13,7 +13,7 @@ from idaa_lib import configs
 from idaa_lib.configs import UserError
 from idaa_lib.configs.base import NonNegative, Positive
 from idaa_lib.nets import evaluating
-from idaa_lib.nets.vae import VAE, fold_norms
+from idaa_lib.nets.vae import VAE
 from idaa_lib.registry import register
 from idaa_lib.views import denormalise, normalise
 
@@ -118,11 +118,9 @@ class Adversary:
         """
         raise NotImplementedError(f"{type(self).__name__} has no __call__, which makes the attack.")
 
-    def prepare(self, device: torch.device, compile: bool) -> None:
-        """Move what it holds to the device; with `compile` also what gains by it, which changes
-        rounding and nothing else."""
+    def prepare(self, device: torch.device) -> None:
+        """Move what it holds to the device."""
         if self.vae is not None:
-            self.vae = fold_norms(self.vae) if compile else self.vae
             self.vae.to(device, memory_format=torch.channels_last)
 
     def check(self) -> None:

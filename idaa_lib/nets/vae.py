@@ -7,14 +7,12 @@ G span the range of normalised pixels; the release does so without saying why.
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from idaa_lib.nets import evaluating
 
@@ -155,36 +153,6 @@ class VAE(nn.Module):
         with evaluating(self):
             G = self(x).G
         return Decomposition(G, x - G)
-
-
-def fold_norms(vae: VAE) -> VAE:
-    """A copy for inference alone: the same map in fewer passes over memory, rounded otherwise.
-
-    The BatchNorm after a convolution is part of its weights, and the last layer a `sub_pixel`.
-    """
-    fast = copy.deepcopy(vae).eval()
-    for part in [m for m in fast.modules() if isinstance(m, nn.Sequential)]:
-        for i, (layer, norm) in enumerate(pairwise(part)):
-            match layer, norm:
-                case nn.Conv2d() | nn.ConvTranspose2d(), nn.BatchNorm2d():
-                    part[i] = fuse_conv_bn_eval(layer, norm, transpose=layer.transposed)
-                    part[i + 1] = nn.Identity()
-    fast.decoder[-1] = sub_pixel(fast.decoder[-1])
-    return fast
-
-
-def sub_pixel(layer: nn.Module) -> nn.Module:
-    """A transposed convolution (kernel 4, stride 2, padding 1, no bias), (B, C, H, W) →
-    (B, K, 2H, 2W), as a 3×3 one that gives four pixels at a time (Shi et al. 2016,
-    arXiv:1609.07009): more products, which libraries do faster where K is small."""
-    weight = layer.get_parameter("weight")  # (C, K, 4, 4)
-    C, K = weight.shape[:2]
-    # What pixel 2i + p gets from the input at i + t − 1: 3 + p − 2t of the kernel, if it is there.
-    taps = torch.tensor([[4, 2, 0], [5, 3, 1]])  # p, t; counted with a rim of zeros
-    kernels = F.pad(weight.detach(), [1] * 4)[:, :, taps[:, None, :, None], taps[:, None]]
-    layer = nn.Conv2d(C, 4 * K, 3, padding=1, bias=False, device="meta")  # draws nothing
-    layer.weight = nn.Parameter(kernels.permute(1, 2, 3, 0, 4, 5).reshape(4 * K, C, 3, 3), False)
-    return nn.Sequential(layer, nn.PixelShuffle(2)).to(memory_format=torch.channels_last)
 
 
 def rate(mu: Tensor, logvar: Tensor) -> Tensor:

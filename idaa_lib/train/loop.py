@@ -81,9 +81,8 @@ class Fit:
 
         self.method = method.to(self.device)
         self.method.to(memory_format=torch.channels_last)
-        compiles = config.compile and can_compile()
-        self.adversary.prepare(self.device, compiles)
-        if compiles:
+        self.adversary.prepare(self.device)
+        if config.compile and can_compile():
             torch.compiler.reset()  # a process may compile so much and no more
             method.compile_parts()
         if processes > 1:
