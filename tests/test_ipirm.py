@@ -43,6 +43,7 @@ from idaa_lib.methods import About, build_method
 from idaa_lib.methods import ipirm as module
 from idaa_lib.methods.ipirm import IPIRM, debiased_loss
 from idaa_lib.methods.partitions import (
+    OFFLINE_MIXED,
     ONLINE_MIXED,
     ORDER,
     PLAIN,
@@ -414,9 +415,10 @@ def test_a_maximisation_of_mixed_images_mixes_within_its_batches(monkeypatch, of
     assert ((share >= 0.5) & (share <= 1)).all() and len(share.unique()) == 8
     assert partner.tolist() == [6, 4, 7, 0, 2, 3, 5, 1]  # [6, 0, 3, 5] and [1, 7, 2, 4] in a ring
     for *_, (epoch_1, epoch_2), _, fitting in calls:
-        assert fitting == (PLAIN if offline else ONLINE_MIXED)
+        assert fitting == (OFFLINE_MIXED if offline else ONLINE_MIXED)
         assert torch.equal(epoch_1.share, epoch_2.share) == offline
     assert ONLINE_MIXED == (0.1, (5, 25), 31, 2048, 25)
+    assert OFFLINE_MIXED == (0.5, (5, 35), 61, 2048, 50)
 
 
 def test_a_view_is_mixed_with_that_of_its_partner():

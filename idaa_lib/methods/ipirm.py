@@ -37,6 +37,7 @@ from idaa_lib.methods.base import (
     similarity,
 )
 from idaa_lib.methods.partitions import (
+    OFFLINE_MIXED,
     ONLINE_MIXED,
     PLAIN,
     Embedded,
@@ -296,7 +297,7 @@ class IPIRM(SimCLR):
         if own.baseline or epoch % own.maximize_iter:
             return
         key, n = (self.about.seed, epoch), self.about.n
-        fitting = ONLINE_MIXED if own.mixup_max and not own.offline else PLAIN
+        fitting = (OFFLINE_MIXED if own.offline else ONLINE_MIXED) if own.mixup_max else PLAIN
         if epoch == 0 and n < fitting.batch:
             work.say(
                 f"partition: {n} images are one batch of the maximisation, not {fitting.batch}."

@@ -209,6 +209,7 @@ class Fitting(NamedTuple):
 
 
 PLAIN = Fitting()
+OFFLINE_MIXED = Fitting(batch=2048)
 # Of mixed images that are embedded anew in each epoch (§2.4).
 ONLINE_MIXED = Fitting(0.1, (5, 25), 31, 2048, least=25)
 
