@@ -659,6 +659,9 @@ def test_a_run_says_how_it_was_judged_and_its_encoder_can_be_evaluated(outputs):
     assert summary["ema_low"] <= summary["ema_top1"] <= summary["ema_high"]
     assert summary["ema_protocol"].endswith("2 labels a class of 200 training images")
     assert summary["images_per_second"] == pytest.approx(12 * 24 / summary["seconds"])
+    # It goes on with more images, whose labels are drawn anew.
+    more = train_semi(SemiConfig(**TINY | {"limit": 240, "continue_from": run.id}))
+    assert more.summary["ema_protocol"].endswith("2 labels a class of 240 training images")
     lines = run.metrics()
     assert [line["step"] for line in lines if "ema_top1_val" in line] == [6, 12]
     names = set().union(*lines)
