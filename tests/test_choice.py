@@ -16,6 +16,7 @@ from idaa_lib.configs import (
     ConfigError,
     DecomposeConfig,
     EvalConfig,
+    SemiConfig,
     SSLConfig,
     TheoryConfig,
     TransferConfig,
@@ -116,6 +117,9 @@ def test_what_a_sweep_made_and_a_person_then_starts_is_a_person_s(outputs, monke
 def test_a_run_is_meant_by_the_end_of_its_id(outputs):
     run, other = write_run(SSLConfig()), write_run(SSLConfig(adversary="clae"))
     assert [runs.get("ssl", r.id[-8:]) for r in (run, other)] == [run, other]
+    assert runs.get("ssl", run.path) == run  # a path as such
+    semi = write_run(SemiConfig())
+    assert [runs.encoder(r.id[-8:]) for r in (run, semi)] == [run, semi]
     with pytest.raises(RunError, match="no ssl run '0123abcd'"):
         runs.get("ssl", "0123abcd")
     for digits in ("01234567", "00000009", "12345678"):  # of which papermill makes a number
