@@ -266,12 +266,12 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
     figures = results.results([*runs], damage)
     if damage:
         print(*report_left_out(damage), sep="\n")
+    if not rows:
+        return figures
     labels = pd.DataFrame([*rows.values()])
-    beside = [name for name in labels if name not in figures]
-    labels = labels[["run", *beside]] if rows else labels
+    labels = labels[["run", *(name for name in labels if name not in figures)]]
     # One run may be several points, such as that without an adversary of several VAEs.
-    labels = labels[~labels.astype(str).duplicated()]
-    return labels.merge(figures, on="run") if rows else figures
+    return labels[~labels.astype(str).duplicated()].merge(figures, on="run")
 
 
 def vaes(grid: Sequence[Point]) -> str:

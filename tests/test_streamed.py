@@ -384,6 +384,8 @@ def test_shards_of_images_without_classes_are_the_folder(photos, tmp_path, monke
         shutil.copy(path, flat / f"{n:03}.jpg")
         with tarfile.open(web / f"{'test' if n % 5 == 0 else 'train'}-{n // 20}.tar", "a") as tar:
             tar.add(path, f"{n % 20:03}.jpg")  # one name in several shards
+    with tarfile.open(web / "train-0.tar", "a") as tar:  # once more: the last is the file
+        tar.add(path, "001.jpg")
     commands.shard(str(flat), tmp_path / "shards")
     assert len([*(tmp_path / "shards").iterdir()]) > 2
     for streamed_too in (False, True):

@@ -62,7 +62,8 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
     train, val or test in the name of the shard, or of the first folder. Raises ValueError where one
     is damaged.
     """
-    classes, members = dict[str, str](), list[tuple[str, Place]]()  # classes: by shard and name
+    # By shard and name: of members of one name in one shard the last is the file.
+    classes, members = dict[str, str](), dict[tuple[str, str], Place]()
     for shard in shards:
         try:
             check_regular(root / shard)
@@ -75,7 +76,7 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
                         if number != "-1":  # `shard` writes it where there is no class
                             classes[f"{shard}/{name[:-4]}"] = f"{number:0>6}/"
                     else:
-                        members.append((name, place))
+                        members[shard, name] = place
                 # To tarfile a damaged header, and the end of a file that was cut off, are the end.
                 if read_place(root, Place(shard, archive.offset, 512)) != bytes(512):
                     raise tarfile.ReadError("it has no end")
@@ -84,28 +85,29 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
             raise ValueError(f"{what}: copy it again") from error
 
     numbers = list[str]()
-    for name, place in members:
-        key = f"{place.file}/{name}"  # without its extension, or all of them
+    for shard, name in members:
+        key = f"{shard}/{name}"  # without its extension, or all of them
         stems = key.rpartition(".")[0], re.sub(r"\.[^/]*$", "", key)
         numbers.append(classes.get(stems[0]) or classes.get(stems[1], ""))
-    folders = [name.rpartition("/")[0] for name, _ in members]
+    folders = [name.rpartition("/")[0] for _, name in members]
     pairs = {pair for pair in zip(folders, numbers, strict=True) if all(pair)}
     # Where each folder has one class alone, the folders are the classes.
     plain = len(pairs) == len({folder for folder, _ in pairs})
     places = dict[str, Place]()
-    for (name, place), folder, number in zip(members, folders, numbers, strict=True):
+    for (shard, name), folder, number in zip(members, folders, numbers, strict=True):
+        place = members[shard, name]
         if not (folder and plain):
-            match = re.search("(?<![a-z])(train|val|test)", place.file.rpartition("/")[2].lower())
+            match = re.search("(?<![a-z])(train|val|test)", shard.rpartition("/")[2].lower())
             part = PARTS.get(name.partition("/")[0].lower()) or (match[0] if match else "")
             top, plain_file = part and f"{part}/", name.replace("/", "_")
             if number:
-                name = f"{top}{number}{place.file}/{name}"
+                name = f"{top}{number}{shard}/{name}"
             else:  # in no folder, which would be a class
                 name = f"{top}{plain_file}"
                 if name in places:
-                    name = f"{top}{place.file.replace('/', '_')}_{plain_file}"
-        elif name in places and places[name].file != place.file:  # another image, of another shard
-            name = f"{folder}/{place.file}/{name.rpartition('/')[2]}"
+                    name = f"{top}{shard.replace('/', '_')}_{plain_file}"
+        elif name in places:  # another image, of another shard
+            name = f"{folder}/{shard}/{name.rpartition('/')[2]}"
         places[name] = place
     return places
 

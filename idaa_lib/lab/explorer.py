@@ -68,8 +68,7 @@ class Explorer(Controls):
     _attack = (ADVERSARIES[0], 0.1)  # what the picture shows: adversary and ε
     _waits = False  # whether it waits for the curves over ε
     _now: tuple[str, Reading] | None = None  # what the meters say, and of what
-    _pinned: tuple[str, Reading] | None = None
-    _pinned_note = ""  # who judged it and was attacked
+    _pinned: tuple[str, Reading, str] | None = None  # and who judged it and was attacked
 
     def __init__(self, config: DecomposeConfig) -> None:
         super().__init__(config)
@@ -195,8 +194,8 @@ class Explorer(Controls):
         """Keep picture and meters as they are, below those that follow the slider."""
 
         def work() -> None:
-            self._pinned = self._now if self.pin.value else None
-            self._pinned_note = verdict.note(self.engine)
+            pin = self._now if self.pin.value else None
+            self._pinned = pin and (*pin, verdict.note(self.engine))
             self.pinned.layout.display = None if self._pinned else "none"
             if self._pinned is not None:
                 self.pinned.resize(self.engine.columns, self.engine.size)
@@ -319,9 +318,9 @@ class Explorer(Controls):
             return
         readings = dict([self._now])
         if self._pinned is not None:
-            other = self._pinned_note != verdict.note(self.engine)
-            who = f" ({self._pinned_note})" if other else ""
-            readings[f"pinned: {self._pinned[0]}{who}"] = self._pinned[1]
+            title, reading, who = self._pinned
+            judges = "" if who == verdict.note(self.engine) else f" ({who})"
+            readings[f"pinned: {title}{judges}"] = reading
         table, note = verdict.meters(self.engine, readings)
         note = html.escape(note)
         if query() is not None:

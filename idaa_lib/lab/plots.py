@@ -300,8 +300,7 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
             combination of their values.
     """
     frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
-    fields = [name for name in fields if frame[name].astype(str).nunique() > 1]
-    frame = frame.assign(**{name: frame[name].astype(object).fillna("–") for name in fields})
+    frame, fields = _vary(frame, [name for name in fields if name not in ("axis", "at")])
     columns, probes = list(dict.fromkeys(frame["axis"].dropna())), ("kNN", "linear")
     size = (4.1 * len(columns), 5.4)
     figure, panels = style.axes(
@@ -350,6 +349,13 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
     return figure
 
 
+def _vary(frame: pd.DataFrame, fields: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The frame with "–" where a point lacks one of the fields, such as ε without an adversary; and
+    those of the fields that have several values."""
+    frame = frame.assign(**{name: frame[name].astype(object).fillna("–") for name in fields})
+    return frame, [name for name in fields if frame[name].astype(str).nunique() > 1]
+
+
 @look()
 def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
     """Validation accuracy over two fields that were crossed: a heat map for each probe (rows) and
@@ -360,9 +366,7 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
         frame: of `plans.table`. fields: its columns that were crossed.
     """
     frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
-    # A point may lack a field, such as ε without an adversary.
-    frame = frame.assign(**{name: frame[name].astype(object).fillna("–") for name in fields})
-    fields = [name for name in fields if frame[name].astype(str).nunique() > 1]
+    frame, fields = _vary(frame, fields)
     if len(fields) < 2:
         name = fields[0] if fields else "seed"
         return sensitivity(frame.assign(axis=name, at=frame[name]))

@@ -93,9 +93,8 @@ class Report:
                 return "<p>Nothing of it is finished yet.</p>"
             # Fields that a grid of the user's own crosses, as notebook 05 draws them.
             labels = grids.name_labels(grids.read(config.grid).points()) if config.grid else []
-            fields = [name for name in labels if name in frame and name not in ("axis", "at")]
             draw = plots.sensitivity if "axis" in frame else plots.heat_maps
-            figure = draw(frame, fields)
+            figure = draw(frame, [name for name in labels if name in frame])
             made_by = papermill("05_sensitivity", runs.parameters(config))
             return f"<h3>{html.escape(table.parent.name)}</h3>{_svg(figure)}{_commands([made_by])}"
 

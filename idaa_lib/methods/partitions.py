@@ -261,9 +261,9 @@ def fit_partition(
         schedule.step()
         mean = torch.stack(risks).mean().item()
         since += 1
-        if (
-            mean < lowest
-        ):  # the risk of before this epoch's steps, the scores of after them: so the official code
+        # As in the official code: the risk was measured before this epoch's steps, the scores are
+        # those after them.
+        if mean < lowest:
             best, lowest, since = scores.detach().clone(), mean, 0
         if epoch > fitting.least and since >= PATIENCE:
             break

@@ -121,8 +121,8 @@ def _normalisation(training: Run) -> str | None:
 def _figures(run: Run) -> Iterator[dict[str, Any]]:
     """The figures of a summary, the encoder's own first."""
     summary, figure = run.summary or {}, {"features": "encoder", "split": "test", "unit": "%"}
-    environments = run.environment.get("datasets", ())
-    datasets = {data[key]: data for key in ("name", "fingerprint") for data in environments}
+    described = run.environment.get("datasets", ())
+    datasets = {data[key]: data for key in ("name", "fingerprint") for data in described}
     for row in summary.get("rows", ()):  # of a transfer
         data = datasets.get(row.get("fingerprint", row["dataset"]), {})
         mean = "" if row["metric"] == "top-1" else f", {row['metric']}"

@@ -81,8 +81,8 @@ def find_differences(selection: Sequence[Run]) -> dict[str, list[Any]]:
     dumps = [run.config.list_stated() for run in selection]
     for run, dump in zip(selection, dumps, strict=True):
         if "precision" in dump:  # "auto" is another one on another machine
-            meant = {"no": "fp32"} | {word: word for word in ("fp32", "bf16", "auto", UNKNOWN)}
-            dump["precision"] = meant[run.environment.get("precision", dump["precision"])]
+            precision = run.environment.get("precision", dump["precision"])
+            dump["precision"] = "fp32" if precision == "no" else precision
     fields = dict.fromkeys(name for dump in dumps for name in dump)
     values = {name: [dump.get(name) for dump in dumps] for name in fields}
     facts = {name: [v for v in row if v != UNKNOWN] for name, row in values.items()}

@@ -24,8 +24,6 @@ def check_memory(config: TrainingConfig, about: About) -> None:
     Raises:
         ConfigError: the machine has less.
     """
-    free = {"seed", "epochs", "limit"}  # which take none
-    numbers = {k: v for k, v in config if type(v) is int and v > 64 and k not in free}
     build: Any = VAETraining if isinstance(config, VAEConfig) else build_method
     sizes = {"a batch of images": 4 * config.batch_size * 3 * config.size**2}
     try:
@@ -41,6 +39,8 @@ def check_memory(config: TrainingConfig, about: About) -> None:
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory
     if need > room:
+        free = {"seed", "epochs", "limit"}  # which take none
+        numbers = {k: v for k, v in config if type(v) is int and v > 64 and k not in free}
         large = {name: number for name, number in numbers.items() if number > 1024} or numbers
         names = ", ".join(f"{name}={number}" for name, number in large.items())
         raise ConfigError(

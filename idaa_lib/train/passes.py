@@ -27,8 +27,7 @@ def count_passes(config: SSLConfig) -> float:
     before epochs (IP-IRM's maximisation) is counted over all `epochs` and divided by them.
     """
     plain: Any = {"device": "cpu", "precision": "fp32", "compile": False, "tracker": "none"}
-    plain["processes"] = 1
-    narrow = config.replace(width=4, batch_size=N, **plain)
+    narrow = config.replace(width=4, batch_size=N, processes=1, **plain)
     views = recipe(config.augmentation, config.size, (0.5,) * 3, (0.25,) * 3)
     about = About(views, torch.zeros(N), 1, config.epochs, N, config.seed)
     method = build_method(narrow, about)

@@ -361,7 +361,7 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
     """
     if plan.start is None or (checkpoint := checkpoints.load(plan.start)) is None:
         return None
-    (tensors, state), start = checkpoint, plan.start.config
+    tensors, state = checkpoint
     stored = method.state_dict()  # a buffer that is not persistent is made anew in any case
     buffers = {k: b for k, b in method.named_buffers(recurse=False) if k in stored}
     fresh = {f"method.{name}": buffer for name, buffer in buffers.items()}
@@ -380,8 +380,9 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
             f"continue_from={plan.start.id!r} has other weights: {len(names)} differ in name or "
             f"shape, the first {names[0]} (other width, dim, method, or norms of an adversary)."
         )
-    rules = [[getattr(c, k, None) for k in ("method", "optimizer")] for c in (start, plan.config)]
-    if rules[0] != rules[1]:  # its moments mean something else, or are of other parameters
+    before, now = plan.start.config, plan.config
+    if any(getattr(before, k, None) != getattr(now, k, None) for k in ("method", "optimizer")):
+        # Its moments mean something else, or are of other parameters.
         print(f"{plan.start.id} was trained by another optimiser or method: moments start at 0.")
         tensors = {k: v for k, v in tensors.items() if k.startswith("method.")}
     return tensors
