@@ -122,7 +122,8 @@ def other_grid() -> list[Point]:
 
 
 def sensitivity_grid() -> list[Point]:
-    """SimCLR with IDAA over ε, β and dim, seed by seed, and without an adversary."""
+    """SimCLR without an adversary, and with IDAA over ε, β and dim, axis by axis: one that is
+    finished has all its seeds."""
     images = {"preset": "demo", "dataset": DATASET, "device": "cpu", "limit": SMALLER["limit"]}
     fixed = {
         "all": images,
@@ -130,12 +131,16 @@ def sensitivity_grid() -> list[Point]:
         "ssl": {**SMALLER, "knn_every": SMALLER["epochs"], "compile": True, "adversary": "idaa"},
         "eval": {"references": False},
     }
-    ssl, vae = ({name: AXES[name] for name in names} for names in (["epsilon"], ["beta", "dim"]))
-    labels = {"part": "sensitivity", "axis": None, "at": None}
+    common = {"fixed": fixed, "labels": {"part": "sensitivity", "axis": None, "at": None}}
     plain = {"fixed": {"ssl": {"adversary": "none"}}}
-    parts = [plain | {"labels": labels}, {"vary": {"ssl": ssl, "vae": vae}, "labels": labels}]
-    grid = [{"fixed": fixed, "seeds": [seed], "grids": parts} for seed in SEEDS]
-    return [point for part in grid for point in grids.read(part).points()]
+    axes = [
+        {"vary": {"ssl" if name == "epsilon" else "vae": {name: values}}}
+        for name, values in AXES.items()
+    ]
+    parts = [
+        common | {"seeds": [seed], "grids": [part]} for part in (plain, *axes) for seed in SEEDS
+    ]
+    return [point for part in parts for point in grids.read(part).points()]
 
 
 def write_digits() -> Path:

@@ -1,6 +1,6 @@
 """`make siblings`: CASSLE, AugSelf, IP-IRM and RSA beside SimCLR and BYOL, with and without IDAA.
 
-    python benchmarks/siblings.py [dataset] [images] [epochs]
+    python benchmarks/siblings.py [dataset] [images] [epochs] [row ...]
     python benchmarks/siblings.py steps      # how long a step of each takes, in turns
     python benchmarks/siblings.py planted    # whether IP-IRM's maximisation finds a planted factor
 
@@ -42,7 +42,8 @@ KEYS = {
 }  # fmt: skip
 
 
-def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 8) -> None:
+def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 8, *methods: str) -> None:
+    """Make the rows of these methods (of all without any), and write what is finished."""
     if dataset == "cifar10":
         dataset = os.environ.get("IDAA_CIFAR10_ZIP", dataset)
     fields: dict[str, Any] = {
@@ -52,11 +53,14 @@ def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 8) -> None:
         "eval": {"limit": limit},
         "jobs": 2,
     }
-    studies: list[dict[str, Any]] = [{"adversaries": name} for name in ("none", "idaa")]
-    studies += [
-        {"methods": SEEDED, "adversaries": name, "seeds": (seed,)}
+    methods = methods or SystemsConfig().methods
+    seeded = tuple(name for name in methods if name in SEEDED)
+    studies: list[dict[str, Any]] = [
+        {"methods": seeded if seed else methods, "adversaries": name, "seeds": (seed,)}
+        for seeds in ((0,), (1, 2))
         for name in ("none", "idaa")
-        for seed in (1, 2)
+        for seed in seeds
+        if seeded or not seed
     ]
     parts = [grids.cells(SystemsConfig(**fields | study)) for study in studies]
     interrupted = False
@@ -67,6 +71,7 @@ def main(dataset: str = "cifar10", limit: int = 5000, epochs: int = 8) -> None:
         interrupted = True
     rows = measure([point for grid in parts for point in grid], limit)
     name = "siblings-photos" if dataset == "photos" else "siblings"
+    name += f"-{'-'.join(methods)}" if methods != SystemsConfig().methods else ""
     about = "photographs that ship in two dependencies" if dataset == "photos" else "CIFAR-10"
     protocol = f"""{limit:,} training images of {about}, at most as many of each other split,
 ResNet-18 of width 16, clean protocol; demo preset (batch 128, rates for a short training),
@@ -196,4 +201,4 @@ if __name__ == "__main__":
     elif words == ["planted"]:
         plant()
     else:
-        main(*words[:1], *map(int, words[1:]))
+        main(*words[:1], *map(int, words[1:3]), *words[3:])
