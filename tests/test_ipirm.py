@@ -275,6 +275,21 @@ def test_dcl_s_loss():
     torch.testing.assert_close(debiased_loss(z1, z2, 0.5, 0.0), nt_xent(z1, z2, 0.5))
 
 
+@pytest.mark.parametrize("temperature", [0.002, 0.01, 0.05, 20.0])
+def test_dcl_s_loss_is_finite_at_any_temperature(temperature):
+    """In single precision, where e^(1/T) overflows below .0113; of no prior it is NT-Xent."""
+    z1, z2 = pairs(5)
+    for prior in (0.0, 0.1, 0.9):
+        z = z1.float().requires_grad_()
+        loss = debiased_loss(z, z2.float(), temperature, prior)
+        assert torch.autograd.grad(loss, z)[0].isfinite().all()
+        oracle = reference.debiased(z1, z2, temperature, prior)
+        if temperature > 0.002:  # there doubles overflow too, row by row
+            torch.testing.assert_close(loss.double(), oracle, rtol=1e-4, atol=1e-5)
+    loss = debiased_loss(z1, z2, temperature, 0.0)
+    torch.testing.assert_close(loss, nt_xent(z1, z2, temperature))
+
+
 # --- mixed images (§2.4)
 
 

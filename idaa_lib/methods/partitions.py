@@ -70,10 +70,10 @@ def debiased_loss(z1: Tensor, z2: Tensor, temperature: float, prior: float) -> T
     prior: τ⁺, the share of negatives that are of the anchor's class; 0 gives NT-Xent.
     """
     s = compact_logits(z1, z2)[0] / temperature
-    n = s.shape[1] - 1
+    n, top = s.shape[1] - 1, s.detach().amax(1)  # e^top alone is infinite at small T
+    s, least = s - top[:, None], n * (-1 / temperature - top).exp()
     positive, negatives = s[:, 0].exp(), s[:, 1:].exp().sum(1)
-    others = (negatives - prior * n * positive) / (1 - prior)
-    others = others.clamp(min=n * math.exp(-1 / temperature))
+    others = ((negatives - prior * n * positive) / (1 - prior)).maximum(least)
     return (torch.log(positive + others) - s[:, 0]).mean()
 
 
