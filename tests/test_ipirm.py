@@ -290,6 +290,22 @@ def test_dcl_s_loss_is_finite_at_any_temperature(temperature):
     torch.testing.assert_close(loss, nt_xent(z1, z2, temperature))
 
 
+@pytest.mark.parametrize("baseline", [False, True])
+def test_initial_weights_are_those_of_torchvision_s_resnet_with_another_stem(baseline):
+    """He et al.'s fan-out normal, no residual branch at 0; the stem, which replaces torchvision's,
+    has a Conv2d's default, U(±1/√fan_in) (spec §2.1)."""
+    config = SSLConfig(preset="ipirm-cifar100", width=32, baseline=baseline)
+    backbone = build_method(config, About(recipe("ipirm", 32, MEAN, STD))).network.backbone
+    convolutions = [m for m in backbone.modules() if isinstance(m, torch.nn.Conv2d)]
+    for convolution in convolutions[1:]:
+        fan_out = convolution.out_channels * convolution.kernel_size[0] ** 2
+        assert convolution.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.1)
+    largest = convolutions[0].weight.abs().max().item()
+    assert 0.9 / math.sqrt(27) < largest <= 1 / math.sqrt(27)
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all((norm.weight == 1).all() for norm in norms)
+
+
 # --- mixed images (§2.4)
 
 

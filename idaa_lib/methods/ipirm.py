@@ -52,6 +52,7 @@ from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.nets.heads import Embedding, mlp
 from idaa_lib.nets.processes import agree, gather
+from idaa_lib.nets.resnet import start_as_torchvision
 from idaa_lib.views import View, keyed_generator
 
 VIEWS, START, SHARES = 11, 13, 15  # streams of a maximisation's random numbers
@@ -122,6 +123,7 @@ class IPIRM(SimCLR):
             )
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
+        start_as_torchvision(backbone)  # §2.1
         super().__init__(options, backbone, about)
         rule = options.retain_group
         most = -(-about.epochs // options.maximize_iter) + 1

@@ -26,7 +26,7 @@ from idaa_lib.methods.base import About, Batch, Moment, Step, register_method
 from idaa_lib.methods.byol import BYOL
 from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 from idaa_lib.methods.simsiam import negative_cosine
-from idaa_lib.nets.resnet import ResNet, zero_residuals
+from idaa_lib.nets.resnet import start_as_torchvision, zero_residuals
 from idaa_lib.views import Recipe, View
 
 # Linear classifiers (§3.4): on small images, and on ImageNet ("mean-shift").
@@ -83,9 +83,7 @@ class RSA(BYOL):
             )
 
     def __init__(self, options: Any, backbone: Any, about: About) -> None:
-        if isinstance(backbone, ResNet) and backbone.stem != "imagenet":  # there drawn already
-            backbone.draw_weights()
-            backbone.conv1.reset_parameters()  # the replaced stem has a Conv2d's default (§3.2)
+        start_as_torchvision(backbone)  # §3.2
         zero_residuals(backbone)
         super().__init__(options, backbone, about)
 

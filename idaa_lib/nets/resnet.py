@@ -184,6 +184,14 @@ def zero_residuals(backbone: nn.Module) -> None:
                     nn.init.zeros_(norm.get_parameter("weight"))
 
 
+def start_as_torchvision(backbone: nn.Module) -> None:
+    """Draw torchvision's initial weights where the published code replaces the stem of its ResNet:
+    the new stem has a Conv2d's default. Any other backbone is left alone."""
+    if isinstance(backbone, ResNet) and backbone.stem != "imagenet":  # there drawn already
+        backbone.draw_weights()
+        backbone.conv1.reset_parameters()
+
+
 def torchvision_weights(backbone: nn.Module) -> dict[str, Tensor]:
     """A ResNet's state dict under torchvision's names, with the main norms alone.
 
