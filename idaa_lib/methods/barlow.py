@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from idaa_lib.configs import ConfigError
 from idaa_lib.configs.base import NonNegative, Positive
 from idaa_lib.methods.augself import augself_head
 from idaa_lib.methods.base import Batch, Moment, Step, register_method, similarity
@@ -46,6 +47,15 @@ class Barlow(Conditioned):
 
     recordable = True
     unit = False
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        super().check(config)
+        if config.injection == "hypernetwork":
+            raise ConfigError(
+                "injection='hypernetwork' is not for method='barlow', whose loss needs the "
+                "BatchNorm that its projector ends in: take 'concatenate'."
+            )
 
     def projector(self, inputs: int, dim: int) -> nn.Module:
         return augself_head(inputs, dim, dim, 3, last_norm=True, affine=False)
