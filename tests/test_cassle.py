@@ -374,7 +374,15 @@ MISTAKES = [
     (dict(augself="crop=1, crop=0.5"), "augself must be pairs .* once, .* is 'crop=1, crop=0.5'"),
     (dict(injection="add"), "injection='add' is of a condition, and there is none: name one"),
     (dict(gamma="raw"), "gamma='raw' is of a condition, and there is none: name one"),
-    (dict(method="rsa", rsa_views="weak", condition="color"), "draws no color, which condition"),
+    (dict(method="rsa", rsa_views="weak", condition="color"), "rsa_views='weak' draws no color"),
+    (
+        dict(method="rsa", rsa_views="weak", augmentation="cassle", augself="crop=1, blur=1"),
+        "rsa_views='weak' draws no blur, which augself names: leave it out, or take rsa_views=",
+    ),
+    (
+        dict(method="barlow", condition="crop", injection="hypernetwork", width=8),
+        "injection='hypernetwork' is not for method='barlow'",
+    ),
     (dict(method="rsa", rsa_views="weak", augmentation="none"), "draws no aggressive view"),
     (dict(method="ipirm", heads="augself"), "heads='augself' is not for this method"),
     (dict(method="ipirm", retain_group=0), "retain_group must be 'all' or 'one' or greater than 0"),

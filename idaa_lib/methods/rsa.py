@@ -68,15 +68,16 @@ class RSA(BYOL):
     last_bias = False
 
     @classmethod
-    def draws(cls, config: Any) -> set[str]:
-        keys = super().draws(config)
-        return keys - PHOTOMETRY if config.rsa_views == "weak" else keys
-
-    @classmethod
     def check(cls, config: Any) -> None:
+        weak, views = config.rsa_views == "weak", cls.draws(config)
+        for field in ("condition", "augself"):
+            if weak and (missing := sorted(PHOTOMETRY.intersection(getattr(config, field)))):
+                raise ConfigError(
+                    f"rsa_views='weak' draws no {missing[0]}, which {field} names: leave it out, "
+                    f"or take rsa_views='four'."
+                )
         super().check(config)
-        views = cls.draws(config)
-        if not views or (config.rsa_views != "weak" and not views & PHOTOMETRY):
+        if not (views - PHOTOMETRY if weak else views & PHOTOMETRY):
             raise ConfigError(
                 f"augmentation={config.augmentation!r} draws no aggressive view for method='rsa': "
                 f"take 'rsa', or another with colour or blur."
