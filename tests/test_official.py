@@ -92,8 +92,21 @@ def test_a_stage_without_the_field_is_not_told_of_it():
         SemiConfig(resnet="wrn28")
 
 
-def test_the_page_has_every_flag_that_is_answered():
-    table = PAGE.partition("## Their flags")[2]
+def test_a_flag_is_answered_with_the_dash_that_it_has():
+    for name, ours in (("low-dim", "projection_dim"), ("batch-t", "temperature")):
+        with pytest.raises(ConfigError, match=f"published code's {name} is {ours} here"):
+            SSLConfig(**{name: 8})
+
+
+def test_the_page_has_every_flag_that_is_answered_and_each_is_answered():
+    table = PAGE.partition("## Their flags")[2].partition("\n\n`")[0]
+    rows = re.findall(r"^\| (`--.*?) \| (.*?) \|$", table, re.M)
+    flags = {
+        flag.replace("-", "_"): ours.replace("`", "")
+        for theirs, ours in rows
+        for flag in re.findall(r"--([\w-]+)", theirs)
+    }
+    same = {flag for flag, ours in flags.items() if ours == "the same names"} | {"dim"}
+    assert OFFICIAL.keys() == flags.keys() - same
     for flag, ours in OFFICIAL.items():
-        assert f"`--{flag}`" in table.replace("-t`", "_t`").replace("low-dim", "low_dim"), flag
-        assert ours.partition("<")[0].rstrip("=") in table, ours
+        assert ours.partition("<")[0].rstrip("=") in table.replace("`", ""), flag

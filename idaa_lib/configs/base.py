@@ -36,7 +36,9 @@ OFFICIAL = {
     "low_dim": "projection_dim",
     "lr": "learning_rate",
     "mode": "augmentation",
+    "model_dir": "the variable IDAA_OUTPUTS",
     "resnet": "backbone",
+    "save_dir": "the variable IDAA_OUTPUTS",
     "vae_path": "vae=<id of the run that `python -m idaa_lib import` makes of the file>",
 }
 
@@ -203,8 +205,8 @@ class Config(Values):
 
     @classmethod
     def _closest(cls, name: str) -> str:
-        ours = OFFICIAL.get(name, "")
-        if ours and cls._owner(ours.partition("=")[0]):
+        ours = OFFICIAL.get(name.replace("-", "_"), "")
+        if ours.startswith("the ") or cls._owner(ours.partition("=")[0]):
             return f"; the published code's {name} is {ours} here"
         near = get_close_matches(name, [row["name"] for row in cls.fields()], n=1)
         return f"; did you mean {near[0]!r}" if near else ""
