@@ -1142,6 +1142,19 @@ def test_a_file_of_augself_brings_its_heads(outputs, tmp_path):
     assert state["lacks"] == []
 
 
+def test_a_head_that_no_run_has_is_read_and_makes_no_run(outputs, tmp_path):
+    backbone = Narrow("resnet18", "imagenet")
+    d, path = backbone.features, tmp_path / "ckpt-500.pth"
+    for name, n in (("rot", 4), ("sol", 1)):
+        heads = {k: perceptron(2 * d, 512, 512, m) for k, m in (("crop", 4), (name, n))}
+        projector = perceptron(d, d, 6)
+        torch.save(pack(backbone=backbone, projector=projector, ss_predictor=heads), path)
+        assert interop.load_official(path).differences.keys() == heads.keys()
+        with pytest.raises(ConfigError, match=rf"ckpt-500.pth has AugSelf's head '{name}'"):
+            idaa_lib.import_run(path, "photos", size=32, limit=64)
+    assert not runs.find("ssl")
+
+
 def test_a_file_of_cassle_becomes_a_run_that_a_training_continues(outputs, tmp_path, capsys):
     backbone = diverse(Narrow("resnet18", "imagenet"))
     d = backbone.features

@@ -16,6 +16,7 @@ from idaa_lib.configs.reading import expand, read
 from idaa_lib.interop.layouts import Channels, Keys
 from idaa_lib.interop.official import Official, load_official
 from idaa_lib.methods import About, build_method
+from idaa_lib.methods.augself import WIDTHS
 from idaa_lib.methods.vae import vae_figures
 from idaa_lib.nets.resnet import SHAPES
 from idaa_lib.runs import Run, Writer, checkpoints
@@ -171,7 +172,13 @@ def _config(
         data = "stl10" if module.shape == SHAPES["resnet18"] else "imagenet100"
         fields = {"preset": f"{system}-{data}", "classes": ""}  # which go with the recipe's images
         weight = 1.0 if data == "stl10" else 0.5  # of AugSelf's heads, by its README
-        fields |= {"augself": dict.fromkeys([*(source.differences or ())], weight)}
+        heads = [*(source.differences or ())]
+        if others := [name for name in heads if name not in WIDTHS]:
+            raise ConfigError(
+                f"{path} has AugSelf's head {others[0]!r}, and a run has none of this name: "
+                f"load_official reads it."
+            )
+        fields |= {"augself": dict.fromkeys(heads, weight)}
     if source.kind in ("ipirm", "rsa") and str(values.get("dataset")).startswith("stl10"):
         fields["source_size"] = 96  # of which their code cuts its crops
     fields |= values
