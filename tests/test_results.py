@@ -143,6 +143,14 @@ def test_the_paper_s_figures_are_those_of_the_specification():
     assert list(order) == pairs
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_the_paper_s_epochs_are_those_of_the_recipe(dataset):
+    table = THEIRS[(THEIRS["stage"] == "eval") & (THEIRS["dataset"] == dataset)]
+    for method, rows in table.groupby("method"):
+        config = SSLConfig(preset="paper", method=method.lower(), dataset=dataset)
+        assert {*rows["epochs"]} == {str(config.epochs)}, method
+
+
 @pytest.mark.parametrize(
     ("column", "dataset"), [(0, "cifar10"), (1, "cifar100"), (2, "mini-imagenet")]
 )
