@@ -58,7 +58,7 @@ from idaa_lib.methods.partitions import (
     soft_loss,
 )
 from idaa_lib.methods.simclr import nt_xent
-from idaa_lib.runs import Run, Stopped
+from idaa_lib.runs import Run, Stopped, checkpoints
 from idaa_lib.runs.steps import Steps
 from idaa_lib.train import locate, loop, train_ssl
 from idaa_lib.train.stages import _weights_of
@@ -688,3 +688,30 @@ def test_a_continued_training_takes_no_partitions_of_other_images(tmp_path, monk
             start=run, config=run.config, data=SimpleNamespace(fingerprint=fingerprint)
         )
         assert _weights_of(plan, method)["method.fitted"] == count
+
+
+@pytest.mark.parametrize(
+    ("knobs", "names"),
+    [
+        ({"random_init": False}, {"partitions", "fitted", "scores"}),
+        ({"retain_group": "one"}, {"partitions", "fitted"}),
+        ({"baseline": True}, set()),
+    ],
+)
+def test_a_continued_training_may_keep_other_things_of_the_images(knobs, names, outputs, capsys):
+    """Partitions and scores are made anew where the options ask for others; weights go on."""
+    values = dict(size=16, width=4, limit=16, batch_size=8, epochs=1, device="cpu", method="ipirm")
+    run = train_ssl(SSLConfig(**values))
+    config = SSLConfig(**values | {"continue_from": run.id} | knobs)
+    method = build_method(config, About(recipe("ipirm", 16, MEAN, STD), torch.zeros(16)))
+    fingerprint = run.environment["dataset"]["fingerprint"]
+    plan = SimpleNamespace(start=run, config=config, data=SimpleNamespace(fingerprint=fingerprint))
+    capsys.readouterr()
+    tensors = _weights_of(plan, method)
+    words = capsys.readouterr().out
+    assert all(name in words for name in names) and bool(names) == bool(words)
+    assert {k for k in tensors if k.count(".") == 1} == {f"method.{name}" for name in names}
+    assert all(not tensors[f"method.{name}"].any() for name in names)
+    before = checkpoints.load(run)[0]
+    weights = [k for k in before if k.startswith("method.network.")]
+    assert all(torch.equal(tensors[k], before[k]) for k in weights)

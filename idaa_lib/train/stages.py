@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -357,7 +358,7 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
     """The tensors of the checkpoint that `continue_from` names, if they are this method's.
 
     The method's own buffers (a queue, partitions of the data) are those of a new run where the
-    other run's have another shape, are of other images, or are of an imported file that lacks them.
+    other run has others or none, or those of other images.
     """
     if plan.start is None or (checkpoint := checkpoints.load(plan.start)) is None:
         return None
@@ -367,11 +368,14 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
     fresh = {f"method.{name}": buffer for name, buffer in buffers.items()}
     lacks = state.get("lacks", [])
     other = plan.start.environment.get("dataset", {}).get("fingerprint") != plan.data.fingerprint
-    shapes = any(k in tensors and tensors[k].shape != b.shape for k, b in fresh.items())
-    if lacks or shapes or (other and fresh):
-        names = lacks or [name.removeprefix("method.") for name in fresh]
-        print(f"{plan.start.id} lacks {', '.join(names)} for this run: new ones are made.")
-        tensors = tensors | fresh
+    learned = {f"method.{name}" for name, _ in method.named_parameters(recurse=False)}
+    own = re.compile(r"method\.\w+")  # those of a part of it have a further dot
+    kept = {k: v for k, v in tensors.items() if own.fullmatch(k) and k not in learned}
+    shapes = [{k: v.shape for k, v in buffers.items()} for buffers in (kept, fresh)]
+    if lacks or shapes[0] != shapes[1] or (other and fresh):
+        if names := lacks or [name.removeprefix("method.") for name in fresh]:
+            print(f"{plan.start.id} lacks {', '.join(names)} for this run: new ones are made.")
+        tensors = {k: v for k, v in tensors.items() if k not in kept} | fresh
     theirs = {k: v.shape for k, v in checkpoints.under("method.", tensors).items()}
     ours = {k: v.shape for k, v in stored.items()}
     if theirs != ours:
