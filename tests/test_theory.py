@@ -181,6 +181,31 @@ def test_an_observer_that_sees_all_and_one_that_sees_nothing():
     assert blind["infonce"] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("right", [0, 1, 9, 12])
+def test_few_hits_or_misses_have_an_interval_that_reaches_beyond_them(right):
+    n, critical = 12, stats.norm.ppf(0.975)
+    ranks = torch.tensor([1] * right + [2] * (n - right))
+    row = theory.Retention(ranks, *[torch.zeros(n)] * 3, n=20).row()
+    # The shares p whose score test does not refuse what was seen: |p̂ − p| = z √(p (1 − p) / n).
+    share, z = right / n, critical**2 / n
+    ends = np.roots([1 + z, -(2 * share + z), share**2]).real
+    assert (row["low"], row["high"]) == pytest.approx(tuple(100 * np.sort(ends)), abs=1e-6)
+    assert row["high"] - row["low"] > 20
+
+
+def test_a_few_pairs_on_one_side_do_not_tell(plan):
+    """4 of 20 images are found in one alone: by chance 1 time in 8 (McNemar's exact test)."""
+    one, other = (
+        theory.Retention(torch.tensor([1] * hits + [2] * (20 - hits)), *[torch.zeros(20)] * 3, n=20)
+        for hits in (4, 0)
+    )
+    plan = dataclasses.replace(plan)  # with no claim yet
+    plan.compare("a > b", one, other)
+    hits, _ = plan.claims
+    assert (hits["value"], hits["verdict"]) == (20, "cannot be told")
+    assert hits["low"] < 0 < hits["high"]
+
+
 def test_retention_is_the_naive_loop():
     queries, candidates = torch.randn(9, 3), torch.randn(14, 3)
     retention = theory.retention(queries, candidates)
@@ -478,8 +503,8 @@ def test_claims_are_the_differences_of_the_readings(made):
     texts = " ".join(short_table.stack())
     for row in attacks:
         if row["value"] is not None:
-            text = f"{row['value']:+.1f} [{row['low']:+.1f}".replace("-0.0", "+0.0")
-            assert text in texts
+            digits = ".1f" if row["by"] == "hits" else ".2g"
+            assert f"{row['value']:+z{digits}} [{row['low']:+z{digits}}" in texts
 
 
 def test_a_difference_that_rounds_to_zero_has_no_sign():
@@ -487,6 +512,15 @@ def test_a_difference_that_rounds_to_zero_has_no_sign():
     row |= {"value": -0.04, "low": -0.06, "high": 0.0, "verdict": "cannot be told"}
     ((text,),) = verdict.attack_table({"claims": [row]}).to_numpy()
     assert text == "+0.0 [-0.1, +0.0] cannot be told"
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0])
+def test_a_clear_difference_in_nats_is_not_rounded_to_zero(scale):
+    row = {"section": "attacks", "adversary": "clae", "epsilon": 0.1, "by": "gains", "at": "loss"}
+    row |= {"value": -3 * scale, "low": -4 * scale, "high": -2 * scale, "verdict": "less"}
+    ((text,),) = verdict.attack_table({"claims": [row]}).to_numpy()
+    numbers = [float(number) for number in re.findall(r"[-+][\d.e-]*\d", text)]
+    assert numbers == pytest.approx([-3 * scale, -4 * scale, -2 * scale])
 
 
 @pytest.mark.parametrize(

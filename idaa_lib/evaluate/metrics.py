@@ -53,6 +53,17 @@ def share_interval(shares: Any, n: int) -> np.ndarray:
     return 100 * scipy.stats.binom.ppf(np.transpose([LEVELS]), n, shares) / n
 
 
+def wilson_interval(hits: Tensor) -> Interval:
+    """How many percent of n images come out right, those where `hits` (n,) is not 0.
+
+    The interval is Wilson's (1927), which has a width where all or none of a few images come out
+    right, as a bootstrap has not.
+    """
+    right, n = int((hits > 0).sum()), len(hits)
+    low, high = scipy.stats.binomtest(right, n).proportion_ci(method="wilson")
+    return Interval(100 * right / n, 100 * low, 100 * high)
+
+
 def student_interval(values: Tensor | Sequence[float]) -> Interval:
     """The mean of at least two independent values (n,) with Student's interval: seeds, draws."""
     x = np.asarray(values, dtype=np.float64)

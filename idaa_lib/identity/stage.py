@@ -25,7 +25,7 @@ from idaa_lib import runs
 from idaa_lib.configs import DecomposeConfig, TheoryConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.encoders import load_vae
-from idaa_lib.evaluate.metrics import bootstrap_interval
+from idaa_lib.evaluate.metrics import bootstrap_interval, paired_difference, wilson_interval
 from idaa_lib.identity.networks import UNTRAINED, name_images, name_runs, siblings
 from idaa_lib.identity.pixels import DRAWS, INSTANCES, name_instances, probe
 from idaa_lib.identity.scene import (
@@ -73,9 +73,9 @@ class Study(Plan):
     ) -> None:
         """Claim that the witness finds more in one than in the other, by both of its measures."""
         about["note"] = "; ".join([*note, *self.caveats])
-        for by, name, unit in (("hits", "retrieval@1", "points"), ("gains", "InfoNCE", "nats")):
-            difference = bootstrap_interval(getattr(one, by) - getattr(other, by))
-            self.claim(f"{claim}: {name}", difference, unit, by=by, **about)
+        found, nats = paired_difference(one.hits, other.hits), one.gains - other.gains
+        self.claim(f"{claim}: retrieval@1", found, "points", by="hits", **about)
+        self.claim(f"{claim}: InfoNCE", bootstrap_interval(nats), "nats", by="gains", **about)
 
     @cached_property
     def caveats(self) -> list[str]:
@@ -244,7 +244,7 @@ def _exchange(plan: Study) -> dict[str, Any]:
             to_a, to_b = cosine.diagonal(), cosine.roll(-1, 1).diagonal()
             curve.append([to_a.mean().item(), to_b.mean().item()])
         cosines[f"{moves}: a → b, {stays} of a"] = curve
-    follows = bootstrap_interval(100 * (to_b > to_a).double())  # the last: R in whole
+    follows = wilson_interval(to_b > to_a)  # the last: R in whole
     claim = "G(a) + R(b) is taken for b, whose R it is, by more than half"
     plan.claim(claim, follows, "%", section="exchange", note="; ".join(plan.caveats), than=50)
     return {"exchange": {"shares": SHARES, "cosines": cosines}}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from idaa_lib.evaluate.metrics import bootstrap_interval
+from idaa_lib.evaluate.metrics import bootstrap_interval, wilson_interval
 from idaa_lib.nets.vae import VAE, rate
 from idaa_lib.views import keyed_generator
 
@@ -181,7 +181,7 @@ class Retention:
         arXiv:1807.03748). fano: Fano's, from retrieval@1 alone. own, nearest: cosines. n: N.
         """
         ranks = self.ranks.double()
-        hits, nats = bootstrap_interval(self.hits), bootstrap_interval(self.gains)
+        hits, nats = wilson_interval(self.hits), bootstrap_interval(self.gains)
         means = {"rank": ranks, "mrr": 1 / ranks, "own": self.own, "nearest": self.nearest}
         row = {name: values.mean().item() for name, values in means.items()}
         row |= {"retrieved": hits.value, "low": hits.low, "high": hits.high, "n": self.n}

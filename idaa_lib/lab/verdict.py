@@ -139,10 +139,9 @@ def attack_table(summary: Mapping[str, Any]) -> pd.DataFrame:
         if row["section"] == "attacks":
             text = row["verdict"]
             if row["value"] is not None:
-                # + 0.0: what rounds to zero has no sign of its own.
-                value, *ends = (
-                    f"{round(row[key], 1) + 0.0:+.1f}" for key in ("value", "low", "high")
-                )
+                # Nats are often small: to one decimal all of a clear difference would be 0.
+                digits = "+z.1f" if row["by"] == "hits" else "+.2g"
+                value, *ends = (format(row[key], digits) for key in ("value", "low", "high"))
                 text = f"{value} [{', '.join(ends)}] {text}"
             for by in [row["by"]] if "by" in row else units:  # nowhere as hard: both are left out
                 at = f"IDAA − {NAMES[row['adversary']]}", f"equal {row.get('at', 'ε')}", units[by]
