@@ -568,7 +568,9 @@ def test_no_adversary_is_a_line_over_epsilon():
         row | dict(at=0.3, adversary="IDAA", value=43.0, low=42.0, high=44.0),
         row | dict(axis=None, at=None, adversary="no adversary", value=39.0, low=38.0, high=40.0),
     ])  # fmt: skip
-    figure = plots.sensitivity(frame)
+    figure = plots.sensitivity(frame, ["axis", "at", "adversary"])
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(names) == ["IDAA", "no adversary"]
     line = figure.axes[0].lines[-1]
     assert {*line.get_ydata()} == {39} and line.get_color() == style.COLOURS["none"]
     assert line.get_label() == "no adversary"

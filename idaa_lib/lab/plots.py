@@ -300,7 +300,8 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
             combination of their values.
     """
     frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
-    frame, fields = _vary(frame, [name for name in fields if name not in ("axis", "at")])
+    drawn = ("axis", "at", "adversary")  # whatever their values
+    frame, fields = _vary(frame, [name for name in fields if name not in drawn])
     columns, probes = list(dict.fromkeys(frame["axis"].dropna())), ("kNN", "linear")
     size = (4.1 * len(columns), 5.4)
     figure, panels = style.axes(
