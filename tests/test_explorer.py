@@ -32,6 +32,7 @@ from idaa_lib.lab.controls import EQUAL_HARDNESS, Epsilon, keep_image
 from idaa_lib.lab.engine import EPSILONS, GAIN, SHARES, STRIP, Engine
 from idaa_lib.lab.explorer import Explorer
 from idaa_lib.lab.grid import Grid
+from idaa_lib.results import full_name
 from idaa_lib.runs import Run, find
 from idaa_lib.runs.machine import open_images
 from idaa_lib.train import train_ssl, train_vae
@@ -428,7 +429,7 @@ def test_all_images_are_shown_and_one_is_enlarged(explorer):
     assert explorer.chosen.value == -1 and explorer.status.value == ""
 
 
-def test_two_settings_are_seen_side_by_side(explorer, monkeypatch):
+def test_two_settings_are_seen_side_by_side(explorer):
     assert settle(explorer)
     picture = explorer.picture.image.value
     explorer.pin.value = True
@@ -438,10 +439,15 @@ def test_two_settings_are_seen_side_by_side(explorer, monkeypatch):
     assert explorer.pinned.image.value == picture != explorer.picture.image.value
     assert "IDAA, ε = 2<" in explorer.meters.value
     assert "pinned: IDAA, ε = 0.3<" in explorer.meters.value
-    monkeypatch.setattr("idaa_lib.lab.verdict.note", lambda engine: "judged by another")
-    explorer._write_meters()  # as after another choice of the attacked encoder
-    assert "pinned: IDAA, ε = 0.3 (judged by an untrained" in explorer.meters.value
-    monkeypatch.undo()
+    old, new = (full_name(run) for run in find("vae"))
+    assert old in explorer.meters.value and new not in explorer.meters.value
+    explorer.vae.value = find("vae")[1].reference  # the same encoders, another split
+    assert settle(explorer)
+    pinned, now = explorer.meters.value.split("</table>")
+    assert re.search(
+        rf"pinned: IDAA, ε = 0.3 \(judged by an untrained .* · {re.escape(old)}\)", pinned
+    )
+    assert new in now and old not in now
     explorer.pin.value = False
     assert settle(explorer)
     assert "pinned" not in explorer.meters.value
@@ -723,9 +729,13 @@ def test_what_is_saved_can_be_made_again(explorer, outputs):
     explorer.reset.click()
     assert settle(explorer)
     assert explorer.picture.image.value != picture
-    explorer.saved.value = folder / "setting.json"
-    assert settle(explorer)
-    assert explorer.picture.image.value == picture
+    for _ in range(2):  # also where it was opened already
+        explorer.saved.value = folder / "setting.json"
+        assert settle(explorer)
+        assert explorer.picture.image.value == picture
+        explorer.epsilon.field.value = "2"
+        assert settle(explorer)
+        assert explorer.picture.image.value != picture
     subprocess.run([sys.executable, folder / "again.py"], check=True, timeout=300)
     for name in names:
         old, new = (np.asarray(Image.open(p / name)) for p in (folder, folder / "again"))
@@ -776,6 +786,18 @@ def test_beside_runs_of_one_s_own_the_starter_is_a_choice(explorer):
     assert explorer._background.settle(timeout=120)
     assert explorer.engine.scene.data.name == "starter"
     assert "starter" in explorer.left_out.value
+
+
+def test_runs_that_are_shown_may_be_deleted(outputs, tmp_path, monkeypatch):
+    shutil.copytree(outputs, tmp_path / "outputs")
+    monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
+    train_ssl(SSLConfig(**SMALL, epochs=1))
+    explorer = Explorer(CONFIG)
+    assert settle(explorer)
+    shutil.rmtree(tmp_path / "outputs")
+    explorer.epsilon.field.value = "0.7"
+    assert settle(explorer)
+    assert "IDAA, ε = 0.7<" in explorer.meters.value and explorer.status.value == ""
 
 
 def test_runs_that_cannot_be_used_are_left_out_and_named(outputs, tmp_path, monkeypatch):

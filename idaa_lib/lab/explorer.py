@@ -68,7 +68,7 @@ class Explorer(Controls):
     _attack = (ADVERSARIES[0], 0.1)  # what the picture shows: adversary and ε
     _waits = False  # whether it waits for the curves over ε
     _now: tuple[str, Reading] | None = None  # what the meters say, and of what
-    _pinned: tuple[str, Reading, str] | None = None  # and who judged it and was attacked
+    _pinned: tuple[str, Reading, str] | None = None  # and its `verdict.note`
 
     def __init__(self, config: DecomposeConfig) -> None:
         super().__init__(config)
@@ -188,6 +188,7 @@ class Explorer(Controls):
 
     def _reopen(self, path: Path | str) -> None:
         if path:
+            self.saved.value = ""  # so that the same one can be opened again
             self.open(runs.read_json(Path(path)) or {})
 
     def _pin(self) -> None:

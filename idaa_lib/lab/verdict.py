@@ -60,7 +60,7 @@ def marks(identity: Retention) -> list[tuple[str, str, str]]:
 
 
 def meters(engine: Engine, readings: Mapping[str, Reading]) -> tuple[pd.DataFrame, str]:
-    """A row of METERS for each title → reading, and who judges and is attacked."""
+    """A row of METERS for each title → reading, and the `note`."""
     rows = {}
     for title, reading in readings.items():
         values = reading.row | {"images": len(reading.kept.ranks)}
@@ -70,16 +70,20 @@ def meters(engine: Engine, readings: Mapping[str, Reading]) -> tuple[pd.DataFram
 
 
 def note(engine: Engine) -> str:
-    """Which encoder judges, and which one is attacked."""
+    """Which encoder judges, which one is attacked, and which VAE splits x."""
     seed = " of another seed" if engine.witness.name == UNTRAINED else ""
     judge, attacked = map(_encoder_name, (engine.witness.name, engine.scene.attacked))
-    return f"judged by {judge}{seed} · attacked: {attacked}"
+    return f"judged by {judge}{seed} · attacked: {attacked} · {_vae_name(engine.scene.run)}"
 
 
 @functools.cache
 def _encoder_name(name: str) -> str:
     """What a run, or `untrained`, is called in the notebooks; an id stays what it is."""
     return "an untrained ResNet-18" if name == UNTRAINED else full_name(runs.encoder(name))
+
+
+# A run that is shown may be deleted meanwhile: its name stays.
+_vae_name = functools.cache(full_name)
 
 
 def sentence(engine: Engine, epsilon: float) -> str:
