@@ -14,6 +14,10 @@ PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3
 # buffers go back to the system and are zeroed again. These keep them. Other systems ignore them.
 ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 
+# A photograph travels to the kernel as one message. Beyond 10 MiB, tornado's default, the server would
+# drop the connection without a word.
+UPLOADS := tornado_settings="{'websocket_max_message_size': 268435456}"
+
 help:  ## List the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
@@ -42,7 +46,7 @@ test: setup  ## Lint, types and all tests (or those of TESTS="tests/test_nets.py
 lab: setup  ## Open JupyterLab on this machine only, at notebook 00 (its address has the token)
 	@$(ALLOCATOR) JUPYTER_CONFIG_PATH="$(CURDIR)/notebooks$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 		$(ENV)/bin/jupyter lab --ip=127.0.0.1 \
-		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb --ServerApp.$(UPLOADS) \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 report: setup  ## Write outputs/report.html: results, curves and pictures on one page
@@ -56,7 +60,7 @@ app: setup  ## Serve the explorer and the runs as web pages without code (its ad
 	@$(ALLOCATOR) JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PATH=$(CURDIR)/notebooks/app \
 		$(ENV)/bin/voila notebooks/app --template=idaa --classic_tree=True --strip_sources=True \
 		--VoilaConfiguration.allow_template_override=NO --token \
-		--Voila.ip=127.0.0.1 --no-browser --MappingKernelManager.cull_idle_timeout=600
+		--Voila.ip=127.0.0.1 --Voila.$(UPLOADS) --no-browser --MappingKernelManager.cull_idle_timeout=600
 
 browser:  ## Install Chromium for the browser tests (Debian, Ubuntu)
 	@for name in "$$IDAA_CHROMIUM" chromium chromium-browser; do \

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,7 @@ def jupyter(folder: Path, environment: dict[str, str]) -> Iterator[Server]:
     command += [f"--port={port}", "--allow-root", f"--ServerApp.root_dir={notebooks}"]
     command += [f"--LabApp.app_settings_dir={settings}", "--LabApp.extension_manager=readonly"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    command += [word for word in shlex.split(recipe("lab")) if "tornado_settings" in word]
     log = folder / "jupyter.log"
     runtime = Path(variables["JUPYTER_RUNTIME_DIR"])
     with _start(command, environment | variables | {"JUPYTER_TOKEN": token}, log) as process:

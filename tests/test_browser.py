@@ -216,9 +216,7 @@ def test_an_uploaded_image_is_the_first(explorer, tmp_path):
     tiles = rows(browser.pixels(explorer, ".idaa-still"))[0]
     image = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     Image.fromarray(image).save(tmp_path / "mine.png")
-    with explorer.expect_file_chooser() as chooser:
-        explorer.locator(".idaa-upload").click()
-    chooser.value.set_files(tmp_path / "mine.png")
+    upload_large(explorer, tmp_path / "mine.png")
 
     def first():
         still = browser.pixels(explorer, ".idaa-still")
@@ -229,6 +227,15 @@ def test_an_uploaded_image_is_the_first(explorer, tmp_path):
     assert not np.array_equal(x[:32, :32], tiles[:32, :32])
     browser.meters_follow(explorer)
     browser.shot(explorer, "02_upload")
+
+
+def upload_large(page, path):
+    """The file as one of 12 MiB, as photographs are: a server's default would drop it."""
+    with path.open("ab") as file:
+        file.write(bytes(12 * 2**20))  # what follows the image is not read
+    with page.expect_file_chooser() as chooser:
+        page.locator(".idaa-upload").click()
+    chooser.value.set_files(path)
 
 
 def test_save_writes_figures_and_the_code_that_makes_them(explorer, outputs):
@@ -498,7 +505,7 @@ def test_the_app_asks_for_its_token(app):
         assert app.token not in command.read_text()
 
 
-def test_the_app_is_the_explorer_and_the_runs_without_code(context, app, outputs):
+def test_the_app_is_the_explorer_and_the_runs_without_code(context, app, outputs, tmp_path):
     page = context.new_page()
     faults = browser.watch(page)
     try:
@@ -523,6 +530,9 @@ def test_the_app_is_the_explorer_and_the_runs_without_code(context, app, outputs
         field = page.locator(".idaa-epsilon input")
         browser.until(page, lambda: field.count() and field.input_value() == "8/255", "its ε")
         browser.meters_follow(page)
+        Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+        upload_large(page, tmp_path / "mine.png")
+        browser.until(page, page.get_by_text("your own", exact=True).count, "the uploaded image")
         page.get_by_role("link", name="Runs").click()
         # Visitors read: nothing to press that changes a run, no path of this machine.
         run = made(VAEConfig(seed=9), error=f"There is no {outputs / 'x.zip'}.")
