@@ -55,7 +55,10 @@ class Point(NamedTuple):
     def name(self) -> str:
         """Its labels and its seed, for a sentence."""
         seed = (self.ssl or self.vae or {}).get("seed")
-        values = [value for value in self.labels.values() if value is not None]
+        labels = {**self.labels}
+        if labels.get("axis") is not None and "at" in labels:
+            labels["at"] = f"{labels.pop('axis')}={labels['at']}"
+        values = [value for value in labels.values() if value is not None]
         words = [v if isinstance(v, str) and len(v) <= 100 else quote(v) for v in values]
         return f"{' × '.join(words)} (seed {seed})" if words else f"seed {seed}"
 

@@ -272,6 +272,15 @@ def test_a_grid_that_cannot_be_made_is_refused_in_a_sentence(grid, sentence):
         plans.plan(grids.read(grid).points())
 
 
+@pytest.mark.parametrize(("axis", "field"), [("epsilon", "epsilons"), ("dim", "dims")])
+def test_a_point_of_an_axis_is_named_as_one_would_set_it(axis, field):
+    values = dict(epsilons=(), betas=(), dims=()) | {field: (2, 3)}
+    names = [point.name for point in grids.sensitivity(SweepConfig(**values))]
+    number = float if axis == "epsilon" else int
+    expected = [f"{axis}={number(value)} × idaa (seed 0)" for value in (2, 3)]
+    assert names == [*expected, "none (seed 0)"]
+
+
 AXES_OF_ONE_NAME = {"vae": {"epochs": [6, 12]}, "ssl": {"epochs": [3, 6]}}
 
 
