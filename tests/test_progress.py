@@ -141,7 +141,7 @@ def test_each_encoder_is_judged_before_the_next_one_is_trained(outputs, monkeypa
     assert {outcome.state for outcome in outcomes.values()} == {"finished"}
     output = capsys.readouterr().out
     assert "ssl-1: finished\n" in output
-    assert output.endswith("6 of 6 runs finished · 0 going · about 0:00 left\n")
+    assert output.endswith("6 of 6 runs finished\n")
 
 
 class Page:

@@ -166,11 +166,13 @@ class Tally:
         """The share of the runs that is done, and a sentence; `states` of those done, by key."""
         counts = Counter(states.values())
         parts = [f"{counts.pop('finished', 0)} of {len(self.configs)} runs finished"]
-        shares = [(run.stage, _share(run)) for run in list(self.going)]
-        names = sorted(stage + (f" {share:.0%}" if share else "") for stage, share in shares)
-        parts.append(f"{len(names)} going" + (f" ({', '.join(names)})" if names else ""))
+        complete = len(states) == len(self.configs)
+        if not complete:
+            shares = [(run.stage, _share(run)) for run in list(self.going)]
+            names = sorted(stage + (f" {share:.0%}" if share else "") for stage, share in shares)
+            parts.append(f"{len(names)} going" + (f" ({', '.join(names)})" if names else ""))
         parts += [f"{n} {state}" for state, n in counts.items()]
-        if (seconds := self.seconds_left(states)) is not None:
+        if not complete and (seconds := self.seconds_left(states)) is not None:
             parts.append(f"about {clock(seconds)} left")
         return len(states) / max(1, len(self.configs)), " · ".join(parts)
 
