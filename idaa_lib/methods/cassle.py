@@ -155,12 +155,18 @@ class Conditioned(TwoViews):
                     f"augmentation={config.augmentation!r} draws no {missing[0]}, which {field} "
                     f"names: leave it out, or take another augmentation, such as 'cassle'."
                 )
-        for field in ("injection", "gamma"):
+        for field in ("injection", "gamma", "gamma_depth", "gamma_width"):
             value = getattr(config, field)
-            if not config.condition and value != cls.Options.model_fields[field].default:
+            if value == cls.Options.model_fields[field].default:
+                continue
+            if not config.condition:
                 raise ConfigError(
                     f"{field}={value!r} is of a condition, and there is none: name one, as in "
                     f"condition='crop, color', or leave {field} out."
+                )
+            if config.gamma == "raw" and field.startswith("gamma_"):
+                raise ConfigError(
+                    f"{field}={value} is of an MLP, and gamma='raw' has none: leave one of them out."
                 )
         if config.condition and config.injection != "concatenate":
             if (config.injection, config.gamma) == ("hypernetwork", "raw"):
