@@ -104,6 +104,7 @@ def test_two_processes_train_as_one_does(which, configs, shared, module_outputs)
     assert len(one.metrics()) == len(two.metrics())
     for line, other in zip(one.metrics()[:2], two.metrics(), strict=False):
         common = ("loss", "clean_loss", "adversarial_loss", "moved")
+        common += ("alignment", "uniformity", "embedding_std")
         ours, theirs = ({k: v for k, v in each.items() if k in common} for each in (line, other))
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 

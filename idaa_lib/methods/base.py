@@ -85,7 +85,7 @@ class Step:
     # Of images x (B, 3, H, W): a scalar to be ascended. `at_start`: they are the view's own.
     attack_loss: Callable[..., Tensor] | None = None
     adversarial_loss: Callable[[Tensor], Loss] | None = None  # of x′
-    # The positive pairs (B, D), (B, D), L2-normalised, for collapse diagnostics.
+    # The positive pairs (B, D), (B, D) of this process, L2-normalised, for collapse diagnostics.
     embeddings: tuple[Tensor, Tensor] | None = None
     # Normalised images (B, 3, H, W) by label, for who watches; a pair stands for its difference.
     pictures: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)

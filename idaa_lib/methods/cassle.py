@@ -166,7 +166,7 @@ class Conditioned(TwoViews):
                 )
             if config.gamma == "raw" and field.startswith("gamma_"):
                 raise ConfigError(
-                    f"{field}={value} is of an MLP, and gamma='raw' has none: leave one of them out."
+                    f"{field}={value} is of an MLP, and gamma='raw' has none: leave one out."
                 )
         if config.condition and config.injection != "concatenate":
             if (config.injection, config.gamma) == ("hypernetwork", "raw"):

@@ -87,10 +87,11 @@ class Contrastive(TwoViews):
         return attack_loss
 
     def step(self, views: tuple[View, ...], batch: Batch, moment: Moment) -> Step:
-        e1, e2 = (e._replace(z=gather(e.z)) for e in map(self.embed, views))  # B of all processes
+        e1, e2 = map(self.embed, views)
+        z1, z2 = gather(e1.z), gather(e2.z)  # (B, D) of all processes
 
         def adversarial_loss(e: Embedding, v_adv: View) -> Tensor:
-            return self.contrast(e1.z, gather(e.z))
+            return self.contrast(z1, gather(e.z))
 
-        loss, ascent = self.contrast(e1.z, e2.z), self.ascent(views[0])
+        loss, ascent = self.contrast(z1, z2), self.ascent(views[0])
         return self.two_view_step(loss, views, (e1, e2), ascent, adversarial_loss)

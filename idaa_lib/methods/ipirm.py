@@ -51,7 +51,7 @@ from idaa_lib.methods.partitions import (
 from idaa_lib.methods.protocols import Classifier, OfficialProtocol
 from idaa_lib.methods.simclr import SimCLR
 from idaa_lib.nets.heads import Embedding, mlp
-from idaa_lib.nets.processes import agree, gather
+from idaa_lib.nets.processes import agree, count_processes, gather, rank
 from idaa_lib.nets.resnet import start_as_torchvision
 from idaa_lib.views import View, keyed_generator
 
@@ -202,11 +202,12 @@ class IPIRM(SimCLR):
         index = gather(batch["images"])  # in the order that one process has (§2.2)
         if self.options.mixup:
             return self.mixed_step(views[0], views[1], index, gather(moment.numbers["mixup"]))
-        e1, e2 = (e._replace(z=gather(e.z)) for e in map(self.embed, views))  # B of all processes
-        loss, parts = self.objective(e1.z, e2.z, index)
+        e1, e2 = map(self.embed, views)
+        z1, z2 = gather(e1.z), gather(e2.z)  # (B, D) of all processes
+        loss, parts = self.objective(z1, z2, index)
 
         def adversarial_loss(e: Embedding, v_adv: View) -> Tensor:
-            return self.objective(gather(e.z), e2.z, index)[0]
+            return self.objective(gather(e.z), z2, index)[0]
 
         ascent = self.ascent(views[0])
         step = self.two_view_step(loss, views, (e1, e2), ascent, adversarial_loss)
@@ -275,7 +276,8 @@ class IPIRM(SimCLR):
             if with_all:
                 whole, _, z1 = self.contrast_mixed(images, z2, draws[:, 0], adversarial)
                 loss, parts["contrast"] = loss + whole, whole
-                step.embeddings = z1.detach(), z2.detach()
+                own1, own2 = (z.detach().chunk(count_processes())[rank()] for z in (z1, z2))
+                step.embeddings = own1, own2
             if slot is not None:
                 parts |= self.contrast_subsets([sides[slot]], contrast, loss.new_zeros(()))
                 loss = loss + parts["subsets"] + own.penalty_weight * parts["penalty"]

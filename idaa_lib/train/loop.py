@@ -26,7 +26,7 @@ from idaa_lib.evaluate.metrics import alignment, embedding_std, uniformity
 from idaa_lib.methods import Method, Moment, Step
 from idaa_lib.methods.base import Batch, Loss, Work
 from idaa_lib.methods.schedules import build_optimizer, build_schedule, spare_vectors
-from idaa_lib.nets.processes import share_statistics
+from idaa_lib.nets.processes import gather, share_statistics
 from idaa_lib.runs import Run, RunError, Writer, checkpoints
 from idaa_lib.runs.steps import State, Steps
 from idaa_lib.train import samples
@@ -362,7 +362,7 @@ class Fit:
         """Further values of a line: what would tell a collapse, and the rate."""
         values: dict[str, Any] = {"lr": self._rates[0]}
         if self._last and self._last.embeddings:
-            z1, z2 = self._last.embeddings
+            z1, z2 = map(gather, self._last.embeddings)  # of pairs of all processes' images
             values |= {"alignment": alignment(z1, z2), "uniformity": uniformity(z1)}
             values["embedding_std"] = embedding_std(z1)
         return values
