@@ -396,15 +396,18 @@ def test_unreadable_images_are_skipped_and_counted_and_no_sound_one_is_decoded_a
     for _ in range(2):
         with pytest.raises(ValueError, match=r"0\.png cannot be read.*1\.png.*on_error='skip'$"):
             images.load(damaged, "test")
+    said = capsys.readouterr().out
     moved = damaged.rename(damaged.with_name("moved"))  # what was seen there is said of here
-    with pytest.raises(ValueError, match=r"^train/cat/0\.png cannot be read [^/]*; train/dog"):
+    with pytest.raises(ValueError, match=r"^train/cat/0\.png cannot be read [^/]*, train/dog"):
         images.load(moved, "test")
     moved.rename(damaged)
+    capsys.readouterr()
     image_set = images.load(damaged, "trainval", on_error="skip")
     assert (len(image_set), image_set.skipped) == (10, 2)
     assert images.load(damaged, "test", on_error="skip").skipped == 2
     (note,) = image_set.notes
     assert note.startswith("2 of 24 images cannot be read: ") and all(b in note for b in paths)
+    assert said.count("\n") == 1 and all(b in said for b in paths)  # once in a process
     assert capsys.readouterr().out == f"pets: {note}.\n"
     names = [name for name in calls if name not in paths]
     assert len(names) == len(set(names)) == 22
@@ -425,6 +428,28 @@ def test_what_no_stamp_tells_is_looked_at_again(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"cat/1\.png cannot .*Permission denied"):
             images.load(tmp_path / "pets", "train")
     assert images.load(tmp_path / "pets", "train").skipped == 0
+
+
+def test_many_unreadable_images_are_one_short_sentence_and_all_of_them_are_printed(
+    tmp_path, outputs, capsys
+):
+    class_folders(tmp_path / "pets", ("train/",), n=30)
+    long = "a long name with spaces " * 9
+    for i in range(30):
+        (tmp_path / "pets/train/cat" / f"{i % 5} {long}.png").write_bytes(b"")
+        save(tmp_path / f"pets/train/dog/{i}.tiff", np.zeros((8, 8), np.float32))
+    config = SSLConfig(dataset=str(tmp_path / "pets"), width=4, device="cpu")
+    with pytest.raises(ConfigError, match=r"cannot be read.* and 34 more: .* on_error='skip'") as e:
+        train_ssl(config)
+    assert len(str(e.value)) <= 400
+    output = capsys.readouterr().out
+    assert all(f"dog/{i}.tiff cannot be read" in output for i in range(30))
+    for file in (tmp_path / "pets/train/dog").iterdir():
+        file.unlink()
+    (tmp_path / "pets/train/dog/0.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match="no image for class 'dog', and 6 of 36 ") as e:
+        train_ssl(config)
+    assert len(str(e.value)) <= 400
 
 
 def test_class_with_no_readable_image_is_an_error(tmp_path, data):
@@ -1315,7 +1340,9 @@ def test_clean_removes_what_is_a_pool_and_nothing_else(tmp_path, data):
 # --- A source's crops
 
 
-def test_gather_cuts_and_resizes_as_torchvision(tmp_path):
+@pytest.mark.parametrize("small", [2**28, 0])  # in memory; in its file
+def test_gather_cuts_and_resizes_as_torchvision(small, monkeypatch):
+    monkeypatch.setattr(images, "SMALL", small)
     image_set = images.load("photos", "test", 48, 12)
     assert image_set.sizes.tolist() == [[48, 48]] * 12
     index = torch.tensor([3, 0, 3, 11])

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from idaa_lib.data.layout import printable, sha256
+from idaa_lib.data.layout import list_some, printable, sha256
 from idaa_lib.data.places import find_root
-from idaa_lib.data.pool import PARTS, Pool, join
+from idaa_lib.data.pool import PARTS, Pool
 from idaa_lib.data.sources import find_source, read_classes
 from idaa_lib.data.streamed import Images, Photographs
 
@@ -87,7 +87,7 @@ class ImageSet:
             return self.images.gather(index, boxes, size)
         crops = []
         for i, (top, left, height, width) in zip(index.tolist(), boxes.int().tolist(), strict=True):
-            crop = self.images[i : i + 1, :, top : top + height, left : left + width]
+            crop = self.images[i][None, :, top : top + height, left : left + width]
             crops.append(interpolate(crop, (size, size), mode="bilinear", antialias=True))
         return torch.cat(crops)
 
@@ -137,8 +137,8 @@ def load(
     on_error: "skip" leaves unreadable images out and counts them. gray_bits: that grey images in
     16-bit files use (12 of many microscopes). streamed: photographs in a folder or in tar shards
     are read from where they lie, each time; the first opening reads each of them once, to see that
-    it can be decoded. data_dir: else `data_root()`. What is left out or read in another way than it
-    seems is printed, once in a process.
+    it can be decoded. data_dir: else `data_root()`. What is left out, cannot be read, or is read in
+    another way than it seems is printed, once in a process.
 
     A source that was opened before is not opened until its images are used: an index says what it
     holds, as long as nothing that `Source.watch` names has another size or time of change. The
@@ -164,9 +164,10 @@ def load(
     name, about = pool.source.name, pool.read_index() or pool.open()[0]
     if about["errors"] and on_error == "raise":
         about = pool.open(again=True)[0]
-        if about["errors"]:
+        if errors := sorted(about["errors"].values()):
+            _say(pool.source.path, f"{list_some(errors, 5000)}.")
             what = "replace what is broken, or leave it out by on_error='skip'"
-            raise ValueError(f"{join(about['errors'].values())}: {what}")
+            raise ValueError(f"{list_some(errors, 200)}: {what}")
     for note in about["notes"]:
         _say(pool.source.path, f"{name}: {note}.")
     counts, part = about["counts"], SPLITS[split]

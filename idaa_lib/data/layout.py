@@ -26,10 +26,13 @@ def sha256(text: str, more: bytes = b"") -> str:
 
 
 def list_some(words: list[str], room: int) -> str:
-    """As many of the words as `room` characters hold, one at least, and how many more there are."""
+    """As many of the words as `room` characters hold, one at least, its middle left out where it is
+    longer, and how many more there are."""
     ends = itertools.accumulate(len(word) + 2 for word in words)
     n = max(1, sum(end <= room for end in ends))
-    return ", ".join(words[:n]) + f" and {len(words) - n:,} more" * (n < len(words))
+    text = ", ".join(words[:n])
+    text = text if len(text) <= room else f"{text[: room // 2]} … {text[-room // 2 :]}"
+    return text + f" and {len(words) - n:,} more" * (n < len(words))
 
 
 def printable(text: str) -> str:

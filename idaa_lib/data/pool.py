@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from idaa_lib.data.decoding import Item, decode_items, square
-from idaa_lib.data.layout import HEIF, sha256
+from idaa_lib.data.layout import HEIF, list_some, sha256
 from idaa_lib.data.places import read_file, read_stamp
 from idaa_lib.data.sources import Listing, Source, Torchvision
 from idaa_lib.data.streamed import CONTENT, Images, Photographs, describe, row_width
@@ -231,10 +231,13 @@ class Pool:
         lost += [] if any(listing.splits[item.place] == "train" for item in items) else ["train"]
         n, notes = len(listing.names), [*listing.notes]
         if errors:
-            notes.append(f"{len(errors)} of {n} images cannot be read: {join(errors.values())}")
+            what = f"{len(errors)} of {n} images cannot be read"
+            notes.append(f"{what}: {list_some(sorted(errors.values()), 5000)}")
         if lost:
-            what = f"{self.source.name} has no image for {lost[0]}"
-            raise ValueError(f"{what}, and {notes[-1] if errors else f'{n} in all'}: add images")
+            why = f"{what}, {list_some([*errors.values()], 160)}" if errors else f"{n} in all"
+            raise ValueError(
+                f"{self.source.name} has no image for {lost[0]}, and {why}: add images"
+            )
         peak = max(item.peak for item in items)
         if 0 < peak < 2**14 and self.bits == 16:
             notes.append(
@@ -298,9 +301,3 @@ def is_current(index: dict[str, Any]) -> bool:
 def lock(cache: Path, slug: str) -> FileLock:
     """What is held while pools of this `slug` are written or removed."""
     return FileLock(cache / f"{slug}.lock")
-
-
-def join(errors: Collection[str]) -> str:
-    """The sentences of errors, the first 50 of them, in one line."""
-    more = f"; and {len(errors) - 50} more" if len(errors) > 50 else ""
-    return "; ".join(sorted(errors)[:50]) + more
