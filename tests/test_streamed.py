@@ -424,19 +424,30 @@ def test_a_damaged_shard_is_refused_wherever_the_damage_is(photos, tmp_path, dam
         ("latest-{part}-000", "{i:06}", "jpg"),
         ("000-{n}", "{part}/{i:06}", "jpg"),
         ("000-{n}", "{part}/data/{i:06}", "jpg"),
+        ("{part}/000", "{i:06}", "jpg"),
+        ("web/Validation/{part}-000", "{i:06}", "jpg"),
+        ("{part}-000", "{label}/{i:06}", "jpg"),
+        ("{part}/000", "{label}/{i:06}", "jpg"),
+        ("{part}/000", "{label}/more/{i:06}", "jpg"),
+        ("test/000-{n}", "data/{part}/{label}/{i:06}", "jpg"),
     ],
 )
 def test_shards_as_webdataset_has_them(photos, tmp_path, shard, key, ending):
-    """Class numbers in .cls, the part in the name of the shard or of the first folder."""
+    """Class numbers in .cls or class folders; the part in the name of the shard, of a folder that
+    it lies in, or of a folder in it."""
     paths = sorted(photos.rglob("*.JPEG"))
     out = tmp_path / "web"
     out.mkdir()
     for n, part in enumerate(("train", "val")):
-        with tarfile.open(out / f"{shard.format(part=part, n=n)}.tar", "w") as archive:
+        file = out / f"{shard.format(part=part, n=n)}.tar"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(file, "w") as archive:
             for i, path in enumerate(path for path in paths if part in path.parts):
-                name = key.format(part=part, i=i, half=i // 5)
-                number = path.parent.name[1:].encode()
-                for end, content in (("cls", number), (ending, path.read_bytes())):
+                number = path.parent.name[1:]
+                name = key.format(part=part, i=i, half=i // 5, label=number)
+                members = [(ending, path.read_bytes())]
+                members += [("cls", number.encode())] * ("{label}" not in key)
+                for end, content in members:
                     member = tarfile.TarInfo(f"{name}.{end}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))

@@ -58,9 +58,9 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
     """What tar files hold, by name, and where it lies in them.
 
     They are as `python -m idaa_lib.data shard` writes them, with the folders of the names; or as
-    webdataset has them: class numbers beside the images, in `.cls`, and a word that begins with
-    train, val or test in the name of the shard, or of the first folder. Raises ValueError where one
-    is damaged.
+    webdataset has them: class numbers beside the images, in `.cls`. The split is that of the folder
+    in a name; else a word that begins with train, val or test in the name of the shard, or the
+    folder train, val or test that the shard lies in. Raises ValueError where one is damaged.
     """
     # By shard and name: of members of one name in one shard the last is the file.
     classes, members = dict[str, str](), dict[tuple[str, str], Place]()
@@ -95,21 +95,33 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
     plain = len(pairs) == len({folder for folder, _ in pairs})
     places = dict[str, Place]()
     for (shard, name), folder, number in zip(members, folders, numbers, strict=True):
-        place = members[shard, name]
-        if not (folder and plain):
-            match = re.search("(?<![a-z])(train|val|test)", shard.rpartition("/")[2].lower())
-            part = PARTS.get(name.partition("/")[0].lower()) or (match[0] if match else "")
-            top, plain_file = part and f"{part}/", name.replace("/", "_")
+        place, top = members[shard, name], _split_folder(shard)
+        if folder and plain:
+            if not PARTS.keys() & {*folder.lower().split("/")}:
+                folder = f"{top}{folder}"
+            file = name.rpartition("/")[2]
+            name = f"{folder}/{file}"
+            if name in places:  # another image, of another shard
+                name = f"{folder}/{shard}/{file}"
+        else:
+            part, plain_file = PARTS.get(name.partition("/")[0].lower()), name.replace("/", "_")
+            top = f"{part}/" if part else top
             if number:
                 name = f"{top}{number}{shard}/{name}"
             else:  # in no folder, which would be a class
                 name = f"{top}{plain_file}"
                 if name in places:
                     name = f"{top}{shard.replace('/', '_')}_{plain_file}"
-        elif name in places:  # another image, of another shard
-            name = f"{folder}/{shard}/{name.rpartition('/')[2]}"
         places[name] = place
     return places
+
+
+def _split_folder(shard: str) -> str:
+    """train/, val/ or test/ where the name of a shard, or of a folder that it lies in, says it."""
+    *folders, name = shard.lower().split("/")
+    match = re.search("(?<![a-z])(train|val|test)", name)
+    parts = [match[0]] if match else [PARTS[folder] for folder in folders if folder in PARTS]
+    return f"{parts[0]}/" if parts else ""
 
 
 def plain_name(member: str) -> str:
