@@ -24,6 +24,7 @@ from idaa_lib.configs import (
     TransferConfig,
     VAEConfig,
 )
+from idaa_lib.data.__main__ import main as data_command
 from idaa_lib.runs import CONFIGS
 from idaa_lib.train.__main__ import read_words
 
@@ -338,6 +339,26 @@ def test_a_recipe_of_one_s_own_extends_another(tmp_path):
     path.write_text("[ssl\n")
     with pytest.raises(ConfigError, match="cannot be read"):
         SSLConfig(preset=str(path))
+
+
+def test_a_recipe_extends_one_that_lies_beside_it_wherever_the_process_is(tmp_path, monkeypatch):
+    (tmp_path / "own/more").mkdir(parents=True)
+    (tmp_path / "base.toml").write_text('extends = "demo"\n[ssl]\nepochs = 7\n')
+    (tmp_path / "own/mine.toml").write_text('extends = "../base.toml"\n[ssl]\nbatch_size = 32\n')
+    for folder, path in ((tmp_path, "own/mine.toml"), (tmp_path / "own/more", "../mine.toml")):
+        monkeypatch.chdir(folder)
+        config = SSLConfig(preset=path)
+        assert (config.epochs, config.batch_size) == (7, 32)
+
+
+def test_a_home_folder_is_meant_by_every_word_of_the_command_line(tmp_path, monkeypatch):
+    """A shell makes no path of the ~ behind @ or in quotes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.json").write_text('{"epochs": 7}')
+    (tmp_path / "my_file_at_home.py").write_text("")
+    assert read_words(["~/my_file_at_home.py", "@~/mine.json"]) == {"epochs": 7}
+    assert data_command(["shard", "starter", "~/shards"]) == 0
+    assert [*(tmp_path / "shards").glob("*.tar")]
 
 
 def test_conditions_of_a_recipe_hold_settle_and_are_known(tmp_path):

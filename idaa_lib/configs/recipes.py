@@ -3,8 +3,8 @@
 A file has a table for each stage: `[ssl]` with its fields and knobs. A table `where` below
 it holds where a field has a value: `[ssl.where.method.simsiam]`, also inside one another. What
 comes later wins, and what the user gives wins over all. `extends` names another recipe that is
-read first. `base_rate` is the learning rate of 256 images a step, scaled to the batch (Goyal et al.
-2017, arXiv:1706.02677).
+read first, or its path from where this one lies. `base_rate` is the learning rate of 256 images a
+step, scaled to the batch (Goyal et al. 2017, arXiv:1706.02677).
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def _documents(
     if preset in above:
         raise ConfigError(f"preset={quote(preset)} extends itself, by {', '.join(above)}.")
     if base := document.get("extends"):
+        beside = path.parent / expand(str(base))  # whichever folder the process is in
+        base = beside if os.path.isfile(beside) else base
         yield from _documents(str(base), folder, (*above, preset))
     yield path, document
 

@@ -7,6 +7,7 @@ python -m idaa_lib.data clean [all]        # remove decoded images that no data 
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 import tarfile
@@ -113,7 +114,9 @@ def main(words: list[str]) -> int:
     try:
         match words:
             case ["shard", folder, out]:
-                print(f"{shard(folder, Path(out))} holds the images of {folder}.")
+                print(
+                    f"{shard(folder, Path(os.path.expanduser(out)))} holds the images of {folder}."
+                )
             case ["clean"] | ["clean", "all"]:
                 print(f"{clean(words[1:] == ['all']) / 2**20:,.0f} MiB removed.")
             case _:

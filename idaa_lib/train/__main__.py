@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from idaa_lib.configs import OFFICIAL, ConfigError, UserError
+from idaa_lib.configs.reading import expand
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
 from idaa_lib.identity import study
@@ -58,11 +59,11 @@ def read_words(words: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for word in words:
         if word.startswith("@"):
-            if (stored := read_json(Path(word[1:]))) is None:
+            if (stored := read_json(expand(word[1:]))) is None:
                 raise ConfigError(f"There is no configuration {word[1:]}.")
             values |= stored
         elif word.endswith(".py") and "=" not in word:
-            import_file(Path(word))
+            import_file(expand(word))
         elif "=" in word and not word.startswith("-"):
             name, _, text = word.partition("=")
             values[name] = text
