@@ -29,13 +29,15 @@ from idaa_lib.configs import (
 )
 from idaa_lib.data import __main__ as commands
 from idaa_lib.data import cached, pool, sources, streamed
+from idaa_lib.evaluate.crops import crop_probe, describe
+from idaa_lib.evaluate.encoders import Encoder
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.identity.scene import open_scene
-from idaa_lib.methods import About, Moment, build_method
-from idaa_lib.runs import RunError, Stopped
+from idaa_lib.methods import About, Classifier, Moment, build_method
+from idaa_lib.runs import RunError, Stopped, run_for
 from idaa_lib.train import feed, locate, train_ssl, train_vae
 from idaa_lib.train.loop import Fit
-from idaa_lib.views import keyed_generator, recipe
+from idaa_lib.views import Recipe, keyed_generator, recipe
 
 SIDES = (100, 75)  # width and height of ImageNet's photographs, mostly, divided by 5
 TINY = {"size": 32, "width": 4, "batch_size": 8, "epochs": 2, "streamed": True, "device": "cpu"}
@@ -106,6 +108,49 @@ def test_crops_are_those_of_the_upright_original(tmp_path, data, monkeypatch, mo
     side, top, left = min(height, width), max(0, height - width) // 2, max(0, width - height) // 2
     middle = F.resized_crop(original / 255, top, left, side, side, [32, 32], antialias=True)
     assert (dataset.images[0] / 255 - middle).abs().max() < 1.6 / 255
+
+
+class Recorder(torch.nn.Module):
+    """Keeps what it is given, normalised images (B, 3, H, W), and gives their mean colours."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, x):
+        self.batches.append(x.clone())
+        return x.mean((2, 3))
+
+
+def test_a_classifier_on_fresh_crops_cuts_the_originals(photos, outputs):
+    train, test = (cached.load(photos, s, 18, streamed=True) for s in ("trainval", "test"))
+    module, n, size = Recorder(), len(train), 16
+    config = EvalConfig(run="crops")
+    run = run_for(config, "crops")
+    classifier = Classifier("sgd", 0.1, "cosine", epochs=1)
+    with run.writing(config, {}) as writer:
+        crop_probe(
+            Encoder(module, size, train.mean, train.std), train, test, run, writer, seed=3,
+            classifier=classifier, batch_size=n, device=torch.device("cpu"),
+        )  # fmt: skip
+    views = Recipe(size, train.mean, train.std, crop_scale=(0.08, 1.0), flip=0.5)
+    order = torch.randperm(n, generator=keyed_generator(3, 0)).tolist()
+    numbers = views.numbers(n, keyed_generator(3, 0, 0))
+    params = views.parameters(numbers, train.sizes[order])
+    flips, boxes = params["flip"].flatten().tolist(), params["crop"].int().tolist()
+    paths = sorted((photos / "train").rglob("*.JPEG"))
+    by_name = {path.stem: F.pil_to_tensor(Image.open(path)) / 255 for path in paths}
+    rows = train.images.rows[order]
+    table = train.images._table(rows)
+    crops = torch.cat(module.batches)[len(test) :][:n]
+    for crop, row, box, flip in zip(crops, table, boxes, flips, strict=True):
+        original = by_name[row["file"].item().decode()[-8:-5]]
+        oracle = F.resized_crop(original, *box, [size, size], antialias=True)
+        oracle = oracle.flip(2) if flip else oracle
+        oracle = F.normalize(oracle, train.mean, train.std)
+        assert (crop - oracle).abs().max() < 1.6 / 255 / min(train.std)
+    words = describe(classifier, 224, 224, whole=False, streamed=True)
+    assert words.startswith("SGD on random crops, 1 epochs")
 
 
 def fit_on(data, config, rank=0, processes=1):

@@ -5,7 +5,8 @@ IP-IRM's and RSA's two (docs/spec/siblings.md §2.6, §3.4). Features are made a
 encoder's BatchNorm stays in eval mode.
 
 Images are kept as squares. Where the encoder takes 224 pixels of a photograph, a crop is of the
-square in its middle, of 256 pixels, and not of all of it; the test crops are the published ones.
+square in its middle, of 256 pixels, and not of all of it, unless photographs are streamed; the test
+crops are the published ones.
 """
 
 from __future__ import annotations
@@ -37,17 +38,20 @@ def enlarge(size: int) -> int:
     return round(size * 256 / 224)
 
 
-def describe(classifier: Classifier, size: int, side: int, whole: bool) -> str:
+def describe(
+    classifier: Classifier, size: int, side: int, whole: bool, streamed: bool = False
+) -> str:
     """A classifier in words.
 
     Args:
-        size: of a view, in pixels. side: of the images. whole: `OfficialProtocol.whole`.
+        size: of a view, in pixels. side: of the images. whole: `OfficialProtocol.whole`. streamed:
+            whether crops are of the originals.
     """
     words = f"{OPTIMIZERS[classifier.optimizer]} on random "
     if classifier.augmentation:
         words += f"views ({classifier.augmentation!r})"
     else:
-        words += "crops" if whole else "crops of central squares"
+        words += "crops" if whole or streamed else "crops of central squares"
     if classifier.standardise:
         words += ", features L2-normalised and standardised"
     words += f", {classifier.epochs} epochs, the {'best on test' if classifier.best else 'last'}"
@@ -167,7 +171,9 @@ def crop_probe(
         index = order[at * batch_size : (at + 1) * batch_size]
         generator = keyed_generator(seed, epoch, at)
         options = machine | {"transform": views, "generator": generator}
-        z = prepare(features(module, Part(train.images, index), size, mean, std, **options))
+        options["originals"] = train.streamed
+        part = train.images.pick(index.numpy()) if train.streamed else Part(train.images, index)
+        z = prepare(features(module, part, size, mean, std, **options))
         optimizer.param_groups[0]["lr"] = rate * factor(step)
         with torch.enable_grad():
             loss = F.cross_entropy(layer(z), train.labels[index].to(device))

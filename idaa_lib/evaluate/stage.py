@@ -234,7 +234,8 @@ class _Evaluation(Plan):
         words = LINEAR["official" if way.of else "clean"]
         if way.classifier:
             size = self.source.config.size
-            words = crops.describe(way.classifier, size, self.side, way.whole)
+            streamed = self.splits["train"].streamed
+            words = crops.describe(way.classifier, size, self.side, way.whole, streamed)
         name = f"official of {way.of}" if way.of else "clean"
         if way.of:
             epoch = "epoch of the file" if "imported" in self.source.environment else "final epoch"
