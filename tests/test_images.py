@@ -430,6 +430,18 @@ def test_what_no_stamp_tells_is_looked_at_again(tmp_path, monkeypatch):
     assert images.load(tmp_path / "pets", "train").skipped == 0
 
 
+@pytest.mark.parametrize("lies", ["data", "data/cache", "data/cache/pets.lock/x"])
+def test_a_cache_that_cannot_be_written_is_a_sentence_with_what_to_do(tmp_path, data, lies):
+    """A file has the folder's name, or a folder that of the lock."""
+    class_folders(tmp_path / "pets")
+    (tmp_path / lies).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / lies).write_text("")
+    with pytest.raises(
+        OSError, match=r"written to .*cache \(.*Errno .*or set IDAA_DATA to another"
+    ):
+        images.load(tmp_path / "pets", "train")
+
+
 def test_many_unreadable_images_are_one_short_sentence_and_all_of_them_are_printed(
     tmp_path, outputs, capsys
 ):

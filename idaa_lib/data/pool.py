@@ -83,8 +83,15 @@ class Pool:
             return pool
         entry, stamps = self._scan()
         if (pool := self._keep(entry, again)) is None:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            with lock(self.cache, self.slug):
+            try:
+                self.cache.mkdir(parents=True, exist_ok=True)
+                held = lock(self.cache, self.slug).acquire()
+            except OSError as error:
+                raise OSError(
+                    f"decoded images cannot be written to {self.cache} ({error}): give yourself "
+                    f"the right to, or set IDAA_DATA to another folder"
+                ) from error
+            with held:
                 entry, stamps = self._scan()
                 # Perhaps another process decoded it meanwhile.
                 if (pool := self._keep(entry, again)) is None:
