@@ -534,6 +534,24 @@ def test_two_shards_may_have_images_of_one_name(tmp_path):
         assert sorted(data.images[:, 0, 0, 0].tolist()) == reds
 
 
+def test_hard_links_in_a_shard_are_the_files_that_they_name(tmp_path, data):
+    """tar packs so what has two names: images and .cls alike."""
+    for i in range(4):
+        Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    for i in range(2):
+        (tmp_path / f"{i}.cls").write_text(str(i))
+    for name, other in (("2.cls", "0.cls"), ("3.cls", "1.cls"), ("4.cls", "0.cls")):
+        (tmp_path / name).hardlink_to(tmp_path / other)
+    (tmp_path / "4.png").hardlink_to(tmp_path / "3.png")
+    (tmp_path / "web").mkdir()
+    with tarfile.open(tmp_path / "web/train-000.tar", "w") as archive:
+        for path in sorted(tmp_path.glob("*.*")):
+            archive.add(path, f"./{path.name}")
+    images = cached.load(tmp_path / "web", "train", 8)
+    rows = zip(images.images[:, 0, 0, 0].tolist(), images.labels.tolist(), strict=True)
+    assert sorted(rows) == [(0, 0), (50, 1), (100, 0), (150, 0), (150, 1)]
+
+
 # --- What stays in its file, and what is left in the cache
 
 

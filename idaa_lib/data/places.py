@@ -68,9 +68,16 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
         try:
             check_regular(root / shard)
             with tarfile.open(root / shard, "r:") as archive:
-                for member in filter(tarfile.TarInfo.isreg, archive):
-                    name = plain_name(member.name)
-                    place = Place(shard, member.offset_data, member.size)
+                files = dict[str, Place]()
+                for member in archive:
+                    name, target = plain_name(member.name), plain_name(member.linkname)
+                    if member.isreg():
+                        files[name] = Place(shard, member.offset_data, member.size)
+                    elif member.islnk() and target in files:  # tar packs a file's content once
+                        files[name] = files[target]
+                    else:
+                        continue
+                    place = files[name]
                     if name.endswith(".cls"):
                         number = read_place(root, place).decode("ascii", "replace").strip()
                         if number != "-1":  # `shard` writes it where there is no class
