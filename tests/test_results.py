@@ -15,6 +15,7 @@ from idaa_lib.configs import (
     SemiConfig,
     SSLConfig,
     SweepConfig,
+    TheoryConfig,
     TransferConfig,
     VAEConfig,
 )
@@ -26,6 +27,7 @@ from idaa_lib.results import (
     find_differences,
     groups,
     interval,
+    means,
     paper_name,
     results,
     tabulate,
@@ -586,3 +588,70 @@ def test_an_accuracy_has_an_interval_wherever_it_has_an_n(outputs):
                           (("linear", "validation"), 0.4, 50)):  # fmt: skip
         ends = [100 / n * end for end in stats.binom.interval(0.95, n, share)]
         assert frame.loc[key, ["low", "high"]].tolist() == pytest.approx(ends)
+
+
+def write_evaluation(run, top1, data, **values):
+    """An evaluation by both probes on 100 images of data (name, fingerprint)."""
+    figure = {"top1": top1, "low": 0.0, "high": 90.0, "n": 100, "protocol": "clean: p"}
+    summary = {f"{p}_{name}": v for p in ("knn", "linear") for name, v in figure.items()}
+    return finish_run(EvalConfig(run=run.id, dataset=data[0], **values), summary, data)
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "words"),
+    [
+        (("photos", "pixels"), ("cifar10", "other"), ", trained on {0}"),
+        (("photos", "pixels"), ("photos", "grown"), " ({1})"),
+    ],
+    ids=["another data set", "the same one with further images"],
+)
+def test_no_mean_is_over_trainings_on_other_images(mine, other, words, outputs):
+    """They have one label but for that, and the seeds 0 and 0, 1: the first would count, and the
+    last be taken for a seed of it."""
+    place, judged = ("images", "judged"), []
+    for data, seeds, top1 in ((mine, [0], 50.0), (other, [0, 1], 20.0)):
+        for seed in seeds:
+            # The same configuration trained again, as after images were added to a folder.
+            run = finish_run(SSLConfig(dataset=data[0], seed=seed), {}, data)
+            judged.append(write_evaluation(run, top1 + 2 * seed, place))
+    frame = results(judged)
+    kNN = frame[frame["metric"] == "kNN"]
+    (group,) = groups(frame)
+    expected = {f"SimCLR{words.format(*mine)}": "50.00 [0.00, 90.00]",
+                f"SimCLR{words.format(*other)}": mean([20.0, 22.0])}  # fmt: skip
+    assert group.table["kNN (%)"].to_dict() == expected
+    assert beside(judged[0]).table["kNN (%)"].to_dict() == expected
+    assert means(kNN)[["value", "seeds"]].to_numpy().tolist() == [[50.0, 1], [21.0, 2]]
+    # Where nothing is judged together, a label says no more than it must.
+    assert {*results(judged[:1])["label"]} == {"SimCLR"}
+
+
+def test_a_column_of_transfers_is_of_one_content(outputs):
+    """Folders of one name are numbered in the order in which a run was given them."""
+    accuracy = {"A": 70.0, "B": 10.0}
+    judged = []
+    for seed, order in enumerate(("AB", "BA", "B")):
+        training = finish_run(SSLConfig(seed=seed), {}, ("photos", "pixels"))
+        rows = [
+            {"features": "encoder", "dataset": name, "fingerprint": content, "probe": "linear",
+             "value": accuracy[content] + seed, "metric": "top-1", "n": 9, "protocol": "p"}
+            for name, content in zip(("images", "images (2)"), order, strict=False)
+        ]  # fmt: skip
+        config = TransferConfig(run=training.id, datasets=tuple(f"{c}/images" for c in order))
+        judged.append(finish_run(config, {"rows": rows}, *(("images", c) for c in order)))
+    for selection in (judged, judged[::-1]):
+        frame = results(selection)
+        assert len({*zip(frame["dataset"], frame["fingerprint"], strict=True)}) == 2
+    (group, _) = groups(results(judged))
+    row = group.table.loc["SimCLR"]
+    assert row["images (%)"] == mean([70.0, 71.0]) and row["images (2) (%)"] == mean([10.0, 11.0])
+
+
+@pytest.mark.parametrize(("split", "word"), [("val", "validation"), ("test", "test")])
+def test_a_study_s_figures_are_of_its_split(split, word, outputs):
+    part = {"retrieved": 40.0, "low": 30.0, "high": 50.0, "n": 250}
+    summary = {"parts": {"R": part, "G": part}}
+    run = finish_run(TheoryConfig(split=split), summary, ("photos", "pixels"))
+    frame = results([run])
+    assert {*frame["split"]} == {word} and {*frame["n"]} == {250}
+    assert frame[["value", "low", "high"]].drop_duplicates().to_numpy().tolist() == [[40, 30, 50]]

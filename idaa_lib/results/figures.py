@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from idaa_lib import runs
 from idaa_lib.configs import UserError
 from idaa_lib.evaluate.metrics import share_interval, student_interval
-from idaa_lib.results.names import find_differences, tell_apart, title, training_of
+from idaa_lib.results.names import JUDGING, find_differences, tell_apart, title, training_of
 from idaa_lib.runs import Run
 from idaa_lib.runs.files import make_folder, replace
 
@@ -81,7 +82,38 @@ def results(
     columns = [*COLUMNS, *(field for field in fields if field not in COLUMNS)]
     frame = pd.DataFrame(records, columns=columns, dtype=object)  # a seed stays a whole number
     frame["alike"] = [" ".join(map(str, row)) for row in frame[SAME].to_numpy()]
+    _name_data(frame)
+    _tell_images_apart(frame, unique)
     return frame.astype(dict.fromkeys(("value", "low", "high"), float))
+
+
+def _name_data(frame: pd.DataFrame) -> None:
+    """Gives each content that encoders were transferred to one name, and no two the same: a run
+    numbers folders of one name in its own order."""
+    names = dict[str, str]()  # fingerprint → name
+    moved = frame[(frame["stage"] == "transfer") & frame["fingerprint"].notna()]
+    for content, name in moved[["fingerprint", "dataset"]].drop_duplicates().to_numpy():
+        numbers = (f"{re.sub(r' [(][0-9]+[)]$', '', name)} ({i})" for i in itertools.count(2))
+        free = (each for each in itertools.chain([name], numbers) if each not in names.values())
+        names.setdefault(content, next(free))
+    frame.loc[moved.index, "dataset"] = moved["fingerprint"].map(names)
+
+
+def _tell_images_apart(frame: pd.DataFrame, trainings: Sequence[Run]) -> None:
+    """Adds to the label of trainings on other images that are judged on the same ones what they
+    were trained on: no table may take them for seeds of one training."""
+    data = {run.id: run.environment.get("dataset", {}) for run in trainings}
+    titles = {each["fingerprint"]: each["name"] for each in data.values() if each}
+    images = frame["training"].map(lambda name: data.get(name, {}).get("fingerprint", ""))
+    names = images.map(lambda content: titles.get(content, ""))
+
+    def differ(kinds: pd.Series, *by: str) -> pd.Series:
+        judged = frame[frame["stage"].isin(JUDGING) & (kinds != "")]
+        places = kinds.groupby([judged["alike"], *(judged[name] for name in by)])
+        return frame["training"].isin(judged["training"][places.transform("nunique") > 1])
+
+    frame["label"] += (", trained on " + names).where(differ(names), "")
+    frame["label"] += (" (" + images.str[:8] + ")").where(differ(images, "label"), "")
 
 
 def _about(run: Run) -> dict[str, Any]:
@@ -152,7 +184,9 @@ def _figures(run: Run) -> Iterator[dict[str, Any]]:
             yield figure | {"metric": name, "value": summary[key], "unit": unit}
     for part in ("R", "G"):  # of a study of identity
         if values := summary.get("parts", {}).get(part):
-            yield figure | {"metric": f"x found from {part}", "value": values["retrieved"]}
+            about = {"split": "test" if run.config.split == "test" else "validation"}
+            about |= {name: values.get(name) for name in ("low", "high", "n")}
+            yield figure | about | {"metric": f"x found from {part}", "value": values["retrieved"]}
 
 
 def key_figures(run: Run) -> list[dict[str, Any]]:
