@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from idaa_lib import grids, kernels, plans, results, runs, sweeps
-from idaa_lib.configs import VAEConfig
+from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.lab import plots
@@ -589,6 +589,64 @@ def test_one_run_of_several_points_is_one_row(outputs):
     frame = plans.table(grid)
     assert set(frame["run"].value_counts()) == {1} and len(frame) == 3
     assert grids.name_labels(grid) == ["dim", "adversary"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "cross"),
+    [
+        ({}, {"ssl": {"limit": [64, 96], "temperature": [0.2, 0.5]}}),
+        (
+            {"ssl": {"adversary": "idaa"}},
+            {"vae": {"width": [4, 8]}, "ssl": {"epsilon": [0.1, 0.3]}},
+        ),
+        (
+            {"ssl": {"adversary": "idaa"}},
+            {"vae": {"epochs": [1, 2]}, "ssl": {"epsilon": [0.1, 0.3]}},
+        ),
+    ],
+    ids=["limit", "width", "epochs"],
+)
+def test_a_crossed_field_is_not_that_of_another_stage(fixed, cross, outputs, monkeypatch):
+    """Else `limit` is that of the evaluation, `width` the encoder's, the same for all: trainings of
+    other limits and VAEs are drawn as one mean, with an interval as if they were seeds."""
+    points = grids.read({"fixed": fixed, "cross": cross}).points()
+    chains, heights = [], []
+    for number, point in enumerate(points):
+        vae = write_run(VAEConfig(**point.vae), {}) if "vae" in cross else None
+        ssl = write_run(SSLConfig(**point.ssl | ({"vae": vae.id} if vae else {})), {})
+        heights.append(10.0 * number)
+        figures = {"linear_top1_val": heights[-1], "linear_n_val": 100, "linear_protocol": "p"}
+        chains.append((point, [ssl, write_run(EvalConfig(run=ssl.id), figures)]))
+    monkeypatch.setattr(plans, "find_chains", lambda *_: chains)
+    frame, labels = plans.table(points), grids.name_labels(points)
+    assert [*results.means(frame)["value"]] == heights
+    figure = plots.heat_maps(frame, labels)
+    drawn = [text.get_text().split("\n")[0] for axis in figure.axes for text in axis.texts]
+    assert sorted(map(float, drawn)) == heights
+
+
+def test_a_label_that_is_a_column_of_results_means_the_same():
+    own = {
+        "vae": set(),
+        "ssl": {*SSLConfig.model_fields} - {"dataset", "classes", "limit", "split"},
+    }
+    for stage, config in (("vae", VAEConfig), ("ssl", SSLConfig), ("eval", EvalConfig)):
+        for name in config.model_fields:
+            (point,) = grids.read({"cross": {stage: {name: [None]}}}).points()
+            (label,) = point.labels
+            alike = own.get(stage, {"protocol", "run"})  # of an evaluation: a part of it
+            assert label not in results.COLUMNS or label in alike, (stage, name)
+
+
+def write_run(config, summary):
+    """A finished run, written by hand."""
+    pointers = {name: getattr(config, name, None) for name in ("vae", "run")}
+    run = runs.run_for(config, "pixels", **pointers)
+    data = {"name": "photos", "fingerprint": "pixels", "n": 640, "size": 32, "classes": 2}
+    units = {"size": 32, "classes": 2, "mean": [0.5] * 3, "std": [0.2] * 3}
+    with run.writing(config, {"dataset": data}, units) as writer:
+        writer.finish(summary)
+    return run
 
 
 def test_a_tidy_table_is_a_call_on_the_package(outputs):

@@ -311,7 +311,7 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
         mine = frame[frame["axis"] == axis]
         everywhere = frame[frame["axis"].isna() & ~frame["adversary"].isin(mine["adversary"])]
         numbers = pd.to_numeric(mine["at"], errors="coerce")  # a table from a file has text
-        factors = axis != "epochs"  # epochs are tried in steps, all else in factors
+        factors = not axis.endswith("epochs")  # epochs are tried in steps, all else in factors
         numeric = bool((numbers > 0 if factors else numbers.notna()).all())
         names = mine["at"].astype(str) if numbers.hasnans else numbers.map("{:g}".format)
         mine = mine.assign(at=numbers if numeric else names)
