@@ -655,3 +655,43 @@ def test_a_tidy_table_is_a_call_on_the_package(outputs):
     run = train_vae(VAEConfig(**SMALL))
     frame = idaa_lib.results()
     assert set(frame["run"]) == {run.id} == set(idaa_lib.results(runs.find("vae"))["run"])
+
+
+def test_a_level_beside_an_axis_is_of_one_method():
+    """Else the line without an adversary is the mean of two methods, as if they were seeds."""
+    frame = figures_of(FIGURES).assign(axis="epsilon", adversary="IDAA", at=lambda f: f["epsilon"])
+    frame = frame[frame["dim"] == 4]
+    plain = frame[frame["epsilon"] == 0.1].assign(axis=None, at=None, adversary="no adversary")
+    axis = plots.sensitivity(pd.concat([frame, plain]), ["method"]).axes[0]
+    lines = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    for method, height in (("SimCLR", 5.1), ("SimSiam", 15.1)):
+        line = lines[f"no adversary, method = {method}"]
+        assert [*line.get_ydata()] == pytest.approx([height, height])
+
+
+@pytest.mark.parametrize(
+    ("left_out", "words"),
+    [
+        ([], "over 2 trainings a point"),
+        ([(0.1, 1)], "over 1 to 2 trainings a point, over the images of 1"),
+        ([(0.1, 1), (0.2, 0)], "over the images of 1 training a point"),
+    ],
+    ids=["all", "one is missing", "one each, of two seeds"],
+)
+def test_a_title_counts_the_trainings_of_a_point(left_out, words):
+    frame = figures_of(FIGURES)
+    pairs = [*zip(frame["epsilon"], frame["seed"], strict=True)]
+    frame = frame[[pair not in left_out for pair in pairs]].assign(adversary="IDAA")
+    frame = frame[frame["method"] == "SimCLR"]
+    lines = frame[frame["dim"] == 4].assign(axis="epsilon", at=lambda f: f["epsilon"])
+    for figure in (plots.heat_maps(frame, ["epsilon", "dim"]), plots.sensitivity(lines)):
+        title = figure.get_suptitle().replace("\n", " ")
+        assert title.partition("95 % interval")[2].removeprefix("s") == f" {words}"
+
+
+def test_a_heat_map_has_its_values_in_their_order():
+    values = [1e-05, 0.03, 0.1, 0.3, 1.0, 3.0]
+    frame = figures_of({("SimCLR", e, d, 0): 1.0 for e in values for d in (4, 16, 128)})
+    axis = plots.heat_maps(frame, ["epsilon", "dim"]).axes[0]
+    assert [float(label.get_text()) for label in axis.get_yticklabels()] == values
+    assert [int(label.get_text()) for label in axis.get_xticklabels()] == [4, 16, 128]

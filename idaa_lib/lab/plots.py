@@ -5,8 +5,9 @@ No axis is without a label and a unit; how they look is `style`'s.
 
 from __future__ import annotations
 
+import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -303,6 +304,7 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
     drawn = ("axis", "at", "adversary")  # whatever their values
     frame, fields = _vary(frame, [name for name in fields if name not in drawn])
     columns, probes = list(dict.fromkeys(frame["axis"].dropna())), ("kNN", "linear")
+    sizes = set[int]()  # of the points, in trainings
     size = (4.1 * len(columns), 5.4)
     figure, panels = style.axes(
         2, len(columns), figsize=size, sharey="row", sharex="col", squeeze=False
@@ -323,14 +325,18 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
             lines = looks((adversary, tuple(values)) for adversary, *values in keys)
             for (key, group), line_look in zip(own, lines, strict=True):
                 points = {at: interval(rows) for at, rows in group.groupby("at", sort=numeric)}
+                sizes |= {*group.groupby("at").size()}
                 mean, low, high = np.array([*points.values()]).T
                 words = [key[0], *map(field_text, fields, key[1:])]
                 panel.errorbar(
                     [*points], mean, np.nan_to_num([mean - low, high - mean]),
                     capsize=4, label=entry(", ".join(words)), **line_look,
                 )  # fmt: skip
-            for adversary, group in everywhere[everywhere["metric"] == probe].groupby("adversary"):
-                _level(panel, group, adversary, color=style.colour(adversary), ls="--")
+            levels = everywhere[everywhere["metric"] == probe].groupby(["adversary", *fields])
+            for (key, group), dash in zip(levels, itertools.cycle(["--", ":", "-."])):
+                words = ", ".join([key[0], *map(field_text, fields, key[1:])])
+                _level(panel, group, words, color=style.colour(key[0]), ls=dash)
+                sizes.add(len(group))
             if numeric:
                 panel.set(xscale="log" if factors else "linear")
                 if len(values) == 1:
@@ -339,15 +345,22 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
             else:
                 panel.set_xlim(-0.5, len(values) - 0.5)  # names are wide
             panel.minorticks_off()
-            panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
+            panels[line, 0].set(ylabel=f"{probe}: validation\ntop-1 (%)")
             _bound(panel)
         panels[-1, column].set(xlabel=AXES.get(axis, axis.replace("_", " ")))
     legend(figure, panels.flat, least=2)
-    seeds = frame["seed"].nunique()
-    of = f"{seeds} trainings a point" if seeds > 1 else "the images of 1 training a point"
-    title = f"Sensitivity, with 95 % intervals over {of}"
+    title = f"Sensitivity, with 95 % intervals over {_count_trainings(sizes)}"
     figure.suptitle(textwrap.fill(title, 40 * len(columns)))
     return figure
+
+
+def _count_trainings(sizes: Collection[int]) -> str:
+    """What the intervals of points of so many trainings are over."""
+    few, many = min(sizes), max(sizes)
+    if many == 1:
+        return "the images of 1 training a point"
+    words = f"{few} to {many}" if few < many else str(many)
+    return f"{words} trainings a point" + ", over the images of 1" * (few == 1)
 
 
 def _vary(frame: pd.DataFrame, fields: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -375,7 +388,7 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
     fields.sort(key=lambda name: (not numbers[name], -frame[name].astype(str).nunique()))
     down, across, *others = fields
     probes = [probe for probe in ("kNN", "linear") if probe in {*frame["metric"]}]
-    groups = {"": frame}
+    groups, sizes = {"": frame}, set[int]()  # sizes: of the cells, in trainings
     if others:
         words = frame[others].apply(lambda own: own.map(lambda v: field_text(own.name, v)))
         groups = dict(iter(frame.groupby(words.agg(", ".join, axis=1), sort=False)))
@@ -386,6 +399,7 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
         for column, (title_, group) in enumerate(groups.items()):
             panel, mine = panels[line, column], group[group["metric"] == probe]
             cells = {place: interval(rows) for place, rows in mine.groupby([down, across])}
+            sizes |= {*mine.groupby([down, across]).size()}
             rows, columns = (
                 sorted({place[i] for place in cells}, key=lambda value: natural(str(value)))
                 for i in (0, 1)
@@ -404,4 +418,6 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
             panel.set(title=title_, aspect="auto")
             panel.grid(False)
         figure.colorbar(image, ax=panels[line], label=f"{probe}: validation top-1 (%)")
+    title = f"± half of the 95 % interval over {_count_trainings(sizes)}"
+    figure.suptitle(textwrap.fill(title, 44 * len(groups)))
     return figure

@@ -123,8 +123,9 @@ def _heading(frame: pd.DataFrame) -> pd.Series:
 
 
 def natural(text: str) -> list[Any]:
-    """A key that sorts 4, 25 and 100 by size."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+    """A key that sorts 4, 25 and 100 by size, and 1e-05, 0.03 and 0.1."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]\d+)?)", text)
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _values(column: pd.Series) -> str:
