@@ -543,6 +543,22 @@ def test_seeds_are_rows_or_means_with_student_s_intervals(tmp_path):
         assert table["value"].to_list() == frame["value"].to_list()
 
 
+def test_a_file_gives_whole_numbers_back_where_others_are_missing(tmp_path):
+    """As is dim of a point without an adversary."""
+    frame = figures_of({("SimCLR", e, d, 0): 1.0 for e in (0.1, 0.3) for d in (8, 32)})
+    frame["dim"] = frame["dim"].astype(object)
+    last = frame.index[-1:]
+    frame = pd.concat([frame, frame.loc[last].assign(dim=None, epsilon=None)], ignore_index=True)
+    csv, parquet = results.save(frame, tmp_path / "table")
+    stored = pd.read_parquet(parquet)
+    assert stored["dim"].dropna().map(repr).to_list() == ["8", "32", "8", "32"]
+    assert stored["dim"].isna().to_list() == [*[False] * 4, True]
+    for table in (frame, stored, pd.read_csv(csv)):
+        axis = plots.heat_maps(table, ["epsilon", "dim"]).axes[0]
+        ticks = [text.get_text() for text in (*axis.get_xticklabels(), *axis.get_yticklabels())]
+        assert sorted(ticks) == ["0.1", "0.3", "32", "8", "–", "–"]
+
+
 def test_two_fields_that_are_crossed_are_a_heat_map_of_their_means():
     figure = plots.heat_maps(figures_of(FIGURES), ["method", "epsilon", "dim"])
     maps = [axis for axis in figure.axes if axis.get_title()]

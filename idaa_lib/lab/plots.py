@@ -21,7 +21,7 @@ from idaa_lib.lab import style
 from idaa_lib.lab.pictures import image_rows
 from idaa_lib.lab.style import INK, PALETTE, entry, legend, look, looks
 from idaa_lib.lab.style import save as save  # what notebooks call beside the figures
-from idaa_lib.results import field_text, interval, natural, title
+from idaa_lib.results import field_text, interval, natural, title, value_text
 from idaa_lib.runs import Run
 
 Lines = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
@@ -412,8 +412,9 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
                 text = f"{mean:.1f}" + (f"\n± {(high - low) / 2:.1f}" if low == low else "")
                 panel.text(j, i, text, ha="center", va="center", color="white" if dark else INK)
             image = panel.imshow(means, cmap="Blues", vmin=values.min(), vmax=values.max())
-            panel.set_xticks(range(len(columns)), [f"{value}" for value in columns])
-            panel.set_yticks(range(len(rows)), [f"{value}" for value in rows])
+            # A table from a file has 32.0 where a field is missing elsewhere.
+            panel.set_xticks(range(len(columns)), [*map(value_text, columns)])
+            panel.set_yticks(range(len(rows)), [*map(value_text, rows)])
             panel.set(xlabel=AXES.get(across, across), ylabel=AXES.get(down, down))
             panel.set(title=title_, aspect="auto")
             panel.grid(False)
