@@ -187,6 +187,18 @@ def test_every_finished_stage_is_there_once_and_seeds_are_in_their_order(outputs
     assert not report.damage
 
 
+def test_trainings_before_and_after_images_were_added_are_no_seeds_of_one(outputs):
+    for content, seeds in (("pixels", (0, 1)), ("further pixels", (0, 2))):
+        for seed in seeds:
+            values = {"knn_top1_val": 40.0 + 10 * seed, "knn_low_val": 38.0, "n_val": 50}
+            made(SSLConfig(seed=seed), values, content)
+    trainings = Report().trainings().data
+    assert trainings.count("<h3>SimCLR</h3>") == 2
+    for values in ([40.0, 50.0], [40.0, 60.0]):
+        low, high = stats.t.interval(0.95, 1, loc=sum(values) / 2, scale=stats.sem(values))
+        assert f"{sum(values) / 2:.2f} [{low:.2f}, {high:.2f}]" in trainings
+
+
 def test_no_table_mixes_protocols_limits_or_sizes(filled):
     tables = re.findall(r"<h3>([^<]*)</h3>(<table.*?</table>)", Report().results().data, re.DOTALL)
     values = {title: set(re.findall(r"\d\d\.\d(?=\d \[)", table)) for title, table in tables}

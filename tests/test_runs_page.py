@@ -245,6 +245,21 @@ def test_runs_of_several_seeds_are_one_line_on_request(outputs):
     }
 
 
+def test_a_mean_over_fewer_trainings_than_its_line_says_so(outputs):
+    trainings = [made(SSLConfig(seed=s), {"knn_top1_val": 10.0}) for s in range(3)]
+    for run, top1 in zip(trainings, (40.0, 42.0), strict=False):
+        made(EvalConfig(run=run.id), judgement(top1))
+    official = judgement(50.0, protocol="official: x")
+    made(EvalConfig(run=trainings[0].id, protocol="official"), official)
+    page = RunsPage()
+    page.means.value = True
+    frame = page.table.df
+    (line,) = frame[frame["stage"] == "ssl"].to_dict("records")
+    assert line["seed"] == "0, 1, 2"
+    assert line["test kNN (%)"] == "41.0 [28.3, 53.7], 2 of 3"
+    assert line["official kNN (%)"] == "50.0 [46.0, 54.0], 1 of 3"
+
+
 def test_a_training_has_the_newest_figures_on_its_own_images(outputs):
     run = made(SSLConfig(), {})
     evaluations = [

@@ -151,7 +151,8 @@ class Report:
         trainings = [run for run in self.runs.values() if run.stage in plots.CURVES]
         groups: dict[Any, list[Run]] = {}
         for run, label in zip(trainings, results.tell_apart(trainings, {"seed"}), strict=True):
-            groups.setdefault((run.stage, label), []).append(run)
+            images = run.environment.get("dataset", {}).get("fingerprint")
+            groups.setdefault((run.stage, label, images), []).append(run)
         empty = "No training yet: run notebooks/01_pretrain_vae.ipynb."
         return self._each(groups.values(), show, empty)
 

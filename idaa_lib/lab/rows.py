@@ -146,8 +146,12 @@ def tabulate(rows: Mapping[Run, Row], means: bool) -> tuple[pd.DataFrame, list[l
             seeds = {row.texts.get("seed", "") for row in mine}
             line["seed"] = ", ".join(sorted(seeds, key=results.natural))
         figures = [tests.get(run.id, {}) for run in group]
+        finished = sum(row.state == "finished" for row in mine)
         for column in TESTS.values():
-            line[column] = _write([each[column] for each in figures if column in each])
+            own = [each[column] for each in figures if column in each]
+            text = _write(own)
+            # A mean over fewer than the line has says so.
+            line[column] = text + f", {len(own)} of {finished}" * bool(text and len(own) < finished)
         lines.append(line | {SIZE: round(sum(row.size for row in mine) / 2**20, 1)})
     frame = pd.DataFrame(lines, columns=COLUMNS)
     for column in (*TESTS.values(), "seed"):
