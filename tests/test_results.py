@@ -464,6 +464,17 @@ def test_the_transfer_table_has_trainings_and_data_sets(outputs):
     assert not any("paper" in row for row in photos.table.index)
 
 
+def test_published_transfers_stand_in_the_column_of_their_data(outputs):
+    """Whatever its folder or zip is called here."""
+    run = write_transfer(trainings()["none", 0], {"cifar10-images": 60.0, "CIFAR100": 30.0})
+    table = beside(run).table
+    assert [*table][:2] == ["CIFAR100 (%)", "cifar10-images (%)"]
+    theirs = dict(zip(*of_paper("transfer", "dataset")["SimCLR", ""][::-1], strict=True))
+    row = table.loc["SimCLR (paper)"]
+    assert float(row["cifar10-images (%)"]) == theirs["cifar10"]
+    assert float(row["CIFAR100 (%)"]) == theirs["cifar100"]
+
+
 def test_a_transfer_of_a_training_that_is_gone_keeps_its_name(outputs):
     run_by_key = trainings()
     run = write_transfer(run_by_key["idaa", 0], {"cifar10": 60.0})

@@ -106,6 +106,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     rows = _interval_table(ours, ["label"]).join(ours.groupby("label")[about].agg(_values))
 
     theirs, _ = paper(frame)
+    names = {paper_name(name): name for name in frame["dataset"]}  # theirs → ours
+    theirs = theirs.assign(dataset=theirs["dataset"].map(names))
     theirs = theirs.assign(heading=_heading(theirs))
     their_rows = theirs.pivot_table("text", "label", "heading", aggfunc="first", sort=False)
     their_rows["epochs"] = theirs.groupby("label")["epochs"].first().replace("", "not stated")
