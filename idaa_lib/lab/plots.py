@@ -334,8 +334,8 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
                 )  # fmt: skip
             levels = everywhere[everywhere["metric"] == probe].groupby(["adversary", *fields])
             for (key, group), dash in zip(levels, itertools.cycle(["--", ":", "-."])):
-                words = ", ".join([key[0], *map(field_text, fields, key[1:])])
-                _level(panel, group, words, color=style.colour(key[0]), ls=dash)
+                label = ", ".join([key[0], *map(field_text, fields, key[1:])])
+                _level(panel, group, label, color=style.colour(key[0]), ls=dash)
                 sizes.add(len(group))
             if numeric:
                 panel.set(xscale="log" if factors else "linear")
