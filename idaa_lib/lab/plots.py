@@ -305,7 +305,7 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
     frame, fields = _vary(frame, [name for name in fields if name not in drawn])
     columns, probes = list(dict.fromkeys(frame["axis"].dropna())), ("kNN", "linear")
     sizes = set[int]()  # of the points, in trainings
-    size = (4.1 * len(columns), 5.4)
+    size = (4.1 * len(columns), 6.2)
     figure, panels = style.axes(
         2, len(columns), figsize=size, sharey="row", sharex="col", squeeze=False
     )
@@ -345,7 +345,7 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
             else:
                 panel.set_xlim(-0.5, len(values) - 0.5)  # names are wide
             panel.minorticks_off()
-            panels[line, 0].set(ylabel=f"{probe}: validation\ntop-1 (%)")
+            panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
             _bound(panel)
         panels[-1, column].set(xlabel=AXES.get(axis, axis.replace("_", " ")))
     legend(figure, panels.flat, least=2)
