@@ -97,7 +97,7 @@ def test_the_five_notebooks_run_on_photos(outputs, tmp_path):
     }  # fmt: skip
     sweep_notebook = execute("05_sensitivity", grid, tmp_path)
     (plan,) = outputs_of(sweep_notebook, "plans.outline")["text"]
-    sentence = "5 points take 7 runs (1 vae, 3 ssl, 3 eval): 3 are finished, 4 are to be made, "
+    sentence = "5 points take 7 runs (1 vae, 3 ssl, 3 eval): 3 finished, 4 to make, "
     assert plan.startswith(sentence + "2 at a time: about ")
     lines = "".join(outputs_of(sweep_notebook, "study.perform")["text"])
     assert re.search(r"(\d+) of \1 runs finished\n", lines)
@@ -312,7 +312,7 @@ def test_a_dry_run_refuses_what_is_not_there_and_makes_nothing(tmp_path, monkeyp
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
     (tmp_path / "grid.yaml").write_text("fixed: {all: {limit: 128, device: cpu}}\nseeds: [0, 1]\n")
     assert sweeps.main([str(tmp_path / "grid.yaml"), "--dry-run"]) == 0
-    assert "2 points take 4 runs (2 ssl, 2 eval): 0 are finished, 4" in capsys.readouterr().out
+    assert "2 points take 4 runs (2 ssl, 2 eval): 0 finished, 4" in capsys.readouterr().out
     (tmp_path / "grid.yaml").write_text("fixed: {all: {dataset: /no/folder, device: cuda}}\n")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert sweeps.main([str(tmp_path / "grid.yaml")]) == 2

@@ -198,7 +198,9 @@ def test_accuracies_are_means_with_their_intervals_and_references_are_lines():
     rows += [("encoder", "B", 52.0, 47, 56), ("raw pixels", "B", 30.0, math.nan, math.nan)]
     frame = pd.DataFrame(rows, columns=["features", "method", "value", "low", "high"])
     frame = frame.assign(adversary="IDAA", metric="kNN")
-    (axis,) = plots.accuracies(frame, "metric", "method", "adversary").axes
+    figure = plots.accuracies(frame, "metric", "method", "adversary")
+    (axis,), title = figure.axes, figure.get_suptitle().replace("\n", " ")
+    assert title == "95 % intervals over up to 2 trainings a point, or the images of a single one"
     one, mean_bar = axis.containers
     assert [line.get_ydata()[0] for line in (one[0], mean_bar[0])] == [40.0, 51.0]
     (bar,) = one[2][0].get_segments()

@@ -60,7 +60,7 @@ def test_a_plan_says_how_long_it_takes_by_the_runs_so_far(outputs):
     vae, ssl = VAEConfig(), SSLConfig()
     configs = {"v": vae, **{f"s{i}": ssl for i in range(4)}}
     tally = progress.Tally(configs, 2)
-    assert "5 runs (1 vae, 4 ssl): 1 are finished, 4 are to be made" in tally.plan(["v"])
+    assert "5 runs (1 vae, 4 ssl): 1 finished, 4 to make" in tally.plan(["v"])
     assert "2 at a time: no such run yet." in tally.plan(["v"])
     finish(ssl, 100 - progress.KERNEL, "one")
     finish(ssl, 140 - progress.KERNEL, "two")
@@ -77,7 +77,7 @@ def test_a_plan_says_how_long_it_takes_by_the_runs_so_far(outputs):
     assert line == (
         "1 of 5 runs finished · 1 going (ssl 25%) · 1 failed · 1 left out · about 1:45 left"
     )
-    assert progress.Tally(configs, 2).plan([*configs]) == "5 runs (1 vae, 4 ssl): 5 are finished."
+    assert progress.Tally(configs, 2).plan([*configs]) == "5 runs (1 vae, 4 ssl): 5 finished."
 
 
 @pytest.mark.parametrize(("fields", "factor"), [

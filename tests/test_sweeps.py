@@ -689,7 +689,7 @@ def test_a_level_beside_an_axis_is_of_one_method():
     ("left_out", "words"),
     [
         ([], "over 2 trainings a point"),
-        ([(0.1, 1)], "over 1 to 2 trainings a point, over the images of 1"),
+        ([(0.1, 1)], "over up to 2 trainings a point, or the images of a single one"),
         ([(0.1, 1), (0.2, 0)], "over the images of 1 training a point"),
     ],
     ids=["all", "one is missing", "one each, of two seeds"],

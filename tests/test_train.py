@@ -201,11 +201,13 @@ def test_the_command_line_trains_and_speaks_in_sentences(outputs):
     words = [f"run={run.id}", "limit=60", "references=False"]
     process = subprocess.run([*command, "eval", *words], capture_output=True, text=True)
     assert '"knn_top1"' in process.stdout, process.stderr
+    (damaged := outputs / "damaged.json").write_text("method", encoding="utf-8")
     for arguments, sentence in (
         (["ssl", "epsilom=3"], "did you mean 'epsilon'"),
         (["ssl", "epsilon"], "neither name=value nor @file.json"),
         (["ssl", "dataset=nowhere"], "nowhere"),
         (["ssl", "@nowhere.json"], "There is no configuration nowhere.json."),
+        (["ssl", f"@{damaged}"], "holds no configuration (Expecting value"),
     ):
         process = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert process.returncode == 2

@@ -130,6 +130,7 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
     letters = max(8, *(len(line) for text in texts for line in text.split("\n")))
     size = (max(4.8, 1.2 + 0.1 * letters * len(places)), 3.6)
     figure, axes = style.panels(len(names), 2, size)
+    sizes = set[int]()  # of the points, in trainings
     for name, axis in zip(names, axes, strict=True):
         mine = own[own[panels] == name]
         for (member, place), rows in mine.groupby([colours, groups], sort=False):
@@ -141,6 +142,7 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
             axis.errorbar(at, mean, spread, label=entry(member), **how)
             if len(rows) > 1:
                 axis.plot([at] * len(rows), rows["value"], ".", color=INK, markersize=4)
+            sizes.add(len(rows))
         if with_lines:
             lines = frame[(frame["features"] != "encoder") & (frame[panels] == name)]
             kinds = lines.groupby("features", sort=False)
@@ -152,6 +154,9 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
         axis.margins(x=0.2 / len(places), y=0.15)
         _bound(axis)
     legend(figure, axes)
+    several = max(sizes, default=1) > 1  # else over images, or draws of few labels
+    title = "95 % intervals" + (f" over {_count_trainings(sizes)}" if several else "")
+    figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())))
     return figure
 
 
@@ -359,8 +364,9 @@ def _count_trainings(sizes: Collection[int]) -> str:
     few, many = min(sizes), max(sizes)
     if many == 1:
         return "the images of 1 training a point"
-    words = f"{few} to {many}" if few < many else str(many)
-    return f"{words} trainings a point" + ", over the images of 1" * (few == 1)
+    if few == 1:
+        return f"up to {many} trainings a point, or the images of a single one"
+    return f"{few} to {many} trainings a point" if few < many else f"{many} trainings a point"
 
 
 def _vary(frame: pd.DataFrame, fields: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:

@@ -126,11 +126,14 @@ def verdict_table(summary: Mapping[str, Any], *sections: str) -> pd.DataFrame:
     """The claims of these sections (of all) with their verdicts."""
     rows = [row for row in summary["claims"] if not sections or row["section"] in sections]
     table = pd.DataFrame(rows)
-    table["95 % interval"] = [
-        "" if pd.isna(low) else f"{low:,.2f} … {high:,.2f}"
-        for low, high in zip(table["low"], table["high"], strict=True)
-    ]
-    table["value"] = table["value"].map(lambda value: "" if pd.isna(value) else f"{value:,.2f}")
+    # Nats are often small: to two decimals all of a clear difference could be 0.
+    digits = [".3g" if unit == "nats" else ",.2f" for unit in table["unit"]]
+    low, high, value = (
+        ["" if pd.isna(x) else format(x, d) for x, d in zip(table[name], digits, strict=True)]
+        for name in ("low", "high", "value")
+    )
+    table["95 % interval"] = [f"{a} … {b}" if a else "" for a, b in zip(low, high, strict=True)]
+    table["value"] = value
     return table[["claim", "value", "95 % interval", "unit", "n", "verdict", "note"]]
 
 

@@ -142,7 +142,7 @@ class Tally:
         """What is to be made, before it starts."""
         stages = Counter(config.stage for config in self.configs.values())
         parts = ", ".join(f"{n} {stage}" for stage, n in stages.items())
-        text = f"{len(self.configs)} runs ({parts}): {len(keys)} are finished"
+        text = f"{len(self.configs)} runs ({parts}): {len(keys)} finished"
         if count := len(self.configs) - len(keys):
             seconds = self.seconds_left(keys)
             basis = "no such run yet"
@@ -159,7 +159,7 @@ class Tally:
                 basis = f"about {clock(seconds)} and {mib:,.0f} MiB of disk, by the runs so far"
                 basis += ", which have other networks or images" * others
                 basis += f" (only {free:,.0f} MiB are free)" * (free < mib)
-            text += f", {count} are to be made, {self.jobs} at a time: {basis}"
+            text += f", {count} to make, {self.jobs} at a time: {basis}"
         return f"{text}."
 
     def line(self, states: Mapping[str, str]) -> tuple[float, str]:

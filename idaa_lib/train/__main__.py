@@ -25,7 +25,7 @@ from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
 from idaa_lib.identity import study
 from idaa_lib.nets.processes import leave
-from idaa_lib.runs import CONFIGS, Run, Stopped, read_json
+from idaa_lib.runs import CONFIGS, Run, RunError, Stopped, read_json
 from idaa_lib.train import train
 
 STAGES: dict[str, Callable[[Any], Run]] = dict.fromkeys(("vae", "ssl", "semi"), train)
@@ -59,7 +59,12 @@ def read_words(words: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for word in words:
         if word.startswith("@"):
-            if (stored := read_json(expand(word[1:]))) is None:
+            try:
+                stored = read_json(expand(word[1:]))
+            except RunError as error:
+                why = f"{word[1:]} holds no configuration ({error.__cause__})"
+                raise ConfigError(f"{why}: mend it, or give another file.") from error
+            if stored is None:
                 raise ConfigError(f"There is no configuration {word[1:]}.")
             values |= stored
         elif word.endswith(".py") and "=" not in word:
