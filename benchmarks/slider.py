@@ -141,6 +141,7 @@ def moves() -> dict[str, Any]:
     """Milliseconds of the slider's callback, for each move. Runs inside a kernel."""
     import torch
 
+    from idaa_lib.identity.scene import read
     from idaa_lib.lab.explorer import Explorer
 
     explorer = Explorer(DecomposeConfig(images=IMAGES))
@@ -178,7 +179,7 @@ def moves() -> dict[str, Any]:
     engine = explorer.engine
     assert engine is not None
     # A unit of work as the curves are made of, again and again.
-    background.request("curves", lambda: engine.measure("idaa", 0.5) is not None)
+    background.request("curves", lambda: bool(read(engine.scene, engine.witness, "idaa", 0.5)))
     for n in range(WARM_UP + KERNEL_MOVES):
         time.sleep(random.uniform(0.09, 0.3))  # within, or after, the rest that moves ask for
         value = move()
