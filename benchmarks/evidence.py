@@ -52,7 +52,7 @@ IMAGES = 2000
 # Of shorter VAEs that keep fewer nats: is it the rate that decides where identity is?
 RATES: dict[str, Any] = {"epochs": 3, "limit": 20000, "width": 32, "dim": 128, "seed": 0}
 KAPPAS = (0.1, 1.0, 10.0, 100.0)
-ENCODERS = {"run": "starter", "witness": "starter2"}
+ENCODERS: dict[str, Any] = {"run": "starter", "witness": "starter2"}
 # Sets that packages ship, on which the VAE of CIFAR-10 serves, or does not.
 OTHER_IMAGES = ("photos", "digits")
 OTHER: dict[str, Any] = {"epochs": 10, "limit": 2000, "width": 16}
@@ -161,7 +161,8 @@ def write_digits() -> Path:
 
 def describe_point(point: Point) -> dict[str, Any]:
     """What tells a point from the others: also the weights of a VAE that it names."""
-    about = {k: point.labels[k] for k in ("part", "set", "axis", "at") if k in point.labels}
+    names: tuple[str, ...] = ("part", "set", "axis", "at")
+    about: dict[str, Any] = {k: point.labels[k] for k in names if k in point.labels}
     names = ("adversary", "seed", "epochs", "width", "limit")
     about |= {name: point.ssl[name] for name in names if name in point.ssl}
     about["vae"] = "own" if about["adversary"] == "idaa" else None
@@ -237,7 +238,7 @@ def studies() -> Iterator[tuple[dict[str, Any], TheoryConfig, VAEConfig | None]]
     """The studies of notebook 08: what tells each from the others, its configuration, and the VAE
     to train for it, None for the starter's. First one with the starter's VAE, then smaller ones
     with VAEs that differ in κ alone."""
-    images = {"preset": "cifar10", "dataset": DATASET, "device": "cpu"}
+    images: dict[str, Any] = {"preset": "cifar10", "dataset": DATASET, "device": "cpu"}
     config = TheoryConfig(
         **images, **ENCODERS, vae="starter", images=IMAGES, limit=10000, epsilons=EPSILONS
     )

@@ -60,7 +60,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["IDAA_OUTPUTS"] = folder
         vae = train_vae(VAEConfig(**SMALL, dim=8))
-        config = SSLConfig(**SMALL, adversary="idaa", vae=vae.id)
+        attack: dict[str, Any] = {"adversary": "idaa", "vae": vae.id}
+        config = SSLConfig(**SMALL, **attack)
         whole.watch(lambda: train_ssl(config.model_copy(update={"seed": 1})))
         train_step = Fit.train_step
 
@@ -68,7 +69,7 @@ def main() -> None:
             step.files.clear()
             return step.watch(lambda: train_step(*args))
 
-        Fit.train_step = watch_step  # type: ignore[method-assign]
+        Fit.train_step = watch_step  # type: ignore
         train_ssl(config)
     files = {file for file, _ in whole.functions}
     print(f"train_ssl: {len(files)} files, {len(whole.functions)} functions")

@@ -200,7 +200,7 @@ NUMBERS = [
     float("inf"),
 ]
 NUMBERS += [10**6, 10**9, 10**10, 2**31, 2**63, 2**64, 10**20, 10**29, 10**39, 10**400, -(10**39)]
-TINY = {
+TINY: dict[str, Any] = {
     "dataset": "photos",
     "limit": 64,
     "batch_size": 16,
@@ -334,7 +334,7 @@ def special_files(folder: Path, name: str) -> Iterator[Path]:
     targets = ("/dev/zero", "/dev/urandom", "/proc/self/mem", "nowhere", name, "/root", ".")
     makers: list[Callable[[], object]] = [lambda: os.mkfifo(path), path.mkdir, path.touch]
     makers += [lambda target=target: path.symlink_to(target) for target in targets]  # type: ignore[misc]
-    makers.append(lambda: (path.touch(), os.truncate(path, 2**40)))  # takes no room on the disk
+    makers.append(lambda: path.open("wb").truncate(2**40))  # takes no room
     makers.append(lambda: path.write_text("<html>Not found</html>", "utf-8"))
     for make in makers:
         with contextlib.suppress(OSError):
@@ -448,14 +448,14 @@ def change(state: dict[str, Any], draw: random.Random) -> dict[str, Any]:
         case 1:
             changed = {**state, key + draw.choice((".extra", "\udcff", "x" * 5000)): value}
         case 2:
-            changed = {**state, draw.choice((3, None, ("a", 1))): value}
+            changed = {**state, draw.choice([3, None, ("a", 1)]): value}  # type: ignore[dict-item]
     return changed
 
 
 def wrap(state: dict[str, Any], draw: random.Random, harm: Path) -> Any:
     """The state as others wrap it, with what is no part of it beside."""
     code = Harm(draw.choice((os.mkdir, os.system, eval, print)), str(harm))
-    values = [
+    values: list[Any] = [
         None,
         -1,
         float("nan"),

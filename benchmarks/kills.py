@@ -40,12 +40,12 @@ from idaa_lib.lab.report import Report
 from idaa_lib.runs import Run, checkpoints
 from idaa_lib.train.loop import Fit
 
-TINY = {
+TINY: dict[str, Any] = {
     "limit": 96, "size": 16, "batch_size": 32, "epochs": 3, "width": 4, "log_every": 1,
     "device": "cpu",
 }  # fmt: skip
 VAE, SSL = VAEConfig(**TINY, dim=8), SSLConfig(**TINY, adversary="idaa", keep_every=1)
-JUDGED = {"limit": 96, "device": "cpu", "references": False}
+JUDGED: dict[str, Any] = {"limit": 96, "device": "cpu", "references": False}
 # How a run of each stage is made, from what lies in outputs/ already.
 MAKERS: dict[str, Callable[[], Run]] = {
     "vae": lambda: train.train_vae(VAE),
@@ -112,7 +112,7 @@ class House:
     def survives(self, stage: str, moment: float | int) -> bool | None:
         """Whether a run that is killed once ends well: after so many seconds, or before the
         operation of that number. None where it was faster than the kill."""
-        folder, steps = self.copy(stage), [MAKERS[stage]]
+        folder, steps = self.copy(stage), list[Callable[[], object]]([MAKERS[stage]])
         if isinstance(moment, int):
             at = str(moment)
             steps.insert(0, lambda: watch(lambda n: os.kill(os.getpid(), 9) if n == at else 0))
@@ -260,7 +260,7 @@ def complaints(folder: Path, broken: Run | None = None, draws: bool = False) -> 
             "load": checkpoints.load,
             "get": lambda run: runs.get(run.stage, run),
         }
-        loaders = {"vae": load_vae, "ssl": load_encoder}
+        loaders: dict[str, Any] = {"vae": load_vae, "ssl": load_encoder}
         readers |= {"network": loaders[broken.stage]} if broken.stage in loaders else {}
         for name, read in readers.items():
             attempt(name, partial(read, broken), named=True)
@@ -284,7 +284,7 @@ def kill_training(house: House, stage: str) -> Path:
         return original(fit, number, *rest)
 
     def patch() -> None:
-        Fit.train_step = step  # type: ignore[method-assign]
+        Fit.train_step = step  # type: ignore
 
     os.waitpid(fork(folder, patch, MAKERS[stage]), 0)
     return folder

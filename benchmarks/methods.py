@@ -85,7 +85,7 @@ of some percent are noise. minutes: all of it, two notebooks at a time."""
     frame = frame[(frame["split"] == "test") & frame["metric"].isin(("kNN", "linear"))]
     encoders = frame[frame["features"] == "encoder"].fillna({"vae_of": ""})
     by = encoders.groupby(["metric", "method", "adversary", "vae_of"], sort=False)
-    results = [_row(*names, [*rows["value"]]) for names, rows in by]
+    results = [_row(names, [*rows["value"]]) for names, rows in by]
     for (metric, of), rows in frame.groupby(["metric", "features"], sort=False):
         if of != "encoder":
             what = f"{metric.lower()}_{of.replace(' ', '_')}"
@@ -96,11 +96,10 @@ of some percent are noise. minutes: all of it, two notebooks at a time."""
     print(record.write(name, " ".join(protocol.split()), results))
 
 
-def _row(
-    metric: str, method: str, adversary: str, vae_of: str, values: list[float]
-) -> dict[str, Any]:
-    names = {name: key for key, name in NAMES.items()}
-    what = f"{metric}_{method}_{names[adversary]}".lower() + (f"_vae_of_{vae_of}" if vae_of else "")
+def _row(names: Any, values: list[float]) -> dict[str, Any]:
+    metric, method, adversary, vae_of = names
+    keys = {name: key for key, name in NAMES.items()}
+    what = f"{metric}_{method}_{keys[adversary]}".lower() + (f"_vae_of_{vae_of}" if vae_of else "")
     spread = [round(min(values), 2), round(max(values), 2)] if len(values) > 1 else None
     return record.row(what, round(fmean(values), 2), "% top-1", len(values), spread)
 

@@ -86,10 +86,14 @@ class Pair(NamedTuple):
 def pair(slow: Side, fast: Side, n: int, warm_up: int = 2) -> Pair:
     """Let them take turns n times, after a warm-up, and end them."""
     for _ in range(warm_up):
-        slow.work(count=False), fast.work(count=False)
+        slow.work(count=False)
+        fast.work(count=False)
     for _ in range(n):
-        slow.work(), time.sleep(PAUSE), fast.work(), time.sleep(PAUSE)
-    slow.close(), fast.close()
+        for side in (slow, fast):
+            side.work()
+            time.sleep(PAUSE)
+    slow.close()
+    fast.close()
     ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
     low, _, high = quantiles(ratios, n=4) if n > 1 else (ratios[0],) * 3
     return Pair(

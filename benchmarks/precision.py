@@ -48,8 +48,8 @@ def main(limit: int = 3000, epochs: int = 5, seeds: int = 3) -> None:
             for way in WAYS:
                 own: dict[str, Any] = {"precision": way, "seed": seed, "vae": vae.id}
                 run = train_ssl(SSLConfig(**fields, **own, epochs=epochs))
-                settings = EvalConfig(run=run.id, limit=limit, precision=way, references=False)
-                summary = evaluate(settings).summary or {}
+                judge: dict[str, Any] = {"run": run.id, "limit": limit, "precision": way}
+                summary = evaluate(EvalConfig(**judge, references=False)).summary or {}
                 for name in JUDGED:
                     accuracies[way][name].append(summary[name])
     rows = [row for name in JUDGED for row in compare_ways(name, accuracies)]

@@ -148,7 +148,7 @@ def _watch(spent: dict[str, list[float]]) -> Iterator[None]:
         watch(fit.method, "draw", "views")
         watch(fit.accelerator, "backward", "backward")
         if not isinstance(fit.adversary, NoAdversary):
-            fit.adversary = Watched(fit.adversary)  # type: ignore[assignment]
+            fit.adversary = Watched(fit.adversary)
         make = fit.method.step
 
         def step(*args: Any) -> Any:
@@ -162,11 +162,11 @@ def _watch(spent: dict[str, list[float]]) -> Iterator[None]:
         # `prepare_optimizer` wraps it later: the inner one is what costs.
         watch(fit.optimizer, "step", "optimiser")
 
-    Fit.__init__ = build  # type: ignore[method-assign]
+    Fit.__init__ = build  # type: ignore
     try:
         yield
     finally:
-        Fit.__init__ = plain  # type: ignore[method-assign]
+        Fit.__init__ = plain  # type: ignore
 
 
 def _clock(call: Callable[[], Any]) -> tuple[float, Any]:

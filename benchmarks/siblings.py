@@ -153,8 +153,8 @@ def time_steps(turns: int = 15) -> None:
         for what, values, unit in (("seconds", own, "s a step"), ("ratio", ratios, "ratio")):
             low, middle, high = quantiles(values, n=4)
             spread = [round(low, 4), round(high, 4)]
-            key = f"{what}_{system}_{adversary}"
-            rows.append(record.row(key, round(middle, 4), unit, turns, spread))
+            name = f"{what}_{system}_{adversary}"
+            rows.append(record.row(name, round(middle, 4), unit, turns, spread))
     protocol = """A step of the training loop with its views, ResNet-18 of width 16, batch 128,
 32 px, a VAE of width 16 (m=128), IP-IRM with one partition; all rows in turns within one process.
 Median and quartiles of n turns; ratio: to SimCLR with AugSelf's heads and no adversary, in the
@@ -178,7 +178,7 @@ def plant(seeds: int = 40, n: int = 256) -> None:
             base = unit(n, 32) + (2 * factor - 1)[:, None] * length * unit(32)
             z = Embedded(*(F.normalize(base + 0.3 * unit(n, 32), dim=1) for _ in range(2)))
             scores = torch.randn(n, 2, generator=keyed_generator(seed, 1))
-            fitted = fit_partition(lambda epoch, batches, z=z: z, scores, how, (seed,))
+            fitted = fit_partition(lambda *_, z=z: z, scores, how, (seed,))
             same = (fitted.argmax(1) == factor).double().mean().item()
             values.append(max(same, 1 - same))
         low, middle, high = quantiles(values, n=4)
@@ -201,4 +201,4 @@ if __name__ == "__main__":
     elif words == ["planted"]:
         plant()
     else:
-        main(*words[:1], *map(int, words[1:3]), *words[3:])
+        main(*words[:1], *map(int, words[1:3]), *words[3:])  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ from idaa_lib.evaluate.encoders import features
 from idaa_lib.evaluate.knn import knn
 from idaa_lib.evaluate.probe import TRANSFER, linear_probe
 from idaa_lib.methods import About, build_method
+from idaa_lib.methods.ipirm import IPIRM
 from idaa_lib.methods.vae import VAETraining
 from idaa_lib.nets.vae import VAE
 from idaa_lib.runs import outputs_root
@@ -288,7 +289,7 @@ def train_steps(config: SSLConfig, vae: VAE | None) -> Work:
     """A step of any training on photographs; IP-IRM has one partition."""
     data = images(2 * config.batch_size)
     method = build_method(config, _about(config, data))
-    if hasattr(method, "keep"):
+    if isinstance(method, IPIRM):
         method.keep(torch.arange(len(data.images)) % 2)
     attack = build_adversary(config, vae)
     accelerator = make_accelerator(config, outputs_root())
@@ -330,7 +331,7 @@ def _about(config: Any, data: Any) -> About:
 def linear_ours() -> Work:
     """The whole evaluation: features of all images once, nine penalties, the refit, the test."""
     encoder = _backbone("none")
-    encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder = encoder.to(memory_format=torch.channels_last)
     data, test = images(TRAIN), images(TEST, "test")
     cut = TRAIN * 9 // 10
 
@@ -375,7 +376,7 @@ def transfer_ours() -> Work:
 def validation_ours() -> Work:
     """kNN on the validation split, as the training stage does it every few epochs."""
     encoder = _backbone("idaa")
-    encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder = encoder.to(memory_format=torch.channels_last)
     data = images(1000)  # as often as it takes: what they show costs the same
     bank, queries = (
         data.images.repeat(-(-n // 1000), 1, 1, 1)[:n].to(DEVICE) for n in (BANK, QUERIES)

@@ -202,7 +202,7 @@ def in_page() -> list[dict[str, float]]:
             page = notebook.page
             browser.show(page, ".idaa-explorer")
             browser.meters_follow(page)
-            latest = {"curves": "", "since": time.monotonic()}
+            latest: dict[str, Any] = {"curves": "", "since": time.monotonic()}
 
             def is_at_rest() -> bool:
                 """The curves have been the same for so long that they are whole."""

@@ -98,8 +98,8 @@ def compare_pictures(whole: Run, half: Run) -> dict[str, float]:
         return {name: 255 * scene.pixels(images) for name, images in rows.items()}
 
     with torch.no_grad():
-        pairs = zip(pictures(ours).items(), pictures(theirs).values(), strict=True)
-        return {name: (a - b).abs().max().item() for (name, a), b in pairs}
+        both = pictures(ours), pictures(theirs)
+        return {name: (both[0][name] - both[1][name]).abs().max().item() for name in both[0]}
 
 
 def main(vae: str, encoder: str, witness: str) -> None:

@@ -124,7 +124,8 @@ def spread(values: list[float], digits: int) -> list[float]:
 def speed() -> Rows:
     images = load(photographs(), "train", 224, streamed=True)
     files = [path.stat().st_size for path in photographs().rglob("*.jpg")]
-    index, rates = torch.arange(len(images)), {"torchcodec": [], "Pillow": []}  # type: ignore
+    index = torch.arange(len(images))
+    rates: dict[str, list[float]] = {"torchcodec": [], "Pillow": []}
     streamed.get_worker_info = lambda: True  # type: ignore  # one thread, as in a worker
     decode = streamed.jpeg_decoder()
     for turn in range(TURNS + 1):
@@ -201,11 +202,11 @@ images.images[torch.arange(0, len(images), len(images) // 64)[:64]]
 print(time.perf_counter() - start)
 """
     runs = [_python(code) for _ in range(TURNS)]
-    opens, first = ([float(run.split()[-2 + i]) for run in runs] for i in range(2))
+    opens, began = ([float(run.split()[-2 + i]) for run in runs] for i in range(2))
     value = round(median(opens), 3)
     return [
         record.row(
-            f"open_{FILES}_seconds", value, "s", TURNS, spread(opens, 3), round(median(first), 3)
+            f"open_{FILES}_seconds", value, "s", TURNS, spread(opens, 3), round(median(began), 3)
         )
     ]
 
@@ -228,12 +229,12 @@ def compare(kind: str) -> int:
     multiprocessing.set_start_method(kind)
     from idaa_lib.data import cached
 
-    cached.SMALL, feed.count_cores = 0, lambda: 2  # type: ignore
+    cached.SMALL, feed.count_cores = 0, lambda: 2
     photos = load(photographs(), "train", 224, streamed=True)
     decoded = load(photographs(), "train", 224)
     device, failures = torch.device("cpu"), 0
     for images, how in ((photos, {}), (decoded, {"resident": False})):
-        theirs = Feed(images.images, device, **how)  # type: ignore
+        theirs = Feed(images.images, device, **how)
         jobs = list(itertools.islice(batches(photos, BATCH, 1), 6))
         if images is decoded:
             jobs = [{"images": job["images"]} for job in jobs]
@@ -250,19 +251,20 @@ def compare(kind: str) -> int:
 
 def cost() -> Rows:
     """Of a step of the recipe, by count."""
-    n, rows, settings = 2, {}, {"preset": "simsiam-imagenet", "dataset": "imagenet"}
-    vae = VAEConfig(**settings)  # type: ignore[arg-type]
+    n, rows = 2, dict[str, float]()
+    settings: dict[str, Any] = {"preset": "simsiam-imagenet", "dataset": "imagenet"}
+    vae: Any = VAEConfig(**settings)
     for name in ("none", "idaa"):
-        config = SSLConfig(**settings, adversary=name)  # type: ignore[arg-type]
+        config: Any = SSLConfig(**settings, adversary=name)
         about = About(
             recipe("simsiam", 224, config.mean, config.std),
             torch.zeros(n),
             1,
             1,
-            n,  # type: ignore
+            n,
         )
         method = build_method(config, about).train()
-        net = VAE(vae.dim, 224, vae.width, config.mean, config.std)  # type: ignore
+        net = VAE(vae.dim, 224, vae.width, config.mean, config.std)
         adversary = build_adversary(
             config,
             net.eval().requires_grad_(False) if name == "idaa" else None,
@@ -277,7 +279,7 @@ def cost() -> Rows:
                 loss = loss + step.adversarial_loss(x_adv)
             loss.backward()
         rows[f"simsiam_{name}"] = counter.get_total_flops() / n
-    about = About(recipe("simsiam", 224, vae.mean, vae.std), torch.zeros(n), 1, 1, n)  # type: ignore
+    about = About(recipe("simsiam", 224, vae.mean, vae.std), torch.zeros(n), 1, 1, n)
     method = VAETraining(vae, about).train()
     with FlopCounterMode(display=False) as counter:
         _step(method, n).loss.backward()

@@ -285,6 +285,7 @@ def locate(n: int = 1000) -> list[Row]:
     fixed["eval"] = {"references": False}
     cross = {"ssl": {"epsilon": [(i + 1) / 1000 for i in range(n)]}}
     points, runs_by_key = read({"fixed": fixed, "cross": cross}).points(), dict[str, Any]()
+    config: Any
     for key, (config, needs) in plans.plan(points).items():
         config = config.replace(**{f: runs_by_key[other].reference for f, other in needs.items()})
         if config.stage == "vae":
