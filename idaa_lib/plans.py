@@ -268,7 +268,7 @@ def table(grid: Sequence[Point]) -> pd.DataFrame:
         print(*report_left_out(damage), sep="\n")
     if not rows:
         return figures
-    labels = pd.DataFrame([*rows.values()])
+    labels = pd.DataFrame([*rows.values()], dtype=object)  # a whole number stays one
     labels = labels[["run", *(name for name in labels if name not in figures)]]
     # One run may be several points, such as that without an adversary of several VAEs.
     return labels[~labels.astype(str).duplicated()].merge(figures, on="run")

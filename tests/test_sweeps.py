@@ -641,6 +641,17 @@ def test_a_crossed_field_is_not_that_of_another_stage(fixed, cross, outputs, mon
     assert sorted(map(float, drawn)) == heights
 
 
+def test_a_whole_number_stays_one_where_other_points_have_none(outputs, monkeypatch):
+    chains = []
+    for seed, labels in enumerate(({"dim": 8}, {})):
+        run = write_run(SSLConfig(seed=seed), {"knn_top1_val": 40.0, "knn_n_val": 100})
+        (point,) = grids.read({"stages": ["ssl"], "labels": labels}).points()
+        chains.append((point, [run]))
+    monkeypatch.setattr(plans, "find_chains", lambda *_: chains)
+    table = plans.table([point for point, _ in chains])[["seed", "dim"]].dropna()
+    assert [*map(repr, table.iloc[0])] == ["0", "8"]
+
+
 def test_a_label_that_is_a_column_of_results_means_the_same():
     own = {
         "vae": set(),
