@@ -549,8 +549,10 @@ def test_a_file_gives_whole_numbers_back_where_others_are_missing(tmp_path):
     frame["dim"] = frame["dim"].astype(object)
     last = frame.index[-1:]
     frame = pd.concat([frame, frame.loc[last].assign(dim=None, epsilon=None)], ignore_index=True)
+    frame["at"] = pd.Series([0.1, 8, None, 32, 1], dtype=object)  # of several axes
     csv, parquet = results.save(frame, tmp_path / "table")
     stored = pd.read_parquet(parquet)
+    assert stored["at"].dropna().to_list() == [0.1, 8, 32, 1]
     assert stored["dim"].dropna().map(repr).to_list() == ["8", "32", "8", "32"]
     assert stored["dim"].isna().to_list() == [*[False] * 4, True]
     for table in (frame, stored, pd.read_csv(csv)):

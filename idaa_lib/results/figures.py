@@ -258,10 +258,9 @@ def save(frame: pd.DataFrame, path: Path) -> list[Path]:
     replace(files[0], frame.to_csv(index=False).encode())
     table = frame.infer_objects()
     for name in table:
-        kind = pd.api.types.infer_dtype(frame[name], skipna=True)
-        if kind == "integer":  # a whole number stays one where others are missing
-            table[name] = frame[name].astype("Int64")
-        elif kind.startswith("mixed"):
-            table[name] = frame[name].map(str, na_action="ignore")
+        if pd.api.types.infer_dtype(frame[name], skipna=True) == "integer":
+            table[name] = frame[name].astype("Int64")  # also where others are missing
+        elif pd.api.types.infer_dtype(table[name], skipna=True).startswith("mixed"):
+            table[name] = table[name].map(str, na_action="ignore")
     replace(files[1], table.to_parquet(index=False))
     return files
