@@ -28,6 +28,7 @@ from idaa_lib.configs import (
 )
 from idaa_lib.data import cached as images
 from idaa_lib.data import pool, sources
+from idaa_lib.data.layout import list_some
 from idaa_lib.evaluate.encoders import features, load_encoder
 from idaa_lib.evaluate.stage import evaluate
 from idaa_lib.evaluate.transfer import transfer
@@ -259,6 +260,11 @@ def test_a_list_that_does_not_fit_is_refused(tmp_path, outputs, names, words):
             train_ssl(ssl(dataset=str(source), classes=str(file)))
         assert len(str(error.value)) <= 400
     assert not outputs.exists()
+
+
+def test_words_are_listed_where_a_long_path_leaves_no_room():
+    assert list_some(["cat", "dog"], -60) == "cat, dog"
+    assert list_some(["x" * 50, "dog"], -60) == f"{'x' * 20} … {'x' * 20} and 1 more"
 
 
 def test_a_list_that_is_not_there_and_data_without_class_folders_are_refused(tmp_path):

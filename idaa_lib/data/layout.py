@@ -26,8 +26,9 @@ def sha256(text: str, more: bytes = b"") -> str:
 
 
 def list_some(words: list[str], room: int) -> str:
-    """As many of the words as `room` characters hold, one at least, its middle left out where it is
-    longer, and how many more there are."""
+    """As many of the words as `room` characters (40 at least) hold, and how many more there are; of
+    a first word that is longer, both ends."""
+    room = max(room, 40)  # beside a long path less would be left
     ends = itertools.accumulate(len(word) + 2 for word in words)
     n = max(1, sum(end <= room for end in ends))
     text = ", ".join(words[:n])
