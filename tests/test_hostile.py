@@ -97,6 +97,7 @@ def test_what_no_run_can_have_is_refused_in_few_words(config, values, words):
     ("text", "words"),
     [
         ('extends = "mine.toml"', "extends itself"),
+        ('extends = "../own/mine.toml"', "extends itself"),
         ("extends = 3", "preset must be one of"),
         ("ssl = 3", "has 3 where a table should be"),
         ("[ssl]\nwhere = 3", "has 3 where a table should be"),
@@ -105,7 +106,8 @@ def test_what_no_run_can_have_is_refused_in_few_words(config, values, words):
     ],
 )
 def test_a_recipe_that_is_none_is_one_sentence(text, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    monkeypatch.chdir(tmp_path / "own")
     Path("mine.toml").write_text(text)
     with pytest.raises(ConfigError, match=words):
         SSLConfig(preset="mine.toml", batch_size=2)

@@ -77,7 +77,8 @@ def _documents(
         raise ConfigError(f"preset={quote(preset)} extends itself, by {', '.join(above)}.")
     if base := document.get("extends"):
         beside = path.parent / expand(str(base))  # whichever folder the process is in
-        base = beside if os.path.isfile(beside) else base
+        if os.path.isfile(beside):  # by its full path, which shows one that extends itself
+            base = beside.parent.resolve() / beside.name
         yield from _documents(str(base), folder, (*above, preset))
     yield path, document
 
