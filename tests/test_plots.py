@@ -563,6 +563,12 @@ def test_validation_has_its_interval_as_a_band():
     assert {y for _, y in band.get_paths()[0].vertices} == {38, 43}
 
 
+def test_a_study_of_vaes_alone_has_no_line_and_is_no_error():
+    row = dict(axis="dim", metric="rate", split="validation", features="encoder", adversary="")
+    figure = plots.sensitivity(pd.DataFrame([row | dict(at=at, value=9.0) for at in (8, 16)]))
+    assert not any(axis.containers for axis in figure.axes)
+
+
 def test_no_adversary_is_a_line_over_epsilon():
     row = dict(axis="epsilon", metric="kNN", split="validation", features="encoder", seed=0)
     frame = pd.DataFrame([

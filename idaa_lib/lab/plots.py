@@ -306,8 +306,9 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
             combination of their values.
     """
     frame = frame[(frame["split"] == "validation") & (frame["features"] == "encoder")]
-    drawn = ("axis", "at", "adversary")  # whatever their values
-    frame, fields = _vary(frame, [name for name in fields if name not in drawn])
+    # Panels show axis and at, colours the adversary.
+    others = [name for name in fields if name not in ("axis", "at", "adversary")]
+    frame, fields = _vary(frame, others)
     columns, probes = list(dict.fromkeys(frame["axis"].dropna())), ("kNN", "linear")
     sizes = set[int]()  # of the points, in trainings
     size = (4.1 * len(columns), 6.2)
@@ -361,7 +362,7 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
 
 def _count_trainings(sizes: Collection[int]) -> str:
     """What the intervals of points of so many trainings are over."""
-    few, many = min(sizes), max(sizes)
+    few, many = min(sizes, default=1), max(sizes, default=1)
     if many == 1:
         return "the images of 1 training a point"
     if few == 1:
