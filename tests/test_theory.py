@@ -523,6 +523,13 @@ def test_a_clear_difference_in_nats_is_not_rounded_to_zero(scale):
     assert numbers == pytest.approx([-3 * scale, -4 * scale, -2 * scale])
 
 
+def test_nats_of_any_size_are_plain_numbers():
+    row = {"section": "a", "claim": "c", "unit": "nats", "n": 1, "verdict": "less", "note": ""}
+    claims = [row | {"value": x, "low": x, "high": x} for x in (-12345.6, 0.00123, None)]
+    values = verdict.verdict_table({"claims": claims})["value"]
+    assert [*values] == ["-12,345.60", "0.00123", ""]
+
+
 @pytest.mark.parametrize(
     ("rise", "why"),
     [(1.0, "no ε of random sign up to 1 is as hard as IDAA"), (-1.0, "does not make x harder")],

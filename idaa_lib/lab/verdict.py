@@ -126,11 +126,15 @@ def verdict_table(summary: Mapping[str, Any], *sections: str) -> pd.DataFrame:
     """The claims of these sections (of all) with their verdicts."""
     rows = [row for row in summary["claims"] if not sections or row["section"] in sections]
     table = pd.DataFrame(rows)
-    # Nats are often small: to two decimals all of a clear difference could be 0.
-    digits = [".3g" if unit == "nats" else ",.2f" for unit in table["unit"]]
+
+    def write(x: float, unit: str) -> str:
+        if pd.isna(x):
+            return ""
+        # Nats are often small: to two decimals all of a clear difference could be 0.
+        return format(x, ".3g" if unit == "nats" and abs(x) < 1 else ",.2f")
+
     low, high, value = (
-        ["" if pd.isna(x) else format(x, d) for x, d in zip(table[name], digits, strict=True)]
-        for name in ("low", "high", "value")
+        [*map(write, table[name], table["unit"])] for name in ("low", "high", "value")
     )
     table["95 % interval"] = [f"{a} … {b}" if a else "" for a, b in zip(low, high, strict=True)]
     table["value"] = value
