@@ -608,6 +608,12 @@ def write_evaluation(run, top1, data, **values):
     return finish_run(EvalConfig(run=run.id, dataset=data[0], **values), summary, data)
 
 
+def test_a_training_whose_record_says_less_of_its_images_keeps_its_row(outputs):
+    run = finish_run(SSLConfig(), {"knn_top1_val": 40.0}, ("photos", "pixels"))
+    (run.path / "environment.json").write_text('{"dataset": {"name": "photos"}}')
+    assert [*results([run])["label"]] == ["SimCLR"]
+
+
 @pytest.mark.parametrize(
     ("mine", "other", "words"),
     [

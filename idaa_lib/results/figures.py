@@ -103,7 +103,7 @@ def _tell_images_apart(frame: pd.DataFrame, trainings: Sequence[Run]) -> None:
     """Adds to the label of trainings on other images that are judged on the same ones what they
     were trained on: no table may take them for seeds of one training."""
     data = {run.id: run.environment.get("dataset", {}) for run in trainings}
-    titles = {each["fingerprint"]: each["name"] for each in data.values() if each}
+    titles = {each.get("fingerprint"): each.get("name", "") for each in data.values()}
     images = frame["training"].map(lambda name: data.get(name, {}).get("fingerprint", ""))
     names = images.map(lambda content: titles.get(content, ""))
 
