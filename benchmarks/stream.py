@@ -202,11 +202,11 @@ images.images[torch.arange(0, len(images), len(images) // 64)[:64]]
 print(time.perf_counter() - start)
 """
     runs = [_python(code) for _ in range(TURNS)]
-    opens, began = ([float(run.split()[-2 + i]) for run in runs] for i in range(2))
+    opens, reads = ([float(run.split()[-2 + i]) for run in runs] for i in range(2))
     value = round(median(opens), 3)
     return [
         record.row(
-            f"open_{FILES}_seconds", value, "s", TURNS, spread(opens, 3), round(median(began), 3)
+            f"open_{FILES}_seconds", value, "s", TURNS, spread(opens, 3), round(median(reads), 3)
         )
     ]
 

@@ -39,9 +39,9 @@ from idaa_lib.runs import CONFIGS
 RECIPES = Path(__file__).resolve().parent / "recipes" / "sweeps"
 STAGES = ("vae", "ssl", "eval", "transfer")  # each needs one before it
 Fields = dict[str, dict[str, Any]]  # stage → field → value
-# Names of which a table of results has a column: of an encoder's training all, but for these, which
-# are of the images that judge it.
-JUDGING = ("dataset", "classes", "limit", "split")
+# A column of a table of results that is named as a field of `ssl` is of the training; these alone
+# are of the images that judge its encoder.
+TEST_FIELDS = ("dataset", "classes", "limit", "split")
 
 
 class Point(NamedTuple):
@@ -237,8 +237,8 @@ def _read_entry(entry: Any) -> Fields:
 
 
 def _label(parts: Fields, counts: Mapping[str, int]) -> tuple[Fields, dict[str, Any]]:
-    """The fields and the labels of an entry, whose name has the stage where a table of results has
-    another field of that name; counts: name of a field → of how many stages it is."""
+    """The fields and the labels of an entry. A label's name has the stage where a table of results
+    has another field of that name; counts: name of a field → of how many stages it is."""
     fields = {stage: own for stage, own in parts.items() if stage != "labels"}
     labels: dict[str, Any] = {}
     for stage, own in fields.items():
@@ -246,7 +246,7 @@ def _label(parts: Fields, counts: Mapping[str, int]) -> tuple[Fields, dict[str, 
             kind = CONFIGS.get(stage, CONFIGS["ssl"])
             with contextlib.suppress(ConfigError):  # which the point is refused for, it alone
                 value = kind._read(name, value)
-            other = name in (JUDGING if stage == "ssl" else SSLConfig.model_fields)
+            other = name in (TEST_FIELDS if stage == "ssl" else SSLConfig.model_fields)
             other = counts[name] > 1 or (other and stage in STAGES)
             labels[f"{stage} {name}" if other else name] = value
     return fields, parts.get("labels", labels)

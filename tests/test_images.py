@@ -396,7 +396,7 @@ def test_unreadable_images_are_skipped_and_counted_and_no_sound_one_is_decoded_a
     for _ in range(2):
         with pytest.raises(ValueError, match=r"0\.png cannot be read.*1\.png.*on_error='skip'$"):
             images.load(damaged, "test")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     moved = damaged.rename(damaged.with_name("moved"))  # what was seen there is said of here
     with pytest.raises(ValueError, match=r"^train/cat/0\.png cannot be read [^/]*, train/dog"):
         images.load(moved, "test")
@@ -407,7 +407,7 @@ def test_unreadable_images_are_skipped_and_counted_and_no_sound_one_is_decoded_a
     assert images.load(damaged, "test", on_error="skip").skipped == 2
     (note,) = image_set.notes
     assert note.startswith("2 of 24 images cannot be read: ") and all(b in note for b in paths)
-    assert said.count("\n") == 1 and all(b in said for b in paths)  # once in a process
+    assert output.count("\n") == 1 and all(b in output for b in paths)  # once in a process
     assert capsys.readouterr().out == f"pets: {note}.\n"
     names = [name for name in calls if name not in paths]
     assert len(names) == len(set(names)) == 22

@@ -639,8 +639,8 @@ def test_a_crossed_field_is_not_that_of_another_stage(fixed, cross, outputs, mon
     frame, labels = plans.table(points), grids.name_labels(points)
     assert [*results.means(frame)["value"]] == heights
     figure = plots.heat_maps(frame, labels)
-    drawn = [text.get_text().split("\n")[0] for axis in figure.axes for text in axis.texts]
-    assert sorted(map(float, drawn)) == heights
+    texts = [text.get_text().split("\n")[0] for axis in figure.axes for text in axis.texts]
+    assert sorted(map(float, texts)) == heights
 
 
 def test_a_whole_number_stays_one_where_other_points_have_none(outputs, monkeypatch):

@@ -124,7 +124,8 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
 
 
 def _split_folder(shard: str) -> str:
-    """train/, val/ or test/ where the name of a shard, or of a folder that it lies in, says it."""
+    """train/, val/ or test/ where the name of a shard, or a folder above it, says it; else
+    nothing."""
     *folders, name = shard.lower().split("/")
     match = re.search("(?<![a-z])(train|val|test)", name)
     parts = [match[0]] if match else [PARTS[folder] for folder in folders if folder in PARTS]

@@ -85,13 +85,13 @@ class Pool:
         if (pool := self._keep(entry, again)) is None:
             try:
                 self.cache.mkdir(parents=True, exist_ok=True)
-                held = lock(self.cache, self.slug).acquire()
+                guard = lock(self.cache, self.slug).acquire()
             except OSError as error:
                 raise OSError(
                     f"decoded images cannot be written to {self.cache} ({error}): give yourself "
                     f"the right to, or set IDAA_DATA to another folder"
                 ) from error
-            with held:
+            with guard:
                 entry, stamps = self._scan()
                 # Perhaps another process decoded it meanwhile.
                 if (pool := self._keep(entry, again)) is None:

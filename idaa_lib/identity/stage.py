@@ -73,9 +73,10 @@ class Study(Plan):
     ) -> None:
         """Claim that the witness finds more in one than in the other, by both of its measures."""
         about["note"] = "; ".join([*note, *self.caveats])
-        found, nats = paired_difference(one.hits, other.hits), one.gains - other.gains
-        self.claim(f"{claim}: retrieval@1", found, "points", by="hits", **about)
-        self.claim(f"{claim}: InfoNCE", bootstrap_interval(nats), "nats", by="gains", **about)
+        points = paired_difference(one.hits, other.hits)
+        nats = bootstrap_interval(one.gains - other.gains)
+        self.claim(f"{claim}: retrieval@1", points, "points", by="hits", **about)
+        self.claim(f"{claim}: InfoNCE", nats, "nats", by="gains", **about)
 
     @cached_property
     def caveats(self) -> list[str]:

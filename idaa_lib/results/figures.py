@@ -43,7 +43,8 @@ def results(
 
     `value`, `low` and `high` (the 95 % interval over the n test images) are in `unit`. Two figures
     may stand in one column of a table where `alike` is the same. `label` says what a training is,
-    and how it differs from the others but for seed, data and number of labels.
+    and how it differs from the others but for seed and number of labels; its data are named where
+    trainings on others are judged on the same images.
 
     Args:
         selection: such as `idaa_lib.find("eval", protocol="clean")`; None: all that are finished.
@@ -88,20 +89,20 @@ def results(
 
 
 def _name_data(frame: pd.DataFrame) -> None:
-    """Gives each content that encoders were transferred to one name, and no two the same: a run
-    numbers folders of one name in its own order."""
+    """Give each data set of transfers, which its content tells from others, a name of its own: each
+    run numbers folders of one name in the order in which it was given them."""
     names = dict[str, str]()  # fingerprint → name
-    moved = frame[(frame["stage"] == "transfer") & frame["fingerprint"].notna()]
-    for content, name in moved[["fingerprint", "dataset"]].drop_duplicates().to_numpy():
+    transfers = frame[(frame["stage"] == "transfer") & frame["fingerprint"].notna()]
+    for content, name in transfers[["fingerprint", "dataset"]].drop_duplicates().to_numpy():
         numbers = (f"{re.sub(r' [(][0-9]+[)]$', '', name)} ({i})" for i in itertools.count(2))
         free = (each for each in itertools.chain([name], numbers) if each not in names.values())
         names.setdefault(content, next(free))
-    frame.loc[moved.index, "dataset"] = moved["fingerprint"].map(names)
+    frame.loc[transfers.index, "dataset"] = transfers["fingerprint"].map(names)
 
 
 def _tell_images_apart(frame: pd.DataFrame, trainings: Sequence[Run]) -> None:
-    """Adds to the label of trainings on other images that are judged on the same ones what they
-    were trained on: no table may take them for seeds of one training."""
+    """Where trainings on different images are judged on the same ones, add to their labels what
+    they were trained on: no table may take them for seeds of one training."""
     data = {run.id: run.environment.get("dataset", {}) for run in trainings}
     titles = {each.get("fingerprint"): each.get("name", "") for each in data.values()}
     images = frame["training"].map(lambda name: data.get(name, {}).get("fingerprint", ""))

@@ -60,13 +60,13 @@ def read_words(words: list[str]) -> dict[str, Any]:
     for word in words:
         if word.startswith("@"):
             try:
-                stored = read_json(expand(word[1:]))
+                configuration = read_json(expand(word[1:]))
             except RunError as error:
                 why = f"{word[1:]} holds no configuration ({error.__cause__})"
                 raise ConfigError(f"{why}: mend it, or give another file.") from error
-            if stored is None:
+            if configuration is None:
                 raise ConfigError(f"There is no configuration {word[1:]}.")
-            values |= stored
+            values |= configuration
         elif word.endswith(".py") and "=" not in word:
             import_file(expand(word))
         elif "=" in word and not word.startswith("-"):

@@ -358,7 +358,7 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
     """The tensors of the checkpoint that `continue_from` names, if they are this method's.
 
     The method's own buffers (a queue, partitions of the data) are those of a new run where the
-    other run has others or none, or those of other images.
+    other run's have other names or shapes, are missing, or are of other images.
     """
     if plan.start is None or (checkpoint := checkpoints.load(plan.start)) is None:
         return None
@@ -368,14 +368,14 @@ def _weights_of(plan: TrainingPlan, method: Method) -> dict[str, Tensor] | None:
     fresh = {f"method.{name}": buffer for name, buffer in buffers.items()}
     lacks = state.get("lacks", [])
     other = plan.start.environment.get("dataset", {}).get("fingerprint") != plan.data.fingerprint
-    learned = {f"method.{name}" for name, _ in method.named_parameters(recurse=False)}
-    own = re.compile(r"method\.\w+")  # those of a part of it have a further dot
-    kept = {k: v for k, v in tensors.items() if own.fullmatch(k) and k not in learned}
-    shapes = [{k: v.shape for k, v in buffers.items()} for buffers in (kept, fresh)]
+    parameters = {f"method.{name}" for name, _ in method.named_parameters(recurse=False)}
+    own = re.compile(r"method\.\w+")  # a tensor of a module inside it has a further dot in its name
+    old = {k: v for k, v in tensors.items() if own.fullmatch(k) and k not in parameters}
+    shapes = [{k: v.shape for k, v in buffers.items()} for buffers in (old, fresh)]
     if lacks or shapes[0] != shapes[1] or (other and fresh):
         if names := lacks or [name.removeprefix("method.") for name in fresh]:
             print(f"{plan.start.id} lacks {', '.join(names)} for this run: new ones are made.")
-        tensors = {k: v for k, v in tensors.items() if k not in kept} | fresh
+        tensors = {k: v for k, v in tensors.items() if k not in old} | fresh
     theirs = {k: v.shape for k, v in checkpoints.under("method.", tensors).items()}
     ours = {k: v.shape for k, v in stored.items()}
     if theirs != ours:
