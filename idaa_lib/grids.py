@@ -246,9 +246,9 @@ def _label(parts: Fields, counts: Mapping[str, int]) -> tuple[Fields, dict[str, 
             kind = CONFIGS.get(stage, CONFIGS["ssl"])
             with contextlib.suppress(ConfigError):  # which the point is refused for, it alone
                 value = kind._read(name, value)
-            other = name in (TEST_FIELDS if stage == "ssl" else SSLConfig.model_fields)
-            other = counts[name] > 1 or (other and stage in STAGES)
-            labels[f"{stage} {name}" if other else name] = value
+            columns = TEST_FIELDS if stage == "ssl" else SSLConfig.model_fields
+            several = counts[name] > 1 or (stage in STAGES and name in columns)
+            labels[f"{stage} {name}" if several else name] = value
     return fields, parts.get("labels", labels)
 
 

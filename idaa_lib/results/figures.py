@@ -109,9 +109,10 @@ def _tell_images_apart(frame: pd.DataFrame, trainings: Sequence[Run]) -> None:
     names = images.map(lambda content: titles.get(content, ""))
 
     def differ(kinds: pd.Series, *by: str) -> pd.Series:
-        judged = frame[frame["stage"].isin(JUDGING) & (kinds != "")]
-        places = kinds.groupby([judged["alike"], *(judged[name] for name in by)])
-        return frame["training"].isin(judged["training"][places.transform("nunique") > 1])
+        """Whether others of another kind are judged on the same images."""
+        rows = frame.assign(kind=kinds)[frame["stage"].isin(JUDGING) & (kinds != "")]
+        counts = rows.groupby(["alike", *by])["kind"].transform("nunique")
+        return frame["training"].isin(rows["training"][counts > 1])
 
     frame["label"] += (", trained on " + names).where(differ(names), "")
     frame["label"] += (" (" + images.str[:8] + ")").where(differ(images, "label"), "")
