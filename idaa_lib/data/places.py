@@ -72,12 +72,12 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
                 for member in archive:
                     name, target = plain_name(member.name), plain_name(member.linkname)
                     if member.isreg():
-                        files[name] = Place(shard, member.offset_data, member.size)
+                        place = Place(shard, member.offset_data, member.size)
                     elif member.islnk() and target in files:  # tar packs a file's content once
-                        files[name] = files[target]
+                        place = files[target]
                     else:
                         continue
-                    place = files[name]
+                    files[name] = place
                     if name.endswith(".cls"):
                         number = read_place(root, place).decode("ascii", "replace").strip()
                         if number != "-1":  # `shard` writes it where there is no class
