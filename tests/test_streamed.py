@@ -467,6 +467,7 @@ def test_a_damaged_shard_is_refused_wherever_the_damage_is(photos, tmp_path, dam
         ("imagenet-{part}-000", "{half}/{i:06}", "jpg"),
         ("imagenet-{part}-000", "v1.0/a.{i:06}.x", "jpg"),
         ("latest-{part}-000", "{i:06}", "jpg"),
+        ("valley_{part}2012_0", "{i:06}", "jpg"),
         ("000-{n}", "{part}/{i:06}", "jpg"),
         ("000-{n}", "{part}/data/{i:06}", "jpg"),
         ("{part}/000", "{i:06}", "jpg"),

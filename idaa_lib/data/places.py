@@ -59,8 +59,8 @@ def list_shards(root: Path, shards: list[str]) -> dict[str, Place]:
 
     They are as `python -m idaa_lib.data shard` writes them, with the folders of the names; or as
     webdataset has them: class numbers beside the images, in `.cls`. The split is that of the folder
-    in a name; else a word that begins with train, val or test in the name of the shard, or the
-    folder train, val or test that the shard lies in. Raises ValueError where one is damaged.
+    in a name; else of a word of the shard's name, or of a folder that it lies in: train, val, test,
+    or as `PARTS` has them. Raises ValueError where one is damaged.
     """
     # By shard and name: of members of one name in one shard the last is the file.
     classes, members = dict[str, str](), dict[tuple[str, str], Place]()
@@ -127,9 +127,8 @@ def _split_folder(shard: str) -> str:
     """train/, val/ or test/ where the name of a shard, or a folder above it, says it; else
     nothing."""
     *folders, name = shard.lower().split("/")
-    match = re.search("(?<![a-z])(train|val|test)", name)
-    parts = [match[0]] if match else [PARTS[folder] for folder in folders if folder in PARTS]
-    return f"{parts[0]}/" if parts else ""
+    words = *re.findall("[a-z]+", name), *folders
+    return next((f"{PARTS[word]}/" for word in words if word in PARTS), "")
 
 
 def plain_name(member: str) -> str:
