@@ -46,7 +46,7 @@ def shard(folder: str, out: Path) -> Path:
     draft.mkdir(parents=True)
     try:
         if shutil.disk_usage(draft).free < (need := sum(p.length for p in listing.places)):
-            raise OSError(f"{out} needs {need / 2**20:,.0f} MiB, which its disk has not free")
+            raise OSError(f"{out} needs {need / 2**20:,.1f} MiB, which its disk has not free")
         _write(listing, draft)
         draft.rename(out)
     finally:

@@ -88,7 +88,7 @@ class Pool:
                 guard = lock(self.cache, self.slug).acquire()
             except OSError as error:
                 raise OSError(
-                    f"decoded images cannot be written to {self.cache} ({error}): give yourself "
+                    f"{self.cache} cannot be written ({error.strerror or error}): give yourself "
                     f"the right to, or set IDAA_DATA to another folder"
                 ) from error
             with guard:
@@ -241,7 +241,7 @@ class Pool:
             what = f"{len(errors)} of {n} images cannot be read"
             notes.append(f"{what}: {list_some(sorted(errors.values()), 5000)}")
         if lost:
-            why = f"{what}, {list_some([*errors.values()], 160)}" if errors else f"{n} in all"
+            why = f"{what}, {list_some(sorted(errors.values()), 160)}" if errors else f"{n} in all"
             raise ValueError(
                 f"{self.source.name} has no image for {lost[0]}, and {why}: add images"
             )
