@@ -410,7 +410,7 @@ def test_the_verdict_compares_at_an_equal_loss(explorer):
     assert f"{clae.row['retrieved']:.0f} %" in text and "95 %" in text
     marks = re.findall(r">([✓✗]) (\d+)<", explorer.picture._bottom.value)
     assert [(sign == "✓", int(rank)) for sign, rank in marks] == [
-        (rank == 1, rank) for rank in idaa.kept.ranks.tolist()
+        (rank == 1, rank) for rank in idaa.identity.ranks.tolist()
     ]
 
 

@@ -196,7 +196,7 @@ class Reading(NamedTuple):
     `Scene.hardness` and `Retention.row` say of the x′, whose features (N, D) are the witness's."""
 
     row: dict[str, float]
-    kept: Retention
+    identity: Retention
     features: Tensor
 
 

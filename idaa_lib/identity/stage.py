@@ -272,7 +272,7 @@ def _attacks(plan: Study) -> dict[str, Any]:
     }
     summary = {"loss_before": scene.loss_before, "curves": curves}
     if radii:
-        over_n = {a: _among(readings[a, e].kept) for a, e in radii.items()}
+        over_n = {a: _among(readings[a, e].identity) for a, e in radii.items()}
         summary["among_attacked"] = over_n | {"radii": radii}
     return summary
 
@@ -289,7 +289,7 @@ def _compare_attacks(
 
     def compare(claim: str, other: Reading) -> None:
         note = [f"loss {loss:.2f}, {other.row['loss_after']:.2f}"]
-        plan.compare(claim, idaa.kept, other.kept, note, **about)
+        plan.compare(claim, idaa.identity, other.identity, note, **about)
 
     compare(f"{claim} of equal ε", readings[adversary, epsilon])
     about["at"] = "hardness"

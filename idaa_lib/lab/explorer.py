@@ -201,7 +201,7 @@ class Explorer(Controls):
             if self._pinned is not None:
                 self.pinned.resize(self.engine.columns, self.engine.size)
                 self.pinned.show(self._rows.values())
-                self.pinned.mark(verdict.marks(self._pinned[1].kept))
+                self.pinned.mark(verdict.marks(self._pinned[1].identity))
             self._write_meters()
 
         self._later("fold", work)
@@ -300,7 +300,7 @@ class Explorer(Controls):
         def measure() -> None:
             if engine is self.engine:
                 self._now = title, engine.reading(adversary, epsilon)
-                self.picture.mark(verdict.marks(self._now[1].kept))
+                self.picture.mark(verdict.marks(self._now[1].identity))
                 self._write_meters()
 
         if engine.live(adversary):

@@ -63,7 +63,7 @@ def meters(engine: Engine, readings: Mapping[str, Reading]) -> tuple[pd.DataFram
     """A row of METERS for each title → reading, and the `note`."""
     rows = {}
     for title, reading in readings.items():
-        values = reading.row | {"images": len(reading.kept.ranks)}
+        values = reading.row | {"images": len(reading.identity.ranks)}
         rows[title] = [text.format_map(values) for text in METERS.values()]
     text = f"in [ ] 95 % intervals · {note(engine)}"
     return pd.DataFrame.from_dict(rows, "index", columns=[*METERS]), text
@@ -95,7 +95,7 @@ def sentence(engine: Engine, epsilon: float) -> str:
         if engine.as_hard("clae", epsilon) is None:
             return f"No ε of CLAE up to {EPSILONS[-1]:g} is as hard as IDAA with ε = {epsilon:.6g}."
         return f"IDAA with ε = {epsilon:.6g} does not make x harder: there is nothing to compare."
-    idaa, clae = (reading.kept for reading in pair)
+    idaa, clae = (reading.identity for reading in pair)
     own, other, n = idaa.hits.mean(), clae.hits.mean(), len(idaa.ranks)
     change = paired_difference(idaa.hits, clae.hits)
     text = (
