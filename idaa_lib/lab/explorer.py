@@ -284,16 +284,16 @@ class Explorer(Controls):
         self._mark()
 
         def paint() -> None:
-            # A decode of small images takes some 10 ms. A team of threads that slept, or shares its
-            # cores with the background's, is woken late: on 2 cores the median of a move is the
+            # Small images take some 10 ms. A team of threads that slept, or shares its cores with the
+            # background's, is woken late, at each operation: on 2 cores the median of a move is the
             # same with one thread, and its 95th percentile half.
             threads = torch.get_num_threads()
             torch.set_num_threads(1 if engine.size <= 48 else threads)
             try:
                 self._rows = engine.moving(adversary, epsilon)
+                self.picture.show(self._rows.values())
             finally:
                 torch.set_num_threads(threads)
-            self.picture.show(self._rows.values())
             self._enlarge()
             self.status.value = ""
 
