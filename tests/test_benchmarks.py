@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import os
 import sys
 from pathlib import Path
@@ -139,6 +140,23 @@ def test_the_evidence_differs_by_adversary_and_seed_alone():
     names |= {row["name"] for row in SSLConfig.fields() if row["of"] != "all"}
     configs = [{k: v for k, v in config if k not in names} for config in trainings]
     assert all(config == configs[0] for config in configs)
+
+
+def test_simclr_alone_gets_the_seconds_of_idaa():
+    """Its points are those without an adversary but for the epochs: as many as the step of IDAA,
+    measured on processors, takes times that of SimCLR."""
+    import evidence
+
+    plain = [p for p in evidence.grid() if p.ssl["adversary"] == "none"]
+    longer = [p.ssl | {"epochs": evidence.EPOCHS} for p in evidence.longer_grid()]
+    assert longer == [p.ssl for p in plain]
+    files = (Path(evidence.__file__).parent / "results").glob("*-of-2-cores-speed*.json")
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    ratios = [row["value"] for row in rows if row["what"] == "idaa_over_simclr"]
+    assert ratios
+    assert all(round(evidence.EPOCHS * ratio) == evidence.EQUAL_SECONDS for ratio in ratios)
+    entries = [{"adversary": "none", "epochs": p.ssl["epochs"]} for p in evidence.longer_grid()]
+    assert {evidence.name_training(e) for e in entries} == {"none_at_equal_seconds"}
 
 
 def test_what_another_machine_finished_is_not_made_again(tmp_path, monkeypatch):
