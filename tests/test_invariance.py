@@ -210,6 +210,14 @@ def test_ip_irm_embeds_all_images_twice_a_partition(epochs, interval):
     assert count_passes(config) == pytest.approx(2 * (1 + partitions / epochs))
 
 
+@pytest.mark.parametrize(("epochs", "interval"), [(1, 1), (7, 1), (7, 3)])
+def test_mixed_ip_irm_embeds_all_images_twice_more_for_each_partition_so_far(epochs, interval):
+    config = SSLConfig(method="ipirm", mixup=True, epochs=epochs, maximize_iter=interval, size=SIZE)
+    partitions = [1 + epoch // interval for epoch in range(epochs)]
+    passes = [2 + 2 * p + 2 * (epoch % interval == 0) for epoch, p in enumerate(partitions)]
+    assert count_passes(config) == pytest.approx(sum(passes) / epochs)
+
+
 def test_cassle_and_augself_cost_what_their_trunk_costs():
     for knobs in ({"condition": README}, {"augself": "crop=1"}):
         assert count_passes(SSLConfig(augmentation="cassle", size=SIZE, **knobs)) == 2

@@ -21,10 +21,11 @@ N = 8  # images of the step that is counted
 
 
 def count_passes(config: SSLConfig) -> float:
-    """Forward passes of a backbone for each image of a batch, counted in a step of narrow networks.
+    """Forward passes of a backbone for each image of a batch, counted with narrow networks: the
+    mean over epochs.
 
-    Those of target networks count too, and of an attack those that it differentiates. Long work
-    before epochs (IP-IRM's maximisation) is counted over all `epochs` and divided by them.
+    Those of target networks count too, and of an attack those that it differentiates. Of IP-IRM
+    its maximisation counts, and a step with the partitions that an epoch has.
     """
     plain: Any = {"device": "cpu", "precision": "fp32", "compile": False, "tracker": "none"}
     narrow = config.replace(width=4, batch_size=N, processes=1, **plain)
@@ -45,9 +46,6 @@ def count_passes(config: SSLConfig) -> float:
 
     silent = lambda message: None  # noqa: E731
     work = Work(torch.zeros(N, 3, 1, 1, dtype=torch.uint8), embed, silent, silent)
-    for epoch in range(config.epochs):
-        method.before_epoch(epoch, work)
-    before, count = count / config.epochs, 0
     for module in method.modules():
         if hasattr(module, "feature_dim"):
             module.register_forward_hook(add)
@@ -57,5 +55,13 @@ def count_passes(config: SSLConfig) -> float:
     vae = VAE(8, config.size, 8, **units) if config.needs_vae else None
     adversary = build_adversary(narrow, vae, **units)
     fit = Fit(make_accelerator(narrow, Path()), method.train(), images, narrow, adversary)
-    fit.train_step(0, {"images": images}, {"images": torch.arange(N)})
-    return (before + count) / N
+    of_steps = of_step = 0
+    for epoch in range(config.epochs):
+        before = count
+        method.before_epoch(epoch, work)
+        if epoch == 0 or count > before:  # after it a step may cost more; until the next, as much
+            start = count
+            fit.train_step(0, {"images": images}, {"images": torch.arange(N)})
+            count, of_step = start, count - start
+        of_steps += of_step
+    return (count + of_steps) / config.epochs / N
