@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from idaa_lib.configs import VAEConfig
 from idaa_lib.methods.base import About, Moment
 from idaa_lib.methods.schedules import build_schedule
-from idaa_lib.methods.vae import VAETraining
+from idaa_lib.methods.vae import VAETraining, vae_figures
 from idaa_lib.nets import BACKBONES, build_backbone, evaluating, initial_weights
 from idaa_lib.nets.resnet import convolve, project, zero_residuals
 from idaa_lib.nets.vae import VAE, Output, rate, vae_loss
@@ -242,6 +242,27 @@ def test_vae_training_follows_its_schedule_and_loss():
         mu, logvar = twin.encode(x)
         G = twin.decode(mu + (logvar / 2).exp() * noise)
     assert loss.item() == pytest.approx(reference.vae_loss(x, G, mu, logvar, 0.3), rel=1e-4)
+
+
+@pytest.mark.parametrize("black", [0, 3, 7], ids=["none", "some", "all"])
+def test_figures_of_a_vae_are_means_over_images_and_shares_over_those_with_energy(black):
+    mean, std = (0.0, 0.0, 0.0), (1.0, 0.5, 2.0)
+    vae = VAE(5, 16, 4, mean, std)
+    images = torch.randint(1, 256, (7, 3, 16, 16), generator=keyed_generator(0)).to(torch.uint8)
+    images[:black] = 0  # x = 0, which has no share of its energy in anything
+    figures = vae_figures(vae, recipe("none", 16, mean, std), images)
+    x = images.double() / 255 / torch.tensor(std)[:, None, None]
+    with torch.no_grad(), evaluating(vae.double()):
+        _, G, mu, logvar = vae(x)
+    nats = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(1).mean().item()
+    expected = {"reconstruction": (x - G).square().mean().item(), "kl": nats / 15}
+    expected["rate_nats"] = nats
+    for name, part in {"acc_gx": x - G, "acc_rx": G}.items():
+        shares = [(p.norm() / v.norm()) ** 2 for p, v in zip(part, x, strict=True) if v.any()]
+        if shares:
+            expected[name] = 1 - sum(shares).item() / len(shares)
+    expected = {f"{name}_val": value for name, value in expected.items()}
+    assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 # --- ResNets

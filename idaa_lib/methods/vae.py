@@ -48,30 +48,32 @@ class VAETraining(Method):
 @torch.no_grad()
 def vae_figures(vae: Any, recipe_: Recipe, data: Tensor) -> dict[str, float]:
     """On un-augmented validation images: reconstruction (MSE), kl (the loss's term), rate in nats,
-    and the official acc_gx = 1 − mean ‖x−G‖²/‖x‖², acc_rx = 1 − mean ‖G‖²/‖x‖² (spec §1)."""
+    and the official acc_gx = 1 − mean ‖x−G‖²/‖x‖², acc_rx = 1 − mean ‖G‖²/‖x‖² (spec §1), of which
+    an image of nothing but the mean colour (x = 0) has none."""
     transform = recipe("none", recipe_.size, recipe_.mean, recipe_.std)
     device = next(vae.parameters()).device
-    totals, n = torch.zeros(4, dtype=torch.float64, device=device), len(data)
+    totals, n = torch.zeros(5, dtype=torch.float64, device=device), len(data)
 
     def judge(rows: Any) -> Tensor:
-        """Error, rate, and shares of the energy in error and reconstruction (B, 4)."""
+        """Error, rate, shares of the energy in error and in G, and 1 if there is any (B, 5)."""
         x = transform(data[rows].to(device), None).images
         _, G, mu, logvar = vae.forward(x)  # a compiled one would be compiled anew, for these
         energy = x.square().flatten(1).sum(1)
         error = (x - G).square().flatten(1).sum(1)
-        share_ = G.float().square().flatten(1).sum(1) / energy
-        nats = rate(mu.float(), logvar.float())
-        return torch.stack([error, nats, error / energy, share_], 1)
+        parts = torch.stack([error, G.float().square().flatten(1).sum(1), energy])
+        shares = torch.where(energy > 0, parts / energy, 0)  # the last: 1 or 0
+        return torch.stack([error, rate(mu.float(), logvar.float()), *shares], 1)
 
     with evaluating(vae):
         for start in range(0, n, 500):
-            figures = share(range(start, min(start + 500, n)), judge)
-            totals += torch.stack([values.sum() for values in figures.T.contiguous()])
-    error_sum, nats_sum, gx, rx = totals.tolist()
-    return {
+            columns = share(range(start, min(start + 500, n)), judge).T.contiguous()
+            totals += torch.stack([column.sum() for column in columns])
+    error_sum, nats_sum, gx, rx, seen = totals.tolist()
+    figures = {
         "reconstruction_val": error_sum / (n * 3 * recipe_.size**2),
         "kl_val": nats_sum / n / (3 * vae.dim),
         "rate_nats_val": nats_sum / n,
-        "acc_gx_val": 1 - gx / n,
-        "acc_rx_val": 1 - rx / n,
     }
+    if seen:
+        figures |= {"acc_gx_val": 1 - gx / seen, "acc_rx_val": 1 - rx / seen}
+    return figures
