@@ -319,6 +319,16 @@ def test_simsiam_blurs_with_its_kernel(name: str, size: int, kernel: int) -> Non
     assert make(name, size).blur_kernel == kernel
 
 
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_white_image_stays_white_without_its_colours_at_any_size(name: str) -> None:
+    """Crop, gray and blur are means of pixels, whose weights sum to 1."""
+    for size in (1, 2, 4, 6, 7, 32):
+        views = dataclasses.replace(make(name, size), jitter=(0.0,) * 4)
+        white = torch.full((8, 3, size, size), 255, dtype=torch.uint8)
+        pixels = denormalise(views(white, keyed_generator(size)).images, MEAN, STD)
+        assert pixels.min().item() == pytest.approx(1, abs=1e-3)
+
+
 def test_simsiam_does_not_blur_at_32_pixels() -> None:
     assert draw("simsiam", 500, (32, 32), 32, 7)["blur"].count_nonzero() == 0
 
