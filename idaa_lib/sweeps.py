@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import sys
 import time
@@ -55,10 +56,6 @@ from idaa_lib.runs.files import make_folder
 from idaa_lib.runs.machine import hardware, resolve_paths
 from idaa_lib.runs.progress import Lines, Tally, clock
 
-# Runs that notebooks of this process are making now, and whether no further one may start.
-_going: set[Run] = set()
-_cancelled = False
-
 
 class Outcome(NamedTuple):
     """What became of a task: the run's id, `finished`, `failed` or `left out`, a sentence why, and
@@ -78,22 +75,23 @@ def perform_all(
     scheduler: str | None = None,
     retry: bool = False,
     lines: Lines | None = None,
+    kernels: Kernels | None = None,
 ) -> dict[str, Outcome]:
     """Key → outcome of all tasks, `jobs` at a time; one that fails stops only those that need it.
 
     How it goes is printed, and `show` is called with all outcomes so far whenever there are more.
     An encoder is judged at once, so that its figures are there while others train. An interrupt
-    stops the runs under way after their step, waits until they are saved, and starts no more.
+    ends it as `Kernels.cancel`; what workers of a cluster have begun they finish.
 
     Args:
         scheduler: of a Dask cluster, whose workers make the runs (`joblib.parallel_config`, where
             it names another backend than threads, holds too). retry: make those alone that failed,
-            and what needs them. lines: which show how it goes.
+            and what needs them. lines: which show how it goes. kernels: by which another thread
+            may cancel it.
     Raises:
         ConfigError: as `refuse`, before anything starts.
     """
-    global _cancelled
-    _cancelled = False
+    kernels = kernels or Kernels()
     refuse(tasks)
     runs = find_runs(tasks)
     whole = {key: run for key, run in runs.items() if is_whole(run)}
@@ -101,14 +99,14 @@ def perform_all(
     if retry:
         again = find_failures(tasks, runs)
         tasks = {key: task for key, task in tasks.items() if key in outcomes or key in again}
-    tally = Tally({key: task.config for key, task in tasks.items()}, jobs, _going)
+    tally = Tally({key: task.config for key, task in tasks.items()}, jobs, kernels.runs)
     lines = lines or Lines(30.0)
 
     def line() -> tuple[float, str]:
         return tally.line({key: outcome.state for key, outcome in list(outcomes.items())})
 
     try:
-        with _workers(jobs, scheduler) as call, lines.repeat(line):
+        with _workers(jobs, scheduler, kernels) as call, lines.repeat(line):
             while chains := _ready(tasks, outcomes):
                 for news in call(chains, outcomes):
                     outcomes |= news
@@ -121,24 +119,15 @@ def perform_all(
                     show(outcomes)
         lines.show(*line(), last=True)
     except BaseException:
-        cancel()
+        kernels.cancel()
         raise
     return outcomes
 
 
-def cancel() -> None:
-    """Stop the runs under way after their step, wait until they are saved, and start no more."""
-    global _cancelled
-    _cancelled = True
-    # Again and again: a kernel that is still starting forgets what was asked before its run.
-    while _going:
-        for run in set(_going):
-            run.ask("stop")
-        time.sleep(0.5)
-
-
 @contextlib.contextmanager
-def _workers(jobs: int, scheduler: str | None) -> Iterator[Callable[..., Iterator[Any]]]:
+def _workers(
+    jobs: int, scheduler: str | None, kernels: Kernels
+) -> Iterator[Callable[..., Iterator[Any]]]:
     """A function of chains and of the outcomes that they need, which gives the outcomes of each
     chain as it ends. Kernels of this machine share its threads: N with all of them each would fight
     for the processor."""
@@ -158,7 +147,8 @@ def _workers(jobs: int, scheduler: str | None) -> Iterator[Callable[..., Iterato
             work = joblib.Parallel(
                 n_jobs=jobs, prefer="threads", batch_size=1, return_as="generator_unordered"
             )
-            return work(map(joblib.delayed(_perform), chains, there))
+            make = itertools.repeat(kernels.ensure)
+            return work(map(joblib.delayed(_perform), chains, there, make))
 
         yield call
 
@@ -195,7 +185,7 @@ def _dask(scheduler: str) -> Iterator[Callable[..., Iterator[dict[str, Outcome]]
                 def give_up(config: ImagesConfig, reason: str = reason) -> Run:
                     raise RunError(f"The cluster gave it up ({reason}).")
 
-                yield futures[future](functools.partial(perform, make=give_up))
+                yield futures[future](give_up)
 
     with client:
         yield submit
@@ -219,12 +209,10 @@ def _ready(tasks: Mapping[str, Task], outcomes: Mapping[str, Outcome]) -> list[d
 def _perform(
     chain: Mapping[str, Task],
     outcomes: Mapping[str, Outcome],
-    one: Callable[[ImagesConfig], Outcome] | None = None,
+    make: Callable[[ImagesConfig], Run] | None = None,
 ) -> dict[str, Outcome]:
-    """The outcomes of tasks of which each needs none but the one before and `outcomes`.
-
-    one: what gives the outcome of each (None: `perform`).
-    """
+    """The outcomes of tasks of which each needs none but the one before and `outcomes`; `make` as
+    `perform` takes it."""
     news: dict[str, Outcome] = {}
     for key, task in chain.items():
         needs = {f: news.get(other) or outcomes[other] for f, other in task.needs.items()}
@@ -233,7 +221,7 @@ def _perform(
             news[key] = Outcome(key, "left out", reason)
         else:
             config = task.config.replace(**{f: need.id for f, need in needs.items()})
-            news[key] = (one or perform)(config)
+            news[key] = perform(config, make)
     return news
 
 
@@ -284,6 +272,50 @@ def check(outcomes: Mapping[str, Outcome]) -> None:
 # --- runs -----------------------------------------------------------------------------------------
 
 
+class Kernels:
+    """The kernels that make the runs of a sweep in this process.
+
+    Fields:
+        runs: that they make now. cancelled: whether none may start any more.
+    """
+
+    def __init__(self) -> None:
+        self.runs, self.cancelled = set[Run](), False
+
+    def ensure(self, config: ImagesConfig) -> Run:
+        """As the function `ensure`; a RunError once the sweep is cancelled."""
+        config = resolve_paths(config)
+        run = find_finished(config) or locate(config)
+        make_folder(run.path)
+        lock, output = FileLock(run.path / ".sweep"), run.path / "notebook.ipynb"
+        while not self.cancelled:
+            with contextlib.suppress(Timeout), lock.acquire(timeout=1):
+                if run.state["state"] == "going":  # a panel, a command or a killed sweep's kernel
+                    time.sleep(1)
+                    continue
+                if not is_whole(run):
+                    self.runs.add(run)
+                    try:
+                        values = parameters(run.config if run.finished else config)
+                        execute(NOTEBOOKS[config.stage], values, output)
+                    finally:
+                        self.runs.discard(run)
+                if not run.finished:
+                    raise RunError(f"Run {run.id} was not finished by its notebook, {output}.")
+                return run
+        raise RunError(f"Run {run.id} was not started: the sweep was stopped.")
+
+    def cancel(self) -> None:
+        """Stop the runs under way after their step, wait until they are saved, and start no
+        more."""
+        self.cancelled = True
+        # Again and again: a kernel that is still starting forgets what was asked before its run.
+        while self.runs:
+            for run in set(self.runs):
+                run.ask("stop")
+            time.sleep(0.5)
+
+
 def ensure(config: ImagesConfig) -> Run:
     """The finished run of `config`, made by its notebook under papermill if it is not there yet; of
     a run that was killed between its summary and the end of its notebook the rest is made.
@@ -294,26 +326,7 @@ def ensure(config: ImagesConfig) -> Run:
     Raises:
         RunError: the notebook failed; its executed copy lies in the run directory.
     """
-    config = resolve_paths(config)
-    run = find_finished(config) or locate(config)
-    make_folder(run.path)
-    lock, output = FileLock(run.path / ".sweep"), run.path / "notebook.ipynb"
-    while not _cancelled:
-        with contextlib.suppress(Timeout), lock.acquire(timeout=1):
-            if run.state["state"] == "going":  # a panel, a command or a killed sweep's kernel
-                time.sleep(1)
-                continue
-            if not is_whole(run):
-                _going.add(run)
-                try:
-                    values = parameters(run.config if run.finished else config)
-                    execute(NOTEBOOKS[config.stage], values, output)
-                finally:
-                    _going.discard(run)
-            if not run.finished:
-                raise RunError(f"Run {run.id} was not finished by its notebook, {output}.")
-            return run
-    raise RunError(f"Run {run.id} was not started: the sweep was stopped.")
+    return Kernels().ensure(config)
 
 
 def folder_of(config: SweepConfig | CompareConfig) -> Path:

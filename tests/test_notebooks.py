@@ -342,8 +342,8 @@ def test_a_failing_point_stops_nothing_and_is_named_at_the_end(
 ):
     """Of three trainings one fails: its evaluation is left out, all else is there."""
     monkeypatch.setenv("IDAA_OUTPUTS", str(tmp_path / "outputs"))
-    direct = lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)  # noqa: E731
-    monkeypatch.setattr(sweeps, "ensure", direct)
+    direct = lambda self, c: evaluate(c) if isinstance(c, EvalConfig) else train(c)  # noqa: E731
+    monkeypatch.setattr(sweeps.Kernels, "ensure", direct)
     fields = {"all": {"device": "cpu", "limit": 128}, "eval": {"references": False}}
     fields["ssl"] = {"width": 4, "epochs": 1, "batch_size": 32}
     grid = grids.read(
@@ -400,8 +400,8 @@ def test_notebooks_of_a_sweep_file_get_the_runs_of_its_last_point(tmp_path, monk
     text += f"grids: [{{seeds: [0]}}, {other}, {{seeds: [0]}}]\n"
     text += 'notebooks: {02_decompose: {vae: "@vae", run: "@ssl", images: 3}}\n'
     (tmp_path / "sweep.yaml").write_text(text)
-    direct = lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)  # noqa: E731
-    monkeypatch.setattr(sweeps, "ensure", direct)
+    direct = lambda self, c: evaluate(c) if isinstance(c, EvalConfig) else train(c)  # noqa: E731
+    monkeypatch.setattr(sweeps.Kernels, "ensure", direct)
     calls = []
     monkeypatch.setattr(sweeps, "execute", lambda *args: calls.append(args) or args[-1])
     assert sweeps.main([str(tmp_path / "sweep.yaml")]) == 0

@@ -129,7 +129,7 @@ def grid_of(n):
 def test_each_encoder_is_judged_before_the_next_one_is_trained(outputs, monkeypatch, capsys):
     order, sizes = [], []
 
-    def perform(config):
+    def perform(config, make=None):
         order.append(config.stage)
         name = f"{config.stage}-{len(order)}"
         return sweeps.Outcome(name, "finished", None, 60.0)
@@ -180,7 +180,7 @@ def test_a_study_grows_by_a_row_and_a_point_for_each_run(outputs, monkeypatch, p
     points, texts, outcome_by_key, interrupted = [], [], {}, threading.Event()
     page = Page(person, monkeypatch)
 
-    def perform_all(tasks, jobs, show, lines):
+    def perform_all(tasks, jobs, show, lines, kernels):
         keys = keys_of(tasks)
         for key in keys[:2]:
             outcome_by_key[key] = sweeps.Outcome("eval-1", "finished")
@@ -209,7 +209,7 @@ def test_a_study_grows_by_a_row_and_a_point_for_each_run(outputs, monkeypatch, p
     monkeypatch.setattr(study, "newcomer", interrupt)
     monkeypatch.setattr(study, "time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setattr(sweeps, "perform_all", perform_all)
-    monkeypatch.setattr(sweeps, "cancel", interrupted.set)
+    monkeypatch.setattr(sweeps.Kernels, "cancel", lambda kernels: interrupted.set())
     monkeypatch.setattr(plans, "table", lambda grid: frame_of(len(outcome_by_key)))
     if stopped:
         with pytest.raises(Stopped, match="run this cell again to go on"):
@@ -230,7 +230,7 @@ def test_a_page_that_is_opened_anew_leaves_the_study_and_attaches_to_it(outputs,
     page, go_on, starts = Page(True, monkeypatch), threading.Event(), []
     newcomers = [True, False]
 
-    def perform_all(tasks, jobs, show, lines):
+    def perform_all(tasks, jobs, show, lines, kernels):
         starts.append(tasks)
         assert go_on.wait(30)
         lines.show(1.0, "all runs finished", last=True)

@@ -522,7 +522,9 @@ def test_figure_5_is_made_from_its_sweep(outputs, tmp_path, monkeypatch):
     parameters |= {"ssl": json.dumps(limits), "vae": json.dumps(limits | {"dim": 8, "epochs": 1})}
     with monkeypatch.context() as patch:
         patch.setattr(
-            sweeps, "ensure", lambda c: evaluate(c) if isinstance(c, EvalConfig) else train(c)
+            sweeps.Kernels,
+            "ensure",
+            lambda self, c: evaluate(c) if isinstance(c, EvalConfig) else train(c),
         )
         grid = grids.sensitivity(SweepConfig(**parameters))
         outcomes = sweeps.perform_all(plans.plan(grid))

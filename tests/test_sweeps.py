@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import joblib
@@ -48,7 +49,7 @@ def three_points(monkeypatch, outputs):
     tasks = plans.plan(grids.read({"fixed": {"all": {"device": "cpu"}}, "cross": cross}).points())
     order, bad_rates = [], {2e-3}
 
-    def perform(config):
+    def perform(config, make=None):
         order.append(config.stage)
         fails = getattr(config, "learning_rate", None) in bad_rates
         state = ("failed", "Why.") if fails else ("finished", None)
@@ -188,6 +189,37 @@ def test_a_notebook_that_lacks_its_end_is_made_though_its_run_is_finished(
     assert VAEConfig(**values) == run.config
 
 
+def test_a_cancelled_sweep_stops_its_own_runs_alone(outputs, monkeypatch):
+    """Another one of the same process goes on, and so does what is made by hand afterwards."""
+    both, over = threading.Barrier(3), threading.Event()
+
+    def execute(name, values, output):
+        run = runs.Run(output.parent)
+        if not over.is_set():
+            both.wait(30)
+        while run.request != "stop" and not over.wait(0.05):
+            pass
+        if run.request == "stop":
+            raise RunError("Stopped.")
+        write_json(run.path / "summary.json", {})
+
+    monkeypatch.setattr(sweeps, "execute", execute)
+    configs = [VAEConfig(**SMALL, seed=seed) for seed in range(3)]
+    sweep, other = sweeps.Kernels(), sweeps.Kernels()
+    with ThreadPoolExecutor() as threads:
+        stopped = threads.submit(sweep.ensure, configs[0])
+        goes_on = threads.submit(other.ensure, configs[1])
+        both.wait(30)
+        sweep.cancel()
+        over.set()
+        assert goes_on.result().finished
+        with pytest.raises(RunError, match=r"^Stopped"):
+            stopped.result()
+    assert sweeps.perform(configs[2]).state == "finished"
+    with pytest.raises(RunError, match="the sweep was stopped"):
+        sweep.ensure(VAEConfig(**SMALL, seed=3))
+
+
 def test_retry_makes_what_failed_and_what_needs_it_alone(three_points):
     tasks, order = three_points
     sweeps.perform_all(tasks)
@@ -227,7 +259,7 @@ def test_points_that_are_refused_are_named_and_stop_no_others(
 ):
     places = []
 
-    def perform(config):
+    def perform(config, make=None):
         places.append(getattr(config, "learning_rate", None))
         return sweeps.Outcome(f"{config.stage}-x", "finished")
 
@@ -308,11 +340,11 @@ def test_a_damaged_vae_stops_only_what_needs_it(name, content, outputs, monkeypa
     vaes = [train_vae(task.config) for key, task in tasks.items() if key.startswith("vae")]
     calls = []
 
-    def ensure(config):
+    def ensure(kernels, config):
         calls.append(config.vae)
         return sweeps.locate(config)
 
-    monkeypatch.setattr(sweeps, "ensure", ensure)
+    monkeypatch.setattr(sweeps.Kernels, "ensure", ensure)
     if name == "weights":
         shutil.rmtree(vaes[0].path / "checkpoints")
     else:
@@ -336,7 +368,7 @@ def test_what_fails_is_listed_at_the_end_whatever_fails_besides(
 ):
     calls = []
 
-    def perform(config):
+    def perform(config, make=None):
         error = "Why." if config.stage == "vae" else None
         return sweeps.Outcome(f"{config.stage}-x", "failed" if error else "finished", error)
 

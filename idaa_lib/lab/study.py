@@ -62,7 +62,7 @@ def perform(grid: Sequence[Point], jobs: int, split: str, draw: Draw) -> dict[st
                 "again to attach to it. The cells below did not run."
             )
     except KeyboardInterrupt:
-        sweeps.cancel()
+        study.kernels.cancel()
         study.join()
         display(HTML(study.body))  # stays, also without this kernel
         study.close()
@@ -94,6 +94,7 @@ class Study(threading.Thread):
         super().__init__(daemon=True)
         self.grid, self.tasks, self.jobs, self.split, self.draw = grid, tasks, jobs, split, draw
         self.outcomes: dict[str, sweeps.Outcome] = {}
+        self.kernels = sweeps.Kernels()
         self.error: BaseException | None = None
         # HTML: how far it is, table and figure, a sentence.
         self.line = self.body = self.notice = ""
@@ -118,8 +119,10 @@ class Study(threading.Thread):
     def run(self) -> None:
         try:
             with joblib.parallel_config(self._backend):
-                lines = Lines(30.0, self)
-                self.outcomes = sweeps.perform_all(self.tasks, self.jobs, self.extend, lines=lines)
+                lines, kernels = Lines(30.0, self), self.kernels
+                self.outcomes = sweeps.perform_all(
+                    self.tasks, self.jobs, self.extend, lines=lines, kernels=kernels
+                )
             if self.notice:  # no cell below shows the last ones
                 self._draw_after = 0.0
                 self.extend(self.outcomes)
