@@ -53,7 +53,7 @@ from idaa_lib.plans import (
 )
 from idaa_lib.runs import NOTEBOOKS, Run, RunError, outputs_root, parameters, write_json
 from idaa_lib.runs.files import make_folder
-from idaa_lib.runs.machine import hardware, resolve_paths
+from idaa_lib.runs.machine import hardware, repeat, resolve_paths
 from idaa_lib.runs.progress import Lines, Tally, clock
 
 
@@ -106,7 +106,8 @@ def perform_all(
         return tally.line({key: outcome.state for key, outcome in list(outcomes.items())})
 
     try:
-        with _workers(jobs, scheduler, kernels) as call, lines.repeat(line):
+        show_line = lambda: lines.show(*line())  # noqa: E731
+        with _workers(jobs, scheduler, kernels) as call, repeat(1.0, show_line):
             while chains := _ready(tasks, outcomes):
                 for news in call(chains, outcomes):
                     outcomes |= news

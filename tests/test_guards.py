@@ -168,7 +168,9 @@ def test_parameters_and_buffers_stay_where_they_are(monkeypatch):
         return {name: tensor.data_ptr() for name, tensor in parts.items()}
 
     before = addresses()
-    fit.validate = lambda method: {"n": float(len(method.encoder("backbone").eval().state_dict()))}
+    fit.validate = lambda method, pulse: {
+        "n": float(len(method.encoder("backbone").eval().state_dict()))
+    }
     fit._validate()
     fit.state()
     fit.method.train()

@@ -14,7 +14,7 @@ import torch
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, EvalConfig, SemiConfig, SSLConfig, VAEConfig
 from idaa_lib.methods import METHODS, register_method
-from idaa_lib.runs import Run, RunError, checkpoints
+from idaa_lib.runs import Run, RunError, Stopped, checkpoints, directory
 
 
 def run_of(outputs, config=None, **digests):
@@ -94,6 +94,29 @@ def test_states_follow_what_happens(outputs):
     assert run.summary == {"kl": 1.0}
     assert run.metrics() == [{"step": 1, "loss": 2.0}]
     assert run.config == VAEConfig()
+
+
+@pytest.mark.parametrize("clock", [0.0, -1e6])
+def test_work_without_steps_beats_and_hears_a_stop(outputs, monkeypatch, clock):
+    """Also where the machine's clock was set back meanwhile."""
+    run, now = run_of(outputs), time.time
+    monkeypatch.setattr(directory, "BEAT", 0.5)
+    beats = set()
+
+    def work():
+        with run.writing(VAEConfig(), {}):
+            monkeypatch.setattr(directory.time, "time", lambda: now() + clock)
+            while time.monotonic() < start + 30:
+                time.sleep(0.01)
+                beats.add(run.state["heartbeat"])
+                if len(beats) == 3:
+                    run.ask("stop")
+
+    start = time.monotonic()
+    with pytest.raises(Stopped, match=rf"^Stopped: start {run.id} again"):
+        work()
+    assert time.monotonic() < start + 10
+    assert run.state["state"] == "interrupted"
 
 
 def test_what_rebuilds_a_network_is_stored_beside_its_configuration(outputs):

@@ -1064,11 +1064,35 @@ def test_a_long_preparation_of_an_epoch_hears_a_stop_and_starts_again(outputs, m
         patch.setattr(
             runs.Run, "request", property(lambda self: "stop" if pulses[-1] == (1, 1) else None)
         )
-        with pytest.raises(Stopped, match=r"before step 6 of 12"):
+        with pytest.raises(Stopped, match=r"after step 6 of 12 and saved"):
             train_ssl(config)
     again = outcome(train_ssl(config))
     assert pulses == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 0), (1, 1), (1, 2)]
     assert all(torch.equal(expected[0][k], again[0][k]) for k in expected[0])
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_a_long_validation_hears_a_stop_and_is_made_again(outputs, monkeypatch, at):
+    """Nothing that was trained is lost, though the last checkpoint is older."""
+    calls = []
+    count = lambda *args, **how: calls.append(1) or features(*args, **how)  # noqa: E731
+    monkeypatch.setattr(stages, "features", count)
+    config = ssl(checkpoint_every=2)
+    expected = outcome(train_ssl(config))
+    assert len(calls) == 4  # validation images and the bank, after each of two epochs
+    shutil.rmtree(locate(config).path)
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            runs.Run, "request", property(lambda self: "stop" if len(calls) == at else None)
+        )
+        step = 6 if at < 3 else 12
+        with pytest.raises(Stopped, match=rf"after step {step} of 12 and saved"):
+            train_ssl(config)
+    assert len(calls) == at and checkpoints.load(locate(config))[1]["step"] == step
+    again = outcome(train_ssl(config))
+    assert all(torch.equal(expected[0][k], again[0][k]) for k in expected[0])
+    assert expected[1:] == again[1:]
 
 
 @pytest.mark.parametrize(

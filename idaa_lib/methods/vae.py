@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,10 +46,16 @@ class VAETraining(Method):
 
 
 @torch.no_grad()
-def vae_figures(vae: Any, recipe_: Recipe, data: Tensor) -> dict[str, float]:
+def vae_figures(
+    vae: Any,
+    recipe_: Recipe,
+    data: Tensor,
+    pulse: Callable[[int], object] = lambda done: None,
+) -> dict[str, float]:
     """On un-augmented validation images: reconstruction (MSE), kl (the loss's term), rate in nats,
     and the official acc_gx = 1 − mean ‖x−G‖²/‖x‖², acc_rx = 1 − mean ‖G‖²/‖x‖² (spec §1), of which
-    an image of nothing but the mean colour (x = 0) has none."""
+    an image of nothing but the mean colour (x = 0) has none. `pulse` as
+    `evaluate.encoders.features` calls it."""
     transform = recipe("none", recipe_.size, recipe_.mean, recipe_.std)
     device = next(vae.parameters()).device
     totals, n = torch.zeros(5, dtype=torch.float64, device=device), len(data)
@@ -66,6 +72,7 @@ def vae_figures(vae: Any, recipe_: Recipe, data: Tensor) -> dict[str, float]:
 
     with evaluating(vae):
         for start in range(0, n, 500):
+            pulse(start)
             columns = share(range(start, min(start + 500, n)), judge).T.contiguous()
             totals += torch.stack([column.sum() for column in columns])
     error_sum, nats_sum, gx, rx, seen = totals.tolist()

@@ -8,11 +8,13 @@ as a whole and `metrics.jsonl` is only appended to.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,15 +48,16 @@ from idaa_lib.runs.files import (
     saving,
     write_json,
 )
-from idaa_lib.runs.machine import birth, is_alive, lacks_memory
+from idaa_lib.runs.machine import birth, is_alive, lacks_memory, repeat
 
 # Raised whenever the same configuration would give other numbers than before.
 RESULTS_VERSION = 5
 
 # Variable of the environment that names who starts runs, where it is no person.
 STARTED_BY = "IDAA_STARTED_BY"
-# Seconds without a heartbeat after which a run on another machine counts as interrupted.
-SILENCE = 600
+# Seconds without a heartbeat after which a run on another machine counts as interrupted; and those
+# between two of them, however long the work takes.
+SILENCE, BEAT = 600, 30
 
 # Stage → its configuration; and the notebook that makes its runs. Code outside the library may
 # add its own stage, as `examples/detection` does.
@@ -329,9 +332,12 @@ class Run:
                     write_json(self.path / "model.json", dict(model))
                 # Last: with it the directory is a run, which all can be read of.
                 write_json(self.path / "config.json", config.model_dump(mode="json"))
-                yield writer
+                with repeat(1.0, writer.attend):
+                    yield writer
         except (KeyboardInterrupt, Stopped):
             writer.state(state="interrupted")
+            if writer.interrupted:
+                raise Stopped(f"Stopped: start {self.id} again to make it.") from None
             raise
         except BaseException as error:
             writer.state(state="failed", error=f"{type(error).__name__}: {error}")
@@ -372,19 +378,35 @@ class Run:
 
 
 class Writer:
-    """What the one process that holds a run's lock may do to it."""
+    """What the one process that holds a run's lock may do to it.
+
+    Fields:
+        interrupts: whether a request to stop interrupts the main thread, as Ctrl-C does: `Steps`,
+            which hears it after a step, sets it to False. interrupted: whether it did.
+    """
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.interrupted = run, False
+        self.interrupts = threading.current_thread() is threading.main_thread()
+        self._lock = threading.Lock()  # `attend` is called by a thread
         me = {"pid": os.getpid(), "born": birth(os.getpid()), "host": socket.gethostname()}
         self._state: dict[str, Any] = me
 
     def state(self, **news: Any) -> None:
         """Merge `news` into state.json; also the heartbeat."""
-        self._state |= news | {"heartbeat": time.time()}
         # A disk that is full must not hide the error that brought us here.
-        with contextlib.suppress(RunError, OSError):
+        with self._lock, contextlib.suppress(RunError, OSError):
+            self._state |= news | {"heartbeat": time.time()}
             write_json(self.run.path / "state.json", self._state)
+
+    def attend(self) -> None:
+        """Do, each second, what work that lasts long does not come to: the heartbeat, and to hear
+        a stop."""
+        if abs(time.time() - self._state["heartbeat"]) > BEAT:  # clocks may be set back
+            self.state()
+        if self.interrupts and self.run.request == "stop":
+            self.interrupts, self.interrupted = False, True
+            _thread.interrupt_main()
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""

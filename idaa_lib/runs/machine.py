@@ -220,6 +220,24 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or bool(by_words)
 
 
+@contextlib.contextmanager
+def repeat(seconds: float, work: Callable[[], object]) -> Iterator[None]:
+    """Inside, `work` is done every so many seconds, by a thread."""
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(seconds):
+            work()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 class AnyProcess:
     """A process number that differs from none. ipykernel ends a kernel at once where its parent is
     no longer the process that started it (papermill, JupyterLab); a training saves first."""

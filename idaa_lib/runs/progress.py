@@ -11,10 +11,9 @@ import contextlib
 import html
 import shutil
 import sys
-import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from statistics import mean
 from typing import Any
 
@@ -51,23 +50,6 @@ class Lines:
             self._printed = seconds
             with contextlib.suppress(OSError):  # a reader that left must not end the run
                 print(text, flush=True)
-
-    @contextlib.contextmanager
-    def repeat(self, line: Callable[[], tuple[float, str]]) -> Iterator[None]:
-        """Inside, what `line` gives (fraction, text) is shown every second, by a thread."""
-        over = threading.Event()
-
-        def tick() -> None:
-            while not over.wait(1.0):
-                self.show(*line())
-
-        thread = threading.Thread(target=tick, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
 
 
 def brief(values: Mapping[str, Any], seconds_left: float | None) -> str:

@@ -42,7 +42,8 @@ class Steps:
         state: what a checkpoint holds of the training (the counters here are added to it).
         restore: takes that up again.
         at_log: further values of a line of the log, read when one is due.
-        at_epoch_end: epoch → values to log after its last step (validation).
+        at_epoch_end: epoch → values to log after its last step (validation). A stop that `pulse`
+            hears meanwhile saves first; when the run goes on, they are made again.
         check: raises RunError where what would be saved is broken.
         batch_of: step → indices of its images by name, JSON values, kept where its loss is not
             finite.
@@ -86,6 +87,7 @@ class Steps:
         self._batch_of = batch_of
         self.step, self.seconds = 0, 0.0  # done so far; spent in steps, without pauses
         self.saved: int | None = None  # the step of the last checkpoint
+        self._judged = True  # whether `at_epoch_end` was called for all epochs that ended
         self._saved_at = time.monotonic()
         self.sums: dict[str, Tensor] = {}  # over the `count` steps of the log interval under way
         self.count = 0
@@ -104,6 +106,7 @@ class Steps:
             self.saved = values["step"]
             self.step, self.count, self.seconds = (values[k] for k in ("step", "count", "seconds"))
             self.sums = checkpoints.under("sums.", tensors)
+            self._judged = values.get("judged", True)
             if self.writer is not None:
                 print(f"{self.run.id}: continues after step {self.step} of {self.total}.")
         self._interval, self._since = (self.step, self.seconds), self.step
@@ -113,7 +116,12 @@ class Steps:
 
     def __iter__(self) -> Iterator[int]:
         self._lines = Lines()
+        if self.writer is not None:
+            self.writer.interrupts = False
         with signals() as self._signal:
+            if not self._judged:
+                self._judge()
+                self.save()
             while self.step < self.total:
                 start = time.monotonic()
                 yield self.step
@@ -134,8 +142,8 @@ class Steps:
             self._write_line(wait=False)
         if ends or last:
             self.check()
-        if ends and (figures := self._at_epoch_end(epoch)):
-            self._log(self.step, epoch, dict(figures))
+        if ends:
+            self._judge()
         # Several processes ask where they log: to agree, each waits for the others.
         asks = not last and (logs or ends or count_processes() == 1)
         request = self._request() if asks else None
@@ -143,10 +151,20 @@ class Steps:
         if last or request or due or self.step % self.checkpoint_every == 0:
             self.save()
         if request:
-            raise Stopped(
-                f"Stopped ({request}) after step {self.step} of {self.total} and saved: start the "
-                f"same run again to continue."
-            )
+            self._stop(request)
+
+    def _judge(self) -> None:
+        epoch, self._judged = (self.step - 1) // self.per_epoch, False
+        figures = self._at_epoch_end(epoch)
+        self._judged = True
+        if figures:
+            self._log(self.step, epoch, dict(figures))
+
+    def _stop(self, request: str) -> NoReturn:
+        raise Stopped(
+            f"Stopped ({request}) after step {self.step} of {self.total} and saved: start the same "
+            f"run again to continue."
+        )
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add a step's scalars to the means of the log interval. They stay on their device: nothing
@@ -160,20 +178,22 @@ class Steps:
         self.count += 1
 
     def pulse(self, message: str = "") -> None:
-        """Say that the process lives, in work that lasts long within a step, and hear requests.
+        """Hear requests in work that lasts long, before a step or at an epoch's end; what it does
+        now is said in `state.json`.
 
         Raises:
-            Stopped: asked to. Nothing is saved: the work starts again from the last checkpoint.
+            Stopped: asked to. The work starts again from a checkpoint, which there is: the caller
+                saves before a step changes any state.
         """
         self._beat(message=message)
         start = time.monotonic()
         request = self._request()
-        self.seconds -= time.monotonic() - start  # a pause is no time of the step
+        if self._judged:
+            self.seconds -= time.monotonic() - start  # a pause is no time of the step
+        elif request:
+            self.save()
         if request:
-            raise Stopped(
-                f"Stopped ({request}) before step {self.step} of {self.total}: start the same run "
-                f"again to continue from its last checkpoint."
-            )
+            self._stop(request)
 
     def save(self) -> None:
         """Write a checkpoint of this moment (first process only)."""
@@ -185,6 +205,7 @@ class Steps:
                     self._refuse(f"{name} is not finite", self.step)
             tensors |= {f"sums.{name}": value for name, value in self.sums.items()}
             counters = {"step": self.step, "count": self.count, "seconds": self.seconds}
+            counters["judged"] = self._judged
             checkpoints.save(self.run, self.step, tensors, values | counters)
         self.saved, self._saved_at = self.step, time.monotonic()
 

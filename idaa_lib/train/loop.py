@@ -34,6 +34,8 @@ from idaa_lib.train.feed import Feed
 from idaa_lib.train.graphs import CudaGraph, Recorded
 from idaa_lib.views import keyed_generator, send
 
+Pulse = Callable[[int], object]  # takes how many images are done
+Validation = Callable[[Method, Pulse], dict[str, float]]
 # Streams of random numbers that one step draws from (the last part of the key).
 VIEWS, ATTACK = 1, 2
 # Seconds between two pictures of what is trained on.
@@ -46,7 +48,8 @@ class Fit:
     Args:
         accelerator: from `accelerator.make_accelerator`.
         adversary: None for none; its adversarial loss is weighted by the knob `alpha`.
-        validate: method → figures, called after every `knn_every` epochs and the last.
+        validate: method → figures, called after every `knn_every` epochs and the last. Now and
+            then it calls its second argument, which raises where the training shall stop.
     Raises:
         ConfigError: a batch that cannot be drawn, before anything is written.
     """
@@ -58,7 +61,7 @@ class Fit:
         images: Tensor | Images,
         config: TrainingConfig,
         adversary: Adversary | None = None,
-        validate: Callable[[Method], dict[str, float]] = lambda method: {},
+        validate: Validation = lambda method, pulse: {},
     ) -> None:
         batch, processes = config.batch_size, accelerator.num_processes
         if batch % processes:
@@ -392,7 +395,7 @@ class Fit:
 
     def _validate(self) -> dict[str, float]:
         with self._unwrap() as method:
-            return self.validate(method)
+            return self.validate(method, lambda done: self.steps.pulse())
 
 
 @contextmanager

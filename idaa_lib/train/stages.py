@@ -44,7 +44,7 @@ from idaa_lib.runs.machine import (
 from idaa_lib.runs.stage import Plan, perform
 from idaa_lib.train.accelerator import check_tracker, make_accelerator, start_trackers
 from idaa_lib.train.limits import check_disk, check_memory
-from idaa_lib.train.loop import Fit
+from idaa_lib.train.loop import Fit, Pulse, Validation
 from idaa_lib.views import recipe
 
 
@@ -130,8 +130,8 @@ def train_vae(config: VAEConfig) -> Run:
     """The finished run of a VAE, as `train` makes it."""
     plan, val = _begin(config, VAEConfig)
 
-    def validate(method: Method) -> dict[str, float]:
-        return vae_figures(method.network, method.recipe, val.images)
+    def validate(method: Method, pulse: Pulse) -> dict[str, float]:
+        return vae_figures(method.network, method.recipe, val.images, pulse)
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
         final = {name.removesuffix("_val"): value for name, value in figures.items()}
@@ -154,12 +154,12 @@ def train_ssl(config: SSLConfig) -> Run:
     def validation_sets() -> tuple[ImageSet, ImageSet]:
         return drop_unlabelled(bank), drop_unlabelled(val)
 
-    def validate(method: Method) -> dict[str, float]:
-        z = _features(plan, method, "backbone", val).to(next(method.parameters()).device)
+    def validate(method: Method, pulse: Pulse) -> dict[str, float]:
+        z = _features(plan, method, "backbone", val, pulse).to(next(method.parameters()).device)
         figures = {"effective_rank": effective_rank(z), "feature_std": embedding_std(z).item()}
         neighbours, queries = validation_sets()
         if len(neighbours) and len(queries):
-            features_ = _features(plan, method, "backbone", neighbours)
+            features_ = _features(plan, method, "backbone", neighbours, pulse)
             rows = z[(val.labels >= 0).to(z.device)]
             guess = knn(features_, neighbours.labels, rows, classes=len(bank.classes))
             top1, low, high, _ = accuracy(guess.cpu(), queries.labels)
@@ -200,16 +200,16 @@ def train_semi(config: SemiConfig) -> Run:
     if not (len(val := drop_unlabelled(val)) and len(test)):
         raise ConfigError(f"dataset={config.dataset!r} has no labels to validate and test against.")
 
-    def judge(method: Method, split: ImageSet) -> Accuracy:
-        logits = _features(plan, method, "classifier", split)
+    def judge(method: Method, split: ImageSet, pulse: Pulse) -> Accuracy:
+        logits = _features(plan, method, "classifier", split, pulse)
         return accuracy(logits.argmax(1), split.labels)
 
-    def validate(method: Method) -> dict[str, float]:
-        top1, low, high, _ = judge(method, val)
+    def validate(method: Method, pulse: Pulse) -> dict[str, float]:
+        top1, low, high, _ = judge(method, val, pulse)
         return {"ema_top1_val": top1, "ema_low_val": low, "ema_high_val": high}
 
     def summarise(figures: dict[str, float]) -> dict[str, Any]:
-        values = judge(method, test)._asdict()
+        values = judge(method, test, lambda done: None)._asdict()
         protocol = (
             f"clean: averaged weights, last epoch, all test images; {per_class} labels a class of "
             f"{len(plan.data):,} training images"
@@ -242,7 +242,9 @@ def _open(config: TrainingConfig, split: str, limit: int | None) -> ImageSet:
     return open_images(config.dataset, split, config.size, limit, **config.reading)
 
 
-def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -> Tensor:
+def _features(
+    plan: TrainingPlan, method: Method, layer: str, split: ImageSet, pulse: Pulse
+) -> Tensor:
     device = next(method.parameters()).device
     return features(
         method.encoder(layer),
@@ -251,6 +253,7 @@ def _features(plan: TrainingPlan, method: Method, layer: str, split: ImageSet) -
         *_units(plan.config, plan.data),
         device=device,
         bf16=uses_bf16(plan.config.precision, device),
+        pulse=pulse,
     )
 
 
@@ -317,7 +320,7 @@ def _needs_of_vae(config: EncoderConfig) -> dict[str, Any]:
 def _train(
     plan: TrainingPlan,
     build: Callable[[], Method],
-    validate: Callable[[Method], dict[str, float]],
+    validate: Validation,
     summarise: Callable[[dict[str, float]], dict[str, Any]],
 ) -> Run:
     """What the stages share: room on the disk, the loop, the summary."""
