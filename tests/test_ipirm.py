@@ -39,7 +39,7 @@ from idaa_lib.configs import ConfigError, SSLConfig
 from idaa_lib.data.cached import load
 from idaa_lib.evaluate.encoders import features, load_encoder
 from idaa_lib.identity.factors import compare_sides
-from idaa_lib.methods import About, build_method
+from idaa_lib.methods import About, build_method, partitions
 from idaa_lib.methods import ipirm as module
 from idaa_lib.methods.ipirm import IPIRM, debiased_loss
 from idaa_lib.methods.partitions import (
@@ -240,6 +240,27 @@ def test_the_maximisation_is_step_by_step_that_of_the_specification(constrain, b
     oracle = reference.ip_irm_maximisation(z1, z2, scores, order, batch, 0.3, 0.5, 0.7, constrain)
     torch.testing.assert_close(ours, oracle, rtol=1e-6, atol=1e-8)
     assert (ours - scores).abs().max() > 1
+
+
+def test_a_maximisation_of_several_processes_ends_with_the_first(monkeypatch):
+    """Where another one's numbers would end it sooner or later: else it would wait for ever."""
+    ends, means = [], []
+
+    def fit(seed, agree):
+        epochs = []
+        z = pairs(32, seed=seed)
+        embeddings = lambda epoch, batches: epochs.append(epoch) or Embedded(*z)  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(partitions, "agree", agree)
+            scores = torch.randn(32, 2, dtype=torch.float64, generator=keyed_generator(seed))
+            fit_partition(embeddings, scores, OFFICIAL, (seed,), PLAIN._replace(least=5))
+        ends.append(len(epochs))
+
+    fit(0, lambda mean: means.append(mean) or mean)
+    fit(1, lambda mean: mean)
+    first = iter(means)
+    fit(1, lambda mean: next(first))
+    assert ends[0] != ends[1] and ends[2] == ends[0] == len(means)
 
 
 def test_images_that_are_fewer_than_a_batch_of_the_maximisation_are_one_batch(monkeypatch, capsys):
@@ -574,7 +595,7 @@ def test_the_pass_over_all_images_beats_at_each_batch_and_hears_a_stop(knobs, ou
     pulses, pulse = [], Steps.pulse
     monkeypatch.setattr(loop, "features", partial(features, batch_size=4))
     monkeypatch.setattr(
-        Steps, "pulse", lambda self, text: pulses.append((self.step, text)) or pulse(self, text)
+        Steps, "pulse", lambda self, text="": pulses.append((self.step, text)) or pulse(self, text)
     )
     config = SSLConfig(
         **TINY, method="ipirm", maximize_iter=1, projection_dim=8, checkpoint_every=2, **knobs
@@ -586,7 +607,7 @@ def test_the_pass_over_all_images_beats_at_each_batch_and_hears_a_stop(knobs, ou
     stop = property(lambda self: "stop" if pulses[-1] == (2, texts[5]) else None)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "request", stop)
-        with pytest.raises(Stopped, match="before step 2 of 4"):
+        with pytest.raises(Stopped, match="after step 2 of 4 and saved"):
             train_ssl(config)
     assert pulses[-1] == (2, texts[5])
     again = outcome(train_ssl(config))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idaa_lib.methods.base import similarity
-from idaa_lib.nets.processes import count_processes, gather, rank
+from idaa_lib.nets.processes import agree, count_processes, gather, rank
 from idaa_lib.views import keyed_generator
 
 # Entropy in nats that a relaxed constraint asks of the shares of two subsets: that of 1 : 2.
@@ -259,7 +259,8 @@ def fit_partition(
             optimizer.step()
             risks.append(risk.detach())
         schedule.step()
-        mean = torch.stack(risks).mean().item()
+        # Of several processes all end with the first: GPUs may round otherwise.
+        mean = agree(torch.stack(risks).mean()).item()
         since += 1
         # As in the official code: the risk was measured before this epoch's steps, the scores are
         # those after them.
