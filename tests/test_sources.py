@@ -3,9 +3,11 @@
 Folders, zips and STL-10's binary files are written here: it is known what should come out.
 """
 
+import itertools
 import os
 import pickle
 import re
+import unicodedata
 import zipfile
 from types import SimpleNamespace
 
@@ -189,6 +191,30 @@ def test_a_file_picks_class_folders_in_its_order(tmp_path, parts, zipped, names)
             colours.add((red, *others))
     reds = {10 * CLASSES.index(name) for name in names}
     assert colours == {(r, p, i) for r in reds for p in range(len(parts)) for i in range(20)}
+
+
+@pytest.mark.parametrize("parts", [("",), ("train", "test")])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_name_is_one_name_however_a_system_writes_it(tmp_path, parts, zipped):
+    """macOS writes é as two characters: its folders, and a list of them, are those of others."""
+    names, contents = ("f", "zoé", "é"), set()
+    forms = [*itertools.product(("NFC", "NFD"), repeat=len(parts))]
+    for number, of_parts in enumerate(forms):
+        root = tmp_path / f"set{number}"
+        for part, form in zip(parts, of_parts, strict=True):
+            for label, i in itertools.product(range(3), range(20)):
+                path = root / part / unicodedata.normalize(form, f"{names[label]}/é{i}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (label, i, len(part))).save(path)
+        source = pack(root) if zipped else root
+        for form in (None, "NFC", "NFD"):
+            lines = [unicodedata.normalize(form, name) for name in names] if form else []
+            how = {"classes": write_list(tmp_path, *lines)} if lines else {}
+            splits = [images.load(source, split, 8, **how) for split in ("train", "val", "test")]
+            assert all(split.classes == names for split in splits)
+            assert all((s.images[:, 0, 0, 0] == s.labels).all() for s in splits)
+            contents.add((*(split.fingerprint for split in splits),))
+    assert len(contents) == 1
 
 
 def test_classes_are_known_by_content_and_a_changed_list_is_seen(tmp_path):

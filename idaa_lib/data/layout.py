@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection
 from importlib.util import find_spec
@@ -34,6 +35,12 @@ def list_some(words: list[str], room: int) -> str:
     text = ", ".join(words[:n])
     text = text if len(text) <= room else f"{text[: room // 2]} … {text[-room // 2 :]}"
     return text + f" and {len(words) - n:,} more" * (n < len(words))
+
+
+def compose(name: str) -> str:
+    """A name in the one form in which names are compared: macOS writes the é of some as two
+    characters, and other systems as one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def printable(text: str) -> str:
@@ -73,7 +80,7 @@ def arrange(
     Raises ValueError where there is no image, a class folder is empty, only test/ has a class, one
     of `classes` is not there, or it is unclear what belongs where.
     """
-    names = sorted(name for name in members if not HIDDEN.search(name))
+    names = sorted((name for name in members if not HIDDEN.search(name)), key=compose)
     kinds = {n: PurePosixPath(n).suffix.lower() for n in names if not n.endswith("/")}
     images = [name for name in kinds if kinds[name] in EXTENSIONS]
     others = {name: kind for name, kind in kinds.items() if kind not in EXTENSIONS}
@@ -84,7 +91,7 @@ def arrange(
 
     filled = {str(folder) for name in kinds for folder in PurePosixPath(name).parents}
     empty = [name for name in names if name.endswith("/") and name[:-1] not in filled]
-    folders = {name: name.split("/")[:-1] for name in images + empty}
+    folders = {name: compose(name).split("/")[:-1] for name in images + empty}
     above = [f[:-1] if name in empty else f for name, f in folders.items()]
     depth = 0  # of the folders that hold everything, which are no classes
     for level in zip(*above, strict=False):
@@ -153,7 +160,7 @@ def arrange(
                 f"{where} has no class folders in {part}, as {name!r} shows, and has them "
                 f"elsewhere: move {part} away, or its images into class folders"
             )
-    inner = {name: "/".join(name.split("/")[depth + bool(parts) :]) for name in images}
+    inner = {name: "/".join(compose(name).split("/")[depth + bool(parts) :]) for name in images}
     split_of = [split_by_name(part_of[name], splits, inner[name]) for name in images]
     return images, split_of, [label_of[name] for name in images], notes
 

@@ -29,7 +29,7 @@ from idaa_lib.data.sources import Listing, Source, Torchvision
 from idaa_lib.data.streamed import CONTENT, Images, Photographs, describe, row_width
 
 PARTS = ("train", "val", "test")
-VERSION = 7  # of the decoding and of the files of the cache: another number, another entry
+VERSION = 8  # of the decoding and of the files of the cache: another number, another entry
 # The names of its folders and, with .json, of their indices.
 NAME = re.compile(r".+-\d+-[0-9a-f]{16}(\.partial|\.json)?", re.DOTALL)
 Content = tuple[dict[str, Any], np.ndarray, Images]  # what describes a pool, labels, pixels

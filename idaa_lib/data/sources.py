@@ -20,7 +20,15 @@ import numpy as np
 from PIL import Image
 
 from idaa_lib.data import photos
-from idaa_lib.data.layout import EXTENSIONS, HIDDEN, PARTS, arrange, list_some, split_by_name
+from idaa_lib.data.layout import (
+    EXTENSIONS,
+    HIDDEN,
+    PARTS,
+    arrange,
+    compose,
+    list_some,
+    split_by_name,
+)
 from idaa_lib.data.places import (
     STARTER,
     Place,
@@ -100,9 +108,9 @@ class Source:
             base = "" if inner == "." else f"{inner}/"
             folders[:] = [name for name in folders if not HIDDEN.search(name)]
             # Where class folders lie beside one another, the files of the others need no look.
-            outside = not {*self.classes} & {*inner.split("/")}
+            outside = not {*self.classes} & {*compose(inner).split("/")}
             if outside and not PARTS.keys() & {name.lower() for name in folders}:
-                folders[:] = [name for name in folders if name in self.classes] or folders
+                folders[:] = [n for n in folders if compose(n) in self.classes] or folders
             loops = [name for name in folders if _leads_up(Path(folder, name))]
             folders[:] = [name for name in folders if name not in loops]
             members += [(f"{base}{name}", -1, -1) for name in loops]
@@ -374,7 +382,7 @@ def read_classes(file: str | Path, data: Path) -> tuple[str, ...]:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"classes: {path} is no UTF-8 ({error}): save it as such") from error
-    classes = tuple(line for line in lines if line)
+    classes = tuple(compose(line) for line in lines if line)
     if not classes:
         raise ValueError(f"classes: {path} is empty: name class folders in it, one a line")
     twice = [repr(name) for name, n in Counter(classes).items() if n > 1]
