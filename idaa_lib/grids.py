@@ -57,13 +57,14 @@ class Point(NamedTuple):
     @property
     def name(self) -> str:
         """Its labels and its seed, for a sentence."""
-        seed = (self.ssl or self.vae or {}).get("seed")
+        seeds = [f"seed {s['seed']}" for s in (self.ssl, self.vae) if s and "seed" in s]
         labels = {**self.labels}
         if labels.get("axis") is not None and "at" in labels:
             labels["at"] = f"{labels.pop('axis')}={labels['at']}"
         values = [value for value in labels.values() if value is not None]
         words = [v if isinstance(v, str) and len(v) <= 100 else quote(v) for v in values]
-        return f"{' × '.join(words)} (seed {seed})" if words else f"seed {seed}"
+        text, seed = " × ".join(words), ", ".join(seeds[:1])
+        return f"{text} ({seed})" if text and seed else text or seed or "its one point"
 
 
 class Grid(Values):
@@ -76,7 +77,7 @@ class Grid(Values):
         fixed: stage → field → value; `all` means each stage that knows the field.
         cross: stage → field → values, of which every combination is a point. Where values go
             together: stage → list of {field: value}, or any other name → list of {stage: {field:
-            value}}, each perhaps with `labels`.
+            value}}, each entry perhaps with `labels`.
         vary: as `cross`, but one field at a time; the others stay as `fixed` has them. The labels
             `axis` and `at` say which.
         labels: of all points. grids: several grids in one file, each with what stands here besides.
@@ -208,7 +209,13 @@ def _axes(what: str, axes: Mapping[str, Any]) -> list[list[tuple[Fields, dict[st
                 for name, vs in _check_pairs(f"{what}[{quote(stage)}]", part).items()
             ]
         elif stage in (*STAGES, "all"):
-            lists.append([{stage: values} for values in _list(what, stage, part)])
+            entries = [_check_pairs("An entry of a grid", own) for own in _list(what, stage, part)]
+            lists.append(
+                [
+                    {"labels": e.pop("labels"), stage: e} if "labels" in e else {stage: e}
+                    for e in entries
+                ]
+            )
         else:
             lists.append(_list(what, stage, part))
     parts = [[_read_entry(values) for values in each] for each in lists if each]

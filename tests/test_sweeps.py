@@ -686,6 +686,33 @@ def test_a_whole_number_stays_one_where_other_points_have_none(outputs, monkeypa
     assert [*map(repr, table.iloc[0])] == ["0", "8"]
 
 
+def test_an_entry_has_labels_of_its_own_whichever_list_it_is_of():
+    entries = [{"method": "simclr", "labels": {"system": "A"}}, {"method": "moco"}]
+    labels = [entry.get("labels") for entry in entries]
+    inside = [{"ssl": {"method": entry["method"]}} for entry in entries]
+    inside = [e | ({"labels": own} if own else {}) for e, own in zip(inside, labels, strict=True)]
+    of_stage, of_any = (
+        grids.read({"stages": ["ssl"], "cross": {name: part}}).points()
+        for name, part in (("ssl", entries), ("pairs", inside))
+    )
+    assert of_stage == of_any
+    assert [point.labels for point in of_stage] == [{"system": "A"}, {"method": "moco"}]
+    assert plans.admit(of_stage) == (of_stage, "")
+
+
+@pytest.mark.parametrize(
+    ("grid", "names"),
+    [
+        ({"stages": ["eval"], "cross": {"eval": {"k": [5, 9]}}}, ["5", "9"]),
+        ({"stages": ["vae"], "seeds": [3]}, ["seed 3"]),
+        ({"stages": ["ssl"], "cross": {"ssl": {"epochs": [2]}}, "seeds": [4]}, ["2 (seed 4)"]),
+        ({"stages": ["eval"]}, ["its one point"]),
+    ],
+)
+def test_a_point_s_name_has_the_seed_that_it_has(grid, names):
+    assert [point.name for point in grids.read(grid).points()] == names
+
+
 def test_a_label_that_is_a_column_of_results_means_the_same():
     own = {
         "vae": set(),
