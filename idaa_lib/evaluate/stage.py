@@ -65,7 +65,7 @@ def evaluate(config: EvalConfig) -> Run:
 
     Raises:
         RunError: the SSL run is missing or unfinished. ConfigError: the images have no labels.
-        Stopped: on a request to stop a classifier on crops, after its state was saved.
+        Stopped: on a request to stop; a classifier on crops saves its state first.
     """
     plan = _plan(config)
     return perform(plan, plan.judge)
