@@ -284,9 +284,9 @@ class Explorer(Controls):
         self._mark()
 
         def paint() -> None:
-            # Small images take some 10 ms. A team of threads that slept, or shares its cores with the
-            # background's, is woken late, at each operation: on 2 cores the median of a move is the
-            # same with one thread, and its 95th percentile half.
+            # Small images take some 10 ms. A team of threads that slept, or shares its cores with
+            # the background's, is woken late at each operation: on 2 cores the median of a move is
+            # the same with one thread, and its 95th percentile half.
             threads = torch.get_num_threads()
             torch.set_num_threads(1 if engine.size <= 48 else threads)
             try:

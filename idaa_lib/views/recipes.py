@@ -76,9 +76,10 @@ class Recipe:
 
     @property
     def blur_kernel(self) -> int:
-        """Side of the blur's kernel: a tenth of the image, 3 at 32 px, 23 at 224, in `kernels`."""
+        """Side of the blur's kernel: a tenth of the image, 3 at 32 px, 23 at 224, in `kernels`; no
+        more than an image reflects at its border."""
         low, high = self.kernels
-        return int(min(max(2 * (self.size // 20) + 1, low), high))
+        return int(min(max(2 * (self.size // 20) + 1, low), high, 2 * self.size - 1))
 
     @property
     def jitter_range(self) -> tuple[list[float], list[float]]:
