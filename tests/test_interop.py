@@ -1,8 +1,10 @@
 """Weights from elsewhere and to elsewhere: files with the published names against an oracle that
 computes on those names (docs/spec/idaa.md §1, §4), and exports read back as their targets do."""
 
+import functools
 import io
 import itertools
+import math
 import os
 import pickle
 import random
@@ -745,6 +747,42 @@ def test_import_is_a_command(outputs, tmp_path, capsys):
     assert errors[0].startswith("ConfigError: There is no checkpoint")
     assert errors[1] == "ConfigError: VAEConfig has no field 'method'."
     assert errors[2].startswith("`python -m idaa_lib import model_epoch292.pth")
+
+
+@pytest.mark.parametrize(
+    ("units", "field"),
+    [
+        ({"size": 0}, "size"),
+        ({"size": -32}, "size"),
+        ({"size": "large"}, "size"),
+        ({"mean": (0.5, 0.5)}, "mean"),
+        ({"mean": (math.nan,) * 3}, "mean"),
+        ({"std": (0.2, 0.2, 0)}, "std"),
+    ],
+)
+def test_units_that_no_images_have_are_refused(units, field, outputs, tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(dict(simclr(False)[0]), path)
+    for read in (interop.load_official, functools.partial(idaa_lib.import_run, dataset="photos")):
+        with pytest.raises(ConfigError, match=f"^{field} must be ") as refusal:
+            read(path, **units)
+        assert len(str(refusal.value)) <= 400
+    official = interop.load_official(path, size="64", mean="0.5 0.5 0.5", std=[0.25] * 3)
+    assert official.units == (64, (0.5,) * 3, (0.25,) * 3)
+
+
+def test_runs_that_an_import_names_are_there_and_count_by_their_content(outputs, tmp_path):
+    """As a training's `vae` and `continue_from` do."""
+    path = tmp_path / "model.pth"
+    torch.save(dict(simclr(True)[0]), path)
+    plain, named = (idaa_lib.import_run(path, "photos", vae=vae) for vae in (None, "starter"))
+    assert plain.id != named.id
+    assert (plain.config.vae, named.config.vae) == (None, "starter")
+    folder = str(runs.get("vae", "starter").path)
+    assert idaa_lib.import_run(path, "photos", vae=folder) == named
+    for field in ("vae", "continue_from"):
+        with pytest.raises(runs.RunError, match="nobody"):
+            idaa_lib.import_run(path, "photos", **{field: "nobody"})
 
 
 @pytest.mark.parametrize("name", ["plain_best.t", "simsiam_best.t", "checkpoint_0099.pth.tar"])

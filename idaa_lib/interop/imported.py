@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from idaa_lib import runs
 from idaa_lib.configs import ConfigError, SSLConfig, VAEConfig
-from idaa_lib.configs.reading import expand, read
+from idaa_lib.configs.reading import expand
 from idaa_lib.interop.layouts import Channels, Keys
 from idaa_lib.interop.official import Official, load_official
 from idaa_lib.methods import About, build_method
@@ -58,7 +58,6 @@ def import_run(
     """
     path = expand(path)
     units: dict[str, Any] = {"size": size, "mean": mean, "std": std}
-    units = {name: read(SSLConfig, name, value) for name, value in units.items()}
     conditioning: dict[str, Any] = {"condition": condition, "injection": injection}
     source = load_official(path, **units, **conditioning)
     arguments = {k: v for k, v in (units | conditioning | values).items() if v is not None}
@@ -66,11 +65,17 @@ def import_run(
         values["dataset"] = resolve_path(dataset)
     values |= {name: value for name, value in units.items() if value is not None}
     config, unknown = _config(source, values, path)
+    digests: dict[str, str] = {}
+    for stage, name in (("vae", "vae"), (config.stage, "continue_from")):
+        if getattr(config, name, None):
+            other = runs.get(stage, getattr(config, name))
+            config = config.replace(**{name: other.reference})
+            digests[name] = checkpoints.digest(other)
     stored, lacks = _tensors(source, config, path)
     data = open_images(config.dataset, config.split, config.size, config.limit, **config.reading)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    run = runs.run_for(config, data.fingerprint, imported=digest)
+    run = runs.run_for(config, data.fingerprint, imported=digest, **digests)
     about = describe(torch.device("cpu"), "no", data)
     about["imported"] = {
         "file": path.name,

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idaa_lib.configs import ConfigError
-from idaa_lib.configs.reading import expand
+from idaa_lib.configs import ConfigError, SSLConfig
+from idaa_lib.configs.reading import expand, read
 from idaa_lib.evaluate.encoders import Encoder
 from idaa_lib.interop.layouts import (
     BESIDE,
@@ -115,9 +115,13 @@ def load_official(
     Raises:
         ConfigError: the file is missing or damaged, would run code, or is none of these (ViT, SwAV,
             MoCo-v3 and hypernetworks are not read); tensors are missing, left over, of another
-            shape, NaN or infinite, and which; condition or injection is not what the tensors have.
+            shape, NaN or infinite, and which; condition or injection is not what the tensors have;
+            size, mean or std is of no images.
     """
     path = expand(path)
+    given: dict[str, Any] = {"size": size, "mean": mean, "std": std}
+    given = {name: read(SSLConfig, name, value) for name, value in given.items()}
+    SSLConfig(**given)  # which refuses what no images have
     file = _read(path)
     try:
         state, prefixes, epoch, acc = _unwrap(file)
@@ -131,11 +135,11 @@ def load_official(
     notes += [f"{counters} missing num_batches_tracked set to 0"] if counters else []
     if notes:
         print(f"{path.name}: {'; '.join(notes)}.")
-    units = size or published[0], tuple(mean or published[1]), tuple(std or published[2])
+    units: Any = [own or its for own, its in zip(given.values(), published, strict=True)]
     module: Any = parts["vae" if kind == "vae" else "backbone"]
     if kind == "vae":
         if units[0] != module.size:
-            raise ConfigError(f"{path} is of a VAE for size={module.size}, not {size}.")
+            raise ConfigError(f"{path} is of a VAE for size={module.size}, not {units[0]}.")
         _, module.mean, module.std = units
     if epoch is None and (name := re.search(_EPOCH, path.stem)):
         epoch = int(name[1])
