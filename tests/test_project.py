@@ -1,6 +1,7 @@
 """Rules of the project itself: who imports whom, what notebooks hold, what set-up installs."""
 
 import ast
+import itertools
 import json
 import re
 import subprocess
@@ -16,6 +17,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from papermill import inspect_notebook
 
+import idaa_lib.__main__
+import idaa_lib.data.__main__
+import idaa_lib.train.__main__
+from idaa_lib import data, runs, train
 from idaa_lib.configs import (
     CompareConfig,
     DecomposeConfig,
@@ -276,6 +281,27 @@ def test_every_verb_of_the_makefile_is_in_its_help():
         "format",
     ):
         assert f"\n{verb} " in f"\n{process.stdout}"
+
+
+def test_each_command_explains_itself(capsys):
+    """At any place, on stdout, with status 0; a stage with all its fields, the import with its
+    arguments. A command that lacks its words explains itself too, on stderr, with status 2."""
+    commands = {
+        idaa_lib.__main__: ["", "import"],
+        train.__main__: ["", *train.__main__.STAGES],
+        data.__main__: ["", "shard", "clean"],
+    }
+    for command, verbs in commands.items():
+        for verb, flag in itertools.product(verbs, ("-h", "--help")):
+            assert command.main([*verb.split(), flag]) == 0
+            out, err = capsys.readouterr()
+            assert out.startswith(command.__doc__)
+            assert not err
+            for row in runs.CONFIGS[verb].fields() if command is train.__main__ and verb else ():
+                assert re.search(rf"^{row['name']}\b.*: ", out, re.M)
+            assert verb != "import" or "condition" in out
+        assert command.main([]) == 2
+        assert capsys.readouterr() == ("", f"{command.__doc__}\n")
 
 
 def test_the_lock_file_names_a_version_of_each_package_that_fits_its_range():

@@ -46,7 +46,10 @@ class TrainingConfig(ImagesConfig):
         epochs: passes over the images. batch_size: images a step, of all processes together.
         learning_rate: at its highest. warmup: epochs of a rising rate (a recipe's is a tenth of all
             epochs at most). weight_decay: of weights.
-        optimizer, schedule: by name, as in `methods.schedules`.
+        optimizer: adam, adam_b0 (Adam with β₁ 0), sgd, nesterov or lars.
+        schedule: of the rate, one of `methods.schedules`: constant, linear, cosine, delayed_cosine
+            (from the 13th epoch), cosine_by_step, drops (Plain's), drops_60_80, drops_15_30 or
+            seven_sixteenths (FixMatch's).
         augmentation: recipe of random views: simclr, simsiam, normal, byol, cassle, ipirm, rsa or
             none.
         precision: fp32 (on a GPU without TF32), bf16, or auto (bf16 where it is native).

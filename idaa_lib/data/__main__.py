@@ -119,6 +119,8 @@ def main(words: list[str]) -> int:
                 )
             case ["clean"] | ["clean", "all"]:
                 print(f"{clean(words[1:] == ['all']) / 2**20:,.0f} MiB removed.")
+            case [*_, "-h" | "--help"]:
+                print(__doc__)
             case _:
                 print(__doc__, file=sys.stderr)
                 return 2

@@ -3,8 +3,7 @@
 The first word is the stage (vae, ssl, semi, eval, transfer, …), the others are fields of its
 configuration. `@config.json` starts from a stored one; `mine.py` is imported, which may register
 classes. `processes=2` trains on two GPUs; under torchrun every stage runs on many, and on many
-machines (docs/machines.md). The fields:
-`python -c "import idaa_lib; help(idaa_lib.SSLConfig)"`.
+machines (docs/machines.md). `python -m idaa_lib.train ssl --help` lists the fields.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,17 @@ STAGES: dict[str, Callable[[Any], Run]] = dict.fromkeys(("vae", "ssl", "semi"), 
 STAGES |= {"eval": evaluate, "transfer": transfer, "theory": study}
 
 
+HELP = {"-h", "--help"}
+
+
 def main(words: list[str]) -> int:
+    if HELP & {*words}:
+        print(__doc__)
+        for row in CONFIGS[words[0]].fields() if words[0] in STAGES else ():
+            owner = "" if row["of"] == "all" else f" ({row['of']})"
+            text = f"{row['name']}{owner}: {row['meaning']}"
+            print(textwrap.fill(text, 100, subsequent_indent="    "))
+        return 0
     if not words or words[0] not in STAGES:
         print(__doc__, file=sys.stderr)
         return 2
