@@ -261,6 +261,15 @@ def test_links_of_a_page_lead_to_files(path):
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_python_of_a_page_names_only_what_it_has(path):
+    """Its blocks, one after another."""
+    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text("utf-8"), re.M | re.S)
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F821", "-"]
+    process = subprocess.run(command, input="\n".join(blocks), capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 900
 
