@@ -61,7 +61,7 @@ class GradientAscent(Adversary):
     """
 
     class Options(Radius):
-        """steps: of the gradient. step_size: None for ε at one step, as published, and 2.5·ε/steps
+        """steps: gradient steps. step_size: None for ε at one step, as published, and 2.5·ε/steps
         at several (Madry et al. 2018, arXiv:1706.06083, §5). random_start: a uniform draw of the
         ball, not x. reuse_anchor: the attacked embedding serves as its own anchor where it equals
         it exactly; False lets the adversarial BatchNorm statistics see a step 3 times, as the

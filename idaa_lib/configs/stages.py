@@ -149,9 +149,11 @@ class TransferConfig(ImagesConfig):
             below 1e-7 it works in float64 (AugSelf's and CASSLE's own: 5000 and 1e-10).
         penalize_bias: AugSelf's and CASSLE's penalty, which counts the bias; its 45 strengths are
             then tried from the weakest on (docs/spec/siblings.md §1.7).
-        fractions: shares of the training labels for the few-label probes. draws: of those labels.
-        ways: classes of an episode. shots: labelled images of each. queries: test images of each.
-        episodes: of each number of shots. few_shot: `centroid` or `ridge`.
+        fractions: shares of the training labels for the few-label probes. draws: random draws of
+            each share.
+        ways: classes of an episode. shots: labelled images of each class.
+        queries: images to classify of each class.
+        episodes: how many, of each number of shots. few_shot: `centroid` or `ridge`.
         references: also judge the encoder before training, as rows to stand beside.
         seed: of the drawn labels and of the episodes.
     """

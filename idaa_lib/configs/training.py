@@ -44,8 +44,8 @@ class TrainingConfig(ImagesConfig):
         split: `train` (a validation part held out) or `trainval` (all, as the papers do).
         mean, std: that images are normalised with, per channel in [0, 1] (None: the data set's).
         epochs: passes over the images. batch_size: images a step, of all processes together.
-        learning_rate: at its highest. warmup: epochs of a rising rate (a recipe's is a tenth of all
-            epochs at most). weight_decay: of weights.
+        learning_rate: the highest of the schedule. warmup: epochs of a rising rate (a recipe's is a
+            tenth of all epochs at most). weight_decay: its factor.
         optimizer: adam, adam_b0 (Adam with β₁ 0), sgd, nesterov or lars.
         schedule: of the rate, one of `methods.schedules`: constant, linear, cosine, delayed_cosine
             (from the 13th epoch), cosine_by_step, drops (Plain's), drops_60_80, drops_15_30 or
@@ -228,9 +228,10 @@ class EncoderConfig(TrainingConfig):
     """What the trainings of an encoder share: its network, and its adversary or none.
 
     Fields (besides those of every training stage):
-        method, adversary: registered names. The knobs of each are its `Options`: flat names too.
-        backbone: a registered backbone. width: channels of its first stage. stem: `cifar` (3×3),
-            `mini` (3×3 and max-pooling) or `imagenet` (7×7 and max-pooling).
+        method, adversary: by name, such as simclr and idaa. Each has knobs of its own (`Options`),
+            which are set by name as fields are.
+        backbone: by name, such as resnet18. width: channels of its first stage.
+        stem: `cifar` (3×3), `mini` (3×3 and max-pooling) or `imagenet` (7×7 and max-pooling).
     """
 
     choices: ClassVar[tuple[str, ...]] = ("method", "adversary")
