@@ -599,6 +599,30 @@ def test_equal_hardness_sets_the_other_s_epsilon(explorer):
     assert explorer.picture.image.value == expected
 
 
+def test_what_waits_for_the_curves_shows_and_saves_nothing_of_other_images(
+    explorer, outputs, monkeypatch
+):
+    explorer.adversary.value, explorer.fairness.value = "clae", EQUAL_HARDNESS
+    assert explorer._background.settle()
+    former = explorer._attack
+    advance, event = Engine.advance, threading.Event()
+    monkeypatch.setattr(Engine, "advance", lambda self: event.wait(60) and advance(self))
+    explorer.seed.value = 7
+    assert settle(explorer)
+    assert "how hard" in explorer.status.value
+    assert explorer.picture.image.layout.visibility == "hidden"
+    before = {*(outputs / "explorer").glob("*")}
+    explorer.keep.click()
+    event.set()
+    assert explorer._background.settle()
+    assert explorer.picture.image.layout.visibility is None
+    (place,) = {*(outputs / "explorer").glob("*")} - before
+    expected = explorer.engine.as_hard("clae", 0.3)
+    assert expected != former[1]
+    assert place.name.endswith(f"-clae-epsilon={expected:.3g}")
+    shutil.rmtree(place)
+
+
 def settle(explorer):
     """All but the curves over ε, which take their time."""
     return explorer._background.settle("load", "paint", "meters", "verdict", "fold")

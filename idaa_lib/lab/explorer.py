@@ -172,11 +172,15 @@ class Explorer(Controls):
     def _save(self) -> None:
         """Figures, the setting, and code that makes them again, in a folder of their own."""
         engine, setting, walk = self.engine, self.setting, self.walk.state
-        (adversary, epsilon), index = self._attack, max(0, self.chosen.value)
+        adversary, index = self.adversary.value, max(0, self.chosen.value)
+        idaa, equal = self.epsilon.value, self.fairness.value == EQUAL_HARDNESS
         now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        place = folder() / f"{now}-{adversary}-epsilon={epsilon:.3g}"
 
         def work() -> None:
+            while engine.advance():  # an equal hardness is read off whole curves
+                pass
+            epsilon, _ = verdict.strength(engine, adversary, idaa, equal)
+            place = folder() / f"{now}-{adversary}-epsilon={epsilon:.3g}"
             engine.save(place, adversary, epsilon, index, walk)
             runs.write_json(place / "setting.json", setting)
             self.list_saved()
@@ -243,6 +247,7 @@ class Explorer(Controls):
         self.list_choices(engine.scene)
         self.still.resize(columns, size, names)
         self.picture.resize(columns, size)
+        self.picture.image.layout.visibility = "hidden"  # until it shows these images
         self.large.resize(len(STILL) + len(MOVING), size, (*STILL, *MOVING), max(1, LARGE // size))
         self.strip.resize(len(STRIP), size, STRIP_NAMES)
         self.forget.layout.display = None if config.own else "none"
@@ -294,6 +299,7 @@ class Explorer(Controls):
                 self.picture.show(self._rows.values())
             finally:
                 torch.set_num_threads(threads)
+            self.picture.image.layout.visibility = None
             self._enlarge()
             self.status.value = ""
 
