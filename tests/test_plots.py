@@ -121,6 +121,18 @@ def test_every_text_stands_inside_its_figure(run):
             assert box.x0 >= 0 and box.x1 <= figure.bbox.width, f"{name}: {text.get_text()}"
 
 
+def test_however_many_runs_are_drawn_their_names_hide_no_panel(run):
+    heights = []
+    for count, words in ((2, 1), (13, 40)):
+        names = {f"{i} {'optimizer = sgd, ' * words}": run for i in range(count)}
+        figure = plots.curves(names, plots.CURVES["ssl"][:4])
+        figure.draw_without_rendering()
+        top = figure.legends[0].get_window_extent().y1
+        assert all(top <= axis.get_tightbbox().y0 for axis in figure.axes)
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[1] == pytest.approx(heights[0], rel=0.02)
+
+
 def test_no_figure_shows_the_source_of_a_formula(run, tmp_path):
     for name, figure in figures(run).items():
         drawing = re.sub("<!--.*?-->", "", style.svg(figure), flags=re.DOTALL)
@@ -165,6 +177,36 @@ def test_each_value_of_an_axis_is_in_its_panel(axis, values):
     assert {f"{float(value):g}" for value in values} == labels.keys()
     for x in labels.values():
         assert abs(places - lower.transData.transform((x, 60.0))[0]).min() < 1
+
+
+def test_each_interval_is_in_sight_whatever_the_first_axis_has():
+    """Panels of a row share their limits; the first one's interval is the smallest."""
+    frame = pd.DataFrame([
+        {"axis": axis, "at": at, "seed": 0, "metric": metric, "value": value, "low": value - 5,
+         "high": value + 5, "adversary": "IDAA", "split": "validation", "features": "encoder"}
+        for axis, value in (("epsilon", 60.0), ("beta", 30.0), ("dim", 80.0))
+        for at in (1.0, 2.0) for metric in ("kNN", "linear")
+    ])  # fmt: skip
+    for axis in plots.sensitivity(frame).axes:
+        (bars,) = axis.containers
+        low, high = axis.get_ylim()
+        ends = [y for bar in bars[2][0].get_segments() for _, y in bar]
+        assert low < min(ends) and max(ends) < high
+
+
+def test_texts_of_a_heat_map_stand_in_their_own_cells():
+    frame = pd.DataFrame([
+        {"epsilon": epsilon, "width": width, "seed": 0, "metric": metric, "value": 60.0,
+         "low": 33.3, "high": 86.7, "adversary": "IDAA", "split": "validation",
+         "features": "encoder"}
+        for epsilon in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0) for width in (2, 4, 8, 16, 32, 64, 128)
+        for metric in ("kNN", "linear")
+    ])  # fmt: skip
+    figure = plots.heat_maps(frame, ["epsilon", "width"])
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for axis in figure.axes for text in axis.texts]
+    assert len(boxes) == 2 * 6 * 7
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_a_wide_interval_does_not_hide_the_others():

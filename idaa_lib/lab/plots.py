@@ -352,8 +352,9 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
                 panel.set_xlim(-0.5, len(values) - 0.5)  # names are wide
             panel.minorticks_off()
             panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
-            _bound(panel)
         panels[-1, column].set(xlabel=AXES.get(axis, axis.replace("_", " ")))
+    for panel in panels[:, 0]:  # whose limits hold for its whole row: once all of it is drawn
+        _bound(panel)
     legend(figure, panels.flat, least=2)
     title = f"Sensitivity, with 95 % intervals over {_count_trainings(sizes)}"
     figure.suptitle(textwrap.fill(title, 40 * len(columns)))
@@ -399,7 +400,9 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
     if others:
         words = frame[others].apply(lambda own: own.map(lambda v: field_text(own.name, v)))
         groups = dict(iter(frame.groupby(words.agg(", ".join, axis=1), sort=False)))
-    size = (3.6 * len(groups) + 0.8, 3.0 * len(probes) + 0.4)
+    # Room for "± 12.3" in each cell.
+    width, height = (frame[name].nunique() * inch for name, inch in ((across, 0.65), (down, 0.42)))
+    size = max(3.6, width + 0.8) * len(groups) + 0.8, max(3.0, height + 0.6) * len(probes) + 0.4
     figure, panels = style.axes(len(probes), len(groups), figsize=size, squeeze=False)
     for line, probe in enumerate(probes):
         values = frame[frame["metric"] == probe]["value"]

@@ -146,18 +146,24 @@ def entry(name: Any) -> str:
 
 
 def legend(figure: Figure, axes: Iterable[Any], least: int = 1, points: float = 10) -> None:
-    """One for all panels, below them: names of runs are long, and would hide the curves."""
+    """One for all panels, below them: names of runs are long, and would hide the curves. The figure
+    grows by it."""
     handles: dict[str, Any] = {}
     for axis in axes:
         lines, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, lines, strict=True))
     if len(handles) >= least:
         letter, width = 0.0085 * points, figure.get_figwidth()  # inches
-        labels = [textwrap.fill(label, int(width / letter) - 8) for label in handles]
+        most = int(width / letter) - 8
+        labels = [textwrap.fill(label.translate(CONTROL), most) for label in handles]
         room = letter * max(len(line) for label in labels for line in label.split("\n")) + 0.6
         columns = max(1, min(len(labels), int(width / room)))
         place: Any = dict(loc="outside lower center", ncols=columns, fontsize=points)
-        figure.legend([*handles.values()], labels, **place)
+        one = figure.legend([*handles.values()], labels, **place)
+        for text in one.get_texts():
+            text.set_parse_math(False)  # as it will be drawn (`_prepare`)
+        room = one.get_window_extent().height / figure.dpi
+        figure.set_figheight(figure.get_figheight() + room)
 
 
 def save(figure: Figure, path: Path | str, column: str | None = None) -> Image:
@@ -281,9 +287,6 @@ def _print(figure: Figure, width: float) -> tuple[Figure, Bbox]:
     for text in figure.findobj(Text):
         text.set_fontsize(POINTS)
     _prepare(figure)
-    figure.draw_without_rendering()
-    below = sum(one.get_window_extent().height for one in figure.legends) / figure.dpi
-    figure.set_size_inches(width, lines * down + below)
     figure.draw_without_rendering()
     used = figure.get_tightbbox()
     return figure, Bbox.from_extents(0, used.y0 - 0.02, width, used.y1 + 0.02)
