@@ -597,6 +597,13 @@ def test_runs_compare_by_the_loss_on_clean_pairs():
     assert [*lone_axis.lines[0].get_ydata()] == [8, 7, 6] and "clean" not in lone_axis.get_ylabel()
 
 
+@pytest.mark.parametrize("steps", [[2], [1, 2], [0, 5000]])
+def test_steps_are_whole_numbers(steps):
+    lines = [{"step": step, "loss": 1.0} for step in steps]
+    (axis,) = plots.curves({"a": lines}, ["loss"]).axes
+    assert all(tick == round(tick) for tick in axis.get_xticks())
+
+
 def test_validation_has_its_interval_as_a_band():
     ends = {"knn_low_val": 38.0, "knn_high_val": 43.0}
     log = [{"step": i, "knn_top1_val": 40.0 + i, **ends} for i in range(2)]

@@ -93,7 +93,7 @@ def curves(runs: Mapping[str, Run | Lines], keys: Sequence[str]) -> Figure:
                 shade = dict(color=how["color"], alpha=min(0.15, 0.4 / len(runs)), lw=0)
                 axis.fill_between(steps, *limits, **shade)
         axis.set(xlabel="step", ylabel=textwrap.fill(LABELS.get(own, own), 32))
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     legend(figure, axes, least=2)
     return figure
 
