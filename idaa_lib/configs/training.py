@@ -45,7 +45,7 @@ class TrainingConfig(ImagesConfig):
         mean, std: that images are normalised with, per channel in [0, 1] (None: the data set's).
         epochs: passes over the images. batch_size: images a step, of all processes together.
         learning_rate: the highest of the schedule. warmup: epochs of a rising rate (a recipe's is a
-            tenth of all epochs at most). weight_decay: its factor.
+            tenth of all epochs at most). weight_decay: as torch's optimisers take it.
         optimizer: adam, adam_b0 (Adam with β₁ 0), sgd, nesterov or lars.
         schedule: of the rate, one of `methods.schedules`: constant, linear, cosine, delayed_cosine
             (from the 13th epoch), cosine_by_step, drops (Plain's), drops_60_80, drops_15_30 or
