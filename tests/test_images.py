@@ -253,6 +253,17 @@ def test_missing_path_unknown_name_and_broken_zip(tmp_path):
     (tmp_path / "broken.zip").write_bytes(b"PK\3\4 cut off")
     with pytest.raises(ValueError, match=r"broken.zip is neither a folder nor a readable zip"):
         images.load(tmp_path / "broken.zip", "train")
+    for name in ("a.tar", "a.tar.gz", "a.tgz"):
+        (tmp_path / name).write_bytes(b"n/1.jpg")
+        with pytest.raises(ValueError, match=rf"{name} is a tar: give the folder that it lies in"):
+            images.load(tmp_path / name, "train")
+
+
+@pytest.mark.parametrize("dataset", ["cifar11", "", "/no/such.zip", "2401"])
+def test_a_missing_data_set_is_named_by_the_field_that_names_it(dataset, data):
+    with pytest.raises(ConfigError, match=f"dataset='{dataset}': ") as refusal:
+        locate(SSLConfig(dataset=dataset))
+    assert "source" not in str(refusal.value)
 
 
 def test_a_folder_of_the_data_folder_goes_by_its_name(data):

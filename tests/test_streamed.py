@@ -439,6 +439,20 @@ def test_shards_of_images_without_classes_are_the_folder(photos, tmp_path, monke
         assert [(len(each), each.classes) for each in sets] == [(40, ()), (10, ())]
 
 
+@pytest.mark.parametrize("stem", ["n0144/{n:03}", "{n:03}", "n0144_{n:03}"])
+def test_of_a_tar_for_each_class_without_folders_a_note_says_that_there_is_none(
+    photos, tmp_path, stem
+):
+    """ImageNet's own inner tars hold bare names: their images have no class."""
+    web = tmp_path / "web"
+    web.mkdir()
+    for n, path in enumerate(sorted(photos.rglob("*.JPEG"))):
+        with tarfile.open(web / f"n0144{n % 2}.tar", "a") as tar:
+            tar.add(path, f"{stem.replace('n0144', f'n0144{n % 2}').format(n=n)}.jpg")
+    notes = cached.load(web, "train", 32, streamed=True).notes
+    assert any("each tar is a class, unpack it" in note for note in notes) == ("/" not in stem)
+
+
 @pytest.mark.parametrize("damage", ["header", "cut in an image", "cut before an image", "no end"])
 def test_a_damaged_shard_is_refused_wherever_the_damage_is(photos, tmp_path, damage):
     """To tarfile a header that is none, and a file that ends at one, are the end of the archive."""

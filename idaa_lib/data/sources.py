@@ -139,7 +139,13 @@ class Source:
         shards = [name for name in places if name.endswith(".tar")]
         if shards and not any(name.lower().endswith((*EXTENSIONS,)) for name in places):
             inside = list_shards(self.path, sorted(shards))
-            return self._list([*inside], lambda n: read_place(self.path, inside[n]), (), inside)
+            listing = self._list([*inside], lambda n: read_place(self.path, inside[n]), (), inside)
+            if len(shards) > 1 and not listing.classes:  # as the tars inside ImageNet's have it
+                listing.notes.append(
+                    "no image has a class, since no tar holds folders or class numbers (.cls): if "
+                    "each tar is a class, unpack it into a folder of its name"
+                )
+            return listing
         return self._list([*places], lambda n: read_file(self.path / n), broken, places)
 
     def _list(
@@ -171,6 +177,11 @@ class Zip(Source):
             with zipfile.ZipFile(self.path) as archive:
                 members = [(i.filename, i.file_size, i.CRC) for i in archive.infolist()]
         except zipfile.BadZipFile as error:
+            if re.search(r"\.tar(\.\w+)?$|\.tgz$", self.path.name):
+                raise ValueError(
+                    f"{self.path} is a tar: give the folder that it lies in (if it is not compressed), "
+                    f"or unpack it"
+                ) from error
             what = f"{self.path} is neither a folder nor a readable zip ({error})"
             raise ValueError(f"{what}: give either, or copy it again") from error
         leaves = re.compile(r"([A-Za-z]:|[/\\])|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
@@ -335,7 +346,7 @@ def find_source(
     FileNotFoundError where there is none, ValueError where it has no class folders.
     """
     if not str(source).strip():  # else the folder at hand: a shell's variable may be empty
-        raise FileNotFoundError("source is empty: name a data set, or give a path")
+        raise FileNotFoundError("its name is empty: name a data set, or give a path")
     if source == "starter":
         return Source(STARTER / "images", source, classes)
     if classes and source in NAMES:
@@ -359,8 +370,7 @@ def find_source(
     elif os.sep not in name and len(name) < 20:
         hint += f", or one of {', '.join(NAMES)}"
     raise FileNotFoundError(
-        f"source={name!r} is no known data set, and neither {places[0]} nor {places[1]} is "
-        f"there: {hint}"
+        f"{name!r} is no known data set, and neither {places[0]} nor {places[1]} is there: {hint}"
     )
 
 
