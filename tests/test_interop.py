@@ -28,7 +28,7 @@ from idaa_lib import ConfigError, SSLConfig, VAEConfig, interop, results, runs
 from idaa_lib.__main__ import main
 from idaa_lib.adversaries import IDAA
 from idaa_lib.evaluate.encoders import Encoder, features
-from idaa_lib.interop import imported
+from idaa_lib.interop import imported, writers
 from idaa_lib.interop.imported import read_name
 from idaa_lib.lab.rows import row_of
 from idaa_lib.methods.cassle import NEUTRAL
@@ -1411,6 +1411,21 @@ def test_onnxruntime_gives_the_same_features(tmp_path):
         x = pictures(n, 32)
         (values,) = session.run(["features"], {"images": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(values), ours.module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ending", "format"),
+    [("onnx", "onnx"), ("ONNX", "onnx"), ("safetensors", "safetensors"), ("pkl", "detectron2")]
+    + [(ending, "torchvision") for ending in ("pth", "pt", "bin")],
+)
+def test_the_ending_of_a_path_names_the_format(tmp_path, monkeypatch, ending, format):
+    formats = []
+    for name in writers._WRITERS:
+        write = lambda encoder, path, name=name: formats.append(name)  # noqa: E731
+        monkeypatch.setitem(writers._WRITERS, name, write)
+    idaa_lib.export(encoder(), tmp_path / f"x.{ending}")
+    idaa_lib.export(encoder(), tmp_path / f"x.{ending}", "safetensors")
+    assert formats == [format, "safetensors"]
 
 
 def test_what_a_format_cannot_hold_is_refused_with_the_reason(outputs, tmp_path):

@@ -26,7 +26,7 @@ from idaa_lib.runs import Run, RunError
 def export(
     source: Run | str | Encoder | Official | None,
     path: str | Path,
-    format: str = "torchvision",
+    format: str | None = None,
 ) -> Path:
     """Write an encoder for another framework; the path of the file.
 
@@ -41,18 +41,21 @@ def export(
             `onnx`, a graph images → features for any batch size, checked with onnxruntime;
             `detectron2`, a .pkl for MODEL.WEIGHTS of a ResNet backbone with STRIDE_IN_1X1 False,
             INPUT.FORMAT "RGB", PIXEL_MEAN and PIXEL_STD 255 times mean and std; reading it takes
-            NumPy 1.26 or newer.
+            NumPy 1.26 or newer. None: as the path ends, in .onnx, .safetensors or .pkl
+            (`detectron2`), else `torchvision`.
     Raises:
         ConfigError: the format cannot hold this encoder, needs a package, or the path is not
             writable. RunError: there is no such run.
     """
+    path = expand(path)
+    if format is None:
+        format = _ENDINGS.get(path.suffix.lower(), "torchvision")
     if format not in _WRITERS:
         raise ConfigError(f"format must be one of {', '.join(_WRITERS)}, and is {format!r}.")
     if isinstance(source, Official):
         encoder = source.encoder()
     else:
         encoder = source if isinstance(source, Encoder) else load_encoder(source)
-    path = expand(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.touch()  # fails before any work where the path cannot be written
@@ -168,3 +171,4 @@ _WRITERS: dict[str, Callable[[Encoder, Path], None]] = {
     "onnx": _onnx,
     "detectron2": _detectron2,
 }
+_ENDINGS = {".onnx": "onnx", ".safetensors": "safetensors", ".pkl": "detectron2"}
