@@ -134,6 +134,12 @@ class Grid(Values):
             for values, names in entries:
                 _apply(fields, values)
                 labels |= names
+            trained = fields.get("ssl", fields.get("vae", {}))
+            if len(self.seeds) > 1 and trained.get("seed", seed) != seed:
+                raise ConfigError(
+                    f"seed={quote(trained['seed'])} of one stage stands beside seeds="
+                    f"{quote(list(self.seeds))}, whose points would be one: leave one of them out."
+                )
             places.append(Point(labels, **fields))
         return places
 

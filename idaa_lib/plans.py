@@ -21,6 +21,7 @@ from idaa_lib.configs import (
     UserError,
 )
 from idaa_lib.configs.lookups import remember
+from idaa_lib.configs.reading import quote
 from idaa_lib.evaluate import stage as evaluation
 from idaa_lib.evaluate import transfer
 from idaa_lib.evaluate.encoders import judged_on, open_splits
@@ -94,6 +95,12 @@ def _chain(point: Point, configure: Callable[[str, str], Any]) -> dict[str, Task
     keys, chain = dict[str, str](), dict[str, Task]()
     for stage, config in configs.items():
         needs = {field: keys[other] for field, other in NEEDS[stage].items() if other in keys}
+        if field := next((field for field in needs if getattr(config, field)), None):
+            other = NEEDS[stage][field]
+            raise ConfigError(
+                f"{stage} names {field}={quote(getattr(config, field))}, and each point has stage "
+                f"{other} for it: leave {field} out, or {other} out of stages."
+            )
         if stage == "ssl" and "vae" in configs:
             train.check_vae(config, configs["vae"], "the VAE of the grid")
         text = json.dumps([config.model_dump(mode="json"), needs], sort_keys=True)

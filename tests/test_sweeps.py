@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from idaa_lib import grids, kernels, plans, results, runs, sweeps
-from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
+from idaa_lib.configs import ConfigError, EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.data.cached import ImageSet
 from idaa_lib.evaluate.metrics import student_interval
 from idaa_lib.lab import plots
@@ -711,6 +711,37 @@ def test_an_entry_has_labels_of_its_own_whichever_list_it_is_of():
 )
 def test_a_point_s_name_has_the_seed_that_it_has(grid, names):
     assert [point.name for point in grids.read(grid).points()] == names
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({"fixed": {"ssl": {"seed": 5}}, "seeds": [0, 1]}, "seed=5 .* stands beside seeds"),
+        ({"cross": {"ssl": {"seed": [0, 1]}}, "seeds": [0, 1]}, "stands beside seeds"),
+        ({"fixed": {"vae": {"seed": 5}}, "seeds": [0, 1], "stages": ["vae"]}, "beside seeds"),
+        ({"fixed": {"eval": {"run": "starter"}}}, "eval names run='starter', .* has stage ssl"),
+        (
+            {"fixed": {"transfer": {"run": "starter"}}, "stages": ["ssl", "transfer"]},
+            "transfer names run='starter', .* has stage ssl",
+        ),
+    ],
+)
+def test_what_a_grid_would_overwrite_is_refused(grid, words, outputs):
+    """As a run that another takes the place of; or two points would be one."""
+    with pytest.raises(ConfigError, match=words):
+        plans.plan(grids.read(grid).points())
+
+
+@pytest.mark.parametrize(
+    ("grid", "runs_of"),
+    [
+        ({"fixed": {"ssl": {"seed": 5}}}, [5]),
+        ({"cross": {"ssl": {"seed": [3, 4]}}}, [3, 4]),
+        ({"fixed": {"vae": {"seed": 5}}, "seeds": [0, 1]}, [0, 1]),
+    ],
+)
+def test_a_stage_s_own_seed_takes_the_place_of_a_single_one(grid, runs_of):
+    assert [point.ssl["seed"] for point in grids.read(grid).points()] == runs_of
 
 
 def test_a_label_that_is_a_column_of_results_means_the_same():
