@@ -179,8 +179,8 @@ class Zip(Source):
         except zipfile.BadZipFile as error:
             if re.search(r"\.tar(\.\w+)?$|\.tgz$", self.path.name):
                 raise ValueError(
-                    f"{self.path} is a tar: give the folder that it lies in (if it is not compressed), "
-                    f"or unpack it"
+                    f"{self.path} is a tar: give the folder that it lies in, or unpack it "
+                    f"where it is compressed"
                 ) from error
             what = f"{self.path} is neither a folder nor a readable zip ({error})"
             raise ValueError(f"{what}: give either, or copy it again") from error
