@@ -603,6 +603,23 @@ def test_the_readme_s_command_is_the_siblings_protocol(made, tmp_path, monkeypat
 
 
 @pytest.mark.xdist_group("photos")
+@pytest.mark.parametrize(("rare", "name"), [(40, "50 % of labels"), (3, "50 % of labels (")])
+def test_a_row_of_few_labels_says_where_rare_classes_leave_fewer(
+    made, tmp_path, monkeypatch, rare, name
+):
+    """Of classes of 40 and 3 images half of the labels cannot be drawn in equal numbers."""
+    images = folder(tmp_path / "set", classes=3, train=40)
+    for c in (1, 2):
+        for path in sorted((images / "train" / f"class{c}").iterdir())[rare:]:
+            path.unlink()
+    fields = {"references": False, "fractions": (0.5,), "draws": 2, "shots": (), "device": "cpu"}
+    run = transfer(TransferConfig(datasets=str(images), run=made["cifar"].id, **SMALL | fields))
+    few = run.summary["rows"][1]
+    assert few["probe"].startswith(name) and ("(" in few["probe"]) == (rare < 40)
+    assert rare == 40 or f"({few['labels']} of " in few["probe"]
+
+
+@pytest.mark.xdist_group("photos")
 def test_notebook_09_runs(made, photos, tmp_path):
     values = {name: value for name, value in SMALL.items() if name != "limit"} | {"limit": 400}
     values |= {"run": made["cifar"].id, "datasets": "photos, cub200"}

@@ -218,7 +218,10 @@ class _Transfer(Plan):
                 few = probe(index.to(z["train"].device), False)
                 scores.append(score(few.predictions, y["test"]))
             how = "chosen on val (all of it), labels drawn by class, no refit"
-            row = {"probe": f"{100 * fraction:g} % of labels", **student_interval(scores)._asdict()}
+            name = f"{100 * fraction:g} % of labels"
+            if fraction * len(y["train"]) - len(index) > len(y["train"].unique()):  # rare classes
+                name += f" ({len(index)} of {len(y['train'])})"
+            row = {"probe": name, **student_interval(scores)._asdict()}
             row |= {"n": len(scores), "of": "draws", "labels": len(index)}
             rows.append(row | {"protocol": f"{words} {how}"})
         for shots, part in episodes.items():
