@@ -227,7 +227,7 @@ def partition_of(rank, processes, values):
     views = recipe("ipirm", 16, (0.5,) * 3, (0.25,) * 3)
     method = build_method(config, About(views, torch.zeros(61), batch_size=16))
     place = dict(process_index=rank, num_processes=processes, device=torch.device("cpu"))
-    place |= dict(mixed_precision="no", unwrap_model=lambda network, **how: network)
+    place |= dict(mixed_precision="no", print=print, unwrap_model=lambda network, **how: network)
     fit = Fit(SimpleNamespace(**place), method, images, config)
     fit._before_epoch(SimpleNamespace(step=0, saved=0, pulse=lambda message: None))
     return method.present()

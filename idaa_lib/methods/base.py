@@ -72,7 +72,7 @@ class Work:
     # `pulse` before each batch with how many images are done.
     embed: Callable[..., Tensor]
     pulse: Callable[[str], None]  # takes a message, and raises where the training shall stop
-    say: Callable[[str], object] = print  # a sentence for the user, once for all processes
+    say: Callable[..., object] = print  # a sentence for the user, once a machine
 
 
 @dataclass

@@ -250,7 +250,7 @@ class Fit:
             with self._unwrap() as method:
                 return features(method.encoder(layer), self.feed.images, *units, **how)
 
-        work = Work(self.feed.images, embed, pulse)
+        work = Work(self.feed.images, embed, pulse, self.accelerator.print)
         self.method.before_epoch(steps.step // self.per_epoch, work)
 
     def train_step(self, step: int, images: Batch, batch: Batch) -> dict[str, Tensor]:
