@@ -75,6 +75,22 @@ def test_weights_before_persons_before_times(outputs):
     assert runs.usable("vae") == [tree[kind] for kind in order if kind[0]]
 
 
+@pytest.mark.parametrize("choice", ["method", "backbone"])
+def test_a_network_that_nobody_registered_here_is_no_choice(outputs, choice):
+    """After notebook 12 the latest run was of a method that other notebooks and the app do not
+    know, and None meant it."""
+    known, own = (write_run(SSLConfig(seed=seed), "person", 1e9 + seed) for seed in (0, 1))
+    change(own, "config.json", **{choice: "my_own"})
+    omissions = []
+    assert runs.usable("ssl", omissions) == [known] == [runs.get("ssl", None)]
+    assert len(omissions) == 1 and own.id in omissions[0] and "'my_own'" in omissions[0]
+    assert "import the module that registers it" in omissions[0]
+    assert runs.find("ssl") == [known, own]  # its results count all the same
+    # An adversary is of the training alone: its encoder opens without it.
+    change(known, "config.json", adversary="my_own")
+    assert runs.usable("ssl") == [known]
+
+
 def test_of_a_sweep_s_own_the_recipe_s_comes_before_what_was_varied(outputs):
     """After `make demo` the last point has dim = 512, which nobody asked for."""
     centre = write_run(VAEConfig(), "sweep", 1e9)

@@ -1,9 +1,10 @@
 """Which run is meant: by its id, by the last eight characters of it, by its path, or by None.
 
-None means the first of the finished runs that fit: one whose weights are there comes before one
-that was pruned, then one that a person started before one that a sweep made, then what was started
-last. Of a sweep's own those come first that differ least from their recipe: the others are what it
-varied. The times are stored (`Run.starts`), so a copy of `outputs/` changes nothing.
+None means the first of the finished runs that fit: one whose network can be opened here comes
+before one that was pruned or whose method or backbone nobody has registered, then one that a person
+started before one that a sweep made, then what was started last. Of a sweep's own those come first
+that differ least from their recipe: the others are what it varied. The times are stored
+(`Run.starts`), so a copy of `outputs/` changes nothing.
 
 `starter` (and of encoders `starter2`) names a run that ships in data/starter. None never means it,
 except where pictures and studies of identity find no VAE of the user's own.
@@ -67,21 +68,33 @@ def _check_stage(stage: str) -> None:
 
 def _order(run: Run) -> tuple[bool, bool, int, float]:
     """Places a run by the rule; its configuration is sound."""
-    pruned = issubclass(CONFIGS[run.stage], TrainingConfig) and not checkpoints.are_there(run)
+    closed = issubclass(CONFIGS[run.stage], TrainingConfig) and bool(_find_lack(run))
     if (person := run.starts.get("person")) is not None:
-        return pruned, False, 0, -person
+        return closed, False, 0, -person
     config = run.config
     changes = config.list_changes().keys() - config.circumstances - config.pointers
-    return pruned, True, len(changes), -max(run.starts.values(), default=0.0)
+    return closed, True, len(changes), -max(run.starts.values(), default=0.0)
+
+
+def _find_lack(run: Run) -> str:
+    """Why the network of a training cannot be opened here, a sentence; empty where it can."""
+    if not checkpoints.are_there(run):
+        return "its weights are gone."
+    try:
+        for choice in ("method", "backbone"):
+            if choice in type(run.config).model_fields:
+                run.config.get_chosen(choice)
+    except ConfigError as error:  # a class of the user's own, which this process does not know
+        return str(error)
+    return ""
 
 
 def usable(stage: str, left_out: list[str] | None = None, **values: Any) -> list[Run]:
-    """Those of `find` whose weights are there; `left_out` takes the others too."""
-    runs = find(stage, left_out=left_out, **values)
-    there = [run for run in runs if checkpoints.are_there(run)]
+    """Those of `find` whose network can be opened here; `left_out` takes the others too."""
+    lacks = {run: _find_lack(run) for run in find(stage, left_out=left_out, **values)}
     if left_out is not None:
-        left_out += [f"{run.id}: its weights are gone." for run in runs if run not in there]
-    return there
+        left_out += [f"{run.id}: {lack}" for run, lack in lacks.items() if lack]
+    return [run for run, lack in lacks.items() if not lack]
 
 
 def report_left_out(sentences: Iterable[str]) -> list[str]:
