@@ -15,9 +15,10 @@ import pytest
 import torch
 from conftest import outcome
 from PIL import Image
+from test_runs_page import made
 
 from idaa_lib import runs
-from idaa_lib.configs import SSLConfig, VAEConfig
+from idaa_lib.configs import SemiConfig, SSLConfig, VAEConfig
 from idaa_lib.lab import kernel, live, process
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.process import look, start
@@ -353,6 +354,29 @@ def test_unattended_it_trains_in_the_foreground(outputs, monkeypatch, capsys):
     assert run.finished
     assert not (run.path / "process.json").exists()
     assert "step 12/12" in capsys.readouterr().out
+
+
+def test_a_record_has_an_interval_in_the_line_of_its_accuracy(outputs, monkeypatch):
+    """Of each stage and split: no end of one is a line of its own, and no name is a key."""
+    parts = []
+    monkeypatch.setattr(live, "display", parts.append)
+    for config, key, split in (
+        (SSLConfig(), "knn", "_val"), (SemiConfig(), "ema", "_val"), (SemiConfig(), "ema", ""),
+    ):  # fmt: skip
+        figures = {f"{key}_{end}{split}": value for end, value in
+                   (("top1", 41.25), ("low", 36.5), ("high", 46.0))}  # fmt: skip
+        run = made(config, figures, f"pixels{split}", lines=[{"step": 1, "epoch": 0, "loss": 2.0}])
+        live.leave_record(run)
+        lines = dict(parts[-2][full_name(run)])
+        (name,) = (name for name, text in lines.items() if text == "41.25 [36.5, 46]")
+        assert name.endswith("top-1 (%)") and not any("_" in name for name in lines)
+
+
+@pytest.mark.parametrize("value", [1e-30, 0.0123456, 7.0, 999.96, 1e3, 123456.7, 1e9, 1e30, -1e12])
+def test_a_figure_is_short_and_near_its_value(value):
+    text = live.write_value(value)
+    assert float(text.replace(",", "")) == pytest.approx(value, rel=6e-4)
+    assert len(text) <= 11
 
 
 def test_attended_the_cell_waits_for_the_finished_run(outputs, monkeypatch, capsys):

@@ -118,7 +118,7 @@ def leave_record(run: Run) -> None:
         if key in fields:
             continue
         ends = [key.replace("top1", end) for end in ("low", "high")]
-        if key in values and not re.search("_(low|high)_", key):
+        if key in values and not re.search("_(low|high)(_|$)", key):
             text = write_value(values[key])
             if "top1" in key and all(end in values for end in ends):
                 text += f" [{', '.join(write_value(values[end]) for end in ends)}]"
@@ -132,7 +132,7 @@ def leave_record(run: Run) -> None:
 def write_value(value: Any) -> str:
     """A figure as a person reads it while it changes: four digits of what is measured."""
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
     return str(value)
 
 
