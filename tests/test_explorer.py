@@ -95,6 +95,17 @@ def test_a_grid_is_the_pixels_themselves(form):
     assert (widget.image.layout.width, widget.image.layout.height) == ("54px", "36px")
 
 
+def test_a_grid_without_pixels_is_no_broken_picture():
+    """An `<img>` without a source has the browser's sign for what is broken; one of another size
+    shows what was there before."""
+    widget = Grid(["a"], "idaa-x")
+    for size in (8, 16):
+        widget.resize(3, size)
+        assert widget.image.layout.visibility == "hidden"
+        widget.show([torch.rand(3, 3, size, size)])
+        assert widget.image.layout.visibility is None
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("epsilon", [0.01, 0.3, 3.0])
 def test_the_picture_is_the_attack(outputs, epsilon, norm):

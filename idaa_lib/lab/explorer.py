@@ -247,7 +247,6 @@ class Explorer(Controls):
         self.list_choices(engine.scene)
         self.still.resize(columns, size, names)
         self.picture.resize(columns, size)
-        self.picture.image.layout.visibility = "hidden"  # until it shows these images
         self.large.resize(len(STILL) + len(MOVING), size, (*STILL, *MOVING), max(1, LARGE // size))
         self.strip.resize(len(STRIP), size, STRIP_NAMES)
         self.forget.layout.display = None if config.own else "none"
@@ -299,7 +298,6 @@ class Explorer(Controls):
                 self.picture.show(self._rows.values())
             finally:
                 torch.set_num_threads(threads)
-            self.picture.image.layout.visibility = None
             self._enlarge()
             self.status.value = ""
 

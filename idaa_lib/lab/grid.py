@@ -18,7 +18,8 @@ class Grid(widgets.HBox):
     """A `grid` with a name beside each row, names above the columns where they are given, and with
     `marks` what `mark` says below them.
 
-    Its size is set by `resize` alone: new pixels change nothing else on the page.
+    Its size is set by `resize` alone: new pixels change nothing else on the page. What it showed
+    before is hidden from then on, until there are pixels.
 
     Args:
         text: what a reader of the screen hears in the place of the picture.
@@ -54,8 +55,9 @@ class Grid(widgets.HBox):
         self._side = side = (scale or (2 if size <= 48 else 1)) * (size + 1)
         width, height = f"{columns * side}px", f"{len(self.rows) * side}px"
         self.image.layout = widgets.Layout(
-            width=width, min_width=width, height=height, align_self="flex-start"
-        )
+            width=width, min_width=width, height=height, align_self="flex-start",
+            visibility="hidden",
+        )  # fmt: skip
         self.image.format = "webp" if columns * (size + 1) <= WIDEST else "png"
         self._show(self._top, [(html.escape(name), "", "") for name in names[:columns]])
         self.mark([])
@@ -80,3 +82,4 @@ class Grid(widgets.HBox):
     def show(self, rows: Iterable[Tensor]) -> None:
         """Rows of pixels in [0, 1] (N, 3, H, W)."""
         self.image.value = grid(list(rows), form=self.image.format)
+        self.image.layout.visibility = None
