@@ -356,7 +356,7 @@ def test_the_start_page_sorts_searches_and_overlays_two(context, lab, outputs):
             return texts == sorted(texts) and len({*texts}) > 1
 
         browser.until(page, in_order, "lines in order")
-        page.locator('.idaa-runs-table input[type="search"]').fill("clae ε=0.3")
+        page.locator('.idaa-runs-table input[type="search"]').fill("clae epsilon=0.3")
         browser.until(page, lambda: lines(page, "run") == [], "no line")
         # Search, order and choice stay while the table follows what happens.
         run = made(SSLConfig(adversary="clae", epsilon=0.3))

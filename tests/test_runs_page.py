@@ -16,7 +16,8 @@ from idaa_lib import results, runs
 from idaa_lib.configs import EvalConfig, SSLConfig, VAEConfig
 from idaa_lib.lab import notebook, process
 from idaa_lib.lab.kernel import guard, hide_paths
-from idaa_lib.lab.runs import RunsPage
+from idaa_lib.lab.rows import COLUMNS
+from idaa_lib.lab.runs import TABLE, RunsPage
 from idaa_lib.runs import Run, RunError
 from idaa_lib.train import train_vae
 
@@ -179,6 +180,17 @@ def test_rows_say_state_reason_result_and_damage(outputs, going):
     }  # fmt: skip
     assert expected.items() <= rows[ssl.id].items()
     assert rows[idaa.id]["adversary"] == "IDAA ε=0.1"  # the recipe's, which is searched too
+    # What a user types for a field by its name is searched too, for what an evaluation judges too.
+    judge = made(EvalConfig(run=ssl.id), judgement(40.0))
+    page.refresh()
+    for run, words in (
+        (ssl, "method=simclr adversary=clae epsilon=0.05 seed=4"), (judge, "epsilon=0.05 seed=0"),
+        (idaa, "epsilon=0.1 seed=0"), (failed_run, "seed=2"), (stopped_run, "dim=32"),
+    ):  # fmt: skip
+        assert {*words.split()} <= {*texts(page)[run.id]["fields"].split(", ")}
+    silent = {i for kind in TABLE["columnDefs"] if kind.get("searchable") is False
+              for i in kind["targets"]}  # fmt: skip
+    assert COLUMNS.index("fields") not in silent
     assert rows[going.id]["state"] == "▶ going"
     assert going.id[-8:] in page.head.value
     assert rows[stopped_run.id]["state"] == "◼ interrupted, 7 of 20"

@@ -31,9 +31,11 @@ TESTS = {
     for metric in ("kNN", "linear")
 }
 SIZE = "size (MiB)"
+# By the names that a user types: epsilon=0.3, where other columns write ε=0.3.
+FIELDS = "fields"
 COLUMNS = (
     "state", "stage", "run", "data", "method", "adversary", "differs from preset", "seed", "result",
-    *TESTS.values(), "tags", "started", SIZE, "id",
+    *TESTS.values(), "tags", "started", SIZE, "id", FIELDS,
 )  # fmt: skip
 # What a row is made from.
 FILES = ("config.json", "state.json", "process.json", "summary.json", "tags.json")
@@ -70,10 +72,13 @@ def row_of(run: Run, old: Row | None = None) -> Row:
             changes.pop("kappa", None)
         training = results.training_of(run)  # None: what it judged is gone
         about: Any = config if training == run else training and training.config
+        named = changes | {"seed": config.list_stated()["seed"]}
         if hasattr(about, "adversary"):
             method, adversary = results.title(about)
             epsilon = None if about.adversary == "none" else about.list_stated().get("epsilon")
+            named |= {name: getattr(about, name) for name in ("method", "adversary")}
             if epsilon is not None:
+                named["epsilon"] = epsilon
                 adversary += f" {results.field_text('epsilon', epsilon, '=')}"
                 changes.pop("epsilon", None)
         training_id = Path(config.run or "").name if run.stage in results.JUDGING else ""
@@ -95,8 +100,9 @@ def row_of(run: Run, old: Row | None = None) -> Row:
             "state": f"{SIGNS[state]} {look.word}",
             "data": Path(config.dataset or getattr(about, "dataset", "–")).name,
             "method": method, "adversary": adversary,
-            "differs from preset": ", ".join(differs), "seed": str(config.list_stated()["seed"]),
+            "differs from preset": ", ".join(differs), "seed": str(named["seed"]),
             "result": look.reason or results.headline(figures), "tags": ", ".join(run.tags),
+            FIELDS: ", ".join(f"{k}={results.value_text(v)}" for k, v in named.items()),
         }  # fmt: skip
         if state == "going":
             progress += f", {clock(look.state.get('seconds_left'))} left"
@@ -175,8 +181,9 @@ def _write(figures: Sequence[Mapping[str, Any]]) -> str:
         return ""
     values = [figure["value"] for figure in figures]
     own: Any = [figures[0].get(end) for end in ("value", "low", "high")]
-    ends = student_interval(values) if len(values) > 1 else own
-    texts = [results.number_text(x, figures[0]["unit"]) for x in ends if x is not None]
+    unit = figures[0]["unit"]
+    ends = student_interval(values, unit) if len(values) > 1 else own
+    texts = [results.number_text(x, unit) for x in ends if x is not None]
     return texts[0] if len(texts) == 1 else f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 

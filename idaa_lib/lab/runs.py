@@ -24,11 +24,12 @@ from idaa_lib.lab import plots, process, style
 from idaa_lib.lab.kernel import SHEET, VisitorsText, guard, hide_paths
 from idaa_lib.lab.live import Panel
 from idaa_lib.lab.notebook import link, notebook_of
-from idaa_lib.lab.rows import COLUMNS, DAMAGED, SIZE, TESTS, Row, join, row_of, tabulate
+from idaa_lib.lab.rows import COLUMNS, DAMAGED, FIELDS, SIZE, TESTS, Row, join, row_of, tabulate
 from idaa_lib.runs import Run, RunError
 
 RATED = [COLUMNS.index(name) for name in TESTS.values()]
-# Columns that are shown on request; the search is in what each row shows without it.
+# Columns that are shown on request; the search is in what each row shows without it, and in the
+# fields by their names.
 OPTIONAL = [i for i, name in enumerate(COLUMNS) if "official" in name or name in (SIZE, "id")]
 # Options of DataTables and of itables.
 TABLE: dict[str, Any] = {
@@ -36,6 +37,7 @@ TABLE: dict[str, Any] = {
         {"targets": [*RATED, COLUMNS.index("seed")], "type": "num"},
         {"targets": RATED, "orderSequence": ["desc", "asc"]},
         {"targets": OPTIONAL, "visible": False, "searchable": False},
+        {"targets": COLUMNS.index(FIELDS), "visible": False},
         *({"targets": i, "className": f"idaa-{name.split()[0]}"} for i, name in enumerate(COLUMNS)),
     ],
     "order": [[COLUMNS.index("started"), "desc"]],
@@ -46,7 +48,7 @@ TABLE: dict[str, Any] = {
         {"extend": "colvis", "text": "Columns", "align": "button-right", "background": False},
         {"extend": "csv", "text": "CSV", "title": None, "filename": "runs", "bom": True},
     ],
-    "language": {"searchPlaceholder": "such as: clae ε=0.3"},
+    "language": {"searchPlaceholder": "such as: clae epsilon=0.3"},
     "select": {"style": "multi", "keys": True},
     "pageLength": 20,
     "stateSave": True,
@@ -152,7 +154,7 @@ class RunsPage:
         with self._lock:
             frame, self._members = tabulate(self._rows, self.means.value)
             if self._read_only:
-                texts = frame[["data", "differs from preset", "result"]].map(hide_paths)
+                texts = frame[["data", "differs from preset", "result", FIELDS]].map(hide_paths)
                 frame = frame.assign(**texts)
             # A size that grows is no reason to send all lines again.
             old = self.table.df
