@@ -115,8 +115,8 @@ class Engine:
     def parts(self, adversary: str, epsilon: float) -> dict[str, Tensor]:
         """What spectra are taken of, all images (N, 3, size, size)."""
         x, G, R = self.scene.parts.values()
-        x_adv = self.scene.attack(adversary, epsilon)
-        return {"x": x, "G(x)": G, "R(x)": R, "x′": x_adv, "x′ − x": x_adv - x}
+        x_adv, name = self.scene.attack(adversary, epsilon), NAMES[adversary]
+        return {"x": x, "G(x)": G, "R(x)": R, f"{name} x′": x_adv, f"{name} x′ − x": x_adv - x}
 
     # --- identity -----------------------------------------------------------------------------
 
