@@ -117,9 +117,8 @@ def measure(grid: list[grids.Point], limit: int) -> list[dict[str, Any]]:
         ["metric", "system", "adversary"], sort=False
     ):
         values, unit = [*own["value"]], own["unit"].iloc[0]
-        spread = (
-            [*student_interval(values)[1:]] if len(values) > 1 else own[["low", "high"]].iloc[0]
-        )
+        several = len(values) > 1
+        spread = student_interval(values, unit)[1:] if several else own[["low", "high"]].iloc[0]
         ends = [round(float(end), 4) for end in spread]
         what = f"{KEYS.get(metric, metric.lower())}_{system}_{adversary}".rstrip("_")
         if (metric, system, adversary) == ("shuffled ω", "cassle", "none"):

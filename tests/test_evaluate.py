@@ -322,6 +322,15 @@ def test_the_interval_of_seeds_is_student_s():
     assert student_interval([7.0, 7.0, 7.0]) == (7, 7, 7)
 
 
+@pytest.mark.parametrize("values", [(2.0, 30.0), (70.0, 99.0), (1.0, 99.0), (0.0, 0.0), (40, 41)])
+def test_the_interval_of_shares_ends_where_shares_do(values):
+    """So it holds a true share just as often: none lies in what is cut off."""
+    mean, *ends = student_interval(values)
+    shares = student_interval(values, "%")
+    assert shares == (mean, max(0.0, ends[0]), min(100.0, ends[1]))
+    assert 0 <= shares.low <= mean <= shares.high <= 100
+
+
 def test_mean_per_class_agrees_with_sklearn_and_its_interval_with_resampling():
     labels = torch.tensor([0] * 100 + [1] * 40 + [3] * 20)  # no image of class 2
     errors = torch.rand(160, generator=keyed_generator(0)) < 0.3

@@ -179,6 +179,35 @@ def test_each_value_of_an_axis_is_in_its_panel(axis, values):
         assert abs(places - lower.transData.transform((x, 60.0))[0]).min() < 1
 
 
+def test_names_on_an_embedding_map_have_room_of_their_own():
+    """And all are in the legend, however many classes there are and wherever they lie."""
+    names = [f"class {i}" for i in range(40)]
+    random = torch.Generator().manual_seed(3)
+    features, labels = torch.randn(160, 4, generator=random), torch.arange(160) % 40
+    figure = plots.embedding_map(features, labels, names)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert [text.get_text() for text in figure.legends[0].texts] == names
+    apart = 100 * torch.eye(4).repeat_interleave(25, 0)
+    apart += torch.randn(100, 4, generator=random)
+    figure = plots.embedding_map(apart, torch.arange(4).repeat_interleave(25), names[:4])
+    assert [text.get_text() for text in figure.axes[0].texts] == names[:4]
+
+
+@pytest.mark.parametrize("adversary", ["IDAA", "CLAE", "random sign"])
+def test_parts_and_adversaries_have_one_colour_in_all_figures(adversary):
+    labels = {"x": "x", "G(x)": "G", "R(x)": "R", f"{adversary} x′": None}
+    figure = pictures.spectra(dict.fromkeys([*labels, f"{adversary} x′ − x"], R))
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    colours = {name: line.get_color() for name, line in lines.items()}
+    assert [colours[name] for name in ("x", "G(x)", "R(x)")] == [
+        pictures.LOOKS[part]["color"] for part in "xGR"
+    ]
+    assert colours[f"{adversary} x′"] == colours[f"{adversary} x′ − x"] == style.colour(adversary)
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == 5
+
+
 def test_each_interval_is_in_sight_whatever_the_first_axis_has():
     """Panels of a row share their limits; the first one's interval is the smallest."""
     frame = pd.DataFrame([
@@ -222,6 +251,11 @@ def test_a_wide_interval_does_not_hide_the_others():
     for panel in (panel for figure in figures for panel in figure.axes):
         low, high = panel.get_ylim()
         assert -5 <= low <= 22 and 40 <= high <= 105
+    for figure in (*figures, plots.heat_maps(frame.assign(width=8), ["at", "width"])):
+        assert "cut at 0 and 100 %" in figure.get_suptitle().replace("\n", " ")
+    few = frame.assign(value=30.0)  # all seeds alike: nothing to cut
+    for figure in (plots.sensitivity(few), plots.accuracies(few, "metric", "at", "adversary")):
+        assert "cut" not in figure.get_suptitle()
 
 
 def test_a_run_has_one_colour_in_all_panels():

@@ -394,9 +394,18 @@ def test_the_paper_s_figures_stand_beside_their_own_data_alone(outputs):
 
 
 def test_several_seeds_give_student_s_interval():
-    frame = pd.DataFrame({"value": [1.0, 2.0, 3.0], "low": 0.0, "high": 9.0})
-    assert interval(frame)[1:] == pytest.approx(stats.t.interval(0.95, 2, loc=2, scale=3**-0.5))
-    assert interval(frame[:1]) == (1.0, 0.0, 9.0)
+    frame = pd.DataFrame({"value": [41.0, 42.0, 43.0], "low": 0.0, "high": 90.0})
+    assert interval(frame)[1:] == pytest.approx(stats.t.interval(0.95, 2, loc=42, scale=3**-0.5))
+    assert interval(frame[:1]) == (41.0, 0.0, 90.0)
+
+
+def test_several_seeds_of_shares_have_an_interval_of_shares():
+    """In all tables: of two seeds Student's interval is 12.7 standard errors each way."""
+    frame = pd.DataFrame({"value": [10.0, 22.0], "metric": "kNN", "low": 0.0, "high": 9.0})
+    frame["label"] = "a"
+    for unit, ends in (("%", "[0.00, 92.24]"), ("nats", "[-60.24, 92.24]")):
+        table = tabulate(frame.assign(unit=unit), ["label"])
+        assert table.loc["a", f"kNN ({unit})"] == f"16.00 {ends}"
 
 
 @pytest.mark.parametrize("at", [0.3, "resnet18"])

@@ -202,7 +202,7 @@ def mean(values: list[float]) -> str:
     """The mean, with Student's 95 % interval where there are several values; – where none."""
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else "–"
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*student_interval(values))
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*student_interval(values, "%"))
 
 
 def network(run: Run) -> str:

@@ -64,11 +64,16 @@ def wilson_interval(hits: Tensor) -> Interval:
     return Interval(100 * right / n, 100 * low, 100 * high)
 
 
-def student_interval(values: Tensor | Sequence[float]) -> Interval:
-    """The mean of at least two independent values (n,) with Student's interval: seeds, draws."""
+def student_interval(values: Tensor | Sequence[float], unit: str = "") -> Interval:
+    """The mean of at least two independent values (n,) with Student's interval: seeds, draws.
+
+    Of shares, whose `unit` is %, it is cut at 0 and 100: it holds the true mean as often.
+    """
     x = np.asarray(values, dtype=np.float64)
     half = scipy.stats.t.ppf(LEVELS[1], len(x) - 1) * scipy.stats.sem(x)
-    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
+    bounds = (0.0, 100.0) if unit == "%" else (-np.inf, np.inf)
+    low, high = np.clip([x.mean() - half, x.mean() + half], *bounds)
+    return Interval(float(x.mean()), float(low), float(high))
 
 
 def bootstrap_interval(values: Tensor) -> Interval:

@@ -221,14 +221,14 @@ class _Transfer(Plan):
             name = f"{100 * fraction:g} % of labels"
             if fraction * len(y["train"]) - len(index) > len(y["train"].unique()):  # rare classes
                 name += f" ({len(index)} of {len(y['train'])})"
-            row = {"probe": name, **student_interval(scores)._asdict()}
+            row = {"probe": name, **student_interval(scores, "%")._asdict()}
             row |= {"n": len(scores), "of": "draws", "labels": len(index)}
             rows.append(row | {"protocol": f"{words} {how}"})
         for shots, part in episodes.items():
             accuracies = few_shot(z["test"], part, shots, config.few_shot).cpu()
             name, queries = f"{config.ways}-way {shots}-shot", f"{config.queries} queries a class"
             words = f"{size}, L2-normalised; {config.few_shot}, {queries}, all images from test"
-            row = {"probe": name, "metric": "top-1", **student_interval(accuracies)._asdict()}
+            row = {"probe": name, "metric": "top-1", **student_interval(accuracies, "%")._asdict()}
             row |= {"n": len(part), "of": "episodes", "labels": config.ways * shots}
             rows.append(row | {"protocol": words})
         return [{"dataset": test.name, "metric": metric, **row} for row in rows]

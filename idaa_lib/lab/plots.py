@@ -33,6 +33,7 @@ LABELS = {
     "reconstruction_val": "validation reconstruction (MSE)",
     "rate_nats_val": "rate on validation (nats per image)",
     "knn_top1_val": "validation kNN top-1 (%)", "ema_top1_val": "validation top-1 (%)",
+    "ema_top1": "test top-1 (%)", "ema_n": "test images",
     "rate_nats": "rate (nats per image)", "n_val": "validation images",
     "knn_protocol": "protocol of kNN", "ema_protocol": "protocol", "seconds": "training (s)",
     "supervised_loss": "loss on labelled images (nats)",
@@ -51,6 +52,7 @@ LABELS = {
     "images_per_second": "speed (images/s)",
 }  # fmt: skip
 AXES = {"epsilon": "ε (units of z)", "beta": "β (nats KL per nat NLL)", "dim": "dim m"}
+Point = tuple[int, float, float]  # its number of trainings, and the ends of its interval
 # What is drawn of a run of each stage, where it was logged.
 CURVES = {
     "vae": ("loss", "reconstruction_val", "rate_nats_val", "lr", "images_per_second"),
@@ -130,7 +132,7 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
     letters = max(8, *(len(line) for text in texts for line in text.split("\n")))
     size = (max(4.8, 1.2 + 0.1 * letters * len(places)), 3.6)
     figure, axes = style.panels(len(names), 2, size)
-    sizes = set[int]()  # of the points, in trainings
+    points = list[Point]()
     for name, axis in zip(names, axes, strict=True):
         mine = own[own[panels] == name]
         for (member, place), rows in mine.groupby([colours, groups], sort=False):
@@ -142,7 +144,7 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
             axis.errorbar(at, mean, spread, label=entry(member), **how)
             if len(rows) > 1:
                 axis.plot([at] * len(rows), rows["value"], ".", color=INK, markersize=4)
-            sizes.add(len(rows))
+            points.append((len(rows), low, high))
         if with_lines:
             lines = frame[(frame["features"] != "encoder") & (frame[panels] == name)]
             kinds = lines.groupby("features", sort=False)
@@ -151,19 +153,12 @@ def accuracies(frame: pd.DataFrame, panels: str, groups: str, colours: str) -> F
         axis.set(title=str(name), xlabel=groups, ylabel="accuracy (%)")
         axis.set_xticks(range(len(places)), texts)
         axis.grid(axis="x", visible=False)
-        axis.margins(x=0.2 / len(places), y=0.15)
-        _bound(axis)
+        axis.margins(x=0.2 / len(places))
     legend(figure, axes)
-    several = max(sizes, default=1) > 1  # else over images, or draws of few labels
-    title = "95 % intervals" + (f" over {_count_trainings(sizes)}" if several else "")
+    several = any(n > 1 for n, *_ in points)  # else over images, or draws of few labels
+    title = "95 % intervals" + (f" over {_count_trainings(points)}" if several else "")
     figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())))
     return figure
-
-
-def _bound(axis: Any) -> None:
-    """Shows what a percentage can be: Student's interval of two values may reach far beyond."""
-    low, high = axis.get_ylim()
-    axis.set_ylim(max(low, -4), min(high, 104))
 
 
 def _level(axis: Any, rows: pd.DataFrame, label: str, **how: Any) -> None:
@@ -220,7 +215,8 @@ def confusion(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Fi
 
 @look()
 def embedding_map(features: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
-    """t-SNE (after PCA to 50 dimensions) of features (N, D), coloured by class."""
+    """t-SNE (after PCA to 50 dimensions) of features (N, D), coloured by class; the legend has all
+    names, the map those that it has room for."""
     import seaborn as sns
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -240,13 +236,22 @@ def embedding_map(features: Tensor, labels: Tensor, classes: Sequence[str]) -> F
         if len(mine):
             middle = np.median(mine, axis=0)
             box = dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.7)
-            axis.annotate(name, middle, fontsize="small", ha="center", weight="bold", bbox=box)
+            how = dict(fontsize="small", ha="center", weight="bold", bbox=box, parse_math=False)
+            axis.annotate(name, middle, **how)
     axis.set(
         xlabel="t-SNE 1 (arbitrary units)",
         ylabel="t-SNE 2 (arbitrary units)",
         title=f"Test features, {n:,} images",
     )
     legend(figure, [axis])
+    figure.draw_without_rendering()  # places the texts
+    room: list[Any] = []
+    for text in [*axis.texts]:
+        extent = text.get_window_extent()
+        if any(extent.overlaps(other) for other in room):
+            text.remove()
+        else:
+            room.append(extent)
     return figure
 
 
@@ -310,7 +315,7 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
     others = [name for name in fields if name not in ("axis", "at", "adversary")]
     frame, fields = _vary(frame, others)
     columns, probes = list(dict.fromkeys(frame["axis"].dropna())), ("kNN", "linear")
-    sizes = set[int]()  # of the points, in trainings
+    points = list[Point]()
     size = (4.1 * len(columns), 6.2)
     figure, panels = style.axes(
         2, len(columns), figsize=size, sharey="row", sharex="col", squeeze=False
@@ -330,19 +335,19 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
             keys = [key for key, _ in own]
             lines = looks((adversary, tuple(values)) for adversary, *values in keys)
             for (key, group), line_look in zip(own, lines, strict=True):
-                points = {at: interval(rows) for at, rows in group.groupby("at", sort=numeric)}
-                sizes |= {*group.groupby("at").size()}
-                mean, low, high = np.array([*points.values()]).T
+                places = {at: interval(rows) for at, rows in group.groupby("at", sort=numeric)}
+                mean, low, high = np.array([*places.values()]).T
+                points += zip(group.groupby("at", sort=numeric).size(), low, high, strict=True)
                 words = [key[0], *map(field_text, fields, key[1:])]
                 panel.errorbar(
-                    [*points], mean, np.nan_to_num([mean - low, high - mean]),
+                    [*places], mean, np.nan_to_num([mean - low, high - mean]),
                     capsize=4, label=entry(", ".join(words)), **line_look,
                 )  # fmt: skip
             levels = everywhere[everywhere["metric"] == probe].groupby(["adversary", *fields])
             for (key, group), dash in zip(levels, itertools.cycle(["--", ":", "-."])):
                 label = ", ".join([key[0], *map(field_text, fields, key[1:])])
                 _level(panel, group, label, color=style.colour(key[0]), ls=dash)
-                sizes.add(len(group))
+                points.append((len(group), *interval(group)[1:]))
             if numeric:
                 panel.set(xscale="log" if factors else "linear")
                 if len(values) == 1:
@@ -353,22 +358,24 @@ def sensitivity(frame: pd.DataFrame, fields: Sequence[str] = ()) -> Figure:
             panel.minorticks_off()
             panels[line, 0].set(ylabel=f"{probe}: validation top-1 (%)")
         panels[-1, column].set(xlabel=AXES.get(axis, axis.replace("_", " ")))
-    for panel in panels[:, 0]:  # whose limits hold for its whole row: once all of it is drawn
-        _bound(panel)
     legend(figure, panels.flat, least=2)
-    title = f"Sensitivity, with 95 % intervals over {_count_trainings(sizes)}"
+    title = f"Sensitivity, with 95 % intervals over {_count_trainings(points)}"
     figure.suptitle(textwrap.fill(title, 40 * len(columns)))
     return figure
 
 
-def _count_trainings(sizes: Collection[int]) -> str:
-    """What the intervals of points of so many trainings are over."""
+def _count_trainings(points: Collection[Point]) -> str:
+    """What the intervals of these points are over."""
+    sizes = {n for n, *_ in points}
     few, many = min(sizes, default=1), max(sizes, default=1)
+    cut = any(n > 1 and (low <= 0 or high >= 100) for n, low, high in points)
+    end = ", cut at 0 and 100 %" * cut
     if many == 1:
         return "the images of 1 training a point"
     if few == 1:
-        return f"up to {many} trainings a point, or the images of a single one"
-    return f"{few} to {many} trainings a point" if few < many else f"{many} trainings a point"
+        return f"up to {many} trainings a point, or the images of a single one{end}"
+    count = f"{few} to {many}" if few < many else many
+    return f"{count} trainings a point{end}"
 
 
 def _vary(frame: pd.DataFrame, fields: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -396,7 +403,7 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
     fields.sort(key=lambda name: (not numbers[name], -frame[name].astype(str).nunique()))
     down, across, *others = fields
     probes = [probe for probe in ("kNN", "linear") if probe in {*frame["metric"]}]
-    groups, sizes = {"": frame}, set[int]()  # sizes: of the cells, in trainings
+    groups, points = {"": frame}, list[Point]()
     if others:
         words = frame[others].apply(lambda own: own.map(lambda v: field_text(own.name, v)))
         groups = dict(iter(frame.groupby(words.agg(", ".join, axis=1), sort=False)))
@@ -409,7 +416,8 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
         for column, (title_, group) in enumerate(groups.items()):
             panel, mine = panels[line, column], group[group["metric"] == probe]
             cells = {place: interval(rows) for place, rows in mine.groupby([down, across])}
-            sizes |= {*mine.groupby([down, across]).size()}
+            counts = mine.groupby([down, across]).size()
+            points += [(n, *cells[place][1:]) for place, n in counts.items()]
             rows, columns = (
                 sorted({place[i] for place in cells}, key=lambda value: natural(str(value)))
                 for i in (0, 1)
@@ -429,6 +437,6 @@ def heat_maps(frame: pd.DataFrame, fields: Sequence[str]) -> Figure:
             panel.set(title=title_, aspect="auto")
             panel.grid(False)
         figure.colorbar(image, ax=panels[line], label=f"{probe}: validation top-1 (%)")
-    title = f"± half of the 95 % interval over {_count_trainings(sizes)}"
+    title = f"± half of the 95 % interval over {_count_trainings(points)}"
     figure.suptitle(textwrap.fill(title, 44 * len(groups)))
     return figure

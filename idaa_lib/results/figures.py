@@ -229,7 +229,7 @@ def interval(mine: pd.DataFrame) -> tuple[float, float, float]:
     Of one the interval is over its test images, of several Student's of their mean.
     """
     if len(mine) > 1:
-        return student_interval(list(mine["value"]))
+        return student_interval(list(mine["value"]), next(iter(mine.get("unit", ())), "%"))
     return tuple(mine[["value", "low", "high"]].iloc[0])
 
 

@@ -92,7 +92,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     transfers each data set.
 
     Of one seed the interval is over test images; of several it is the mean with Student's interval
-    over trainings, and `seed` says which. Of two runs with one seed the first counts.
+    over trainings, cut at 0 and 100 %, and `seed` says which. Of two runs with one seed the first
+    counts.
     """
     import pandas as pd
 
@@ -143,7 +144,7 @@ def _interval_table(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         value, low, high = interval(mine)
         return f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
-    figures = frame.groupby([*by, "heading"], sort=False)[["value", "low", "high"]]
+    figures = frame.groupby([*by, "heading"], sort=False)[["value", "low", "high", "unit"]]
     return figures.apply(write).unstack(sort=False)
 
 
