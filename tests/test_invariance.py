@@ -229,11 +229,11 @@ def test_cassle_and_augself_cost_what_their_trunk_costs():
 def test_figures_of_several_seeds_are_their_mean_and_of_one_its_own():
     rows = [
         {"system": "a", "metric": "m", "value": v, "low": v - 9, "high": v + 9, "unit": "%"}
-        for v in (1.0, 2.0, 3.0)
+        for v in (11.0, 12.0, 13.0)
     ]
     rows += [{"system": "b", "metric": "m", "value": 5.0, "low": 4.0, "high": 6.0, "unit": "%"}]
     table = tabulate(pd.DataFrame(rows), ["system"])
-    assert table.loc["a", "m (%)"] == "2.00 [-0.48, 4.48]"  # Student's, t = 4.303, s/√n = .577
+    assert table.loc["a", "m (%)"] == "12.00 [9.52, 14.48]"  # Student's, t = 4.303, s/√n = .577
     assert table.loc["b", "m (%)"] == "5.00 [4.00, 6.00]"
 
 

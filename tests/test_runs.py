@@ -96,10 +96,14 @@ def test_states_follow_what_happens(outputs):
     assert run.config == VAEConfig()
 
 
-@pytest.mark.parametrize("clock", [0.0, -1e6])
-def test_work_without_steps_beats_and_hears_a_stop(outputs, monkeypatch, clock):
-    """Also where the machine's clock was set back meanwhile."""
+@pytest.mark.parametrize(
+    ("clock", "handler"), [(0.0, signal.SIG_IGN), (-1e6, signal.default_int_handler)]
+)
+def test_work_without_steps_beats_and_hears_a_stop(outputs, monkeypatch, clock, handler):
+    """Also where the machine's clock was set back meanwhile, and in the background of a shell,
+    where SIGINT is ignored."""
     run, now = run_of(outputs), time.time
+    before = signal.signal(signal.SIGINT, handler)
     monkeypatch.setattr(directory, "BEAT", 0.5)
     beats = set()
 
@@ -113,8 +117,11 @@ def test_work_without_steps_beats_and_hears_a_stop(outputs, monkeypatch, clock):
                     run.ask("stop")
 
     start = time.monotonic()
-    with pytest.raises(Stopped, match=rf"^Stopped: start {run.id} again"):
-        work()
+    try:
+        with pytest.raises(Stopped, match=rf"^Stopped: start {run.id} again"):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() < start + 10
     assert run.state["state"] == "interrupted"
 

@@ -221,7 +221,7 @@ def test_a_pass_over_all_images_before_an_epoch_cuts_the_originals(photos, mixes
     dataset, works = cached.load(photos, "train", 32, streamed=True), []
     fit = fit_on(dataset, config)
     fit.accelerator.mixed_precision = "no"
-    fit.accelerator.unwrap_model = lambda network, **how: network
+    fit.accelerator.unwrap_model, fit.accelerator.print = lambda network, **how: network, print
     monkeypatch.setattr(fit.method, "before_epoch", lambda epoch, work: works.append(work))
     monkeypatch.setattr(fit.method, "encoder", lambda layer: torch.nn.Flatten())
     fit._before_epoch(SimpleNamespace(step=0))

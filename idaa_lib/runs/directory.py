@@ -8,8 +8,8 @@ as a whole and `metrics.jsonl` is only appended to.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -381,13 +381,13 @@ class Writer:
     """What the one process that holds a run's lock may do to it.
 
     Fields:
-        interrupts: whether a request to stop interrupts the main thread, as Ctrl-C does: `Steps`,
-            which hears it after a step, sets it to False. interrupted: whether it did.
+        interrupts: whether a request to stop interrupts the thread that made this, as Ctrl-C does:
+            `Steps`, which hears it after a step, sets it to False. interrupted: whether it did.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.interrupted = run, False
-        self.interrupts = threading.current_thread() is threading.main_thread()
+        self.run, self.interrupts, self.interrupted = run, True, False
+        self._thread = ctypes.c_ulong(threading.get_ident())
         self._lock = threading.Lock()  # `attend` is called by a thread
         me = {"pid": os.getpid(), "born": birth(os.getpid()), "host": socket.gethostname()}
         self._state: dict[str, Any] = me
@@ -406,7 +406,9 @@ class Writer:
             self.state()
         if self.interrupts and self.run.request == "stop":
             self.interrupts, self.interrupted = False, True
-            _thread.interrupt_main()
+            # Not by a signal: a job in the background of a shell ignores SIGINT.
+            error = ctypes.py_object(KeyboardInterrupt)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread, error)
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
