@@ -106,8 +106,8 @@ def perform_all(
         return tally.line({key: outcome.state for key, outcome in list(outcomes.items())})
 
     try:
-        show_line = lambda: lines.show(*line())  # noqa: E731
-        with _workers(jobs, scheduler, kernels) as call, repeat(1.0, show_line):
+        calls = _workers(jobs, scheduler, kernels)
+        with calls as call, repeat(1.0, lambda: lines.show(*line())):
             while chains := _ready(tasks, outcomes):
                 for news in call(chains, outcomes):
                     outcomes |= news

@@ -119,9 +119,9 @@ def load_official(
             size, mean or std is of no images.
     """
     path = expand(path)
-    given: dict[str, Any] = {"size": size, "mean": mean, "std": std}
-    given = {name: read(SSLConfig, name, value) for name, value in given.items()}
-    SSLConfig(**given)  # which refuses what no images have
+    overrides: dict[str, Any] = {"size": size, "mean": mean, "std": std}
+    overrides = {name: read(SSLConfig, name, value) for name, value in overrides.items()}
+    SSLConfig(**overrides)  # which refuses what no images have
     file = _read(path)
     try:
         state, prefixes, epoch, acc = _unwrap(file)
@@ -135,7 +135,7 @@ def load_official(
     notes += [f"{counters} missing num_batches_tracked set to 0"] if counters else []
     if notes:
         print(f"{path.name}: {'; '.join(notes)}.")
-    units: Any = [own or its for own, its in zip(given.values(), published, strict=True)]
+    units: Any = [own or its for own, its in zip(overrides.values(), published, strict=True)]
     module: Any = parts["vae" if kind == "vae" else "backbone"]
     if kind == "vae":
         if units[0] != module.size:

@@ -136,6 +136,11 @@ class Engine:
         del self._unread[0]
         return True
 
+    def finish(self) -> None:
+        """Read all points of the curves that are left."""
+        while self.advance():
+            pass
+
     @property
     def complete(self) -> bool:
         return not self._unread
@@ -228,8 +233,7 @@ class Engine:
         Args:
             index: image of the strip. walk: kind, index and amount of a step, images a and b.
         """
-        while self.advance():
-            pass
+        self.finish()
         rows = self.still() | self.moving(adversary, epsilon)
         title, names = f"{NAMES[adversary]}, ε = {epsilon:.6g}", self.scene.names
         n = min(COLUMNS, self.columns)

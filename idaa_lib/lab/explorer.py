@@ -177,8 +177,7 @@ class Explorer(Controls):
         now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
 
         def work() -> None:
-            while engine.advance():  # an equal hardness is read off whole curves
-                pass
+            engine.finish()  # an equal hardness is read off whole curves
             epsilon, _ = verdict.strength(engine, adversary, idaa, equal)
             place = folder() / f"{now}-{adversary}-epsilon={epsilon:.3g}"
             engine.save(place, adversary, epsilon, index, walk)

@@ -55,9 +55,9 @@ class Grid(widgets.HBox):
         self._side = side = (scale or (2 if size <= 48 else 1)) * (size + 1)
         width, height = f"{columns * side}px", f"{len(self.rows) * side}px"
         self.image.layout = widgets.Layout(
-            width=width, min_width=width, height=height, align_self="flex-start",
-            visibility="hidden",
-        )  # fmt: skip
+            width=width, min_width=width, height=height, align_self="flex-start"
+        )
+        self.image.layout.visibility = "hidden"
         self.image.format = "webp" if columns * (size + 1) <= WIDEST else "png"
         self._show(self._top, [(html.escape(name), "", "") for name in names[:columns]])
         self.mark([])

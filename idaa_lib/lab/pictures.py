@@ -77,9 +77,9 @@ def spectra(parts: Mapping[str, Tensor]) -> Figure:
     figure, axis = style.axes(figsize=(6.4, 4))
     names = [label.partition(" x′")[0] for label in parts]
     hows = looks((n if n in COLOURS else None, n) for n in names)
-    known = {how["label"]: how for how in LOOKS.values()}
+    by_label = {how["label"]: how for how in LOOKS.values()}
     for (label, part), how in zip(parts.items(), hows, strict=True):
-        how |= known.get(label, {}) | {"label": entry(label), "markersize": 3}
+        how |= by_label.get(label, {}) | {"label": entry(label), "markersize": 3}
         axis.plot(*radial_power(part), **how)
     axis.set(xlabel="spatial frequency (cycles per image)", yscale="log")
     axis.set(ylabel="mean power (normalised units²)", title="Which frequencies each part holds")
